@@ -1,0 +1,253 @@
+"""The smtp-dup command: its words, its flags, and how each kind of trouble ends.
+
+Exit status 0 is fine, 1 is trouble (one line on standard error says which, and what to do), 2 is a command line
+or settings that cannot be used, with every problem on a line of its own. What a command needs is imported when
+it runs, so that the quick ones are quick; and prometheus-client only after its variable is set, see composition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from relay import __version__
+from relay.options import BY_KEY, OPTIONS, Option
+from relay.settings import Problem, Settings, SettingsError, load
+
+_FREQUENT = (
+    "relay.destination_primary",
+    "relay.destination_backups",
+    "smtp.listen",
+    "redis.url",
+    "state_dir",
+    "status.listen",
+    "log.level",
+    "log.format",
+)
+_ALIASES = {"redis.url": ["--redis-url"]}
+_EPILOG = (
+    "Every option of settings.toml is a flag too (smtp.max_hops: --smtp-max-hops 20, or --set smtp.max_hops=20) and a "
+    "variable (SMTP_DUP_SMTP_MAX_HOPS). `smtp-dup check` shows what holds and where it comes from."
+)
+
+Command = Callable[[argparse.Namespace], int]
+
+
+class Trouble(Exception):
+    """Anything that ends a command with status 1; the text is one line for the operator."""
+
+
+class _Given:
+    """The settings of one command line: before and after the command's name alike, the later one wins."""
+
+    def __init__(self) -> None:
+        self.flags: dict[str, str] = {}
+        self.problems: list[Problem] = []
+
+    def settings(self, *, require_primary: bool) -> Settings:
+        """Load the settings. Raises SettingsError with every problem there is."""
+        try:
+            settings = load(self.flags, require_primary=require_primary)
+        except SettingsError as error:
+            raise SettingsError([*self.problems, *error.problems]) from None
+        if self.problems:
+            raise SettingsError(self.problems)
+        return settings
+
+    def note(self, key: str, value: str, *, adds: bool = False) -> None:
+        known = self.flags.get(key) if adds else None
+        self.flags[key] = f"{known},{value}" if known else value
+
+    def note_pair(self, text: str) -> None:
+        key, equals, value = text.partition("=")
+        key = key.strip().lower()
+        if not equals:
+            self.problems.append(Problem("", "--set", f"expected key=value, found {text!r}"))
+        elif key not in BY_KEY:
+            near = difflib.get_close_matches(key, list(BY_KEY), 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.problems.append(Problem(key, "--set", f"unknown option{hint}"))
+        else:
+            self.note(key, value)
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Give a parser the settings' flags."""
+        given = self
+
+        class Note(argparse.Action):
+            def __call__(self, _p: object, _n: object, value: Any, _option: str | None = None) -> None:
+                if self.dest == "set":
+                    given.note_pair(value)
+                else:
+                    given.note(self.dest, value, adds=self.dest == "relay.destination_backups")
+
+        group = parser.add_argument_group("settings", "These win over variables, and variables over the file.")
+
+        def flag(option: Option, text: str) -> None:
+            names = [option.flag, *_ALIASES.get(option.key, ())]
+            group.add_argument(*names, dest=option.key, action=Note, metavar="X", help=text, default=argparse.SUPPRESS)
+
+        group.add_argument("--config", dest="config", action=Note, metavar="FILE", default=argparse.SUPPRESS,
+                           help="the only file to read, instead of settings.toml or config.yaml")  # fmt: skip
+        for key in _FREQUENT:
+            again = " Once for each." if key == "relay.destination_backups" else ""
+            flag(BY_KEY[key], BY_KEY[key].help.partition(". ")[0].rstrip(".").replace("%", "%%") + "." + again)
+        group.add_argument("--set", dest="set", action=Note, metavar="KEY=VALUE", default=argparse.SUPPRESS,
+                           help="any option, by its key in settings.toml")  # fmt: skip
+        for option in OPTIONS:
+            if option.key not in _FREQUENT:
+                flag(option, argparse.SUPPRESS)
+
+
+def build_parser(given: _Given) -> argparse.ArgumentParser:
+    """Return the parser of the whole command; settings on the command line go to ``given``."""
+    parser = argparse.ArgumentParser(
+        "smtp-dup",
+        description="An SMTP relay that duplicates live mail: inline to a primary, a durable copy for every backup.",
+        epilog=_EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"smtp-dup {__version__}")
+    given.add_to(parser)
+    words = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(
+        group: Any, name: str, text: str, run: Command, *, listing: bool = False, settings: bool = True
+    ) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = group.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
+        )
+        made.set_defaults(run=run)
+        if listing:
+            made.add_argument("--json", action="store_true", help="one JSON object a line")
+        if settings:
+            given.add_to(made)
+        return made
+
+    def of_destination(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        made.add_argument("--destination", metavar="NAME", help="only this one")
+        return made
+
+    def of_ids(made: argparse.ArgumentParser) -> None:
+        made.add_argument("ids", nargs="*", metavar="ID")
+        made.add_argument("--all", action="store_true", help="every one, or every one of --destination")
+        of_destination(made)
+
+    for name, text in (
+        ("up", "run all of it: relay, workers, and a Redis of its own unless redis.url names one"),
+        ("relay", "run the relay only"),
+        ("workers", "run the delivery to the backups only"),
+    ):
+        command(words, name, text, _run_role(given, name))
+    command(words, "demo", "show what it does, with two servers of its own; needs nothing", _demo, settings=False)
+    check = _operation(given, "check")
+    command(words, "check", "validate the settings, probe Redis and every server", check, listing=True)
+
+    queue = words.add_parser("queue", help="what waits for the backups", allow_abbrev=False)
+    queues = queue.add_subparsers(metavar="COMMAND", required=True)
+    command(queues, "summary", "numbers for each backup", _operation(given, "queue_summary"), listing=True)
+    of_destination(
+        command(queues, "list", "the copies that wait", _operation(given, "queue_list"), listing=True)
+    )
+    of_destination(command(queues, "flush", "try all that waits now", _operation(given, "queue_flush"), listing=True))
+    failed = words.add_parser("failed", help="the copies that could not be delivered", allow_abbrev=False)
+    failures = failed.add_subparsers(metavar="COMMAND", required=True)
+    of_destination(command(failures, "list", "the failed copies", _operation(given, "failed_list"), listing=True))
+    show = command(failures, "show", "one failed copy and its history", _operation(given, "failed_show"), listing=True)
+    show.add_argument("id", metavar="ID")
+    of_destination(show)
+    of_ids(command(failures, "retry", "try failed copies again, now", _operation(given, "failed_retry"), listing=True))
+    drop = command(failures, "drop", "forget failed copies for good", _operation(given, "failed_drop"), listing=True)
+    of_ids(drop)
+    drop.add_argument("--yes", action="store_true", help="do not ask")
+    export = command(failures, "export", "write a failed message as .eml", _operation(given, "failed_export"))
+    export.add_argument("id", metavar="ID")
+    of_destination(export)
+    command(words, "version", "tell the version", _version, settings=False)
+    return parser
+
+
+def _run_role(given: _Given, name: str) -> Command:
+    def run(_: argparse.Namespace) -> int:
+        settings = given.settings(require_primary=name != "workers")
+        from relay import composition  # noqa: PLC0415
+
+        roles = (composition.UP, composition.RELAY, composition.WORKERS)
+        return composition.run(settings, next(role for role in roles if role.name == name))
+
+    return run
+
+
+def _operation(given: _Given, name: str) -> Command:
+    def run(arguments: argparse.Namespace) -> int:
+        settings = given.settings(require_primary=name == "check")
+        from relay import operations  # noqa: PLC0415
+
+        operation: Callable[[Settings, argparse.Namespace], int] = getattr(operations, name)
+        return operation(settings, arguments)
+
+    return run
+
+
+def _demo(_: argparse.Namespace) -> int:
+    from relay import demo  # noqa: PLC0415
+
+    return demo.run()
+
+
+def _version(_: argparse.Namespace) -> int:
+    sys.stdout.write(f"smtp-dup {__version__}\n")
+    return 0
+
+
+def run(words: Sequence[str]) -> int:
+    """Run a command line. Returns the exit status; every expected trouble has been told on standard error."""
+    given = _Given()
+    arguments = build_parser(given).parse_args(words)
+    try:
+        status: int = arguments.run(arguments)
+    except SettingsError as error:
+        for problem in error.problems:
+            _tell(str(problem))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `smtp-dup failed list | head`
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        if (text := _in_a_line(error)) is None:
+            raise
+        _tell(text)
+        return 1
+    return status
+
+
+def _in_a_line(error: Exception) -> str | None:
+    """Return what to tell the operator about an expected error, None for one that is ours to mend."""
+    from redis.exceptions import RedisError  # noqa: PLC0415
+
+    from relay.composition import StartError  # noqa: PLC0415
+    from relay.embedded import EmbeddedError  # noqa: PLC0415
+
+    if isinstance(error, Trouble | StartError | EmbeddedError):
+        return str(error)
+    if isinstance(error, RedisError):
+        return f"Redis: {error}"
+    return None
+
+
+def _tell(line: str) -> None:
+    sys.stderr.write(f"smtp-dup: {line}\n")
+
+
+def main() -> NoReturn:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

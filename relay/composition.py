@@ -1,0 +1,334 @@
+"""The processes behind `up`, `relay` and `workers`: what is started, in which order, with which seams joined.
+
+The one place besides the commands that knows relay and workers alike. Whatever prevents a start (a port in
+use, a Redis that does not answer, a state folder that cannot be written) is a StartError of one line, and by
+then nothing runs. The metrics folder is made before anything imports prometheus-client, which looks once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
+from redis.exceptions import ConnectionError as NoConnection
+from redis.exceptions import TimeoutError as NoAnswer
+from redis.retry import Retry
+
+from relay import embedded, ledger, maillog
+from relay.check import probe_redis
+from relay.envelope import Destination, printable
+from relay.kinds import mask
+from relay.processes import Child, ChildContext, Supervisor
+from relay.settings import Settings, resolve_password
+
+METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's
+_PATIENCE = 10.0  # seconds for a Redis that is being started beside us
+_REPORT_EVERY = 3.0
+
+# What is stopped first has the lowest number: no new mail, then no delivery, then what both need.
+_RELAY, _WORKERS, _AROUND, _REDIS = range(4)
+
+
+class StartError(Exception):
+    """It cannot be started; the text is one line for the operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What one command runs."""
+
+    name: str
+    relays: bool
+    delivers: bool
+
+
+UP = Role("up", relays=True, delivers=True)
+RELAY = Role("relay", relays=True, delivers=False)
+WORKERS = Role("workers", relays=False, delivers=True)
+
+
+def run(settings: Settings, role: Role, extra: Sequence[Child] = ()) -> int:
+    """Start everything, keep it running until a signal, drain. Returns the exit status. Raises StartError."""
+    maillog.configure(settings.log.level, settings.log.format, f"smtp-dup-{role.name}")
+    with ExitStack() as ends:
+        os.environ[METRICS_VARIABLE] = str(_metrics_folder(settings.state_dir, ends))
+        from relay import server, status  # noqa: PLC0415  (after the variable is set)
+
+        try:
+            sockets = server.listen(settings) if role.relays else []
+            listener = status.bind(settings)
+        except OSError as error:
+            raise StartError(str(error)) from error
+        url, children = _redis(settings, role, ends)
+        _warn_of_lost_promises(settings, url)
+        if listener:
+            children.append(_status(settings, role, listener, url))
+        if role.delivers:
+            destinations = _destinations(settings, url)
+            children += [_housekeeping(settings, destinations, url), *_workers(settings, destinations, url)]
+        children += [_relay(n, settings, sockets, url) for n in range(len(sockets))]
+        return Supervisor([*children, *extra], on_ready=lambda: _tell(settings, role)).run()
+
+
+def _tell(settings: Settings, role: Role) -> None:
+    if role.relays and settings.primary:
+        for address in settings.smtp.listen.split(","):
+            maillog.notice("info", "listening", smtp=address.strip(), processes=settings.smtp.process_count)
+        maillog.notice("info", "primary", address=settings.primary.address)
+    for backup in settings.backups:
+        maillog.notice("info", "backup", name=backup.name, address=backup.address)
+    if not settings.backups:
+        maillog.notice("warning", "no backup is configured: mail is relayed, nothing is copied")
+    if settings.status.listen:
+        maillog.notice("info", "status", address=f"http://{settings.status.listen}")
+
+
+# What is needed first ------------------------------------------------------------------------------------------
+
+
+def _metrics_folder(state_dir: Path, ends: ExitStack) -> Path:
+    """Make a folder for this run's metrics and remove those of runs that have ended; their locks tell."""
+    parent = state_dir.absolute() / "metrics"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for old in parent.iterdir():
+            with suppress(OSError), ExitStack() as closing:  # taken: it runs
+                closing.callback(os.close, _lock(old))
+                shutil.rmtree(old, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(dir=parent))
+        ends.callback(shutil.rmtree, folder, ignore_errors=True)
+        ends.callback(os.close, _lock(folder))  # our forks share it, and so it lasts as long as any of them
+    except OSError as error:
+        raise StartError(f"state_dir: {error.filename or parent}: {error.strerror}") from error
+    return folder
+
+
+def _lock(folder: Path) -> int:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _redis(settings: Settings, role: Role, ends: ExitStack) -> tuple[str, list[Child]]:
+    """See that a Redis answers, our own where none is named. Returns its URL, and the child that it is."""
+    if settings.redis.url:
+        _wait_for_redis(settings.redis.url, settings.redis.timeout_seconds)
+        return settings.redis.url, []
+    if role is not UP:
+        raise StartError(f"redis.url must be set for `smtp-dup {role.name}`: only `smtp-dup up` starts a Redis itself")
+    private = _Private(settings.state_dir)
+    private.prepare()
+    ends.callback(private.abandon)
+    child = Child("redis", launch=private.launch, release=private.release, stage=_REDIS)
+    return embedded.url(settings.state_dir), [child]
+
+
+class _Private:
+    """The embedded Redis: first started before the supervisor, since the ledger says which workers there must be."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._state_dir = state_dir
+        self._first: embedded.EmbeddedRedis | None = None
+
+    def prepare(self) -> None:
+        self._first = self._start()
+
+    def launch(self) -> subprocess.Popen[bytes]:
+        first, self._first = self._first, None
+        return first or self._start()
+
+    def abandon(self) -> None:
+        """Stop it, if no supervisor has taken it over."""
+        if self._first:
+            embedded.stop(self._first)
+            self._first = None
+
+    @staticmethod
+    def release(process: subprocess.Popen[bytes]) -> None:
+        if isinstance(process, embedded.EmbeddedRedis):
+            process.release()
+
+    def _start(self) -> embedded.EmbeddedRedis:
+        process = embedded.start(self._state_dir)
+        try:
+            embedded.wait_ready(self._state_dir, process=process)
+        except BaseException:
+            embedded.stop(process)
+            raise
+        return process
+
+
+def _wait_for_redis(url: str, seconds: float) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    report = time.monotonic()
+    with _client(url, min(seconds, _PATIENCE)) as client:
+        while True:
+            try:
+                client.ping()
+            except (AuthenticationError, ResponseError) as error:
+                raise StartError(f"redis.url: {mask(url)} cannot be used: {printable(str(error))}") from error
+            except (NoConnection, NoAnswer) as error:  # loading is one of them
+                reason = printable(str(error))
+                if time.monotonic() >= deadline:
+                    raise StartError(f"redis.url: {mask(url)} does not answer: {reason}") from error
+                if time.monotonic() >= report:
+                    maillog.notice("warning", "waiting for Redis", url=mask(url), reason=reason)
+                    report += _REPORT_EVERY
+                time.sleep(0.2)
+            else:
+                return
+
+
+def _client(url: str, seconds: float) -> Redis:
+    return Redis.from_url(url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=Retry(NoBackoff(), 0))
+
+
+def _warn_of_lost_promises(settings: Settings, url: str) -> None:
+    for finding in asyncio.run(probe_redis(settings, url)):
+        if not finding.ok:
+            maillog.notice("warning", "a copy may be lost", about=finding.subject, finding=finding.text)
+
+
+def _destinations(settings: Settings, url: str) -> list[Destination]:
+    """Return what must be delivered to: the configured, and what the ledger still has copies for."""
+    try:
+        with _client(url, settings.redis.timeout_seconds) as client:
+            with client.pipeline() as pipe:
+                ledger.register(pipe, settings.backups)
+                pipe.execute()
+            known = ledger.destinations(client)
+            rows = ledger.summary(client)
+    except RedisError as error:
+        raise StartError(f"redis: {printable(str(error))}") from error
+    configured = {backup.name for backup in settings.backups}
+    old = []
+    for row in rows:
+        # With failed copies only, a worker waits for the operator's retry.
+        if row.destination not in configured and (row.pending or row.failed):
+            maillog.notice(
+                "warning",
+                "no backup any more, but copies are left: a worker serves it until there are none at a start",
+                destination=row.destination,
+                pending=row.pending,
+                failed=row.failed,
+            )
+            old.append(_with_password(known[row.destination]))
+    return [*settings.backups, *old]
+
+
+def _with_password(destination: Destination) -> Destination:
+    """Resolve the password of a destination from the ledger, which only has the reference."""
+    if destination.password_from:
+        try:
+            return replace(destination, password=resolve_password(destination.password_from, os.environ))
+        except ValueError as error:
+            maillog.notice("warning", "password_from", destination=destination.name, reason=str(error))
+    return destination
+
+
+# The children --------------------------------------------------------------------------------------------------
+
+
+def _relay(number: int, settings: Settings, sockets: Sequence[Sequence[socket.socket]], url: str) -> Child:
+    def be_relay(context: ChildContext) -> int:
+        from relay import server  # noqa: PLC0415
+
+        # Another's sockets kept open here would take connections that nobody accepts, once that one has ended.
+        _close(s for n, group in enumerate(sockets) if n != number for s in group)
+        return server.serve(context, settings, sockets[number], url)
+
+    return Child(f"relay-{number + 1}", run=be_relay, stage=_RELAY)
+
+
+def _close(sockets: Iterable[socket.socket]) -> None:
+    for sock in sockets:
+        sock.close()
+
+
+def _status(settings: Settings, role: Role, listener: socket.socket, url: str) -> Child:
+    folder = Path(os.environ[METRICS_VARIABLE])
+
+    def be_status(context: ChildContext) -> int:
+        from relay import status  # noqa: PLC0415
+
+        return status.serve(context, settings, listener, url, folder, relaying=role.relays)
+
+    return Child("status", run=be_status, stage=_AROUND)
+
+
+def _workers(settings: Settings, destinations: Sequence[Destination], url: str) -> list[Child]:
+    from workers import courier, process  # noqa: PLC0415
+
+    def child(destination: Destination, number: int) -> Child:
+        def give_back(connection: Redis, dead: str) -> None:
+            for message_id in ledger.release_leases(connection, destination.name, dead):
+                maillog.repeated(message_id, destination.name, f"worker {dead} died")
+
+        def be_worker(context: ChildContext) -> int:
+            maillog.configure(settings.log.level, settings.log.format, context.name)
+            return process.serve(
+                context,
+                destination=destination.name,
+                queue_name=destination.queue_name,
+                connect=process.connector(url),
+                make_courier=lambda name: courier.Courier(settings, destination, name, url),
+                on_revived=give_back,
+            )
+
+        return Child(f"worker-{destination.name}-{number}", run=be_worker, stage=_WORKERS)
+
+    return [child(d, n) for d in destinations for n in range(1, settings.workers.processes + 1)]
+
+
+def _housekeeping(settings: Settings, destinations: Sequence[Destination], url: str) -> Child:
+    from workers.reconcile import keep_reconciling  # noqa: PLC0415
+
+    from workers.housekeeping import Task, housekeep  # noqa: PLC0415
+    from workers.process import connector  # noqa: PLC0415
+    from workers.scheduling import keep_scheduling  # noqa: PLC0415
+
+    # Stable, so that the next start goes on with the scheduler's lock instead of waiting for its end.
+    name = f"{socket.gethostname()}-{settings.state_dir.absolute()}"
+
+    def schedule(stop: threading.Event) -> None:
+        connect = connector(url)
+        with connect() as client:
+            keep_scheduling(connect, _queues(client, destinations), name, stop)
+
+    def reconcile(stop: threading.Event) -> None:
+        keep_reconciling(connector(url), stop)
+
+    def be_housekeeping(context: ChildContext) -> int:
+        maillog.configure(settings.log.level, settings.log.format, context.name)
+        tasks: dict[str, Task] = {"scheduler": schedule, "reconciler": reconcile}
+        return housekeep(tasks)
+
+    return Child("housekeeping", run=be_housekeeping, stage=_AROUND)
+
+
+def _queues(client: Redis, configured: Sequence[Destination]) -> Callable[[], list[str]]:
+    """Return what names the queues: also those of a destination that another host's relay has made known."""
+
+    def names() -> list[str]:
+        known = ledger.destinations(client).values()
+        return sorted({d.queue_name for d in (*configured, *known)})
+
+    return names

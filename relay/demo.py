@@ -1,0 +1,167 @@
+"""`smtp-dup demo`: the whole product with two mail servers of its own, a handful of messages, and what became of each.
+
+Everything lives in a temporary folder that goes with it. Nobody's settings are read, no file or variable. The log
+is in that folder, so that the terminal belongs to the display; when something fails, its end is shown.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from relay import composition, demo_servers, embedded
+from relay.processes import Child, ChildContext
+from relay.settings import Settings, SettingsError, load
+
+_SMTP_PORT = 2525
+_STATUS_PORT = 8025
+_LOG_LINES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where the demo plays."""
+
+    settings: Settings
+    folder: Path
+    smtp: tuple[str, int]
+    status: str
+    old: str
+    new: str
+
+    @property
+    def seen(self) -> Path:
+        """What the two servers did; see demo_servers."""
+        return self.folder / "seen.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "smtp-dup.log"
+
+    @property
+    def redis_url(self) -> str:
+        return embedded.url(self.folder)
+
+
+def run() -> int:
+    """Run the demo until Ctrl-C. Returns the exit status."""
+    say = sys.stdout.write
+    # Until the supervisor takes over: however we are told to go, the folder goes too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with _folder() as folder, _listener() as old, _listener() as new:
+        stage = _set(folder, old, new)
+        if stage.smtp[1] != _SMTP_PORT:
+            say(f"Port {_SMTP_PORT} is taken, so the demo uses {stage.smtp[1]}.\n")
+        say("Starting Redis, the relay, a worker, and two mail servers to play the old and the new one ...\n")
+        sys.stdout.flush()
+        with _stderr_into(stage.log):
+            status = composition.run(stage.settings, composition.UP, extra=_children(stage, old, new))
+        if status:
+            sys.stderr.write("The demo failed. The end of its log:\n")
+            sys.stderr.writelines(stage.log.read_text("utf-8", "replace").splitlines(keepends=True)[-_LOG_LINES:])
+    say("\nStopped. Everything is gone, the temporary folder too.\n")
+    return status
+
+
+def _children(stage: Stage, old: socket.socket, new: socket.socket) -> list[Child]:
+    def be_servers(_: ChildContext) -> int:
+        return demo_servers.serve({"old": old, "new": new}, stage.seen)
+
+    def be_display(_: ChildContext) -> int:
+        from relay import demo_display  # noqa: PLC0415
+
+        return demo_display.show(stage)
+
+    # The servers outlive the worker; the display ends by itself, and everything else stays.
+    return [Child("servers", run=be_servers, stage=3), Child("display", run=be_display, stage=0, restart=False)]
+
+
+def _set(folder: Path, old: socket.socket, new: socket.socket) -> Stage:
+    smtp = _free_port(_SMTP_PORT)
+    status = _free_port(_STATUS_PORT)
+    old_address, new_address = (f"127.0.0.1:{s.getsockname()[1]}" for s in (old, new))
+    flags = {
+        "state_dir": str(folder),
+        "smtp.listen": f"127.0.0.1:{smtp}",
+        "smtp.processes": "1",
+        "relay.destination_primary": old_address,
+        "status.listen": f"127.0.0.1:{status}",
+        "spool.min_free": "1M",
+        "retry.first": "1",
+        "retry.longest": "10",
+    }
+    # A name for the backup takes a table, and so a file.
+    file = folder / "settings.toml"
+    file.write_text(f'[[backup]]\nname = "new"\nurl = "{new_address}"\n')
+    settings = load({**flags, "config": str(file)}, environ={}, directories=())
+    return Stage(settings, folder, ("127.0.0.1", smtp), f"http://127.0.0.1:{status}", old_address, new_address)
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="smtp-dup-demo-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        socket_folder = embedded.socket_path(folder).parent  # elsewhere, where the folder's path is too long for it
+        shutil.rmtree(socket_folder, ignore_errors=True)
+
+
+def _listener() -> socket.socket:
+    return socket.create_server(("127.0.0.1", 0))
+
+
+def _free_port(wanted: int) -> int:
+    for port in (wanted, 0):
+        try:
+            with socket.create_server(("127.0.0.1", port)) as probe:
+                return int(probe.getsockname()[1])
+        except OSError:
+            continue
+    raise composition.StartError("there is no free port on 127.0.0.1")
+
+
+@contextmanager
+def _stderr_into(log: Path) -> Iterator[None]:
+    """Send standard error, ours and our children's, to a file."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(terminal, 2)
+        os.close(terminal)
+
+
+def command_line(stage: Stage, words: str) -> str:
+    """Return a command of ours for copy and paste: it finds this demo from any folder, whatever settings are there."""
+    program = Path(sys.argv[0])
+    on_path = shutil.which(program.name)
+    if program.name != "smtp-dup":
+        name = f"{sys.executable} -m relay.cli"
+    elif on_path and Path(on_path).samefile(program):
+        name = program.name
+    else:
+        name = str(program)
+    return f"{name} {words} --state-dir {stage.folder}{_redis_flag(stage)}"
+
+
+def _redis_flag(stage: Stage) -> str:
+    """Return the flag that a `failed retry` must have on a machine whose settings name another Redis."""
+    try:
+        elsewhere = load(require_primary=False).redis.url
+    except SettingsError:
+        elsewhere = "?"
+    return f" --redis-url {stage.redis_url}" if elsewhere else ""

@@ -1,0 +1,92 @@
+"""The two mail servers of `smtp-dup demo`: "old" stands for the primary, "new" for a backup.
+
+Real SMTP servers that keep no mail. What each did goes as JSON lines into a file that the demo's display
+reads. A message without one of our Received lines is shown without an id; nothing else can go wrong here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from email.parser import BytesHeaderParser
+from pathlib import Path
+
+from aiosmtpd.smtp import SMTP, Envelope, Session
+
+OLD_DOES_NOT_KNOW = ("nobody@example.com", "gone@example.com")
+NEW_DEFERS_ONCE = ("dave@example.com",)
+NEW_DOES_NOT_KNOW = ("erin@example.com",)
+
+_OUR_ID = re.compile(rb"\(smtp-dup\) with \w+ id (\w+);")
+
+
+@dataclass(slots=True)
+class Server:
+    """How one server answers."""
+
+    name: str
+    seen: Path
+    unknown: tuple[str, ...] = ()
+    deferred_once: tuple[str, ...] = ()
+    _deferred: set[str] = field(default_factory=set)
+
+    async def handle_RCPT(  # noqa: N802  (the name is aiosmtpd's)
+        self, _server: SMTP, _session: Session, envelope: Envelope, address: str, _options: list[str]
+    ) -> str:
+        if address in self.unknown:
+            return self._note([address], "550 5.1.1 There is no such mailbox here")
+        envelope.rcpt_tos.append(address)
+        return "250 2.1.5 OK"
+
+    async def handle_DATA(self, _server: SMTP, _session: Session, envelope: Envelope) -> str:  # noqa: N802
+        to = list(envelope.rcpt_tos)
+        later = [a for a in to if a in self.deferred_once and a not in self._deferred]
+        self._deferred.update(later)
+        reply = "451 4.7.1 Greylisted, try again soon" if later else "250 2.0.0 OK, kept"
+        return self._note(to, reply, envelope.original_content or b"")
+
+    def _note(self, recipients: list[str], reply: str, content: bytes = b"") -> str:
+        found = _OUR_ID.search(content)
+        subject = BytesHeaderParser().parsebytes(content)["Subject"]
+        line = {
+            "server": self.name,
+            "recipients": recipients,
+            "reply": reply,
+            "id": found[1].decode() if found else "",
+            "subject": str(subject or ""),
+        }
+        with self.seen.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        return reply
+
+
+def serve(listeners: Mapping[str, socket.socket], seen: Path) -> int:
+    """Be both servers until SIGTERM; the ``run`` of a supervisor's child. ``listeners`` has "old" and "new"."""
+    servers = (
+        Server("old", seen, unknown=OLD_DOES_NOT_KNOW),
+        Server("new", seen, unknown=NEW_DOES_NOT_KNOW, deferred_once=NEW_DEFERS_ONCE),
+    )
+    asyncio.run(_serve(listeners, servers))
+    return 0
+
+
+async def _serve(listeners: Mapping[str, socket.socket], servers: tuple[Server, ...]) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+
+    def speak(server: Server) -> SMTP:
+        return SMTP(server, hostname=f"{server.name}.example.com", ident="demo", enable_SMTPUTF8=True, loop=loop)
+
+    open_servers = [
+        await loop.create_server(lambda server=server: speak(server), sock=listeners[server.name])  # type: ignore[misc]
+        for server in servers
+    ]
+    await stop.wait()
+    for listening in open_servers:
+        listening.close()

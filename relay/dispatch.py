@@ -1,0 +1,147 @@
+"""Copies as RQ jobs: one queue per backup, one job for many copies, only ids in its arguments.
+
+The relay turns what it released into jobs through a Dispatcher, off the critical path: a job that cannot
+be written now is tried again, and what a dying process leaves behind is pending in the ledger, where the
+reconciler finds it. Queue name, function name and serializer are a wire format between versions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import Queue
+from rq.job import Job, JobStatus, Retry
+from rq.serializers import JSONSerializer
+
+from relay import maillog
+from relay.envelope import Destination
+
+FUNCTION = "workers.jobs.deliver"
+JOB_OPTIONS: dict[str, Any] = {
+    "timeout": -1,  # deadlines are per transaction
+    "result_ttl": 0,
+    "failure_ttl": -1,
+    "ttl": None,
+}
+_BATCH = 100
+_WINDOW = 0.02  # seconds; while the workers keep up, a copy waits no longer than this for company
+_LONG_WINDOW = 0.25  # when the queue is longer than a few jobs, waiting costs nobody anything
+_FEW = 3
+
+
+def queue(connection: Redis, destination: str) -> Queue:
+    """Return the RQ queue of a backup."""
+    return Queue(f"backup-{destination}", connection=connection, serializer=JSONSerializer)
+
+
+def description(destination: str, ids: Sequence[str]) -> str:
+    """Return what rq-dashboard shows for a job: never an address, never content."""
+    return f"{len(ids)} cop{'y' if len(ids) == 1 else 'ies'} to {destination}, first {ids[0]}"
+
+
+def enqueue(pipe: Any, target: Queue, destination: str, ids: Sequence[str], *, at_front: bool = False) -> str:
+    """Add one job for these copies to a pipeline; returns its id.
+
+    Retry is only a net under an unexpected end of the job; delivery trouble never raises there.
+    """
+    data = Queue.prepare_data(
+        FUNCTION,
+        args=[destination, list(ids)],
+        description=description(destination, ids),
+        retry=Retry(max=3),
+        at_front=at_front,
+        **JOB_OPTIONS,
+    )
+    (job,) = target.enqueue_many([data], pipeline=pipe)
+    return str(job.id)
+
+
+def create(target: Queue, destination: str, ids: Sequence[str], status: JobStatus, job_id: str | None = None) -> Job:
+    """Return a job that is not yet saved: for the scheduled and the failed registries."""
+    return target.create_job(
+        FUNCTION,
+        args=[destination, list(ids)],
+        description=description(destination, ids),
+        status=status,
+        retry=Retry(max=3),
+        job_id=job_id,
+        **JOB_OPTIONS,
+    )
+
+
+def schedule(pipe: Any, target: Queue, job: Job, when: datetime) -> None:
+    """Add a job to the scheduled registry of its queue."""
+    target.schedule_job(job, when, pipeline=pipe)
+
+
+class Dispatcher:
+    """Collects released ids of one process and turns them into one job per backup and window."""
+
+    def __init__(self, connection: Redis, backups: Sequence[Destination]) -> None:
+        self._connection = connection
+        self._queues = {d.name: queue(connection, d.name) for d in backups}
+        self._waiting: dict[str, list[str]] = {d.name: [] for d in backups}
+        self._windows = dict.fromkeys(self._waiting, _WINDOW)
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._flights: dict[str, asyncio.Task[None]] = {}
+        self._lock = threading.Lock()  # one RQ write at a time: they share the connection's thread
+
+    def add(self, destination: str, message_id: str) -> None:
+        """Take a released id; its job is written within the window."""
+        waiting = self._waiting[destination]
+        waiting.append(message_id)
+        if destination in self._flights:
+            return
+        if len(waiting) >= _BATCH:
+            self._start(destination)
+        elif destination not in self._timers:
+            loop = asyncio.get_running_loop()
+            self._timers[destination] = loop.call_later(self._windows[destination], self._start, destination)
+
+    async def drain(self) -> None:
+        """Write what waits; gives up quietly when Redis is away (the reconciler takes over)."""
+        for destination in list(self._timers):
+            self._start(destination)
+        if self._flights:
+            await asyncio.wait(self._flights.values(), timeout=5)
+
+    def _start(self, destination: str) -> None:
+        timer = self._timers.pop(destination, None)
+        if timer:
+            timer.cancel()
+        if destination not in self._flights and self._waiting[destination]:
+            self._flights[destination] = asyncio.get_running_loop().create_task(self._flush(destination))
+
+    async def _flush(self, destination: str) -> None:
+        try:
+            waiting = self._waiting[destination]
+            while waiting:
+                batch = waiting[:_BATCH]
+                try:
+                    length = await asyncio.to_thread(self._write, destination, batch)
+                except RedisError as error:
+                    maillog.dispatch_delayed(destination, len(waiting), error)
+                    await asyncio.sleep(1)
+                    continue
+                del waiting[: len(batch)]
+                self._windows[destination] = _LONG_WINDOW if length > _FEW else _WINDOW
+                if len(waiting) < _BATCH:
+                    break
+        finally:
+            del self._flights[destination]
+            if self._waiting[destination]:
+                loop = asyncio.get_running_loop()
+                self._timers[destination] = loop.call_later(self._windows[destination], self._start, destination)
+
+    def _write(self, destination: str, ids: Sequence[str]) -> int:
+        target = self._queues[destination]
+        with self._lock, self._connection.pipeline(transaction=True) as pipe:
+            enqueue(pipe, target, destination, ids)
+            pipe.llen(target.key)
+            return int(pipe.execute()[-1])

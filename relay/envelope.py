@@ -1,0 +1,282 @@
+"""What crosses the seams: a Reply, an Envelope with its recipients, a Message record, a Destination.
+
+All are frozen. A Message has a wire form (version 1) that the ledger and the spool share, so that a
+record moves between them byte for byte. A record that cannot be read raises MalformedRecord; nothing
+here does I/O.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+import time
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import zstandard
+
+RECORD_VERSION = 1
+_HEADER = struct.Struct("!BBI")  # version, flags, length of the envelope JSON in bytes
+_FLAG_ZSTD = 1
+_COMPRESS_FROM = 512  # bytes; below this zstd's frame eats what it saves
+_ID_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford base 32: no i, l, o, u
+_REPLY_LINE_LIMIT = 512  # RFC 5321 4.5.3.1.5
+
+
+class MalformedRecord(ValueError):
+    """A stored message that this version cannot read; it is set aside, never dropped."""
+
+
+class IdSource:
+    """Makes message ids: 16 characters, ordered by time (ms), that name the process which made them.
+
+    Characters 9 to 12 are the owner: 20 random bits for each relay process, so that what a dead process
+    left staged can be found by its ids alone. The last three count within the process.
+    """
+
+    def __init__(self) -> None:
+        self.owner = _base32(random.SystemRandom().getrandbits(20), 4)
+        self._count = 0
+
+    def next(self) -> str:
+        self._count = (self._count + 1) & 0x7FFF
+        return _base32(int(time.time() * 1000), 9) + self.owner + _base32(self._count, 3)
+
+
+def owner_of(message_id: str) -> str:
+    """Return the owner part of a message id."""
+    return message_id[9:13]
+
+
+def _base32(number: int, width: int) -> str:
+    return "".join(_ID_ALPHABET[(number >> shift) & 31] for shift in range(5 * (width - 1), -1, -5))
+
+
+def printable(text: str) -> str:
+    """Return text with every control character escaped, so that it can be shown and logged."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+class Reply(NamedTuple):
+    """One SMTP reply: a code and its text lines without code and CRLF (RFC 5321 4.2)."""
+
+    code: int
+    lines: tuple[str, ...]
+
+    @classmethod
+    def of(cls, code: int, *lines: str) -> Reply:
+        """Make a reply of our own."""
+        return cls(code, lines or ("",))
+
+    @property
+    def is_positive(self) -> bool:
+        return 200 <= self.code < 300
+
+    @property
+    def is_temporary(self) -> bool:
+        """Everything that is neither 2xx, 354 nor 5xx: the unknown counts as temporary."""
+        return not self.is_positive and not self.is_permanent and self.code != 354
+
+    @property
+    def is_permanent(self) -> bool:
+        return 500 <= self.code < 600
+
+    @property
+    def text(self) -> str:
+        """The reply on one line, code first, for logs and listings."""
+        return printable(f"{self.code} {' '.join(self.lines)}".rstrip())
+
+    @property
+    def wire(self) -> bytes:
+        """The reply as sent, each line printable and at most 512 octets with its CRLF."""
+        last = len(self.lines) - 1
+        return b"".join(
+            b"%03d%s" % (self.code, b" " if i == last else b"-")
+            + printable(line).encode("utf-8", "backslashreplace")[: _REPLY_LINE_LIMIT - 6]
+            + b"\r\n"
+            for i, line in enumerate(self.lines)
+        )
+
+
+class Recipient(NamedTuple):
+    """One accepted RCPT: the address without angle brackets, and its ESMTP parameters as they came."""
+
+    address: str
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def domain(self) -> str:
+        return self.address.rpartition("@")[2].lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """Who a message is from, for whom, and where it came from.
+
+    Addresses are str with surrogateescape, so that bytes that are no UTF-8 survive; the null sender is "".
+    ``received_at`` is seconds since the epoch. ``size`` counts the octets of the body in wire form.
+    ``digest`` names equal mail ("" when there is no Message-ID); see the ledger's uncertain messages.
+    """
+
+    id: str
+    sender: str
+    recipients: tuple[Recipient, ...]
+    received_at: float
+    size: int
+    parameters: tuple[str, ...] = ()  # of MAIL: BODY=8BITMIME, SMTPUTF8, RET=..., ENVID=...
+    client_address: str = ""
+    client_helo: str = ""
+    digest: str = ""
+    destinations: tuple[str, ...] = ()  # names of the backups that get a copy
+    identity: tuple[tuple[str, str], ...] = ()  # XFORWARD attributes of the real client, to pass on
+
+    def to_json(self) -> bytes:
+        """Return the wire form, version 1."""
+        record: dict[str, Any] = {
+            "id": self.id,
+            "from": self.sender,
+            "to": [[r.address, *r.parameters] for r in self.recipients],
+            "at": round(self.received_at, 3),
+            "size": self.size,
+        }
+        optional = (
+            ("mail", self.parameters),
+            ("addr", self.client_address),
+            ("helo", self.client_helo),
+            ("digest", self.digest),
+            ("dest", self.destinations),
+            ("xf", self.identity),
+        )
+        record.update((key, value) for key, value in optional if value)
+        return json.dumps(record, separators=(",", ":")).encode("ascii")
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Envelope:
+        """Read the wire form. Raises MalformedRecord."""
+        try:
+            record = json.loads(data)
+            return cls(
+                id=record["id"],
+                sender=record["from"],
+                recipients=tuple(Recipient(to[0], tuple(to[1:])) for to in record["to"]),
+                received_at=record["at"],
+                size=record["size"],
+                parameters=tuple(record.get("mail", ())),
+                client_address=record.get("addr", ""),
+                client_helo=record.get("helo", ""),
+                digest=record.get("digest", ""),
+                destinations=tuple(record.get("dest", ())),
+                identity=tuple((name, value) for name, value in record.get("xf", ())),
+            )
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise MalformedRecord(f"unreadable envelope: {error}") from error
+
+    @property
+    def wants_smtputf8(self) -> bool:
+        return "SMTPUTF8" in (p.upper() for p in self.parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """An envelope and its body.
+
+    ``body`` is the wire form: dot-stuffed, with our Received line in front, every line ended by CRLF,
+    without the end-of-data line. It is written to a server as it is, followed by ``.CRLF``.
+    """
+
+    envelope: Envelope
+    body: bytes
+
+    def pack(self) -> bytes:
+        """Return the stored record, the body compressed where that makes it smaller."""
+        head = self.envelope.to_json()
+        body, flags = self.body, 0
+        if len(body) >= _COMPRESS_FROM:
+            small = zstandard.ZstdCompressor(level=1).compress(body)
+            if len(small) < len(body):
+                body, flags = small, _FLAG_ZSTD
+        return b"".join((_HEADER.pack(RECORD_VERSION, flags, len(head)), head, body))
+
+    @classmethod
+    def unpack(cls, record: bytes) -> Message:
+        """Read a stored record. Raises MalformedRecord."""
+        envelope, start, flags = cls._head(record)
+        body = record[start:]
+        if flags & _FLAG_ZSTD:
+            try:
+                body = zstandard.ZstdDecompressor().decompress(body)
+            except zstandard.ZstdError as error:
+                raise MalformedRecord(f"unreadable body: {error}") from error
+        if len(body) != envelope.size:
+            raise MalformedRecord(f"body has {len(body)} octets, its envelope says {envelope.size}")
+        return cls(envelope, body)
+
+    @classmethod
+    def unpack_envelope(cls, record: bytes) -> Envelope:
+        """Read only the envelope, which needs only the first part of the record. Raises MalformedRecord."""
+        return cls._head(record)[0]
+
+    @staticmethod
+    def _head(record: bytes) -> tuple[Envelope, int, int]:
+        if len(record) < _HEADER.size:
+            raise MalformedRecord("truncated record")
+        version, flags, length = _HEADER.unpack_from(record)
+        if version != RECORD_VERSION:
+            raise MalformedRecord(f"record version {version} is not {RECORD_VERSION}")
+        start = _HEADER.size + length
+        if len(record) < start:
+            raise MalformedRecord("truncated record")
+        return Envelope.from_json(record[_HEADER.size : start]), start, flags
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """A server that we deliver to: the primary or a backup.
+
+    ``name`` labels it everywhere (settings, queue, metrics); it never holds user information. ``password`` is
+    the secret itself and is kept out of ``repr`` and of the stored form; ``password_from`` is a reference
+    (``env:NAME``, ``file:/path``) that a later process resolves.
+    """
+
+    name: str
+    host: str
+    port: int
+    scheme: str = "smtp"  # smtp, smtps or lmtp
+    tls: str = "opportunistic"  # none, opportunistic, encrypt, verify (smtps: TLS from the first byte)
+    username: str = ""
+    password: str = field(default="", repr=False)
+    password_from: str = ""
+    domains: tuple[str, ...] = ()  # only recipients in these domains are copied; empty: all
+    sender: str = "keep"  # or "null": copies carry the null sender
+    soft_bounce: bool = False
+    connections: int = 20  # at most this many at once, per worker process
+    ca_file: str = ""
+
+    @property
+    def address(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+    @property
+    def queue_name(self) -> str:
+        """The RQ queue of this backup."""
+        return f"backup-{self.name}"
+
+    def wants(self, recipient: Recipient) -> bool:
+        """Say whether a copy for this recipient goes to this backup."""
+        return not self.domains or recipient.domain in self.domains
+
+    def to_json(self) -> str:
+        """Return the stored form, without the password."""
+        names = [s for s in self.__slots__ if s != "password"]
+        return json.dumps({s: getattr(self, s) for s in names}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, data: str | bytes) -> Destination:
+        record = json.loads(data)
+        record["domains"] = tuple(record.get("domains", ()))
+        known = {k: v for k, v in record.items() if k in cls.__slots__}
+        return cls(**known)

@@ -1,0 +1,392 @@
+"""The ledger: every Redis key of smtp-dup and every change of a message's state.
+
+RQ jobs are the means, the ledger is the truth: until a copy is delivered, dropped or in the failed list,
+its id is listed here. Each change is one Lua script (beside this file, in lua/) or one MULTI, and does
+nothing when the id is not in the state that it expects, so that repeating one is harmless. The functions
+that change state only add commands to a pipeline, sync or async; whoever executes the pipeline sees the
+Redis errors. Scripts go as EVAL, whole: a script cache is lost with a restart, and NOSCRIPT inside a MULTI
+would leave the transaction half done. Not for Redis Cluster: scripts name keys that they compute.
+
+    stage -> release -> (claim -> settle | defer | fail)*     fail -> claim by its own job -> ...
+          -> discard                                               -> drop
+          -> hold (uncertain) -> release | discard | revive
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from typing import Any, NamedTuple
+
+from relay.envelope import Destination
+
+PREFIX = "smtpdup:"
+MESSAGE = PREFIX + "message:"  # string: the packed Message
+STAGED = PREFIX + "staged"  # zset id -> the owner's deadline
+UNCERTAIN = PREFIX + "uncertain"  # zset id -> when its copies go out all the same
+TWINS = PREFIX + "twins"  # hash digest -> uncertain id
+COVERED = PREFIX + "covered"  # hash uncertain id -> JSON list of addresses that a twin has served
+PENDING = PREFIX + "pending:"  # zset id -> time accepted (or retried by an operator)
+OWN = PREFIX + "own:"  # hash id -> CopyState, only copies with a history
+BUSY = PREFIX + "busy:"  # zset id -> end of the lease
+HOLDERS = PREFIX + "holders:"  # hash id -> name of the worker that holds the lease
+FAILED = PREFIX + "failed:"  # zset id -> time failed
+FAILURE = PREFIX + "failure:"  # hash id -> CopyState of what failed
+DESTINATIONS = PREFIX + "destinations"  # hash name -> Destination, every one ever used
+HEALTH = PREFIX + "health:"  # hash: the breaker as the worker sees it, and the operator's flush
+COUNTERS = PREFIX + "counters"  # hash name -> total
+OWNERS = PREFIX + "owners"  # hash owner -> "host state-dir process" of a relay process
+RECONCILER = PREFIX + "reconciler"  # lock of the reconciler
+
+_HISTORY = 20  # attempts kept per copy
+
+Pipe = Any  # redis.client.Pipeline or redis.asyncio.client.Pipeline: both only queue commands here
+
+
+def _script(name: str) -> str:
+    return resources.files("relay").joinpath("lua", name + ".lua").read_text(encoding="utf-8")
+
+
+_ADOPT = _script("adopt")
+_RELEASE = _script("release")
+_DISCARD = _script("discard")
+_HOLD = _script("hold")
+_REVIVE = _script("revive")
+_CLAIM = _script("claim")
+_SETTLE = _script("settle")
+_DEFER = _script("defer")
+_FAIL = _script("fail")
+_UNLEASE = _script("unlease")
+_DROP = _script("drop")
+_OWNERS = _script("owners")
+_REASSIGN = _script("reassign")
+_MOVE = _script("move")
+_PURGE = _script("purge")
+_TWINS = _script("twins")
+
+
+class Attempt(NamedTuple):
+    """One try of one copy: seconds since the epoch, and the reply or the trouble."""
+
+    at: float
+    reply: str
+
+
+@dataclass(frozen=True, slots=True)
+class CopyState:
+    """What is known of a copy that did not go through at its first try.
+
+    ``owed`` indexes the envelope's recipients; None means all. ``tries`` counts since ``since``, the time at which
+    the clock of the retry schedule started; ``attempts`` counts for ever. ``job`` is the RQ job that owns
+    the copy: no other may claim it.
+    """
+
+    job: str = ""
+    attempts: int = 0
+    tries: int = 0
+    since: float = 0.0
+    owed: tuple[int, ...] | None = None
+    history: tuple[Attempt, ...] = ()
+
+    @property
+    def last_reply(self) -> str:
+        return self.history[-1].reply if self.history else ""
+
+    def tried(self, at: float, reply: str) -> CopyState:
+        """Return the state after one more attempt that ended with this reply."""
+        history = (*self.history, Attempt(round(at, 3), reply))[-_HISTORY:]
+        return replace(self, attempts=self.attempts + 1, tries=self.tries + 1, history=history)
+
+    def to_wire(self) -> str:
+        """Return the stored form: the job id, a newline (Lua reads only that far), JSON."""
+        record: dict[str, Any] = {"a": self.attempts, "t": self.tries, "s": round(self.since, 3)}
+        if self.owed is not None:
+            record["o"] = self.owed
+        if self.history:
+            record["h"] = self.history
+        return f"{self.job}\n{json.dumps(record, separators=(',', ':'))}"
+
+    @classmethod
+    def from_wire(cls, data: str | bytes | None) -> CopyState:
+        """Read the stored form; nothing stored is a copy without history."""
+        if not data:
+            return cls()
+        job, _, text = (data.decode() if isinstance(data, bytes) else data).partition("\n")
+        record = json.loads(text)
+        return cls(
+            job=job,
+            attempts=record["a"],
+            tries=record["t"],
+            since=record["s"],
+            owed=tuple(record["o"]) if "o" in record else None,
+            history=tuple(Attempt(at, reply) for at, reply in record.get("h", ())),
+        )
+
+
+class Staged(NamedTuple):
+    """A message to stage: its packed record, and the absolute deadline (Redis time) of its owner."""
+
+    id: str
+    record: bytes
+    deadline: float
+
+
+class Released(NamedTuple):
+    """A message that the primary accepted, for release to these backups.
+
+    ``recipients`` are its accepted addresses, noted on an uncertain twin with the same digest.
+    """
+
+    id: str
+    destinations: tuple[str, ...]
+    digest: str = ""
+    recipients: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A copy that is now ours to deliver."""
+
+    id: str
+    accepted_at: float
+    state: CopyState = field(default_factory=CopyState)
+    was_failed: bool = False  # an operator's retry: a fresh clock
+
+
+# --- the relay's side: these add commands to a pipeline -------------------------------------------------------
+
+
+def register(pipe: Pipe, destinations: Iterable[Destination]) -> None:
+    """Note destinations, so that whatever is pending for them is drained for ever after."""
+    definitions = {d.name: d.to_json() for d in destinations}
+    if definitions:
+        pipe.hset(DESTINATIONS, mapping=definitions)
+
+
+def adopt(pipe: Pipe, place: str, owner: str, hold_seconds: float) -> None:
+    """Register a relay process at its place; what its dead predecessors there had staged becomes uncertain.
+
+    Result: the ids of those messages. Their clients never heard our 2xx and send again.
+    """
+    pipe.eval(_ADOPT, 0, place, owner, str(hold_seconds))
+
+
+def stage(pipe: Pipe, messages: Sequence[Staged]) -> None:
+    """Write messages before the primary may see their dot. Within a MULTI: a body that nobody lists is a leak."""
+    pipe.zadd(STAGED, {m.id: m.deadline for m in messages})
+    pipe.mset({MESSAGE + m.id: m.record for m in messages})
+
+
+def release(pipe: Pipe, messages: Sequence[Released]) -> None:
+    """Make staged (or uncertain) messages pending for their backups. Result: for each 1, or 0 for not in that state."""
+    arguments: list[str] = []
+    for m in messages:
+        recipients = json.dumps(m.recipients) if m.digest else ""
+        arguments += (m.id, m.digest, recipients, str(len(m.destinations)), *m.destinations)
+    pipe.eval(_RELEASE, 0, *arguments)
+
+
+def discard(pipe: Pipe, ids: Sequence[str]) -> None:
+    """Forget staged or uncertain messages that the primary refused. Result: how many there were."""
+    pipe.eval(_DISCARD, 0, *ids)
+
+
+def hold(pipe: Pipe, message_id: str, digest: str, seconds: float) -> None:
+    """Make a staged message uncertain: its copies go out after so many seconds unless a twin covers them."""
+    pipe.eval(_HOLD, 0, message_id, digest, str(seconds))
+
+
+def revive_uncertain(pipe: Pipe, message_id: str, owed: dict[str, str]) -> None:
+    """Make an uncertain message pending: ``owed`` maps each backup to a CopyState wire form, "" for all recipients.
+
+    Without any backup the message is forgotten. Result: 1, or 0 for not uncertain any more.
+    """
+    arguments = [part for pair in owed.items() for part in pair]
+    pipe.eval(_REVIVE, 0, message_id, *arguments)
+
+
+# --- the worker's side ----------------------------------------------------------------------------------------
+
+
+def claim(pipe: Pipe, destination: str, job: str, worker: str, lease: float, ids: Sequence[str]) -> None:
+    """Take the leases of copies for a job. Result for ``claimed``.
+
+    Claimed is what is pending, not leased, and not owned by another job. A failed copy whose own job this is (a
+    requeue) moves to pending with a fresh clock.
+    """
+    pipe.eval(_CLAIM, 0, destination, job, worker, str(lease), *ids)
+
+
+def claimed(result: Sequence[Sequence[bytes]]) -> tuple[list[Claim], list[str]]:
+    """Read claim's result: the claims, and the ids of failed copies that are busy and must be asked for again."""
+    claims, later = [], []
+    for message_id, verdict, accepted, state in result:
+        if verdict == b"later":
+            later.append(message_id.decode())
+        else:
+            claims.append(
+                Claim(message_id.decode(), float(accepted), CopyState.from_wire(state), verdict == b"retried")
+            )
+    return claims, later
+
+
+def renew(pipe: Pipe, destination: str, until: float, ids: Sequence[str]) -> None:
+    """Extend leases; those that are gone stay gone."""
+    pipe.zadd(BUSY + destination, dict.fromkeys(ids, until), xx=True)
+
+
+def settle(pipe: Pipe, destination: str, ids: Sequence[str]) -> None:
+    """Copies that are delivered. Result: how many were still pending."""
+    pipe.eval(_SETTLE, 0, destination, *ids)
+
+
+def defer(pipe: Pipe, destination: str, states: dict[str, CopyState]) -> None:
+    """Copies to be tried again by the job named in their state; the lease ends. Result: how many were pending."""
+    pipe.eval(_DEFER, 0, destination, *(part for i, s in states.items() for part in (i, s.to_wire())))
+
+
+def fail(pipe: Pipe, destination: str, message_id: str, failure: CopyState, remains: CopyState | None) -> None:
+    """Move a copy, or the recipients in ``failure.owed``, to the failed list; what remains stays pending.
+
+    Result: 1, or 0 for not pending.
+    """
+    left = remains.to_wire() if remains else ""
+    pipe.eval(_FAIL, 0, destination, message_id, failure.to_wire(), left)
+
+
+def unlease(pipe: Pipe, destination: str, ids: Sequence[str]) -> None:
+    """Give leases back untried."""
+    pipe.eval(_UNLEASE, 0, destination, *ids)
+
+
+def release_leases(connection: Any, destination: str, worker: str) -> list[str]:
+    """Give back the leases of a dead worker. Returns the ids of the copies that it had in hand."""
+    holders = connection.hgetall(HOLDERS + destination)
+    ids = [message_id.decode() for message_id, holder in holders.items() if holder.decode() == worker]
+    if ids:
+        with connection.pipeline(transaction=True) as pipe:
+            unlease(pipe, destination, ids)
+            pipe.execute()
+    return ids
+
+
+def drop(pipe: Pipe, destination: str, ids: Sequence[str], *, pending: bool = False) -> None:
+    """Forget failed copies (or pending ones) for good. Result: how many there were."""
+    pipe.eval(_DROP, 0, destination, "1" if pending else "0", *ids)
+
+
+# --- the reconciler's and the operator's side -----------------------------------------------------------------
+
+
+def reassign(
+    pipe: Pipe, destination: str, job: str, copies: Mapping[str, str | None], *, failed: bool = False
+) -> None:
+    """Make a job the owner of pending (or failed) copies: id -> the job that owned it so far, None for any.
+
+    Only copies with a state have an owner; a pending one under a lease keeps it. Result: how many changed.
+    """
+    pairs = (part for message_id, owner in copies.items() for part in (message_id, "*" if owner is None else owner))
+    pipe.eval(_REASSIGN, 0, destination, "failure" if failed else "own", job, *pairs)
+
+
+class Move(NamedTuple):
+    """A copy that goes to another destination: its state as it was read and as it will be, in wire form.
+
+    "" is no state; ``after`` is None when nothing of it is owed there.
+    """
+
+    id: str
+    before: str
+    after: str | None
+
+
+def move(pipe: Pipe, source: str, target: str, copies: Sequence[Move], *, failed: bool = False) -> None:
+    """Move pending (or failed) copies to another destination, pending ones with a fresh clock.
+
+    What is leased, has changed since it was read, or is listed there already stays. Result: for each 1 or 0.
+    """
+    parts = (part for c in copies for part in (c.id, c.before, "-" if c.after is None else c.after))
+    pipe.eval(_MOVE, 0, source, target, "failed" if failed else "pending", *parts)
+
+
+def purge(pipe: Pipe, ids: Sequence[str]) -> None:
+    """Delete bodies that nobody lists. Result: how many."""
+    pipe.eval(_PURGE, 0, *ids)
+
+
+def note_twins(pipe: Pipe, digests: Mapping[str, str]) -> None:
+    """Note digest -> id of messages that are uncertain, where nobody has that digest. Result: how many."""
+    pipe.eval(_TWINS, 0, "1", *(part for pair in digests.items() for part in pair))
+
+
+def forget_twins(pipe: Pipe, digests: Mapping[str, str]) -> None:
+    """Forget digest -> id where the message is not uncertain any more. Result: how many."""
+    pipe.eval(_TWINS, 0, "0", *(part for pair in digests.items() for part in pair))
+
+
+# --- questions that both sides ask ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One backup at a glance. ``oldest_age_s`` is in seconds, 0 when nothing is pending."""
+
+    destination: str
+    pending: int
+    oldest_age_s: float
+    retrying: int
+    failed: int
+    delivered: int
+    state: str = "ok"  # or "paused": the breaker is open
+    reason: str = ""
+
+
+def now(connection: Any) -> float:
+    """Return Redis's own time, seconds since the epoch: the one clock that all hosts share."""
+    seconds, micros = connection.time()
+    return int(seconds) + int(micros) / 1e6
+
+
+def destinations(connection: Any) -> dict[str, Destination]:
+    """Return every destination ever used, by name."""
+    found = connection.hgetall(DESTINATIONS)
+    return {name.decode(): Destination.from_json(text) for name, text in sorted(found.items())}
+
+
+def owners(connection: Any, destination: str, ids: Sequence[str], *, failed: bool = False) -> list[str]:
+    """Return the job that owns each pending (or failed) copy, "" where none does."""
+    found = connection.eval(_OWNERS, 0, destination, "failure" if failed else "own", *ids) if ids else []
+    return [job.decode() for job in found]
+
+
+def summary(connection: Any) -> list[Summary]:
+    """Return one Summary per destination that is or was used."""
+    names = sorted(name.decode() for name in connection.hkeys(DESTINATIONS))
+    pipe = connection.pipeline(transaction=False)
+    pipe.time()
+    pipe.hgetall(COUNTERS)
+    for name in names:
+        pipe.zcard(PENDING + name)
+        pipe.zrange(PENDING + name, 0, 0, withscores=True)
+        pipe.hlen(OWN + name)
+        pipe.zcard(FAILED + name)
+        pipe.hgetall(HEALTH + name)
+    (seconds, micros), counters, *rest = pipe.execute()
+    clock = float(seconds) + micros / 1e6
+    rows = []
+    for name, (pending, oldest, retrying, failed, health) in zip(names, zip(*[iter(rest)] * 5, strict=True), strict=True):
+        rows.append(
+            Summary(
+                destination=name,
+                pending=pending,
+                oldest_age_s=round(max(0.0, clock - oldest[0][1]), 1) if oldest else 0.0,
+                retrying=retrying,
+                failed=failed,
+                delivered=int(counters.get(f"delivered:{name}".encode(), 0)),
+                state=health.get(b"state", b"ok").decode(),
+                reason=health.get(b"reason", b"").decode(),
+            )
+        )
+    return rows

@@ -1,0 +1,30 @@
+-- ARGV: destination, '1' to drop pending copies instead of failed ones, ids.
+local destination = ARGV[1]
+local list, states = 'smtpdup:failed:' .. destination, 'smtpdup:failure:' .. destination
+if ARGV[2] == '1' then
+  list, states = 'smtpdup:pending:' .. destination, 'smtpdup:own:' .. destination
+end
+local others = redis.call('HKEYS', 'smtpdup:destinations')
+local count = 0
+for i = 3, #ARGV do
+  local id = ARGV[i]
+  if redis.call('ZREM', list, id) == 1 then
+    redis.call('HDEL', states, id)
+    if ARGV[2] == '1' then
+      redis.call('ZREM', 'smtpdup:busy:' .. destination, id)
+      redis.call('HDEL', 'smtpdup:holders:' .. destination, id)
+    end
+    count = count + 1
+    local wanted = false
+    for _, other in ipairs(others) do
+      if redis.call('ZSCORE', 'smtpdup:pending:' .. other, id) or redis.call('ZSCORE', 'smtpdup:failed:' .. other, id) then
+        wanted = true
+        break
+      end
+    end
+    if not wanted then
+      redis.call('DEL', 'smtpdup:message:' .. id)
+    end
+  end
+end
+return count

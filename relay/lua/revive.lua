@@ -1,0 +1,18 @@
+-- ARGV: id, then for each backup: name, state ('' when all its recipients are owed).
+local id = ARGV[1]
+if redis.call('ZREM', 'smtpdup:uncertain', id) == 0 then
+  return 0
+end
+redis.call('HDEL', 'smtpdup:covered', id)
+local time = redis.call('TIME')
+local now = time[1] .. '.' .. string.format('%06d', time[2])
+for i = 2, #ARGV, 2 do
+  redis.call('ZADD', 'smtpdup:pending:' .. ARGV[i], now, id)
+  if ARGV[i + 1] ~= '' then
+    redis.call('HSET', 'smtpdup:own:' .. ARGV[i], id, ARGV[i + 1])
+  end
+end
+if #ARGV == 1 then
+  redis.call('DEL', 'smtpdup:message:' .. id)
+end
+return 1

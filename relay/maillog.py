@@ -1,0 +1,220 @@
+"""The mail log: one function per event, so that its words never drift; one id finds a message's whole life.
+
+Every line has the event's name, the message id where there is one, and key=value fields. No body, no
+subject, no password; control characters are escaped. ``configure`` chooses text or JSON lines.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from loguru import logger
+
+from relay.envelope import Envelope, Reply, printable
+
+if TYPE_CHECKING:
+    from loguru import Message as LogMessage
+
+_TIME = "{time:YYYY-MM-DDTHH:mm:ss.SSSZZ}"
+_LEVELS = ("TRACE", "DEBUG", "INFO", "WARNING", "ERROR")
+
+
+def configure(level: str = "info", style: str = "text", process: str = "smtp-dup") -> None:
+    """Send the log to stderr. ``style`` is "text" or "json" (one object a line)."""
+    logger.remove()
+    logger.configure(extra={"process": process})
+    if style == "json":
+        logger.add(_json_sink, level=level.upper(), format="{message}")
+    else:
+        logger.add(
+            sys.stderr, level=level.upper(), format=_text_format, colorize=False, backtrace=False, diagnose=False
+        )
+
+
+def _text_format(record: Any) -> str:
+    record["extra"]["_line"] = _line(record)
+    text = _TIME + " {level: <7} {extra[process]} {extra[_line]}\n"
+    return text + ("{exception}\n" if record["exception"] else "")
+
+
+def _line(record: Any) -> str:
+    parts = [printable(record["message"])]
+    for key, value in record["extra"].items():
+        if key not in ("process", "_line"):
+            text = printable(str(value))
+            parts.append(f"{key}={json.dumps(text, ensure_ascii=False) if not text or ' ' in text else text}")
+    return " ".join(parts)
+
+
+def _json_sink(message: LogMessage) -> None:
+    record = message.record
+    line: dict[str, Any] = {
+        "time": record["time"].isoformat(timespec="milliseconds"),
+        "level": record["level"].name.lower(),
+        "event": record["message"],
+    }
+    line.update((k, v if isinstance(v, int | float) else str(v)) for k, v in record["extra"].items() if k != "_line")
+    if record["exception"]:
+        line["exception"] = str(record["exception"].value)
+    sys.stderr.write(json.dumps(line, ensure_ascii=True) + "\n")
+
+
+def _event(level: str, event: str, **fields: Any) -> None:
+    logger.bind(**fields).log(level, event)
+
+
+# --- the primary leg ------------------------------------------------------------------------------------------
+
+
+def accepted(envelope: Envelope, reply: Reply, seconds: float, *, late: bool = False) -> None:
+    """The primary took the message; its copies are released."""
+    _event(
+        "INFO",
+        "accepted late" if late else "accepted",
+        id=envelope.id,
+        sender=f"<{envelope.sender}>",
+        recipients=len(envelope.recipients),
+        size=envelope.size,
+        client=envelope.client_address,
+        copies=",".join(envelope.destinations) or "none",
+        seconds=round(seconds, 3),
+        reply=reply.text,
+    )
+
+
+def refused(envelope: Envelope, reply: Reply) -> None:
+    """The primary refused the message at its end; nothing is copied."""
+    _event("INFO", "refused", id=envelope.id, sender=f"<{envelope.sender}>", client=envelope.client_address, reply=reply.text)
+
+
+def command_refused(client: str, command: str, reply: Reply) -> None:
+    """The primary, or a rule of ours, refused MAIL, RCPT or DATA."""
+    _event("INFO", "command refused", client=client, command=command, reply=reply.text)
+
+
+def uncertain(envelope: Envelope, hold_seconds: float, reason: str) -> None:
+    """The primary went away between the dot and its reply."""
+    _event("WARNING", "uncertain", id=envelope.id, sender=f"<{envelope.sender}>", hold_seconds=hold_seconds, reason=reason)
+
+
+def abandoned(message_id: str, hold_seconds: float) -> None:
+    """A relay process died between staging and the primary's reply; the client sends again."""
+    _event("WARNING", "uncertain", id=message_id, hold_seconds=hold_seconds, reason="the relay process died")
+
+
+def copy_lost(envelope: Envelope, reason: str) -> None:
+    """Neither Redis nor the spool could take the copy, and the settings let the primary's answer stand."""
+    _event("ERROR", "copy lost", id=envelope.id, sender=f"<{envelope.sender}>", copies=",".join(envelope.destinations), reason=reason)
+
+
+def spooled(envelope: Envelope, reason: str) -> None:
+    """The copy went to the spool instead of the ledger."""
+    _event("WARNING", "spooled", id=envelope.id, reason=reason)
+
+
+def primary_trouble(address: str, stage: str, reason: str) -> None:
+    """The primary could not be used; the client was told 451."""
+    _event("WARNING", "primary trouble", primary=address, stage=stage, reason=reason)
+
+
+def session_error(client: str, error: BaseException) -> None:
+    """Something in a session that should not happen; the client was told 451."""
+    logger.bind(client=client).opt(exception=error).error("session error")
+
+
+def dispatch_delayed(destination: str, waiting: int, error: BaseException) -> None:
+    """Jobs could not be written; the copies are pending in the ledger all the same."""
+    _event("WARNING", "dispatch delayed", destination=destination, waiting=waiting, reason=str(error))
+
+
+def ledger_trouble(what: str, error: BaseException) -> None:
+    """Redis refused or did not answer; what depends on it is tried again."""
+    _event("WARNING", "ledger trouble", what=what, reason=f"{type(error).__name__}: {error}")
+
+
+# --- the backup leg -------------------------------------------------------------------------------------------
+
+
+def delivered(message_id: str, destination: str, recipients: int, attempts: int, age: float) -> None:
+    """A backup took a copy, for so many recipients; age in seconds since it was accepted."""
+    _event("INFO", "delivered", id=message_id, destination=destination, recipients=recipients, attempts=attempts, age=round(age, 3))
+
+
+def deferred(message_id: str, destination: str, recipients: int, attempts: int, reply: str, next_seconds: float) -> None:
+    """A copy stays owed to so many recipients and is tried again."""
+    _event("INFO", "deferred", id=message_id, destination=destination, recipients=recipients, attempts=attempts, next_seconds=round(next_seconds), reply=reply)
+
+
+def failed(message_id: str, destination: str, recipients: int, attempts: int, reply: str) -> None:
+    """A copy is in the failed list for so many recipients."""
+    _event("WARNING", "failed", id=message_id, destination=destination, recipients=recipients, attempts=attempts, reply=reply)
+
+
+def repeated(message_id: str, destination: str, reason: str) -> None:
+    """A copy may reach its backup twice: the worker died, or the reply was lost."""
+    _event("WARNING", "may repeat", id=message_id, destination=destination, reason=reason)
+
+
+def destination_paused(destination: str, reason: str, probe_seconds: float) -> None:
+    """The breaker opened: only probes go there now."""
+    _event("WARNING", "destination paused", destination=destination, probe_seconds=round(probe_seconds, 1), reason=reason)
+
+
+def destination_resumed(destination: str, paused_seconds: float) -> None:
+    """A probe went through; delivery starts again, one connection first."""
+    _event("INFO", "destination resumed", destination=destination, paused_seconds=round(paused_seconds, 1))
+
+
+def body_missing(message_id: str, destination: str) -> None:
+    """A pending copy has no body any more; it is removed and counted."""
+    _event("ERROR", "body missing", id=message_id, destination=destination)
+
+
+def failure_expired(message_id: str, destination: str, ttl: float) -> None:
+    """A failed copy was kept for failed.ttl and is dropped."""
+    _event("WARNING", "failed copy expired", id=message_id, destination=destination, ttl_seconds=round(ttl))
+
+
+def uncertain_copied(message_id: str, destination: str, recipients: int, covered: int) -> None:
+    """Nobody knows whether the primary took it: a copy goes out all the same, but for recipients that a twin covers."""
+    _event("WARNING", "uncertain copied", id=message_id, destination=destination, recipients=recipients, covered=covered)
+
+
+def uncertain_covered(message_id: str, recipients: int) -> None:
+    """An uncertain message has nobody left to be copied for."""
+    _event("INFO", "uncertain covered", id=message_id, recipients=recipients)
+
+
+def requeued(message_id: str, destination: str, job: str) -> None:
+    """A pending copy that no RQ job would have delivered has a new one."""
+    _event("WARNING", "requeued", id=message_id, destination=destination, job=job)
+
+
+def moved(message_id: str, destination: str, target: str) -> None:
+    """An operator moved a copy to another destination, where it is tried at once or listed as failed."""
+    _event("INFO", "moved", id=message_id, destination=destination, to=target)
+
+
+# --- processes ------------------------------------------------------------------------------------------------
+
+
+def started(what: str, **fields: Any) -> None:
+    """A process is ready."""
+    _event("INFO", f"{what} started", **fields)
+
+
+def stopping(what: str, **fields: Any) -> None:
+    """A process drains."""
+    _event("INFO", f"{what} stopping", **fields)
+
+
+def stopped(what: str, **fields: Any) -> None:
+    """A process has drained."""
+    _event("INFO", f"{what} stopped", **fields)
+
+
+def notice(level: str, text: str, **fields: Any) -> None:
+    """Anything about the product itself that is no mail event: configuration, persistence, reconciliation."""
+    _event(level.upper(), text, **fields)

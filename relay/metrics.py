@@ -1,0 +1,48 @@
+"""Every metric of smtp-dup, declared once with its help.
+
+Processes share them through prometheus-client's multiprocess files: PROMETHEUS_MULTIPROC_DIR must be set before
+this module is imported (the command does that). What the ledger knows (pending, oldest age, failed) is not
+counted here but read at scrape time, in status.py. Updating a metric never fails a message.
+"""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+connections = Counter("smtpdup_connections_total", "Client connections taken")
+connections_refused = Counter("smtpdup_connections_refused_total", "Client connections turned away at once")
+clients = Gauge("smtpdup_clients", "Clients connected now", multiprocess_mode="livesum")
+session_errors = Counter("smtpdup_session_errors_total", "Unforeseen errors in a session, answered 451")
+messages = Counter(
+    "smtpdup_messages_total",
+    "Messages by the answer at their end: accepted, refused_4xx, refused_5xx, uncertain (no reply to the dot), own (a rule of ours)",
+    ["result"],
+)
+recipients = Counter("smtpdup_recipients_total", "RCPT commands by answer: accepted, refused_4xx, refused_5xx", ["result"])
+bytes_accepted = Counter("smtpdup_accepted_bytes_total", "Octets of the messages that the primary accepted")
+primary_seconds = Histogram(
+    "smtpdup_primary_seconds",
+    "Time from the held dot to the primary's reply",
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600),
+)
+stage_seconds = Histogram(
+    "smtpdup_stage_seconds",
+    "Time to make a copy durable before the dot",
+    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
+)
+spooled = Counter("smtpdup_spooled_total", "Copies that went to the spool instead of Redis")
+copies_lost = Counter("smtpdup_copies_lost_total", "Accepted messages whose copies could be written nowhere")
+deliveries = Counter(
+    "smtpdup_deliveries_total",
+    "Attempts to deliver a copy by result: delivered, deferred, failed, trouble (the server, not the message)",
+    ["destination", "result"],
+)
+delivery_age_seconds = Histogram(
+    "smtpdup_delivery_age_seconds",
+    "Time from acceptance to delivery at a backup",
+    ["destination"],
+    buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600, 14400, 86400, 432000),
+)
+
+
+def reply_class(code: int) -> str:
+    """Return the label value for a reply code."""
+    return "accepted" if 200 <= code < 300 else "refused_5xx" if 500 <= code < 600 else "refused_4xx"

@@ -1,0 +1,189 @@
+"""Every option once: its key, its kind, its default, what it means; and settings.toml written from that.
+
+Nothing here reads a file or the environment. `python -m relay.options > settings.toml` writes the file anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+from relay.kinds import (
+    BOOLEAN,
+    DESTINATION,
+    DESTINATIONS,
+    DOMAINS,
+    HOST_NAME,
+    NETWORKS,
+    PATH,
+    REDIS_URL,
+    TEXT,
+    Kind,
+    choice,
+    duration,
+    integer,
+    listening,
+    size,
+)
+
+ENV_PREFIX = "SMTP_DUP_"
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option: ``default`` is written as in settings.toml; ``unit`` is "" where the kind has none."""
+
+    key: str
+    kind: Kind
+    default: Any
+    unit: str
+    help: str
+    short_flag: str = ""
+
+    @property
+    def flag(self) -> str:
+        return self.short_flag or "--" + self.key.replace(".", "-").replace("_", "-")
+
+    @property
+    def variables(self) -> tuple[str, str]:
+        """The plain variable, and the one in dynaconf's style."""
+        upper = self.key.upper()
+        return ENV_PREFIX + upper.replace(".", "_"), ENV_PREFIX + upper.replace(".", "__")
+
+
+SECTIONS = {
+    "smtp": "The port that clients talk to.",
+    "relay": "The primary server, whose answers the client hears, and the plain list of backups.",
+    "redis": "Where copies wait. It must have appendonly yes, appendfsync always, maxmemory-policy noeviction.",
+    "spool": "Files for the copies that Redis cannot take: it is down, full or slow.",
+    "retry": "The schedule of a copy that a backup answered with 4xx.",
+    "failed": "Copies that a backup refused, or that were given up.",
+    "status": "HTTP with /healthz, /readyz and /metrics.",
+    "log": "One line per event, on standard error.",
+    "workers": "The processes that deliver to the backups.",
+}
+
+# fmt: off
+OPTIONS: tuple[Option, ...] = (
+    Option("state_dir", PATH, "", "",
+           "Folder for the spool and the embedded Redis. Default: $STATE_DIRECTORY (systemd sets it), else "
+           "/var/lib/smtp-dup for root, else ~/.local/state/smtp-dup."),
+    Option("smtp.listen", listening(may_be_off=False), "127.0.0.1:2525", "",
+           "Where to listen: host:port, :port for all interfaces, [::1]:port; several with commas.", "--listen"),
+    Option("smtp.domain", HOST_NAME, "localhost", "", "Our name in the greeting, in EHLO and in Received lines."),
+    Option("smtp.processes", integer(0, 1024), 0, "processes", "Relay processes on the port. 0: one for each core."),
+    Option("smtp.max_connections", integer(1), 1000, "connections", "Clients at once, over all processes."),
+    Option("smtp.max_message_bytes", size(), "100M", "bytes", "The largest message. 0: whatever the primary takes."),
+    Option("smtp.max_recipients", integer(1), 1000, "recipients", "Recipients of one message."),
+    Option("smtp.max_bytes_in_flight", size(), "512M", "bytes",
+           "Messages in memory at once, over all processes; who comes beyond that waits."),
+    Option("smtp.max_hops", integer(1, 1000), 50, "Received lines", "More than this is a mail loop."),
+    Option("smtp.max_line_bytes", size(), 0, "bytes", "The longest line of a message. 0: no limit."),
+    Option("smtp.allowed_networks", NETWORKS, ["127.0.0.0/8", "::1/128"], "", "Who may connect."),
+    Option("smtp.allowed_domains", DOMAINS, [], "", "Recipient domains that are relayed. Empty: every domain."),
+    Option("smtp.idle_timeout", duration(), "5m", "seconds", "A client silent for so long is sent away with 421."),
+    Option("smtp.lease_idle_timeout", duration(), "1m", "seconds",
+           "The same for a client that is within a transaction, and so holds a connection to the primary."),
+    Option("smtp.greeting_delay", duration(zero=True), 0, "seconds", "Wait before the greeting. 0: none."),
+    Option("relay.destination_primary", DESTINATION, "", "",
+           "The server that answers: host:port, or smtp://, smtps:// or lmtp://user:password@host:port (special "
+           "characters percent-encoded), with ?tls=none|opportunistic|encrypt|verify, ca_file=/path and "
+           "password_from=env:NAME or file:/path. Default ports: 25, 465, 24. Must be given.", "--primary"),
+    Option("relay.destination_backups", DESTINATIONS, [], "",
+           "The servers that get a copy, each written like the primary; in a variable comma-separated. A variable or "
+           "flag replaces this list and every [[backup]] below.", "--backup"),
+    Option("relay.timeout_seconds", duration(), 10, "seconds",
+           "Longest wait for the primary at connect, greeting, EHLO, TLS, AUTH, MAIL, RCPT and DATA."),
+    Option("relay.final_timeout_seconds", duration(), 600, "seconds",
+           "Longest wait for the answer to the whole message (RFC 5321 4.5.3.2.6), here and at the backups."),
+    Option("relay.require_durable_copies", BOOLEAN, False, "",
+           "When neither Redis nor the spool can be written: false, the primary's answer stands and the lost copy "
+           "is logged and counted; true, the client hears 451 before the primary has the message."),
+    Option("relay.uncertain_hold", duration(), "1h", "seconds",
+           "A message whose fate at the primary is unknown waits so long for the client's second try, then it is "
+           "copied all the same."),
+    Option("redis.url", REDIS_URL, "", "",
+           "redis://[:password@]host:6379/0, rediss://... or unix:///path. Empty: `smtp-dup up` starts its own.",
+           "--redis"),
+    Option("redis.timeout_seconds", duration(), 5, "seconds", "A write slower than this goes to the spool."),
+    Option("spool.dir", PATH, "<state_dir>/spool", "",
+           'Folder of the spool, on a disk that outlives a restart. "none": no spool; relay.require_durable_copies '
+           "must then be true."),
+    Option("spool.min_free", size(), "1G", "bytes", "The spool stops growing when the disk has less than this left."),
+    Option("retry.first", duration(), "1m", "seconds", "Wait before the second try; it doubles from then on."),
+    Option("retry.longest", duration(), "1h", "seconds", "The longest wait between two tries."),
+    Option("retry.give_up", duration(), "5d", "seconds",
+           "This long after the message was accepted its copy goes to the failed list."),
+    Option("failed.ttl", duration(), "30d", "seconds", "How long a failed copy is kept."),
+    Option("failed.max_bytes", size(), "1G", "bytes", "Failed copies beyond this are moved from Redis to the disk."),
+    Option("status.listen", listening(may_be_off=True), "127.0.0.1:8025", "", 'Where to listen. "off": not at all.'),
+    Option("log.level", choice("debug", "info", "warning", "error"), "info", "", "debug, info, warning or error."),
+    Option("log.format", choice("text", "json"), "text", "", "text for people, json for machines."),
+    Option("workers.processes", integer(1, 1024), 1, "processes", "Worker processes for each backup."),
+    Option("workers.batch", integer(1, 10_000), 100, "copies", "Copies in one job."),
+    Option("workers.connections", integer(1, 10_000), 20, "connections", "To one backup, from one worker process."),
+)
+
+BACKUP_FIELDS: tuple[Option, ...] = (
+    Option("url", DESTINATION, "new.example.com:25", "", "host:port or a URL, as for the primary. Must be given."),
+    Option("name", TEXT, "new", "", "What listings, queues and metrics call it. Default: host:port."),
+    Option("domains", DOMAINS, [], "", "Only recipients in these domains are copied. Empty: all."),
+    Option("sender", choice("keep", "null"), "keep", "", "null: copies carry the null sender, so nothing can bounce."),
+    Option("soft_bounce", BOOLEAN, False, "", "Treat a refusal (5xx) as temporary, so that it is tried again."),
+    Option("connections", integer(1, 10_000), 20, "connections", "Default: workers.connections."),
+    Option("tls", choice("none", "opportunistic", "encrypt", "verify"), "opportunistic", "",
+           "none, opportunistic, encrypt, or verify (the certificate too). With a password, encrypt is the default."),
+    Option("ca_file", TEXT, "", "", "PEM file of the authorities that verify trusts. Empty: the system's."),
+    Option("password_from", TEXT, "", "", "env:NAME or file:/path instead of a password in the URL."),
+)
+# fmt: on
+
+BY_KEY = {option.key: option for option in OPTIONS}
+
+
+# settings.toml ------------------------------------------------------------------------------------------------
+
+_HEAD = """\
+# smtp-dup: every option at its default value. Remove the # in front of what you change.
+#
+# smtp-dup reads the first folder of . and /etc/smtp-dup/ in which a settings.toml or a config.yaml sets anything,
+# or only the file given by --config FILE or SMTP_DUP_CONFIG. Then come variables (SMTP_DUP_SMTP_LISTEN or
+# SMTP_DUP_SMTP__LISTEN; an empty one counts as not set), then flags. `smtp-dup check` shows what holds and why.
+#
+# Durations: 30 (seconds), 90s, 5m, 1h, 5d. Sizes: 1024 (bytes), 64K, 10M, 1G.
+"""
+
+
+def _as_toml(value: object) -> str:
+    return json.dumps(value)  # TOML's strings, numbers, booleans and lists of them are written like JSON's
+
+
+def _explained(option: Option, *, variable: bool) -> list[str]:
+    unit = f" Unit: {option.unit}." if option.unit else ""
+    name = f" ({option.variables[0]}, {option.flag})" if variable else ""
+    return textwrap.wrap(option.help + unit + name, 116, initial_indent="# ", subsequent_indent="# ",
+                         break_on_hyphens=False)  # fmt: skip
+
+
+def render() -> str:
+    """Return the commented settings.toml, in which every option stands at its default, commented out."""
+    lines = [_HEAD]
+    section = ""
+    for option in OPTIONS:
+        head, dot, name = option.key.rpartition(".")
+        if dot and head != section:
+            section = head
+            lines += [f"\n# {SECTIONS[section]}", f"[{section}]", ""]
+        lines += [*_explained(option, variable=True), f"# {name} = {_as_toml(option.default)}", ""]
+    lines += ["", "# A backup with options of its own, as often as there are such backups.", "# [[backup]]"]
+    for field in BACKUP_FIELDS:
+        lines += [*_explained(field, variable=False), f"# {field.key} = {_as_toml(field.default)}"]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(render())

@@ -1,0 +1,99 @@
+"""Reading the ledger in pages: ids in order of time, envelopes without their bodies, one whole message.
+
+Nothing here changes anything. Pages go by time and not by rank, so that nothing is left out when copies leave
+a list while it is read. A message that is missing or cannot be read has no envelope; an id or a destination that
+an operator got wrong raises UnknownId or UnknownDestination, with a text for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from relay import ledger
+from relay.envelope import Destination, Envelope, MalformedRecord, Message
+from relay.ledger import CopyState
+
+PAGE = 1000
+_HEADS = (4 << 10, 64 << 10, 1 << 20, -1)  # octets of a record to look for its envelope in; nearly always the first
+_CHUNK = 4 << 20  # octets read at once: Redis is not held up by a large message
+
+
+class Unknown(LookupError):
+    """Something that an operator named is not there; the text is one line for them."""
+
+
+class UnknownId(Unknown):
+    """No such message where it was looked for."""
+
+
+class UnknownDestination(Unknown):
+    """No such destination in the ledger."""
+
+
+def destinations(connection: Any, name: str | None = None) -> list[Destination]:
+    """Return every destination ever used, or the one of this name. Raises UnknownDestination."""
+    known = ledger.destinations(connection)
+    if name is None:
+        return list(known.values())
+    if name not in known:
+        raise UnknownDestination(f"no destination {name!r}; known: {', '.join(known) or 'none'}")
+    return [known[name]]
+
+
+def pages(connection: Any, key: str, *, until: float = math.inf, size: int = PAGE) -> Iterator[list[tuple[str, float]]]:
+    """Yield the members of a sorted set with their scores, lowest first, up to a score."""
+    low, seen = "-inf", set[bytes]()
+    while True:
+        found = connection.zrangebyscore(key, low, until, start=0, num=size + len(seen), withscores=True)
+        page = [(member.decode(), score) for member, score in found if member not in seen]
+        if not page:
+            return
+        yield page
+        last = page[-1][1]
+        seen = {member for member, score in found if score == last}
+        low = repr(last)
+
+
+def envelopes(connection: Any, ids: Sequence[str]) -> list[Envelope | None]:
+    """Return the envelopes of messages, None for what is missing or cannot be read. Bodies stay in Redis."""
+    found: list[Envelope | None] = [None] * len(ids)
+    wanted = list(range(len(ids)))
+    for octets in _HEADS:
+        with connection.pipeline(transaction=False) as pipe:
+            for n in wanted:
+                pipe.getrange(ledger.MESSAGE + ids[n], 0, octets - 1 if octets > 0 else -1)
+            records = pipe.execute()
+        longer = []
+        for n, record in zip(wanted, records, strict=True):
+            try:
+                found[n] = Message.unpack_envelope(record)
+            except MalformedRecord:
+                if len(record) == octets:
+                    longer.append(n)
+        wanted = longer
+        if not wanted:
+            break
+    return found
+
+
+def message(connection: Any, message_id: str) -> Message:
+    """Return a message. Raises UnknownId, MalformedRecord."""
+    chunks: list[bytes] = []
+    while not chunks or len(chunks[-1]) == _CHUNK:
+        start = len(chunks) * _CHUNK
+        chunks.append(connection.getrange(ledger.MESSAGE + message_id, start, start + _CHUNK - 1))
+    record = b"".join(chunks)
+    if not record:
+        raise UnknownId(f"no message {message_id!r}")
+    return Message.unpack(record)
+
+
+def addressees(envelope: Envelope | None, destination: Destination, state: CopyState) -> tuple[str, ...]:
+    """Return the addresses of the recipients that a copy's state is about."""
+    if envelope is None:
+        return ()
+    if state.owed is None:
+        return tuple(r.address for r in envelope.recipients if destination.wants(r))
+    return tuple(envelope.recipients[i].address for i in state.owed if i < len(envelope.recipients))

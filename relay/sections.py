@@ -1,0 +1,201 @@
+"""The Settings as the rest of the program sees them, one frozen part for each section, and how they are shown.
+
+Seconds are float, sizes are bytes, everything is checked: whoever holds a Settings asks nothing more.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from relay.envelope import Destination
+from relay.kinds import PATH, Network, listen_addresses
+from relay.options import OPTIONS
+
+
+@dataclass(frozen=True, slots=True)
+class SmtpSettings:
+    """What clients meet."""
+
+    listen: str
+    domain: str
+    processes: int
+    max_connections: int
+    max_message_bytes: int
+    max_recipients: int
+    max_bytes_in_flight: int
+    max_hops: int
+    max_line_bytes: int
+    allowed_networks: tuple[Network, ...]
+    allowed_domains: tuple[str, ...]
+    idle_timeout: float
+    lease_idle_timeout: float
+    greeting_delay: float
+
+    @property
+    def addresses(self) -> tuple[tuple[str, int], ...]:
+        """(host, port) of each listening socket; the host "" stands for all interfaces."""
+        return listen_addresses(self.listen)
+
+    def allows(self, address: str) -> bool:
+        """Say whether a client with this IP address may connect."""
+        try:
+            client = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        if isinstance(client, ipaddress.IPv6Address) and client.ipv4_mapped:
+            client = client.ipv4_mapped  # an IPv4 client on a socket for both families
+        return any(client in network for network in self.allowed_networks)
+
+    @property
+    def process_count(self) -> int:
+        """``processes``, or as many as there are cores for us."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return self.processes or cores or 1
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class RelaySettings:
+    """The destinations are kept as they were written, passwords included: use Settings.primary and .backups."""
+
+    destination_primary: str
+    destination_backups: tuple[str, ...]
+    timeout_seconds: float
+    final_timeout_seconds: float
+    require_durable_copies: bool
+    uncertain_hold: float
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class RedisSettings:
+    """Where copies wait; the URL may hold a password, so it is not in repr."""
+
+    url: str  # "": the embedded one, which only `up` starts
+    timeout_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolSettings:
+    """Where copies go that Redis cannot take."""
+
+    dir: Path | None  # None: no spool
+    min_free: int
+
+
+@dataclass(frozen=True, slots=True)
+class RetrySettings:
+    """The schedule of a deferred copy, in seconds."""
+
+    first: float
+    longest: float
+    give_up: float
+
+
+@dataclass(frozen=True, slots=True)
+class FailedSettings:
+    """How long and how much of the failed list is kept."""
+
+    ttl: float
+    max_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatusSettings:
+    """Health and metrics over HTTP."""
+
+    listen: str  # "": off
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        return listen_addresses(self.listen)[0] if self.listen else None
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """The log lines."""
+
+    level: str
+    format: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersSettings:
+    """The delivering processes."""
+
+    processes: int
+    batch: int
+    connections: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All settings, in seconds and bytes; ``origins`` says for each key that was set where it came from."""
+
+    smtp: SmtpSettings
+    relay: RelaySettings
+    redis: RedisSettings
+    spool: SpoolSettings
+    retry: RetrySettings
+    failed: FailedSettings
+    status: StatusSettings
+    log: LogSettings
+    workers: WorkersSettings
+    state_dir: Path
+    primary: Destination | None
+    backups: tuple[Destination, ...]
+    origins: Mapping[str, str]
+
+    def value(self, key: str) -> Any:
+        """Return the value of a dotted key."""
+        found: Any = self
+        for part in key.split("."):
+            found = getattr(found, part)
+        return found
+
+
+PARTS: dict[str, type] = {
+    "smtp": SmtpSettings,
+    "relay": RelaySettings,
+    "redis": RedisSettings,
+    "spool": SpoolSettings,
+    "retry": RetrySettings,
+    "failed": FailedSettings,
+    "status": StatusSettings,
+    "log": LogSettings,
+    "workers": WorkersSettings,
+}
+
+
+class Shown(NamedTuple):
+    """One option as `smtp-dup check` shows it."""
+
+    key: str
+    value: str
+    default: str
+    origin: str
+
+
+def describe(settings: Settings) -> list[Shown]:
+    """Return every option with its value, its default and where the value came from; secrets are masked."""
+    rows = []
+    for option in OPTIONS:
+        default = option.default if option.kind is PATH else option.kind.show(option.kind.read(option.default))
+        value = option.kind.show(settings.value(option.key))
+        rows.append(Shown(option.key, value, default, settings.origins.get(option.key, "default")))
+    tables = [key for key in settings.origins if key.startswith("backup[")]
+    for key, backup in zip(tables, settings.backups[len(settings.relay.destination_backups) :], strict=True):
+        rows.append(Shown(f"backup.{backup.name}", _in_words(backup), "", settings.origins[key]))
+    return rows
+
+
+def _in_words(backup: Destination) -> str:
+    user = f"{backup.username}:***@" if backup.username else ""
+    words = [f"{backup.scheme}://{user}{backup.address}", f"tls={backup.tls}", f"sender={backup.sender}"]
+    words += [f"connections={backup.connections}"]
+    words += ["soft_bounce"] * backup.soft_bounce
+    words += [f"{name}={value}" for name in ("ca_file", "password_from") if (value := getattr(backup, name))]
+    return " ".join([*words, *(f"domains={','.join(backup.domains)}" for _ in backup.domains[:1])])

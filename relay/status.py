@@ -1,0 +1,303 @@
+"""Status over HTTP, from a process of its own: /healthz, /readyz and /metrics.
+
+/healthz says that the process lives, /readyz whether mail can be taken and kept (200, or 503 with the reasons),
+/metrics what the processes counted and what the ledger knows at that moment. A Redis that is away makes /readyz
+503 and takes the ledger's numbers from /metrics, never the rest. A request has a bounded head and a deadline,
+and there are at most so many at once: whoever wants more is hung up on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from loguru import logger
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.registry import Collector
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from relay import ledger, maillog
+from relay.check import Finding, probe_redis
+from relay.processes import ChildContext
+from relay.sections import Settings
+
+_HEAD_LIMIT = 8192  # octets of request line and headers
+_SECONDS = 5.0  # for a request's head, and for each write of the answer
+_AT_ONCE = 32
+_PORT_SECONDS = 3.0  # for a greeting on the relay's port
+_EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  (where to reach such a listener)
+
+
+class Answer(NamedTuple):
+    """What one path answers."""
+
+    status: HTTPStatus
+    content_type: str
+    body: bytes
+
+
+Answers = Mapping[str, Callable[[], Answer]]
+
+
+def bind(settings: Settings) -> socket.socket | None:
+    """Bind the address of the status server; None when it is off. Raises OSError with the address in its text."""
+    if settings.status.address is None:
+        return None
+    host, port = settings.status.address
+    try:
+        if not host and socket.has_dualstack_ipv6():
+            return socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True)
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        # create_server repeats the address in its text.
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        raise OSError(f"status.listen: cannot listen on {settings.status.listen}: {reason}") from error
+
+
+def serve(
+    context: ChildContext,
+    settings: Settings,
+    listener: socket.socket,
+    redis_url: str,
+    metrics_folder: Path,
+    *,
+    relaying: bool,
+) -> int:
+    """Answer until SIGTERM; the ``run`` of a supervisor's child. ``relaying``: the relay's port is ours to watch."""
+    maillog.configure(settings.log.level, settings.log.format, context.name)
+    answers = {
+        "/healthz": lambda: Answer(HTTPStatus.OK, "text/plain; charset=utf-8", b"ok\n"),
+        "/readyz": lambda: ready(readiness(settings, redis_url, relaying=relaying)),
+        "/metrics": lambda: metrics(metrics_folder, redis_url, settings.redis.timeout_seconds),
+    }
+    with StatusServer(listener, answers) as server:
+        server.serve_forever()
+    return 0
+
+
+# /readyz ------------------------------------------------------------------------------------------------------
+
+
+def readiness(settings: Settings, redis_url: str, *, relaying: bool) -> list[Finding]:
+    """Look at all that taking a message and keeping its copies needs, now."""
+    findings = asyncio.run(probe_redis(settings, redis_url))
+    if relaying:
+        patience = _PORT_SECONDS + settings.smtp.greeting_delay
+        findings += [_port(host, port, patience) for host, port in settings.smtp.addresses]
+        findings += _spool(settings)
+    return findings
+
+
+def ready(findings: list[Finding]) -> Answer:
+    """Return the answer of /readyz: 503 with the reasons as soon as anything is not as it must be."""
+    reasons = [f"{f.subject}: {f.text}" for f in findings if not f.ok]
+    checks = [{"subject": f.subject, "ok": f.ok, "text": f.text} for f in findings]
+    body = json.dumps({"ready": not reasons, "reasons": reasons, "checks": checks}, indent=2) + "\n"
+    status = HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK
+    return Answer(status, "application/json", body.encode())
+
+
+def _port(host: str, port: int, patience: float) -> Finding:
+    """Connect as a client: the kernel alone would take a connection also where no process accepts it any more."""
+    subject = f"relay {host or '*'}:{port}"
+    try:
+        with socket.create_connection((_EVERYWHERE.get(host, host), port), timeout=patience) as client:
+            client.settimeout(patience)
+            code = client.recv(512)[:3]
+            client.sendall(b"QUIT\r\n")
+    except OSError as error:
+        return Finding(subject, False, f"does not accept: {error.strerror or error}")
+    # Any other reply is a living relay's too: it may be set not to talk to this machine.
+    living = code.isdigit() and code != b"421"
+    return Finding(subject, living, "accepts" if living else f"turns clients away ({code.decode('ascii', 'replace')})")
+
+
+def _spool(settings: Settings) -> list[Finding]:
+    folder = settings.spool.dir
+    if folder is None:
+        return []
+    place = next((p for p in (folder, *folder.parents) if p.exists()), folder)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        return [Finding("spool", False, f"{folder} cannot be written")]
+    free = shutil.disk_usage(place).free
+    least = settings.spool.min_free
+    if free < least:
+        return [Finding("spool", False, f"{free} bytes are free at {folder}, spool.min_free is {least}")]
+    return [Finding("spool", True, f"{folder} can be written")]
+
+
+# /metrics -----------------------------------------------------------------------------------------------------
+
+
+def metrics(folder: Path, redis_url: str, seconds: float) -> Answer:
+    """Return the answer of /metrics."""
+    forget_dead_gauges(folder)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(folder))  # type: ignore[no-untyped-call]
+    registry.register(LedgerCollector(redis_url, seconds))
+    return Answer(HTTPStatus.OK, CONTENT_TYPE_LATEST, generate_latest(registry))
+
+
+def forget_dead_gauges(folder: Path) -> None:
+    """Remove what processes that have ended said of themselves; what they counted stays."""
+    for path in folder.glob("gauge_live*_*.db"):
+        pid = path.stem.rpartition("_")[2]
+        if pid.isdecimal() and not _is_alive(int(pid)):
+            mark_process_dead(int(pid), str(folder))  # type: ignore[no-untyped-call]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class LedgerCollector(Collector):
+    """What the ledger says at scrape time, so that no process has to keep count of it."""
+
+    def __init__(self, redis_url: str, seconds: float) -> None:
+        self._url = redis_url
+        self._seconds = seconds
+
+    def collect(self) -> Iterator[Metric]:
+        rows = self._rows()
+        yield GaugeMetricFamily("smtpdup_redis_up", "Whether Redis answered this scrape", value=float(rows is not None))
+        if rows is None:
+            return  # no sample at all: zero would say that nothing waits
+        gauges: tuple[tuple[str, str, Callable[[ledger.Summary], float]], ...] = (
+            ("smtpdup_pending", "Copies that wait", lambda r: r.pending),
+            ("smtpdup_oldest_pending_seconds", "Age of the copy that waits longest", lambda r: r.oldest_age_s),
+            ("smtpdup_retrying", "Copies that wait for another try", lambda r: r.retrying),
+            ("smtpdup_failed", "Copies in the failed list", lambda r: r.failed),
+            ("smtpdup_paused", "Whether only probes go to this destination", lambda r: r.state == "paused"),
+        )
+        for name, text, value in gauges:
+            gauge = GaugeMetricFamily(name, text, labels=["destination"])
+            for row in rows:
+                gauge.add_metric([row.destination], float(value(row)))
+            yield gauge
+        text = "Copies delivered since the ledger began"
+        counter = CounterMetricFamily("smtpdup_delivered", text, labels=["destination"])
+        for row in rows:
+            counter.add_metric([row.destination], row.delivered)
+        yield counter
+
+    def _rows(self) -> list[ledger.Summary] | None:
+        seconds = self._seconds
+        client = Redis.from_url(
+            self._url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=Retry(NoBackoff(), 0)
+        )
+        try:
+            with client:
+                return ledger.summary(client)
+        except (RedisError, OSError) as error:
+            logger.debug("no numbers from the ledger: {}", error)
+            return None
+
+
+# HTTP ---------------------------------------------------------------------------------------------------------
+
+
+class StatusServer(ThreadingHTTPServer):
+    """The server on a socket that is already bound."""
+
+    def __init__(self, listener: socket.socket, answers: Answers) -> None:
+        super().__init__(listener.getsockname()[:2], _Request, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        self.answers = answers
+        self._slots = threading.BoundedSemaphore(_AT_ONCE)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._slots.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._slots.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002, RUF100
+        if not isinstance(sys.exc_info()[1], OSError):  # a client that went away is nothing to tell
+            logger.exception("a request for the status failed")
+
+
+class _Head(io.RawIOBase):
+    """A request's head: so many octets at most, until a deadline."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__()
+        self._connection = connection
+        self._left = _HEAD_LIMIT
+        self._deadline = time.monotonic() + _SECONDS
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        patience = self._deadline - time.monotonic()
+        if patience <= 0 or self._left <= 0:
+            raise TimeoutError  # BaseHTTPRequestHandler hangs up
+        self._connection.settimeout(patience)
+        count = self._connection.recv_into(buffer)
+        self._left -= count
+        return count
+
+
+class _Request(BaseHTTPRequestHandler):
+    server: StatusServer
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BufferedReader(_Head(self.connection), 1024)
+
+    def do_GET(self) -> None:
+        self._respond(body=True)
+
+    def do_HEAD(self) -> None:
+        self._respond(body=False)
+
+    def _respond(self, *, body: bool) -> None:
+        self.connection.settimeout(_SECONDS)
+        find = self.server.answers.get(re.split(r"[?#]", self.path, maxsplit=1)[0])
+        answer = find() if find else Answer(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"not found\n")
+        self.send_response(answer.status)
+        self.send_header("Content-Type", answer.content_type)
+        self.send_header("Content-Length", str(len(answer.body)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        if body:
+            self.wfile.write(answer.body)
+
+    def version_string(self) -> str:
+        return "smtp-dup"  # http.server would tell Python's version
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  (the name is http.server's)
+        logger.debug("status: {}", format % args)

@@ -1,0 +1,143 @@
+"""Fixtures: real servers on loopback, each with a guaranteed end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+import load
+import postfix_instance
+from certificates import Certificate
+from load import SmtpSink
+from postfix_instance import PostfixInstance
+from product import Product
+from redis_servers import RedisServer
+from scripted_server import ScriptedServer
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """The session's Redis. Do not stop it: take ``redis_factory`` for that."""
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    """The URL of the session's Redis, emptied."""
+    with redis_server.client() as client:
+        client.flushall()
+        client.config_set("maxmemory", 0)
+        client.config_set("maxmemory-policy", "noeviction")
+    return redis_server.url
+
+
+@pytest.fixture
+def redis_client(redis_server: RedisServer, redis_url: str) -> Iterator[redis.Redis]:
+    """A synchronous client (bytes) of the session's Redis, emptied."""
+    with redis_server.client() as client:
+        yield client
+
+
+@pytest.fixture
+def redis_factory(tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
+    """Call it for a started Redis of the test's own, to stop, kill, pause and restart; options spoil its settings."""
+    servers: list[RedisServer] = []
+
+    def make(**options: str) -> RedisServer:
+        directory = tmp_path / f"redis-{len(servers)}"
+        servers.append(RedisServer(directory, **options))
+        return servers[-1].start()
+
+    yield make
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def scripted() -> Iterator[Callable[..., ScriptedServer]]:
+    """Call it for a started ScriptedServer; its arguments are the server's. All end with the test."""
+    servers: list[ScriptedServer] = []
+
+    def make(*args: Any, **options: Any) -> ScriptedServer:
+        servers.append(ScriptedServer(*args, **options))
+        return servers[-1].start()
+
+    yield make
+    with ExitStack() as ends:
+        for server in servers:
+            ends.callback(server.stop)
+
+
+@pytest.fixture
+def primary(scripted: Callable[..., ScriptedServer]) -> ScriptedServer:
+    """A server that accepts everything, to stand for the primary; script it with ``primary.replies``."""
+    return scripted()
+
+
+@pytest.fixture
+def backup(scripted: Callable[..., ScriptedServer]) -> ScriptedServer:
+    """A server that accepts everything, to stand for a backup; script it with ``backup.replies``."""
+    return scripted()
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    """A certificate for localhost."""
+    return Certificate(tmp_path_factory.mktemp("certificate"))
+
+
+@pytest.fixture
+def postfix() -> Iterator[Callable[[PostfixInstance], PostfixInstance]]:
+    """Start an instance and remove it at the end: ``store = postfix(PostfixInstance.store())``.
+
+    Skips where Postfix cannot run; tests that use it carry ``@pytest.mark.postfix``.
+    """
+    if reason := postfix_instance.unavailable():
+        pytest.skip(reason)
+    with ExitStack() as ends:
+
+        def start(instance: PostfixInstance) -> PostfixInstance:
+            ends.callback(instance.remove)
+            return instance.start()
+
+        yield start
+
+
+@pytest.fixture
+def smtp_sink() -> Iterator[Callable[..., SmtpSink]]:
+    """Call it for a started smtp-sink; its arguments are the sink's. Skips where there is none."""
+    if reason := load.unavailable():
+        pytest.skip(reason)
+    with ExitStack() as ends:
+
+        def start(*options: str, **more: Any) -> SmtpSink:
+            sink = SmtpSink(*options, **more)
+            ends.callback(sink.remove)
+            return sink.start()
+
+        yield start
+
+
+@pytest.fixture
+def product(tmp_path: Path) -> Iterator[Callable[..., Product]]:
+    """Call it for a Product that is ready: ``product(primary=primary.address, backups=[backup.address])``.
+
+    ``start=False`` leaves starting to the test. Several in one test get folders of their own.
+    """
+    made: list[Product] = []
+
+    def make(*, start: bool = True, **options: Any) -> Product:
+        made.append(Product(tmp_path / f"product-{len(made)}", **options))
+        return made[-1].start() if start else made[-1]
+
+    yield make
+    for instance in made:
+        instance.clean_up()

@@ -1,0 +1,70 @@
+"""Private Redis servers for tests, run as the product runs its own, that can be killed, paused and brought back."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from pathlib import Path
+
+import redis
+
+from lifetime import tied
+from relay import embedded
+
+
+class RedisServer:
+    """One server on a unix socket below ``directory``; its data outlives ``stop`` and ``kill``.
+
+    ``options`` are appended to the product's own, to spoil them: ``RedisServer(d, appendfsync="everysec")``.
+    """
+
+    def __init__(self, directory: Path, **options: str) -> None:
+        self.directory = directory
+        self.options = options
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return embedded.url(self.directory)
+
+    def client(self, **options: object) -> redis.Redis:
+        """Return a new client; it is up to the caller to close it."""
+        return redis.Redis.from_url(self.url, **options)
+
+    def start(self) -> RedisServer:
+        embedded._make_private(embedded.folder(self.directory))
+        embedded._make_private(embedded.socket_path(self.directory).parent)
+        words = [w for name, value in self.options.items() for w in (f"--{name.replace('_', '-')}", value)]
+        self.process = subprocess.Popen(
+            tied([*embedded.server_argv(self.directory), *words]),
+            process_group=0,
+        )
+        embedded.wait_ready(self.directory, 20, self.process)
+        return self
+
+    def stop(self) -> None:
+        """End it in order."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+            embedded.stop(self.process, 10)
+            self.process = None
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+        self.process = None
+
+    def pause(self) -> None:
+        """Let it hang: connections are accepted by the kernel, nothing is answered."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()

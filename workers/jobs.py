@@ -1,0 +1,73 @@
+"""The functions that RQ jobs name: wire format, never renamed or moved.
+
+A job is a hint that some copies wait for a destination; what is true of them is in the ledger. The functions
+run in the main thread of a DeliveryWorker and hand over to the courier in the worker's event loop, which the
+worker has bound before. Without a courier, or for another destination than its own, a job is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Protocol
+
+from rq import get_current_job
+
+ALLOWED = frozenset({"deliver"})  # all that a job may call here
+
+
+class Refused(RuntimeError):
+    """A job that this worker does not run; it fails with this text as the reason."""
+
+
+class Interrupted(RuntimeError):
+    """Raised by a courier that drains and has not tried all: the job goes back to the front of the queue."""
+
+
+class Courier(Protocol):
+    """What delivers the copies of one destination. Everything runs in one event loop; ``accepting`` is read anywhere.
+
+    ``deliver`` returns when each copy that it could claim has an outcome in the ledger or is left to a straggler.
+    ``drain`` is called once at the stop signal, also while a ``deliver`` runs: start no further copy, let
+    ``deliver`` return or raise Interrupted, finish what is under way, return when all outcomes are written.
+    """
+
+    @property
+    def accepting(self) -> bool: ...
+    async def start(self) -> None: ...
+    async def deliver(self, job_id: str, ids: list[str]) -> None: ...
+    async def drain(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Binding:
+    destination: str
+    courier: Courier
+    loop: asyncio.AbstractEventLoop
+
+
+_bound: list[_Binding] = []  # at most one: a worker process serves one destination
+
+
+def bind(destination: str, courier: Courier, loop: asyncio.AbstractEventLoop) -> None:
+    """Give this process its courier and the loop that the courier lives in."""
+    _bound[:] = [_Binding(destination, courier, loop)]
+
+
+def unbind() -> None:
+    """Take the courier away; jobs are refused from now on."""
+    _bound.clear()
+
+
+def deliver(destination: str, ids: list[str]) -> None:
+    """Deliver the waiting copies of these messages. Returns when the courier does; its exceptions are passed on."""
+    if not _bound:
+        raise Refused("no courier in this process")
+    (bound,) = _bound
+    if destination != bound.destination:
+        raise Refused(f"this worker serves {bound.destination}, not {destination!r}")
+    if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
+        raise Refused("ids must be a list of strings")
+    job = get_current_job()
+    call = bound.courier.deliver(job.id if job else "", ids)
+    asyncio.run_coroutine_threadsafe(call, bound.loop).result()

@@ -1,0 +1,131 @@
+"""What becomes of copies: settled, deferred or failed, as changes of the ledger and as RQ jobs.
+
+All copies that one job defers leave it together, as one scheduled job; a copy that fails becomes a failed job
+of its own, for inspection and requeue. Nothing here fails: the outbox writes until Redis has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from redis import Redis
+from rq.job import JobStatus
+
+from relay import dispatch, ledger, maillog, metrics
+from relay.envelope import Destination, Reply
+from relay.ledger import CopyState
+from relay.sections import RetrySettings
+from workers import failed
+from workers.copies import Copy
+from workers.outbox import Outbox
+from workers.retry import next_delay
+
+_INTERRUPTED = Reply.of(451, "4.3.2 the worker was stopped between two recipients")
+_SOON = 1.0
+
+
+class Outcomes:
+    """Turns copies into outcomes, for one destination."""
+
+    def __init__(
+        self,
+        destination: Destination,
+        jobs: Redis,
+        outbox: Outbox,
+        retry: RetrySettings,
+        *,
+        failed_ttl: float,
+        now: Callable[[], float],
+    ) -> None:
+        self._name = destination.name
+        self._queue = dispatch.queue(jobs, destination.name)
+        self._outbox = outbox
+        self._retry = retry
+        self._failed_ttl = failed_ttl
+        self._now = now
+
+    def conclude(self, copy: Copy, job: str) -> tuple[asyncio.Future[None] | None, tuple[CopyState, float] | None]:
+        """Write what became of a copy whose recipients all have an answer.
+
+        Returns the future of what is being written, and for a copy with recipients still owed its state and the
+        seconds to its next try: the caller hands those to ``defer``, together with others.
+        """
+        name, now = self._name, self._now()
+        state, attempts = copy.state, copy.state.attempts + 1
+        deferred, written = None, None
+        if copy.later:
+            reply = copy.said(copy.later)
+            state = state.tried(now, reply)
+            delay = next_delay(self._retry, state.tries, now - state.since)
+            if delay is None:
+                copy.never.update(copy.later)
+                copy.later = {}
+            else:
+                deferred = (replace(state, owed=tuple(sorted(copy.later)), job=job), delay)
+                metrics.deliveries.labels(name, "deferred").inc()
+                maillog.deferred(copy.id, name, len(copy.later), attempts, reply, delay)
+        if copy.taken:
+            age = now - copy.message.envelope.received_at
+            metrics.deliveries.labels(name, "delivered").inc()
+            metrics.delivery_age_seconds.labels(name).observe(max(0.0, age))
+            maillog.delivered(copy.id, name, copy.taken, attempts, age)
+        if copy.never:
+            reply = copy.said(copy.never)
+            failure = replace(copy.state.tried(now, reply), owed=tuple(sorted(copy.never)))
+            written = self._fail(copy.id, failure, deferred[0] if deferred else None, reply)
+            metrics.deliveries.labels(name, "failed").inc()
+            maillog.failed(copy.id, name, len(copy.never), attempts, reply)
+        elif deferred is None:
+            written = self._outbox.settle(copy.id)
+        return written, deferred
+
+    def interrupted(self, copy: Copy, job: str) -> tuple[asyncio.Future[None] | None, tuple[CopyState, float] | None]:
+        """Conclude a copy of which only some recipients were asked when we were told to stop."""
+        copy.defer(_INTERRUPTED)
+        return self.conclude(copy, job)
+
+    async def defer(self, states: dict[str, tuple[CopyState, float]]) -> None:
+        """Schedule one job for copies that are tried again, at the earliest time of any."""
+        job = dispatch.create(self._queue, self._name, list(states), JobStatus.SCHEDULED)
+        owned = {message_id: replace(state, job=job.id) for message_id, (state, _) in states.items()}
+        when = datetime.fromtimestamp(self._now() + min(delay for _, delay in states.values()), UTC)
+
+        def change(pipe: object) -> None:
+            ledger.defer(pipe, self._name, owned)
+            dispatch.schedule(pipe, self._queue, job, when)
+
+        await self._outbox.write(change)
+
+    async def again_soon(self, copy: Copy) -> None:
+        """Give an untried copy a job of its own, when the one it came with is over."""
+        owed = tuple(copy.owed) if copy.state.owed is not None else None
+        await self.defer({copy.id: (replace(copy.state, owed=owed), _SOON)})
+
+    async def retry_later(self, ids: Sequence[str], seconds: float) -> None:
+        """Ask again for failed copies that an operator requeued while they are delivered to other recipients."""
+        job = dispatch.create(self._queue, self._name, ids, JobStatus.SCHEDULED)
+        when = datetime.fromtimestamp(self._now() + seconds, UTC)
+
+        def change(pipe: object) -> None:
+            failed.adopt(pipe, self._name, ids, job.id)
+            dispatch.schedule(pipe, self._queue, job, when)
+
+        await self._outbox.write(change)
+
+    def forget(self, message_id: str) -> asyncio.Future[None]:
+        """Remove a pending copy whose body is gone."""
+        maillog.body_missing(message_id, self._name)
+        return self._outbox.write(lambda pipe: ledger.drop(pipe, self._name, [message_id], pending=True))
+
+    async def give_back(self, ids: Sequence[str]) -> None:
+        """Give leases back untried."""
+        await self._outbox.write(lambda pipe: ledger.unlease(pipe, self._name, ids))
+
+    def _fail(self, message_id: str, failure: CopyState, remains: CopyState | None, reply: str) -> asyncio.Future[None]:
+        def change(pipe: object) -> None:
+            failed.add_failure(pipe, self._queue, self._name, message_id, failure, remains, reply, self._failed_ttl)
+
+        return self._outbox.write(change)

@@ -1,0 +1,147 @@
+"""The retry policy: when a copy is tried again, what a failure is about, and the breaker of a destination.
+
+Only ``judge`` decides whether trouble is about a recipient, about the message or about the server. Unknown
+means temporary; permanent is only the server's own 5xx about this message or recipient. Trouble with the
+server never burns a copy: the breaker opens, and probes find out when it is back.
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from relay.envelope import Reply
+from relay.sections import RetrySettings
+
+_ABOUT_US = (530, 534, 535, 538)  # it wants us to authenticate, or better: nothing to do with the message
+_JITTER = 0.1
+_FIRST_PROBE = 1.0
+_LONGEST_PROBE = 60.0
+_SAME_REFUSALS = 20  # different messages in a row, then it is the server's attitude and not the messages
+_BROKEN_TRANSACTIONS = 3  # connections lost in the middle of one, in a row, before the server is to blame
+
+
+class Verdict(enum.Enum):
+    """What a reply means for a copy."""
+
+    TAKEN = "taken"
+    LATER = "later"  # 4xx: this recipient, or all of this message, again by the schedule
+    NEVER = "never"  # 5xx about this recipient or this message
+    SPLIT = "split"  # too many recipients: the rest at once in another transaction
+    SERVER = "server"  # the server, not the message
+
+
+def judge(reply: Reply, *, soft_bounce: bool = False, some_accepted: bool = False) -> Verdict:
+    """Return what a reply to MAIL, RCPT, DATA or the dot is about."""
+    if reply.is_positive:
+        return Verdict.TAKEN
+    if reply.code == 421 or reply.code in _ABOUT_US:
+        return Verdict.SERVER
+    if some_accepted and reply.code in (452, 552) and reply.lines[0][:5] not in ("4.2.2", "5.2.2"):
+        # RFC 5321 4.5.3.1.10; 552 is what it was called before. x.2.2 is one full mailbox.
+        return Verdict.SPLIT
+    if reply.is_permanent and not soft_bounce:
+        return Verdict.NEVER
+    return Verdict.LATER
+
+
+def next_delay(settings: RetrySettings, tries: int, age: float) -> float | None:
+    """Return the seconds until the next try after so many, or None to give up.
+
+    ``retry.first``, doubling with jitter to ``retry.longest``; the last try is due at ``retry.give_up``. ``age`` is in
+    seconds since the clock of this copy started.
+    """
+    remaining = settings.give_up - age
+    if remaining <= 0:
+        return None
+    delay = min(settings.longest, settings.first * 2.0 ** min(tries - 1, 40))
+    delay *= 1 + random.uniform(-_JITTER, _JITTER)
+    return max(0.1, min(delay, remaining))
+
+
+@dataclass(slots=True)
+class Breaker:
+    """Whether a destination may be used, and how widely.
+
+    Closed: up to ``window`` transactions at once, growing by one with each success up to ``limit``. Open: nothing
+    but one probe at ``probe_at`` (monotonic), the pause doubling from 1 s to 60 s. ``on_change`` is told of each turn.
+    """
+
+    limit: int
+    longest: float = _LONGEST_PROBE
+    on_change: Callable[[Breaker], None] = lambda breaker: None  # noqa: ARG005
+    clock: Callable[[], float] = time.monotonic
+    window: int = field(init=False, default=1)
+    reason: str = field(init=False, default="")
+    opened_at: float = field(init=False, default=0.0)
+    probe_at: float = field(init=False, default=0.0)
+    is_refusing: bool = field(init=False, default=False)  # it answers, but refuses everything
+    _pause: float = field(init=False, default=_FIRST_PROBE)
+    _broken: int = field(init=False, default=0)
+    _refusal: str = field(init=False, default="")
+    _refused: int = field(init=False, default=0)
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self.reason)
+
+    @property
+    def seconds_to_probe(self) -> float:
+        return max(0.0, self.probe_at - self.clock())
+
+    def works(self) -> None:
+        """Note a transaction that the server carried through, whatever it said about the message."""
+        self._broken = 0
+        if self.is_open:
+            self.reason = ""
+            self.is_refusing = False
+            self._pause = _FIRST_PROBE
+            self.window = 1
+            self.on_change(self)
+        elif self.window < self.limit:
+            self.window += 1
+
+    def took(self) -> None:
+        """Note that it took a message: whatever it refused before was about those messages."""
+        self._refused = 0
+        self._refusal = ""
+
+    def refuses(self, reply: Reply) -> bool:
+        """Note a message refused for good. True when the server seems to refuse everything; the copy is kept then."""
+        head = f"{reply.code} {reply.lines[0][:5]}"
+        self._refused = self._refused + 1 if head == self._refusal else 1
+        self._refusal = head
+        if self._refused <= _SAME_REFUSALS and not self.is_refusing:
+            return False
+        self.is_refusing = True
+        self.opens(f"refuses every message: {reply.text}")
+        return True
+
+    def breaks(self, reason: str) -> None:
+        """Note a transaction that broke off: one may be the message's doing, several in a row are the server's."""
+        self._broken += 1
+        if self.is_open or self._broken >= _BROKEN_TRANSACTIONS:
+            self.opens(reason)
+
+    def opens(self, reason: str) -> None:
+        """Note trouble with the server: nothing is tried before the next probe."""
+        now = self.clock()
+        if not self.is_open:
+            self.opened_at = now
+            self._pause = min(_FIRST_PROBE, self.longest)
+        elif now < self.probe_at:
+            return  # another transaction of before
+        else:
+            self._pause = min(self._pause * 2, self.longest)
+        self.reason = reason
+        self.window = 1
+        self.probe_at = now + self._pause * random.uniform(1 - _JITTER, 1 + _JITTER)
+        self.on_change(self)
+
+    def probe_now(self) -> None:
+        """An operator's flush: do not wait."""
+        self.probe_at = self.clock()
+        self._pause = _FIRST_PROBE / 2

@@ -1,0 +1,151 @@
+"""Revival: what a worker that was killed had in hand goes back to the front of its queue, at once.
+
+RQ finds an abandoned job after minutes and calls it failed. Here the replacement, told its predecessor's name,
+puts the job back as it is: the ledger's claims see to it that a job which runs twice repeats nothing. One
+script, so that a crash in the middle leaves nothing half done; repeating it is harmless. Only workers known
+to be dead are touched: never another host's, whose processes cannot be seen from here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+from redis import Redis
+from rq import Queue
+from rq.intermediate_queue import IntermediateQueue
+from rq.registry import StartedJobRegistry
+from rq.utils import as_text
+from rq.worker import BaseWorker
+from rq.worker_registration import WORKERS_BY_QUEUE_KEY
+
+PLACE = "place"  # field of the worker's hash: where its pid means something
+_GRACE = 0.05  # seconds; a live worker leaves a job in the intermediate list for a few milliseconds
+
+# KEYS: started registry, intermediate list, queue. ARGV: worker name, ids found in the intermediate list.
+# A started entry is "<job>:<execution>". The job's own fields are RQ's; "queued" is what RQ sets on a requeue.
+_REVIVE = """
+local again, seen = {}, {}
+local function requeue(job)
+    local key = 'rq:job:' .. job
+    redis.call('LREM', KEYS[2], 0, job)
+    if seen[job] or redis.call('EXISTS', key) == 0 then return end
+    seen[job] = true
+    redis.call('LPUSH', KEYS[3], job)
+    redis.call('HSET', key, 'status', 'queued', 'worker_name', '', 'started_at', '')
+    again[#again + 1] = job
+end
+for _, entry in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
+    local job, execution = string.match(entry, '^([^:]*):(.*)$')
+    local owner = job and (redis.call('HGET', 'rq:execution:' .. entry, 'worker_name')
+        or redis.call('HGET', 'rq:job:' .. job, 'worker_name'))
+    if owner == ARGV[1] then
+        redis.call('ZREM', KEYS[1], entry)
+        redis.call('DEL', 'rq:execution:' .. entry)
+        redis.call('ZREM', 'rq:executions:' .. job, execution)
+        requeue(job)
+    end
+end
+redis.call('DEL', 'rq:worker:' .. ARGV[1] .. ':executions')
+for i = 2, #ARGV do
+    if redis.call('LREM', KEYS[2], 1, ARGV[i]) > 0 then requeue(ARGV[i]) end
+end
+return again
+"""
+
+
+def worker_name(destination: str, instance: str, host: str = "") -> str:
+    """Name a worker: ``<host>.<destination>.<pid>.<start>``; ``instance`` is the last two."""
+    safe = re.sub(r"[^\w.:\[\]-]", "_", destination)  # the name is also the connection's (CLIENT SETNAME)
+    return f"{host or socket.gethostname()}.{safe}.{instance}"
+
+
+def revive(connection: Redis, queue: Queue, name: str) -> list[str]:
+    """Put the jobs that the dead worker ``name`` had in hand back to the front of ``queue``. Returns their ids.
+
+    The intermediate list does not say who popped a job. While other workers live on the queue, a job in it
+    may be on its way to one of them, so only what stays there for 50 ms counts as stranded.
+    """
+    stranded = _intermediate(connection, queue)
+    if stranded and _others(connection, queue, name):
+        time.sleep(_GRACE)
+        later = set(_intermediate(connection, queue))
+        stranded = [job for job in stranded if job in later]
+    keys = [
+        StartedJobRegistry.key_template.format(queue.name),
+        IntermediateQueue.get_intermediate_queue_key(queue.key),
+        queue.key,
+    ]
+    # EVAL, not EVALSHA: a script cache is lost with a Redis restart, which is when this is needed.
+    again = cast("list[Any]", connection.eval(_REVIVE, len(keys), *keys, name, *stranded))
+    return [as_text(job) for job in again]
+
+
+def place() -> str:
+    """Name the space in which our pid means something: this boot of this machine and this pid namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:  # no Linux: pids of one host are of one space
+        return socket.gethostname()
+
+
+def dead_here(connection: Redis, queue: Queue) -> list[str]:
+    """Return the names of the workers on ``queue`` that ran in our place and are gone, e.g. killed all at once."""
+    here, dead = place(), []
+    for name in _workers(connection, queue):
+        pid, where = cast("list[Any]", connection.hmget(_key(name), ["pid", PLACE]))
+        if pid and where and as_text(where) == here and not _is_alive(int(pid)):
+            dead.append(name)
+    return dead
+
+
+def forget(connection: Redis, queue: Queue, names: Iterable[str]) -> None:
+    """Take dead workers off RQ's list, once they are revived."""
+    with connection.pipeline() as pipeline:
+        for name in names:
+            pipeline.srem(BaseWorker.redis_workers_keys, _key(name))
+            pipeline.srem(WORKERS_BY_QUEUE_KEY % queue.name, _key(name))
+            pipeline.delete(_key(name))
+        pipeline.execute()
+
+
+def _key(name: str) -> str:
+    return BaseWorker.redis_worker_namespace_prefix + name
+
+
+def _workers(connection: Redis, queue: Queue) -> list[str]:
+    members = cast("set[Any]", connection.smembers(WORKERS_BY_QUEUE_KEY % queue.name))
+    return [as_text(key).removeprefix(BaseWorker.redis_worker_namespace_prefix) for key in members]
+
+
+def _others(connection: Redis, queue: Queue, name: str) -> bool:
+    """Say whether a worker other than ``name`` may be alive on ``queue``."""
+    dead = {name, *dead_here(connection, queue)}
+    return any(n not in dead and connection.exists(_key(n)) for n in _workers(connection, queue))
+
+
+def _intermediate(connection: Redis, queue: Queue) -> list[str]:
+    key = IntermediateQueue.get_intermediate_queue_key(queue.key)
+    return [as_text(job) for job in cast("list[Any]", connection.lrange(key, 0, -1))]
+
+
+def _is_alive(pid: int) -> bool:
+    """Say whether a process runs; a zombie does not, and a container's first process may never reap its orphans."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

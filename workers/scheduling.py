@@ -1,0 +1,113 @@
+"""Moving scheduled jobs to their queues when they are due, by RQ's scheduler, as a thread's task.
+
+The lock's name is stable (host and state folder), so that a restarted scheduler goes on at once instead of
+waiting for its own lock to end. Redis going away is survived; a scheduled job that cannot be read is taken off
+the schedule (its copies are in the ledger and get a new job), so that it does not hold up the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from loguru import logger
+from redis import Redis
+from redis.exceptions import RedisError
+from rq.exceptions import NoSuchJobError
+from rq.job import Job
+from rq.registry import ScheduledJobRegistry
+from rq.scheduler import RQScheduler
+from rq.serializers import JSONSerializer
+
+_ROUND_SECONDS = 1.0
+_LOCK_SECONDS = 15.0  # between two renewals; RQ's lock lives for 61 s
+_LONGEST_PAUSE = 10.0  # seconds between rounds while Redis is away
+
+
+class Scheduler(RQScheduler):
+    """RQ's scheduler for a set of queues that may change, run round by round by ``keep_scheduling``."""
+
+    def __init__(self, connection: Redis, name: str) -> None:
+        super().__init__([], connection, logging_level=logging.WARNING, serializer=JSONSerializer, name=name)
+        self._renewed = float("-inf")
+
+    def round(self, queues: Iterable[str]) -> bool:
+        """Move what is due, a thousand per queue. Returns whether more is due. Raises RedisError."""
+        wanted = set(queues)
+        if wanted != self._queue_names or time.monotonic() - self._renewed >= _LOCK_SECONDS:
+            self._let_go(self._queue_names - wanted)
+            self._queue_names = wanted
+            self.acquire_locks()  # type: ignore[no-untyped-call]  # takes or renews each
+            self.register_birth()
+            self.prepare_registries(self._acquired_locks)
+            self._renewed = time.monotonic()
+        self.enqueue_scheduled_jobs()  # type: ignore[no-untyped-call]
+        return any(r.get_jobs_to_schedule(chunk_size=1) for r in self._registries)
+
+    def forget_unreadable(self) -> None:
+        """Take due jobs that cannot be read off the schedule."""
+        for registry in self._registries:
+            for job_id in registry.get_jobs_to_schedule():
+                try:
+                    Job.fetch(job_id, self.connection, self.serializer)
+                except (RedisError, NoSuchJobError):
+                    continue
+                except Exception as error:  # whatever a forged record makes of RQ
+                    logger.error("scheduled job {} is unreadable and taken off the schedule: {}", job_id, error)
+                    registry.remove(job_id)
+
+    def start_anew(self) -> None:
+        """Take the locks again at the next round: Redis was away, and they may be lost."""
+        self._renewed = float("-inf")
+
+    def close(self) -> None:
+        """Give the locks back."""
+        self.release_locks()  # type: ignore[no-untyped-call]
+        self.register_death()
+        self.connection.close()
+
+    @property
+    def _registries(self) -> list[ScheduledJobRegistry]:
+        return self._scheduled_job_registries if self._acquired_locks else []
+
+    def _let_go(self, names: Iterable[str]) -> None:
+        gone = self._acquired_locks & set(names)
+        kept = self._acquired_locks - gone
+        self._acquired_locks = gone
+        self.release_locks()  # type: ignore[no-untyped-call]
+        self._acquired_locks = kept
+
+
+def keep_scheduling(
+    connect: Callable[[], Redis], queues: Callable[[], Iterable[str]], name: str, stop: threading.Event
+) -> None:
+    """Run the scheduler until ``stop``: a round a second, without a pause while more is due.
+
+    ``queues`` gives the names and is asked each round (it may raise RedisError); ``name`` is the lock's and must
+    be the same after a restart.
+    """
+    scheduler = Scheduler(connect(), name)
+    pause = _ROUND_SECONDS
+    while not stop.is_set():
+        try:
+            more = scheduler.round(queues())
+            pause = 0.0 if more else _ROUND_SECONDS
+        except RedisError as error:
+            logger.warning("scheduler: Redis: {}", error)
+            scheduler.start_anew()
+            pause = min(max(pause, _ROUND_SECONDS / 2) * 2, _LONGEST_PAUSE)
+        except Exception:  # a job that RQ cannot read
+            logger.exception("scheduler: a round failed")
+            pause = _ROUND_SECONDS
+            try:
+                scheduler.forget_unreadable()
+            except RedisError:
+                scheduler.start_anew()
+        if pause:
+            stop.wait(pause)
+    try:
+        scheduler.close()
+    except RedisError as error:
+        logger.warning("scheduler: its locks end by themselves: {}", error)
