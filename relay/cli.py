@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from relay import __version__
+from relay.envelope import printable
 from relay.options import BY_KEY, OPTIONS, Option
 from relay.settings import Problem, Settings, SettingsError, load
 
@@ -36,11 +37,7 @@ _EPILOG = (
 Command = Callable[[argparse.Namespace], int]
 
 
-class Trouble(Exception):
-    """Anything that ends a command with status 1; the text is one line for the operator."""
-
-
-class _Given:
+class Given:
     """The settings of one command line: before and after the command's name alike, the later one wins."""
 
     def __init__(self) -> None:
@@ -65,7 +62,7 @@ class _Given:
         key, equals, value = text.partition("=")
         key = key.strip().lower()
         if not equals:
-            self.problems.append(Problem("", "--set", f"expected key=value, found {text!r}"))
+            self.problems.append(Problem("", "--set", f"expected key=value, not {text!r}"))
         elif key not in BY_KEY:
             near = difflib.get_close_matches(key, list(BY_KEY), 1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -102,7 +99,7 @@ class _Given:
                 flag(option, argparse.SUPPRESS)
 
 
-def build_parser(given: _Given) -> argparse.ArgumentParser:
+def build_parser(given: Given) -> argparse.ArgumentParser:
     """Return the parser of the whole command; settings on the command line go to ``given``."""
     parser = argparse.ArgumentParser(
         "smtp-dup",
@@ -153,6 +150,9 @@ def build_parser(given: _Given) -> argparse.ArgumentParser:
         command(queues, "list", "the copies that wait", _operation(given, "queue_list"), listing=True)
     )
     of_destination(command(queues, "flush", "try all that waits now", _operation(given, "queue_flush"), listing=True))
+    move = command(queues, "move", "give one backup's copies to another", _operation(given, "queue_move"), listing=True)
+    move.add_argument("source", metavar="FROM")
+    move.add_argument("target", metavar="TO")
     failed = words.add_parser("failed", help="the copies that could not be delivered", allow_abbrev=False)
     failures = failed.add_subparsers(metavar="COMMAND", required=True)
     of_destination(command(failures, "list", "the failed copies", _operation(given, "failed_list"), listing=True))
@@ -170,7 +170,7 @@ def build_parser(given: _Given) -> argparse.ArgumentParser:
     return parser
 
 
-def _run_role(given: _Given, name: str) -> Command:
+def _run_role(given: Given, name: str) -> Command:
     def run(_: argparse.Namespace) -> int:
         settings = given.settings(require_primary=name != "workers")
         from relay import composition  # noqa: PLC0415
@@ -181,11 +181,12 @@ def _run_role(given: _Given, name: str) -> Command:
     return run
 
 
-def _operation(given: _Given, name: str) -> Command:
+def _operation(given: Given, name: str) -> Command:
     def run(arguments: argparse.Namespace) -> int:
         settings = given.settings(require_primary=name == "check")
-        from relay import operations  # noqa: PLC0415
+        from relay import maillog, operations  # noqa: PLC0415
 
+        maillog.configure("warning")  # these commands' words are their output
         operation: Callable[[Settings, argparse.Namespace], int] = getattr(operations, name)
         return operation(settings, arguments)
 
@@ -205,7 +206,7 @@ def _version(_: argparse.Namespace) -> int:
 
 def run(words: Sequence[str]) -> int:
     """Run a command line. Returns the exit status; every expected trouble has been told on standard error."""
-    given = _Given()
+    given = Given()
     arguments = build_parser(given).parse_args(words)
     try:
         status: int = arguments.run(arguments)
@@ -232,9 +233,12 @@ def _in_a_line(error: Exception) -> str | None:
 
     from relay.composition import StartError  # noqa: PLC0415
     from relay.embedded import EmbeddedError  # noqa: PLC0415
+    from relay.envelope import MalformedRecord  # noqa: PLC0415
+    from relay.operations import Trouble  # noqa: PLC0415
+    from relay.reading import Unknown  # noqa: PLC0415
 
-    if isinstance(error, Trouble | StartError | EmbeddedError):
-        return str(error)
+    if isinstance(error, Trouble | Unknown | MalformedRecord | StartError | EmbeddedError):
+        return printable(str(error))
     if isinstance(error, RedisError):
         return f"Redis: {error}"
     return None

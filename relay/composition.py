@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from redis import Redis
 from redis.backoff import NoBackoff
@@ -34,6 +35,9 @@ from relay.envelope import Destination, printable
 from relay.kinds import mask
 from relay.processes import Child, ChildContext, Supervisor
 from relay.settings import Settings, resolve_password
+
+if TYPE_CHECKING:
+    from relay.server import Place
 
 METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's
 _PATIENCE = 10.0  # seconds for a Redis that is being started beside us
@@ -69,18 +73,18 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = ()) -> int:
         from relay import server, status  # noqa: PLC0415  (after the variable is set)
 
         try:
-            sockets = server.listen(settings) if role.relays else []
+            places = server.listen(settings) if role.relays else []
             listener = status.bind(settings)
         except OSError as error:
             raise StartError(str(error)) from error
         url, children = _redis(settings, role, ends)
         _warn_of_lost_promises(settings, url)
         if listener:
-            children.append(_status(settings, role, listener, url))
+            children.append(_status(settings, listener, url, places))
         if role.delivers:
             destinations = _destinations(settings, url)
             children += [_housekeeping(settings, destinations, url), *_workers(settings, destinations, url)]
-        children += [_relay(n, settings, sockets, url) for n in range(len(sockets))]
+        children += [_relay(n, settings, places, url) for n in range(len(places))]
         return Supervisor([*children, *extra], on_ready=lambda: _tell(settings, role)).run()
 
 
@@ -247,13 +251,13 @@ def _with_password(destination: Destination) -> Destination:
 # The children --------------------------------------------------------------------------------------------------
 
 
-def _relay(number: int, settings: Settings, sockets: Sequence[Sequence[socket.socket]], url: str) -> Child:
+def _relay(number: int, settings: Settings, places: Sequence[Place], url: str) -> Child:
     def be_relay(context: ChildContext) -> int:
         from relay import server  # noqa: PLC0415
 
         # Another's sockets kept open here would take connections that nobody accepts, once that one has ended.
-        _close(s for n, group in enumerate(sockets) if n != number for s in group)
-        return server.serve(context, settings, sockets[number], url)
+        _close(s for n, place in enumerate(places) if n != number for s in place.sockets)
+        return server.serve(context, settings, places[number], url)
 
     return Child(f"relay-{number + 1}", run=be_relay, stage=_RELAY)
 
@@ -263,13 +267,14 @@ def _close(sockets: Iterable[socket.socket]) -> None:
         sock.close()
 
 
-def _status(settings: Settings, role: Role, listener: socket.socket, url: str) -> Child:
+def _status(settings: Settings, listener: socket.socket, url: str, places: Sequence[Place]) -> Child:
     folder = Path(os.environ[METRICS_VARIABLE])
+    seat = places[0].seat if places else None
 
     def be_status(context: ChildContext) -> int:
         from relay import status  # noqa: PLC0415
 
-        return status.serve(context, settings, listener, url, folder, relaying=role.relays)
+        return status.serve(context, settings, listener, url, folder, seat=seat)
 
     return Child("status", run=be_status, stage=_AROUND)
 
@@ -299,13 +304,12 @@ def _workers(settings: Settings, destinations: Sequence[Destination], url: str) 
 
 
 def _housekeeping(settings: Settings, destinations: Sequence[Destination], url: str) -> Child:
-    from workers.reconcile import keep_reconciling  # noqa: PLC0415
-
     from workers.housekeeping import Task, housekeep  # noqa: PLC0415
     from workers.process import connector  # noqa: PLC0415
+    from workers.reconcile import keep_reconciling  # noqa: PLC0415
     from workers.scheduling import keep_scheduling  # noqa: PLC0415
 
-    # Stable, so that the next start goes on with the scheduler's lock instead of waiting for its end.
+    # Stable, so that the next start goes on with the locks instead of waiting for their end.
     name = f"{socket.gethostname()}-{settings.state_dir.absolute()}"
 
     def schedule(stop: threading.Event) -> None:
@@ -314,7 +318,7 @@ def _housekeeping(settings: Settings, destinations: Sequence[Destination], url: 
             keep_scheduling(connect, _queues(client, destinations), name, stop)
 
     def reconcile(stop: threading.Event) -> None:
-        keep_reconciling(connector(url), stop)
+        keep_reconciling(connector(url), settings, name, stop)
 
     def be_housekeeping(context: ChildContext) -> int:
         maillog.configure(settings.log.level, settings.log.format, context.name)

@@ -198,7 +198,8 @@ class Connection(asyncio.Protocol):
         """
         if len(chunk) <= _WRITE_HIGH:
             self._speak(b"body")
-            self._transport.write(chunk)
+            if chunk:
+                self._transport.write(chunk)
             if self._paused or self._transport.is_closing():
                 await self._drained(timeout)
             return
@@ -214,7 +215,10 @@ class Connection(asyncio.Protocol):
             raise RuntimeError("no DATA phase to end")
         self._speak(b".")
         self._owed.extend((b".",) * replies)
-        self._transport.writelines((last, b".\r\n"))
+        if last:
+            self._transport.writelines((last, b".\r\n"))
+        else:  # uvloop spins for ever on an empty buffer in writelines
+            self._transport.write(b".\r\n")
 
     async def quit(self, timeout: float = 2.0) -> None:
         """Take leave politely where the state allows it, then close. Raises nothing but CancelledError."""

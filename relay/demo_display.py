@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email.message import EmailMessage
+from email.policy import SMTP
 from typing import Any
 
 from loguru import logger
@@ -66,7 +67,7 @@ def samples() -> list[Sample]:
     """Return the programme; how the servers treat each recipient is in demo_servers."""
     return [
         Sample("A plain message", ("alice@example.com",)),
-        Sample("Grüße, with an attachment", ("bob@example.com",), "Schöne Grüße\n", bytes(range(256)) * 100),
+        Sample("Grüße, and a file", ("bob@example.com",), "Schöne Grüße\n", bytes(range(256)) * 100),
         Sample("Old refuses it", ("nobody@example.com",)),
         Sample("Old refuses one of two", ("carol@example.com", "gone@example.com")),
         Sample("New defers it once", ("dave@example.com",)),
@@ -117,7 +118,7 @@ def _client(stage: Stage, deadline: float) -> smtplib.SMTP | None:
 
 def _send(client: smtplib.SMTP, sample: Sample) -> str:
     """Send one message; return what the client heard that matters."""
-    content = sample.message().as_bytes()
+    content = sample.message().as_bytes(policy=SMTP)
     client.ehlo_or_helo_if_needed()
     size = [f"size={len(content)}"] if client.has_extn("size") else []
     code, text = client.mail(_SENDER, size)

@@ -94,7 +94,10 @@ class Dispatcher:
 
     def add(self, destination: str, message_id: str) -> None:
         """Take a released id; its job is written within the window."""
-        waiting = self._waiting[destination]
+        if destination not in self._queues:  # released under earlier settings: in the spool, or by a note there
+            self._queues[destination] = queue(self._connection, destination)
+            self._windows[destination] = _WINDOW
+        waiting = self._waiting.setdefault(destination, [])
         waiting.append(message_id)
         if destination in self._flights:
             return

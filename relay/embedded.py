@@ -107,14 +107,17 @@ def lock(state_dir: Path) -> int:
     """
     _make_private(folder(state_dir))
     path = folder(state_dir) / "lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        _wait_for_flock(descriptor, state_dir)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
-    except BaseException:
-        os.close(descriptor)
-        raise
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            _wait_for_flock(descriptor, state_dir)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+        except BaseException:
+            os.close(descriptor)
+            raise
+    except OSError as error:  # read-only, full, or a network file system without locks
+        raise EmbeddedError(f"cannot lock {path}: {error.strerror}") from error
     return descriptor
 
 
@@ -166,21 +169,26 @@ def start(state_dir: Path) -> EmbeddedRedis:
 
 
 def wait_ready(state_dir: Path, timeout: float = 60.0, process: subprocess.Popen[bytes] | None = None) -> None:
-    """Wait until the server answers PING, its log loaded. Raises EmbeddedError; at once when ``process`` ended."""
+    """Wait until the server answers PING, its log loaded. Raises EmbeddedError; at once when ``process`` ended.
+
+    The timeout is for a server that says nothing; one that says it is loading is given all the time it needs, since
+    stopping it would only make it start again from the beginning.
+    """
     deadline = time.monotonic() + timeout
-    trouble = "no answer"
-    while True:
+    trouble = ""
+    while time.monotonic() < deadline:
         try:
-            with redis.Redis.from_url(url(state_dir), socket_timeout=timeout, retry=None) as client:
+            with redis.Redis.from_url(url(state_dir), socket_timeout=min(timeout, 5.0), retry=None) as client:
                 client.ping()
                 return
-        except redis.RedisError as error:  # refused, no such socket yet, or LOADING
+        except redis.BusyLoadingError:
+            deadline = time.monotonic() + timeout
+        except redis.RedisError as error:  # refused, no such socket yet, or silent
             trouble = str(error)
         if process is not None and process.poll() is not None:
             raise EmbeddedError(f"Redis ended with status {process.returncode}: {_last_log_line(state_dir)}")
-        if time.monotonic() > deadline:
-            raise EmbeddedError(f"Redis is not ready after {timeout:g} s: {trouble}")
         time.sleep(0.01)
+    raise EmbeddedError(f"Redis is not ready after {timeout:g} s: {trouble}")
 
 
 def stop(process: subprocess.Popen[bytes], timeout: float = 30.0) -> None:

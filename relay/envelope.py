@@ -8,6 +8,7 @@ here does I/O.
 from __future__ import annotations
 
 import json
+import math
 import random
 import struct
 import time
@@ -47,6 +48,14 @@ class IdSource:
 def owner_of(message_id: str) -> str:
     """Return the owner part of a message id."""
     return message_id[9:13]
+
+
+def made_at(message_id: str) -> float:
+    """Return when a message id was made, seconds since the epoch; infinity for what is no id of ours."""
+    digits = [_ID_ALPHABET.find(character) for character in message_id[:9]]
+    if len(message_id) != 16 or min(digits) < 0:
+        return math.inf
+    return sum(digit << shift for digit, shift in zip(digits, range(40, -1, -5), strict=True)) / 1000
 
 
 def _base32(number: int, width: int) -> str:

@@ -39,6 +39,8 @@ HEALTH = PREFIX + "health:"  # hash: the breaker as the worker sees it, and the 
 COUNTERS = PREFIX + "counters"  # hash name -> total
 OWNERS = PREFIX + "owners"  # hash owner -> "host state-dir process" of a relay process
 RECONCILER = PREFIX + "reconciler"  # lock of the reconciler
+IMPORTED = PREFIX + "imported:"  # zset id -> when: what came from one spool whose file may still be there
+PROBE = PREFIX + "probe"  # string, soon gone: can anything be written?
 
 _HISTORY = 20  # attempts kept per copy
 
@@ -53,6 +55,8 @@ _ADOPT = _script("adopt")
 _RELEASE = _script("release")
 _DISCARD = _script("discard")
 _HOLD = _script("hold")
+_RESTAGE = _script("restage")
+_UNSTAGE = _script("unstage")
 _REVIVE = _script("revive")
 _CLAIM = _script("claim")
 _SETTLE = _script("settle")
@@ -196,6 +200,27 @@ def discard(pipe: Pipe, ids: Sequence[str]) -> None:
 def hold(pipe: Pipe, message_id: str, digest: str, seconds: float) -> None:
     """Make a staged message uncertain: its copies go out after so many seconds unless a twin covers them."""
     pipe.eval(_HOLD, 0, message_id, digest, str(seconds))
+
+
+def probe(pipe: Pipe) -> None:
+    """Write something that matters to nobody."""
+    pipe.set(PROBE, "", ex=60)
+
+
+def restage(pipe: Pipe, spool: str, messages: Sequence[tuple[str, bytes]]) -> None:
+    """Bring messages in from the spool of that name, each once: a repetition after a crash does nothing.
+
+    To be followed by release or hold in the same MULTI. Result: how many were new.
+    """
+    pipe.eval(_RESTAGE, 0, IMPORTED + spool, *(part for pair in messages for part in pair))
+
+
+def unstage(pipe: Pipe, spool: str, ids: Sequence[str], *, strike: bool = False) -> None:
+    """Forget what a stage may have left of messages that are in the spool of that name, or were brought in from it.
+
+    ``strike``: they are in Redis and their files are gone for good; their note of having been brought in goes too.
+    """
+    pipe.eval(_UNSTAGE, 0, IMPORTED + spool, "1" if strike else "0", *ids)
 
 
 def revive_uncertain(pipe: Pipe, message_id: str, owed: dict[str, str]) -> None:

@@ -114,6 +114,21 @@ def spooled(envelope: Envelope, reason: str) -> None:
     _event("WARNING", "spooled", id=envelope.id, reason=reason)
 
 
+def unspooled(message_id: str, copies: tuple[str, ...]) -> None:
+    """A spooled message is in the ledger now."""
+    _event("INFO", "unspooled", id=message_id, copies=",".join(copies) or "none")
+
+
+def spool_set_aside(name: str, reason: str) -> None:
+    """A file of the spool cannot be used; it is kept in the folder ``corrupt`` for a person to look at."""
+    _event("ERROR", "spool file set aside", file=name, reason=reason)
+
+
+def spool_trouble(what: str, error: BaseException) -> None:
+    """The spool's disk refused something."""
+    _event("ERROR", "spool trouble", what=what, reason=f"{type(error).__name__}: {error}")
+
+
 def primary_trouble(address: str, stage: str, reason: str) -> None:
     """The primary could not be used; the client was told 451."""
     _event("WARNING", "primary trouble", primary=address, stage=stage, reason=reason)
@@ -182,9 +197,9 @@ def uncertain_copied(message_id: str, destination: str, recipients: int, covered
     _event("WARNING", "uncertain copied", id=message_id, destination=destination, recipients=recipients, covered=covered)
 
 
-def uncertain_covered(message_id: str, recipients: int) -> None:
-    """An uncertain message has nobody left to be copied for."""
-    _event("INFO", "uncertain covered", id=message_id, recipients=recipients)
+def uncertain_covered(message_id: str) -> None:
+    """An uncertain message has nobody left to be copied for: a twin was accepted for them all."""
+    _event("INFO", "uncertain covered", id=message_id)
 
 
 def requeued(message_id: str, destination: str, job: str) -> None:

@@ -5,11 +5,10 @@ this module is imported (the command does that). What the ledger knows (pending,
 counted here but read at scrape time, in status.py. Updating a metric never fails a message.
 """
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Histogram
 
 connections = Counter("smtpdup_connections_total", "Client connections taken")
 connections_refused = Counter("smtpdup_connections_refused_total", "Client connections turned away at once")
-clients = Gauge("smtpdup_clients", "Clients connected now", multiprocess_mode="livesum")
 session_errors = Counter("smtpdup_session_errors_total", "Unforeseen errors in a session, answered 451")
 messages = Counter(
     "smtpdup_messages_total",
@@ -29,6 +28,7 @@ stage_seconds = Histogram(
     buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
 )
 spooled = Counter("smtpdup_spooled_total", "Copies that went to the spool instead of Redis")
+unspooled = Counter("smtpdup_unspooled_total", "Messages moved from the spool into Redis")
 copies_lost = Counter("smtpdup_copies_lost_total", "Accepted messages whose copies could be written nowhere")
 deliveries = Counter(
     "smtpdup_deliveries_total",

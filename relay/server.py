@@ -14,6 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import redis.asyncio
 import uvloop
@@ -25,6 +26,7 @@ from relay import ledger, maillog
 from relay.dispatch import Dispatcher
 from relay.envelope import IdSource
 from relay.intake import Intake
+from relay.occupancy import Occupancy, Seat
 from relay.pool import Pool
 from relay.primary import Primary
 from relay.processes import ChildContext
@@ -37,13 +39,26 @@ _MONITOR_SECONDS = 1.0
 _GRACE_SECONDS = 30.0  # for clients between commands of a transaction while we drain
 
 
-def listen(settings: Settings) -> list[list[socket.socket]]:
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What one relay process gets from the supervisor: its sockets, and its seat among the others."""
+
+    sockets: Sequence[socket.socket]
+    seat: Seat
+
+
+def listen(settings: Settings) -> list[Place]:
     """Bind every listening address once per relay process. Raises OSError with the address in its text."""
     addresses = [found for host, port in settings.smtp.addresses for found in _resolve(host, port)]
     for family, address in addresses:
         # SO_REUSEPORT would let a second smtp-dup share the port in silence: one bind without it finds out.
         _bind(family, address, share=False).close()
-    return [[_bind(family, address, share=True) for family, address in addresses] for _ in range(settings.smtp.process_count)]
+    count = settings.smtp.process_count
+    occupancy = Occupancy(count)
+    return [
+        Place([_bind(family, address, share=True) for family, address in addresses], occupancy.seat(n))
+        for n in range(count)
+    ]
 
 
 def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[str, int]]]:
@@ -87,23 +102,21 @@ def sync_client(url: str, seconds: float) -> redis.Redis:
     )
 
 
-def serve(context: ChildContext, settings: Settings, sockets: Sequence[socket.socket], redis_url: str) -> int:
+def serve(context: ChildContext, settings: Settings, place: Place, redis_url: str) -> int:
     """Be one relay process until SIGTERM; the ``run`` of a supervisor's child. Returns the exit status."""
     maillog.configure(settings.log.level, settings.log.format, context.name)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_Relay(context, settings, sockets, redis_url).run())
+        runner.run(_Relay(context, settings, place, redis_url).run())
     return 0
 
 
 class _Relay:
-    def __init__(
-        self, context: ChildContext, settings: Settings, sockets: Sequence[socket.socket], redis_url: str
-    ) -> None:
+    def __init__(self, context: ChildContext, settings: Settings, place: Place, redis_url: str) -> None:
         if settings.primary is None:
             raise ValueError("a relay needs a primary")
         self._context = context
         self._settings = settings
-        self._sockets = sockets
+        self._place = place
         seconds = settings.redis.timeout_seconds
         share = max(1, math.ceil(settings.smtp.max_connections / settings.smtp.process_count))
         pool = Pool(
@@ -135,7 +148,7 @@ class _Relay:
             ),
             intake=self._intake,
             ids=IdSource(),
-            max_clients=share,
+            seat=place.seat,
         )
         self._stop = asyncio.Event()
 
@@ -144,16 +157,21 @@ class _Relay:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stop.set)
         loop.add_signal_handler(signal.SIGINT, self._stop.set)
+        self._place.seat.take()
         await self._introduce()
         monitor = loop.create_task(self._monitor())
         await self._front.primary.announced()
         servers = [
-            await loop.create_server(lambda: Session(self._front), sock=sock, backlog=_BACKLOG) for sock in self._sockets
+            await loop.create_server(lambda: Session(self._front), sock=sock, backlog=_BACKLOG) for sock in self._place.sockets
         ]
         maillog.started("relay", pid=os.getpid(), listen=self._settings.smtp.listen, owner=self._front.ids.owner)
         await self._stop.wait()
         maillog.stopping("relay", clients=len(self._front.sessions))
         self._front.stopping = True
+        for sock in self._place.sockets:
+            with contextlib.suppress(OSError):
+                # The supervisor holds it too: only a shutdown has new clients refused at once.
+                sock.shutdown(socket.SHUT_RDWR)
         for server in servers:
             server.close()
         await self._drain()

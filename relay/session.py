@@ -23,6 +23,7 @@ from relay.data import ClientGone, EndOfData, unread
 from relay.envelope import Envelope, IdSource, Message, Recipient, Reply
 from relay.intake import Intake, NotDurable
 from relay.ledger import Released
+from relay.occupancy import Seat
 from relay.parameters import (
     MAIL_EXTENSIONS,
     RCPT_EXTENSIONS,
@@ -47,6 +48,8 @@ _MAIL_FIRST = Reply.of(503, "5.5.1 MAIL first")
 _INTERNAL = Reply.of(451, "4.3.0 Internal error, try again later")
 _SHUTDOWN = Reply.of(421, "4.3.2 Service shutting down, try again later")
 _TIMEOUT = Reply.of(421, "4.4.2 Timeout while waiting for you")
+_CROWDED = Reply.of(421, "4.3.2 Too many connections, try again later")
+_FULL = Reply.of(452, "4.3.1 Too much mail at once, try again later")
 _NO_ANSWER = Reply.of(451, "4.4.2 The primary server did not answer, try again later")
 _NOT_DURABLE = Reply.of(451, "4.3.1 The copy cannot be stored at the moment, try again later")
 
@@ -59,7 +62,7 @@ class Front:
     primary: Primary
     intake: Intake
     ids: IdSource
-    max_clients: int
+    seat: Seat
     sessions: set[Session] = field(default_factory=set)
     stopping: bool = False
 
@@ -81,6 +84,7 @@ class Session(SMTP):
         self._watchdog: asyncio.TimerHandle | None = None
         self._waiting = False  # for the client; only then may a deadline or a shutdown end the conversation
         self._in_data = False
+        self._octets = 0  # of the message being received, as counted in our seat
         self._bad = 0
         self._helo_name = ""
         self._extended = False
@@ -149,7 +153,7 @@ class Session(SMTP):
 
     async def _converse(self) -> None:
         try:
-            metrics.clients.inc()
+            self._front.seat.add_client(1)
             refusal = self._unwelcome()
             if refusal is not None:
                 metrics.connections_refused.inc()
@@ -173,15 +177,15 @@ class Session(SMTP):
             if self._watchdog is not None:
                 self._watchdog.cancel()
             self._front.sessions.discard(self)
-            metrics.clients.dec()
+            self._front.seat.add_client(-1)
             if self.transport is not None:
                 self.transport.close()
 
     def _unwelcome(self) -> Reply | None:
         if self._front.stopping:
             return _SHUTDOWN
-        if len(self._front.sessions) > self._front.max_clients:
-            return Reply.of(421, "4.3.2 Too many connections, try again later")
+        if self._front.seat.clients > self._settings.max_connections:
+            return _CROWDED
         if self._peer and not self._settings.allows(self._peer):
             reply = Reply.of(554, "5.7.1 Client address not allowed")
             maillog.command_refused(self._peer, "connect", reply)
@@ -295,6 +299,8 @@ class Session(SMTP):
             raise SyntaxProblem(501, "5.5.4 SIZE must be a number")
         if size and self._settings.max_message_bytes and int(size) > self._settings.max_message_bytes:
             return Reply.of(552, "5.3.4 Message is larger than this relay takes")
+        if self._is_full(int(size or 0)):
+            return _FULL
         if (value(given, "BODY") or "7BIT").upper() not in ("7BIT", "8BITMIME"):
             raise SyntaxProblem(501, "5.5.4 BODY must be 7BIT or 8BITMIME")
 
@@ -338,6 +344,8 @@ class Session(SMTP):
             return self._nonsense(_MAIL_FIRST)
         if not self._recipients:
             return Reply.of(554, "5.5.1 No valid recipients")
+        if self._is_full(0):
+            return _FULL
         reply = await transaction.data()
         if reply.code != 354:
             self._forget()
@@ -365,20 +373,19 @@ class Session(SMTP):
             raise
         finally:
             self._in_data = False
+            self._front.seat.add_octets(-self._octets)
+            self._octets = 0
             self._transaction = None
             self._recipients = []
 
     async def _stream(self, transaction: Transaction, trace: bytes) -> tuple[bytes, Reply | None]:
         """Pass the body on while it comes, and keep it. After a refusal the rest is read and dropped."""
-        kept, size, refusal = [trace], 0, None
-        limit = self._settings.max_message_bytes
+        kept: list[bytes] = [trace]
+        refusal: Reply | None = None
         forward = [trace]  # leaves with the first chunk of the body
         async for chunk in self._chunks():
-            size += len(chunk)
+            refusal = refusal or self._too_much(len(chunk))
             if refusal is not None:
-                continue
-            if limit and size > limit:
-                refusal = Reply.of(552, "5.3.4 Message is larger than this relay takes")
                 transaction.abandon()
                 kept.clear()
                 continue
@@ -388,6 +395,20 @@ class Session(SMTP):
         if forward and refusal is None:
             refusal = await transaction.write(forward)
         return b"".join(kept), refusal
+
+    def _too_much(self, octets: int) -> Reply | None:
+        """Count what is kept of the message; says so when that is more than it or the house may have."""
+        limit = self._settings.max_message_bytes
+        if limit and self._octets + octets > limit:
+            return Reply.of(552, "5.3.4 Message is larger than this relay takes")
+        if self._is_full(octets):
+            return _FULL
+        self._octets += octets
+        self._front.seat.add_octets(octets)
+        return None
+
+    def _is_full(self, octets: int) -> bool:
+        return self._front.seat.octets + octets > self._settings.max_bytes_in_flight
 
     async def _chunks(self) -> AsyncIterator[bytes]:
         """Yield the body as it comes, each chunk with a deadline of its own. Raises ClientGone."""

@@ -28,7 +28,7 @@ from loguru import logger
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from redis import Redis
 from redis.backoff import NoBackoff
@@ -37,6 +37,7 @@ from redis.retry import Retry
 
 from relay import ledger, maillog
 from relay.check import Finding, probe_redis
+from relay.occupancy import Seat
 from relay.processes import ChildContext
 from relay.sections import Settings
 
@@ -80,14 +81,14 @@ def serve(
     redis_url: str,
     metrics_folder: Path,
     *,
-    relaying: bool,
+    seat: Seat | None = None,
 ) -> int:
-    """Answer until SIGTERM; the ``run`` of a supervisor's child. ``relaying``: the relay's port is ours to watch."""
+    """Answer until SIGTERM; the ``run`` of a supervisor's child. With a relay's ``seat`` its port is watched too."""
     maillog.configure(settings.log.level, settings.log.format, context.name)
     answers = {
         "/healthz": lambda: Answer(HTTPStatus.OK, "text/plain; charset=utf-8", b"ok\n"),
-        "/readyz": lambda: ready(readiness(settings, redis_url, relaying=relaying)),
-        "/metrics": lambda: metrics(metrics_folder, redis_url, settings.redis.timeout_seconds),
+        "/readyz": lambda: ready(readiness(settings, redis_url, relaying=seat is not None)),
+        "/metrics": lambda: metrics(metrics_folder, redis_url, settings.redis.timeout_seconds, seat),
     }
     with StatusServer(listener, answers) as server:
         server.serve_forever()
@@ -148,31 +149,26 @@ def _spool(settings: Settings) -> list[Finding]:
 # /metrics -----------------------------------------------------------------------------------------------------
 
 
-def metrics(folder: Path, redis_url: str, seconds: float) -> Answer:
-    """Return the answer of /metrics."""
-    forget_dead_gauges(folder)
+def metrics(folder: Path, redis_url: str, seconds: float, seat: Seat | None = None) -> Answer:
+    """Return the answer of /metrics: the sum over all processes, ended ones too, and what is so at this moment."""
     registry = CollectorRegistry()
     MultiProcessCollector(registry, str(folder))  # type: ignore[no-untyped-call]
+    if seat:
+        registry.register(SeatCollector(seat))
     registry.register(LedgerCollector(redis_url, seconds))
     return Answer(HTTPStatus.OK, CONTENT_TYPE_LATEST, generate_latest(registry))
 
 
-def forget_dead_gauges(folder: Path) -> None:
-    """Remove what processes that have ended said of themselves; what they counted stays."""
-    for path in folder.glob("gauge_live*_*.db"):
-        pid = path.stem.rpartition("_")[2]
-        if pid.isdecimal() and not _is_alive(int(pid)):
-            mark_process_dead(int(pid), str(folder))  # type: ignore[no-untyped-call]
+class SeatCollector(Collector):
+    """What all relay processes hold now."""
 
+    def __init__(self, seat: Seat) -> None:
+        self._seat = seat
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily("smtpdup_clients", "Clients connected now", value=self._seat.clients)
+        text = "Octets of messages in memory now"
+        yield GaugeMetricFamily("smtpdup_in_flight_bytes", text, value=self._seat.octets)
 
 
 class LedgerCollector(Collector):

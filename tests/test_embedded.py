@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -229,6 +230,21 @@ def test_a_paused_server_is_not_ready(redis_factory: Callable[..., RedisServer])
         embedded.wait_ready(server.directory, 0.2, server.process)
     server.resume()
     embedded.wait_ready(server.directory, 20, server.process)
+
+
+def test_loading_takes_as_long_as_it_takes(redis_factory: Callable[..., RedisServer]):
+    """A big log is waited for, longer than a server that says nothing would be."""
+    server = redis_factory(key_load_delay="150")
+    with server.client() as connection, connection.pipeline() as pipeline:
+        for number in range(6000):  # it looks at its clients once in 1,024 commands
+            pipeline.set(f"key{number}", "value")
+        pipeline.execute()
+    server.stop()
+    started = time.monotonic()
+    server.start(timeout=0.7)
+    assert time.monotonic() - started > 0.7
+    with server.client() as connection:
+        assert connection.dbsize() == 6000
 
 
 def test_stop_ends_one_that_does_not_react(tmp_path, start):

@@ -128,7 +128,7 @@ def test_redis_restart_is_survived(redis_factory: Callable[..., RedisServer]) ->
             wait_until(lambda: queue.count == 1)
 
 
-HOUSEKEEPING = """
+HOUSEKEEPING = r"""
 import os, sys
 from workers.housekeeping import housekeep
 

@@ -81,6 +81,7 @@ class Courier:
         self._stragglers: set[asyncio.Task[None]] = set()
         self._background: set[asyncio.Task[None]] = set()
         self._draining = False
+        self._jobs_in_hand = 0
         self._clock_offset = 0.0  # seconds that Redis's clock is ahead of ours
 
     @property
@@ -98,12 +99,16 @@ class Courier:
         self._spawn(self._health.watch(self._breaker))
 
     async def drain(self) -> None:
-        """Start no further copy; finish those under way, stragglers too, and write their outcomes."""
+        """Start no further copy; finish those under way, stragglers too, and write their outcomes.
+
+        What Redis does not take in time is left to its lease: the copies go out again, once, after the next start.
+        """
         self._draining = True
         self._health.turned.set()
-        while self._held:
+        while (self._held or self._jobs_in_hand) and not self._outbox.is_stuck:
             await asyncio.sleep(0.02)
-        await self._outbox.drain()
+        if self._outbox.is_stuck:
+            maillog.notice("error", "outcomes lost", destination=self._destination.name, copies=len(self._held))
         for task in self._background:
             task.cancel()
         await self._pool.close()
@@ -114,6 +119,13 @@ class Courier:
 
     async def deliver(self, job_id: str, ids: list[str]) -> None:
         """Deliver what this job can claim. Raises Interrupted when told to drain with copies untried."""
+        self._jobs_in_hand += 1
+        try:
+            await self._deliver(job_id, ids)
+        finally:
+            self._jobs_in_hand -= 1
+
+    async def _deliver(self, job_id: str, ids: list[str]) -> None:
         batch = _Batch(job_id, deque(await self._claim(job_id, ids)))
         while batch.work and not self._draining:
             if self._is_held_up:

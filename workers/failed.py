@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from redis import Redis
 from rq import Queue
-from rq.job import JobStatus
+from rq.job import Job, JobStatus
 
 from relay import dispatch, ledger, maillog, reading
 from relay.envelope import Destination, printable
 from relay.ledger import Attempt, CopyState
 from relay.reading import UnknownId
+from workers import live
 
 _BATCH = 100  # copies in the job of a retry
 _PAGE = 500
+_FOR_EVER = -1  # to RQ: until the ledger's entry goes, and the job with it
 _DAY = 86400  # a failed job outlives its ledger entry, whose end is the one that is logged
 
 # KEYS: the failed registry. ARGV: jobs. A job that somebody has just requeued is not in it and stays.
@@ -84,7 +86,8 @@ def add_failure(
     """
     owned = replace(failure, job=_job_id(destination, message_id, failure.attempts))
     ledger.fail(pipe, destination, message_id, owned, remains)
-    _add_job(pipe, queue, destination, message_id, owned.job, reply, int(ttl) + _DAY)
+    job = dispatch.create(queue, destination, [message_id], JobStatus.FAILED, owned.job)
+    _list_job(pipe, queue, job, reply, int(ttl) + _DAY)
     return owned
 
 
@@ -93,12 +96,19 @@ def adopt(pipe: Any, destination: str, ids: Collection[str], job: str) -> None:
     ledger.reassign(pipe, destination, job, dict.fromkeys(ids), failed=True)
 
 
+def relist(pipe: Any, queue: Queue, destination: str, message_id: str, failure: CopyState) -> CopyState:
+    """Add a failed job for a copy that moves to another destination's failed list. Returns its state with that job."""
+    owned = replace(failure, job=_job_id(destination, message_id, failure.attempts))
+    job = dispatch.create(queue, destination, [message_id], JobStatus.FAILED, owned.job)
+    _list_job(pipe, queue, job, failure.last_reply, _FOR_EVER)
+    return owned
+
+
 def _job_id(destination: str, message_id: str, attempts: int) -> str:
     return f"{message_id}-{zlib.crc32(destination.encode()):08x}-{attempts}"
 
 
-def _add_job(pipe: Any, queue: Queue, destination: str, message_id: str, job_id: str, reply: str, ttl: int) -> None:
-    job = dispatch.create(queue, destination, [message_id], JobStatus.FAILED, job_id)
+def _list_job(pipe: Any, queue: Queue, job: Job, reply: str, ttl: int) -> None:
     queue.failed_job_registry.add(job, ttl=ttl, exc_string=printable(reply), pipeline=pipe)
     job.save(pipeline=pipe)  # with the reply, which the registry leaves out
     pipe.sadd(Queue.redis_queues_keys, queue.key)
@@ -119,7 +129,7 @@ def show(connection: Redis, message_id: str) -> list[FailedDetail]:
     """Return a message's failed copies, one per destination where it failed. Raises UnknownId."""
     found: list[FailedDetail] = []
     for target in reading.destinations(connection):
-        at = cast("float | None", connection.zscore(ledger.FAILED + target.name, message_id))
+        at = connection.zscore(ledger.FAILED + target.name, message_id)
         if at is not None:
             found += _details(connection, target, [(message_id, at)])
     if not found:
@@ -174,6 +184,25 @@ def expire(connection: Redis, destination: str, ttl: float) -> list[str]:
     return gone
 
 
+def forget_stray_jobs(connection: Redis, destination: str, tick: Callable[[], object] = lambda: None) -> list[str]:
+    """Delete failed jobs that own no failed copy, so that a Requeue would do nothing. Returns their ids."""
+    queue = dispatch.queue(connection, destination)
+    gone: list[str] = []
+    for page in reading.pages(connection, queue.failed_job_registry.key, size=_PAGE):
+        tick()
+        jobs = [job for job, _ in page]
+        held = live.calls(connection, jobs)
+        ids = sorted({message_id for call in held for message_id in call})
+        owners = dict(zip(ids, ledger.owners(connection, destination, ids, failed=True), strict=True))
+        stray = [job for job, call in zip(jobs, held, strict=True) if all(owners[i] != job for i in call)]
+        if stray:
+            with connection.pipeline(transaction=True) as pipe:
+                forget_jobs(pipe, queue, stray)
+                pipe.execute()
+        gone += stray
+    return gone
+
+
 def forget_jobs(pipe: Any, queue: Queue, jobs: Sequence[str]) -> None:
     """Delete failed jobs whose copies are dropped, or owned by another job now. Result: how many."""
     pipe.eval(_FORGET_JOBS, 1, queue.failed_job_registry.key, *(job for job in dict.fromkeys(jobs) if job))
@@ -201,7 +230,7 @@ def _selected(
     wanted = list(dict.fromkeys(ids))
     present: list[tuple[Destination, list[str]]] = []
     for target in targets:
-        scores = cast("list[float | None]", connection.zmscore(ledger.FAILED + target.name, wanted)) if wanted else []
+        scores = connection.zmscore(ledger.FAILED + target.name, wanted) if wanted else []
         present.append((target, [i for i, score in zip(wanted, scores, strict=True) if score is not None]))
     if missing := set(wanted).difference(*(found for _, found in present)):
         where = f" of {destination}" if destination else ""

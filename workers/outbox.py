@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 from relay import ledger, maillog
 
 _LATE = 1.0
+_STUCK = 60.0
 _LONGEST_PAUSE = 2.0
 
 Change = Callable[[Any], object]
@@ -43,6 +44,11 @@ class Outbox:
         """Whether an outcome has been waiting for more than a second."""
         return self._oldest is not None and time.monotonic() - self._oldest > _LATE
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether an outcome has been waiting for so long that a drain should not wait for it."""
+        return self._oldest is not None and time.monotonic() - self._oldest > _STUCK
+
     def settle(self, message_id: str) -> asyncio.Future[None]:
         """Note a delivered copy."""
         self._settled.append(message_id)
@@ -52,11 +58,6 @@ class Outbox:
         """Note a change that makes an RQ job too; called in a thread with a pipeline in MULTI, again if that fails."""
         self._changes.append(change)
         return self._submitted()
-
-    async def drain(self) -> None:
-        """Wait until everything is written."""
-        while self._flight is not None:
-            await asyncio.wait([self._flight])
 
     def _submitted(self) -> asyncio.Future[None]:
         loop = asyncio.get_running_loop()

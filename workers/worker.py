@@ -251,6 +251,8 @@ class DeliveryWorker(SimpleWorker):
 
     def beat(self) -> None:
         """Renew the worker and the execution, so that nobody takes a job that waits for hours as abandoned."""
+        if self.birth_date is None:
+            return
         with self._beating, self.connection.pipeline() as pipeline:
             self.heartbeat(pipeline=pipeline)
             if self._running:

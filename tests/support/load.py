@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from dialogue import Dialogue, Unexpected
-from lifetime import tied
+from lifetime import Watchdog
 from waiting import PATIENCE, free_port, wait_until
 
 
@@ -41,6 +41,7 @@ class SmtpSink:
         self._options = options
         self._counters = self.directory / "counters"
         self._process: subprocess.Popen[bytes] | None = None
+        self._watchdog: Watchdog | None = None
 
     def __enter__(self) -> Self:
         return self.start()
@@ -63,13 +64,14 @@ class SmtpSink:
                 os.chown(self.directory / "mail", nobody.pw_uid, nobody.pw_gid)
         with self._counters.open("ab") as counters:
             self._process = subprocess.Popen(
-                tied([*command, self.address, "1000"]),
+                [*command, self.address, "1000"],
                 cwd=self.directory,
                 stdin=subprocess.DEVNULL,
                 stdout=counters,
                 stderr=counters,
                 process_group=0,
             )
+        self._watchdog = Watchdog(self._process.pid, self.directory)
         wait_until(self._answers, message=lambda: f"smtp-sink does not answer: {self._counters.read_text()}")
         return self
 
@@ -79,6 +81,9 @@ class SmtpSink:
             self._process.kill()
             self._process.wait()
             self._process = None
+        if self._watchdog is not None:
+            self._watchdog.dismiss()
+            self._watchdog = None
 
     def remove(self) -> None:
         self.stop()

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from lifetime import tied
+from lifetime import Watchdog
 from waiting import PATIENCE, free_port, wait_until
 
 _SERVICES = """
@@ -79,6 +79,7 @@ class PostfixInstance:
         self.log_file = self.directory / "log" / "mail.log"
         self.mailboxes = self.directory / "mail"
         self._process: subprocess.Popen[bytes] | None = None
+        self._watchdog: Watchdog | None = None
         self._configure(settings or {})
 
     @classmethod
@@ -141,13 +142,14 @@ class PostfixInstance:
         )
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                tied([f"{master.stdout.strip()}/master", "-s", "-c", self._etc], signal.SIGTERM),
+                [f"{master.stdout.strip()}/master", "-s", "-c", self._etc],
                 env={**os.environ, "MAIL_CONFIG": self._etc, "MAIL_LOGTAG": "postfix"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # it kills its whole group when it ends
             )
+        self._watchdog = Watchdog(self._process.pid, self.directory)
         wait_until(self._greets, message=lambda: f"Postfix does not greet: {self.log}")
         return self
 
@@ -162,6 +164,9 @@ class PostfixInstance:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._process = None
+        if self._watchdog is not None:
+            self._watchdog.dismiss()
+            self._watchdog = None
 
     def remove(self) -> None:
         """Stop it and delete its folder."""

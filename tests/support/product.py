@@ -27,6 +27,7 @@ from waiting import PATIENCE, free_port, wait_until
 _DEFAULTS = {
     "smtp.processes": "1",
     "log.format": "json",
+    "log.level": "debug",  # it says which process is which; see ``child``
     "spool.min_free": "1M",
 }
 
@@ -178,6 +179,16 @@ class Product:
                 if re.search(pattern, command):
                     found.append(Child(pid, parent, command))
         return found
+
+    def child(self, name: str) -> Child:
+        """Return the running process of this name (``relay-1``, ``redis``...), as the supervisor's log names it."""
+
+        def find() -> Child | None:
+            started = re.findall(r"(\S+) started as process (\d+)", self.log.replace('"', " "))
+            pid = {given: int(number) for given, number in started}.get(name)
+            return next((child for child in self.children() if child.pid == pid), None)
+
+        return wait_until(find, message=lambda: f"no process {name}:\n{self.log[-4000:]}")  # type: ignore[return-value]
 
     # Seeing
 

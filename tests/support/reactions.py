@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from waiting import PATIENCE
 
 if TYPE_CHECKING:
-    from scripted_server import Connection
+    from recorded import Connection
 
 Reaction: TypeAlias = (
     "str | bytes | Close | HalfClose | Reset | Silence | Delay | Trickle | Gate | tuple[Any, ...] | list[Any] "

@@ -10,6 +10,7 @@ import redis
 
 from lifetime import tied
 from relay import embedded
+from waiting import PATIENCE
 
 
 class RedisServer:
@@ -31,7 +32,7 @@ class RedisServer:
         """Return a new client; it is up to the caller to close it."""
         return redis.Redis.from_url(self.url, **options)
 
-    def start(self) -> RedisServer:
+    def start(self, timeout: float = PATIENCE) -> RedisServer:
         embedded._make_private(embedded.folder(self.directory))
         embedded._make_private(embedded.socket_path(self.directory).parent)
         words = [w for name, value in self.options.items() for w in (f"--{name.replace('_', '-')}", value)]
@@ -39,7 +40,7 @@ class RedisServer:
             tied([*embedded.server_argv(self.directory), *words]),
             process_group=0,
         )
-        embedded.wait_ready(self.directory, 20, self.process)
+        embedded.wait_ready(self.directory, timeout, self.process)
         return self
 
     def stop(self) -> None:

@@ -1,0 +1,119 @@
+"""rq-dashboard for smtp-dup: with a password, mended, served by waitress.
+
+    DASHBOARD_REDIS_URL=redis://localhost:6379/0 DASHBOARD_PASSWORD=... python app.py
+
+DASHBOARD_LISTEN (127.0.0.1:9181), DASHBOARD_USER (admin), DASHBOARD_PASSWORD or DASHBOARD_PASSWORD_FILE. Without
+a password it makes one up at every start and prints it: there is no way to run it open. A setting that cannot be
+used is one line and status 2. While Redis is away every page is a 503, and the next try connects anew.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import waitress
+from guard import Guard
+from mended import make_app
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+_REDIS_SECONDS = 5.0
+_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the variables say. ``made_up``: nobody gave a password."""
+
+    redis_url: str
+    host: str
+    port: int
+    user: str
+    password: str
+    made_up: bool
+
+
+def read(environ: Mapping[str, str]) -> Settings:
+    """Read the variables. Raises ValueError with what is wrong."""
+    listen = environ.get("DASHBOARD_LISTEN") or "127.0.0.1:9181"
+    address = re.fullmatch(r"\[?([^\[\]]*)\]?:(\d{1,5})", listen)
+    if address is None:
+        raise ValueError(f"DASHBOARD_LISTEN: expected host:port, not {listen!r}")
+    redis_url = environ.get("DASHBOARD_REDIS_URL") or environ.get("SMTP_DUP_REDIS_URL") or ""
+    if not redis_url:
+        raise ValueError("DASHBOARD_REDIS_URL: must be given, as redis.url of smtp-dup")
+    user = environ.get("DASHBOARD_USER") or "admin"
+    if ":" in user:
+        raise ValueError("DASHBOARD_USER: a colon cannot be part of it")
+    given = environ.get("DASHBOARD_PASSWORD", "")
+    if not given and (file := environ.get("DASHBOARD_PASSWORD_FILE")):
+        try:
+            given = Path(file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"DASHBOARD_PASSWORD_FILE: {file} cannot be read: {error}") from None
+        if not given:
+            raise ValueError(f"DASHBOARD_PASSWORD_FILE: {file} is empty")
+    return Settings(
+        redis_url=redis_url,
+        host=address[1] or "*",
+        port=int(address[2]),
+        user=user,
+        password=given or secrets.token_urlsafe(12),
+        made_up=not given,
+    )
+
+
+def main() -> None:
+    """Serve until SIGTERM."""
+    try:
+        settings = read(os.environ)
+        client = Redis.from_url(
+            settings.redis_url,
+            socket_timeout=_REDIS_SECONDS,
+            socket_connect_timeout=_REDIS_SECONDS,
+            retry=Retry(NoBackoff(), 1),  # once, silently: a kept connection that the server has closed
+        )
+        guarded = Guard(make_app(client, settings.redis_url), settings.user, settings.password, client)
+        server = waitress.create_server(
+            guarded,
+            host=settings.host,
+            port=settings.port,
+            threads=_THREADS,
+            ident="",
+            clear_untrusted_proxy_headers=True,
+        )
+    except ValueError as error:
+        _end(str(error))
+    except OSError as error:
+        _end(f"DASHBOARD_LISTEN: cannot listen on {settings.host} port {settings.port}: {error.strerror}")
+    signal.signal(signal.SIGTERM, _stop)
+    sys.stdout.write(f"dashboard on http://{settings.host}:{settings.port}/, user {settings.user}\n")
+    if settings.made_up:
+        sys.stdout.write(
+            f"password, until the next start: {settings.password} (set DASHBOARD_PASSWORD to keep one)\n"
+        )
+    sys.stdout.flush()
+    server.run()
+
+
+def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(0)  # waitress ends its threads with it
+
+
+def _end(line: str) -> NoReturn:
+    sys.stderr.write(f"dashboard: {line}\n")
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

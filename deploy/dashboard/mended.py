@@ -1,0 +1,177 @@
+"""rq-dashboard 0.9.0 with its faults mended from outside, for queues whose jobs are JSON.
+
+Found by running it against queues of smtp-dup: it reads some jobs as pickle (Workers tab, job page, requeue), puts
+server replies into its job page as HTML, shows jobs of the next page again, raises the Redis timeouts of the whole
+process to minutes, and answers 500 where a job has just gone or Redis is away. A job that is deleted here would
+only be hidden, since the ledger of smtp-dup is the truth; so the buttons that delete are off, and `smtp-dup failed
+drop` drops.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+from flask import Flask, Response, g
+from jinja2 import BaseLoader, Environment
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import Queue, Worker, requeue_job
+from rq.exceptions import InvalidJobOperation, NoSuchJobError
+from rq.job import Job
+from rq.registry import (
+    BaseRegistry,
+    CanceledJobRegistry,
+    DeferredJobRegistry,
+    FailedJobRegistry,
+    FinishedJobRegistry,
+    ScheduledJobRegistry,
+    StartedJobRegistry,
+)
+from rq.serializers import JSONSerializer
+from rq_dashboard import web
+from rq_dashboard.cli import make_flask_app
+
+_REGISTRIES: dict[str, type[BaseRegistry]] = {
+    "canceled": CanceledJobRegistry,
+    "deferred": DeferredJobRegistry,
+    "failed": FailedJobRegistry,
+    "finished": FinishedJobRegistry,
+    "scheduled": ScheduledJobRegistry,
+    "started": StartedJobRegistry,
+}
+
+
+def make_app(client: Redis, redis_url: str) -> Flask:
+    """Return the application on this Redis. It shows ``redis_url`` without its password."""
+    web.config.serializer = JSONSerializer
+    web.Job, web.Worker, web.requeue_job = _Job, _Worker, _requeue
+    web.get_queue_registry_jobs_count = _page
+    # For every request it would make a new client, for one thing without timeouts.
+    web.from_url = lambda *_args, **_options: (None, client)
+    app: Flask = make_flask_app(config=None, username=None, password=None, url_prefix="")
+    app.config.update(RQ_DASHBOARD_REDIS_URL=(redis_url,), RQ_DASHBOARD_DISABLE_DELETE=True, DEPRECATED_OPTIONS=[])
+    web.setup_rq_connection(app)
+    app.view_functions["rq_dashboard.requeue_all"] = web.jsonify(lambda queue_name: _requeue_all(client, queue_name))
+    if app.jinja_loader:
+        app.jinja_env.loader = _Escaping(app.jinja_env.loader or app.jinja_loader)
+    app.context_processor(lambda: {"script_nonce": _nonce()})
+    app.after_request(_harden)
+    for error, status, text in (
+        (RedisError, 503, "Redis does not answer"),
+        (NoSuchJobError, 404, "there is no such job any more"),
+        (InvalidJobOperation, 409, "the job is not in the failed list any more"),
+        (LookupError, 404, "not found"),
+    ):
+        app.register_error_handler(error, _tell(status, text))
+    return app
+
+
+def _tell(status: int, text: str) -> Callable[[Exception], Response]:
+    return lambda _error: Response(f"{text}\n", status, mimetype="text/plain")
+
+
+# Jobs are JSON ------------------------------------------------------------------------------------------------
+
+
+class _Job(Job):  # type: ignore[misc, unused-ignore]
+    """A job that is read as JSON where rq-dashboard names no serializer."""
+
+    def __init__(self, id: str | None = None, connection: Redis | None = None, serializer: Any = None) -> None:  # noqa: A002
+        super().__init__(id, connection=connection, serializer=serializer or JSONSerializer)
+
+    def get_call_string(self) -> str:
+        return self.description or ""  # the whole call has up to a hundred ids
+
+
+class _Worker(Worker):  # type: ignore[misc, unused-ignore]
+    """A worker as the Workers tab reads it."""
+
+    @classmethod
+    def all(cls, connection: Redis | None = None, **_options: Any) -> list[Any]:
+        return super().all(connection=connection, job_class=_Job, serializer=JSONSerializer)
+
+    def _set_connection(self, connection: Redis) -> Redis:
+        return connection  # a worker's longer timeouts would be put on everybody's connections
+
+    def get_current_job(self) -> Job | None:
+        try:
+            return super().get_current_job()
+        except NoSuchJobError:  # it has just ended
+            return None
+
+
+def _requeue(job_id: str, connection: Redis) -> Job:
+    return requeue_job(job_id, connection=connection, serializer=JSONSerializer)
+
+
+def _requeue_all(client: Redis, queue_name: str) -> dict[str, Any]:
+    count = 0
+    for job_id in Queue(queue_name, connection=client).failed_job_registry.get_job_ids(cleanup=False):
+        try:
+            _requeue(job_id, client)
+            count += 1
+        except (NoSuchJobError, InvalidJobOperation):  # gone or requeued meanwhile; the others count
+            continue
+    return {"status": "OK", "count": count}
+
+
+def _page(  # noqa: PLR0917  (called by position)
+    queue_name: str, registry_name: str, offset: int, per_page: int, order: str, connection: Redis
+) -> tuple[int, list[dict[str, Any]]]:
+    """Return how many jobs there are and those of one page. Raises LookupError for a registry that is none."""
+    queue = Queue(queue_name, connection=connection, serializer=JSONSerializer)
+    registry = None if registry_name == "queued" else _REGISTRIES[registry_name](queue_name, connection=connection)
+    total = registry.get_job_count(cleanup=False) if registry is not None else queue.count
+    first, last = max(offset, 0), min(max(offset, 0) + max(per_page, 1), total)
+    if order == "dsc":
+        first, last = max(total - last, 0), total - first
+    ids: list[str] = []
+    if last > first and registry is not None:
+        ids = registry.get_job_ids(first, last - 1, cleanup=False)  # both inclusive
+    elif last > first:
+        ids = queue.get_job_ids(first, last - first)
+    jobs = _Job.fetch_many(ids, connection=connection, serializer=JSONSerializer)
+    if order == "dsc":
+        jobs.reverse()
+    return total, [web.serialize_job(job) for job in jobs if job]
+
+
+# Pages --------------------------------------------------------------------------------------------------------
+
+
+class _Escaping(BaseLoader):
+    """Its templates, but for two things: what they show is text, and their scripts carry the nonce.
+
+    ``<%= d.x %>`` of underscore.js writes HTML, and d.exc_info is what some mail server said about an address
+    that some sender made up. ``<%- d.x %>`` writes text.
+    """
+
+    def __init__(self, loader: BaseLoader) -> None:
+        self._loader = loader
+
+    def get_source(self, environment: Environment, template: str) -> tuple[str, str | None, Callable[[], bool] | None]:
+        source, filename, is_current = self._loader.get_source(environment, template)
+        source = re.sub(r"<%=(?=\s*(?:d\.|JSON\.|jobId|url_for|url\b|number\b))", "<%-", source)
+        source = re.sub(r"<script(?=[\s>])", '<script nonce="{{ script_nonce }}"', source)
+        return source, filename, is_current
+
+
+def _nonce() -> str:
+    if "script_nonce" not in g:
+        g.script_nonce = secrets.token_urlsafe(16)
+    nonce: str = g.script_nonce
+    return nonce
+
+
+def _harden(response: Response) -> Response:
+    """Say to the browser what pages may do: run our scripts (underscore.js needs eval) and talk to us."""
+    response.headers["Content-Security-Policy"] = (
+        f"default-src 'self'; script-src 'nonce-{_nonce()}' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+        "img-src 'self' data:; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Referrer-Policy"] = "same-origin"
+    return response

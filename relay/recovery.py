@@ -1,0 +1,165 @@
+"""Recovery of messages whose owner went away between staging and release: held, then copied all the same.
+
+What a dead process staged becomes uncertain: perhaps the primary has it, perhaps not, and the client never heard
+our 2xx. A client that sends it again notes its recipients on the uncertain twin. When the hold is over, copies
+go out for whoever is not covered: a duplicate beats a loss. Everything here may be repeated and may run in
+several processes at once. A record that cannot be read is set aside for an hour, again and again, and logged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+from redis import Redis
+
+from relay import dispatch, ledger, maillog, reading
+from relay.envelope import Destination, Envelope, MalformedRecord, owner_of
+from relay.headers import equality_digest
+from relay.ledger import CopyState
+from relay.reading import UnknownId
+
+_GRACE = 60.0  # seconds past its deadline before a staged message counts as left behind
+_BATCH = 100
+_SET_ASIDE = 3600.0
+
+
+class Share(NamedTuple):
+    """What a backup gets of an uncertain message: the recipients owed, how many a twin covers, the copy's state."""
+
+    owed: tuple[int, ...]
+    covered: int
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """A message that is not uncertain any more, and what each backup gets of it."""
+
+    id: str
+    shares: dict[str, Share]
+
+
+def abandon(connection: Redis, owner: str, hold_seconds: float) -> list[str]:
+    """Make everything uncertain that a dead relay process had staged. Returns the ids."""
+    held: list[str] = []
+    for page in reading.pages(connection, ledger.STAGED):
+        held += _hold(connection, [i for i, _ in page if owner_of(i) == owner], hold_seconds)
+    connection.hdel(ledger.OWNERS, owner)
+    return held
+
+
+def hold_overdue(connection: Redis, hold_seconds: float) -> list[str]:
+    """Make everything uncertain that is staged for longer than its owner would. Returns the ids."""
+    held: list[str] = []
+    for page in reading.pages(connection, ledger.STAGED, until=ledger.now(connection) - _GRACE):
+        held += _hold(connection, [message_id for message_id, _ in page], hold_seconds)
+    return held
+
+
+def note_twins(connection: Redis, known: set[str]) -> None:
+    """Note the digests of uncertain messages that have none yet, and forget those of messages that are not uncertain.
+
+    ``known`` are ids that were looked at before; it is brought up to date.
+    """
+    uncertain = {message_id for page in reading.pages(connection, ledger.UNCERTAIN) for message_id, _ in page}
+    noted = cast("dict[bytes, bytes]", connection.hgetall(ledger.TWINS))
+    twins = {digest.decode(): message_id.decode() for digest, message_id in noted.items()}
+    new = {digest: i for i in sorted(uncertain - known - set(twins.values())) if (digest := _digest(connection, i))}
+    stale = {digest: i for digest, i in twins.items() if i not in uncertain}
+    with connection.pipeline(transaction=True) as pipe:
+        if stale:
+            ledger.forget_twins(pipe, stale)
+        if new:
+            ledger.note_twins(pipe, new)
+        pipe.execute()
+    known.clear()
+    known |= uncertain
+
+
+def copy_due(connection: Redis, backups: Sequence[Destination] = ()) -> Iterator[Recovered]:
+    """Make uncertain messages pending whose hold is over, with jobs, for the recipients that no twin covers.
+
+    ``backups`` are the definitions of this process; those of the ledger count too.
+    """
+    definitions = {d.name: d for d in backups} | ledger.destinations(connection)
+    for page in reading.pages(connection, ledger.UNCERTAIN, until=ledger.now(connection), size=_BATCH):
+        ids = [message_id for message_id, _ in page]
+        covered = cast("list[bytes | None]", connection.hmget(ledger.COVERED, ids))
+        due = []
+        for message_id, envelope, lists in zip(ids, reading.envelopes(connection, ids), covered, strict=True):
+            if envelope is None:
+                _set_aside(connection, message_id)
+            else:
+                due.append(Recovered(message_id, _shares(envelope, definitions, _addresses(lists))))
+        yield from _revive(connection, due)
+
+
+def _shares(envelope: Envelope, definitions: Mapping[str, Destination], covered: set[str]) -> dict[str, Share]:
+    shares = {}
+    for name in envelope.destinations:
+        backup = definitions.get(name)
+        wanted = [i for i, r in enumerate(envelope.recipients) if backup is None or backup.wants(r)]
+        owed = tuple(i for i in wanted if envelope.recipients[i].address not in covered)
+        if owed:
+            state = "" if len(owed) == len(wanted) else CopyState(owed=owed).to_wire()
+            shares[name] = Share(owed, len(wanted) - len(owed), state)
+    return shares
+
+
+def _addresses(lists: bytes | None) -> set[str]:
+    """Read what twins have covered: a JSON list a line. Addresses are compared exactly."""
+    return {address for line in (lists or b"").splitlines() for address in json.loads(line)}
+
+
+def _revive(connection: Redis, due: Sequence[Recovered]) -> Iterator[Recovered]:
+    """Make messages pending, with one job per backup in the same transaction."""
+    if not due:
+        return
+    with connection.pipeline(transaction=True) as pipe:
+        for message in due:
+            ledger.revive_uncertain(pipe, message.id, {name: share.state for name, share in message.shares.items()})
+        for name in sorted({name for message in due for name in message.shares}):
+            ids = [message.id for message in due if name in message.shares]
+            dispatch.enqueue(pipe, dispatch.queue(connection, name), name, ids)
+        revived = pipe.execute()[: len(due)]
+    for message, is_ours in zip(due, revived, strict=True):
+        if is_ours:
+            for name, share in message.shares.items():
+                maillog.uncertain_copied(message.id, name, len(share.owed), share.covered)
+            if not message.shares:
+                maillog.uncertain_covered(message.id)
+            yield message
+
+
+def _hold(connection: Redis, ids: Sequence[str], seconds: float) -> list[str]:
+    held = []
+    for message_id in ids:
+        with connection.pipeline(transaction=True) as pipe:
+            ledger.hold(pipe, message_id, _digest(connection, message_id), seconds)
+            if pipe.execute()[0]:
+                maillog.abandoned(message_id, seconds)
+                held.append(message_id)
+    return held
+
+
+def _digest(connection: Redis, message_id: str) -> str:
+    """Return the name of mail equal to this; "" when it has none, is gone, or cannot be read."""
+    try:
+        message = reading.message(connection, message_id)
+    except (UnknownId, MalformedRecord):
+        return ""
+    return equality_digest(message.envelope.sender, message.body)
+
+
+def _set_aside(connection: Redis, message_id: str) -> None:
+    if connection.exists(ledger.MESSAGE + message_id):
+        maillog.notice("error", "unreadable message", id=message_id)
+        connection.zadd(ledger.UNCERTAIN, {message_id: ledger.now(connection) + _SET_ASIDE}, xx=True)
+    else:
+        maillog.body_missing(message_id, "")
+        with connection.pipeline(transaction=True) as pipe:
+            ledger.discard(pipe, [message_id])
+            pipe.execute()

@@ -1,0 +1,119 @@
+"""Whether Redis can be written to now: a circuit for when it is down, a level for when it is full.
+
+One look a second finds out what thousands of messages would else find out one by one, each at the price of
+``redis.timeout_seconds``. A failed write opens the circuit at once; only a look that could write closes it. Over
+75 % of ``maxmemory``, until it is under 70 %, bodies go elsewhere: a full Redis cannot even hand out a job.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from relay import ledger, maillog
+
+_STOP_AT = 0.75  # of maxmemory
+_GO_ON_AT = 0.70
+_IMPORT_AT = 0.60  # what was spooled waits until new mail has room again
+_CALM_SECONDS = 2.0
+
+
+class Watch:
+    """What one relay process knows of Redis. ``processes`` like it fill the memory at the same time."""
+
+    def __init__(self, connection: Redis, *, seconds: float, processes: int = 1) -> None:
+        self._connection = connection
+        self._seconds = seconds
+        self._processes = processes
+        self._trouble = ""
+        self._failures = 0
+        self._failed_at = float("-inf")
+        self._limit = 0  # maxmemory; 0: none
+        self._used = 0
+        self._flying = 0  # octets on their way
+        self._landed = 0  # octets written since the last look
+        self._over = False
+        self.clock_offset = 0.0  # seconds that Redis's clock is ahead of ours
+
+    @property
+    def is_down(self) -> bool:
+        return bool(self._trouble)
+
+    def objection(self, octets: int) -> str:
+        """Say why a record of this size should not go to Redis now; "" when it should."""
+        if self._trouble:
+            return self._trouble
+        if self._limit and (self._over or self._level(octets) > _STOP_AT * self._limit):
+            self._over = True
+            return f"Redis has less than {1 - _STOP_AT:.0%} of its maxmemory left"
+        return ""
+
+    def may_import(self) -> bool:
+        """Say whether there is room and calm for what was spooled."""
+        if self._trouble or time.monotonic() - self._failed_at < _CALM_SECONDS:
+            return False
+        return not self._limit or (not self._over and self._level(0) <= _IMPORT_AT * self._limit)
+
+    def fits(self, octets: int) -> bool:
+        """Say whether a spooled record of this size may come in by itself, now that there is room."""
+        return not self._limit or self._level(octets) <= _STOP_AT * self._limit
+
+    def sent(self, octets: int, answer: asyncio.Future[Any]) -> None:
+        """Count a record that is on its way until it is answered, and then until the next look sees it."""
+        self._flying += octets
+
+        def landed(_: asyncio.Future[Any]) -> None:
+            self._flying -= octets
+            self._landed += octets
+
+        answer.add_done_callback(landed)
+
+    def failed(self, error: BaseException) -> None:
+        """Take note that a write got no answer, or a refusal."""
+        self._failures += 1
+        self._failed_at = time.monotonic()
+        if not self._trouble:
+            self._trouble = f"Redis: {type(error).__name__}: {error}".rstrip(": ")
+            maillog.notice("warning", "Redis cannot be written to", reason=self._trouble)
+
+    async def look(self) -> bool:
+        """Find out how Redis is. Returns whether it answers."""
+        failures = self._failures
+        before = time.time()
+        try:
+            async with asyncio.timeout(self._seconds), self._connection.pipeline(transaction=False) as pipe:
+                if self._trouble:
+                    ledger.probe(pipe)
+                pipe.time()
+                pipe.info("memory")
+                *written, (seconds, micros), memory = await pipe.execute(raise_on_error=False)
+            for answer in written:
+                if isinstance(answer, Exception):
+                    raise answer
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing was written
+            self.failed(error)
+            return False
+        self.clock_offset = seconds + micros / 1e6 - (before + time.time()) / 2
+        self._take(memory)
+        if self._trouble and failures == self._failures:
+            self._trouble = ""
+            maillog.notice("info", "Redis can be written to again")
+        return True
+
+    def _take(self, memory: Any) -> None:
+        """Take the figures; a Redis that keeps them from us is taken to have room."""
+        if isinstance(memory, ResponseError):
+            return
+        self._limit = int(memory.get("maxmemory", 0))
+        self._used = int(memory.get("used_memory", 0))
+        self._landed = 0
+        if self._over and (not self._limit or self._level(0) < _GO_ON_AT * self._limit):
+            self._over = False
+            maillog.notice("info", "Redis has room again", used=self._used, maxmemory=self._limit)
+
+    def _level(self, octets: int) -> int:
+        return self._used + octets + (self._flying + self._landed) * self._processes

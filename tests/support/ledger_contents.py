@@ -1,0 +1,163 @@
+"""Messages in a ledger, put there as the relay does, and the worker's part of their life without a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import redis
+from rq import Queue
+
+from relay import dispatch, ledger
+from relay.envelope import Destination, Envelope, IdSource, Message, Recipient
+from relay.ledger import Claim, CopyState, Released, Staged
+from relay.settings import Settings, load
+from workers import failed
+
+DAY = 86400.0
+BODY = b"Received: from a\r\nSubject: hello\r\nMessage-ID: <%s@test>\r\n\r\n..dots\r\ntext\r\n"
+_ids = IdSource()
+
+
+def settings(**options: str) -> Settings:
+    """Return settings as a file with these options would give them; ``retry_first`` stands for ``retry.first``."""
+    flags = {name.replace("_", ".", 1): value for name, value in options.items()}
+    return load({"relay.destination_primary": "localhost:25", **flags}, environ={}, directories=())
+
+
+class Contents:
+    """The ledger of a test: a few calls put messages and copies in any state that they can be in."""
+
+    def __init__(self, connection: redis.Redis, *names: str, **definition: Any) -> None:
+        self.connection = connection
+        self.destinations = {
+            name: Destination(name=name, host="localhost", port=25, **definition) for name in names or ("new",)
+        }
+        self.register(*self.destinations.values())
+
+    def register(self, *destinations: Destination) -> None:
+        self.destinations |= {d.name: d for d in destinations}
+        with self.connection.pipeline() as pipe:
+            ledger.register(pipe, destinations)
+            pipe.execute()
+
+    def queue(self, name: str = "new") -> Queue:
+        return dispatch.queue(self.connection, name)
+
+    # Life of a message
+
+    def staged(
+        self,
+        *recipients: str,
+        to: Sequence[str] = ("new",),
+        deadline: float = 600.0,
+        body: bytes | None = None,
+        message_id: str = "",
+        sender: str = "sender@test",
+    ) -> str:
+        """Stage a message; the deadline in seconds from now."""
+        message_id = message_id or _ids.next()
+        body = BODY % message_id.encode() if body is None else body
+        envelope = Envelope(
+            id=message_id,
+            sender=sender,
+            recipients=tuple(Recipient(r) for r in recipients or ("a@test",)),
+            received_at=ledger.now(self.connection),
+            size=len(body),
+            destinations=tuple(to),
+        )
+        with self.connection.pipeline() as pipe:
+            ledger.stage(
+                pipe, [Staged(message_id, Message(envelope, body).pack(), ledger.now(self.connection) + deadline)]
+            )
+            pipe.execute()
+        return message_id
+
+    def pending(self, *recipients: str, to: Sequence[str] = ("new",), age: float = 60.0, **more: Any) -> str:
+        """Have a message accepted so many seconds ago, without a job."""
+        message_id = self.staged(*recipients, to=to, **more)
+        with self.connection.pipeline() as pipe:
+            ledger.release(pipe, [Released(message_id, tuple(to))])
+            assert pipe.execute() == [[1]]
+        for name in to:
+            self.connection.zadd(ledger.PENDING + name, {message_id: ledger.now(self.connection) - age})
+        return message_id
+
+    def enqueue(self, *ids: str, to: str = "new") -> str:
+        """Write a job for copies, as the relay does. Returns its id."""
+        with self.connection.pipeline() as pipe:
+            job = dispatch.enqueue(pipe, self.queue(to), to, ids)
+            pipe.execute()
+        return job
+
+    def claim(self, job: str, *ids: str, to: str = "new", lease: float = 60.0) -> list[Claim]:
+        """Claim copies as the worker that runs this job."""
+        with self.connection.pipeline() as pipe:
+            ledger.claim(pipe, to, job, "worker", lease, ids)
+            return ledger.claimed(pipe.execute()[0])[0]
+
+    def fail(
+        self,
+        message_id: str,
+        reply: str = "550 5.1.1 unknown",
+        *,
+        to: str = "new",
+        owed: tuple[int, ...] | None = None,
+        ago: float = 0.0,
+        remains: CopyState | None = None,
+        attempts: int = 0,
+    ) -> CopyState:
+        """Have a pending copy fail, so many seconds ago."""
+        state = replace(CopyState(owed=owed, attempts=attempts).tried(ledger.now(self.connection), reply))
+        with self.connection.pipeline() as pipe:
+            state = failed.add_failure(pipe, self.queue(to), to, message_id, state, remains, reply, 30 * DAY)
+            pipe.execute()
+        if ago:
+            self.connection.zadd(ledger.FAILED + to, {message_id: ledger.now(self.connection) - ago})
+        return state
+
+    def failed(self, *recipients: str, to: str = "new", **more: Any) -> str:
+        message_id = self.pending(*recipients, to=(to,))
+        self.fail(message_id, to=to, **more)
+        return message_id
+
+    def defer(self, *ids: str, to: str = "new", seconds: float = 300.0, owed: tuple[int, ...] | None = None) -> str:
+        """Have copies deferred together. Returns the scheduled job."""
+        from datetime import UTC, datetime
+
+        from rq.job import JobStatus
+
+        job = dispatch.create(self.queue(to), to, ids, JobStatus.SCHEDULED)
+        clock = ledger.now(self.connection)
+        state = CopyState(job=job.id, owed=owed, since=clock).tried(clock, "451 4.7.1 later")
+        with self.connection.pipeline() as pipe:
+            ledger.defer(pipe, to, dict.fromkeys(ids, state))
+            dispatch.schedule(pipe, self.queue(to), job, datetime.fromtimestamp(clock + seconds, UTC))
+            pipe.execute()
+        return job.id
+
+    def pause(self, name: str = "new", reason: str = "connection refused", probe_in: float = 30.0) -> None:
+        """Have the courier of a destination say that its server is in trouble."""
+        clock = ledger.now(self.connection)
+        health = {"state": "paused", "reason": reason, "probe_at": clock + probe_in, "since": clock - 60}
+        self.connection.hset(ledger.HEALTH + name, mapping=health)
+
+    # Questions
+
+    def pending_ids(self, name: str = "new") -> list[str]:
+        return [i.decode() for i in self.connection.zrange(ledger.PENDING + name, 0, -1)]
+
+    def failed_ids(self, name: str = "new") -> list[str]:
+        return [i.decode() for i in self.connection.zrange(ledger.FAILED + name, 0, -1)]
+
+    def state(self, message_id: str, to: str = "new", *, failure: bool = False) -> CopyState:
+        key = (ledger.FAILURE if failure else ledger.OWN) + to
+        return CopyState.from_wire(self.connection.hget(key, message_id))
+
+    def has_body(self, message_id: str) -> bool:
+        return bool(self.connection.exists(ledger.MESSAGE + message_id))
+
+    def queued(self, name: str = "new") -> Mapping[str, list[str]]:
+        """Return the ids in each queued job."""
+        return {job.id: job.args[1] for job in self.queue(name).get_jobs()}

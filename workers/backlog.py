@@ -1,0 +1,226 @@
+"""The backlog: what waits for each backup, as an operator sees it, and what they can do about it.
+
+Copies are listed by age, in pages and without their bodies. ``flush`` is `postqueue -f`: everything is due now.
+``move`` gives the copies of one destination to another; what is being delivered at that moment stays, and so
+does what the other has a copy of its own waiting for, and a second call moves the rest. A destination that is
+not in the ledger raises UnknownDestination.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from redis import Redis
+
+from relay import dispatch, ledger, maillog, reading
+from relay.envelope import Destination, Envelope
+from relay.ledger import CopyState, Move
+from workers import failed, live
+
+_PAGE = 500
+_BATCH = 100  # copies moved in one transaction, and in one job there
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingCopy:
+    """One pending copy: the recipients that are owed it. Times are seconds since the epoch.
+
+    ``next_attempt_at`` is None when it is due now or under way.
+    """
+
+    id: str
+    destination: str
+    sender: str
+    recipients: tuple[str, ...]
+    size: int
+    received_at: float
+    attempts: int
+    next_attempt_at: float | None
+    last_reply: str
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What a move did, in copies. ``covered`` were dropped: the new destination had a copy for the same recipients."""
+
+    pending: int
+    failed: int
+    covered: int
+    left: int  # being delivered, or waiting there already
+
+
+# --- listing --------------------------------------------------------------------------------------------------
+
+
+def listing(connection: Redis, destination: str | None = None) -> Iterator[WaitingCopy]:
+    """Yield the pending copies, per destination, the oldest first. Raises UnknownDestination."""
+    for target in reading.destinations(connection, destination):
+        health = _Health.read(connection, target.name)
+        for page in reading.pages(connection, ledger.PENDING + target.name, size=_PAGE):
+            yield from _rows(connection, target, health, page)
+
+
+@dataclass(frozen=True, slots=True)
+class _Health:
+    """What the courier tells of a destination: empty unless it is paused."""
+
+    reason: str = ""
+    probe_at: float | None = None
+
+    @classmethod
+    def read(cls, connection: Redis, destination: str) -> _Health:
+        fields = cast("dict[bytes, bytes]", connection.hgetall(ledger.HEALTH + destination))
+        if fields.get(b"state") != b"paused":
+            return cls()
+        probe = fields.get(b"probe_at")
+        return cls(fields.get(b"reason", b"").decode(), float(probe) if probe else None)
+
+
+def _rows(
+    connection: Redis, target: Destination, health: _Health, page: Sequence[tuple[str, float]]
+) -> Iterator[WaitingCopy]:
+    ids = [message_id for message_id, _ in page]
+    data = cast("list[bytes | None]", connection.hmget(ledger.OWN + target.name, ids))
+    states = [CopyState.from_wire(d) for d in data]
+    scheduled = dispatch.queue(connection, target.name).scheduled_job_registry.key
+    times = connection.zmscore(scheduled, [state.job for state in states])
+    clock = ledger.now(connection)
+    for (message_id, accepted), state, at, envelope in zip(
+        page, states, times, reading.envelopes(connection, ids), strict=True
+    ):
+        due = at if at is not None and at > clock else None
+        yield WaitingCopy(
+            id=message_id,
+            destination=target.name,
+            sender=envelope.sender if envelope else "",
+            recipients=reading.addressees(envelope, target, state),
+            size=envelope.size if envelope else 0,
+            received_at=envelope.received_at if envelope else accepted,
+            attempts=state.attempts,
+            next_attempt_at=due or health.probe_at,
+            last_reply=state.last_reply or health.reason,
+        )
+
+
+# --- flush ----------------------------------------------------------------------------------------------------
+
+
+def flush(connection: Redis, destination: str | None = None) -> int:
+    """Make everything that waits due now, and have paused destinations probed. Returns how many copies wait.
+
+    Raises UnknownDestination.
+    """
+    waiting = 0
+    for target in reading.destinations(connection, destination):
+        key = dispatch.queue(connection, target.name).scheduled_job_registry.key
+        clock = int(ledger.now(connection))
+        # As many rounds as there are jobs now: what is deferred meanwhile waits for its own time.
+        for _ in range(0, connection.zcard(key), reading.PAGE):
+            later = connection.zrangebyscore(key, f"({clock}", "+inf", start=0, num=reading.PAGE)
+            if not later:
+                break
+            connection.zadd(key, dict.fromkeys(cast("list[bytes]", later), clock), xx=True)
+        connection.hincrby(ledger.HEALTH + target.name, "flush", 1)
+        waiting += connection.zcard(ledger.PENDING + target.name)
+    return waiting
+
+
+# --- move -----------------------------------------------------------------------------------------------------
+
+
+def move(connection: Redis, source: str, target: str) -> Moved:
+    """Give the pending and failed copies of one destination to another, for the same recipients.
+
+    They are tried there at once, with a fresh clock; failed ones are listed there. Who gets another copy of
+    the same message there anyway is not sent a second one. Raises UnknownDestination, ValueError.
+    """
+    if source == target:
+        raise ValueError("a destination cannot be moved to itself")
+    (old,), (new,) = reading.destinations(connection, source), reading.destinations(connection, target)
+    mover = _Mover(connection, old, new)
+    mover.move(failed_ones=False)
+    mover.move(failed_ones=True)
+    live.forget_useless(connection, old.name)
+    return Moved(mover.pending, mover.failed, mover.covered, mover.left)
+
+
+class _Mover:
+    """Moves the copies of one destination to another and counts them."""
+
+    def __init__(self, connection: Redis, old: Destination, new: Destination) -> None:
+        self._connection = connection
+        self._old, self._new = old, new
+        self._queues = dispatch.queue(connection, old.name), dispatch.queue(connection, new.name)
+        self.pending = self.failed = self.covered = self.left = 0
+
+    def move(self, *, failed_ones: bool) -> None:
+        key = (ledger.FAILED if failed_ones else ledger.PENDING) + self._old.name
+        states = (ledger.FAILURE if failed_ones else ledger.OWN) + self._old.name
+        for page in reading.pages(self._connection, key, size=_BATCH):
+            ids = [message_id for message_id, _ in page]
+            before = cast("list[bytes | None]", self._connection.hmget(states, ids))
+            found = reading.envelopes(self._connection, ids)
+            if failed_ones:
+                self._move_failed(ids, before, found)
+            else:
+                self._move_pending(ids, before, found)
+
+    def _move_pending(
+        self, ids: Sequence[str], before: Sequence[bytes | None], found: Sequence[Envelope | None]
+    ) -> None:
+        with self._connection.pipeline(transaction=True) as pipe:
+            job = dispatch.enqueue(pipe, self._queues[1], self._new.name, ids)
+            moves = []
+            for message_id, data, envelope in zip(ids, before, found, strict=True):
+                state = self._state(CopyState.from_wire(data), envelope)
+                if state is None:
+                    after = None
+                elif state == CopyState():
+                    after = ""
+                else:
+                    after = replace(state, job=job, tries=0, since=0.0).to_wire()
+                moves.append(Move(message_id, data.decode() if data else "", after))
+            ledger.move(pipe, self._old.name, self._new.name, moves)
+            done = pipe.execute()[-1]
+        self.pending += self._count(moves, done)
+
+    def _move_failed(
+        self, ids: Sequence[str], before: Sequence[bytes | None], found: Sequence[Envelope | None]
+    ) -> None:
+        states = [CopyState.from_wire(data) for data in before]
+        with self._connection.pipeline(transaction=True) as pipe:
+            moves = []
+            for message_id, data, state, envelope in zip(ids, before, states, found, strict=True):
+                after = self._state(state, envelope)
+                if after is not None:
+                    after = failed.relist(pipe, self._queues[1], self._new.name, message_id, after)
+                moves.append(Move(message_id, data.decode() if data else "", after.to_wire() if after else None))
+            failed.forget_jobs(pipe, self._queues[0], [state.job for state in states])
+            ledger.move(pipe, self._old.name, self._new.name, moves, failed=True)
+            done = pipe.execute()[-1]
+        self.failed += self._count(moves, done)
+
+    def _state(self, state: CopyState, envelope: Envelope | None) -> CopyState | None:
+        """Return a copy's state at the new destination, None when nobody is owed it there."""
+        if envelope is None:
+            return state
+        recipients = list(enumerate(envelope.recipients))
+        owed = [i for i, r in recipients if (self._old.wants(r) if state.owed is None else i in state.owed)]
+        if self._new.name in envelope.destinations:
+            owed = [i for i in owed if not self._new.wants(envelope.recipients[i])]
+        if not owed:
+            return None
+        everybody = owed == [i for i, r in recipients if self._new.wants(r)]
+        return replace(state, owed=None if everybody else tuple(owed))
+
+    def _count(self, moves: Sequence[Move], done: Sequence[Any]) -> int:
+        gone = [m for m, is_gone in zip(moves, done, strict=True) if is_gone]
+        for m in gone:
+            if m.after is not None:
+                maillog.moved(m.id, self._old.name, self._new.name)
+        covered = sum(m.after is None for m in gone)
+        self.covered += covered
+        self.left += len(moves) - len(gone)
+        return len(gone) - covered

@@ -1,0 +1,104 @@
+"""The reconciler: a sweep a minute, by one process of all hosts, and `queue verify` at an operator's word.
+
+The lock is a lease under a stable name, so that the reconciler that is started again goes on at once; when its
+host is gone, another's takes over after some minutes. It only saves work: two sweeps at once do no harm. Redis
+going away ends a sweep and nothing else.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from loguru import logger
+from redis import Redis
+from redis.exceptions import RedisError
+
+from relay import ledger, maillog
+from relay.settings import Settings
+from workers.sweep import Finding, Report, Sweeper
+
+__all__ = ["Finding", "Report", "keep_reconciling", "reconcile", "verify"]
+
+_EVERY = 60.0  # seconds between sweeps
+_FIRST = 5.0
+_LEASE = 150  # seconds of the lock: two sweeps may be missed
+_RENEW = 15.0
+_KEPT = 100  # findings that a regular sweep keeps for its report
+_PAUSE = 5.0  # seconds between the two sweeps of a verification
+
+
+class _Interrupted(Exception):
+    """Told to stop, or another process leads now."""
+
+
+def keep_reconciling(
+    connect: Callable[[], Redis], settings: Settings, name: str, stop: threading.Event, *, every: float = _EVERY
+) -> None:
+    """Sweep every so many seconds until ``stop``, while no other process does.
+
+    ``name`` is the lock's and must be the same after a restart.
+    """
+    connection = connect()
+    renewed = 0.0
+
+    def tick() -> None:
+        nonlocal renewed
+        is_due = time.monotonic() - renewed > _RENEW
+        if stop.is_set() or (is_due and not _leads(connection, name)):
+            raise _Interrupted
+        if is_due:
+            renewed = time.monotonic()
+
+    sweeper = Sweeper(connection, settings, tick)
+    pause = min(_FIRST, every)
+    while not stop.wait(pause):
+        pause = every
+        try:
+            if _leads(connection, name):
+                _tell(sweeper.sweep(kept=_KEPT))
+        except _Interrupted:
+            continue
+        except RedisError as error:
+            maillog.ledger_trouble("reconciler", error)
+            pause = min(_FIRST, every)
+        except Exception:  # what one record does to us must not end the housekeeping
+            logger.exception("a sweep of the reconciler failed")
+    try:
+        if connection.get(ledger.RECONCILER) == name.encode():
+            connection.delete(ledger.RECONCILER)
+        connection.close()
+    except RedisError as error:
+        logger.warning("reconciler: its lock ends by itself: {}", error)
+
+
+def reconcile(connection: Redis, settings: Settings, pause: float = _PAUSE) -> Report:
+    """Sweep twice, so many seconds apart, and repair at the second. Raises RedisError."""
+    sweeper = Sweeper(connection, settings)
+    sweeper.sweep(repair=False, thorough=False)
+    time.sleep(pause)
+    return sweeper.sweep(thorough=True)
+
+
+def verify(connection: Redis, settings: Settings, *, repair: bool = True, pause: float = _PAUSE) -> Report:
+    """Compare ledger and RQ for `queue verify`; ``findings`` are its rows. Raises RedisError.
+
+    Without ``repair`` nothing is changed, and a copy just on its way into a job may be among the findings.
+    """
+    if repair:
+        return reconcile(connection, settings, pause)
+    return Sweeper(connection, settings).sweep(repair=False, thorough=True)
+
+
+def _leads(connection: Redis, name: str) -> bool:
+    """Take the lock or renew it. Two may lead for a moment when it changes hands, which does no harm."""
+    if connection.set(ledger.RECONCILER, name, nx=True, ex=_LEASE):
+        return True
+    return connection.get(ledger.RECONCILER) == name.encode() and bool(connection.expire(ledger.RECONCILER, _LEASE))
+
+
+def _tell(report: Report) -> None:
+    if report.counts:
+        found = ", ".join(f"{count} {finding}" for finding, count in sorted(report.counts.items()))
+        maillog.notice("info", "reconciled", found=found, seconds=round(report.seconds, 2))
