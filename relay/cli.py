@@ -99,6 +99,33 @@ class Given:
                 flag(option, argparse.SUPPRESS)
 
 
+class _Parsers:
+    """Makes the parser of each command, all alike."""
+
+    def __init__(self, given: Given) -> None:
+        self._given = given
+
+    def command(
+        self, group: Any, name: str, text: str, run: Command, *, listing: bool = True, settings: bool = True
+    ) -> argparse.ArgumentParser:
+        """Add a command; most print something that is also to be had as JSON."""
+        made: argparse.ArgumentParser = group.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
+        )
+        made.set_defaults(run=run)
+        if listing:
+            made.add_argument("--json", action="store_true", help="one JSON object a line")
+        if settings:
+            self._given.add_to(made)
+        return made
+
+    def operation(
+        self, group: Any, name: str, text: str, function: str, *, listing: bool = True
+    ) -> argparse.ArgumentParser:
+        """Add a command that is a function of operations.py."""
+        return self.command(group, name, text, _operation(self._given, function), listing=listing)
+
+
 def build_parser(given: Given) -> argparse.ArgumentParser:
     """Return the parser of the whole command; settings on the command line go to ``given``."""
     parser = argparse.ArgumentParser(
@@ -110,64 +137,54 @@ def build_parser(given: Given) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"smtp-dup {__version__}")
     given.add_to(parser)
     words = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def command(
-        group: Any, name: str, text: str, run: Command, *, listing: bool = False, settings: bool = True
-    ) -> argparse.ArgumentParser:
-        made: argparse.ArgumentParser = group.add_parser(
-            name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
-        )
-        made.set_defaults(run=run)
-        if listing:
-            made.add_argument("--json", action="store_true", help="one JSON object a line")
-        if settings:
-            given.add_to(made)
-        return made
-
-    def of_destination(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        made.add_argument("--destination", metavar="NAME", help="only this one")
-        return made
-
-    def of_ids(made: argparse.ArgumentParser) -> None:
-        made.add_argument("ids", nargs="*", metavar="ID")
-        made.add_argument("--all", action="store_true", help="every one, or every one of --destination")
-        of_destination(made)
-
+    make = _Parsers(given)
     for name, text in (
         ("up", "run all of it: relay, workers, and a Redis of its own unless redis.url names one"),
         ("relay", "run the relay only"),
         ("workers", "run the delivery to the backups only"),
     ):
-        command(words, name, text, _run_role(given, name))
-    command(words, "demo", "show what it does, with two servers of its own; needs nothing", _demo, settings=False)
-    check = _operation(given, "check")
-    command(words, "check", "validate the settings, probe Redis and every server", check, listing=True)
-
+        make.command(words, name, text, _run_role(given, name), listing=False)
+    text = "show what it does, with two servers of its own; needs nothing"
+    make.command(words, "demo", text, _demo, listing=False, settings=False)
+    make.operation(words, "check", "validate the settings, probe Redis and every server", "check")
     queue = words.add_parser("queue", help="what waits for the backups", allow_abbrev=False)
-    queues = queue.add_subparsers(metavar="COMMAND", required=True)
-    command(queues, "summary", "numbers for each backup", _operation(given, "queue_summary"), listing=True)
-    of_destination(
-        command(queues, "list", "the copies that wait", _operation(given, "queue_list"), listing=True)
-    )
-    of_destination(command(queues, "flush", "try all that waits now", _operation(given, "queue_flush"), listing=True))
-    move = command(queues, "move", "give one backup's copies to another", _operation(given, "queue_move"), listing=True)
+    _queue(make, queue.add_subparsers(metavar="COMMAND", required=True))
+    failed = words.add_parser("failed", help="the copies that could not be delivered", allow_abbrev=False)
+    _failed(make, failed.add_subparsers(metavar="COMMAND", required=True))
+    make.command(words, "version", "tell the version", _version, listing=False, settings=False)
+    return parser
+
+
+def _queue(make: _Parsers, group: Any) -> None:
+    make.operation(group, "summary", "numbers for each backup", "queue_summary")
+    _of_destination(make.operation(group, "list", "the copies that wait", "queue_list"))
+    _of_destination(make.operation(group, "flush", "try all that waits now", "queue_flush"))
+    verify = make.operation(group, "verify", "compare the ledger with RQ and repair what disagrees", "queue_verify")
+    verify.add_argument("--dry-run", action="store_true", help="change nothing")
+    move = make.operation(group, "move", "give one backup's copies to another", "queue_move")
     move.add_argument("source", metavar="FROM")
     move.add_argument("target", metavar="TO")
-    failed = words.add_parser("failed", help="the copies that could not be delivered", allow_abbrev=False)
-    failures = failed.add_subparsers(metavar="COMMAND", required=True)
-    of_destination(command(failures, "list", "the failed copies", _operation(given, "failed_list"), listing=True))
-    show = command(failures, "show", "one failed copy and its history", _operation(given, "failed_show"), listing=True)
-    show.add_argument("id", metavar="ID")
-    of_destination(show)
-    of_ids(command(failures, "retry", "try failed copies again, now", _operation(given, "failed_retry"), listing=True))
-    drop = command(failures, "drop", "forget failed copies for good", _operation(given, "failed_drop"), listing=True)
-    of_ids(drop)
+
+
+def _failed(make: _Parsers, group: Any) -> None:
+    _of_destination(make.operation(group, "list", "the failed copies", "failed_list"))
+    make.operation(group, "show", "one failed message and its history", "failed_show").add_argument("id", metavar="ID")
+    _of_ids(make.operation(group, "retry", "try failed copies again, now", "failed_retry"))
+    drop = make.operation(group, "drop", "forget failed copies for good", "failed_drop")
+    _of_ids(drop)
     drop.add_argument("--yes", action="store_true", help="do not ask")
-    export = command(failures, "export", "write a failed message as .eml", _operation(given, "failed_export"))
+    export = make.operation(group, "export", "write a failed message as .eml", "failed_export", listing=False)
     export.add_argument("id", metavar="ID")
-    of_destination(export)
-    command(words, "version", "tell the version", _version, settings=False)
-    return parser
+
+
+def _of_destination(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--destination", metavar="NAME", help="only this one")
+
+
+def _of_ids(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ids", nargs="*", metavar="ID")
+    parser.add_argument("--all", action="store_true", help="every one, or every one of --destination")
+    _of_destination(parser)
 
 
 def _run_role(given: Given, name: str) -> Command:

@@ -76,9 +76,11 @@ async def _open(
         tls_context=context,
         timeout=timeout,
     )
+    protocol = None
     try:
         with _stage("greeting"):
             await smtp.connect()
+        protocol = smtp.protocol
         extensions = await _hello(smtp, destination)
         if start_tls and await _start_tls(smtp, destination, offered="STARTTLS" in extensions):
             extensions = await _hello(smtp, destination)  # RFC 3207 4.2: forget what was said before TLS
@@ -87,6 +89,9 @@ async def _open(
         return _take_over(smtp, destination, extensions)
     except BaseException:
         smtp.close()
+        if protocol is not None and protocol.transport is not None:
+            # Its close waits for a server that may never answer: TLS wants to be shut down by both.
+            cast("asyncio.Transport", protocol.transport).abort()
         raise
 
 
@@ -183,15 +188,17 @@ def _stage(stage: str) -> Iterator[None]:
         cause = error.__cause__
         if isinstance(error, aiosmtplib.SMTPConnectError) and not isinstance(cause, aiosmtplib.SMTPException):
             stage = "TLS"  # the socket was connected before, so this is the handshake of smtps, before any greeting
-        raise ConnectFailed(_why(cause if isinstance(cause, OSError) else error), stage=stage) from error
+        raise ConnectFailed(
+            _why(error if isinstance(error, aiosmtplib.SMTPTimeoutError) else cause or error), stage=stage
+        ) from error
 
 
 def _why(error: BaseException) -> str:
     """Say in a few words what happened, without addresses or the library's own phrases."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate not accepted: {error.verify_message}"
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
+    if isinstance(error, TimeoutError) or (isinstance(error, ConnectionAbortedError) and not error.errno):
+        return "no answer in time"  # the second is asyncio's word for it in a TLS handshake
     if isinstance(error, ssl.SSLError):
         return f"TLS handshake failed: {error.reason or 'connection closed'}"
     if isinstance(error, socket.gaierror):

@@ -11,8 +11,10 @@ import asyncio
 import fcntl
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's
 _PATIENCE = 10.0  # seconds for a Redis that is being started beside us
+_SPOOL_PATIENCE = 2.0  # with a spool, mail need not wait for it
 _REPORT_EVERY = 3.0
 
 # What is stopped first has the lowest number: no new mail, then no delivery, then what both need.
@@ -65,9 +68,28 @@ RELAY = Role("relay", relays=True, delivers=False)
 WORKERS = Role("workers", relays=False, delivers=True)
 
 
+class EarlyStop:
+    """Until the supervisor takes over, a stop signal is a SystemExit, so that what was begun is undone."""
+
+    def __init__(self) -> None:
+        self._came = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def check(self) -> None:
+        """Raise it again: Python drops an exception that comes within a callback of fork()."""
+        if self._came:
+            sys.exit(0)
+
+    def _on_signal(self, _number: int, _frame: object) -> None:
+        self._came = True
+        sys.exit(0)
+
+
 def run(settings: Settings, role: Role, extra: Sequence[Child] = ()) -> int:
     """Start everything, keep it running until a signal, drain. Returns the exit status. Raises StartError."""
     maillog.configure(settings.log.level, settings.log.format, f"smtp-dup-{role.name}")
+    early = EarlyStop()
     with ExitStack() as ends:
         os.environ[METRICS_VARIABLE] = str(_metrics_folder(settings.state_dir, ends))
         from relay import server, status  # noqa: PLC0415  (after the variable is set)
@@ -85,6 +107,7 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = ()) -> int:
             destinations = _destinations(settings, url)
             children += [_housekeeping(settings, destinations, url), *_workers(settings, destinations, url)]
         children += [_relay(n, settings, places, url) for n in range(len(places))]
+        early.check()
         return Supervisor([*children, *extra], on_ready=lambda: _tell(settings, role)).run()
 
 
@@ -134,7 +157,7 @@ def _lock(folder: Path) -> int:
 def _redis(settings: Settings, role: Role, ends: ExitStack) -> tuple[str, list[Child]]:
     """See that a Redis answers, our own where none is named. Returns its URL, and the child that it is."""
     if settings.redis.url:
-        _wait_for_redis(settings.redis.url, settings.redis.timeout_seconds)
+        _wait_for_redis(settings, may_be_away=role.relays and settings.spool.dir is not None)
         return settings.redis.url, []
     if role is not UP:
         raise StartError(f"redis.url must be set for `smtp-dup {role.name}`: only `smtp-dup up` starts a Redis itself")
@@ -180,10 +203,12 @@ class _Private:
         return process
 
 
-def _wait_for_redis(url: str, seconds: float) -> None:
-    deadline = time.monotonic() + _PATIENCE
+def _wait_for_redis(settings: Settings, *, may_be_away: bool) -> None:
+    url = settings.redis.url
+    patience = _SPOOL_PATIENCE if may_be_away else _PATIENCE
+    deadline = time.monotonic() + patience
     report = time.monotonic()
-    with _client(url, min(seconds, _PATIENCE)) as client:
+    with _client(url, min(settings.redis.timeout_seconds, patience)) as client:
         while True:
             try:
                 client.ping()
@@ -191,6 +216,10 @@ def _wait_for_redis(url: str, seconds: float) -> None:
                 raise StartError(f"redis.url: {mask(url)} cannot be used: {printable(str(error))}") from error
             except (NoConnection, NoAnswer) as error:  # loading is one of them
                 reason = printable(str(error))
+                if time.monotonic() >= deadline and may_be_away:
+                    text = "Redis does not answer: starting without it, copies go to the spool"
+                    maillog.notice("warning", text, url=mask(url), reason=reason)
+                    return
                 if time.monotonic() >= deadline:
                     raise StartError(f"redis.url: {mask(url)} does not answer: {reason}") from error
                 if time.monotonic() >= report:
@@ -221,7 +250,10 @@ def _destinations(settings: Settings, url: str) -> list[Destination]:
             known = ledger.destinations(client)
             rows = ledger.summary(client)
     except RedisError as error:
-        raise StartError(f"redis: {printable(str(error))}") from error
+        if settings.spool.dir is None:
+            raise StartError(f"redis: {printable(str(error))}") from error
+        maillog.notice("warning", "the ledger cannot be asked for other destinations", reason=printable(str(error)))
+        return list(settings.backups)
     configured = {backup.name for backup in settings.backups}
     old = []
     for row in rows:

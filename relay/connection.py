@@ -76,6 +76,7 @@ class Connection(asyncio.Protocol):
         "_paused",
         "_ready",
         "_timer",
+        "_torn",
         "_transport",
         "_unasked",
         "_waiter",
@@ -104,7 +105,7 @@ class Connection(asyncio.Protocol):
         self._drain: asyncio.Future[None] | None = None
         self._deadline = self._patience = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self._paused = self._lost = False
+        self._paused = self._lost = self._torn = False
         self._fault: str = ""  # why the server's octets are no reply
         self._unasked: Reply | None = None
         self._extra = 0  # unasked replies so far
@@ -196,18 +197,22 @@ class Connection(asyncio.Protocol):
         Returns early, with part of it unwritten, when the server speaks first (look at ``early_reply``). Raises
         ConnectionGone (whose ``reply`` is that early reply) and DeadlinePassed.
         """
-        if len(chunk) <= _WRITE_HIGH:
-            self._speak(b"body")
-            if chunk:
-                self._transport.write(chunk)
+        self._speak(b"body")
+        self._torn = True  # until all of it is with the transport; a dot after half a chunk would end half a message
+        size = len(chunk)
+        if size <= _WRITE_HIGH:
+            self._transport.write(chunk)
             if self._paused or self._transport.is_closing():
                 await self._drained(timeout)
-            return
-        view = memoryview(chunk)
-        for start in range(0, len(view), _WRITE_HIGH):
-            await self.write_body(view[start : start + _WRITE_HIGH], timeout=timeout)
-            if self._unasked:
-                return
+        else:
+            view = memoryview(chunk)
+            for start in range(0, size, _WRITE_HIGH):
+                if self._unasked:
+                    return
+                self._transport.write(view[start : start + _WRITE_HIGH])
+                if self._paused or self._transport.is_closing():
+                    await self._drained(timeout)
+        self._torn = False
 
     def end_body(self, last: bytes | memoryview = b"", *, replies: int = 1) -> None:
         """Write the last of the body and the end-of-data line at once; LMTP owes a reply for each recipient."""
@@ -215,10 +220,7 @@ class Connection(asyncio.Protocol):
             raise RuntimeError("no DATA phase to end")
         self._speak(b".")
         self._owed.extend((b".",) * replies)
-        if last:
-            self._transport.writelines((last, b".\r\n"))
-        else:  # uvloop spins for ever on an empty buffer in writelines
-            self._transport.write(b".\r\n")
+        self._transport.writelines((last, b".\r\n"))
 
     async def quit(self, timeout: float = 2.0) -> None:
         """Take leave politely where the state allows it, then close. Raises nothing but CancelledError."""
@@ -233,7 +235,7 @@ class Connection(asyncio.Protocol):
             self.close()
 
     def close(self) -> None:
-        """Close at once; what the transport had not sent yet is never sent."""
+        """Close at once and drop what the transport has not sent yet."""
         self._transport.abort()
 
     # -- what asyncio calls --
@@ -319,13 +321,15 @@ class Connection(asyncio.Protocol):
 
     def _speak(self, line: bytes) -> None:
         """Raise unless the server can be expected to read and answer."""
-        if self._unasked or self._fault or not self.is_open:
+        if self._unasked or self._fault or self._torn or not self.is_open:
             raise self._gone(line[:4])
 
     def _gone(self, verb: bytes) -> ClientError:
         if self._fault:
             return MalformedReply(self._fault, stage=_stage(verb))
-        text = "the server spoke out of turn" if self._unasked and self.is_open else "the connection was closed"
+        text = "the connection was closed"
+        if self.is_open:
+            text = "the server spoke out of turn" if self._unasked else "the body was not written in full"
         return ConnectionGone(text, stage=_stage(verb), reply=self._unasked)
 
     async def _drained(self, timeout: float) -> None:

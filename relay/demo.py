@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -54,8 +53,7 @@ class Stage:
 def run() -> int:
     """Run the demo until Ctrl-C. Returns the exit status."""
     say = sys.stdout.write
-    # Until the supervisor takes over: however we are told to go, the folder goes too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    composition.EarlyStop()  # however we are told to go, the folder goes too
     with _folder() as folder, _listener() as old, _listener() as new:
         stage = _set(folder, old, new)
         if stage.smtp[1] != _SMTP_PORT:

@@ -15,7 +15,9 @@ from functools import lru_cache
 _UNSAFE = re.compile(r"[^A-Za-z0-9._:\[\]-]")
 _MARK = "(smtp-dup)"
 _RECEIVED = re.compile(rb"(?mi)^received:[^\r\n]*(?:\r\n[ \t][^\r\n]*)*")
-_TRACE_BLOCK = re.compile(rb"(?i)(?:(?:received|return-path|x-original-to|delivered-to):[^\r\n]*(?:\r\n[ \t][^\r\n]*)*\r\n)*")
+_TRACE_BLOCK = re.compile(
+    rb"(?i)(?:(?:received|return-path|x-original-to|delivered-to):[^\r\n]*(?:\r\n[ \t][^\r\n]*)*\r\n)*"
+)
 _MESSAGE_ID = re.compile(rb"(?mi)^message-id:[ \t\r\n]*(\S+)")
 
 

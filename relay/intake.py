@@ -4,40 +4,36 @@ Every message of every session of a process goes through one GroupCommit: what a
 its way to Redis leaves together in the next one, so that one fsync serves many. A stage that Redis does
 not take in time goes to the spool, and only without a spool raises NotDurable; what must be told to
 Redis later (a release, a discard) is repeated until Redis has answered, for as long as the process lives,
-and is left to the reconciler after that.
+with a note in the spool for the case that it does not, and without a spool is left to the reconciler.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from relay import ledger, maillog
+from relay import ledger, maillog, metrics
 from relay.dispatch import Dispatcher
-from relay.envelope import Message
-from relay.ledger import Released, Staged
+from relay.envelope import Envelope, Message
+from relay.ledger import Held, Released, Staged
+from relay.spool import Spool
+from relay.watch import Watch
 
 _FLIGHTS = 2  # MULTIs on their way at once: one being written, one being gathered and parsed
 _GROUP_BYTES = 4 << 20  # a group ends here, so that Redis is never held up for long
 _LARGE = 256 << 10  # bodies over this travel alone, on connections of their own
+_LATE_SECONDS = 60.0  # after a time-out, this long until what was on its way has come or never will
 
 
 class NotDurable(Exception):
     """The copy could be written neither to Redis nor to the spool."""
-
-
-class Spool(Protocol):
-    """What the intake wants of relay.spool."""
-
-    async def write(self, message_id: str, record: bytes) -> None: ...
-    async def release(self, released: Released) -> bool: ...
-    async def discard(self, message_id: str) -> bool: ...
 
 
 @dataclass(slots=True)
@@ -78,6 +74,8 @@ class GroupCommit:
 
     def _take_off(self) -> None:
         self._scheduled = False
+        # Whoever gave up waiting must not find it done later.
+        self._queue = [p for p in self._queue if not p.done.cancelled()]
         while self._queue and len(self._flights) < self._limit:
             group: list[_Pending] = []
             size = 0
@@ -111,36 +109,31 @@ class GroupCommit:
                         pending.done.set_result(result)
 
     async def _execute(self, group: list[_Pending]) -> list[Any]:
-        kinds: dict[str, list[_Pending]] = {}
-        for pending in group:
-            kinds.setdefault(pending.kind, []).append(pending)
-        readers: list[tuple[list[_Pending], int]] = []
+        """Write a group in one MULTI; returns each one's result, an exception where its command failed."""
+        readers: list[tuple[list[_Pending], int]] = []  # members of one kind, and where their answer stands
         async with self._connection.pipeline(transaction=True) as pipe:
-            for kind, members in kinds.items():
-                before = len(pipe)
-                if kind == "stage":
-                    ledger.stage(pipe, [p.item for p in members])
-                elif kind == "release":
-                    ledger.release(pipe, [p.item for p in members])
-                elif kind == "discard":
-                    ledger.discard(pipe, [p.item for p in members])
-                else:
-                    for p in members:
-                        ledger.hold(pipe, *p.item)
-                readers.append((members, before))
+            for kind in ("stage", "release", "discard", "hold"):
+                members = [p for p in group if p.kind == kind]
+                if members:
+                    readers.append((members, len(pipe)))
+                    _ADD[kind](pipe, [p.item for p in members])
             answers = await pipe.execute(raise_on_error=False)
         results: dict[int, Any] = {}
-        for members, first in readers:
-            answer = answers[first]
+        for members, at in readers:
+            answer = answers[at]
+            if members[0].kind == "stage":  # ZADD and MSET are one change: either error is the stage's
+                answer = next((a for a in answers[at : at + 2] if isinstance(a, Exception)), 1)
             for i, pending in enumerate(members):
-                if isinstance(answer, list):
-                    results[id(pending)] = answer[i]
-                elif pending.kind == "stage":
-                    # ZADD and MSET are one change: either error is the stage's.
-                    results[id(pending)] = next((a for a in answers[first : first + 2] if isinstance(a, Exception)), 1)
-                else:
-                    results[id(pending)] = answer
-        return [results[id(p)] for p in group]
+                results[id(pending)] = answer[i] if isinstance(answer, list) else answer
+        return [results[id(pending)] for pending in group]
+
+
+_ADD: Mapping[str, Callable[[Any, Sequence[Any]], None]] = {
+    "stage": ledger.stage,
+    "release": ledger.release,
+    "discard": ledger.discard,
+    "hold": ledger.hold,
+}
 
 
 class Intake:
@@ -151,6 +144,7 @@ class Intake:
         connection: Redis,
         bulk: Redis,
         dispatcher: Dispatcher,
+        watch: Watch,
         *,
         stage_seconds: float,
         deadline_seconds: float,
@@ -160,52 +154,85 @@ class Intake:
         self._small = GroupCommit(connection)
         self._large = GroupCommit(bulk)
         self._dispatcher = dispatcher
+        self._watch = watch
         self._stage_seconds = stage_seconds
         self._deadline_seconds = deadline_seconds
         self._hold_seconds = hold_seconds
         self._spool = spool
+        self._doubtful: set[str] = set()  # ids whose stage got no answer: Redis may have them all the same
         self._repeating: set[asyncio.Task[None]] = set()
-        self.clock_offset = 0.0  # seconds that Redis's clock is ahead of ours; kept by the monitor
 
     def now(self) -> float:
         """Return the time by Redis's clock, seconds since the epoch."""
-        return time.time() + self.clock_offset
+        return time.time() + self._watch.clock_offset
 
     async def stage(self, message: Message) -> None:
         """Put a message on stable storage, not yet due for anybody. Raises NotDurable."""
         record = message.pack()
+        envelope = message.envelope
+        trouble = self._watch.objection(len(record))
+        if not trouble:
+            trouble = await self._to_redis(envelope, record)
+            if not trouble:
+                return
+        try:
+            await self._to_spool(envelope, record, trouble)
+        except OSError as error:
+            trouble = f"{trouble}; spool: {error.strerror or error}"
+            untidy = self._spool is not None and self._spool.has(envelope.id)
+            tried = self._watch.is_down or envelope.id in self._doubtful
+            # A Redis that is only rather full is better than nothing.
+            if untidy or tried or await self._to_redis(envelope, record):
+                if untidy or envelope.id in self._doubtful:
+                    self.discard(envelope.id)
+                raise NotDurable(trouble) from error
+
+    async def _to_redis(self, envelope: Envelope, record: bytes) -> str:
+        """Return why it could not be written, or "" when it was."""
         deadline = self.now() + self._deadline_seconds
         commit = self._large if len(record) > _LARGE else self._small
-        future = commit.submit("stage", Staged(message.envelope.id, record, deadline), len(record))
+        future = commit.submit("stage", Staged(envelope.id, record, deadline), len(record))
+        self._watch.sent(len(record), future)
         try:
             async with asyncio.timeout(self._stage_seconds):
                 await future
         except (RedisError, OSError, TimeoutError) as error:
-            reason = f"{type(error).__name__}: {error}".rstrip(": ")
-            if self._spool is None:
-                # Redis may have it all the same, when only the answer was lost: nobody is to deliver it then.
-                self.discard(message.envelope.id)
-                raise NotDurable(reason) from error
-            try:
-                await self._spool.write(message.envelope.id, record)
-            except OSError as trouble:
-                self.discard(message.envelope.id)
-                raise NotDurable(f"{reason}; spool: {trouble}") from trouble
-            maillog.spooled(message.envelope, reason)
+            self._watch.failed(error)
+            self._doubtful.add(envelope.id)
+            return f"{type(error).__name__}: {error}".rstrip(": ")
+        return ""
+
+    async def _to_spool(self, envelope: Envelope, record: bytes, reason: str) -> None:
+        """Write to the spool. Raises OSError, with nothing left there."""
+        if self._spool is None:
+            raise OSError("there is none")
+        try:
+            await self._spool.write(envelope.id, record)
+        except OSError:
+            await self._spool.discard(envelope.id)
+            raise
+        metrics.spooled.inc()
+        maillog.spooled(envelope, reason)
 
     async def release(self, released: Released) -> None:
         """Make a staged message due at its backups. Returns at the first try's end; later ones go on behind."""
-        if self._spool is not None and await self._spool.release(released):
+        if self._spool is not None and await self._in_spool(self._spool.release, released.id):
+            self._doubtful.discard(released.id)  # the importer sees to it
             return
-        try:
-            async with asyncio.timeout(self._stage_seconds):
-                moved = await self._small.submit("release", released)
-        except (RedisError, OSError, TimeoutError) as error:
-            maillog.ledger_trouble(f"release {released.id}", error)
-            self._repeat(lambda: self._released_late(released))
-        else:
-            if moved:
-                self._dispatch(released)
+        if not self._watch.is_down:
+            try:
+                async with asyncio.timeout(self._stage_seconds):
+                    moved = await self._small.submit("release", released)
+            except (RedisError, OSError, TimeoutError) as error:
+                self._watch.failed(error)
+                maillog.ledger_trouble(f"release {released.id}", error)
+            else:
+                if moved:
+                    self._dispatch(released)
+                return
+        if self._spool is not None:
+            await self._noted(self._spool.note_release(released))
+        self._repeat(lambda: self._released_late(released))
 
     def discard(self, message_id: str) -> None:
         """Forget a message that the primary refused; repeated until Redis has answered."""
@@ -216,8 +243,9 @@ class Intake:
         self._repeat(lambda: self._hold(message_id, digest))
 
     async def drain(self) -> None:
-        """Finish what is under way; bounded, since the reconciler finishes the rest."""
-        await asyncio.wait_for(self._small.drain(), self._stage_seconds * 2)
+        """Finish what is under way; bounded, since notes in the spool and the reconciler finish the rest."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._small.drain(), self._stage_seconds * 2)
         if self._repeating:
             await asyncio.wait(self._repeating, timeout=self._stage_seconds)
         await self._dispatcher.drain()
@@ -226,29 +254,66 @@ class Intake:
         for destination in released.destinations:
             self._dispatcher.add(destination, released.id)
 
+    async def _in_spool(self, change: Callable[[str], Awaitable[bool]], message_id: str) -> bool:
+        """Change a message's state if it is in the spool; one that the disk refuses is repeated behind."""
+        try:
+            return await change(message_id)
+        except OSError as error:
+            maillog.spool_trouble(f"change of {message_id}", error)
+            self._repeat(lambda: change(message_id))
+            return True
+
+    @staticmethod
+    async def _noted(note: Awaitable[None]) -> None:
+        try:
+            await note
+        except OSError as error:  # only a crash before Redis is back would need it
+            maillog.spool_trouble("note", error)
+
     async def _released_late(self, released: Released) -> None:
-        if await self._small.submit("release", released):
-            self._dispatch(released)
+        await self._small.submit("release", released)
+        # Whatever its result: the first try may have been done without our hearing of it.
+        self._dispatch(released)
+        if self._spool is not None:
+            await self._spool.strike(released.id)
 
     async def _discard(self, message_id: str) -> None:
+        doubtful = message_id in self._doubtful
         if self._spool is not None:
-            await self._spool.discard(message_id)
+            if await self._spool.discard(message_id) and not doubtful:
+                return
+            if doubtful or self._watch.is_down:
+                await self._noted(self._spool.note_discard(message_id))
         await self._small.submit("discard", message_id)
+        if doubtful:
+            # The stage may be on another connection still.
+            await asyncio.sleep(_LATE_SECONDS)
+            await self._small.submit("discard", message_id)
+            self._doubtful.discard(message_id)
+        if self._spool is not None:
+            await self._spool.strike(message_id)
 
     async def _hold(self, message_id: str, digest: str) -> None:
-        await self._small.submit("hold", (message_id, digest, self._hold_seconds))
+        if self._spool is not None and await self._spool.hold(message_id):
+            self._doubtful.discard(message_id)
+            return
+        await self._small.submit("hold", Held(message_id, digest, self._hold_seconds))
 
     def _repeat(self, change: Callable[[], Any]) -> None:
         async def until_answered() -> None:
             pause = 0.1
             while True:
                 try:
-                    return await change()  # type: ignore[no-any-return]
+                    await change()
                 except (RedisError, OSError) as error:
+                    if isinstance(error, RedisError):
+                        self._watch.failed(error)
                     if pause == 0.1:
                         maillog.ledger_trouble("a change waits for Redis", error)
                     await asyncio.sleep(pause)
                     pause = min(5.0, pause * 2)
+                else:
+                    return
 
         task = asyncio.get_running_loop().create_task(until_answered())
         self._repeating.add(task)

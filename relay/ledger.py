@@ -149,6 +149,14 @@ class Released(NamedTuple):
     recipients: tuple[str, ...] = ()
 
 
+class Held(NamedTuple):
+    """A staged message that becomes uncertain: its copies go out after so many seconds unless a twin covers them."""
+
+    id: str
+    digest: str
+    seconds: float
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
     """A copy that is now ours to deliver."""
@@ -197,9 +205,9 @@ def discard(pipe: Pipe, ids: Sequence[str]) -> None:
     pipe.eval(_DISCARD, 0, *ids)
 
 
-def hold(pipe: Pipe, message_id: str, digest: str, seconds: float) -> None:
-    """Make a staged message uncertain: its copies go out after so many seconds unless a twin covers them."""
-    pipe.eval(_HOLD, 0, message_id, digest, str(seconds))
+def hold(pipe: Pipe, messages: Sequence[Held]) -> None:
+    """Make staged messages uncertain. Result: how many of them were staged."""
+    pipe.eval(_HOLD, 0, *(str(part) for held in messages for part in held))
 
 
 def probe(pipe: Pipe) -> None:
@@ -305,9 +313,7 @@ def drop(pipe: Pipe, destination: str, ids: Sequence[str], *, pending: bool = Fa
 # --- the reconciler's and the operator's side -----------------------------------------------------------------
 
 
-def reassign(
-    pipe: Pipe, destination: str, job: str, copies: Mapping[str, str | None], *, failed: bool = False
-) -> None:
+def reassign(pipe: Pipe, destination: str, job: str, copies: Mapping[str, str | None], *, failed: bool = False) -> None:
     """Make a job the owner of pending (or failed) copies: id -> the job that owned it so far, None for any.
 
     Only copies with a state have an owner; a pending one under a lease keeps it. Result: how many changed.
@@ -401,7 +407,9 @@ def summary(connection: Any) -> list[Summary]:
     (seconds, micros), counters, *rest = pipe.execute()
     clock = float(seconds) + micros / 1e6
     rows = []
-    for name, (pending, oldest, retrying, failed, health) in zip(names, zip(*[iter(rest)] * 5, strict=True), strict=True):
+    for name, (pending, oldest, retrying, failed, health) in zip(
+        names, zip(*[iter(rest)] * 5, strict=True), strict=True
+    ):
         rows.append(
             Summary(
                 destination=name,

@@ -86,7 +86,14 @@ def accepted(envelope: Envelope, reply: Reply, seconds: float, *, late: bool = F
 
 def refused(envelope: Envelope, reply: Reply) -> None:
     """The primary refused the message at its end; nothing is copied."""
-    _event("INFO", "refused", id=envelope.id, sender=f"<{envelope.sender}>", client=envelope.client_address, reply=reply.text)
+    _event(
+        "INFO",
+        "refused",
+        id=envelope.id,
+        sender=f"<{envelope.sender}>",
+        client=envelope.client_address,
+        reply=reply.text,
+    )
 
 
 def command_refused(client: str, command: str, reply: Reply) -> None:
@@ -96,7 +103,9 @@ def command_refused(client: str, command: str, reply: Reply) -> None:
 
 def uncertain(envelope: Envelope, hold_seconds: float, reason: str) -> None:
     """The primary went away between the dot and its reply."""
-    _event("WARNING", "uncertain", id=envelope.id, sender=f"<{envelope.sender}>", hold_seconds=hold_seconds, reason=reason)
+    _event(
+        "WARNING", "uncertain", id=envelope.id, sender=f"<{envelope.sender}>", hold_seconds=hold_seconds, reason=reason
+    )
 
 
 def abandoned(message_id: str, hold_seconds: float) -> None:
@@ -104,9 +113,15 @@ def abandoned(message_id: str, hold_seconds: float) -> None:
     _event("WARNING", "uncertain", id=message_id, hold_seconds=hold_seconds, reason="the relay process died")
 
 
-def copy_lost(envelope: Envelope, reason: str) -> None:
-    """Neither Redis nor the spool could take the copy, and the settings let the primary's answer stand."""
-    _event("ERROR", "copy lost", id=envelope.id, sender=f"<{envelope.sender}>", copies=",".join(envelope.destinations), reason=reason)
+def not_durable(envelope: Envelope, reason: str) -> None:
+    """Neither Redis nor the spool could take the copy; the settings decide what the client hears."""
+    _event("ERROR", "not durable", id=envelope.id, sender=f"<{envelope.sender}>", reason=reason)
+
+
+def copy_lost(envelope: Envelope) -> None:
+    """The primary accepted a message whose copy could be stored nowhere, and the settings let that stand."""
+    lost = ",".join(envelope.destinations)
+    _event("ERROR", "copy lost", id=envelope.id, sender=f"<{envelope.sender}>", copies=lost)
 
 
 def spooled(envelope: Envelope, reason: str) -> None:
@@ -139,6 +154,11 @@ def session_error(client: str, error: BaseException) -> None:
     logger.bind(client=client).opt(exception=error).error("session error")
 
 
+def task_failed(what: str, error: BaseException) -> None:
+    """Something in the background that should not happen; it is started again."""
+    logger.bind(what=what).opt(exception=error).error("task failed")
+
+
 def dispatch_delayed(destination: str, waiting: int, error: BaseException) -> None:
     """Jobs could not be written; the copies are pending in the ledger all the same."""
     _event("WARNING", "dispatch delayed", destination=destination, waiting=waiting, reason=str(error))
@@ -154,17 +174,44 @@ def ledger_trouble(what: str, error: BaseException) -> None:
 
 def delivered(message_id: str, destination: str, recipients: int, attempts: int, age: float) -> None:
     """A backup took a copy, for so many recipients; age in seconds since it was accepted."""
-    _event("INFO", "delivered", id=message_id, destination=destination, recipients=recipients, attempts=attempts, age=round(age, 3))
+    _event(
+        "INFO",
+        "delivered",
+        id=message_id,
+        destination=destination,
+        recipients=recipients,
+        attempts=attempts,
+        age=round(age, 3),
+    )
 
 
-def deferred(message_id: str, destination: str, recipients: int, attempts: int, reply: str, next_seconds: float) -> None:
+def deferred(
+    message_id: str, destination: str, recipients: int, attempts: int, reply: str, next_seconds: float
+) -> None:
     """A copy stays owed to so many recipients and is tried again."""
-    _event("INFO", "deferred", id=message_id, destination=destination, recipients=recipients, attempts=attempts, next_seconds=round(next_seconds), reply=reply)
+    _event(
+        "INFO",
+        "deferred",
+        id=message_id,
+        destination=destination,
+        recipients=recipients,
+        attempts=attempts,
+        next_seconds=round(next_seconds),
+        reply=reply,
+    )
 
 
 def failed(message_id: str, destination: str, recipients: int, attempts: int, reply: str) -> None:
     """A copy is in the failed list for so many recipients."""
-    _event("WARNING", "failed", id=message_id, destination=destination, recipients=recipients, attempts=attempts, reply=reply)
+    _event(
+        "WARNING",
+        "failed",
+        id=message_id,
+        destination=destination,
+        recipients=recipients,
+        attempts=attempts,
+        reply=reply,
+    )
 
 
 def repeated(message_id: str, destination: str, reason: str) -> None:
@@ -174,7 +221,9 @@ def repeated(message_id: str, destination: str, reason: str) -> None:
 
 def destination_paused(destination: str, reason: str, probe_seconds: float) -> None:
     """The breaker opened: only probes go there now."""
-    _event("WARNING", "destination paused", destination=destination, probe_seconds=round(probe_seconds, 1), reason=reason)
+    _event(
+        "WARNING", "destination paused", destination=destination, probe_seconds=round(probe_seconds, 1), reason=reason
+    )
 
 
 def destination_resumed(destination: str, paused_seconds: float) -> None:
@@ -194,7 +243,9 @@ def failure_expired(message_id: str, destination: str, ttl: float) -> None:
 
 def uncertain_copied(message_id: str, destination: str, recipients: int, covered: int) -> None:
     """Nobody knows whether the primary took it: a copy goes out all the same, but for recipients that a twin covers."""
-    _event("WARNING", "uncertain copied", id=message_id, destination=destination, recipients=recipients, covered=covered)
+    _event(
+        "WARNING", "uncertain copied", id=message_id, destination=destination, recipients=recipients, covered=covered
+    )
 
 
 def uncertain_covered(message_id: str) -> None:

@@ -12,10 +12,12 @@ connections_refused = Counter("smtpdup_connections_refused_total", "Client conne
 session_errors = Counter("smtpdup_session_errors_total", "Unforeseen errors in a session, answered 451")
 messages = Counter(
     "smtpdup_messages_total",
-    "Messages by the answer at their end: accepted, refused_4xx, refused_5xx, uncertain (no reply to the dot), own (a rule of ours)",
+    "Messages by the answer at their end: accepted, refused_4xx, refused_5xx, uncertain (none), own (a rule of ours)",
     ["result"],
 )
-recipients = Counter("smtpdup_recipients_total", "RCPT commands by answer: accepted, refused_4xx, refused_5xx", ["result"])
+recipients = Counter(
+    "smtpdup_recipients_total", "RCPT commands by answer: accepted, refused_4xx, refused_5xx", ["result"]
+)
 bytes_accepted = Counter("smtpdup_accepted_bytes_total", "Octets of the messages that the primary accepted")
 primary_seconds = Histogram(
     "smtpdup_primary_seconds",

@@ -158,6 +158,22 @@ def queue_move(settings: Settings, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def queue_verify(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Compare the ledger with RQ, repair what disagrees, and show it."""
+    from workers import reconcile  # noqa: PLC0415
+
+    with ledger_of(settings) as connection:
+        report = reconcile.verify(connection, settings, repair=not arguments.dry_run)
+    columns = [
+        Column("finding", lambda f: f.finding),
+        Column("id", lambda f: f.id or "-"),
+        Column("destination", lambda f: f.destination or "-"),
+        Column("action", lambda f: f.action),
+    ]
+    tables.write(report.findings, columns, as_json=arguments.json, nothing="Everything is as it should be.")
+    return 0
+
+
 # failed --------------------------------------------------------------------------------------------------------
 
 _FAILED = [

@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from relay import maillog
+from relay import faults, maillog
 from relay.connection import ClientError, Connection, ConnectionGone
 from relay.envelope import Destination, Reply
 from relay.pool import Pool
@@ -180,6 +180,7 @@ class Transaction:
         except ClientError as error:
             self.abandon()
             return _early(error.reply) if error.reply is not None else _lost()
+        faults.reach("dot sent")
         try:
             reply = await connection.reply(timeout=self._primary.final_timeout)
         except ClientError as error:

@@ -138,7 +138,7 @@ def _hold(connection: Redis, ids: Sequence[str], seconds: float) -> list[str]:
     held = []
     for message_id in ids:
         with connection.pipeline(transaction=True) as pipe:
-            ledger.hold(pipe, message_id, _digest(connection, message_id), seconds)
+            ledger.hold(pipe, [ledger.Held(message_id, _digest(connection, message_id), seconds)])
             if pipe.execute()[0]:
                 maillog.abandoned(message_id, seconds)
                 held.append(message_id)

@@ -7,6 +7,8 @@ no reply raises ValueError, after which the parser is of no more use. A reply th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from relay.envelope import Reply, printable
 
 _LINE_KEPT = 512 - len("250 \r\n")  # RFC 5321 4.5.3.1.5: what we keep, not what we accept
@@ -31,22 +33,24 @@ class ReplyParser:
         """Whether no part of a reply is waiting for its rest."""
         return not (self._tail or self._lines)
 
-    def feed(self, data: bytes) -> list[Reply]:
-        """Return the replies that are complete with these octets. Raises ValueError."""
+    def feed(self, data: bytes) -> Iterator[Reply]:
+        """Yield the replies that are complete with these octets. Raises ValueError, after those before the fault."""
         if self._tail:
             self._tail += data
             if b"\n" not in data:  # only the new octets are looked at: many tiny packets stay linear
                 if len(self._tail) > _MAX_REPLY:
                     raise ValueError("a line without an end")
-                return []
+                return
             data = bytes(self._tail)
             self._tail.clear()
         *lines, rest = data.split(b"\n")
-        if rest:
-            self._tail += rest
-            if len(rest) > _MAX_REPLY:
-                raise ValueError("a line without an end")
-        return [reply for line in lines if (reply := self._line(line)) is not None]
+        self._tail += rest
+        for line in lines:
+            reply = self._line(line)
+            if reply is not None:
+                yield reply
+        if len(rest) > _MAX_REPLY:
+            raise ValueError("a line without an end")
 
     def finish(self) -> Reply | None:
         """Return the reply that the end of the stream broke off, if its code was complete. Raises ValueError."""

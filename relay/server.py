@@ -12,8 +12,7 @@ import math
 import os
 import signal
 import socket
-import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import redis.asyncio
@@ -25,6 +24,7 @@ from redis.retry import Retry
 from relay import ledger, maillog
 from relay.dispatch import Dispatcher
 from relay.envelope import IdSource
+from relay.importer import Importer
 from relay.intake import Intake
 from relay.occupancy import Occupancy, Seat
 from relay.pool import Pool
@@ -32,10 +32,14 @@ from relay.primary import Primary
 from relay.processes import ChildContext
 from relay.session import Front, Session
 from relay.settings import Settings
+from relay.spool import Spool
+from relay.watch import Watch
 
 _BACKLOG = 1024
 _POOL_WAIT = 0.05
 _MONITOR_SECONDS = 1.0
+_INTRODUCTION_SECONDS = 1.0
+_IMPORT_SECONDS = 5.0  # for the batch in hand when we stop
 _GRACE_SECONDS = 30.0  # for clients between commands of a transaction while we drain
 
 
@@ -102,6 +106,16 @@ def sync_client(url: str, seconds: float) -> redis.Redis:
     )
 
 
+async def _for_ever(task: Callable[[], Awaitable[None]]) -> None:
+    """Run a task of the background again when it fails, until it ends."""
+    while True:
+        try:
+            return await task()
+        except Exception as error:  # the border: mail goes on, and so must this
+            maillog.task_failed(getattr(task, "__qualname__", "task"), error)
+        await asyncio.sleep(_MONITOR_SECONDS)
+
+
 def serve(context: ChildContext, settings: Settings, place: Place, redis_url: str) -> int:
     """Be one relay process until SIGTERM; the ``run`` of a supervisor's child. Returns the exit status."""
     maillog.configure(settings.log.level, settings.log.format, context.name)
@@ -130,13 +144,30 @@ class _Relay:
         self._jobs = sync_client(redis_url, seconds)
         self._dispatcher = Dispatcher(self._jobs, settings.backups)
         self._pool = pool
+        self._probe = async_client(redis_url, seconds)
+        self._watch = Watch(self._probe, seconds=seconds, processes=settings.smtp.process_count)
+        ids = IdSource()
+        folder = settings.spool.dir
+        self._spool = Spool(folder, ids.owner, settings.spool.min_free) if folder else None
+        self._importer: Importer | None = None
+        if folder:
+            self._importer = Importer(
+                folder,
+                self._bulk,
+                self._dispatcher,
+                self._watch,
+                destinations=settings.backups,
+                hold_seconds=settings.relay.uncertain_hold,
+            )
         self._intake = Intake(
             self._redis,
             self._bulk,
             self._dispatcher,
+            self._watch,
             stage_seconds=seconds,
             deadline_seconds=settings.relay.final_timeout_seconds + 30,
             hold_seconds=settings.relay.uncertain_hold,
+            spool=self._spool,
         )
         self._front = Front(
             settings=settings,
@@ -147,10 +178,11 @@ class _Relay:
                 final_timeout=settings.relay.final_timeout_seconds,
             ),
             intake=self._intake,
-            ids=IdSource(),
+            ids=ids,
             seat=place.seat,
         )
         self._stop = asyncio.Event()
+        self._introductions = asyncio.Event()
 
     async def run(self) -> None:
         """Start up, serve, drain."""
@@ -158,11 +190,20 @@ class _Relay:
         loop.add_signal_handler(signal.SIGTERM, self._stop.set)
         loop.add_signal_handler(signal.SIGINT, self._stop.set)
         self._place.seat.take()
-        await self._introduce()
-        monitor = loop.create_task(self._monitor())
+        if self._spool:
+            try:
+                await self._spool.open()
+            except OSError as error:  # tried again when it is needed
+                maillog.spool_trouble("start", error)
+        monitor = loop.create_task(_for_ever(self._monitor))
+        with contextlib.suppress(TimeoutError):
+            # A Redis that is away must not keep us from the primary leg for long.
+            await asyncio.wait_for(self._introductions.wait(), _INTRODUCTION_SECONDS)
+        importing = loop.create_task(_for_ever(self._importer.run)) if self._importer else None
         await self._front.primary.announced()
         servers = [
-            await loop.create_server(lambda: Session(self._front), sock=sock, backlog=_BACKLOG) for sock in self._place.sockets
+            await loop.create_server(lambda: Session(self._front), sock=sock, backlog=_BACKLOG)
+            for sock in self._place.sockets
         ]
         maillog.started("relay", pid=os.getpid(), listen=self._settings.smtp.listen, owner=self._front.ids.owner)
         await self._stop.wait()
@@ -174,11 +215,13 @@ class _Relay:
                 sock.shutdown(socket.SHUT_RDWR)
         for server in servers:
             server.close()
-        await self._drain()
+        await self._drain(importing)
         monitor.cancel()
         await self._pool.close()
-        await self._redis.aclose()
-        await self._bulk.aclose()
+        if self._spool:
+            await self._spool.close()
+        for client in (self._redis, self._bulk, self._probe):
+            await client.aclose()
         self._jobs.close()
         maillog.stopped("relay")
 
@@ -194,30 +237,28 @@ class _Relay:
         except (RedisError, OSError) as error:
             maillog.ledger_trouble("start of a relay process", error)
             return
-        self._introduced = True
+        self._introductions.set()
         for message_id in held:
             maillog.abandoned(message_id.decode(), self._settings.relay.uncertain_hold)
 
-    _introduced = False
-
     async def _monitor(self) -> None:
-        """Keep the clock offset to Redis, and make up for an introduction that Redis missed."""
+        """Look how Redis is, and introduce us as soon as it answers."""
         while True:
-            before = time.time()
-            with contextlib.suppress(RedisError, OSError):
-                seconds, micros = await self._redis.time()
-                self._intake.clock_offset = seconds + micros / 1e6 - (before + time.time()) / 2
-                if not self._introduced:
-                    await self._introduce()
+            if await self._watch.look() and not self._introductions.is_set():
+                await self._introduce()
             await asyncio.sleep(_MONITOR_SECONDS)
 
-    async def _drain(self) -> None:
-        """Let the transactions in flight finish; a client that only thinks has some seconds, one in DATA its deadline."""
+    async def _drain(self, importing: asyncio.Task[None] | None) -> None:
+        """Let what is in flight finish: a client that only thinks has some seconds, one in DATA its deadline."""
         loop = asyncio.get_running_loop()
         patience = loop.time() + _GRACE_SECONDS
+        if self._importer:
+            self._importer.stop()
         while self._front.sessions:
             for session in list(self._front.sessions):
                 session.stop(impatient=loop.time() > patience)
             await asyncio.sleep(_POOL_WAIT)
-        with contextlib.suppress(TimeoutError):
-            await self._intake.drain()
+        await self._intake.drain()
+        if importing:
+            await asyncio.wait({importing}, timeout=_IMPORT_SECONDS)
+            importing.cancel()

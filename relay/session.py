@@ -1,4 +1,4 @@
-"""One client's conversation. The whole flow of a message reads here, in ``_data``:
+"""One client's conversation: the whole flow of a message reads here, in ``_data``.
 
     MAIL, RCPT -> the primary's replies are the client's; DATA -> the body streams on to the primary while it
     comes, all but the end-of-data line; the copy is staged; the held dot goes out; by the primary's reply the
@@ -18,7 +18,7 @@ from typing import Any
 
 from aiosmtpd.smtp import SMTP
 
-from relay import headers, maillog, metrics
+from relay import faults, headers, maillog, metrics
 from relay.data import ClientGone, EndOfData, unread
 from relay.envelope import Envelope, IdSource, Message, Recipient, Reply
 from relay.intake import Intake, NotDurable
@@ -225,7 +225,7 @@ class Session(SMTP):
             return self._nonsense(problem.reply)
         except ClientGone:
             raise
-        except Exception as error:  # noqa: BLE001 - the border: whatever this is, the client still owns its message
+        except Exception as error:
             maillog.session_error(self._peer, error)
             metrics.session_errors.inc()
             self._abandon()
@@ -327,7 +327,9 @@ class Session(SMTP):
         elif len(self._recipients) >= self._settings.max_recipients:
             reply = Reply.of(452, "4.5.3 Too many recipients")
         else:
-            reply = await transaction.rcpt(_wire("RCPT TO", address, carried(given, RCPT_EXTENSIONS, transaction.extensions)))
+            reply = await transaction.rcpt(
+                _wire("RCPT TO", address, carried(given, RCPT_EXTENSIONS, transaction.extensions))
+            )
             if reply.is_positive:
                 self._recipients.append(recipient)
         metrics.recipients.labels(metrics.reply_class(reply.code)).inc()
@@ -430,12 +432,13 @@ class Session(SMTP):
         if not message.envelope.destinations:
             return False
         begun = self.loop.time()
+        faults.reach("before staging")
         try:
             await self._front.intake.stage(message)
         except NotDurable as error:
-            metrics.copies_lost.inc()
-            maillog.copy_lost(message.envelope, str(error))
+            maillog.not_durable(message.envelope, str(error))
             return False
+        faults.reach("staged")
         metrics.stage_seconds.observe(self.loop.time() - begun)
         return True
 
@@ -453,12 +456,17 @@ class Session(SMTP):
             maillog.uncertain(envelope, self._front.settings.relay.uncertain_hold, str(trouble))
             return _NO_ANSWER
         seconds = self.loop.time() - begun
+        faults.reach("primary answered")
         metrics.primary_seconds.observe(seconds)
         metrics.messages.labels(metrics.reply_class(reply.code)).inc()
         if reply.is_positive:
             if staged:
                 addresses = tuple(r.address for r in envelope.recipients)
                 await intake.release(Released(envelope.id, envelope.destinations, digest, addresses))
+                faults.reach("released")
+            elif envelope.destinations:
+                metrics.copies_lost.inc()
+                maillog.copy_lost(envelope)
             metrics.bytes_accepted.inc(envelope.size)
             maillog.accepted(envelope, reply, seconds, late=self.transport is None)
         else:
@@ -485,7 +493,11 @@ class Session(SMTP):
         utf8 = value(self._parameters, "SMTPUTF8") is not None
         protocol = headers.protocol_keyword(extended=self._extended, tls=False, authenticated=False, utf8=utf8)
         return headers.received_line(
-            helo=self._helo_name, address=self._peer, domain=self._settings.domain, protocol=protocol, message_id=message_id
+            helo=self._helo_name,
+            address=self._peer,
+            domain=self._settings.domain,
+            protocol=protocol,
+            message_id=message_id,
         )
 
     def _loop_guard(self, body: bytes) -> Reply | None:

@@ -42,6 +42,8 @@ __all__ = [
 DIRECTORIES = (Path(), Path("/etc/smtp-dup"))
 FILE_NAMES = ("settings.toml", "config.yaml")
 CONFIG_VARIABLE = ENV_PREFIX + "CONFIG"
+DEFAULTS_VARIABLE = ENV_PREFIX + "DEFAULTS"  # a package's own defaults, as the container image has; below every file
+_OURS = (CONFIG_VARIABLE, DEFAULTS_VARIABLE)
 # Kubernetes puts these into every container beside a service that is called smtp-dup...; they are not ours.
 _KUBERNETES = re.compile(r"SMTP_DUP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
 
@@ -101,6 +103,7 @@ class _Loader:
         self.file_failed = False  # what seems to be missing may stand there
 
     def load(self, directories: Sequence[Path], require_primary: bool) -> Settings:
+        self._layer_defaults()
         self._layer_file(directories)
         self._layer_environment()
         self._layer_flags()
@@ -130,6 +133,13 @@ class _Loader:
         self.problems.append(Problem(key, where, text))
 
     # The layers, the later one wins
+
+    def _layer_defaults(self) -> None:
+        if named := self.environ.get(DEFAULTS_VARIABLE, ""):
+            try:
+                self._take_file(Path(named), read_file(Path(named)))
+            except SettingsError as error:
+                self.problems += error.problems
 
     def _layer_file(self, directories: Sequence[Path]) -> None:
         named = self.flags.pop("config", "") or self.environ.get(CONFIG_VARIABLE, "")
@@ -186,7 +196,7 @@ class _Loader:
         ours = {name: option.key for option in OPTIONS for name in option.variables}
         set_by: dict[str, str] = {}
         for name, value in sorted(self.environ.items()):
-            if not name.startswith(ENV_PREFIX) or name == CONFIG_VARIABLE or not value.strip():
+            if not name.startswith(ENV_PREFIX) or name in _OURS or not value.strip():
                 continue
             if name not in ours:
                 if not _is_from_kubernetes(name, value):

@@ -25,15 +25,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from relay.ledger import Released
 
-T = TypeVar("T")
-
 TMP, STAGED, READY, HELD = "tmp", "staged", "ready", "held"
 RELEASE, DISCARD = "release", "discard"
-_THREADS = 4  # fsyncs at once; a journal commits what is waiting together
+_FLIGHTS = 4  # groups being written at once: a journal commits together what waits for it
+_GROUP_BYTES = 1 << 20
 _LOCK_SECONDS = 1.0
 _STATES = {TMP, STAGED, READY, HELD}
 _NOTES = {RELEASE, DISCARD}
@@ -167,6 +166,15 @@ def forget_owner(folder: Path, owner: str) -> None:
 # One process's side -------------------------------------------------------------------------------------------
 
 
+@dataclass(slots=True)
+class _Change:
+    """Something to be done in a thread, and durable when ``done``."""
+
+    work: Callable[[], None]
+    size: int
+    done: asyncio.Future[None]
+
+
 class Spool:
     """What one relay process writes. The folders are made at the first need, so that a bad disk stops nothing else."""
 
@@ -174,52 +182,54 @@ class Spool:
         self._folder = folder
         self._owner = owner
         self._min_free = min_free
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="spool")
+        self._pool = ThreadPoolExecutor(_FLIGHTS, thread_name_prefix="spool")
         self._opening = asyncio.Lock()
         self._lock = -1
         self._messages = -1
         self._mine: dict[str, str] = {}  # id -> stem of its file; what the primary has not answered yet
-        self._unsynced: list[asyncio.Future[None]] = []
-        self._syncing: asyncio.Task[None] | None = None
+        self._noted: set[str] = set()
+        self._queue: list[_Change] = []
+        self._flights: set[asyncio.Task[None]] = set()
+        self._scheduled = False
 
     async def open(self) -> None:
         """Make the folders and take our owner's lock. Raises OSError."""
-        async with self._opening:
-            if self._messages < 0:
-                await self._thread(self._open)
+        if self._messages < 0:
+            async with self._opening:
+                if self._messages < 0:
+                    await asyncio.get_running_loop().run_in_executor(self._pool, self._open)
 
     async def close(self) -> None:
         """Finish what is under way and give the lock back: what we leave is the importer's."""
-        await self._thread(self._close)
+        while self._flights:
+            await asyncio.wait(self._flights)
+        await asyncio.get_running_loop().run_in_executor(self._pool, self._close)
         self._pool.shutdown()
 
     async def write(self, message_id: str, record: bytes) -> None:
         """Put a packed message on stable storage. Raises OSError; whatever is left then, ``discard`` removes."""
         await self.open()
         self._mine[message_id] = stem = f"{message_id}-{len(record)}"
-        await self._thread(lambda: self._put(stem, STAGED, record, self._min_free))
-        await self._synced()
+        await self._change(lambda: self._put(stem, STAGED, record, self._min_free), len(record))
 
     async def release(self, message_id: str) -> bool:
         """Mark a message as accepted, durably. False: it is not here. Raises OSError."""
-        return await self._become(message_id, READY)
+        return await self._end(message_id, lambda stem: self._rename(stem, READY))
 
     async def hold(self, message_id: str) -> bool:
         """Mark a message as uncertain, durably. False: it is not here. Raises OSError."""
-        return await self._become(message_id, HELD)
+        return await self._end(message_id, lambda stem: self._rename(stem, HELD))
 
     async def discard(self, message_id: str) -> bool:
         """Forget a message, durably. False: it is not here. Raises OSError."""
-        stem = self._mine.get(message_id)
-        if stem is None or self._messages < 0:
-            return False
-        await self._thread(lambda: self._remove(f"{stem}.{TMP}", f"{stem}.{STAGED}"))
-        await self._synced()
-        self._mine.pop(message_id, None)
-        return True
+        return await self._end(message_id, lambda stem: self._remove(f"{stem}.{TMP}", f"{stem}.{STAGED}"))
+
+    def has(self, message_id: str) -> bool:
+        """Say whether a message of ours, not yet released, held or discarded, may be here."""
+        return message_id in self._mine
 
     async def note_release(self, released: Released) -> None:
-        """Note, in case we die before Redis can be told, that a message staged in Redis was accepted. Raises OSError."""
+        """Note that a message staged in Redis was accepted, in case we die before Redis hears it. Raises OSError."""
         await self._note(released.id, RELEASE, json.dumps(released._asdict()).encode("ascii"))
 
     async def note_discard(self, message_id: str) -> None:
@@ -227,56 +237,80 @@ class Spool:
         await self._note(message_id, DISCARD, b"{}")
 
     async def strike(self, message_id: str) -> None:
-        """Remove the notes about a message: Redis knows. One that comes back after a power cut does no harm."""
-        if self._messages >= 0:
-            await self._thread(lambda: self._remove(f"{message_id}.{RELEASE}", f"{message_id}.{DISCARD}"))
+        """Remove the notes about a message: Redis knows. Raises OSError."""
+        if message_id in self._noted:
+            await self._change(lambda: self._remove(f"{message_id}.{RELEASE}", f"{message_id}.{DISCARD}"))
+            self._noted.discard(message_id)
 
     # In the loop
 
-    async def _thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
-
-    async def _become(self, message_id: str, state: str) -> bool:
+    async def _end(self, message_id: str, work: Callable[[str], None]) -> bool:
         stem = self._mine.get(message_id)
         if stem is None:
             return False
-        await self._thread(lambda: self._rename(stem, state))
-        await self._synced()
+        await self._change(lambda: work(stem))
         self._mine.pop(message_id, None)
         return True
 
     async def _note(self, message_id: str, kind: str, text: bytes) -> None:
         await self.open()
-        await self._thread(lambda: self._put(message_id, kind, text, 0))
-        await self._synced()
+        self._noted.add(message_id)
+        await self._change(lambda: self._put(message_id, kind, text, 0), len(text))
 
-    async def _synced(self) -> None:
-        """Wait for an fsync of the folder that begins after this call; it serves all who wait."""
+    async def _change(self, work: Callable[[], None], size: int = 0) -> None:
+        """Do something in a thread, together with what others want done; it is durable at the end."""
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        self._unsynced.append(future)
-        if self._syncing is None:
-            self._syncing = loop.create_task(self._sync_all())
-        await future
+        change = _Change(work, size, loop.create_future())
+        self._queue.append(change)
+        if not self._scheduled and len(self._flights) < _FLIGHTS:
+            # At the end of this turn of the loop: what other sessions want in it goes along.
+            self._scheduled = True
+            loop.call_soon(self._take_off)
+        await change.done
 
-    async def _sync_all(self) -> None:
-        while self._unsynced:
-            group, self._unsynced = self._unsynced, []
-            error: OSError | None = None
-            try:
-                await self._thread(lambda: os.fsync(self._messages))
-            except OSError as trouble:
-                error = trouble
-            for future in group:
-                if future.done():
-                    continue
-                if error is None:
-                    future.set_result(None)
-                else:
-                    future.set_exception(error)
-        self._syncing = None
+    def _take_off(self) -> None:
+        self._scheduled = False
+        while self._queue and len(self._flights) < _FLIGHTS:
+            size = count = 0
+            for change in self._queue:
+                if count and size + change.size > _GROUP_BYTES:
+                    break
+                size += change.size
+                count += 1
+            group, self._queue = self._queue[:count], self._queue[count:]
+            task = asyncio.get_running_loop().create_task(self._fly(group))
+            self._flights.add(task)
+            task.add_done_callback(self._land)
+
+    def _land(self, task: asyncio.Task[None]) -> None:
+        self._flights.discard(task)
+        self._take_off()
+
+    async def _fly(self, group: list[_Change]) -> None:
+        errors = await asyncio.get_running_loop().run_in_executor(self._pool, self._do, group)
+        for change, error in zip(group, errors, strict=True):
+            if change.done.done():
+                continue
+            if error is None:
+                change.done.set_result(None)
+            else:
+                change.done.set_exception(error)
 
     # In a thread
+
+    def _do(self, group: list[_Change]) -> list[OSError | None]:
+        errors: list[OSError | None] = []
+        for change in group:
+            try:
+                change.work()
+                errors.append(None)
+            except OSError as error:
+                errors.append(error)
+        try:
+            os.fsync(self._messages)
+        except OSError as error:
+            return [error] * len(group)
+        return errors
 
     def _open(self) -> None:
         prepare(self._folder)

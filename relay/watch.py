@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from relay import ledger, maillog
 
@@ -90,13 +90,14 @@ class Watch:
                     ledger.probe(pipe)
                 pipe.time()
                 pipe.info("memory")
-                *written, (seconds, micros), memory = await pipe.execute(raise_on_error=False)
-            for answer in written:
+                *needed, memory = await pipe.execute(raise_on_error=False)
+            for answer in needed:
                 if isinstance(answer, Exception):
                     raise answer
-        except Exception as error:  # noqa: BLE001 - whatever it is, nothing was written
+        except (RedisError, OSError, TimeoutError) as error:
             self.failed(error)
             return False
+        seconds, micros = needed[-1]
         self.clock_offset = seconds + micros / 1e6 - (before + time.time()) / 2
         self._take(memory)
         if self._trouble and failures == self._failures:

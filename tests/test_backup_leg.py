@@ -105,7 +105,7 @@ def test_requeue_in_rq_is_failed_retry(pair: Product, backup: ScriptedServer) ->
 
 
 def test_backup_down_and_back(pair: Product, primary: ScriptedServer, backup: ScriptedServer) -> None:
-    """A backup that cannot be reached pauses its destination, burns no copy and delays no client; then all arrive once."""
+    """A backup that cannot be reached pauses it, burns no copy, delays no client; then all arrive once."""
     backup.down()
     for number in range(50):
         pair.send("a@example.com", "b@example.com", data=b"Subject: %d\r\n\r\n" % number)
@@ -186,7 +186,7 @@ def test_trouble_in_the_middle_burns_nothing(pair: Product, backup: ScriptedServ
 
 
 def test_backup_that_refuses_everything_is_paused(pair: Product, backup: ScriptedServer) -> None:
-    """The normal first day of a migration: after 20 equal refusals the destination is paused, not 100 copies dead."""
+    """The normal first day of a migration: after 20 equal refusals it is paused, not 100 copies dead."""
     backup.replies["RCPT"] = "550 5.7.1 relaying denied"
     with pair.dialogue() as client:
         client.hello()

@@ -52,7 +52,7 @@ def test_no_command_is_a_usage_error(product):
 def test_the_quick_commands_import_nothing_heavy():
     """`--help` and the listings do not pay for servers, workers and metrics."""
     heavy = ["aiosmtpd", "aiosmtplib", "prometheus_client", "rich", "rq", "uvloop"]
-    script = f"import sys, relay.cli; sys.exit(', '.join(set({heavy}) & set(sys.modules)))"
+    script = f"import sys, relay.cli; sys.exit(', '.join(set({heavy}) & set(sys.modules)) or 0)"
     source = str(Path(cli.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": source}
     done = subprocess.run(
@@ -343,6 +343,43 @@ def test_what_a_client_says_cannot_steer_the_terminal(capsys):
     columns = [tables.Column("sender", lambda r: r)]
     tables.write(["\x1b[2J[red]x[/red]\udcff"], columns, as_json=False, nothing="")
     assert "\\x1b[2J[red]x[/red]\\udcff" in capsys.readouterr().out
+
+
+# Relay and workers apart
+
+
+def test_relay_and_workers_apart(product, primary, backup, redis_factory):
+    """On a Redis of their own choosing each is ready for itself, and mail goes through both; metrics do not mix."""
+    relay = product(command="relay", primary=primary.address, backups=[backup.address], redis_url=redis_factory().url)
+    with relay.sibling("workers") as workers:
+        relay.send("from@example.com", "to@example.com")
+        wait_until(lambda: relay.summary()["delivered"] == 1, message=lambda: workers.log[-4000:])
+        assert [m.recipients for m in backup.messages] == [["to@example.com"]]
+        assert relay.metric("smtpdup_messages_total", result="accepted") == 1
+        assert relay.metric("smtpdup_deliveries_total") == 0
+        assert workers.metric("smtpdup_deliveries_total", result="delivered") == 1
+        assert "smtpdup_clients" not in workers.get("/metrics")[1]
+        assert workers.stop() == 0
+    assert relay.get("/readyz")[0] == 200
+    assert relay.stop() == 0
+
+
+def test_a_redis_that_forgets_is_named_at_the_start(product, primary, redis_factory):
+    """The log has a warning for each setting that breaks the promise, and /readyz says no."""
+    server = redis_factory(appendfsync="everysec")
+    relay = product(command="relay", start=False, primary=primary.address, redis_url=server.url).start(wait=False)
+    relay.wait_for_log("relay started")
+    (warning,) = [event for event in relay.events if event["event"] == "a copy may be lost"]
+    assert warning["about"] == "redis appendfsync"
+    code, text = wait_until(lambda: status_of(relay))
+    assert code == 503
+    assert [reason.split(":")[0] for reason in json.loads(text)["reasons"]] == ["redis appendfsync"]
+
+
+def status_of(instance: Product) -> tuple[int, str] | None:
+    with suppress(OSError):
+        return instance.get("/readyz")
+    return None
 
 
 # check

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from loops import both_loops
+from loops import at_end, both_loops
 from reactions import Close, Gate, HalfClose, Reset, Silence, Trickle
-from relay.client import ClientError, Connection, ConnectionGone, DeadlinePassed, MalformedReply, connect
+from relay.client import Connection, ConnectionGone, DeadlinePassed, MalformedReply, connect
 from relay.envelope import Reply
 from scripted_server import ScriptedServer
 from waiting import until
@@ -22,7 +22,9 @@ SHORT = 0.1
 
 
 async def opened(server: ScriptedServer, **options: Any) -> Connection:
-    return await connect(server.destination(**options), local_hostname="relay.example", timeout=LONG)
+    connection = await connect(server.destination(**options), local_hostname="relay.example", timeout=LONG)
+    at_end.append(connection.close)
+    return connection
 
 
 async def in_data(server: ScriptedServer) -> Connection:
@@ -202,6 +204,17 @@ async def test_not_smtp(scripted: Scripted, junk: bytes):
 
 
 @both_loops
+async def test_a_reply_before_the_junk_counts(scripted: Scripted):
+    """The server accepted, whatever it says next; only what follows is malformed."""
+    server = scripted({".": (b"250 2.0.0 queued\r\njunk\r\n", Silence())})
+    connection = await in_data(server)
+    connection.end_body(b"x\r\n")
+    assert (await connection.reply(timeout=LONG)).code == 250
+    connection.end_data()
+    await until(lambda: not connection.is_usable)
+
+
+@both_loops
 async def test_a_flood_of_replies_ends_the_connection(scripted: Scripted):
     """A server that never stops talking is hung up on."""
     server = scripted({"NOOP": (b"250 ok\r\n" * 500, Silence())})
@@ -348,19 +361,25 @@ async def test_the_reason_is_read_although_the_write_failed(scripted: Scripted, 
 
 
 @both_loops
-async def test_close_is_abortive(scripted: Scripted):
-    """What a blocked transport still holds is never sent: after a close in DATA no dot can follow."""
+@pytest.mark.parametrize("how", ["deadline", "cancelled"])
+async def test_half_a_body_never_gets_its_dot(scripted: Scripted, how: str):
+    """A body that could not be written in full cannot be ended; a close drops what the transport still holds."""
     gate = Gate()
     server = scripted(in_data=(1, gate))
     connection = await in_data(server)
     body = bytes(16 << 20)
-    with pytest.raises(DeadlinePassed):
-        await connection.write_body(body, timeout=SHORT)
-    connection.end_body(b"\r\n")
+    writing = asyncio.create_task(connection.write_body(body, timeout=SHORT if how == "deadline" else LONG))
+    await gate.arrival()
+    if how == "cancelled":
+        writing.cancel()
+    with pytest.raises((DeadlinePassed, asyncio.CancelledError)):
+        await writing
+    with pytest.raises(ConnectionGone, match="not written in full"):
+        connection.end_body()
+    with pytest.raises(ConnectionGone):
+        connection.send(b".")
     connection.close()
     gate.open()
-    with pytest.raises(ClientError):
-        await connection.reply(timeout=LONG)
     await server.until(lambda: server.connections[0].closed)
     assert not server.messages
     assert len(server.transactions[0].wire) < len(body)

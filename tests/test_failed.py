@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import redis
 from rq.job import Job, JobStatus
@@ -35,7 +33,8 @@ def test_failure_is_a_failed_job_of_its_own_with_the_reply(contents: Contents) -
     job = _job(contents, state.job)
     assert job.get_status() is JobStatus.FAILED
     assert job.args == ["new", [message_id]]
-    assert "550 5.1.1 unknown user" in job.exc_info
+    with pytest.deprecated_call():  # what rq-dashboard shows
+        assert job.exc_info == "550 5.1.1 unknown user"
     assert contents.connection.sismember(queue.redis_queues_keys, queue.key)
     assert contents.pending_ids() == []
     assert contents.failed_ids() == [message_id]
@@ -62,7 +61,8 @@ def test_a_transaction_whose_answer_was_lost_can_be_repeated(contents: Contents)
     """A failure that is written twice is one failure with one job."""
     message_id = contents.pending()
     first = contents.fail(message_id)
-    assert contents.fail(message_id) == replace(first, history=contents.state(message_id, failure=True).history) or True
+    assert contents.fail(message_id).job == first.job
+    assert contents.state(message_id, failure=True) == first
     assert contents.failed_ids() == [message_id]
     assert contents.queue().failed_job_registry.get_job_ids() == [first.job]
     assert contents.connection.hget(ledger.COUNTERS, "failed:new") == b"1"

@@ -69,7 +69,7 @@ def test_garbage_is_refused_or_read_and_nothing_else(garbage: bytes, step: int):
 def test_what_is_no_reply(stream: bytes):
     """Two codes in one reply, a code that is none, no end or no measure: refused."""
     with pytest.raises(ValueError, match=r"."):
-        ReplyParser().feed(stream)
+        list(ReplyParser().feed(stream))
 
 
 def test_an_endless_line_in_tiny_packets_is_refused():
@@ -77,7 +77,7 @@ def test_an_endless_line_in_tiny_packets_is_refused():
     parser = ReplyParser()
     with pytest.raises(ValueError, match="without an end"):  # noqa: PT012
         for _ in range(70_000):
-            parser.feed(b"2")
+            list(parser.feed(b"2"))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_an_endless_line_in_tiny_packets_is_refused():
 def test_a_reply_broken_off_counts_by_its_code(stream: bytes, reply: Reply | None):
     """A stream that ends after a complete code has given that reply; before it, none."""
     parser = ReplyParser()
-    assert parser.feed(stream) == []
+    assert list(parser.feed(stream)) == []
     assert parser.finish() == reply
 
 

@@ -392,6 +392,24 @@ def test_the_state_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loaded(environ=home).state_dir == Path("/var/lib/smtp-dup")
 
 
+def test_a_package_s_own_defaults_are_below_every_file(tmp_path: Path) -> None:
+    """SMTP_DUP_DEFAULTS, as the container image sets it, counts only where nobody says otherwise."""
+    defaults = tmp_path / "defaults.toml"
+    defaults.write_text('state_dir = "/var/lib/there"\n[smtp]\nlisten = ":2525"\nallowed_networks = ["10.0.0.0/8"]\n')
+    environ = {"SMTP_DUP_DEFAULTS": str(defaults)}
+    settings = load(PRIMARY, environ, [tmp_path / "none"])
+    assert (settings.smtp.listen, settings.state_dir) == (":2525", Path("/var/lib/there"))
+    assert settings.origins["smtp.listen"] == f"{defaults}:3"
+    (tmp_path / "config.yaml").write_text('smtp:\n  listen: "0.0.0.0:25"\n')
+    settings = load(PRIMARY, environ | {"SMTP_DUP_STATE_DIR": "/elsewhere"}, [tmp_path])
+    assert (settings.smtp.listen, settings.state_dir) == ("0.0.0.0:25", Path("/elsewhere"))
+    assert settings.smtp.allows("10.1.2.3")
+    defaults.write_text("[smtp]\nlisten = 5\nlistne = 6\n")
+    with pytest.raises(SettingsError) as caught:
+        load(PRIMARY, environ, [tmp_path / "none"])
+    assert {problem.key for problem in caught.value.problems} == {"smtp.listen", "smtp.listne"}
+
+
 def test_who_may_connect() -> None:
     """allowed_networks holds for both families, for IPv4 on an IPv6 socket too, and for nothing else."""
     smtp = loaded(flags={"smtp.allowed_networks": "192.0.2.0/24, 2001:db8::/32"}).smtp

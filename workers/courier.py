@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from redis.exceptions import RedisError
 
-from relay import ledger, maillog, metrics
+from relay import faults, ledger, maillog, metrics
 from relay.connection import ClientError
 from relay.envelope import Destination, Reply
 from relay.ledger import Claim, CopyState
@@ -105,7 +105,7 @@ class Courier:
         """
         self._draining = True
         self._health.turned.set()
-        while (self._held or self._jobs_in_hand) and not self._outbox.is_stuck:
+        while (self._held or self._jobs_in_hand) and not self._outbox.is_stuck:  # noqa: ASYNC110 - three conditions
             await asyncio.sleep(0.02)
         if self._outbox.is_stuck:
             maillog.notice("error", "outcomes lost", destination=self._destination.name, copies=len(self._held))
@@ -126,6 +126,7 @@ class Courier:
             self._jobs_in_hand -= 1
 
     async def _deliver(self, job_id: str, ids: list[str]) -> None:
+        faults.reach("job fetched")
         batch = _Batch(job_id, deque(await self._claim(job_id, ids)))
         while batch.work and not self._draining:
             if self._is_held_up:
@@ -307,6 +308,7 @@ class Courier:
             self._conclude(batch, copy)
 
     def _conclude(self, batch: _Batch, copy: Copy) -> None:
+        faults.reach("backup answered")
         self._note(batch, copy.id, *self._outcomes.conclude(copy, batch.job))
 
     def _note(

@@ -30,6 +30,11 @@ end
 return jobs
 """
 
+# KEYS: intermediate list. ARGV: jobs, which stand at its front in this order.
+_GIVE = """
+for _, job in ipairs(ARGV) do redis.call('LREM', KEYS[1], 1, job) end
+"""
+
 
 def is_worth_it(jobs: int, ids: int) -> bool:
     """Say whether a queue of so many jobs with so many ids in all should be merged."""
@@ -69,7 +74,6 @@ def _put_back(connection: Redis, destination: str, jobs: list[str]) -> int:
                 small.clear()
 
         for job, ids in zip(jobs, live.calls(connection, jobs), strict=True):
-            pipe.lrem(queue.intermediate_queue_key, 1, job)
             if len(ids) * 2 > _FULL or not ids:  # nothing to gain, or not ours to judge
                 flush()
                 pipe.rpush(queue.key, job)
@@ -80,7 +84,8 @@ def _put_back(connection: Redis, destination: str, jobs: list[str]) -> int:
             small.update(dict.fromkeys(ids, job))
             old.append(job)
         flush()
-        for job in old:
-            pipe.delete("rq:job:" + job)
+        if old:
+            pipe.delete(*("rq:job:" + job for job in old))
+        pipe.eval(_GIVE, 1, queue.intermediate_queue_key, *jobs)
         pipe.execute()
     return count

@@ -16,7 +16,7 @@ import redis.asyncio
 from redis import Redis
 from redis.exceptions import RedisError
 
-from relay import ledger, maillog
+from relay import faults, ledger, maillog
 
 _LATE = 1.0
 _STUCK = 60.0
@@ -90,6 +90,7 @@ class Outbox:
             self._flight = None
 
     async def _settle(self, ids: list[str]) -> None:
+        faults.reach("before settle")
         async with self._connection.pipeline(transaction=True) as pipe:
             ledger.settle(pipe, self._destination, ids)
             await pipe.execute()

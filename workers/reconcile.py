@@ -41,23 +41,14 @@ def keep_reconciling(
     ``name`` is the lock's and must be the same after a restart.
     """
     connection = connect()
-    renewed = 0.0
-
-    def tick() -> None:
-        nonlocal renewed
-        is_due = time.monotonic() - renewed > _RENEW
-        if stop.is_set() or (is_due and not _leads(connection, name)):
-            raise _Interrupted
-        if is_due:
-            renewed = time.monotonic()
-
-    sweeper = Sweeper(connection, settings, tick)
+    lock = _Lock(connection, name, stop)
+    sweeper = Sweeper(connection, settings, lock.renew)
     pause = min(_FIRST, every)
     while not stop.wait(pause):
         pause = every
         try:
-            if _leads(connection, name):
-                _tell(sweeper.sweep(kept=_KEPT))
+            lock.take()
+            _tell(sweeper.sweep(kept=_KEPT))
         except _Interrupted:
             continue
         except RedisError as error:
@@ -66,11 +57,39 @@ def keep_reconciling(
         except Exception:  # what one record does to us must not end the housekeeping
             logger.exception("a sweep of the reconciler failed")
     try:
-        if connection.get(ledger.RECONCILER) == name.encode():
-            connection.delete(ledger.RECONCILER)
+        lock.give_back()
         connection.close()
     except RedisError as error:
         logger.warning("reconciler: its lock ends by itself: {}", error)
+
+
+class _Lock:
+    """The lease of the process that sweeps. Two may hold it for a moment when it changes hands, which does no harm."""
+
+    def __init__(self, connection: Redis, name: str, stop: threading.Event) -> None:
+        self._connection = connection
+        self._name = name
+        self._stop = stop
+        self._renewed = float("-inf")
+
+    def take(self) -> None:
+        """Take the lock or renew it. Raises _Interrupted when another process has it."""
+        if not self._connection.set(ledger.RECONCILER, self._name, nx=True, ex=_LEASE):
+            if self._connection.get(ledger.RECONCILER) != self._name.encode():
+                raise _Interrupted
+            self._connection.expire(ledger.RECONCILER, _LEASE)
+        self._renewed = time.monotonic()
+
+    def renew(self) -> None:
+        """Renew it now and then. Raises _Interrupted when it is lost, and when we are told to stop."""
+        if self._stop.is_set():
+            raise _Interrupted
+        if time.monotonic() - self._renewed > _RENEW:
+            self.take()
+
+    def give_back(self) -> None:
+        if self._connection.get(ledger.RECONCILER) == self._name.encode():
+            self._connection.delete(ledger.RECONCILER)
 
 
 def reconcile(connection: Redis, settings: Settings, pause: float = _PAUSE) -> Report:
@@ -89,13 +108,6 @@ def verify(connection: Redis, settings: Settings, *, repair: bool = True, pause:
     if repair:
         return reconcile(connection, settings, pause)
     return Sweeper(connection, settings).sweep(repair=False, thorough=True)
-
-
-def _leads(connection: Redis, name: str) -> bool:
-    """Take the lock or renew it. Two may lead for a moment when it changes hands, which does no harm."""
-    if connection.set(ledger.RECONCILER, name, nx=True, ex=_LEASE):
-        return True
-    return connection.get(ledger.RECONCILER) == name.encode() and bool(connection.expire(ledger.RECONCILER, _LEASE))
 
 
 def _tell(report: Report) -> None:

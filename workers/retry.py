@@ -72,7 +72,7 @@ class Breaker:
 
     limit: int
     longest: float = _LONGEST_PROBE
-    on_change: Callable[[Breaker], None] = lambda breaker: None  # noqa: ARG005
+    on_change: Callable[[Breaker], None] = lambda breaker: None
     clock: Callable[[], float] = time.monotonic
     window: int = field(init=False, default=1)
     reason: str = field(init=False, default="")

@@ -44,34 +44,10 @@ async def send(
     final_timeout: float,
 ) -> None:
     """Send a copy to the recipients with these indices; fills ``outcome``. Raises ClientError, Unfit."""
-    envelope, destination = message.envelope, connection.destination
-    mail = mail_command(envelope, destination, connection)
-    recipients = [(i, rcpt_command(envelope.recipients[i], connection)) for i in owed]
-    pipelining = "PIPELINING" in connection.extensions
-    if pipelining:
-        connection.send(mail, *(command for _, command in recipients), b"DATA")
-        answer = await connection.reply(timeout=timeout)
-    else:
-        answer = await connection.command(mail, timeout=timeout)
-    accepted: list[int] = []
-    if pipelining or answer.is_positive:
-        for i, command in recipients:
-            reply = await (
-                connection.reply(timeout=timeout) if pipelining else connection.command(command, timeout=timeout)
-            )
-            outcome.replies[i] = reply if answer.is_positive else answer
-            if reply.is_positive and answer.is_positive:
-                accepted.append(i)
-    else:
-        outcome.replies.update(dict.fromkeys(owed, answer))
-    if not pipelining and not accepted:
-        return
-    data = await (connection.reply(timeout=timeout) if pipelining else connection.command(b"DATA", timeout=timeout))
-    if data.code != 354:
-        outcome.replies.update(dict.fromkeys(accepted, data))
+    accepted = await _ask(connection, message.envelope, owed, outcome, timeout)
+    if accepted is None:
         return
     connection.begin_data()
-    lmtp = destination.scheme == "lmtp"
     if not accepted:
         # Every recipient was refused and it says 354 all the same (RFC 2920 3.1): an empty message, refused at its dot.
         connection.end_body()
@@ -79,20 +55,51 @@ async def send(
         connection.end_data()
         return
     await connection.write_body(message.body, timeout=_BODY_SECONDS)
-    if connection.early_reply is not None:
-        outcome.replies.update(dict.fromkeys(accepted, connection.early_reply))
-        raise ClientError(
-            "the server spoke before the end of the message", stage="message body", reply=connection.early_reply
-        )
+    early = connection.early_reply
+    if early is not None:
+        outcome.replies.update(dict.fromkeys(accepted, early))
+        raise ClientError("the server spoke before the end of the message", stage="message body", reply=early)
     outcome.sent = True
-    connection.end_body(replies=len(accepted) if lmtp else 1)
-    if lmtp:
+    if connection.destination.scheme == "lmtp":
+        connection.end_body(replies=len(accepted))
         for i in accepted:
             outcome.replies[i] = await connection.reply(timeout=final_timeout)
     else:
-        final = await connection.reply(timeout=final_timeout)
-        outcome.replies.update(dict.fromkeys(accepted, final))
+        connection.end_body()
+        outcome.replies.update(dict.fromkeys(accepted, await connection.reply(timeout=final_timeout)))
     connection.end_data()
+
+
+async def _ask(
+    connection: Connection, envelope: Envelope, owed: Sequence[int], outcome: Outcome, timeout: float
+) -> list[int] | None:
+    """Send MAIL, RCPT and DATA; returns the recipients accepted once DATA has got its 354, else None."""
+    mail = mail_command(envelope, connection.destination, connection)
+    recipients = [(i, rcpt_command(envelope.recipients[i], connection)) for i in owed]
+    pipelining = "PIPELINING" in connection.extensions
+    if pipelining:
+        connection.send(mail, *(command for _, command in recipients), b"DATA")
+
+    async def answer(command: bytes) -> Reply:
+        return await (connection.reply(timeout=timeout) if pipelining else connection.command(command, timeout=timeout))
+
+    begun = await answer(mail)
+    accepted = []
+    if not begun.is_positive:
+        outcome.replies.update(dict.fromkeys(owed, begun))
+    for i, command in recipients if begun.is_positive or pipelining else ():
+        reply = await answer(command)
+        if begun.is_positive:
+            outcome.replies[i] = reply
+            if reply.is_positive:
+                accepted.append(i)
+    if not accepted and not pipelining:
+        return None
+    go = await answer(b"DATA")
+    if go.code != 354:
+        outcome.replies.update(dict.fromkeys(accepted, go))
+        return None
+    return accepted
 
 
 def mail_command(envelope: Envelope, destination: Destination, connection: Connection) -> bytes:

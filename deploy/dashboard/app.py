@@ -99,9 +99,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     sys.stdout.write(f"dashboard on http://{settings.host}:{settings.port}/, user {settings.user}\n")
     if settings.made_up:
-        sys.stdout.write(
-            f"password, until the next start: {settings.password} (set DASHBOARD_PASSWORD to keep one)\n"
-        )
+        sys.stdout.write(f"password, until the next start: {settings.password} (set DASHBOARD_PASSWORD to keep one)\n")
     sys.stdout.flush()
     server.run()
 

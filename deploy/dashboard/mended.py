@@ -1,10 +1,10 @@
 """rq-dashboard 0.9.0 with its faults mended from outside, for queues whose jobs are JSON.
 
 Found by running it against queues of smtp-dup: it reads some jobs as pickle (Workers tab, job page, requeue), puts
-server replies into its job page as HTML, shows jobs of the next page again, raises the Redis timeouts of the whole
-process to minutes, and answers 500 where a job has just gone or Redis is away. A job that is deleted here would
-only be hidden, since the ledger of smtp-dup is the truth; so the buttons that delete are off, and `smtp-dup failed
-drop` drops.
+server replies into its job page as HTML, has no Requeue button for a job that was written as failed, shows jobs
+twice or not at all from page to page, raises the Redis timeouts of the whole process to minutes, and answers 500
+where a job has just gone or Redis is away. Deleting a job here would only hide it, since the ledger of smtp-dup is
+the truth; so the buttons that delete are off, and `smtp-dup failed drop` drops.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from rq.registry import (
     ScheduledJobRegistry,
     StartedJobRegistry,
 )
+from rq.results import Result
 from rq.serializers import JSONSerializer
 from rq_dashboard import web
 from rq_dashboard.cli import make_flask_app
@@ -81,6 +82,13 @@ class _Job(Job):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, id: str | None = None, connection: Redis | None = None, serializer: Any = None) -> None:  # noqa: A002
         super().__init__(id, connection=connection, serializer=serializer or JSONSerializer)
+
+    def latest_result(self, timeout: int = 0) -> Result | None:
+        """Return the newest result, or what stands for it in a job that was written as failed: the server's reply."""
+        found = super().latest_result(timeout)
+        if found is None and self._exc_info:  # without it the list shows no reply and no Requeue button
+            return Result(self.id, Result.Type.FAILED, self.connection, id="own", exc_string=self._exc_info)
+        return found
 
     def get_call_string(self) -> str:
         return self.description or ""  # the whole call has up to a hundred ids

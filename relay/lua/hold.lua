@@ -1,10 +1,13 @@
--- ARGV: id, digest, seconds to hold.
-if redis.call('ZREM', 'smtpdup:staged', ARGV[1]) == 0 then
-  return 0
-end
+-- ARGV: for each message: id, digest, seconds to hold.
 local time = redis.call('TIME')
-redis.call('ZADD', 'smtpdup:uncertain', time[1] + tonumber(ARGV[3]), ARGV[1])
-if ARGV[2] ~= '' then
-  redis.call('HSET', 'smtpdup:twins', ARGV[2], ARGV[1])
+local count = 0
+for i = 1, #ARGV, 3 do
+  if redis.call('ZREM', 'smtpdup:staged', ARGV[i]) == 1 then
+    redis.call('ZADD', 'smtpdup:uncertain', time[1] + tonumber(ARGV[i + 2]), ARGV[i])
+    if ARGV[i + 1] ~= '' then
+      redis.call('HSET', 'smtpdup:twins', ARGV[i + 1], ARGV[i])
+    end
+    count = count + 1
+  end
 end
-return 1
+return count

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import redis
 from rq import Queue
+from rq.job import JobStatus
 
 from relay import dispatch, ledger
 from relay.envelope import Destination, Envelope, IdSource, Message, Recipient
@@ -109,7 +110,7 @@ class Contents:
         attempts: int = 0,
     ) -> CopyState:
         """Have a pending copy fail, so many seconds ago."""
-        state = replace(CopyState(owed=owed, attempts=attempts).tried(ledger.now(self.connection), reply))
+        state = CopyState(owed=owed, attempts=attempts).tried(ledger.now(self.connection), reply)
         with self.connection.pipeline() as pipe:
             state = failed.add_failure(pipe, self.queue(to), to, message_id, state, remains, reply, 30 * DAY)
             pipe.execute()
@@ -124,10 +125,6 @@ class Contents:
 
     def defer(self, *ids: str, to: str = "new", seconds: float = 300.0, owed: tuple[int, ...] | None = None) -> str:
         """Have copies deferred together. Returns the scheduled job."""
-        from datetime import UTC, datetime
-
-        from rq.job import JobStatus
-
         job = dispatch.create(self.queue(to), to, ids, JobStatus.SCHEDULED)
         clock = ledger.now(self.connection)
         state = CopyState(job=job.id, owed=owed, since=clock).tried(clock, "451 4.7.1 later")

@@ -1,4 +1,8 @@
-"""Runs an async test on asyncio's own loop and on uvloop, and fails it when the loop reports an unhandled error."""
+"""Runs an async test on asyncio's own loop and on uvloop, and fails it when the loop reports an unhandled error.
+
+What a test opens it must close, or hand to ``at_end``: a transport that is left open makes uvloop's loop hang at its
+end where warnings are errors.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ from typing import Any
 import pytest
 import uvloop
 
+at_end: list[Callable[[], object]] = []  # called in the test's loop when it is over
+
 
 def both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
     """Make an async test function a test that runs once on each kind of loop."""
@@ -22,7 +28,10 @@ def both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., 
         reported: list[dict[str, Any]] = []
         with asyncio.Runner(loop_factory=new_loop) as runner:
             runner.get_loop().set_exception_handler(lambda _, context: reported.append(context))
-            runner.run(test(*args, **kwargs))
+            try:
+                runner.run(test(*args, **kwargs))
+            finally:
+                runner.run(_end())
             gc.collect()  # a future whose error nobody looked at reports when it goes
         assert not reported
 
@@ -30,3 +39,10 @@ def both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., 
     parameter = inspect.Parameter("new_loop", inspect.Parameter.KEYWORD_ONLY)
     run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), parameter])  # type: ignore[attr-defined]
     return run
+
+
+async def _end() -> None:
+    while at_end:
+        at_end.pop()()
+    for _ in range(3):  # what a close schedules, and what that schedules
+        await asyncio.sleep(0)

@@ -1,0 +1,53 @@
+"""Fault points: places in the flow of a message at which a test stops a process dead, to kill it or its neighbours there.
+
+``SMTPDUP_FAULT=point:n:/path`` has whichever process reaches the point for the n-th time create the path and stop itself
+(SIGSTOP), once: where the path exists, nobody stops. Without the variable a point is a call of an empty function.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+VARIABLE = "SMTPDUP_FAULT"
+POINTS = frozenset(
+    {
+        "before staging",
+        "staged",
+        "dot sent",
+        "primary answered",
+        "released",
+        "job fetched",
+        "backup answered",
+        "before settle",
+    }
+)
+
+
+def _nothing(_point: str) -> None:
+    """Cost nothing."""
+
+
+def _armed(wanted: str) -> Callable[[str], None]:
+    name, count, path = wanted.split(":", 2)
+    if name not in POINTS:
+        raise ValueError(f"{VARIABLE}: no point {name!r}")
+    left = int(count)
+
+    def reach(point: str) -> None:
+        nonlocal left
+        if point != name:
+            return
+        left -= 1
+        if left == 0:
+            try:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            except FileExistsError:
+                return
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    return reach
+
+
+reach = _armed(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else _nothing
