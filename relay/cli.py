@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -227,6 +229,7 @@ def run(words: Sequence[str]) -> int:
     arguments = build_parser(given).parse_args(words)
     try:
         status: int = arguments.run(arguments)
+        sys.stdout.flush()
     except SettingsError as error:
         for problem in error.problems:
             _tell(str(problem))
@@ -234,7 +237,7 @@ def run(words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `smtp-dup failed list | head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again at its end
         return 1
     except Exception as error:
         if (text := _in_a_line(error)) is None:
@@ -267,6 +270,8 @@ def _tell(line: str) -> None:
 
 def main() -> NoReturn:
     """The console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 is no reason to fail
     sys.exit(run(sys.argv[1:]))
 
 

@@ -81,6 +81,12 @@ class EarlyStop:
         if self._came:
             sys.exit(0)
 
+    @staticmethod
+    def end() -> None:
+        """Ignore such signals from now on: all has ended, and only our folders are left to be removed."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
     def _on_signal(self, _number: int, _frame: object) -> None:
         self._came = True
         sys.exit(0)
@@ -108,7 +114,9 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = ()) -> int:
             children += [_housekeeping(settings, destinations, url), *_workers(settings, destinations, url)]
         children += [_relay(n, settings, places, url) for n in range(len(places))]
         early.check()
-        return Supervisor([*children, *extra], on_ready=lambda: _tell(settings, role)).run()
+        status_code = Supervisor([*children, *extra], on_ready=lambda: _tell(settings, role)).run()
+        early.end()
+        return status_code
 
 
 def _tell(settings: Settings, role: Role) -> None:

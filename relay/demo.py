@@ -7,6 +7,7 @@ is in that folder, so that the terminal belongs to the display; when something f
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -148,18 +149,18 @@ def command_line(stage: Stage, words: str) -> str:
     program = Path(sys.argv[0])
     on_path = shutil.which(program.name)
     if program.name != "smtp-dup":
-        name = f"{sys.executable} -m relay.cli"
+        name = [sys.executable, "-m", "relay.cli"]
     elif on_path and Path(on_path).samefile(program):
-        name = program.name
+        name = [program.name]
     else:
-        name = str(program)
-    return f"{name} {words} --state-dir {stage.folder}{_redis_flag(stage)}"
+        name = [str(program.absolute())]
+    return shlex.join([*name, *words.split(), "--state-dir", str(stage.folder), *_redis_flag(stage)])
 
 
-def _redis_flag(stage: Stage) -> str:
+def _redis_flag(stage: Stage) -> list[str]:
     """Return the flag that a `failed retry` must have on a machine whose settings name another Redis."""
     try:
         elsewhere = load(require_primary=False).redis.url
     except SettingsError:
         elsewhere = "?"
-    return f" --redis-url {stage.redis_url}" if elsewhere else ""
+    return ["--redis-url", stage.redis_url] if elsewhere else []

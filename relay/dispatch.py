@@ -8,8 +8,8 @@ reconciler finds it. Queue name, function name and serializer are a wire format 
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any
 
@@ -90,7 +90,8 @@ class Dispatcher:
         self._windows = dict.fromkeys(self._waiting, _WINDOW)
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._flights: dict[str, asyncio.Task[None]] = {}
-        self._lock = threading.Lock()  # one RQ write at a time: they share the connection's thread
+        # One RQ write at a time, in a thread of their own: while Redis hangs, nobody else's thread is taken.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dispatch")
 
     def add(self, destination: str, message_id: str) -> None:
         """Take a released id; its job is written within the window."""
@@ -127,7 +128,9 @@ class Dispatcher:
             while waiting:
                 batch = waiting[:_BATCH]
                 try:
-                    length = await asyncio.to_thread(self._write, destination, batch)
+                    length = await asyncio.get_running_loop().run_in_executor(
+                        self._thread, self._write, destination, batch
+                    )
                 except RedisError as error:
                     maillog.dispatch_delayed(destination, len(waiting), error)
                     await asyncio.sleep(1)
@@ -144,7 +147,7 @@ class Dispatcher:
 
     def _write(self, destination: str, ids: Sequence[str]) -> int:
         target = self._queues[destination]
-        with self._lock, self._connection.pipeline(transaction=True) as pipe:
+        with self._connection.pipeline(transaction=True) as pipe:
             enqueue(pipe, target, destination, ids)
             pipe.llen(target.key)
             return int(pipe.execute()[-1])

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 from redis.asyncio import Redis
-from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import OutOfMemoryError, RedisError
 
 from relay import headers, ledger, maillog, metrics, spool
 from relay.dispatch import Dispatcher
@@ -40,6 +40,7 @@ _PAGE = 1000
 _SHARE = 3  # seconds of rest for each second of work
 _FORGET_AFTER = 60.0  # seconds; by then whatever was on its way to Redis has come or never will
 _TRIES = 3
+_SKIP_SECONDS = 600.0
 
 
 class _Survey(NamedTuple):
@@ -82,6 +83,9 @@ class Importer:
         self._name = ""  # of the spool, in Redis
         self._stopping = asyncio.Event()
         self._told: set[str] = set()  # names of files that do not fit, told once
+        self._skipped: dict[str, float] = {}  # what Redis refused, and when
+        self.passes = 0  # through all that there was
+        self.waits = 0  # for calm, or room
 
     async def run(self) -> None:
         """Wait for the lock, then import until ``stop``."""
@@ -93,6 +97,8 @@ class Importer:
                         lock = await asyncio.to_thread(self._take_over)
                     if lock >= 0 and self._watch.may_import():
                         await self._once()
+                    else:
+                        self.waits += 1
                 except OSError as error:
                     maillog.spool_trouble("import", error)
                 except RedisError as error:
@@ -122,6 +128,7 @@ class Importer:
         await self._import(found.mail)
         await self._forget()
         await asyncio.to_thread(self._bury, found.dead)
+        self.passes += 1
 
     async def _introduce(self) -> None:
         """Make known where spooled copies go, as set up when they came: perhaps by a relay that never met Redis."""
@@ -152,28 +159,34 @@ class Importer:
             tries = 0
             while not self._stopping.is_set():
                 if not self._watch.may_import():
+                    self.waits += 1
                     await self._rest(_LOOK_SECONDS)
                     continue
                 started = time.monotonic()
                 try:
                     await self._bring_in([e for e in batch if self._fits(e)])
-                except ResponseError as error:
-                    self._watch.failed(error)
-                    tries += not isinstance(error, OutOfMemoryError)
-                    if tries >= _TRIES:
-                        # One record that Redis does not take must not stop the others.
-                        maillog.ledger_trouble(f"import of {len(batch)} from {batch[0].id} on", error)
-                        if len(batch) > 1:
-                            for entry in batch:
-                                await self._import([entry])
-                        break
                 except RedisError as error:
                     self._watch.failed(error)
+                    # Between two tries it was seen to be well: one record that it does not take must not stop others.
+                    tries += not isinstance(error, OutOfMemoryError)
+                    if tries >= _TRIES:
+                        await self._skip(batch, error)
+                        break
                 else:
                     await self._rest(_SHARE * (time.monotonic() - started))
                     break
 
+    async def _skip(self, batch: Sequence[Entry], error: RedisError) -> None:
+        if len(batch) > 1:
+            for entry in batch:
+                await self._import([entry])
+        else:
+            maillog.ledger_trouble(f"import of {batch[0].id}", error)
+            self._skipped[batch[0].name] = time.monotonic()
+
     def _fits(self, entry: Entry) -> bool:
+        if time.monotonic() - self._skipped.get(entry.name, float("-inf")) < _SKIP_SECONDS:
+            return False
         if self._watch.fits(entry.size):
             return True
         if entry.name not in self._told:

@@ -29,6 +29,7 @@ from relay.watch import Watch
 _FLIGHTS = 2  # MULTIs on their way at once: one being written, one being gathered and parsed
 _GROUP_BYTES = 4 << 20  # a group ends here, so that Redis is never held up for long
 _LARGE = 256 << 10  # bodies over this travel alone, on connections of their own
+_SPOOL_SECONDS = 30.0  # for one change in the spool: a disk that hangs is as good as full
 _LATE_SECONDS = 60.0  # after a time-out, this long until what was on its way has come or never will
 
 
@@ -203,13 +204,16 @@ class Intake:
         return ""
 
     async def _to_spool(self, envelope: Envelope, record: bytes, reason: str) -> None:
-        """Write to the spool. Raises OSError, with nothing left there."""
+        """Write to the spool. Raises OSError; if ``has`` then says so, something may be left."""
         if self._spool is None:
             raise OSError("there is none")
         try:
-            await self._spool.write(envelope.id, record)
-        except OSError:
-            await self._spool.discard(envelope.id)
+            async with asyncio.timeout(_SPOOL_SECONDS):
+                await self._spool.write(envelope.id, record)
+        except OSError:  # TimeoutError is one
+            with contextlib.suppress(OSError):
+                async with asyncio.timeout(1):
+                    await self._spool.discard(envelope.id)
             raise
         metrics.spooled.inc()
         maillog.spooled(envelope, reason)
@@ -257,7 +261,8 @@ class Intake:
     async def _in_spool(self, change: Callable[[str], Awaitable[bool]], message_id: str) -> bool:
         """Change a message's state if it is in the spool; one that the disk refuses is repeated behind."""
         try:
-            return await change(message_id)
+            async with asyncio.timeout(_SPOOL_SECONDS):
+                return await change(message_id)
         except OSError as error:
             maillog.spool_trouble(f"change of {message_id}", error)
             self._repeat(lambda: change(message_id))
@@ -266,7 +271,8 @@ class Intake:
     @staticmethod
     async def _noted(note: Awaitable[None]) -> None:
         try:
-            await note
+            async with asyncio.timeout(_SPOOL_SECONDS):
+                await note
         except OSError as error:  # only a crash before Redis is back would need it
             maillog.spool_trouble("note", error)
 

@@ -21,7 +21,7 @@ from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import TimeoutError as NoAnswer
 from redis.retry import Retry
 
-from relay import embedded, ledger, tables
+from relay import embedded, ledger, spool, tables
 from relay.envelope import printable
 from relay.kinds import mask
 from relay.settings import Settings, describe
@@ -105,7 +105,21 @@ def queue_summary(settings: Settings, arguments: argparse.Namespace) -> int:
         Column("state", lambda r: f"{r.state}: {r.reason}" if r.reason else r.state),
     ]
     tables.write(rows, columns, as_json=arguments.json, nothing="No destination has been used yet.")
+    if not arguments.json:
+        _spool_summary(settings)
     return 0
+
+
+def _spool_summary(settings: Settings) -> None:
+    try:
+        found = spool.summary(settings.spool.dir)
+    except OSError as error:
+        raise Trouble(f"the spool cannot be read: {error}") from error
+    if found.messages:
+        age = tables.span(found.oldest_age_s)
+        tables.write_line(f"This host's spool: {found.messages} messages, {found.bytes} bytes, the oldest {age} old.")
+    if found.corrupt:
+        tables.write_line(f"Set aside as unreadable: {found.corrupt} files in {settings.spool.dir}/corrupt.")
 
 
 def queue_list(settings: Settings, arguments: argparse.Namespace) -> int:
@@ -287,4 +301,3 @@ def _count(arguments: argparse.Namespace, key: str, count: int, text: str) -> No
         tables.write_object({key: count})
     else:
         tables.write_line(text.format("1 copy" if count == 1 else f"{count} copies"))
-

@@ -31,7 +31,7 @@ from relay.ledger import Released
 
 TMP, STAGED, READY, HELD = "tmp", "staged", "ready", "held"
 RELEASE, DISCARD = "release", "discard"
-_FLIGHTS = 4  # groups being written at once: a journal commits together what waits for it
+_FLIGHTS = 8  # groups being written at once: a journal commits together what waits for it
 _GROUP_BYTES = 1 << 20
 _LOCK_SECONDS = 1.0
 _STATES = {TMP, STAGED, READY, HELD}

@@ -1,9 +1,9 @@
 """Status over HTTP, from a process of its own: /healthz, /readyz and /metrics.
 
 /healthz says that the process lives, /readyz whether mail can be taken and kept (200, or 503 with the reasons),
-/metrics what the processes counted and what the ledger knows at that moment. A Redis that is away makes /readyz
-503 and takes the ledger's numbers from /metrics, never the rest. A request has a bounded head and a deadline,
-and there are at most so many at once: whoever wants more is hung up on.
+/metrics what the processes counted and what ledger and spool hold at that moment. A Redis that is away is a
+warning in /readyz where a spool keeps the copies, else a reason, and takes only the ledger's numbers from /metrics.
+A request has a bounded head and a deadline, and at most so many are served at once: others are hung up on.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from relay import ledger, maillog
+from relay import ledger, maillog, spool
 from relay.check import Finding, probe_redis
 from relay.occupancy import Seat
 from relay.processes import ChildContext
@@ -45,6 +45,7 @@ _HEAD_LIMIT = 8192  # octets of request line and headers
 _SECONDS = 5.0  # for a request's head, and for each write of the answer
 _AT_ONCE = 32
 _PORT_SECONDS = 3.0  # for a greeting on the relay's port
+_SPOOL = "spool"
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  (where to reach such a listener)
 
 
@@ -85,10 +86,11 @@ def serve(
 ) -> int:
     """Answer until SIGTERM; the ``run`` of a supervisor's child. With a relay's ``seat`` its port is watched too."""
     maillog.configure(settings.log.level, settings.log.format, context.name)
+    collectors = [LedgerCollector(redis_url, settings.redis.timeout_seconds), *_relay_collectors(settings, seat)]
     answers = {
         "/healthz": lambda: Answer(HTTPStatus.OK, "text/plain; charset=utf-8", b"ok\n"),
         "/readyz": lambda: ready(readiness(settings, redis_url, relaying=seat is not None)),
-        "/metrics": lambda: metrics(metrics_folder, redis_url, settings.redis.timeout_seconds, seat),
+        "/metrics": lambda: metrics(metrics_folder, *collectors),
     }
     with StatusServer(listener, answers) as server:
         server.serve_forever()
@@ -109,10 +111,21 @@ def readiness(settings: Settings, redis_url: str, *, relaying: bool) -> list[Fin
 
 
 def ready(findings: list[Finding]) -> Answer:
-    """Return the answer of /readyz: 503 with the reasons as soon as anything is not as it must be."""
-    reasons = [f"{f.subject}: {f.text}" for f in findings if not f.ok]
-    checks = [{"subject": f.subject, "ok": f.ok, "text": f.text} for f in findings]
-    body = json.dumps({"ready": not reasons, "reasons": reasons, "checks": checks}, indent=2) + "\n"
+    """Return the answer of /readyz: 503 with the reasons as soon as mail cannot be taken and kept.
+
+    A Redis that cannot be used is only a warning beside a spool that can. One that acknowledges what it may lose is
+    a reason: nothing goes to the spool then.
+    """
+    can_spool = any(f.subject == _SPOOL and f.ok for f in findings)
+    warnings = [f for f in findings if not f.ok and f.subject == "redis" and can_spool]
+    reasons = [f for f in findings if not f.ok and f not in warnings]
+    content = {
+        "ready": not reasons,
+        "reasons": [f"{f.subject}: {f.text}" for f in reasons],
+        "warnings": [f"{f.subject}: {f.text}" for f in warnings],
+        "checks": [{"subject": f.subject, "ok": f.ok, "text": f.text} for f in findings],
+    }
+    body = json.dumps(content, indent=2) + "\n"
     status = HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK
     return Answer(status, "application/json", body.encode())
 
@@ -138,25 +151,30 @@ def _spool(settings: Settings) -> list[Finding]:
         return []
     place = next((p for p in (folder, *folder.parents) if p.exists()), folder)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        return [Finding("spool", False, f"{folder} cannot be written")]
+        return [Finding(_SPOOL, False, f"{folder} cannot be written")]
     free = shutil.disk_usage(place).free
     least = settings.spool.min_free
     if free < least:
-        return [Finding("spool", False, f"{free} bytes are free at {folder}, spool.min_free is {least}")]
-    return [Finding("spool", True, f"{folder} can be written")]
+        return [Finding(_SPOOL, False, f"{free} bytes are free at {folder}, spool.min_free is {least}")]
+    return [Finding(_SPOOL, True, f"{folder} can be written")]
 
 
 # /metrics -----------------------------------------------------------------------------------------------------
 
 
-def metrics(folder: Path, redis_url: str, seconds: float, seat: Seat | None = None) -> Answer:
+def metrics(folder: Path, *others: Collector) -> Answer:
     """Return the answer of /metrics: the sum over all processes, ended ones too, and what is so at this moment."""
     registry = CollectorRegistry()
     MultiProcessCollector(registry, str(folder))  # type: ignore[no-untyped-call]
-    if seat:
-        registry.register(SeatCollector(seat))
-    registry.register(LedgerCollector(redis_url, seconds))
+    for collector in others:
+        registry.register(collector)
     return Answer(HTTPStatus.OK, CONTENT_TYPE_LATEST, generate_latest(registry))
+
+
+def _relay_collectors(settings: Settings, seat: Seat | None) -> list[Collector]:
+    if seat is None:
+        return []
+    return [SeatCollector(seat), *([SpoolCollector(settings.spool.dir)] if settings.spool.dir else [])]
 
 
 class SeatCollector(Collector):
@@ -169,6 +187,26 @@ class SeatCollector(Collector):
         yield GaugeMetricFamily("smtpdup_clients", "Clients connected now", value=self._seat.clients)
         text = "Octets of messages in memory now"
         yield GaugeMetricFamily("smtpdup_in_flight_bytes", text, value=self._seat.octets)
+
+
+class SpoolCollector(Collector):
+    """What waits in this host's spool."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def collect(self) -> Iterator[Metric]:
+        try:
+            found = spool.summary(self._folder)
+        except OSError as error:
+            logger.warning("the spool cannot be read: {}", error)
+            return
+        yield GaugeMetricFamily("smtpdup_spool_messages", "Messages in the spool", value=found.messages)
+        yield GaugeMetricFamily("smtpdup_spool_bytes", "Octets in the spool", value=found.bytes)
+        text = "Age of the message that is in the spool for longest"
+        yield GaugeMetricFamily("smtpdup_spool_oldest_seconds", text, value=found.oldest_age_s)
+        text = "Files that were set aside because they cannot be read"
+        yield GaugeMetricFamily("smtpdup_spool_corrupt", text, value=found.corrupt)
 
 
 class LedgerCollector(Collector):

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
@@ -22,6 +23,7 @@ from relay.envelope import printable
 
 _UNBOUNDED = 10_000  # columns, where nobody looks at a terminal
 _ID_WIDTH = 16
+_PAGE = 1000  # rows of one table: a long list is not held in memory
 
 
 class Column(NamedTuple):
@@ -43,6 +45,16 @@ def write(rows: Iterable[Any], columns: Sequence[Column], *, as_json: bool, noth
         for row in rows:
             write_object(row if isinstance(row, dict) else as_object(row))
         return
+    rest = iter(rows)
+    screen = console()
+    while page := list(islice(rest, _PAGE)):
+        screen.print(_table(page, columns))
+        nothing = ""
+    if nothing:
+        write_line(nothing)
+
+
+def _table(rows: Iterable[Any], columns: Sequence[Column]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
         table.add_column(
@@ -53,10 +65,7 @@ def write(rows: Iterable[Any], columns: Sequence[Column], *, as_json: bool, noth
         )
     for row in rows:
         table.add_row(*(Text(printable(column.show(row))) for column in columns))
-    if table.row_count:
-        console().print(table)
-    else:
-        write_line(nothing)
+    return table
 
 
 def write_object(value: dict[str, Any]) -> None:

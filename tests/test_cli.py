@@ -55,9 +55,7 @@ def test_the_quick_commands_import_nothing_heavy():
     script = f"import sys, relay.cli; sys.exit(', '.join(set({heavy}) & set(sys.modules)) or 0)"
     source = str(Path(cli.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": source}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -149,9 +147,10 @@ def test_relay_and_workers_need_a_redis(product, primary):
 
 
 def test_a_redis_that_does_not_answer_ends_the_start(product, primary, monkeypatch):
-    """It is waited for, with a line now and then, and then one line says so; the password is in none."""
+    """Without a spool: it is waited for, with a line now and then, then one line says so; the password is in none."""
     instance = product(start=False, primary=primary.address, redis_url=f"redis://:secret@127.0.0.1:{free_port()}/0")
-    done = instance.run("relay", "--log-format", "text")
+    no_spool = ("--spool-dir", "none", "--set", "relay.require_durable_copies=true")
+    done = instance.run("relay", "--log-format", "text", *no_spool)
     assert done.returncode == 1
     told = lines(done.stderr)
     assert "waiting for Redis" in told[0]
@@ -336,6 +335,23 @@ def test_an_id_is_never_cut(refusing):
     seen = on_terminal(refusing, "failed", "list", columns=60)
     assert row["id"] in seen
     assert "\u2026" not in seen
+
+
+def test_a_reader_that_goes_away_is_no_traceback(refusing):
+    """`smtp-dup failed list | head -0` says nothing."""
+    command = f"{sys.executable} -m relay.cli check | true"
+    done = subprocess.run(
+        command, shell=True, env=refusing.environment, cwd=refusing.directory, capture_output=True, check=True
+    )
+    assert done.stderr == b""
+
+
+def test_a_long_list_is_shown_in_pages(capsys):
+    """As many rows as there are, whatever their number; the header comes again."""
+    tables.write(range(2500), [tables.Column("number", str)], as_json=False, nothing="none")
+    shown = capsys.readouterr().out.split()
+    assert [int(word) for word in shown if word.isdigit()] == list(range(2500))
+    assert shown.count("number") == 3
 
 
 def test_what_a_client_says_cannot_steer_the_terminal(capsys):

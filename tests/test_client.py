@@ -13,8 +13,8 @@ import pytest
 
 from certificates import Certificate
 from loops import at_end, both_loops
-from reactions import Close, Reset, Silence
-from relay.client import ConnectFailed, Connection, connect
+from reactions import Close, Gate, Reset, Silence
+from relay.client import ConnectFailed, Connection, ConnectionGone, connect
 from relay.envelope import Reply
 from scripted_server import ScriptedServer
 from waiting import free_port, until
@@ -86,6 +86,22 @@ async def test_tls(scripted: Scripted, certificate: Certificate, tls: str, impli
     connection = await opened(server, tls=tls, host="localhost", ca_file=ca_file)
     server.drop()
     await until(lambda: not connection.is_usable)
+
+
+@both_loops
+@pytest.mark.parametrize("encrypted", [False, True])
+async def test_closed_by_ourselves_while_a_reply_is_owed(scripted: Scripted, certificate: Certificate, encrypted: bool):
+    """A close, as at the end of the process, ends every wait at once, also inside TLS with a server that is silent."""
+    gate = Gate()
+    server = scripted({"NOOP": (gate, Silence())}, tls=certificate.server_context() if encrypted else None)
+    connection = await opened(server)
+    waiting = asyncio.create_task(connection.command(b"NOOP", timeout=LONG))
+    await gate.arrival()
+    connection.close()
+    connection.close()
+    with pytest.raises(ConnectionGone):
+        await waiting
+    assert connection.is_encrypted == encrypted
 
 
 @both_loops
@@ -186,14 +202,10 @@ async def test_lmtp(scripted: Scripted):
     connection = await opened(server)
     assert server.connections[0].verbs == ["LHLO"]
     assert "PIPELINING" in connection.extensions
-    server.replies["LHLO"] = "502 5.5.1 this is SMTP"
-    error = await refused_after(connection, server)
-    assert (error.stage, server.connections[1].verbs) == ("LHLO", ["LHLO"])
-
-
-async def refused_after(connection: Connection, server: ScriptedServer) -> ConnectFailed:
     connection.close()
-    return await refused(server)
+    server.replies["LHLO"] = "502 5.5.1 this is SMTP"
+    assert (await refused(server)).stage == "LHLO"
+    assert server.connections[1].verbs == ["LHLO"]
 
 
 @both_loops
@@ -216,19 +228,21 @@ async def test_helo_for_an_old_server(scripted: Scripted):
 
 @both_loops
 @pytest.mark.parametrize(
-    ("greeting", "stage", "reply"),
+    ("greeting", "reply"),
     [
-        ("421 4.3.2 too busy", "greeting", Reply(421, ("4.3.2 too busy",))),
-        ("554 5.7.1 not\nyou \x1b", "greeting", Reply(554, ("5.7.1 not", "you \\x1b"))),
-        (b"SSH-2.0-OpenSSH\r\n", "greeting", None),
-        (Close(), "greeting", None),
-        (Reset(), "greeting", None),
+        ("421 4.3.2 too busy", Reply(421, ("4.3.2 too busy",))),
+        ("554 5.7.1 not\nyou \x1b", Reply(554, ("5.7.1 not", "you \\x1b"))),
+        (b"SSH-2.0-OpenSSH\r\n", None),
+        (Close(), None),
+        (Reset(), None),
     ],
 )
-async def test_greetings(scripted: Scripted, greeting: object, stage: str, reply: Reply | None):
+async def test_greetings(scripted: Scripted, greeting: object, reply: Reply | None):
     """A server that does not greet with 220 fails the greeting, with its reply if it gave one."""
     error = await refused(scripted({"CONNECT": greeting}))
-    assert (error.stage, error.reply) == (stage, reply)
+    assert error.reply == reply
+    # A reset may come before the connect has been noticed to be done.
+    assert error.stage == "greeting" or (error.stage == "connect" and isinstance(greeting, Reset))
 
 
 @both_loops
@@ -240,7 +254,7 @@ async def test_each_stage_has_a_deadline(scripted: Scripted, certificate: Certif
     server = scripted({key: Silence()}, tls=certificate.server_context(), extensions=["AUTH PLAIN"])
     destination = server.destination(tls="encrypt", username="u", password="p")
     with pytest.raises(ConnectFailed, match="no answer in time") as caught:
-        await connect(destination, local_hostname="x", timeout=0.3)
+        await connect(destination, local_hostname="x", timeout=0.6)
     assert caught.value.stage == stage
 
 
@@ -284,6 +298,4 @@ async def test_cancelled_while_connecting(scripted: Scripted):
     connecting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await connecting
-    # The scripted server is silent for good and does not read, so the client's side is what can be looked at.
-    del connecting
-    gc.collect()
+    # The server is silent for good and would not see it; a socket left open here fails the test as a ResourceWarning.

@@ -19,6 +19,7 @@ from waiting import until
 Scripted = Callable[..., ScriptedServer]
 LONG = 20.0
 SHORT = 0.1
+ENOUGH = 0.5  # for a reply that does come, and yet worth waiting out
 
 
 async def opened(server: ScriptedServer, **options: Any) -> Connection:
@@ -255,12 +256,12 @@ async def test_each_reply_has_its_own_deadline(scripted: Scripted):
     gate = Gate()
     server = scripted({"RSET": Silence(), "NOOP": (gate, "250 ok")})
     connection = await opened(server)
-    await connection.command(b"MAIL FROM:<>", timeout=SHORT)
+    await connection.command(b"MAIL FROM:<>", timeout=ENOUGH)
     waiting = asyncio.create_task(connection.command(b"NOOP", timeout=LONG))
     await gate.arrival()
     loop = asyncio.get_running_loop()
     passed = loop.create_future()
-    loop.call_later(3 * SHORT, passed.set_result, None)  # the short deadline of before is over
+    loop.call_later(1.5 * ENOUGH, passed.set_result, None)  # the short deadline of before is over
     await passed
     assert not waiting.done()
     gate.open()
@@ -395,7 +396,7 @@ async def test_no_timer_outlives_its_use(scripted: Scripted):
     connection.close()
     await until(lambda: connection._timer is None)
     connection = await opened(server)
-    await connection.command(b"NOOP", timeout=SHORT)
+    await connection.command(b"NOOP", timeout=ENOUGH)
     await until(lambda: connection._timer is None)
     assert connection.is_usable
     connection.close()

@@ -124,7 +124,9 @@ def test_primary_refuses_one_recipient(site: Site) -> None:
 
 def test_primary_refuses_the_message(site: Site) -> None:
     """What the primary refuses at its end is bounced by the front and not copied."""
-    reconfigure(site.old, header_checks="regexp:{{/^Subject: simple 1$/ REJECT no such thing here}}")
+    checks = site.old.directory / "etc" / "checks"
+    checks.write_text("/^Subject: simple 1$/ REJECT no such thing here\n")
+    reconfigure(site.old, header_checks=f"regexp:{checks}", nested_header_checks="")
     corpus.simple(1, "one@example.com").submit(site.front)
     corpus.simple(2, "two@example.com").submit(site.front)
     for store in (site.old, site.new):
@@ -190,7 +192,7 @@ def test_backup_is_down(site: Site) -> None:
 @pytest.mark.parametrize("moment", [1, 40, 120])
 def test_everything_killed_under_load(product: Make, postfix: Start, moment: int) -> None:
     """SIGKILL for all of smtp-dup while Postfix sends 200 messages: all are at both stores, and repeats are explained."""
-    site = Site(product, postfix, relay__uncertain_hold="20s")
+    site = Site(product, postfix, relay__uncertain_hold="10s")
     mails = [corpus.simple(number, f"b{number}@example.com") for number in range(200)]
     for mail in mails:
         mail.submit(site.front)
@@ -199,8 +201,9 @@ def test_everything_killed_under_load(product: Make, postfix: Start, moment: int
     wait_until(lambda: not site.product.is_running or len(_recipients(site.old)) >= moment)
     site.product.kill()
     site.product.start()
-    deliver_all(site, mails)
+    flush_all(site.front)
     became = verify(site)
+    deliver_all(site, mails)
     at_old, at_new = stored.all_of(site.old), stored.all_of(site.new)
     assert {d.recipient for d in at_old} == {d.recipient for d in at_new} == {m.recipients[0] for m in mails}
     assert {d.content for d in at_new} == {m.stored for m in mails}
@@ -242,7 +245,7 @@ def test_backup_knows_not_all_users(site: Site) -> None:
     site.wait_settled()
     rows = site.product.json("failed", "list")
     assert sorted(row["recipients"] for row in rows) == [["new-a@example.com"], ["new-b@example.com", "new-c@example.com"]]
-    assert all(re.match(r"550 5\.1\.1 .*User unknown in virtual mailbox table", row["reply"]) for row in rows), rows
+    assert all("550 5.1.1 " in row["reply"] and "User unknown in virtual mailbox table" in row["reply"] for row in rows)
     assert sorted(_recipients(site.new)) == ["one@example.com", "three@example.com", "two@example.com"]
     reconfigure(site.new, virtual_mailbox_maps="static:all/")
     assert site.product.run("failed", "retry", "--all").returncode == 0
@@ -394,18 +397,20 @@ def reconfigure(instance: PostfixInstance, **settings: str) -> None:
 
 def deliver_all(site: Site, mails: list[corpus.Mail]) -> None:
     """Flush the front until its queue is empty, and wait until everything has arrived."""
-
-    def flushed() -> bool:
-        if site.front.queue_empty():
-            return True
-        site.front.flush()
-        return False
-
-    wait_until(flushed, 60, lambda: site.front.log[-3000:], interval=1)
-    assert site.product.run("queue", "flush").returncode == 0
+    flush_all(site.front)
     for store in (site.old, site.new):
         stored.wait_for(store, mails)
     site.wait_settled()
+
+
+def flush_all(front: PostfixInstance) -> None:
+    """Flush until the queue is empty: what is being tried or was submitted just now does not count for a flush."""
+
+    def is_empty() -> bool:
+        front.flush()
+        return front.queue_empty()
+
+    wait_until(is_empty, 60, lambda: front.log[-3000:], interval=1)
 
 
 def verify(site: Site, timeout: float = 60) -> dict[str, str]:

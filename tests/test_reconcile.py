@@ -106,11 +106,13 @@ def test_a_lease_that_begins_meanwhile_is_respected(contents: Contents) -> None:
 def test_a_pending_copy_without_a_body_is_removed_and_counted(contents: Contents) -> None:
     """Nothing can be delivered: it is logged, counted and not tried for ever."""
     message_id, whole = contents.pending(), contents.pending()
-    contents.connection.delete(ledger.MESSAGE + message_id)
+    contents.claim(contents.enqueue(message_id), message_id, lease=0.0)  # a lease that is over
+    contents.connection.delete(contents.queue().key, ledger.MESSAGE + message_id)
     report = _sweep_twice(contents)
     assert report.counts == {"body missing": 1, "no job": 1}
     assert contents.pending_ids() == [whole]
     assert contents.connection.hget(ledger.COUNTERS, "body_missing:new") == b"1"
+    assert contents.connection.exists(ledger.BUSY + "new", ledger.HOLDERS + "new") == 0
 
 
 def test_reporting_changes_nothing(contents: Contents) -> None:
@@ -366,6 +368,9 @@ def test_an_old_body_that_is_listed_stays(contents: Contents) -> None:
     contents.pending(message_id=ids[2])
     contents.fail(contents.pending(message_id=ids[3]))
     _sweep_twice(contents)
+    with contents.connection.pipeline() as pipe:
+        ledger.purge(pipe, ids)  # listed between the look and the removal
+        assert pipe.execute() == [0]
     assert all(contents.has_body(i) for i in ids)
 
 

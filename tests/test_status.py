@@ -17,10 +17,11 @@ import pytest
 import redis
 
 from reactions import Close
-from relay import ledger, status
+from relay import ledger, spool, status
 from relay.envelope import Destination
 from relay.occupancy import Occupancy
 from relay.settings import Settings, load
+from relay.status import LedgerCollector
 from scripted_server import ScriptedServer
 from waiting import free_port, wait_until
 
@@ -141,7 +142,7 @@ def test_off_binds_nothing(settings):
 
 
 def test_all_interfaces_means_both_families(settings):
-    """":port" answers on IPv4 and, where there is any, on IPv6."""
+    """ ":port" answers on IPv4 and, where there is any, on IPv6."""
     port = free_port()
     with status.bind(settings(status__listen=f":{port}")) as listener:
         assert listener.getsockname()[1] == port
@@ -182,6 +183,14 @@ def test_not_ready_without_redis(settings, tmp_path):
     assert json.loads(answer.body)["reasons"][0].startswith("redis: ")
 
 
+def test_a_redis_that_is_away_is_a_warning_beside_a_spool(settings, tmp_path):
+    """The spool keeps the copies, so mail is still to be sent to this relay."""
+    answer = status.ready(status.readiness(settings(), f"unix://{tmp_path}/none.sock", relaying=True))
+    body = json.loads(answer.body)
+    assert (answer.status, body["ready"]) == (200, True)
+    assert body["warnings"][0].startswith("redis: ")
+
+
 def test_a_full_relay_is_not_ready(settings, scripted, redis_url):
     """A relay that turns clients away for now does not accept."""
     full = scripted({"CONNECT": ("421 4.3.2 too many clients", Close())})
@@ -196,28 +205,39 @@ def test_metrics_are_the_sum_of_the_processes(settings, redis_client, redis_url,
     """Counters of every process are added up, ended ones too."""
     folder = tmp_path / "metrics"
     folder.mkdir()
-    script = (
-        "from relay import metrics\n"
-        "metrics.connections.inc(2)\n"
-    )
+    script = "from relay import metrics\nmetrics.connections.inc(2)\n"
     source = str(Path(ledger.__file__).parents[1])
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(folder), "PYTHONPATH": source}
     for _ in range(2):
         subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True)
-    text = status.metrics(folder, redis_url, 5).body.decode()
+    text = status.metrics(folder, LedgerCollector(redis_url, 5)).body.decode()
     assert "smtpdup_connections_total 4.0" in text
     assert "smtpdup_redis_up 1.0" in text
 
 
-def test_metrics_tell_what_the_relay_processes_hold(redis_url, tmp_path):
+def test_metrics_tell_what_the_relay_processes_hold(tmp_path):
     """Clients and octets in memory, over all seats."""
     occupancy = Occupancy(2)
     for n in range(2):
         occupancy.seat(n).add_client(3)
         occupancy.seat(n).add_octets(1000)
-    text = status.metrics(tmp_path, redis_url, 5, occupancy.seat(0)).body.decode()
+    text = status.metrics(tmp_path, status.SeatCollector(occupancy.seat(0))).body.decode()
     assert "smtpdup_clients 6.0" in text
     assert "smtpdup_in_flight_bytes 2000.0" in text
+
+
+def test_metrics_tell_what_is_in_the_spool(tmp_path):
+    """Files that wait and files set aside; a spool that was never used is empty."""
+    folder = tmp_path / "spool"
+    collector = status.SpoolCollector(folder)
+    assert "smtpdup_spool_messages 0.0" in status.metrics(tmp_path, collector).body.decode()
+    spool.prepare(folder)
+    (spool.messages(folder) / "0000000000000000-100.ready").write_bytes(b"x" * 100)
+    (folder / "corrupt" / "x").write_bytes(b"x")
+    text = status.metrics(tmp_path, collector).body.decode()
+    assert "smtpdup_spool_messages 1.0" in text
+    assert "smtpdup_spool_bytes 100.0" in text
+    assert "smtpdup_spool_corrupt 1.0" in text
 
 
 def test_metrics_tell_what_the_ledger_knows(redis_client, redis_url, tmp_path):
@@ -232,7 +252,7 @@ def test_metrics_tell_what_the_ledger_knows(redis_client, redis_url, tmp_path):
         pipe.execute()
     samples = dict(
         line.rsplit(" ", 1)
-        for line in status.metrics(tmp_path, redis_url, 5).body.decode().splitlines()
+        for line in status.metrics(tmp_path, LedgerCollector(redis_url, 5)).body.decode().splitlines()
         if line[:1] != "#"
     )
     assert float(samples['smtpdup_pending{destination="new"}']) == 2
@@ -245,7 +265,7 @@ def test_metrics_tell_what_the_ledger_knows(redis_client, redis_url, tmp_path):
 
 def test_without_redis_the_other_metrics_stay(tmp_path):
     """A Redis that is away shows as down, and nothing says that no copy waits."""
-    text = status.metrics(tmp_path, f"unix://{tmp_path}/none.sock", 1).body.decode()
+    text = status.metrics(tmp_path, LedgerCollector(f"unix://{tmp_path}/none.sock", 1)).body.decode()
     assert "smtpdup_redis_up 0.0" in text
     assert "smtpdup_pending" not in text
 

@@ -22,8 +22,9 @@ from workers.sweep import Finding, Report, Sweeper
 __all__ = ["Finding", "Report", "keep_reconciling", "reconcile", "verify"]
 
 _EVERY = 60.0  # seconds between sweeps
+_LONGEST = 120.0
 _FIRST = 5.0
-_LEASE = 150  # seconds of the lock: two sweeps may be missed
+_LEASE = 200  # seconds of the lock, more than any pause
 _RENEW = 15.0
 _KEPT = 100  # findings that a regular sweep keeps for its report
 _PAUSE = 5.0  # seconds between the two sweeps of a verification
@@ -48,7 +49,9 @@ def keep_reconciling(
         pause = every
         try:
             lock.take()
-            _tell(sweeper.sweep(kept=_KEPT))
+            report = sweeper.sweep(kept=_KEPT)
+            _tell(report)
+            pause = max(every, min(_LONGEST, 4 * report.seconds))  # millions of copies: a fifth of the time at most
         except _Interrupted:
             continue
         except RedisError as error:

@@ -126,7 +126,7 @@ def _requeue_all(client: Redis, queue_name: str) -> dict[str, Any]:
     return {"status": "OK", "count": count}
 
 
-def _page(  # noqa: PLR0917  (called by position)
+def _page(
     queue_name: str, registry_name: str, offset: int, per_page: int, order: str, connection: Redis
 ) -> tuple[int, list[dict[str, Any]]]:
     """Return how many jobs there are and those of one page. Raises LookupError for a registry that is none."""

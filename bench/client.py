@@ -1,0 +1,201 @@
+"""A load of our own, for what smtp-source cannot do: messages at a given rate, the time of each, new recipients.
+
+The rate is an open loop: a message has its time, and when no connection is free then, the waiting counts as part of
+how long it took. MAIL, RCPT and DATA leave together where the server offers PIPELINING.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import uvloop
+
+T = TypeVar("T")
+
+_LIMIT = 1 << 16
+_SECONDS = 120.0  # for one answer
+
+
+class Refused(Exception):
+    """The server said something else than was hoped for."""
+
+
+class Timing(NamedTuple):
+    """One message: seconds from its time, and from its MAIL, until the answer to its dot."""
+
+    since_due: float
+    since_mail: float
+
+
+@dataclass(slots=True)
+class Connection:
+    """One kept connection."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    pipelining: bool = False
+
+    @classmethod
+    async def open(cls, port: int) -> Connection:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=_LIMIT)
+        self = cls(reader, writer)
+        await self._expect(b"220")
+        writer.write(b"EHLO bench.example.com\r\n")
+        lines = await self._expect(b"250")
+        self.pipelining = any(line[4:].strip().upper() == b"PIPELINING" for line in lines)
+        return self
+
+    async def send(self, sender: str, recipient: str, body: bytes) -> None:
+        """Send one message in wire form. Raises Refused."""
+        await self.begin(sender, recipient)
+        self.writer.write(body)
+        self.writer.write(b".\r\n")
+        await self.writer.drain()
+        await self._expect(b"250")
+
+    async def begin(self, sender: str, recipient: str) -> None:
+        """Get to the 354."""
+        commands = (b"MAIL FROM:<%s>\r\n" % sender.encode(), b"RCPT TO:<%s>\r\n" % recipient.encode(), b"DATA\r\n")
+        if self.pipelining:
+            self.writer.write(b"".join(commands))
+        for command, code in zip(commands, (b"250", b"250", b"354"), strict=True):
+            if not self.pipelining:
+                self.writer.write(command)
+            await self._expect(code)
+
+    async def finish(self) -> None:
+        """Send the dot and hear the answer."""
+        self.writer.write(b".\r\n")
+        await self._expect(b"250")
+
+    def close(self) -> None:
+        self.writer.write(b"QUIT\r\n")
+        self.writer.close()
+
+    async def _expect(self, code: bytes) -> list[bytes]:
+        lines = []
+        async with asyncio.timeout(_SECONDS):
+            while True:
+                line = await self.reader.readline()
+                lines.append(line)
+                if line[3:4] != b"-":
+                    break
+        if not line.startswith(code):
+            raise Refused(line.decode("utf-8", "replace").strip() or "the connection was closed")
+        return lines
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Messages at a rate (a second), at random moments, for so many seconds. ``recipient`` is called with a number."""
+
+    port: int
+    rate: float
+    seconds: float
+    body: bytes
+    connections: int = 50
+    sender: str = "a@example.com"
+    recipient: Callable[[int], str] = lambda _: "b@example.com"
+    seed: int = 1
+
+
+class Streamed(NamedTuple):
+    """What became of a stream: the times of what was accepted, and what was said about the rest."""
+
+    timings: list[Timing]
+    refused: list[str]
+    seconds: float  # from the first message to the last answer
+
+
+async def play(stream: Stream, watch: Callable[[float], None] | None = None) -> Streamed:
+    """Send a stream. ``watch`` is called ten times a second with the seconds that have passed."""
+    connections = await asyncio.gather(*(Connection.open(stream.port) for _ in range(stream.connections)))
+    idle: asyncio.LifoQueue[Connection] = asyncio.LifoQueue()
+    for connection in connections:
+        idle.put_nowait(connection)
+    source = random.Random(stream.seed)
+    result = Streamed([], [], 0.0)
+
+    async def one(number: int, due: float) -> None:
+        connection = await idle.get()
+        begun = time.perf_counter()
+        try:
+            await connection.send(stream.sender, stream.recipient(number), stream.body)
+        except (Refused, OSError, TimeoutError) as error:
+            result.refused.append(str(error) or type(error).__name__)
+            connection.close()
+            connection = await Connection.open(stream.port)
+        else:
+            ended = time.perf_counter()
+            result.timings.append(Timing(ended - due, ended - begun))
+        idle.put_nowait(connection)
+
+    begun = due = time.perf_counter()
+    ticker = asyncio.create_task(_tick(watch, begun)) if watch else None
+    tasks = set()
+    try:
+        number = 0
+        while (due := due + source.expovariate(stream.rate)) < begun + stream.seconds:
+            if (pause := due - time.perf_counter()) > 0:
+                await asyncio.sleep(pause)
+            task = asyncio.create_task(one(number, due))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+            number += 1
+        await asyncio.gather(*tasks)
+    finally:
+        if ticker:
+            ticker.cancel()
+    ended = time.perf_counter()
+    for connection in connections:
+        connection.close()
+    return result._replace(seconds=ended - begun)
+
+
+async def all_at_once(port: int, body: bytes, clients: int, *, gather: float = 0.0) -> list[str]:
+    """Have many clients send one message each at the same time; return what went wrong.
+
+    With ``gather`` each keeps its dot back until all have sent the rest, or so many seconds have passed.
+    """
+    left = clients
+    together = asyncio.Event()
+
+    async def one() -> str:
+        nonlocal left
+        try:
+            connection = await Connection.open(port)
+            await connection.begin("a@example.com", "b@example.com")
+            for start in range(0, len(body), _LIMIT):
+                connection.writer.write(body[start : start + _LIMIT])
+                await connection.writer.drain()
+            left -= 1
+            if not left:
+                together.set()
+            if gather:
+                try:
+                    await asyncio.wait_for(together.wait(), gather)
+                except TimeoutError:
+                    pass
+            await connection.finish()
+            connection.close()
+        except (Refused, OSError, TimeoutError) as error:
+            return str(error) or type(error).__name__
+        return ""
+
+    return [trouble for trouble in await asyncio.gather(*(one() for _ in range(clients))) if trouble]
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a load in this thread, on uvloop."""
+    return uvloop.run(coroutine)
+
+
+async def _tick(watch: Callable[[float], None], begun: float) -> None:
+    while True:
+        watch(time.perf_counter() - begun)
+        await asyncio.sleep(0.1)

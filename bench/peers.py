@@ -1,0 +1,168 @@
+"""What is measured: smtp-dup as `up` runs by default, and what does the same or part of it.
+
+Every peer listens on loopback and has targets of its own (smtp-sink, which counts), so that a late copy of one is not
+counted for another. All are started through an ExitStack and end with it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import redis
+
+import postfix_instance
+from bench import exim, programs
+from load import SmtpSink
+from postfix_instance import PostfixInstance
+from product import Product
+from relay import ledger
+from waiting import free_port
+
+# `up` as an operator has it: the harness's own choices undone.
+_AS_SHIPPED = {"smtp.processes": "0", "log.level": "info", "log.format": "text", "spool.min_free": "1G"}
+
+
+@dataclass(slots=True)
+class Peer:
+    """Something that takes mail on a port; its targets are the primary first, then the backups."""
+
+    name: str
+    port: int
+    targets: tuple[SmtpSink, ...]
+    pending: Callable[[], int] = lambda: 0  # copies that it knows it still owes
+    faults: Callable[[], list[str]] = list  # what should be empty and is not
+    product: Product | None = None
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        return ("primary", *(f"backup {n}" if len(self.targets) > 2 else "backup" for n in range(1, len(self.targets))))
+
+    def arrived(self) -> tuple[int, ...]:
+        """Return how many messages each target has taken."""
+        return tuple(target.count for target in self.targets)
+
+
+def sink(stack: ExitStack, *options: str) -> SmtpSink:
+    return stack.enter_context(SmtpSink(*options))
+
+
+def smtp_dup(
+    stack: ExitStack,
+    folder: Path,
+    *,
+    backups: int = 1,
+    addresses: Iterable[str] = (),
+    settings: Mapping[str, str] | None = None,
+    name: str = "smtp-dup",
+    start: bool = True,
+) -> Peer:
+    """Make `smtp-dup up` with default settings, one sink as primary and one for each backup.
+
+    ``addresses`` replace those of the backups: something stands in between.
+    """
+    targets = tuple(sink(stack) for _ in range(1 + backups))
+    names = list(addresses) or [target.address for target in targets[1:]]
+    product = Product(
+        folder / name.replace(" ", "-"),
+        primary=targets[0].address,
+        backups=names,
+        settings={**_AS_SHIPPED, **(settings or {})},
+    )
+    stack.callback(product.clean_up)
+    client = redis.Redis.from_url(product.redis_url)
+    stack.callback(client.close)
+    if start:
+        product.start()
+    return Peer(
+        name,
+        product.smtp_port,
+        targets,
+        pending=lambda: _pending(client, names),
+        faults=lambda: _faults(client, product, names),
+        product=product,
+    )
+
+
+def _pending(client: redis.Redis, names: list[str]) -> int:
+    with client.pipeline(transaction=False) as pipe:
+        for name in names:
+            pipe.zcard(ledger.PENDING + name)
+        return sum(pipe.execute())
+
+
+def _faults(client: redis.Redis, product: Product, names: list[str]) -> list[str]:
+    with client.pipeline(transaction=False) as pipe:
+        pipe.zcard(ledger.STAGED)
+        pipe.zcard(ledger.UNCERTAIN)
+        for name in names:
+            pipe.zcard(ledger.FAILED + name)
+        staged, uncertain, *failed = pipe.execute()
+    found = {
+        "staged": staged,
+        "uncertain": uncertain,
+        "failed": sum(failed),
+        "lost": int(product.metric("smtpdup_copies_lost_total")),
+    }
+    return [f"{count} copies are {state}" for state, count in found.items() if count]
+
+
+def postfix_bcc(stack: ExitStack) -> Peer:
+    """Make Postfix with a bcc map: the same job, by the usual means."""
+    primary, backup = sink(stack), sink(stack)
+    instance = stack.enter_context(PostfixInstance.bcc(primary.port, backup.port))
+    return Peer("Postfix with a copy", instance.port, (primary, backup))
+
+
+def postfix_alone(stack: ExitStack) -> Peer:
+    """Make Postfix that sends to the primary only."""
+    primary = sink(stack)
+    instance = stack.enter_context(PostfixInstance.front(primary.port))
+    return Peer("Postfix without a copy", instance.port, (primary,))
+
+
+def plain_relay(stack: ExitStack, *, keep: bool) -> Peer:
+    """Make the relay of some fifty lines that promises nothing."""
+    primary, backup = sink(stack), sink(stack)
+    port = free_port()
+    words = [str(port), str(primary.port), str(backup.port), *(["--keep"] if keep else [])]
+    programs.start(stack, "plain_relay", *words, port=port)
+    return Peer("plain relay, pooled" if keep else "plain relay", port, (primary, backup))
+
+
+def direct(stack: ExitStack) -> Peer:
+    """Make no relay at all: what the load and a target can do on this machine."""
+    primary = sink(stack)
+    return Peer("straight to the sink", primary.port, (primary,))
+
+
+def exim_unseen(stack: ExitStack, folder: Path) -> Peer:
+    """Make Exim with an ``unseen`` router for the copy."""
+    primary, backup = sink(stack), sink(stack)
+    port = exim.start(stack, folder / "exim", primary.port, backup.port)
+    return Peer("Exim with a copy", port, (primary, backup))
+
+
+def competitors(stack: ExitStack, folder: Path, wanted: tuple[str, ...] = ()) -> list[Peer]:
+    """Start every peer that can be run here, smtp-dup first. ``wanted`` are beginnings of their short names."""
+    makers: dict[str, tuple[bool, Callable[[], Peer]]] = {
+        "smtp-dup": (True, lambda: smtp_dup(stack, folder)),
+        "postfix": (not postfix_instance.unavailable(), lambda: postfix_bcc(stack)),
+        "postfix-alone": (not postfix_instance.unavailable(), lambda: postfix_alone(stack)),
+        "exim": (exim.program() is not None, lambda: exim_unseen(stack, folder)),
+        "plain": (True, lambda: plain_relay(stack, keep=False)),
+        "plain-pooled": (True, lambda: plain_relay(stack, keep=True)),
+        "direct": (True, lambda: direct(stack)),
+    }
+    return [make() for name, (there, make) in makers.items() if there and (not wanted or name in wanted)]
+
+
+NAMES = ("smtp-dup", "postfix", "postfix-alone", "exim", "plain", "plain-pooled", "direct")
+
+
+def enough_disk(folder: Path) -> str:
+    """Say why the folder is no place for a benchmark; "" when it is."""
+    return "" if shutil.disk_usage(folder).free > 4 << 30 else f"less than 4 GB are free at {folder}"

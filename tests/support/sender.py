@@ -1,0 +1,65 @@
+"""A client that sends numbered messages and does not give up: it sends again whatever got no 2xx, as an MTA does."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+
+from dialogue import Dialogue, Unexpected
+
+
+class Sender:
+    """Sends each number as one message (its Subject and Message-ID), over several sessions at once."""
+
+    def __init__(self, port: int, numbers: Iterable[int], *, sessions: int = 4, patience: float = 60.0) -> None:
+        self._port = port
+        self._left = list(numbers)[::-1]
+        self._lock = threading.Lock()
+        self._deadline = time.monotonic() + patience
+        self.accepted: set[int] = set()
+        self.attempts: dict[int, int] = {}
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(sessions)]
+
+    def start(self) -> Sender:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def join(self) -> set[int]:
+        """Wait until all is accepted, or the patience has ended; return what got a 2xx."""
+        for thread in self._threads:
+            thread.join(max(0.1, self._deadline + 30 - time.monotonic()))
+        return self.accepted
+
+    def _take(self) -> int | None:
+        with self._lock:
+            return self._left.pop() if self._left else None
+
+    def _work(self) -> None:
+        client: Dialogue | None = None
+        while (number := self._take()) is not None:
+            while time.monotonic() < self._deadline:
+                with self._lock:
+                    self.attempts[number] = self.attempts.get(number, 0) + 1
+                try:
+                    if client is None:
+                        client = Dialogue(self._port, timeout=30)
+                        client.hello()
+                    client.mail("a@example.com", f"r{number}@example.com", data=message(number))
+                except (OSError, Unexpected):
+                    if client is not None:
+                        client.close()
+                    client = None
+                    threading.Event().wait(0.05)
+                else:
+                    with self._lock:
+                        self.accepted.add(number)
+                    break
+        if client is not None:
+            client.close()
+
+
+def message(number: int) -> bytes:
+    """Return the message of a number."""
+    return b"Subject: %d\r\nMessage-ID: <%d@sender.example>\r\n\r\nnumber %d\r\n" % (number, number, number)

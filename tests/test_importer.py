@@ -1,0 +1,381 @@
+"""What is in the spool comes into the ledger once, in order, whatever died in between; what cannot be read is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import redis
+import redis.asyncio
+
+from ledger_contents import Contents
+from redis_servers import RedisServer
+from relay import importer, ledger, spool
+from relay.dispatch import Dispatcher
+from relay.envelope import Destination, Envelope, IdSource, Message, Recipient
+from relay.importer import Importer
+from relay.ledger import Released, Staged
+from relay.spool import Spool
+from relay.watch import Watch
+from waiting import until
+
+NEW = Destination("new", "localhost", 25)
+
+
+class Place:
+    """A spool with its importer, on a Redis."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self.folder = folder
+        self.ids = IdSource()
+        self.url = url
+        self.client = redis.Redis.from_url(url)
+        self.spool = Spool(folder, self.ids.owner)
+        self.ledger = Contents(self.client)
+
+    def message(self, text: str = "text", to: tuple[str, ...] = ("new",), ids: IdSource | None = None) -> Message:
+        body = f"Message-ID: <{text}@test>\r\n\r\n{text}\r\n".encode()
+        envelope = Envelope(
+            id=(ids or self.ids).next(),
+            sender="a@test",
+            recipients=(Recipient("b@test"),),
+            received_at=0.0,
+            size=len(body),
+            destinations=to,
+        )
+        return Message(envelope, body)
+
+    async def spooled(self, message: Message, state: str = "ready") -> str:
+        message_id = message.envelope.id
+        await self.spool.write(message_id, message.pack())
+        if state == "ready":
+            await self.spool.release(message_id)
+        elif state == "held":
+            await self.spool.hold(message_id)
+        return message_id
+
+    def abandoned(self, state: str, text: str = "text") -> str:
+        """Put a message there as a process that is dead now would have."""
+        message = self.message(text, ids=IdSource())
+        record = message.pack()
+        self.put(f"{message.envelope.id}-{len(record)}.{state}", record)
+        return message.envelope.id
+
+    def put(self, name: str, data: bytes) -> Path:
+        path = spool.messages(self.folder) / name
+        path.write_bytes(data)
+        return path
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in spool.messages(self.folder).iterdir())
+
+    def corrupt(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "corrupt").iterdir())
+
+    def stage(self, message: Message) -> None:
+        with self.client.pipeline() as pipe:
+            ledger.stage(pipe, [Staged(message.envelope.id, message.pack(), ledger.now(self.client) + 600)])
+            pipe.execute()
+
+    def uncertain(self) -> list[str]:
+        return [i.decode() for i in self.client.zrange(ledger.UNCERTAIN, 0, -1)]
+
+    def staged(self) -> list[str]:
+        return [i.decode() for i in self.client.zrange(ledger.STAGED, 0, -1)]
+
+    def settle(self, message_id: str) -> None:
+        with self.client.pipeline() as pipe:
+            ledger.settle(pipe, "new", [message_id])
+            pipe.execute()
+
+    @asynccontextmanager
+    async def importing(self, destinations: tuple[Destination, ...] = (NEW,)) -> AsyncIterator[Importer]:
+        async with AsyncExitStack() as ends:
+            connection = redis.asyncio.Redis.from_url(self.url)
+            ends.push_async_callback(connection.aclose)
+            watch = Watch(connection, seconds=2)
+            await watch.look()
+            jobs = redis.Redis.from_url(self.url)
+            ends.callback(jobs.close)
+            dispatcher = Dispatcher(jobs, destinations)
+            ends.push_async_callback(dispatcher.drain)
+            under_test = Importer(
+                self.folder, connection, dispatcher, watch, destinations=destinations, hold_seconds=3600
+            )
+            task = asyncio.get_running_loop().create_task(under_test.run())
+            looking = asyncio.get_running_loop().create_task(_look(watch))
+            yield under_test
+            under_test.stop()
+            await task
+            looking.cancel()
+
+    async def imported(self) -> None:
+        """Run an importer until it has looked at everything."""
+        async with self.importing() as under_test:
+            begun = under_test.passes
+            await until(lambda: under_test.passes > begun)
+
+
+async def _look(watch: Watch) -> None:
+    while await watch.look() is not None:
+        await asyncio.sleep(0.05)
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importer, "_LOOK_SECONDS", 0.05)
+
+
+@pytest.fixture
+async def place(tmp_path: Path, redis_url: str) -> AsyncIterator[Place]:
+    under_test = Place(tmp_path / "spool", redis_url)
+    await under_test.spool.open()
+    yield under_test
+    await under_test.spool.close()
+    under_test.client.close()
+
+
+async def test_due_messages_get_jobs(place: Place) -> None:
+    """Each is pending under its own id, oldest first, with a job, and its file is gone."""
+    made = [await place.spooled(place.message(str(n))) for n in range(250)]
+    await place.imported()
+    assert place.ledger.pending_ids() == made
+    assert sorted(i for ids in place.ledger.queued().values() for i in ids) == made
+    assert all(place.ledger.has_body(i) for i in made)
+    assert place.staged() == place.uncertain() == place.names() == []
+
+
+async def test_a_crash_before_the_file_is_gone(place: Place) -> None:
+    """What has come in is not brought in again, pending or delivered; its job is made again, which does no harm."""
+    pending = await place.spooled(place.message("pending"))
+    settled = await place.spooled(place.message("settled"))
+    copies = {path: path.read_bytes() for path in spool.messages(place.folder).iterdir()}
+    await place.imported()
+    place.settle(settled)
+    for path, data in copies.items():
+        path.write_bytes(data)
+    await place.imported()
+    assert place.ledger.pending_ids() == [pending]
+    assert not place.ledger.has_body(settled)
+    assert place.staged() == place.names() == []
+
+
+async def test_a_crash_before_an_uncertain_file_is_gone(place: Place) -> None:
+    """A held message that has come in stays uncertain, with its body, however often its file is seen."""
+    held = await place.spooled(place.message(), "held")
+    (path,) = spool.messages(place.folder).iterdir()
+    data = path.read_bytes()
+    await place.imported()
+    path.write_bytes(data)
+    await place.imported()
+    assert place.uncertain() == [held]
+    assert place.ledger.has_body(held)
+    assert place.names() == []
+
+
+async def test_staged_in_redis_as_well(place: Place) -> None:
+    """A stage that timed out but was written: the message is pending once and not staged."""
+    message = place.message()
+    place.stage(message)
+    message_id = await place.spooled(message)
+    await place.imported()
+    assert place.ledger.pending_ids() == [message_id]
+    assert place.staged() == []
+
+
+@pytest.mark.parametrize("settled", [True, False])
+async def test_staged_in_redis_after_the_import(place: Place, monkeypatch: pytest.MonkeyPatch, settled: bool) -> None:
+    """A stage that arrives last of all does not become due by itself one day; a copy that is pending keeps its body."""
+    message = place.message()
+    message_id = await place.spooled(message)
+    await place.imported()
+    if settled:
+        place.settle(message_id)
+    place.stage(message)
+    monkeypatch.setattr(importer, "_FORGET_AFTER", -1)
+    await place.imported()
+    assert place.staged() == []
+    assert place.ledger.pending_ids() == ([] if settled else [message_id])
+    assert place.ledger.has_body(message_id) == (not settled)
+    assert not place.client.keys(ledger.IMPORTED + "*")
+
+
+async def test_uncertain_in_redis_as_well(place: Place) -> None:
+    """What a successor took for uncertain is due once when the spool knows better."""
+    message = place.message()
+    place.stage(message)
+    place.client.zadd(ledger.UNCERTAIN, {message.envelope.id: 1})
+    place.client.zrem(ledger.STAGED, message.envelope.id)
+    message_id = await place.spooled(message)
+    await place.imported()
+    assert place.ledger.pending_ids() == [message_id]
+    assert place.uncertain() == []
+
+
+async def test_already_released_in_redis(place: Place) -> None:
+    """An id that is pending already stays as it is."""
+    message = place.message()
+    place.stage(message)
+    with place.client.pipeline() as pipe:
+        ledger.release(pipe, [Released(message.envelope.id, ("new",))])
+        pipe.execute()
+    place.client.zadd(ledger.PENDING + "new", {message.envelope.id: 12345})
+    await place.spooled(message)
+    await place.imported()
+    assert place.client.zscore(ledger.PENDING + "new", message.envelope.id) == 12345
+    assert place.names() == []
+
+
+async def test_only_the_dead_are_inherited(place: Place) -> None:
+    """A staged message of a living process is left alone; one of a dead process is uncertain, for its twin to find."""
+    living = await place.spooled(place.message("living"), "staged")
+    dead = place.abandoned("staged", "dead")
+    half = place.put(f"{IdSource().next()}-100.tmp", b"half")
+    writing = place.put(f"{place.ids.next()}-100.tmp", b"half")
+    await place.imported()
+    assert place.uncertain() == [dead]
+    assert dead.encode() in place.client.hgetall(ledger.TWINS).values()
+    assert place.names() == sorted([writing.name, *(n for n in place.names() if n.startswith(living))])
+    assert len(place.names()) == 2
+    assert place.corrupt() == [half.name]
+    assert [p.name for p in (place.folder / "owners").iterdir()] == [place.ids.owner]
+
+
+async def test_what_cannot_be_read_is_kept(place: Place) -> None:
+    """Corrupt, cut off, misnamed or foreign files are set aside as they are, and the others come in."""
+    good = await place.spooled(place.message("good"))
+    record = place.message().pack()
+    files = {
+        f"{place.ids.next()}-{len(record)}.ready": record[:-1],
+        f"{place.ids.next()}-4.ready": b"\0\0\0\0",
+        f"{place.ids.next()}-0.held": b"",
+        f"{place.ids.next()}-{len(record)}.ready ": record,
+        f"{place.ids.next()}-999999.ready": record,
+        f"{IdSource().next()}.release": b"[]",
+        "letter.txt": b"?",
+    }
+    for name, data in files.items():
+        place.put(name, data)
+    await place.imported()
+    assert place.ledger.pending_ids() == [good]
+    assert place.names() == []
+    assert {name: (place.folder / "corrupt" / name).read_bytes() for name in place.corrupt()} == files
+    assert spool.summary(place.folder).corrupt == len(files)
+
+
+async def test_notes_of_the_dead(place: Place) -> None:
+    """What a dead process could not tell Redis is told: accepted is due, refused is gone. The living tell it."""
+    accepted, refused, mine = place.message("1", ids=IdSource()), place.message("2", ids=IdSource()), place.message("3")
+    for message in (accepted, refused, mine):
+        place.stage(message)
+    note = json.dumps(Released(accepted.envelope.id, ("new",), "", ("b@test",))._asdict()).encode()
+    place.put(f"{accepted.envelope.id}.release", note)
+    place.put(f"{refused.envelope.id}.discard", b"{}")
+    await place.spool.note_discard(mine.envelope.id)
+    await place.imported()
+    assert place.ledger.pending_ids() == [accepted.envelope.id]
+    assert place.ledger.queued()
+    assert place.staged() == [mine.envelope.id]
+    assert not place.ledger.has_body(refused.envelope.id)
+    assert place.names() == [f"{mine.envelope.id}.discard"]
+
+
+async def test_one_importer(place: Place) -> None:
+    """A second one waits, and takes over when the first has gone."""
+    async with place.importing() as first:
+        await until(lambda: first.passes)
+        async with place.importing() as second:
+            message_id = await place.spooled(place.message())
+            await until(lambda: place.names() == [])
+            assert not second.passes
+            first.stop()
+            await until(lambda: second.passes)
+    assert place.ledger.pending_ids() == [message_id]
+
+
+async def test_a_destination_that_redis_never_met(place: Place) -> None:
+    """Copies for a backup of earlier settings are pending for it, and the ledger knows how to reach it."""
+    old = Destination("old", "old.example.com", 2525)
+    async with place.importing((old,)) as first:
+        await until(lambda: first.passes)
+    place.client.flushall()
+    message_id = await place.spooled(place.message(to=("old",)))
+    await place.imported()
+    assert ledger.destinations(place.client)["old"] == old
+    assert place.ledger.pending_ids("old") == [message_id]
+    assert place.ledger.queued("old")
+
+
+async def test_room_first(tmp_path: Path, redis_factory: Callable[..., RedisServer]) -> None:
+    """Nothing comes in while Redis is more than 60 % full, and nothing that would overfill it."""
+    server = redis_factory(maxmemory="16mb")
+    place = Place(tmp_path / "spool", server.url)
+    await place.spool.open()
+    for n in range(10):
+        place.client.set(f"ballast{n}", bytes(1 << 20))
+    huge = await place.spooled(_big(place, 14 << 20))
+    small = await place.spooled(_big(place, 1 << 20))
+    async with place.importing() as under_test:
+        await until(lambda: under_test.waits > 3)
+        assert len(place.names()) == 2
+        place.client.delete(*place.client.keys("ballast*"))
+        await until(lambda: [n[:16] for n in place.names()] == [huge])
+        assert place.ledger.pending_ids() == [small]
+        place.settle(small)
+        place.client.config_set("maxmemory", "64mb")
+        await until(lambda: place.ledger.pending_ids() == [huge])
+    await place.spool.close()
+    place.client.close()
+
+
+def _big(place: Place, size: int) -> Message:
+    body = os.urandom(size)
+    envelope = Envelope(place.ids.next(), "a@test", (Recipient("b@test"),), 0.0, len(body), destinations=("new",))
+    return Message(envelope, body)
+
+
+async def test_a_record_that_redis_refuses(
+    tmp_path: Path, redis_factory: Callable[..., RedisServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays where it is, and those beside and behind it come in."""
+    monkeypatch.setattr("relay.watch._CALM_SECONDS", 0.0)
+    server = redis_factory(proto_max_bulk_len="1mb")
+    place = Place(tmp_path / "spool", server.url)
+    first = await place.spooled(place.message("1"))
+    bad = await place.spooled(_big(place, (1 << 20) + 1000))
+    last = await place.spooled(place.message("2"))
+    monkeypatch.setattr(importer, "_BATCH_BYTES", 4 << 20)
+    async with place.importing():
+        await until(lambda: [n[:16] for n in place.names()] == [bad])
+    assert place.ledger.pending_ids() == [first, last]
+    await place.spool.close()
+    place.client.close()
+
+
+async def test_redis_goes_away_in_between(tmp_path: Path, redis_factory: Callable[..., RedisServer]) -> None:
+    """Killed and restarted while a thousand messages come in: each is there once."""
+    server = redis_factory()
+    place = Place(tmp_path / "spool", server.url)
+    made = [await place.spooled(place.message(str(n))) for n in range(1000)]
+
+    async def at_least(count: int) -> None:
+        await until(lambda: len(place.names()) <= 1000 - count, interval=0)
+
+    async with place.importing():
+        await at_least(100)
+        server.kill()
+        await asyncio.to_thread(server.start)
+        await at_least(500)
+        server.kill()
+        await asyncio.to_thread(server.start)
+        await at_least(1000)
+        await until(lambda: len(place.ledger.pending_ids()) == 1000)
+    assert sorted(place.ledger.pending_ids()) == made
+    assert place.staged() == []
+    await place.spool.close()
+    place.client.close()
