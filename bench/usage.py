@@ -28,9 +28,7 @@ def kinds(product: Product) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {"relay": [], "worker": [], "redis": [], "other": []}
     servers = {child.pid for child in product.children(r"(valkey|redis)-server")}
     for pid in pids(product):
-        kind = (
-            "relay" if pid in relays else "worker" if pid in workers else "redis" if pid in servers else "other"
-        )
+        kind = "relay" if pid in relays else "worker" if pid in workers else "redis" if pid in servers else "other"
         found[kind].append(pid)
     return found
 
@@ -41,7 +39,9 @@ def cpu_seconds(processes: Iterable[int]) -> float:
     for pid in processes:
         with suppress(psutil.Error):
             times = psutil.Process(pid).cpu_times()
-            total += times.user + times.system + getattr(times, "children_user", 0) + getattr(times, "children_system", 0)
+            total += (
+                times.user + times.system + getattr(times, "children_user", 0) + getattr(times, "children_system", 0)
+            )
     return total
 
 

@@ -20,6 +20,7 @@ _STOP_AT = 0.75  # of maxmemory
 _GO_ON_AT = 0.70
 _IMPORT_AT = 0.60  # what was spooled waits until new mail has room again
 _CALM_SECONDS = 2.0
+_COST = 1.25  # octets of memory for an octet of a record: an allocator rounds up
 
 
 class Watch:
@@ -117,4 +118,4 @@ class Watch:
             maillog.notice("info", "Redis has room again", used=self._used, maxmemory=self._limit)
 
     def _level(self, octets: int) -> int:
-        return self._used + octets + (self._flying + self._landed) * self._processes
+        return self._used + int(_COST * (octets + (self._flying + self._landed) * self._processes))

@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import redis
 
 import corpus
+import exim_instance
 import stored
+from exim_instance import EximInstance
 from postfix_instance import PostfixInstance
 from product import Product
-from reactions import Close
+from reactions import Close, Gate
 from relay import ledger
 from scripted_server import ScriptedServer
 from stored import Stored
@@ -380,7 +384,87 @@ def test_lost_reply_twice(uncertain: Callable[..., Site], primary: ScriptedServe
     assert not stored.differences([mail], stored.all_of(site.new))
 
 
+def test_killed_at_the_dot_then_sent_again(uncertain: Callable[..., Site], primary: ScriptedServer) -> None:
+    """SIGKILL while the primary holds its reply: Postfix sends it again at once, and the backup has one copy."""
+    site = uncertain("10s")
+    gate = Gate()
+    primary.replies["."] = [(gate, None), None]
+    mail = corpus.simple(1, "b@example.com")
+    mail.submit(site.front)
+    gate.wait()
+    site.product.kill()
+    gate.open()
+    wait_until(lambda: "status=deferred" in site.front.log, message=lambda: site.front.log)
+    site.product.start()
+    flush_all(site.front)
+    stored.wait_for(site.new, [mail])
+    assert [action[:7] for action in verify(site).values()] == ["covered"]
+    assert not stored.differences([mail], stored.all_of(site.new))
+
+
+@pytest.fixture(scope="session")
+def exim_program() -> Iterator[Path]:
+    """Exim, where it can be had."""
+    # Not below pytest's folder: its daemons must be able to enter.
+    with tempfile.TemporaryDirectory(prefix="smtp-dup-exim-") as folder:
+        program, reason = exim_instance.unpack(Path(folder))
+        if program is None:
+            pytest.skip(reason)
+        yield program
+
+
+@pytest.fixture
+def exim(exim_program: Path) -> Iterator[EximInstance]:
+    """A started Exim that takes everything for our domains."""
+    instance = EximInstance(exim_program, DOMAINS)
+    try:
+        yield instance.start()
+    finally:
+        instance.remove()
+
+
+@pytest.mark.parametrize("side", ["primary", "backup"])
+def test_varied_messages_with_exim(product: Make, postfix: Start, exim: EximInstance, side: str) -> None:
+    """Exim on one side and Postfix on the other: the same messages arrive at both, byte for byte."""
+    other = postfix(PostfixInstance.store(DOMAINS, **LITERAL))
+    first, second = (exim, other) if side == "primary" else (other, exim)
+    between = product(primary=first.address, backups=[second.address], settings=QUICK)
+    front = postfix(PostfixInstance.front(between.smtp_port, **LITERAL))
+    mails = [mail for mail in corpus.mails(200) if not _exim_changes(mail)]
+    for mail in mails:
+        mail.submit(front)
+    for store in (exim, other):
+        stored.wait_for(store, mails)
+    wait_until(lambda: between.summary()["pending"] == 0)
+    for store in (exim, other):
+        assert not stored.differences(mails, stored.all_of(store))
+
+
+def test_exim_refuses_one_recipient_of_a_copy(product: Make, postfix: Start, exim: EximInstance) -> None:
+    """Exim as backup refuses one of three: exactly that one is in the failed list, and gets it when Exim is put right."""
+    exim.configure(refused=["no"])
+    old = postfix(PostfixInstance.store(DOMAINS, **LITERAL))
+    between = product(primary=old.address, backups=[exim.address], settings=QUICK)
+    front = postfix(PostfixInstance.front(between.smtp_port, **LITERAL))
+    mail = corpus.simple(1, "one@example.com", "no@example.com", "two@example.com")
+    mail.submit(front)
+    exim.wait_for(2)
+    wait_until(lambda: between.json("failed", "list"))
+    (row,) = between.json("failed", "list")
+    assert (row["recipients"], row["reply"]) == (["no@example.com"], "550 no such user")
+    exim.configure()
+    assert between.run("failed", "retry", "--all").returncode == 0
+    stored.wait_for(exim, [mail])
+    wait_until(lambda: between.summary()["pending"] == 0)
+    assert not stored.differences([mail], stored.all_of(exim))
+
+
 # What the tests share
+
+
+def _exim_changes(mail: corpus.Mail) -> bool:
+    """Say whether Exim itself stores this otherwise than it came."""
+    return "carriage returns" in mail.name
 
 
 def reconfigure(instance: PostfixInstance, **settings: str) -> None:
@@ -414,16 +498,19 @@ def flush_all(front: PostfixInstance) -> None:
 
 
 def verify(site: Site, timeout: float = 60) -> dict[str, str]:
-    """Run `queue verify` until nothing is uncertain any more; return what became of it: its ids with "copied..." or "covered..."."""
+    """Run `queue verify` until nothing is uncertain or waits any more.
+
+    Returns what became of the uncertain: ids with "copied..." or "covered...".
+    """
     became: dict[str, str] = {}
 
-    def is_certain() -> bool:
+    def is_over() -> bool:
         rows = [row for row in site.product.json("queue", "verify") if row["finding"] == "uncertain"]
         became.update({row["id"]: row["action"] for row in rows})
         with redis.Redis.from_url(site.product.redis_url) as connection:
-            return not connection.zcard(ledger.UNCERTAIN)
+            return not connection.zcard(ledger.UNCERTAIN) and not site.product.summary()["pending"]
 
-    wait_until(is_certain, timeout, lambda: f"still uncertain:\n{site.product.log[-3000:]}")
+    wait_until(is_over, timeout, lambda: f"still uncertain:\n{site.product.log[-3000:]}")
     # The housekeeping process may have been faster than the command.
     for event in site.product.events:
         if event["event"] in {"uncertain covered", "uncertain copied"}:

@@ -150,7 +150,8 @@ class Courier:
 
     async def _claim(self, job_id: str, ids: list[str]) -> list[Claim]:
         """Take the leases and fetch the small bodies, as often as it takes Redis to answer."""
-        while True:
+        ids = [message_id for message_id in ids if message_id not in self._held]  # a straggler has its own end
+        while ids:
             try:
                 async with self._redis.pipeline(transaction=True) as pipe:
                     ledger.claim(pipe, self._destination.name, job_id, self._worker, _LEASE, ids)
@@ -160,12 +161,14 @@ class Courier:
             except (RedisError, OSError) as error:
                 maillog.ledger_trouble("claiming copies", error)
                 if self._draining:
+                    self._held.difference_update(ids)
                     raise Interrupted from error
                 await asyncio.sleep(0.5)
             else:
                 if later:
                     await self._outcomes.retry_later(later, _BUSY_RETRY)
                 return claims
+        return []
 
     def _hire(self, batch: _Batch) -> None:
         """Have as many runners as the window allows and the work needs."""

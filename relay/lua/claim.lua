@@ -31,7 +31,8 @@ local result = {}
 for i = 5, #ARGV do
   local id = ARGV[i]
   local leased = redis.call('ZSCORE', busy, id)
-  local free = not leased or tonumber(leased) <= now
+  -- A lease of our own is one whose answer was lost: the courier does not ask for what it knows that it holds.
+  local free = not leased or tonumber(leased) <= now or redis.call('HGET', holders, id) == worker
   local verdict = 'claimed'
   local lost = redis.call('HGET', failure, id)
   local requeued = lost and owner(lost) == job

@@ -122,7 +122,8 @@ def test_the_volume_keeps_what_waits(run: Run, servers: tuple[ScriptedServer, Sc
         docker("rm", first)
         backup.replies.clear()
         run(*options)
-        backup.wait_until(lambda: named(backup, "kept"), 60)
+        # Killed before it made a job for the copy, it leaves that to the reconciler, which looks every minute.
+        backup.wait_until(lambda: named(backup, "kept"), 180)
     finally:
         for identity in docker("ps", "--all", "--quiet", "--filter", f"volume={volume}").split():
             docker("rm", "--force", identity)

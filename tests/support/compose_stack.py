@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import ipaddress
 import json
 import os
 import shutil
@@ -57,7 +58,8 @@ def docker(*words: str, **options: Any) -> str:
 
 def gateway() -> str:
     """Return the address of this machine that host.docker.internal stands for."""
-    return docker("network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Gateway}}")
+    config = json.loads(docker("network", "inspect", "bridge", "--format", "{{json (index .IPAM.Config 0)}}"))
+    return config.get("Gateway") or str(ipaddress.ip_network(config["Subnet"])[1])  # some engines leave it out
 
 
 def server(**options: Any) -> ScriptedServer:

@@ -5,14 +5,25 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from corpus import Mail
-from postfix_instance import PostfixInstance
 from waiting import wait_until
 
 _FIELD = re.compile(rb"([!-9;-~]+):[ \t]*([^\n]*\n(?:[ \t][^\n]*\n)*)")
+_ENVELOPE = frozenset({b"return-path", b"x-original-to", b"delivered-to", b"envelope-to"})
 _OUR_ID = re.compile(rb"\(smtp-dup\) with \w+ id (\w+)")
+
+
+class Store(Protocol):
+    """A server with one mailbox for everything."""
+
+    @property
+    def log(self) -> str: ...
+
+    def maildir_messages(self) -> list[bytes]: ...
+
+    def wait_for(self, count: int, timeout: float = 60) -> list[bytes]: ...
 
 
 class Stored(NamedTuple):
@@ -30,7 +41,7 @@ class Stored(NamedTuple):
 
 
 def read(raw: bytes, hops: int = 3) -> Stored:
-    """Read what a Postfix mailbox holds: three lines about the envelope, then so many Received lines, then the message.
+    """Read what a mailbox holds: some lines about the envelope, then so many Received lines, then the message.
 
     Exactly so many: trace lines that were in the message when it was sent belong to its content.
     """
@@ -44,21 +55,20 @@ def read(raw: bytes, hops: int = 3) -> Stored:
             received += 1
             message_id = found[1] if (found := _OUR_ID.search(field[0])) else message_id
         else:
-            assert name in {b"return-path", b"x-original-to", b"delivered-to"}, raw[:2000]
+            assert name in _ENVELOPE, raw[:2000]
             assert name not in envelope, raw[:2000]
             envelope[name] = field[2].strip().decode("utf-8", "surrogateescape")
         position = field.end()
-    return Stored(
-        envelope[b"x-original-to"], envelope[b"return-path"].strip("<>"), raw[position:], message_id.decode()
-    )
+    recipient = envelope.get(b"x-original-to") or envelope[b"envelope-to"]
+    return Stored(recipient, envelope[b"return-path"].strip("<>"), raw[position:], message_id.decode())
 
 
-def all_of(store: PostfixInstance, hops: int = 3) -> list[Stored]:
+def all_of(store: Store, hops: int = 3) -> list[Stored]:
     """Return everything in a store."""
     return [read(raw, hops) for raw in store.maildir_messages()]
 
 
-def wait_for(store: PostfixInstance, mails: Iterable[Mail], timeout: float = 60, hops: int = 3) -> list[Stored]:
+def wait_for(store: Store, mails: Iterable[Mail], timeout: float = 60, hops: int = 3) -> list[Stored]:
     """Wait until every one of these is there for each of its recipients, and return everything in the store."""
     wanted = {recipient for mail in mails for recipient in mail.recipients}
     store.wait_for(len(wanted), timeout)

@@ -1,0 +1,133 @@
+"""``python -m bench [ROW ...]``: run rows of the benchmark and write a report below bench/results/.
+
+The exit status is 1 when a count is wrong (a message lost, doubled or refused), never because something is slow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from bench import machine, peers, plots, report
+from bench.course import Course, Options, progress_bar
+from bench.results import Row
+from bench.rows import (
+    accept,
+    backups,
+    behind_postfix,
+    greylist,
+    idle,
+    jobs,
+    large,
+    latency,
+    memory,
+    million,
+    rtt,
+    start,
+    throughput,
+)
+
+ROWS: Mapping[str, Callable[[Course], Row]] = {
+    "accept": accept.run,
+    "throughput": throughput.run,
+    "behind-postfix": behind_postfix.run,
+    "latency": latency.run,
+    "large": large.run,
+    "memory": memory.run,
+    "idle": idle.run,
+    "backups": backups.run,
+    "rtt": rtt.run,
+    "greylist": greylist.run,
+    "jobs": jobs.run,
+    "start": start.run,
+    "million": million.run,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; return the exit status."""
+    arguments = _parser().parse_args(argv)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)  # as Ctrl-C: everything that was started is stopped
+    options = Options(
+        rounds=arguments.rounds or (1 if arguments.quick else 5),
+        seconds=arguments.seconds,
+        sessions=arguments.sessions,
+        size=arguments.size,
+        quick=arguments.quick,
+        peers=tuple(arguments.peers or ()),
+        million=arguments.million,
+    )
+    names = arguments.rows or list(ROWS)
+    command = shlex.join(["python", "-m", "bench", *(sys.argv[1:] if argv is None else argv)])
+    rows, path = _run(options, list(dict.fromkeys(names)), command)
+    Console().print(Markdown((path / "report.md").read_text()) if sys.stdout.isatty() else str(path / "report.md"))
+    faults = [f"{row.name}: {fault}" for row in rows for fault in row.faults]
+    for fault in faults:
+        print(f"FAULT: {fault}", file=sys.stderr)
+    return 1 if faults else 0
+
+
+def _run(options: Options, names: Sequence[str], command: str) -> tuple[list[Row], Path]:
+    about, warnings = machine.describe(), machine.warnings()
+    path = report.folder()
+    if full := peers.enough_disk(path):
+        warnings.append(full)
+    rows: list[Row] = []
+    with progress_bar() as progress:
+        course = Course(options, progress)
+        everything = progress.add_task("all rows", total=len(names))
+        for name in names:
+            begun = time.monotonic()
+            row = _row(course, name)
+            row.seconds = time.monotonic() - begun
+            rows.append(row)
+            if not plots.draw(row, path):
+                row.notes.append("no plots: matplotlib is not installed (extra smtp-dup[bench])")
+            report.write(path, rows, about, warnings, command)
+            progress.advance(everything)
+    return rows, path
+
+
+def _row(course: Course, name: str) -> Row:
+    """Run one row; what breaks it is its fault and leaves the others their turn."""
+    try:
+        return ROWS[name](course)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        return Row(name, name, faults=[text[:2000]])
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of smtp-dup.")
+    parser.add_argument(
+        "rows", nargs="*", metavar="ROW", choices=[*ROWS, []], help=f"of {', '.join(ROWS)}; default all"
+    )
+    parser.add_argument("--rounds", type=int, default=0, help="of each measurement; the median counts (default 5)")
+    parser.add_argument("--seconds", type=float, default=8.0, help="that one load should last (default 8)")
+    parser.add_argument("--sessions", type=int, default=20, help="connections of the load (default 20)")
+    parser.add_argument("--size", type=int, default=4096, help="octets of a message (default 4096)")
+    parser.add_argument("--peers", nargs="+", choices=peers.NAMES, help="throughput: only these")
+    parser.add_argument("--million", type=int, default=1_000_000, help="copies in the row of that name")
+    parser.add_argument("--quick", action="store_true", help="one short round: is every count right?")
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt as interruption:
+        sys.exit(f"stopped: {interruption}" if str(interruption) else "stopped")

@@ -1,0 +1,1 @@
+"""The rows of the benchmark: one function each, that fills a Row."""
