@@ -88,7 +88,7 @@ def _run(options: Options, names: Sequence[str], command: str) -> tuple[list[Row
         everything = progress.add_task("all rows", total=len(names))
         for name in names:
             begun = time.monotonic()
-            row = _row(course, name)
+            row = ROWS[name](course)
             row.seconds = time.monotonic() - begun
             rows.append(row)
             if not plots.draw(row, path):
@@ -96,15 +96,6 @@ def _run(options: Options, names: Sequence[str], command: str) -> tuple[list[Row
             report.write(path, rows, about, warnings, command)
             progress.advance(everything)
     return rows, path
-
-
-def _row(course: Course, name: str) -> Row:
-    """Run one row; what breaks it is its fault and leaves the others their turn."""
-    try:
-        return ROWS[name](course)
-    except Exception as error:
-        text = f"{type(error).__name__}: {error}"
-        return Row(name, name, faults=[text[:2000]])
 
 
 def _stop(number: int, _: FrameType | None) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +20,7 @@ T = TypeVar("T")
 
 _LIMIT = 1 << 16
 _SECONDS = 120.0  # for one answer
+_AGAIN = (0.1, 0.5)  # seconds until who was sent away is back
 
 
 class Refused(Exception):
@@ -39,6 +41,7 @@ class Connection:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     pipelining: bool = False
+    size: bool = False
 
     @classmethod
     async def open(cls, port: int) -> Connection:
@@ -47,20 +50,22 @@ class Connection:
         await self._expect(b"220")
         writer.write(b"EHLO bench.example.com\r\n")
         lines = await self._expect(b"250")
-        self.pipelining = any(line[4:].strip().upper() == b"PIPELINING" for line in lines)
+        words = {line[4:].split()[0].upper() for line in lines if line[4:].split()}
+        self.pipelining, self.size = b"PIPELINING" in words, b"SIZE" in words
         return self
 
     async def send(self, sender: str, recipient: str, body: bytes) -> None:
         """Send one message in wire form. Raises Refused."""
-        await self.begin(sender, recipient)
+        await self.begin(sender, recipient, len(body))
         self.writer.write(body)
         self.writer.write(b".\r\n")
         await self.writer.drain()
         await self._expect(b"250")
 
-    async def begin(self, sender: str, recipient: str) -> None:
+    async def begin(self, sender: str, recipient: str, size: int) -> None:
         """Get to the 354."""
-        commands = (b"MAIL FROM:<%s>\r\n" % sender.encode(), b"RCPT TO:<%s>\r\n" % recipient.encode(), b"DATA\r\n")
+        mail = b"MAIL FROM:<%s>" % sender.encode() + (b" SIZE=%d" % size if self.size else b"")
+        commands = (mail + b"\r\n", b"RCPT TO:<%s>\r\n" % recipient.encode(), b"DATA\r\n")
         if self.pipelining:
             self.writer.write(b"".join(commands))
         for command, code in zip(commands, (b"250", b"250", b"354"), strict=True):
@@ -157,37 +162,56 @@ async def play(stream: Stream, watch: Callable[[float], None] | None = None) -> 
     return result._replace(seconds=ended - begun)
 
 
-async def all_at_once(port: int, body: bytes, clients: int, *, gather: float = 0.0) -> list[str]:
-    """Have many clients send one message each at the same time; return what went wrong.
+class Crowd(NamedTuple):
+    """What became of a crowd: how often somebody was sent away for now, and what was said for good."""
+
+    sent_away: int
+    refused: list[str]
+
+
+async def all_at_once(port: int, body: bytes, clients: int, *, gather: float = 0.0) -> Crowd:
+    """Have many clients send one message each at the same time. Who is answered 4xx tries again, as an MTA does.
 
     With ``gather`` each keeps its dot back until all have sent the rest, or so many seconds have passed.
     """
-    left = clients
+    left, sent_away = clients, 0
+    refused: list[str] = []
     together = asyncio.Event()
 
-    async def one() -> str:
+    async def once() -> None:
         nonlocal left
+        connection = await Connection.open(port)
         try:
-            connection = await Connection.open(port)
-            await connection.begin("a@example.com", "b@example.com")
+            await connection.begin("a@example.com", "b@example.com", len(body))
             for start in range(0, len(body), _LIMIT):
                 connection.writer.write(body[start : start + _LIMIT])
                 await connection.writer.drain()
             left -= 1
-            if not left:
+            if left <= 0:
                 together.set()
             if gather:
-                try:
+                with suppress(TimeoutError):
                     await asyncio.wait_for(together.wait(), gather)
-                except TimeoutError:
-                    pass
             await connection.finish()
+        finally:
             connection.close()
-        except (Refused, OSError, TimeoutError) as error:
-            return str(error) or type(error).__name__
-        return ""
 
-    return [trouble for trouble in await asyncio.gather(*(one() for _ in range(clients))) if trouble]
+    async def one(number: int) -> None:
+        nonlocal sent_away
+        source = random.Random(number)
+        deadline = time.monotonic() + _SECONDS
+        while True:
+            try:
+                return await once()
+            except (Refused, OSError, TimeoutError) as error:
+                if not str(error).startswith("4") or time.monotonic() > deadline:
+                    refused.append(str(error) or type(error).__name__)
+                    return None
+            sent_away += 1
+            await asyncio.sleep(source.uniform(*_AGAIN))
+
+    await asyncio.gather(*(one(number) for number in range(clients)))
+    return Crowd(sent_away, refused)
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:

@@ -9,9 +9,35 @@ import base64
 import random
 from pathlib import Path
 
-_SYLLABLES = (
-    "ka lo mi ren tas ur bel dor fin gal hem ist jor kel lun mar nos pir quo sel tor und vel wes xan yor zil".split()
-)
+_SYLLABLES = [
+    "ka",
+    "lo",
+    "mi",
+    "ren",
+    "tas",
+    "ur",
+    "bel",
+    "dor",
+    "fin",
+    "gal",
+    "hem",
+    "ist",
+    "jor",
+    "kel",
+    "lun",
+    "mar",
+    "nos",
+    "pir",
+    "quo",
+    "sel",
+    "tor",
+    "und",
+    "vel",
+    "wes",
+    "xan",
+    "yor",
+    "zil",
+]
 _LINE = 76  # characters of a base64 line (RFC 2045 6.8)
 
 

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.results import Row
@@ -43,11 +44,18 @@ class Course:
 
     @contextmanager
     def row(self, row: Row, steps: int) -> Iterator[Stage]:
-        """Run a row of so many steps; what it started is stopped and its folder deleted at the end."""
+        """Run a row of so many steps; what it started is stopped and its folder deleted at the end.
+
+        What breaks the row is its fault, and leaves the others their turn.
+        """
         task = self._progress.add_task(row.name, total=steps)
         folder = tempfile.TemporaryDirectory(prefix="smtp-dup-bench-", ignore_cleanup_errors=True)
         with folder, ExitStack() as stack:
-            yield Stage(Path(folder.name), stack, self._progress, task, row)
+            stage = Stage(Path(folder.name), stack, self._progress, task, row)
+            try:
+                yield stage
+            except Exception as error:
+                stage.fault(f"{type(error).__name__}: {error}"[:2000])
             self._progress.update(task, completed=steps)
 
 
@@ -74,8 +82,6 @@ class Stage:
 
 def progress_bar() -> Progress:
     """Return the bar, on standard error; where that is no terminal only the lines of ``step`` are seen."""
-    from rich.console import Console
-
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import smtplib
 import subprocess
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -103,12 +104,10 @@ def start(stack: ExitStack, folder: Path, primary: int, backup: int) -> int:
 
 
 def _greets(process: subprocess.Popen[bytes], port: int, folder: Path) -> bool:
-    import smtplib
-
     assert process.poll() is None, f"Exim ended: {_log(folder)}"
     try:
         with smtplib.SMTP("127.0.0.1", port, timeout=5) as client:
-            return client.noop()[0] == 250
+            return bool(client.noop()[0] == 250)
     except OSError:
         return False
 

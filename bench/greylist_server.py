@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import time
 from dataclasses import dataclass, field
+from typing import cast
 
 import uvloop
 
@@ -33,9 +34,8 @@ class Session(asyncio.Protocol):
         self._in_data = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.write(b"220 grey.example ESMTP\r\n")
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's are of no class of asyncio's
+        self._transport.write(b"220 grey.example ESMTP\r\n")
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,8 @@ from bench.results import Curve, Row
 
 def draw(row: Row, folder: Path) -> bool:
     """Draw a row's bars and curves into ``<row>-<what>.png``. Returns whether that was possible."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
+    if importlib.util.find_spec("matplotlib") is None:
         return False
-    mpl.use("Agg")
     if any(figure.metric in row.bars for figure in row.figures):
         _bars(row, folder / f"{row.name}-bars.png")
     for plot in dict.fromkeys(curve.plot for curve in row.curves):
@@ -25,12 +23,17 @@ def draw(row: Row, folder: Path) -> bool:
     return True
 
 
-def _bars(row: Row, path: Path) -> None:
-    from matplotlib import pyplot
+def _canvas(size: tuple[float, float]) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # noqa: PLC0415  (may not be installed)
 
+    figure = Figure(figsize=size)  # no pyplot: no display, nothing kept in memory
+    return figure, figure.subplots()
+
+
+def _bars(row: Row, path: Path) -> None:
     metrics = [metric for metric in row.bars if any(f.metric == metric for f in row.figures)]
     subjects = list(dict.fromkeys(f.subject for f in row.figures if f.metric in metrics))
-    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.5 * len(subjects)))
+    figure, axes = _canvas((9, 1 + 0.5 * len(subjects)))
     height = 0.8 / len(metrics)
     for n, metric in enumerate(metrics):
         for place, subject in enumerate(subjects):
@@ -48,9 +51,7 @@ def _bars(row: Row, path: Path) -> None:
 
 
 def _curves(row: Row, plot: str, curves: Sequence[Curve], path: Path) -> None:
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 4.5))
+    figure, axes = _canvas((9, 4.5))
     for curve in curves:
         if plot.startswith("distribution"):
             ordered = sorted(curve.x)
@@ -69,11 +70,8 @@ def _curves(row: Row, plot: str, curves: Sequence[Curve], path: Path) -> None:
 
 
 def _finish(figure: Any, axes: Any, title: str, path: Path) -> None:
-    from matplotlib import pyplot
-
     axes.set_title(title, fontsize=10)
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)

@@ -39,21 +39,27 @@ def markdown(
     for row in rows:
         parts.append(f"## {row.title}")
         parts += [f"**FAULT:** {fault}" for fault in row.faults]
-        parts.append(table(row.figures))
+        parts.append(tables(row.figures))
         parts += [f"- {note}" for note in row.notes]
         parts += [f"![{name}]({name}.png)" for name in sorted(images) if name.startswith(f"{row.name}-")]
     parts += ["## The machine", _table(("what", ""), list(machine.items()))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def table(figures: Sequence[Figure]) -> str:
-    """Return subjects against metrics: the median, and in parentheses the least and the greatest of the rounds."""
-    metrics = list(dict.fromkeys((f.metric, f.unit) for f in figures))
-    subjects = list(dict.fromkeys(f.subject for f in figures))
-    found = {(f.subject, f.metric): f for f in figures}
-    head = ("", *(f"{metric} ({unit})" if unit else metric for metric, unit in metrics))
-    body = [(s, *(_cell(found.get((s, metric))) for metric, _ in metrics)) for s in subjects]
-    return _table(head, body)
+def tables(figures: Sequence[Figure]) -> str:
+    """Return subjects against metrics, one table for all subjects of which the same was measured.
+
+    A cell is the median, and in parentheses the least and the greatest of the rounds.
+    """
+    measured: dict[str, dict[tuple[str, str], Figure]] = {}
+    for figure in figures:
+        measured.setdefault(figure.subject, {})[figure.metric, figure.unit] = figure
+    parts = []
+    for metrics in dict.fromkeys(tuple(found) for found in measured.values()):
+        head = ("", *(f"{metric} ({unit})" if unit else metric for metric, unit in metrics))
+        of = {subject: found for subject, found in measured.items() if tuple(found) == metrics}
+        parts.append(_table(head, [(s, *(_cell(found[m]) for m in metrics)) for s, found in of.items()]))
+    return "\n\n".join(parts)
 
 
 def number(value: float) -> str:
@@ -61,9 +67,7 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _cell(figure: Figure | None) -> str:
-    if figure is None:
-        return ""
+def _cell(figure: Figure) -> str:
     if len(figure.values) == 1:
         return number(figure.median)
     return f"{number(figure.median)} ({number(min(figure.values))}-{number(max(figure.values))})"

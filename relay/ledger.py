@@ -51,7 +51,6 @@ def _script(name: str) -> str:
     return resources.files("relay").joinpath("lua", name + ".lua").read_text(encoding="utf-8")
 
 
-_ADOPT = _script("adopt")
 _RELEASE = _script("release")
 _DISCARD = _script("discard")
 _HOLD = _script("hold")
@@ -175,14 +174,6 @@ def register(pipe: Pipe, destinations: Iterable[Destination]) -> None:
     definitions = {d.name: d.to_json() for d in destinations}
     if definitions:
         pipe.hset(DESTINATIONS, mapping=definitions)
-
-
-def adopt(pipe: Pipe, place: str, owner: str, hold_seconds: float) -> None:
-    """Register a relay process at its place; what its dead predecessors there had staged becomes uncertain.
-
-    Result: the ids of those messages. Their clients never heard our 2xx and send again.
-    """
-    pipe.eval(_ADOPT, 0, place, owner, str(hold_seconds))
 
 
 def stage(pipe: Pipe, messages: Sequence[Staged]) -> None:

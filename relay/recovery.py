@@ -51,6 +51,17 @@ def abandon(connection: Redis, owner: str, hold_seconds: float) -> list[str]:
     return held
 
 
+def take_over(connection: Redis, place: str, owner: str, hold_seconds: float) -> list[str]:
+    """Register a relay process at its place, and abandon what its dead predecessors there had staged. Returns the ids.
+
+    A place (host, state folder, name of the process) has one process at a time.
+    """
+    connection.hset(ledger.OWNERS, owner, place)
+    owners = cast("dict[bytes, bytes]", connection.hgetall(ledger.OWNERS))
+    dead = [other.decode() for other, where in owners.items() if where.decode() == place and other.decode() != owner]
+    return [message_id for other in dead for message_id in abandon(connection, other, hold_seconds)]
+
+
 def hold_overdue(connection: Redis, hold_seconds: float) -> list[str]:
     """Make everything uncertain that is staged for longer than its owner would. Returns the ids."""
     held: list[str] = []

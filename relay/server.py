@@ -21,7 +21,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from relay import ledger, maillog
+from relay import ledger, maillog, recovery
 from relay.dispatch import Dispatcher
 from relay.envelope import IdSource
 from relay.importer import Importer
@@ -228,18 +228,16 @@ class _Relay:
     async def _introduce(self) -> None:
         """Tell the ledger who we are and where copies go; take over what our dead predecessors had staged."""
         me = f"{socket.gethostname()} {self._settings.state_dir} {self._context.name}"
-        destinations = [d for d in (self._settings.primary, *self._settings.backups) if d is not None]
         try:
             async with self._redis.pipeline(transaction=True) as pipe:
-                ledger.register(pipe, destinations[1:])
-                ledger.adopt(pipe, me, self._front.ids.owner, self._settings.relay.uncertain_hold)
-                held = (await pipe.execute())[-1]
+                ledger.register(pipe, self._settings.backups)
+                await pipe.execute()
+            hold_seconds = self._settings.relay.uncertain_hold
+            await asyncio.to_thread(recovery.take_over, self._jobs, me, self._front.ids.owner, hold_seconds)
         except (RedisError, OSError) as error:
             maillog.ledger_trouble("start of a relay process", error)
             return
         self._introductions.set()
-        for message_id in held:
-            maillog.abandoned(message_id.decode(), self._settings.relay.uncertain_hold)
 
     async def _monitor(self) -> None:
         """Look how Redis is, and introduce us as soon as it answers."""

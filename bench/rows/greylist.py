@@ -61,7 +61,8 @@ def run(course: Course) -> Row:
         ]
         row.curves = [Curve("copies pending", f"{rate} msg/s", *zip(*samples, strict=True))]
         row.notes.append(
-            f"{rate} new recipients a second for {seconds} s; accepted {grey} s after the first try; retry.first {first} s"
+            f"{rate} new recipients a second for {seconds} s, accepted {grey} s after the first try; "
+            f"retry.first {first} s"
         )
         stage.step(f"{sent} messages, {deferred} deferrals, nothing pending {clearing:.1f} s after the last")
     return row

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import redis
 
@@ -97,7 +97,7 @@ def _cycle(client: redis.Redis, messages: Iterator[Staged], batches: int) -> dic
     """Take messages through their life, phase by phase: microseconds of Redis, and of waiting, per message."""
     work = [_take(messages, _BATCH) for _ in range(batches)]
     acts: dict[str, Callable[[Any, list[Staged]], None]] = {
-        "stage": lambda pipe, batch: ledger.stage(pipe, batch),
+        "stage": ledger.stage,
         "release": lambda pipe, batch: ledger.release(pipe, _released(batch)),
         "claim": lambda pipe, batch: ledger.claim(pipe, _NAME, "job", "worker", 60, [m.id for m in batch]),
         "settle": lambda pipe, batch: ledger.settle(pipe, _NAME, [m.id for m in batch]),
@@ -217,7 +217,7 @@ class _Probe:
         self._url = url
         self.found: dict[str, float] = {}
 
-    def __enter__(self) -> _Probe:
+    def __enter__(self) -> Self:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.redis_probe", self._url],
             cwd=ROOT,

@@ -1,0 +1,140 @@
+"""The courier alone, in the test's loop, between a real Redis and a real server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import redis
+from rq.registry import FailedJobRegistry, ScheduledJobRegistry
+
+from ledger_contents import Contents, settings
+from reactions import Gate, Silence
+from relay import ledger
+from scripted_server import ScriptedServer
+from workers.courier import Courier
+from workers.jobs import Interrupted
+
+
+@asynccontextmanager
+async def courier(redis_url: str, backup: ScriptedServer, **options: str) -> AsyncIterator[Courier]:
+    """A courier for "new", drained at the end."""
+    made = Courier(settings(**options), backup.destination("new"), "worker", redis_url)
+    await made.start()
+    try:
+        yield made
+    finally:
+        await made.drain()
+
+
+@pytest.fixture
+def contents(redis_client: redis.Redis, backup: ScriptedServer) -> Contents:
+    made = Contents(redis_client, "new")
+    made.register(backup.destination("new"))
+    return made
+
+
+async def test_what_a_job_defers_leaves_as_one_job(
+    contents: Contents, redis_url: str, redis_client: redis.Redis, backup: ScriptedServer
+) -> None:
+    """Greylisting of many at once makes one scheduled job, which owns them all."""
+    ids = [contents.pending() for _ in range(40)]
+    backup.replies["RCPT"] = "450 4.2.0 greylisted"
+    async with courier(redis_url, backup) as made:
+        await made.deliver("job", ids)
+    (job,) = ScheduledJobRegistry("backup-new", connection=redis_client).get_job_ids()
+    states = redis_client.hgetall(ledger.OWN + "new")
+    assert len(states) == 40
+    assert {ledger.CopyState.from_wire(s).job for s in states.values()} == {job}
+    assert not redis_client.zcard(ledger.BUSY + "new")
+
+
+async def test_claimed_once(contents: Contents, redis_url: str, backup: ScriptedServer) -> None:
+    """Two jobs with the same copies deliver them once."""
+    ids = [contents.pending() for _ in range(10)]
+    async with courier(redis_url, backup) as made:
+        await made.deliver("one", ids)
+        await made.deliver("two", ids)
+    assert len(backup.messages) == 10
+
+
+async def test_a_large_body_is_fetched_in_its_turn(contents: Contents, redis_url: str, backup: ScriptedServer) -> None:
+    """A body that does not fit into a read-ahead arrives like any other."""
+    import os
+
+    body = b"Subject: large\r\n\r\n" + b"\r\n".join(os.urandom(400).hex().encode() for _ in range(2000)) + b"\r\n"
+    message_id = contents.pending(body=body)
+    async with courier(redis_url, backup) as made:
+        await made.deliver("job", [message_id])
+    assert backup.messages[0].wire == body
+
+
+async def test_a_missing_body_is_counted_and_removed(
+    contents: Contents, redis_url: str, redis_client: redis.Redis, backup: ScriptedServer
+) -> None:
+    """Pending without a body: logged, removed, and the others of the job go out."""
+    lost, kept = contents.pending(), contents.pending()
+    redis_client.delete(ledger.MESSAGE + lost)
+    async with courier(redis_url, backup) as made:
+        await made.deliver("job", [lost, kept])
+    assert len(backup.messages) == 1
+    assert redis_client.zcard(ledger.PENDING + "new") == 0
+
+
+async def test_drained_in_the_middle(
+    contents: Contents, redis_url: str, redis_client: redis.Redis, backup: ScriptedServer
+) -> None:
+    """Told to drain, it finishes what is under way, gives the rest back untried, and says so."""
+    import asyncio
+
+    ids = [contents.pending() for _ in range(30)]
+    gate = Gate()
+    backup.replies["."] = (gate, None)
+    made = Courier(settings(), backup.destination("new"), "worker", redis_url)
+    await made.start()
+    job = asyncio.ensure_future(made.deliver("job", ids))
+    await gate.arrival()
+    draining = asyncio.ensure_future(made.drain())
+    await asyncio.sleep(0)
+    gate.open()
+    with pytest.raises(Interrupted):
+        await job
+    await draining
+    assert len(backup.messages) + redis_client.zcard(ledger.PENDING + "new") == 30
+    assert not redis_client.zcard(ledger.BUSY + "new")
+    assert not made.accepting
+
+
+async def test_a_server_that_says_nothing_pauses_the_destination(
+    contents: Contents, redis_url: str, redis_client: redis.Redis, backup: ScriptedServer
+) -> None:
+    """A black hole costs one deadline, opens the breaker, and burns no copy."""
+    import asyncio
+
+    ids = [contents.pending() for _ in range(5)]
+    backup.replies["CONNECT"] = Silence()
+    async with courier(redis_url, backup, relay_timeout_seconds="0.3") as made:
+        job = asyncio.ensure_future(made.deliver("job", ids))
+        while made.accepting:
+            await asyncio.sleep(0.01)
+        backup.replies.clear()
+        backup.drop()
+        await job
+    assert len(backup.messages) == 5
+    assert not redis_client.hlen(ledger.OWN + "new")
+
+
+async def test_what_cannot_be_represented_is_failed_with_advice(
+    contents: Contents, redis_url: str, redis_client: redis.Redis, backup: ScriptedServer
+) -> None:
+    """A copy larger than the backup takes is in the failed list at once, and never tried."""
+    backup.extensions[:] = ["PIPELINING", "SIZE 10"]
+    message_id = contents.pending()
+    async with courier(redis_url, backup) as made:
+        await made.deliver("job", [message_id])
+    (job,) = FailedJobRegistry("backup-new", connection=redis_client).get_job_ids()
+    state = ledger.CopyState.from_wire(redis_client.hget(ledger.FAILURE + "new", message_id))
+    assert state.job == job
+    assert "raise its size limit" in state.last_reply
+    assert not backup.transactions
