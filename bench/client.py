@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
@@ -163,9 +164,9 @@ async def play(stream: Stream, watch: Callable[[float], None] | None = None) -> 
 
 
 class Crowd(NamedTuple):
-    """What became of a crowd: how often somebody was sent away for now, and what was said for good."""
+    """What became of a crowd: how often which answer sent somebody away for now, and what was said for good."""
 
-    sent_away: int
+    sent_away: Counter[str]
     refused: list[str]
 
 
@@ -174,8 +175,9 @@ async def all_at_once(port: int, body: bytes, clients: int, *, gather: float = 0
 
     With ``gather`` each keeps its dot back until all have sent the rest, or so many seconds have passed.
     """
-    left, sent_away = clients, 0
+    left = clients
     refused: list[str] = []
+    sent_away: Counter[str] = Counter()
     together = asyncio.Event()
 
     async def once() -> None:
@@ -197,17 +199,17 @@ async def all_at_once(port: int, body: bytes, clients: int, *, gather: float = 0
             connection.close()
 
     async def one(number: int) -> None:
-        nonlocal sent_away
         source = random.Random(number)
         deadline = time.monotonic() + _SECONDS
         while True:
             try:
                 return await once()
             except (Refused, OSError, TimeoutError) as error:
-                if not str(error).startswith("4") or time.monotonic() > deadline:
-                    refused.append(str(error) or type(error).__name__)
+                text = str(error) or type(error).__name__
+                if not text.startswith("4") or time.monotonic() > deadline:
+                    refused.append(text)
                     return None
-            sent_away += 1
+                sent_away[text] += 1
             await asyncio.sleep(source.uniform(*_AGAIN))
 
     await asyncio.gather(*(one(number) for number in range(clients)))

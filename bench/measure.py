@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from bench import usage
 from bench.peers import Peer
 from bench.source import Load, Source
 
@@ -38,6 +39,7 @@ class Run:
     cleared: float = 0.0
     faults: list[str] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    cpu: dict[str, float] = field(default_factory=dict)  # milliseconds of a core per message, by kind of process
 
     @property
     def accepted_rate(self) -> float:
@@ -59,11 +61,16 @@ def run(peer: Peer, what: Load, deadline: float | None = None) -> Run:
     before = peer.arrived()
     goal = tuple(n + what.count for n in before)
     deadline = deadline or _PATIENCE + what.count / _SLOWEST
+    kinds = peer.processes()
+    spent = {kind: usage.cpu_seconds(pids) for kind, pids in kinds.items()}
     source = Source(peer.port, what)
     try:
         _watch(peer, source, result, before, goal, deadline)
     finally:
         source.kill()
+    # Processes that came and went meanwhile are in their parents' clocks, those that are still there are looked up.
+    for kind, pids in peer.processes().items():
+        result.cpu[kind] = 1000 * max(0.0, usage.cpu_seconds(pids) - spent.get(kind, 0.0)) / what.count
     if source.trouble:
         result.faults.append(f"{peer.name}: {source.trouble}")
     elif not result.faults:

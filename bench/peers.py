@@ -15,7 +15,7 @@ from pathlib import Path
 import redis
 
 import postfix_instance
-from bench import exim, programs
+from bench import exim, programs, usage
 from load import SmtpSink
 from postfix_instance import PostfixInstance
 from product import Product
@@ -36,6 +36,7 @@ class Peer:
     pending: Callable[[], int] = lambda: 0  # copies that it knows it still owes
     faults: Callable[[], list[str]] = list  # what should be empty and is not
     product: Product | None = None
+    processes: Callable[[], dict[str, list[int]]] = dict  # by what they do
 
     @property
     def target_names(self) -> tuple[str, ...]:
@@ -84,6 +85,7 @@ def smtp_dup(
         pending=lambda: _pending(client, names),
         faults=lambda: _faults(client, product, names),
         product=product,
+        processes=lambda: usage.kinds(product),
     )
 
 
@@ -114,14 +116,18 @@ def postfix_bcc(stack: ExitStack) -> Peer:
     """Make Postfix with a bcc map: the same job, by the usual means."""
     primary, backup = sink(stack), sink(stack)
     instance = stack.enter_context(PostfixInstance.bcc(primary.port, backup.port))
-    return Peer("Postfix with a copy", instance.port, (primary, backup))
+    return Peer("Postfix with a copy", instance.port, (primary, backup), processes=_tree(str(instance.directory)))
 
 
 def postfix_alone(stack: ExitStack) -> Peer:
     """Make Postfix that sends to the primary only."""
     primary = sink(stack)
     instance = stack.enter_context(PostfixInstance.front(primary.port))
-    return Peer("Postfix without a copy", instance.port, (primary,))
+    return Peer("Postfix without a copy", instance.port, (primary,), processes=_tree(str(instance.directory)))
+
+
+def _tree(mark: str) -> Callable[[], dict[str, list[int]]]:
+    return lambda: {"all": usage.tree(mark)}
 
 
 def plain_relay(stack: ExitStack, *, keep: bool) -> Peer:
@@ -129,8 +135,9 @@ def plain_relay(stack: ExitStack, *, keep: bool) -> Peer:
     primary, backup = sink(stack), sink(stack)
     port = free_port()
     words = [str(port), str(primary.port), str(backup.port), *(["--keep"] if keep else [])]
-    programs.start(stack, "plain_relay", *words, port=port)
-    return Peer("plain relay, pooled" if keep else "plain relay", port, (primary, backup))
+    process = programs.start(stack, "plain_relay", *words, port=port)
+    name = "plain relay, pooled" if keep else "plain relay"
+    return Peer(name, port, (primary, backup), processes=lambda: {"all": [process.pid]})
 
 
 def direct(stack: ExitStack) -> Peer:
@@ -143,7 +150,7 @@ def exim_unseen(stack: ExitStack, folder: Path) -> Peer:
     """Make Exim with an ``unseen`` router for the copy."""
     primary, backup = sink(stack), sink(stack)
     port = exim.start(stack, folder / "exim", primary.port, backup.port)
-    return Peer("Exim with a copy", port, (primary, backup))
+    return Peer("Exim with a copy", port, (primary, backup), processes=_tree(str(folder / "exim")))
 
 
 def competitors(stack: ExitStack, folder: Path, wanted: tuple[str, ...] = ()) -> list[Peer]:

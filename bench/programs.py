@@ -13,14 +13,17 @@ from lifetime import tied
 from waiting import wait_until
 
 
-def start(stack: ExitStack, module: str, *words: str, port: int) -> subprocess.Popen[bytes]:
-    """Run ``python -m bench.<module>`` until the end of the stack; returns when its port is listened on."""
+def start(stack: ExitStack, module: str, *words: str, port: int, told: bool = False) -> subprocess.Popen[bytes]:
+    """Run ``python -m bench.<module>`` until the end of the stack; returns when the port is listened on.
+
+    One that is ``told`` things has a pipe as its standard input.
+    """
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
     process = subprocess.Popen(
         tied([sys.executable, "-m", f"bench.{module}", *words]),
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": path},
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE if told else subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is ours; we stop it
     )
     stack.callback(stop, process)

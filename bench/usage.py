@@ -33,6 +33,15 @@ def kinds(product: Product) -> dict[str, list[int]]:
     return found
 
 
+def tree(mark: str) -> list[int]:
+    """Return a child of ours with this in its command line, and all that descends from it."""
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if any(mark in word for word in child.cmdline()):
+                return [child.pid, *(below.pid for below in child.children(recursive=True))]
+    return []
+
+
 def cpu_seconds(processes: Iterable[int]) -> float:
     """Return the CPU time that processes have used so far, their ended children's included."""
     total = 0.0

@@ -253,11 +253,11 @@ def _in_a_line(error: Exception) -> str | None:
 
     from relay.composition import StartError  # noqa: PLC0415
     from relay.embedded import EmbeddedError  # noqa: PLC0415
-    from relay.envelope import MalformedRecord  # noqa: PLC0415
+    from relay.envelope import BodyElsewhere, MalformedRecord  # noqa: PLC0415
     from relay.operations import Trouble  # noqa: PLC0415
     from relay.reading import Unknown  # noqa: PLC0415
 
-    if isinstance(error, Trouble | Unknown | MalformedRecord | StartError | EmbeddedError):
+    if isinstance(error, Trouble | Unknown | MalformedRecord | BodyElsewhere | StartError | EmbeddedError):
         return printable(str(error))
     if isinstance(error, RedisError):
         return f"Redis: {error}"

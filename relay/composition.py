@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,14 +107,17 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = ()) -> int:
             raise StartError(str(error)) from error
         url, children = _redis(settings, role, ends)
         _warn_of_lost_promises(settings, url)
+        listening = [s for place in places for s in place.sockets] + ([listener] if listener else [])
         if listener:
-            children.append(_status(settings, listener, url, places))
+            children.append(_holding([listener], listening, _status(settings, listener, url, places)))
         if role.delivers:
             destinations = _destinations(settings, url)
-            children += [_housekeeping(settings, destinations, url), *_workers(settings, destinations, url)]
-        children += [_relay(n, settings, places, url) for n in range(len(places))]
+            delivering = [_housekeeping(settings, destinations, url), *_workers(settings, destinations, url)]
+            children += [_holding([], listening, child) for child in delivering]
+        children += [_holding(p.sockets, listening, _relay(n, settings, p, url)) for n, p in enumerate(places)]
+        children += [_holding([], listening, child) for child in extra]
         early.check()
-        status_code = Supervisor([*children, *extra], on_ready=lambda: _tell(settings, role)).run()
+        status_code = Supervisor(children, on_ready=lambda: _tell(settings, role)).run()
         early.end()
         return status_code
 
@@ -291,20 +294,32 @@ def _with_password(destination: Destination) -> Destination:
 # The children --------------------------------------------------------------------------------------------------
 
 
-def _relay(number: int, settings: Settings, places: Sequence[Place], url: str) -> Child:
+def _holding(own: Sequence[socket.socket], listening: Sequence[socket.socket], child: Child) -> Child:
+    """Have a child close all listening sockets but its own, which it was forked with.
+
+    Kept open they would take connections that nobody accepts, once their process has ended, and a child that drains
+    while its supervisor is dead would keep the port from the next start.
+    """
+    run = child.run
+    if run is None:  # a program: sockets are not inherited
+        return child
+
+    def run_apart(context: ChildContext) -> int:
+        for sock in listening:
+            if sock not in own:
+                sock.close()
+        return run(context)
+
+    return replace(child, run=run_apart)
+
+
+def _relay(number: int, settings: Settings, place: Place, url: str) -> Child:
     def be_relay(context: ChildContext) -> int:
         from relay import server  # noqa: PLC0415
 
-        # Another's sockets kept open here would take connections that nobody accepts, once that one has ended.
-        _close(s for n, place in enumerate(places) if n != number for s in place.sockets)
-        return server.serve(context, settings, places[number], url)
+        return server.serve(context, settings, place, url)
 
     return Child(f"relay-{number + 1}", run=be_relay, stage=_RELAY)
-
-
-def _close(sockets: Iterable[socket.socket]) -> None:
-    for sock in sockets:
-        sock.close()
 
 
 def _status(settings: Settings, listener: socket.socket, url: str, places: Sequence[Place]) -> Child:

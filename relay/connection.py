@@ -84,6 +84,7 @@ class Connection(asyncio.Protocol):
         "destination",
         "extensions",
         "in_data",
+        "introduced",
         "is_dirty",
         "last_used",
         "transactions",
@@ -99,6 +100,7 @@ class Connection(asyncio.Protocol):
         self.transactions = 0  # MAIL commands sent
         self.in_data = False  # what is written now is body text, so nothing but the dot or a close may follow
         self.is_dirty = False  # a MAIL was sent and neither its dot answered nor a RSET sent
+        self.introduced = b""  # the XCLIENT command that holds on it
         self._owed: deque[bytes] = deque()  # verbs whose replies have not come
         self._ready: deque[Reply] = deque()  # replies that came before they were awaited
         self._waiter: asyncio.Future[Reply] | None = None

@@ -1,13 +1,13 @@
-"""Reading the body of a DATA command: in chunks, up to CRLF.CRLF and nothing else (RFC 5321 4.1.1.4).
+"""Reading a body: of DATA up to CRLF.CRLF and nothing else (RFC 5321 4.1.1.4), and at a pace that is bearable.
 
-Bytes are passed on as they came, dot-stuffed; only the end-of-data line is kept back. Other line ends
-around a dot (LF.LF, CR.CR) travel inside the body: taking them as the end is how mail is smuggled.
-A client that goes away before the end raises ClientGone.
+The octets come out as they came, dot-stuffed; only the end-of-data line is kept back. Other line ends around a dot
+(LF.LF, CR.CR) are part of the body: taking them as the end is how mail is smuggled. A client that goes away before
+the end, or that is too slow, raises ClientGone.
 """
 
 from __future__ import annotations
 
-from asyncio import StreamReader
+from relay.channel import Channel
 
 _END = b"\r\n.\r\n"
 
@@ -41,7 +41,33 @@ class EndOfData:
         return data[start : len(data) - self._held]
 
 
-def unread(reader: StreamReader, data: bytes) -> None:
-    """Put bytes back in front of the reader's buffer: a pipelining client's next commands."""
-    # StreamReader has no public way; aiosmtpd itself works on this attribute.
-    reader._buffer[:0] = data  # type: ignore[attr-defined]  # noqa: SLF001
+class Pace:
+    """The time that a client may take for one message: a while without a word, and in all what a slow line needs.
+
+    Without the second, an octet a minute would hold a connection to the primary for days.
+    """
+
+    __slots__ = ("_idle_seconds", "_left", "_rate")
+
+    def __init__(self, idle_seconds: float, rate: int) -> None:
+        """``rate`` is in octets a second; 0 is any."""
+        self._idle_seconds = self._left = idle_seconds
+        self._rate = rate
+
+    async def read(self, channel: Channel, most: int) -> bytes:
+        """Return what has come of the body. Raises ClientGone."""
+        begun = channel.loop.time()
+        chunk = await channel.read_chunk(min(self._idle_seconds, self._left), most)
+        if not chunk:
+            raise ClientGone
+        if self._rate:
+            self._left += len(chunk) / self._rate - (channel.loop.time() - begun)
+        return chunk
+
+    async def read_line(self, channel: Channel, seconds: float, limit: int) -> bytes | None:
+        """Return the command between two parts of the body, as Channel.read_line does."""
+        begun = channel.loop.time()
+        line = await channel.read_line(min(seconds, self._left), limit)
+        if self._rate:
+            self._left -= channel.loop.time() - begun
+        return line

@@ -180,6 +180,14 @@ def _hosts(host: str) -> frozenset[str]:
     return frozenset({str(address)})
 
 
+def is_loopback(host: str) -> bool:
+    """Say whether only this machine can reach what listens on host ("" stands for all interfaces)."""
+    try:
+        return bool(host) and all(ipaddress.ip_address(address).is_loopback for address in _hosts(host))
+    except ValueError:
+        return False  # a name: where it leads is not asked here
+
+
 def _is_this_machine(host: str) -> bool:
     """Say whether host is one of our own, without asking the network."""
     own = socket.gethostname().lower()

@@ -8,6 +8,7 @@ reconciler finds it. Queue name, function name and serializer are a wire format 
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -20,7 +21,6 @@ from rq.job import Job, JobStatus, Retry
 from rq.serializers import JSONSerializer
 
 from relay import maillog
-from relay.envelope import Destination
 
 FUNCTION = "workers.jobs.deliver"
 JOB_OPTIONS: dict[str, Any] = {
@@ -83,11 +83,11 @@ def schedule(pipe: Any, target: Queue, job: Job, when: datetime) -> None:
 class Dispatcher:
     """Collects released ids of one process and turns them into one job per backup and window."""
 
-    def __init__(self, connection: Redis, backups: Sequence[Destination]) -> None:
+    def __init__(self, connection: Redis) -> None:
         self._connection = connection
-        self._queues = {d.name: queue(connection, d.name) for d in backups}
-        self._waiting: dict[str, list[str]] = {d.name: [] for d in backups}
-        self._windows = dict.fromkeys(self._waiting, _WINDOW)
+        # By name, as they come: the spool may hold copies for a backup that is no longer configured.
+        self._waiting: defaultdict[str, list[str]] = defaultdict(list)
+        self._windows: defaultdict[str, float] = defaultdict(lambda: _WINDOW)
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._flights: dict[str, asyncio.Task[None]] = {}
         # One RQ write at a time, in a thread of their own: while Redis hangs, nobody else's thread is taken.
@@ -95,10 +95,7 @@ class Dispatcher:
 
     def add(self, destination: str, message_id: str) -> None:
         """Take a released id; its job is written within the window."""
-        if destination not in self._queues:  # released under earlier settings: in the spool, or by a note there
-            self._queues[destination] = queue(self._connection, destination)
-            self._windows[destination] = _WINDOW
-        waiting = self._waiting.setdefault(destination, [])
+        waiting = self._waiting[destination]
         waiting.append(message_id)
         if destination in self._flights:
             return
@@ -146,7 +143,7 @@ class Dispatcher:
                 self._timers[destination] = loop.call_later(self._windows[destination], self._start, destination)
 
     def _write(self, destination: str, ids: Sequence[str]) -> int:
-        target = self._queues[destination]
+        target = queue(self._connection, destination)
         with self._connection.pipeline(transaction=True) as pipe:
             enqueue(pipe, target, destination, ids)
             pipe.llen(target.key)

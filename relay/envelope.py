@@ -20,6 +20,7 @@ import zstandard
 RECORD_VERSION = 1
 _HEADER = struct.Struct("!BBI")  # version, flags, length of the envelope JSON in bytes
 _FLAG_ZSTD = 1
+_FLAG_ELSEWHERE = 2  # instead of the body: JSON of the host and the path of the file that has the whole record
 _COMPRESS_FROM = 512  # bytes; below this zstd's frame eats what it saves
 _ID_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford base 32: no i, l, o, u
 _REPLY_LINE_LIMIT = 512  # RFC 5321 4.5.3.1.5
@@ -27,6 +28,15 @@ _REPLY_LINE_LIMIT = 512  # RFC 5321 4.5.3.1.5
 
 class MalformedRecord(ValueError):
     """A stored message that this version cannot read; it is set aside, never dropped."""
+
+
+class BodyElsewhere(Exception):
+    """A stored message whose body has been moved to a file; ``host`` and ``path`` say where."""
+
+    def __init__(self, host: str, path: str) -> None:
+        super().__init__(f"the body is kept on host {host} in {path}")
+        self.host = host
+        self.path = path
 
 
 class IdSource:
@@ -210,10 +220,20 @@ class Message:
         return b"".join((_HEADER.pack(RECORD_VERSION, flags, len(head)), head, body))
 
     @classmethod
+    def stub(cls, record: bytes, host: str, path: str) -> bytes:
+        """Return a stored record without its body, which has been moved. Raises MalformedRecord."""
+        _, start, _ = cls._head(record)
+        head = record[_HEADER.size : start]
+        where = json.dumps([host, path]).encode("ascii")
+        return b"".join((_HEADER.pack(RECORD_VERSION, _FLAG_ELSEWHERE, len(head)), head, where))
+
+    @classmethod
     def unpack(cls, record: bytes) -> Message:
-        """Read a stored record. Raises MalformedRecord."""
+        """Read a stored record. Raises MalformedRecord, BodyElsewhere."""
         envelope, start, flags = cls._head(record)
         body = record[start:]
+        if flags & _FLAG_ELSEWHERE:
+            raise BodyElsewhere(*json.loads(body))
         if flags & _FLAG_ZSTD:
             try:
                 body = zstandard.ZstdDecompressor().decompress(body)

@@ -1,7 +1,7 @@
-"""Fault points: places in the flow of a message at which a test stops a process dead, to kill it or its neighbours there.
+"""Fault points: places in the flow of a message at which a test stops a process dead, to kill it or others there.
 
-``SMTPDUP_FAULT=point:n:/path`` has whichever process reaches the point for the n-th time create the path and stop itself
-(SIGSTOP), once: where the path exists, nobody stops. Without the variable a point is a call of an empty function.
+``SMTPDUP_FAULT=point:n:/path`` has whichever process reaches the point for the n-th time create the path and stop
+itself (SIGSTOP), once: where the path exists, nobody stops. Without the variable a point calls an empty function.
 """
 
 from __future__ import annotations

@@ -57,10 +57,15 @@ def header_block(body: bytes) -> bytes:
     return body if end < 0 else body[: end + 2]
 
 
-def count_hops(body: bytes, domain: str) -> tuple[int, int]:
-    """Return how many Received lines the header block has, and how many of them are ours."""
+def count_fields(block: bytes) -> int:
+    """Return how many header fields a header block has; folded lines belong to the one above."""
+    return block.count(b"\r\n") - block.count(b"\r\n ") - block.count(b"\r\n\t")
+
+
+def count_hops(block: bytes, domain: str) -> tuple[int, int]:
+    """Return how many Received lines a header block has, and how many of them are ours."""
     ours = f"by {domain} {_MARK} ".encode("ascii", "replace")
-    lines = _RECEIVED.findall(header_block(body))
+    lines = _RECEIVED.findall(block)
     return len(lines), sum(ours in line for line in lines)
 
 

@@ -11,24 +11,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import json
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError, RedisError
 
-from relay import headers, ledger, maillog, metrics, spool
+from relay import ledger, maillog, metrics
 from relay.dispatch import Dispatcher
-from relay.envelope import Destination, MalformedRecord, Message, owner_of
-from relay.ledger import Released
-from relay.spool import DISCARD, READY, RELEASE, STAGED, TMP, Entry
+from relay.envelope import Destination
+from relay.ledger import Held, Released
+from relay.shelf import Shelf
+from relay.spool import DISCARD, STAGED, Entry
 from relay.watch import Watch
 
 T = TypeVar("T")
@@ -41,24 +39,7 @@ _SHARE = 3  # seconds of rest for each second of work
 _FORGET_AFTER = 60.0  # seconds; by then whatever was on its way to Redis has come or never will
 _TRIES = 3
 _SKIP_SECONDS = 600.0
-
-
-class _Survey(NamedTuple):
-    """What one pass finds to do: ids that Redis must not have staged, mail and notes to bring in, dead owners."""
-
-    ids: list[str]
-    mail: list[Entry]
-    notes: list[Entry]
-    dead: set[str]
-
-
-class _Loaded(NamedTuple):
-    """One file, read."""
-
-    entry: Entry
-    record: bytes
-    released: Released
-    held: bool
+_TROUBLE_SECONDS = 10.0  # until a disk that refused is asked again
 
 
 class Importer:
@@ -74,13 +55,12 @@ class Importer:
         destinations: Sequence[Destination],
         hold_seconds: float,
     ) -> None:
-        self._folder = folder
+        self._shelf = Shelf(folder)
         self._connection = connection
         self._dispatcher = dispatcher
         self._watch = watch
         self._destinations = destinations
         self._hold_seconds = hold_seconds
-        self._name = ""  # of the spool, in Redis
         self._stopping = asyncio.Event()
         self._told: set[str] = set()  # names of files that do not fit, told once
         self._skipped: dict[str, float] = {}  # what Redis refused, and when
@@ -94,13 +74,14 @@ class Importer:
             while not self._stopping.is_set():
                 try:
                     if lock < 0:
-                        lock = await asyncio.to_thread(self._take_over)
+                        lock = await asyncio.to_thread(self._shelf.take_over)
                     if lock >= 0 and self._watch.may_import():
                         await self._once()
                     else:
                         self.waits += 1
                 except OSError as error:
                     maillog.spool_trouble("import", error)
+                    await self._rest(_TROUBLE_SECONDS)
                 except RedisError as error:
                     self._watch.failed(error)
                 await self._rest(_LOOK_SECONDS)
@@ -119,15 +100,15 @@ class Importer:
     # One pass ---------------------------------------------------------------------------------------------------
 
     async def _once(self) -> None:
-        found = await asyncio.to_thread(self._survey)
+        found = await asyncio.to_thread(self._shelf.survey)
         await self._introduce()
         # First of all: what a stage that timed out has left in Redis must not become due by itself.
         for page in _pages(found.ids):
-            await self._execute(partial(ledger.unstage, spool=self._name, ids=page))
+            await self._execute(partial(ledger.unstage, spool=self._shelf.name, ids=page))
         await self._settle_notes(found.notes)
         await self._import(found.mail)
         await self._forget()
-        await asyncio.to_thread(self._bury, found.dead)
+        await asyncio.to_thread(self._shelf.bury, found.dead)
         self.passes += 1
 
     async def _introduce(self) -> None:
@@ -135,7 +116,7 @@ class Importer:
         if not self._destinations:
             return
         definitions = {d.name: d.to_json() for d in self._destinations}
-        known = await asyncio.to_thread(self._definitions, definitions)
+        known = await asyncio.to_thread(self._shelf.definitions, definitions)
         async with self._connection.pipeline(transaction=True) as pipe:
             for name, text in known.items():
                 pipe.hsetnx(ledger.DESTINATIONS, name, text)
@@ -145,14 +126,14 @@ class Importer:
     async def _settle_notes(self, notes: Sequence[Entry]) -> None:
         """Do what a dead process was about to tell Redis."""
         for page in _pages(notes):
-            accepted = await asyncio.to_thread(self._read_notes, page)
+            accepted = await asyncio.to_thread(self._shelf.notes, page)
             refused = [e.id for e in page if e.state == DISCARD]
             if accepted:
                 await self._execute(partial(ledger.release, messages=accepted))
             if refused:
                 await self._execute(partial(ledger.discard, ids=refused))
             self._dispatch(accepted)
-            await asyncio.to_thread(self._delete, [e.name for e in page])
+            await asyncio.to_thread(self._shelf.delete, [e.name for e in page])
 
     async def _import(self, entries: Sequence[Entry]) -> None:
         for batch in _batches(entries):
@@ -195,18 +176,18 @@ class Importer:
         return False
 
     async def _bring_in(self, batch: Sequence[Entry]) -> None:
-        loaded = await asyncio.to_thread(self._load, batch)
+        loaded = await asyncio.to_thread(self._shelf.load, batch)
         if not loaded:
             return
+        ready = [m.released for m in loaded if not m.held]
+        held = [m.released for m in loaded if m.held]
 
         def commands(pipe: Any) -> None:
-            ledger.restage(pipe, self._name, [(m.entry.id, m.record) for m in loaded])
-            ready = [m.released for m in loaded if not m.held]
+            ledger.restage(pipe, self._shelf.name, [(m.entry.id, m.record) for m in loaded])
             if ready:
                 ledger.release(pipe, ready)
-            for m in loaded:
-                if m.held:
-                    ledger.hold(pipe, [ledger.Held(m.entry.id, m.released.digest, self._hold_seconds)])
+            if held:
+                ledger.hold(pipe, [Held(m.id, m.digest, self._hold_seconds) for m in held])
 
         landing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._watch.sent(sum(len(m.record) for m in loaded), landing)
@@ -215,8 +196,8 @@ class Importer:
         finally:
             landing.set_result(None)
         # Also for what had been brought in before: nothing says that we lived long enough then to make its job.
-        self._dispatch([m.released for m in loaded if not m.held])
-        await asyncio.to_thread(self._delete, [m.entry.name for m in loaded])
+        self._dispatch(ready)
+        await asyncio.to_thread(self._shelf.delete, [m.entry.name for m in loaded])
         metrics.unspooled.inc(len(loaded))
         for m in loaded:
             if m.entry.state == STAGED:
@@ -225,17 +206,15 @@ class Importer:
 
     async def _forget(self) -> None:
         """Strike the notes of what was brought in some time ago, once the files are gone for good."""
-        key = ledger.IMPORTED + self._name
+        key = ledger.IMPORTED + self._shelf.name
         now = await self._connection.time()
         while True:
             reply = await self._connection.zrangebyscore(key, "-inf", now[0] - _FORGET_AFTER, start=0, num=_PAGE)
             old = [i.decode() for i in cast("list[bytes]", reply)]
-            left = {e.id for e in await asyncio.to_thread(spool.scan, self._folder)} if old else set()
-            ids = [i for i in old if i not in left]
+            ids = await asyncio.to_thread(self._shelf.gone, old) if old else []
             if not ids:
                 return
-            await asyncio.to_thread(spool.sync, spool.messages(self._folder))
-            await self._execute(partial(ledger.unstage, spool=self._name, ids=ids, strike=True))
+            await self._execute(partial(ledger.unstage, spool=self._shelf.name, ids=ids, strike=True))
 
     async def _execute(self, commands: Callable[[Any], object]) -> None:
         async with self._connection.pipeline(transaction=True) as pipe:
@@ -246,122 +225,6 @@ class Importer:
         for message in released:
             for destination in message.destinations:
                 self._dispatcher.add(destination, message.id)
-
-    # In a thread ------------------------------------------------------------------------------------------------
-
-    def _take_over(self) -> int:
-        """Return the lock's descriptor, -1 while another process has it."""
-        spool.prepare(self._folder)
-        descriptor = os.open(self._folder / "importer.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._name = self._identity()
-        except BlockingIOError:
-            os.close(descriptor)
-            return -1
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
-
-    def _identity(self) -> str:
-        """Return the name under which Redis knows this folder, wherever it is mounted."""
-        path = self._folder / "identity"
-        if not path.exists():
-            _write(path, secrets.token_hex(8).encode("ascii"))
-        return path.read_text("ascii").strip()
-
-    def _definitions(self, new: dict[str, str]) -> dict[str, str]:
-        """Return the destinations that this spool has ever known, the present ones among them, and keep them."""
-        path = self._folder / "destinations.json"
-        try:
-            old = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
-            old = {}
-        except ValueError as error:
-            maillog.spool_trouble(path.name, error)
-            old = {}
-        known = {**old, **new}
-        if known != old:
-            _write(path, json.dumps(known, indent=1).encode("utf-8"))
-        return known
-
-    def _survey(self) -> _Survey:
-        """Look at everything; half-written files of the dead, and what is no file of ours, are set aside."""
-        entries = spool.scan(self._folder)
-        owners = {owner_of(e.id) for e in entries} | {p.name for p in (self._folder / "owners").iterdir()}
-        survey = _Survey([], [], [], {o for o in owners if not spool.is_alive(self._folder, o)})
-        for entry in entries:
-            abandoned = owner_of(entry.id) in survey.dead
-            if not entry.state:
-                self._set_aside(entry.name, "no file of ours")
-            elif entry.state == TMP:
-                if abandoned:
-                    self._set_aside(entry.name, "half written when its relay process died")
-            elif entry.state in {RELEASE, DISCARD}:
-                if abandoned:
-                    survey.notes.append(entry)
-            else:
-                survey.ids.append(entry.id)
-                if abandoned or entry.state != STAGED:
-                    survey.mail.append(entry)
-        return survey
-
-    def _bury(self, dead: set[str]) -> None:
-        left = {owner_of(e.id) for e in spool.scan(self._folder)}
-        for owner in dead - left:
-            spool.forget_owner(self._folder, owner)
-
-    def _load(self, batch: Sequence[Entry]) -> list[_Loaded]:
-        loaded = []
-        for entry in batch:
-            try:
-                record = (spool.messages(self._folder) / entry.name).read_bytes()
-                message = Message.unpack(record)
-                if message.envelope.id != entry.id:
-                    raise MalformedRecord(f"the record of {message.envelope.id}")  # noqa: TRY301
-            except FileNotFoundError:
-                continue
-            except MalformedRecord as error:
-                self._set_aside(entry.name, str(error))
-                continue
-            except OSError as error:  # this one may be readable later; the others are now
-                maillog.spool_trouble(entry.name, error)
-                continue
-            envelope = message.envelope
-            digest = headers.equality_digest(envelope.sender, message.body)
-            addresses = tuple(r.address for r in envelope.recipients)
-            released = Released(envelope.id, envelope.destinations, digest, addresses)
-            loaded.append(_Loaded(entry, record, released, held=entry.state != READY))
-        return loaded
-
-    def _read_notes(self, entries: Sequence[Entry]) -> list[Released]:
-        notes = (self._read_note(e) for e in entries if e.state == RELEASE)
-        return [note for note in notes if note is not None]
-
-    def _read_note(self, entry: Entry) -> Released | None:
-        try:
-            note = json.loads((spool.messages(self._folder) / entry.name).read_bytes())
-            return Released(note["id"], tuple(note["destinations"]), note["digest"], tuple(note["recipients"]))
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            self._set_aside(entry.name, f"unreadable note: {error}")
-            return None
-
-    def _set_aside(self, name: str, reason: str) -> None:
-        target = self._folder / "corrupt" / name
-        if target.exists():
-            target = target.with_name(f"{name}.{secrets.token_hex(4)}")
-        with contextlib.suppress(FileNotFoundError):
-            (spool.messages(self._folder) / name).rename(target)
-            for folder in (target.parent, spool.messages(self._folder)):
-                spool.sync(folder)
-            maillog.spool_set_aside(target.name, reason)
-
-    def _delete(self, names: Sequence[str]) -> None:
-        for name in names:
-            (spool.messages(self._folder) / name).unlink(missing_ok=True)
 
 
 def _pages(items: Sequence[T]) -> list[Sequence[T]]:
@@ -379,13 +242,3 @@ def _batches(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
         size += entry.size
     if batch:
         yield batch
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    spool.sync(path.parent)

@@ -141,12 +141,13 @@ def _read_boolean(value: object) -> bool:
     raise _fail("true or false", value)
 
 
-def choice(*words: str) -> Kind:
-    """One of these words, in any case."""
+def choice(*words: str, **synonyms: str) -> Kind:
+    """One of these words, in any case, or another word for one of them."""
     expected = " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 2 else words)
 
     def read(value: object) -> str:
         word = _text_of(value, expected).lower()
+        word = synonyms.get(word, word)
         if word not in words:
             raise _fail(expected, value)
         return word
@@ -154,7 +155,7 @@ def choice(*words: str) -> Kind:
     return Kind(expected, read)
 
 
-def _read_networks(value: object) -> tuple[Network, ...]:
+def _read_networks(value: object, *, none: bool = False) -> tuple[Network, ...]:
     expected = "networks such as 10.0.0.0/8 or 2001:db8::/32"
     networks, wrong = [], []
     for item in _items_of(value, expected):
@@ -165,7 +166,7 @@ def _read_networks(value: object) -> tuple[Network, ...]:
             wrong.append(quoted(item) + (" (it has host bits set)" if "host bits" in str(error) else ""))
     if wrong:
         raise ValueError(f"expected {expected}, not {', '.join(wrong)}")
-    if not networks:
+    if not networks and not none:
         raise ValueError("expected at least one network (0.0.0.0/0 and ::/0 are everybody)")
     return tuple(networks)
 
@@ -207,8 +208,8 @@ def listen_addresses(text: str) -> tuple[tuple[str, int], ...]:
     return tuple(split_host_port(part.strip()) for part in text.split(",") if part.strip())
 
 
-def listening(*, may_be_off: bool) -> Kind:
-    """One or more listening addresses; "" is off where it may be off, and that is one at most."""
+def listening(*, may_be_off: bool, several: bool = True) -> Kind:
+    """One or more listening addresses; "" is off where it may be off."""
     expected = "host:port, :port (all interfaces) or [IPv6]:port" + (', or "off"' if may_be_off else "")
 
     def read(value: object) -> str:
@@ -219,7 +220,7 @@ def listening(*, may_be_off: bool) -> Kind:
             addresses = listen_addresses(text)
         except ValueError:
             addresses = ()
-        if not addresses or (may_be_off and len(addresses) > 1):
+        if not addresses or (len(addresses) > 1 and not several):
             raise _fail(expected, value)
         return text
 
@@ -266,6 +267,7 @@ BOOLEAN = Kind("true or false", _read_boolean, lambda v: "true" if v else "false
 DESTINATION = Kind("a destination", lambda v: _text_of(v, "host:port or a URL"), mask)
 DESTINATIONS = Kind("destinations", lambda v: tuple(_items_of(v, "destinations, each host:port or a URL")), _joined)
 NETWORKS = Kind("networks", _read_networks, _joined)
+NETWORKS_OR_NONE = Kind("networks", lambda v: _read_networks(v, none=True), _joined)
 DOMAINS = Kind("domains", _read_domains, _joined)
 HOST_NAME = Kind("a host name", _read_host_name)
 PATH = Kind("a path", _read_path, lambda v: str(v) if v else "none")

@@ -63,6 +63,7 @@ _DEFER = _script("defer")
 _FAIL = _script("fail")
 _UNLEASE = _script("unlease")
 _DROP = _script("drop")
+_STOW = _script("stow")
 _OWNERS = _script("owners")
 _REASSIGN = _script("reassign")
 _MOVE = _script("move")
@@ -336,6 +337,11 @@ def move(pipe: Pipe, source: str, target: str, copies: Sequence[Move], *, failed
 def purge(pipe: Pipe, ids: Sequence[str]) -> None:
     """Delete bodies that nobody lists. Result: how many."""
     pipe.eval(_PURGE, 0, *ids)
+
+
+def stow(pipe: Pipe, message_id: str, stub: bytes) -> None:
+    """Replace the record of a message that failed and is pending nowhere. Result: 1, or 0 for not in that state."""
+    pipe.eval(_STOW, 0, message_id, stub)
 
 
 def note_twins(pipe: Pipe, digests: Mapping[str, str]) -> None:

@@ -101,6 +101,26 @@ def command_refused(client: str, command: str, reply: Reply) -> None:
     _event("INFO", "command refused", client=client, command=command, reply=reply.text)
 
 
+def tls_failed(client: str, reason: str) -> None:
+    """A client and we did not come to terms about TLS."""
+    _event("INFO", "tls failed", client=client, reason=reason)
+
+
+def proxy_failed(client: str, reason: str) -> None:
+    """A connection did not begin with a PROXY header that can be used; it was closed."""
+    _event("WARNING", "proxy header refused", client=client, reason=reason)
+
+
+def logged_in(client: str, user: str) -> None:
+    """A user has logged in."""
+    _event("INFO", "logged in", client=client, user=user)
+
+
+def login_refused(client: str, user: str) -> None:
+    """A name and a password that do not belong together, or to nobody."""
+    _event("WARNING", "login refused", client=client, user=user)
+
+
 def uncertain(envelope: Envelope, hold_seconds: float, reason: str) -> None:
     """The primary went away between the dot and its reply."""
     _event(

@@ -10,6 +10,7 @@ from prometheus_client import Counter, Histogram
 connections = Counter("smtpdup_connections_total", "Client connections taken")
 connections_refused = Counter("smtpdup_connections_refused_total", "Client connections turned away at once")
 session_errors = Counter("smtpdup_session_errors_total", "Unforeseen errors in a session, answered 451")
+logins = Counter("smtpdup_logins_total", "Passwords checked: accepted, refused", ["result"])
 messages = Counter(
     "smtpdup_messages_total",
     "Messages by the answer at their end: accepted, refused_4xx, refused_5xx, uncertain (none), own (a rule of ours)",

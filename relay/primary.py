@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from relay import faults, maillog
 from relay.connection import ClientError, Connection, ConnectionGone
 from relay.envelope import Destination, Reply
+from relay.identity import Identity, NotIntroduced, introduce, xforward
 from relay.pool import Pool
 
 _BODY_SECONDS = 180.0  # RFC 5321 4.5.3.2.5, for one chunk
@@ -68,10 +69,13 @@ class Primary:
                 await asyncio.wait([self._probe])
         return SAFE_MINIMUM if self.extensions is None else self.extensions
 
-    async def begin(self, build: Callable[[Mapping[str, str]], bytes]) -> tuple[Transaction | None, Reply]:
+    async def begin(
+        self, build: Callable[[Mapping[str, str]], bytes], identity: Identity = ()
+    ) -> tuple[Transaction | None, Reply]:
         """Send MAIL, as ``build`` makes it for the extensions of the connection that serves (two nodes may differ).
 
-        Returns the transaction, or None with the reply that refuses it. What ``build`` raises passes through.
+        Returns the transaction, or None with the reply that refuses it. What ``build`` raises passes through. The
+        primary is told first who the client is, where it wants to know.
 
         A kept connection that turns out to be dead before it answered anything is replaced unseen.
         """
@@ -80,14 +84,13 @@ class Primary:
                 connection = await self.pool.lease(timeout=self.timeout)
             except ClientError as error:
                 return None, self._unavailable(error)
-            self.extensions = connection.extensions
             reused = connection.transactions > 0
             try:
-                reply = await connection.command(build(connection.extensions), timeout=self.timeout)
+                reply = await self._mail(connection, build, identity)
             except ClientError as error:
                 connection.close()
                 self.pool.give_back(connection)
-                if reused and isinstance(error, ConnectionGone):
+                if reused and isinstance(error, ConnectionGone | NotIntroduced):
                     continue
                 return None, self._unavailable(error)
             except BaseException:
@@ -103,6 +106,27 @@ class Primary:
                 connection.close()
             self.pool.give_back(connection)
             return None, for_client(reply)
+
+    async def _mail(
+        self, connection: Connection, build: Callable[[Mapping[str, str]], bytes], identity: Identity
+    ) -> Reply:
+        if identity or connection.introduced:
+            turned_away = await introduce(connection, identity, hostname=self.pool.hostname, timeout=self.timeout)
+            if turned_away is not None:
+                return turned_away
+        self.extensions = connection.extensions
+        command = build(connection.extensions)
+        forward = [] if connection.introduced else xforward(identity, connection.extensions)
+        if not forward:
+            return await connection.command(command, timeout=self.timeout)
+        if "PIPELINING" in connection.extensions:
+            connection.send(*forward, command)
+            for _ in forward:  # whatever it says to them: they are for its log
+                await connection.reply(timeout=self.timeout)
+            return await connection.reply(timeout=self.timeout)
+        for line in forward:
+            await connection.command(line, timeout=self.timeout)
+        return await connection.command(command, timeout=self.timeout)
 
     def _unavailable(self, error: ClientError) -> Reply:
         maillog.primary_trouble(self.destination.address, error.stage, str(error))

@@ -79,7 +79,7 @@ def envelopes(connection: Any, ids: Sequence[str]) -> list[Envelope | None]:
 
 
 def message(connection: Any, message_id: str) -> Message:
-    """Return a message. Raises UnknownId, MalformedRecord."""
+    """Return a message. Raises UnknownId, MalformedRecord, BodyElsewhere."""
     chunks: list[bytes] = []
     while not chunks or len(chunks[-1]) == _CHUNK:
         start = len(chunks) * _CHUNK

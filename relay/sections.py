@@ -17,6 +17,17 @@ from relay.kinds import PATH, Network, listen_addresses
 from relay.options import OPTIONS
 
 
+def within(address: str, networks: tuple[Network, ...]) -> bool:
+    """Say whether an IP address is in one of the networks; what is no address is in none."""
+    try:
+        client = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(client, ipaddress.IPv6Address) and client.ipv4_mapped:
+        client = client.ipv4_mapped  # an IPv4 client on a socket for both families
+    return any(client in network for network in networks)
+
+
 @dataclass(frozen=True, slots=True)
 class SmtpSettings:
     """What clients meet."""
@@ -30,8 +41,22 @@ class SmtpSettings:
     max_bytes_in_flight: int
     max_hops: int
     max_line_bytes: int
+    max_headers: int
+    max_header_bytes: int
+    max_connections_per_client: int
+    min_data_rate: int
+    bare_newline: str
     allowed_networks: tuple[Network, ...]
     allowed_domains: tuple[str, ...]
+    users_file: Path | None
+    auth_without_tls: bool
+    tls: str
+    tls_certificate: Path | None
+    tls_key: Path | None
+    listen_tls: str
+    xforward_networks: tuple[Network, ...]
+    proxy_protocol: bool
+    proxy_networks: tuple[Network, ...]
     idle_timeout: float
     lease_idle_timeout: float
     greeting_delay: float
@@ -41,15 +66,19 @@ class SmtpSettings:
         """(host, port) of each listening socket; the host "" stands for all interfaces."""
         return listen_addresses(self.listen)
 
+    @property
+    def tls_addresses(self) -> tuple[tuple[str, int], ...]:
+        """(host, port) of each listening socket with TLS from the first octet."""
+        return listen_addresses(self.listen_tls)
+
+    @property
+    def offers_tls(self) -> bool:
+        """Whether a certificate has a use."""
+        return self.tls_certificate is not None and (self.tls != "none" or bool(self.listen_tls))
+
     def allows(self, address: str) -> bool:
-        """Say whether a client with this IP address may connect."""
-        try:
-            client = ipaddress.ip_address(address)
-        except ValueError:
-            return False
-        if isinstance(client, ipaddress.IPv6Address) and client.ipv4_mapped:
-            client = client.ipv4_mapped  # an IPv4 client on a socket for both families
-        return any(client in network for network in self.allowed_networks)
+        """Say whether a client with this IP address may send mail without logging in."""
+        return within(address, self.allowed_networks)
 
     @property
     def process_count(self) -> int:

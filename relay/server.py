@@ -14,6 +14,7 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import redis.asyncio
 import uvloop
@@ -22,6 +23,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from relay import ledger, maillog, recovery
+from relay.credentials import Credentials
 from relay.dispatch import Dispatcher
 from relay.envelope import IdSource
 from relay.importer import Importer
@@ -30,7 +32,7 @@ from relay.occupancy import Occupancy, Seat
 from relay.pool import Pool
 from relay.primary import Primary
 from relay.processes import ChildContext
-from relay.session import Front, Session
+from relay.session import Front
 from relay.settings import Settings
 from relay.spool import Spool
 from relay.watch import Watch
@@ -49,18 +51,21 @@ class Place:
 
     sockets: Sequence[socket.socket]
     seat: Seat
+    plain: int  # so many of the sockets are plain at first; the others begin with TLS
 
 
 def listen(settings: Settings) -> list[Place]:
-    """Bind every listening address once per relay process. Raises OSError with the address in its text."""
-    addresses = [found for host, port in settings.smtp.addresses for found in _resolve(host, port)]
+    """Bind every listening address once per relay process. Raises OSError with the setting or address in its text."""
+    Credentials.load(settings.smtp)  # each process loads them again; what is wrong with them must show here
+    plain = [found for host, port in settings.smtp.addresses for found in _resolve(host, port)]
+    addresses = plain + [found for host, port in settings.smtp.tls_addresses for found in _resolve(host, port)]
     for family, address in addresses:
         # SO_REUSEPORT would let a second smtp-dup share the port in silence: one bind without it finds out.
         _bind(family, address, share=False).close()
     count = settings.smtp.process_count
     occupancy = Occupancy(count)
     return [
-        Place([_bind(family, address, share=True) for family, address in addresses], occupancy.seat(n))
+        Place([_bind(family, address, share=True) for family, address in addresses], occupancy.seat(n), len(plain))
         for n in range(count)
     ]
 
@@ -142,7 +147,7 @@ class _Relay:
         self._redis = async_client(redis_url, seconds)
         self._bulk = async_client(redis_url, max(seconds, 30.0))
         self._jobs = sync_client(redis_url, seconds)
-        self._dispatcher = Dispatcher(self._jobs, settings.backups)
+        self._dispatcher = Dispatcher(self._jobs)
         self._pool = pool
         self._probe = async_client(redis_url, seconds)
         self._watch = Watch(self._probe, seconds=seconds, processes=settings.smtp.process_count)
@@ -180,6 +185,7 @@ class _Relay:
             intake=self._intake,
             ids=ids,
             seat=place.seat,
+            credentials=Credentials.load(settings.smtp),
         )
         self._stop = asyncio.Event()
         self._introductions = asyncio.Event()
@@ -189,6 +195,7 @@ class _Relay:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stop.set)
         loop.add_signal_handler(signal.SIGINT, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         self._place.seat.take()
         if self._spool:
             try:
@@ -202,8 +209,10 @@ class _Relay:
         importing = loop.create_task(_for_ever(self._importer.run)) if self._importer else None
         await self._front.primary.announced()
         servers = [
-            await loop.create_server(lambda: Session(self._front), sock=sock, backlog=_BACKLOG)
-            for sock in self._place.sockets
+            await loop.create_server(
+                partial(self._front.connection, tls=n >= self._place.plain), sock=sock, backlog=_BACKLOG
+            )
+            for n, sock in enumerate(self._place.sockets)
         ]
         maillog.started("relay", pid=os.getpid(), listen=self._settings.smtp.listen, owner=self._front.ids.owner)
         await self._stop.wait()
@@ -224,6 +233,15 @@ class _Relay:
             await client.aclose()
         self._jobs.close()
         maillog.stopped("relay")
+
+    def _reload(self) -> None:
+        """Read certificate and users again, for the connections to come; what cannot be used changes nothing."""
+        try:
+            self._front.credentials = Credentials.load(self._settings.smtp)
+        except OSError as error:
+            maillog.notice("error", "not reloaded", reason=str(error))
+        else:
+            maillog.notice("info", "certificate and users reloaded")
 
     async def _introduce(self) -> None:
         """Tell the ledger who we are and where copies go; take over what our dead predecessors had staged."""

@@ -1,27 +1,27 @@
-"""One client's conversation: the whole flow of a message reads here, in ``_data``.
+"""One client's conversation: the whole flow of a message reads here, from ``_mail`` to ``_finish``.
 
     MAIL, RCPT -> the primary's replies are the client's; DATA -> the body streams on to the primary while it
     comes, all but the end-of-data line; the copy is staged; the held dot goes out; by the primary's reply the
-    copy is released, discarded, or held as uncertain; the client hears that reply.
+    copy is released, discarded, or held as uncertain; the client hears that reply. BDAT is the same in chunks.
 
-A subclass of aiosmtpd's SMTP, which keeps the transport, STARTTLS and AUTH; the command loop, the syntax of
-MAIL and RCPT and the reading of DATA are ours. Trouble becomes a Reply; what is not foreseen becomes 451, and
-only the session writes to the client. A client that hangs up never cancels us: it shows as the end of input.
+The wire is a Channel's, who the client is an Introduction's, what comes as a message a Reception's. Trouble becomes
+a Reply; what is not foreseen becomes 451. A client that hangs up never cancels us: it shows as the end of input.
 """
 
 from __future__ import annotations
 
-import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from aiosmtpd.smtp import SMTP
-
-from relay import faults, headers, maillog, metrics
-from relay.data import ClientGone, EndOfData, unread
+from relay import faults, headers, introduction, maillog, metrics
+from relay.channel import BUFFER, Channel
+from relay.credentials import Credentials
+from relay.data import ClientGone, EndOfData, Pace
 from relay.envelope import Envelope, IdSource, Message, Recipient, Reply
+from relay.identity import Identity
 from relay.intake import Intake, NotDurable
+from relay.introduction import Introduction
 from relay.ledger import Released
 from relay.occupancy import Seat
 from relay.parameters import (
@@ -29,27 +29,32 @@ from relay.parameters import (
     RCPT_EXTENSIONS,
     SyntaxProblem,
     carried,
-    offers,
+    declared_size,
+    parse_chunk,
     parse_path,
     refuse_unknown,
     value,
 )
 from relay.primary import NoReply, Primary, Transaction
+from relay.reception import FULL, TOO_LARGE, Reception
 from relay.settings import Settings
 
 _LINE_LIMIT = 4096  # octets of a command line; RFC 5321 4.5.3.1.4 with room for ORCPT and ENVID
-_BUFFER = 1 << 16
-_BAD_LIMIT = 20  # commands that we cannot make sense of, then goodbye
-_OWN_LINES_LIMIT = 5  # Received lines of our own: a forward that lawfully comes back passes
+_BAD_LIMIT = 20  # commands that make no sense, then goodbye
+_IDLE_LIMIT = 100  # commands that bring no message; from then on each is one that makes no sense
+_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 
 _OK = Reply.of(250, "2.0.0 Ok")
 _GO_AHEAD = Reply.of(354, "End data with <CR><LF>.<CR><LF>")
+_HELLO_FIRST = Reply.of(503, "5.5.1 HELO or EHLO first")
 _MAIL_FIRST = Reply.of(503, "5.5.1 MAIL first")
+_NESTED = Reply.of(503, "5.5.1 Not within a mail transaction")
+_NO_RECIPIENTS = Reply.of(554, "5.5.1 No valid recipients")
+_IN_CHUNKS = Reply.of(503, "5.5.1 This message comes by BDAT")
 _INTERNAL = Reply.of(451, "4.3.0 Internal error, try again later")
+_TOO_MANY_ERRORS = Reply.of(421, "4.7.0 Too many errors, goodbye")
+_NO_SMTP = Reply.of(421, "4.7.0 This is SMTP, goodbye")
 _SHUTDOWN = Reply.of(421, "4.3.2 Service shutting down, try again later")
-_TIMEOUT = Reply.of(421, "4.4.2 Timeout while waiting for you")
-_CROWDED = Reply.of(421, "4.3.2 Too many connections, try again later")
-_FULL = Reply.of(452, "4.3.1 Too much mail at once, try again later")
 _NO_ANSWER = Reply.of(451, "4.4.2 The primary server did not answer, try again later")
 _NOT_DURABLE = Reply.of(451, "4.3.1 The copy cannot be stored at the moment, try again later")
 
@@ -63,220 +68,164 @@ class Front:
     intake: Intake
     ids: IdSource
     seat: Seat
+    credentials: Credentials = field(default_factory=Credentials)
     sessions: set[Session] = field(default_factory=set)
     stopping: bool = False
 
+    def connection(self, *, tls: bool = False) -> Channel:
+        """Make the protocol of a client's connection; with ``tls`` it begins with the handshake."""
+        smtp = self.settings.smtp
+        often = min(smtp.idle_timeout, smtp.lease_idle_timeout) / 4
+        return Channel(lambda channel: Session(self, channel).converse(implicit_tls=tls), watch_every=often)
 
-class Session(SMTP):
+
+class Session:
     """The conversation with one client."""
 
-    def __init__(self, front: Front) -> None:
-        # aiosmtpd's own constructor scans classes for 130 us a connection; what its other methods need is set here.
-        loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader(limit=_BUFFER, loop=loop)
-        asyncio.StreamReaderProtocol.__init__(self, reader, client_connected_cb=self._cb_client_connected, loop=loop)
-        self.loop = loop
-        self.transport: Any = None
+    def __init__(self, front: Front, channel: Channel) -> None:
         self._front = front
         self._settings = front.settings.smtp
-        self._peer = ""
-        self._deadline = 0.0
-        self._watchdog: asyncio.TimerHandle | None = None
-        self._waiting = False  # for the client; only then may a deadline or a shutdown end the conversation
+        self._channel = channel
+        self._client = Introduction(front, channel)
         self._in_data = False
-        self._octets = 0  # of the message being received, as counted in our seat
+        self._over = False  # after the next reply
         self._bad = 0
-        self._helo_name = ""
-        self._extended = False
-        self._offered: frozenset[str] = frozenset()
+        self._idle = 0  # commands since the last message
+        self._refused = False  # the last MAIL, or what followed: a pipelining client goes on all the same
         self._transaction: Transaction | None = None
         self._sender = ""
         self._parameters: tuple[str, ...] = ()
         self._recipients: list[Recipient] = []
-
-    # --- the connection: what asyncio calls -------------------------------------------------------------------
-
-    def connection_made(self, transport: Any) -> None:
-        """Start the conversation."""
-        asyncio.StreamReaderProtocol.connection_made(self, transport)
-        self.transport = transport
-        peer = transport.get_extra_info("peername")
-        self._peer = peer[0].removeprefix("::ffff:") if isinstance(peer, tuple) else ""
-        self._front.sessions.add(self)
-        self._handler_coroutine = self.loop.create_task(self._converse())
-
-    def connection_lost(self, error: Exception | None) -> None:
-        """Tell the reader; the conversation ends by itself, after what must not be broken off."""
-        asyncio.StreamReaderProtocol.connection_lost(self, None)
-        self.transport = None
-
-    def eof_received(self) -> bool:
-        """Keep our side open: the reply to the last command may still be wanted."""
-        self._reader.feed_eof()
-        return True
-
-    def stop(self, *, impatient: bool) -> None:
-        """End an idle conversation now; one in a transaction after it, or, impatient, before its DATA."""
-        if self._waiting and (self._transaction is None or (impatient and not self._in_data)):
-            self._dismiss(_SHUTDOWN)
-
-    def _dismiss(self, reply: Reply) -> None:
-        if self.transport is not None:
-            self.transport.write(reply.wire)
-            self.transport.close()
-        self._reader.feed_eof()
-
-    def _watch(self) -> None:
-        """Look at the deadline now and then: cheaper than a timer for every command."""
-        if self._waiting and self.loop.time() >= self._deadline:
-            self._watchdog = None
-            self._dismiss(_TIMEOUT)
-        else:
-            often = min(self._settings.idle_timeout, self._settings.lease_idle_timeout) / 4
-            self._watchdog = self.loop.call_later(often, self._watch)
-
-    def _wait(self, seconds: float) -> None:
-        self._deadline = self.loop.time() + seconds
-        self._waiting = True
-
-    async def push(self, reply: Reply) -> None:  # type: ignore[override]  # a Reply instead of text
-        """Write a reply. That the client has gone is found out at the next read."""
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.write(reply.wire)
-            if self.transport.get_write_buffer_size():
-                try:
-                    await self._writer.drain()
-                except ConnectionError:
-                    self._reader.feed_eof()
+        self._identity: Identity = ()
+        self._reception: Reception | None = None
+        self._message_id = ""
 
     # --- the loop ---------------------------------------------------------------------------------------------
 
-    async def _converse(self) -> None:
+    async def converse(self, *, implicit_tls: bool) -> None:
+        """Be there for this client until it leaves."""
+        front, channel = self._front, self._channel
+        front.sessions.add(self)
+        front.seat.add_client(1)
         try:
-            self._front.seat.add_client(1)
-            refusal = self._unwelcome()
-            if refusal is not None:
-                metrics.connections_refused.inc()
-                self._dismiss(refusal)
+            greeting = await self._client.arrive(implicit_tls=implicit_tls)
+            if greeting is None:
                 return
-            metrics.connections.inc()
-            self._watch()
-            await self.push(Reply.of(220, f"{self._settings.domain} ESMTP smtp-dup"))
+            await channel.push(greeting)
             while (line := await self._read_line()) is not None:
                 reply = await self._answer(line)
-                await self.push(reply)
-                if reply.code in (221, 421):
-                    break
-                if self._front.stopping and self._transaction is None:
-                    await self.push(_SHUTDOWN)
+                if reply is not None:
+                    await channel.push(reply)
+                    if self._over or reply.code in (221, 421):
+                        break
+                if front.stopping and self._transaction is None:
+                    await channel.push(_SHUTDOWN)
                     break
         except ClientGone:
             pass
         finally:
             self._forget()
-            if self._watchdog is not None:
-                self._watchdog.cancel()
-            self._front.sessions.discard(self)
-            self._front.seat.add_client(-1)
-            if self.transport is not None:
-                self.transport.close()
+            self._client.leave()
+            front.sessions.discard(self)
+            front.seat.add_client(-1)
 
-    def _unwelcome(self) -> Reply | None:
-        if self._front.stopping:
-            return _SHUTDOWN
-        if self._front.seat.clients > self._settings.max_connections:
-            return _CROWDED
-        if self._peer and not self._settings.allows(self._peer):
-            reply = Reply.of(554, "5.7.1 Client address not allowed")
-            maillog.command_refused(self._peer, "connect", reply)
-            return reply
-        return None
+    def stop(self, *, impatient: bool) -> None:
+        """End an idle conversation now; one in a transaction after it, or, impatient, before its DATA."""
+        if self._channel.waiting and (self._transaction is None or (impatient and not self._in_data)):
+            self._channel.dismiss(_SHUTDOWN)
 
     async def _read_line(self) -> bytes | None:
-        """Return the next command line, b"" for one that is too long, None at the end of input."""
-        holds = self._transaction is not None
-        self._wait(self._settings.lease_idle_timeout if holds else self._settings.idle_timeout)
-        too_long = False
-        try:
-            while True:
-                try:
-                    line = await self._reader.readuntil(b"\n")
-                except asyncio.LimitOverrunError as overrun:
-                    await self._reader.read(overrun.consumed)
-                    too_long = True
-                except asyncio.IncompleteReadError:
-                    return None
-                else:
-                    return b"" if too_long or len(line) > _LINE_LIMIT else line
-        finally:
-            self._waiting = False
+        settings = self._settings
+        if self._reception is not None:  # between two chunks of BDAT
+            return await self._reception.pace.read_line(self._channel, settings.lease_idle_timeout, _LINE_LIMIT)
+        seconds = settings.idle_timeout if self._transaction is None else settings.lease_idle_timeout
+        return await self._channel.read_line(seconds, introduction.AUTH_LINE)
 
-    async def _answer(self, line: bytes) -> Reply:
-        """Return the reply to one command: the only place where the unforeseen becomes a reply."""
-        if not line:
-            return self._nonsense(Reply.of(500, "5.5.2 Line too long"))
-        verb, _, argument = line.rstrip(b"\r\n").partition(b" ")
-        command = _COMMANDS.get(verb.upper())
-        if command is None:
-            return self._nonsense(Reply.of(500, "5.5.2 Command not recognized"))
+    async def _answer(self, line: bytes) -> Reply | None:
+        """Return the reply to one command, None when it has been given: where the unforeseen becomes a reply."""
         try:
-            return await command(self, argument.strip().decode("utf-8", "surrogateescape"))
+            reply = await self._obey(line)
         except SyntaxProblem as problem:
-            return self._nonsense(problem.reply)
+            self._bad += 1
+            reply = problem.reply
         except ClientGone:
             raise
         except Exception as error:
-            maillog.session_error(self._peer, error)
+            maillog.session_error(self._client.address, error)
             metrics.session_errors.inc()
-            self._abandon()
+            self._forget()
             return _INTERNAL
+        return reply if self._bad < _BAD_LIMIT else _TOO_MANY_ERRORS
 
-    def _nonsense(self, reply: Reply) -> Reply:
-        self._bad += 1
-        return reply if self._bad < _BAD_LIMIT else Reply.of(421, "4.7.0 Too many errors, goodbye")
+    async def _obey(self, line: bytes) -> Reply | None:
+        verb, _, argument = line.rstrip(b"\r\n").partition(b" ")
+        verb = verb.upper()
+        if not line or (len(line) > _LINE_LIMIT and verb != b"AUTH"):
+            raise SyntaxProblem(500, "5.5.2 Line too long")
+        if self._settings.bare_newline == "refuse" and not line.endswith(b"\r\n"):
+            raise SyntaxProblem(500, "5.5.2 A command must end with CRLF")
+        command = _COMMANDS.get(verb)
+        if command is None:
+            return self._unknown(verb)
+        if _CONTROL.search(argument):
+            raise SyntaxProblem(501, "5.5.2 Control character in a command")
+        if verb in _IDLE:
+            self._idle += 1
+            self._bad += self._idle > _IDLE_LIMIT
+        return await command(self, argument.strip().decode("utf-8", "surrogateescape"))
+
+    def _unknown(self, verb: bytes) -> Reply:
+        if verb in _OTHER_PROTOCOLS:
+            return _NO_SMTP
+        if verb in _UNIMPLEMENTED:
+            raise SyntaxProblem(502, "5.5.1 Command not implemented")
+        raise SyntaxProblem(500, "5.5.2 Command not recognized")
+
+    def _out_of_order(self, reply: Reply) -> Reply:
+        """Count a command in the wrong place, but not what a pipelining client could not know better."""
+        self._bad += not self._refused
+        return reply
 
     def _forget(self) -> None:
-        """End the transaction, if any, without a message."""
-        if self._transaction is not None:
-            self._transaction.end()
-            self._transaction = None
+        """End the transaction, if any, without a message; one whose body has begun by a close."""
+        transaction, self._transaction = self._transaction, None
+        if transaction is not None:
+            if self._reception is None:
+                transaction.end()
+            else:
+                transaction.abandon()
+        if self._reception is not None:
+            self._reception.close()
+            self._reception = None
         self._recipients = []
-
-    def _abandon(self) -> None:
-        """End the transaction in whatever state it is, by a close."""
-        if self._transaction is not None:
-            self._transaction.abandon()
-        self._forget()
+        self._in_data = self._refused = False
+        self._client.end_transaction()
 
     # --- commands ---------------------------------------------------------------------------------------------
 
-    async def _helo(self, name: str) -> Reply:
-        if not name:
-            raise SyntaxProblem(501, "5.5.4 Syntax: HELO hostname")
+    async def _hello(self, name: str, *, extended: bool) -> Reply:
+        reply = await self._client.hello(name, extended=extended)
         self._forget()
-        self._helo_name, self._extended, self._offered = name, False, frozenset()
-        return Reply.of(250, self._settings.domain)
+        return reply
 
-    async def _ehlo(self, name: str) -> Reply:
-        if not name:
-            raise SyntaxProblem(501, "5.5.4 Syntax: EHLO hostname")
-        self._forget()
-        lines, offered = offers(await self._front.primary.announced(), self._settings.max_message_bytes)
-        self._helo_name, self._extended, self._offered = name, True, offered
-        return Reply.of(250, self._settings.domain, *lines)
+    async def _introduce(
+        self, argument: str, command: Callable[[Introduction, str], Awaitable[Reply | None]]
+    ) -> Reply | None:
+        """Take what may only come between messages: STARTTLS, AUTH, XFORWARD, XCLIENT."""
+        if self._transaction is not None:
+            return self._out_of_order(_NESTED)
+        return await command(self._client, argument)
 
     async def _noop(self, _: str) -> Reply:
         return _OK
 
     async def _rset(self, argument: str) -> Reply:
-        if argument:
-            raise SyntaxProblem(501, "5.5.4 Syntax: RSET")
+        _nothing_after("RSET", argument)
         self._forget()
         return _OK
 
     async def _quit(self, argument: str) -> Reply:
-        if argument:
-            raise SyntaxProblem(501, "5.5.4 Syntax: QUIT")
+        _nothing_after("QUIT", argument)
         return Reply.of(221, "2.0.0 Bye")
 
     async def _vrfy(self, argument: str) -> Reply:
@@ -288,37 +237,44 @@ class Session(SMTP):
         return Reply.of(214, "2.0.0 " + " ".join(verb.decode() for verb in _COMMANDS))
 
     async def _mail(self, argument: str) -> Reply:
-        if not self._helo_name:
-            return self._nonsense(Reply.of(503, "5.5.1 HELO or EHLO first"))
+        client = self._client
+        if not client.helo:
+            return self._out_of_order(_HELLO_FIRST)
         if self._transaction is not None:
-            return self._nonsense(Reply.of(503, "5.5.1 Nested MAIL command"))
+            return self._out_of_order(Reply.of(503, "5.5.1 Nested MAIL command"))
+        self._refused = True  # until it is not
         sender, given = parse_path(argument, "FROM")
-        refuse_unknown(given, MAIL_EXTENSIONS, self._offered)
-        size = value(given, "SIZE")
-        if size is not None and not (size.isascii() and size.isdigit()):
-            raise SyntaxProblem(501, "5.5.4 SIZE must be a number")
-        if size and self._settings.max_message_bytes and int(size) > self._settings.max_message_bytes:
-            return Reply.of(552, "5.3.4 Message is larger than this relay takes")
-        if self._is_full(int(size or 0)):
-            return _FULL
+        refuse_unknown(given, MAIL_EXTENSIONS, client.offered)
+        size = declared_size(given)
         if (value(given, "BODY") or "7BIT").upper() not in ("7BIT", "8BITMIME"):
             raise SyntaxProblem(501, "5.5.4 BODY must be 7BIT or 8BITMIME")
+        if (refusal := client.objection()) is not None:
+            maillog.command_refused(client.address, "MAIL", refusal)
+            return refusal
+        if self._settings.max_message_bytes and size > self._settings.max_message_bytes:
+            return TOO_LARGE
+        if self._front.seat.octets + size > self._settings.max_bytes_in_flight:
+            return FULL
 
         def command(available: Mapping[str, str]) -> bytes:
             return _wire("MAIL FROM", sender, carried(given, MAIL_EXTENSIONS, available))
 
-        self._transaction, reply = await self._front.primary.begin(command)
-        if self._transaction is None:
-            maillog.command_refused(self._peer, "MAIL", reply)
+        self._identity = client.identity()
+        self._transaction, reply = await self._front.primary.begin(command, self._identity)
+        self._refused = self._transaction is None
+        if self._refused:
+            maillog.command_refused(client.address, "MAIL", reply)
         self._sender, self._parameters, self._recipients = sender, given, []
         return reply
 
     async def _rcpt(self, argument: str) -> Reply:
         transaction = self._transaction
         if transaction is None:
-            return self._nonsense(_MAIL_FIRST)
+            return self._out_of_order(_MAIL_FIRST)
+        if self._reception is not None:
+            return self._out_of_order(_IN_CHUNKS)
         address, given = parse_path(argument, "TO")
-        refuse_unknown(given, RCPT_EXTENSIONS, self._offered)
+        refuse_unknown(given, RCPT_EXTENSIONS, self._client.offered)
         recipient = Recipient(address, given)
         if not address:
             raise SyntaxProblem(501, "5.1.3 A recipient needs an address")
@@ -334,104 +290,116 @@ class Session(SMTP):
                 self._recipients.append(recipient)
         metrics.recipients.labels(metrics.reply_class(reply.code)).inc()
         if not reply.is_positive:
-            maillog.command_refused(self._peer, f"RCPT <{address}>", reply)
+            maillog.command_refused(self._client.address, f"RCPT <{address}>", reply)
         return reply
 
+    # --- a message --------------------------------------------------------------------------------------------
+
     async def _data(self, argument: str) -> Reply:
-        """The flow of a message."""
-        if argument:
-            raise SyntaxProblem(501, "5.5.4 Syntax: DATA")
+        _nothing_after("DATA", argument)
+        if self._reception is not None:
+            return self._out_of_order(_IN_CHUNKS)
+        opened = await self._open(stuffed=True)
+        if isinstance(opened, Reply):
+            return opened
+        try:
+            await self._channel.push(_GO_AHEAD)
+            async for piece in self._up_to_the_dot():
+                await opened.take(piece)
+            return await self._conclude(opened)
+        finally:
+            self._forget()
+
+    async def _bdat(self, argument: str) -> Reply:
+        """Take one chunk (RFC 3030 2). Its octets are read whatever the answer is, or they would pass for commands."""
+        try:
+            size, is_last = parse_chunk(argument)
+        except SyntaxProblem:
+            self._over = True  # nobody knows where the next command begins
+            raise
+        opened: Reception | Reply
+        if "CHUNKING" not in self._client.offered:
+            opened = self._out_of_order(Reply.of(503, "5.5.1 CHUNKING was not offered"))
+        else:
+            opened = self._reception or await self._open(stuffed=False)
+        async for piece in self._exactly(size):
+            if isinstance(opened, Reception):
+                await opened.take(piece)
+        if isinstance(opened, Reply):
+            return opened
+        if not is_last and opened.refusal is None:
+            return Reply.of(250, f"2.0.0 {size} octets received")
+        try:
+            return await self._conclude(opened)
+        finally:
+            self._forget()
+            self._refused = not is_last  # the other chunks may be on their way
+
+    async def _open(self, *, stuffed: bool) -> Reception | Reply:
+        """Ask the primary for the body; returns who receives it, or the reply that there will be none."""
         transaction = self._transaction
         if transaction is None:
-            return self._nonsense(_MAIL_FIRST)
+            return self._out_of_order(_MAIL_FIRST)
         if not self._recipients:
-            return Reply.of(554, "5.5.1 No valid recipients")
-        if self._is_full(0):
-            return _FULL
+            return _NO_RECIPIENTS
+        if self._front.seat.octets > self._settings.max_bytes_in_flight:
+            return FULL
         reply = await transaction.data()
         if reply.code != 354:
             self._forget()
-            maillog.command_refused(self._peer, "DATA", reply)
+            self._refused = True
+            maillog.command_refused(self._client.address, "DATA", reply)
             return reply
         self._in_data = True
-        await self.push(_GO_AHEAD)
-        message_id = self._front.ids.next()
-        try:
-            body, refusal = await self._stream(transaction, self._trace(message_id))
-            message = Message(self._envelope(message_id, len(body)), body)
-            refusal = refusal or self._loop_guard(body)
-            if refusal is not None:
-                transaction.abandon()
-                metrics.messages.labels("own").inc()
-                maillog.refused(message.envelope, refusal)
-                return refusal
-            staged = await self._stage(message)
-            if not staged and self._front.settings.relay.require_durable_copies and message.envelope.destinations:
-                transaction.abandon()
-                return _NOT_DURABLE
-            return await self._finish(transaction, message, staged)
-        except BaseException:
-            transaction.abandon()
-            raise
-        finally:
-            self._in_data = False
-            self._front.seat.add_octets(-self._octets)
-            self._octets = 0
-            self._transaction = None
-            self._recipients = []
+        self._message_id = self._front.ids.next()
+        self._reception = Reception(self._settings, self._front.seat, transaction, self._trace(), stuffed=stuffed)
+        return self._reception
 
-    async def _stream(self, transaction: Transaction, trace: bytes) -> tuple[bytes, Reply | None]:
-        """Pass the body on while it comes, and keep it. After a refusal the rest is read and dropped."""
-        kept: list[bytes] = [trace]
-        refusal: Reply | None = None
-        forward = [trace]  # leaves with the first chunk of the body
-        async for chunk in self._chunks():
-            refusal = refusal or self._too_much(len(chunk))
-            if refusal is not None:
-                transaction.abandon()
-                kept.clear()
-                continue
-            kept.append(chunk)
-            refusal = await transaction.write([b"".join((*forward, chunk))] if forward else [chunk])
-            forward = []
-        if forward and refusal is None:
-            refusal = await transaction.write(forward)
-        return b"".join(kept), refusal
-
-    def _too_much(self, octets: int) -> Reply | None:
-        """Count what is kept of the message; says so when that is more than it or the house may have."""
-        limit = self._settings.max_message_bytes
-        if limit and self._octets + octets > limit:
-            return Reply.of(552, "5.3.4 Message is larger than this relay takes")
-        if self._is_full(octets):
-            return _FULL
-        self._octets += octets
-        self._front.seat.add_octets(octets)
-        return None
-
-    def _is_full(self, octets: int) -> bool:
-        return self._front.seat.octets + octets > self._settings.max_bytes_in_flight
-
-    async def _chunks(self) -> AsyncIterator[bytes]:
-        """Yield the body as it comes, each chunk with a deadline of its own. Raises ClientGone."""
+    async def _up_to_the_dot(self) -> AsyncIterator[bytes]:
+        """Yield the body as it comes, all but the end-of-data line. Raises ClientGone."""
         finder = EndOfData()
+        pace = self._pace()
         while not finder.found:
-            self._wait(self._settings.idle_timeout)
-            chunk = await self._reader.read(_BUFFER)
-            self._waiting = False
-            if not chunk:
-                raise ClientGone
-            body = finder.feed(chunk)
+            body = finder.feed(await pace.read(self._channel, BUFFER))
             if finder.rest:
-                unread(self._reader, finder.rest)
+                self._channel.unread(finder.rest)
             if body:
                 yield body
+
+    async def _exactly(self, size: int) -> AsyncIterator[bytes]:
+        """Yield so many octets as they come. Raises ClientGone."""
+        pace = self._pace()
+        while size:
+            piece = await pace.read(self._channel, min(size, BUFFER))
+            size -= len(piece)
+            yield piece
+
+    def _pace(self) -> Pace:
+        if self._reception is not None:
+            return self._reception.pace
+        return Pace(self._settings.idle_timeout, self._settings.min_data_rate)
+
+    async def _conclude(self, reception: Reception) -> Reply:
+        """The end of a message: make the copies durable, then give the primary its dot and the client its answer."""
+        self._idle = 0
+        body = await reception.complete()
+        message = Message(self._envelope(len(body)), body)
+        transaction, relay = self._transaction, self._front.settings.relay
+        if reception.refusal is not None or transaction is None:
+            refusal = reception.refusal or _INTERNAL
+            metrics.messages.labels("own").inc()
+            maillog.refused(message.envelope, refusal)
+            return refusal
+        staged = await self._stage(message)
+        if not staged and relay.require_durable_copies and message.envelope.destinations:
+            return _NOT_DURABLE
+        return await self._finish(transaction, message, staged)
 
     async def _stage(self, message: Message) -> bool:
         """Make the copies durable before the primary may accept. False: there are none, or nowhere to keep them."""
         if not message.envelope.destinations:
             return False
-        begun = self.loop.time()
+        begun = self._channel.loop.time()
         faults.reach("before staging")
         try:
             await self._front.intake.stage(message)
@@ -439,14 +407,14 @@ class Session(SMTP):
             maillog.not_durable(message.envelope, str(error))
             return False
         faults.reach("staged")
-        metrics.stage_seconds.observe(self.loop.time() - begun)
+        metrics.stage_seconds.observe(self._channel.loop.time() - begun)
         return True
 
     async def _finish(self, transaction: Transaction, message: Message, staged: bool) -> Reply:
         """Send the held dot, and do with the copy what the primary's answer says."""
         envelope, intake = message.envelope, self._front.intake
         digest = headers.equality_digest(envelope.sender, message.body) if staged else ""
-        begun = self.loop.time()
+        begun = self._channel.loop.time()
         try:
             reply = await transaction.finish()
         except NoReply as trouble:
@@ -455,7 +423,7 @@ class Session(SMTP):
             metrics.messages.labels("uncertain").inc()
             maillog.uncertain(envelope, self._front.settings.relay.uncertain_hold, str(trouble))
             return _NO_ANSWER
-        seconds = self.loop.time() - begun
+        seconds = self._channel.loop.time() - begun
         faults.reach("primary answered")
         metrics.primary_seconds.observe(seconds)
         metrics.messages.labels(metrics.reply_class(reply.code)).inc()
@@ -468,57 +436,78 @@ class Session(SMTP):
                 metrics.copies_lost.inc()
                 maillog.copy_lost(envelope)
             metrics.bytes_accepted.inc(envelope.size)
-            maillog.accepted(envelope, reply, seconds, late=self.transport is None)
+            maillog.accepted(envelope, reply, seconds, late=self._channel.is_gone)
         else:
             if staged:
                 intake.discard(envelope.id)
             maillog.refused(envelope, reply)
         return reply
 
-    def _envelope(self, message_id: str, size: int) -> Envelope:
+    def _envelope(self, size: int) -> Envelope:
         copies = tuple(b.name for b in self._front.settings.backups if any(b.wants(r) for r in self._recipients))
         return Envelope(
-            id=message_id,
+            id=self._message_id,
             sender=self._sender,
             recipients=tuple(self._recipients),
             received_at=self._front.intake.now(),
             size=size,
             parameters=self._parameters,
-            client_address=self._peer,
-            client_helo=self._helo_name,
+            client_address=self._client.address,
+            client_helo=self._client.helo,
             destinations=copies,
+            identity=self._identity if self._client.is_spoken_for else (),
         )
 
-    def _trace(self, message_id: str) -> bytes:
-        utf8 = value(self._parameters, "SMTPUTF8") is not None
-        protocol = headers.protocol_keyword(extended=self._extended, tls=False, authenticated=False, utf8=utf8)
+    def _trace(self) -> bytes:
+        client = self._client
+        protocol = headers.protocol_keyword(
+            extended=client.extended,
+            tls=self._channel.tls,
+            authenticated=bool(client.user),
+            utf8=value(self._parameters, "SMTPUTF8") is not None,
+        )
         return headers.received_line(
-            helo=self._helo_name,
-            address=self._peer,
+            helo=client.helo,
+            address=client.address,
             domain=self._settings.domain,
             protocol=protocol,
-            message_id=message_id,
+            message_id=self._message_id,
         )
 
-    def _loop_guard(self, body: bytes) -> Reply | None:
-        hops, own = headers.count_hops(body, self._settings.domain)
-        if hops - 1 > self._settings.max_hops or own - 1 > _OWN_LINES_LIMIT:
-            return Reply.of(554, "5.4.6 Too many hops, mail forwarding loop")
-        return None
+
+_Command = Callable[[Session, str], Awaitable[Reply | None]]
 
 
-_COMMANDS: Mapping[bytes, Callable[[Session, str], Awaitable[Reply]]] = {
-    b"HELO": Session._helo,  # noqa: SLF001 - the table belongs to the class
-    b"EHLO": Session._ehlo,  # noqa: SLF001
-    b"MAIL": Session._mail,  # noqa: SLF001
-    b"RCPT": Session._rcpt,  # noqa: SLF001
-    b"DATA": Session._data,  # noqa: SLF001
-    b"RSET": Session._rset,  # noqa: SLF001
-    b"NOOP": Session._noop,  # noqa: SLF001
-    b"QUIT": Session._quit,  # noqa: SLF001
-    b"VRFY": Session._vrfy,  # noqa: SLF001
-    b"HELP": Session._help,  # noqa: SLF001
+def _between(command: Callable[[Introduction, str], Awaitable[Reply | None]]) -> _Command:
+    return lambda session, argument: session._introduce(argument, command)
+
+
+# ruff: noqa: SLF001 - the table belongs to the class
+_COMMANDS: Mapping[bytes, _Command] = {
+    b"HELO": lambda session, name: session._hello(name, extended=False),
+    b"EHLO": lambda session, name: session._hello(name, extended=True),
+    b"STARTTLS": _between(Introduction.starttls),
+    b"AUTH": _between(Introduction.auth),
+    b"XFORWARD": _between(Introduction.xforward),
+    b"XCLIENT": _between(Introduction.xclient),
+    b"MAIL": Session._mail,
+    b"RCPT": Session._rcpt,
+    b"DATA": Session._data,
+    b"BDAT": Session._bdat,
+    b"RSET": Session._rset,
+    b"NOOP": Session._noop,
+    b"QUIT": Session._quit,
+    b"VRFY": Session._vrfy,
+    b"HELP": Session._help,
 }
+_IDLE = (b"HELO", b"EHLO", b"RSET", b"NOOP", b"VRFY", b"HELP", b"XFORWARD", b"XCLIENT")
+_UNIMPLEMENTED = (b"EXPN", b"SEND", b"SOML", b"SAML", b"TURN", b"ETRN")
+_OTHER_PROTOCOLS = (b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"CONNECT")  # a browser made to talk to us
+
+
+def _nothing_after(verb: str, argument: str) -> None:
+    if argument:
+        raise SyntaxProblem(501, f"5.5.4 Syntax: {verb}")
 
 
 def _wire(verb: str, address: str, parameters: list[str]) -> bytes:

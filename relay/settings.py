@@ -20,9 +20,9 @@ from dynaconf.loaders import toml_loader, yaml_loader
 from dynaconf.vendor.ruamel.yaml import YAMLError
 from dynaconf.vendor.ruamel.yaml.constructor import DuplicateKeyError
 
-from relay.destinations import conflicts, is_own_address, read_destination, resolve_password
+from relay.destinations import conflicts, is_loopback, is_own_address, read_destination, resolve_password
 from relay.envelope import Destination, printable
-from relay.kinds import listen_addresses
+from relay.kinds import Network, listen_addresses
 from relay.options import BACKUP_FIELDS, BY_KEY, ENV_PREFIX, OPTIONS, SECTIONS, Option, render
 from relay.sections import PARTS, Settings, Shown, describe
 
@@ -189,7 +189,9 @@ class _Loader:
             self.given[key] = _Given(value, origin)
 
     def _unknown(self, name: str, known: Iterable[str], where: str, what: str = "option", within: str = "") -> None:
-        near = difflib.get_close_matches(name, list(known), 1)
+        names = list(known)
+        meant = re.sub(r"(?i)(port|host|bind)$", "LISTEN" if name.isupper() else "listen", name)  # as others call it
+        near = [meant] if meant in names else difflib.get_close_matches(name, names, 1)
         self._wrong(within + printable(name), f"unknown {what}" + (f"; did you mean {near[0]}?" if near else ""), where)
 
     def _layer_environment(self) -> None:
@@ -265,7 +267,7 @@ class _Loader:
             if backup := self._backup_table(f"backup[{n}]", table, where, connections):
                 backups.append((backup, f"backup[{n}]", where[""]))
         found = tuple(backup for backup, _, _ in backups)
-        for index, text in conflicts(primary, found, listen_addresses(values["smtp.listen"])):
+        for index, text in conflicts(primary, found, _own_addresses(values)):
             if index < 0:
                 self._wrong("relay.destination_primary", text)
             else:
@@ -300,8 +302,41 @@ class _Loader:
         if values["spool.dir"] is None and not values["relay.require_durable_copies"]:
             self._wrong("spool.dir", "without a spool relay.require_durable_copies must be true")
         for host, port in listen_addresses(values["status.listen"]):
-            if is_own_address(host or "127.0.0.1", port, listen_addresses(values["smtp.listen"])):
+            if is_own_address(host or "127.0.0.1", port, _own_addresses(values)):
                 self._wrong("status.listen", "is the same address as smtp.listen")
+        self._check_door(values)
+
+    def _check_door(self, values: dict[str, Any]) -> None:
+        """Check what clients meet: TLS that can be had, and no open relay."""
+        for host, port in listen_addresses(values["smtp.listen_tls"]):
+            if is_own_address(host or "127.0.0.1", port, listen_addresses(values["smtp.listen"])):
+                self._wrong("smtp.listen_tls", "is the same address as smtp.listen")
+        if values["smtp.tls_certificate"] is None:
+            for key, asks in (("smtp.tls", "encrypt"), ("smtp.listen_tls", values["smtp.listen_tls"] or None)):
+                if values[key] == asks:
+                    self._wrong(key, "needs smtp.tls_certificate")
+            if values["smtp.tls_key"] is not None:
+                self._wrong("smtp.tls_key", "has a meaning only with smtp.tls_certificate")
+        public = values["smtp.proxy_protocol"] or any(not is_loopback(host) for host, _ in _own_addresses(values))
+        if public and not values["smtp.allowed_domains"]:
+            everybody = ", ".join(str(n) for n in values["smtp.allowed_networks"] if _is_everybody(n))
+            if everybody:
+                self._wrong("smtp.allowed_networks", OPEN_RELAY.format(everybody))
+
+
+OPEN_RELAY = (
+    "{} lets everybody send mail to everywhere, an open relay: name your clients' networks, or set "
+    "smtp.allowed_domains; who logs in (smtp.users_file) is let in from anywhere without this"
+)
+
+
+def _own_addresses(values: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+    return listen_addresses(values["smtp.listen"]) + listen_addresses(values["smtp.listen_tls"])
+
+
+def _is_everybody(network: Network) -> bool:
+    """Say whether a network is no one's: more than anybody was ever given."""
+    return network.prefixlen < (8 if network.version == 4 else 16) and not network.is_private
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import time
@@ -27,13 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from relay import owners
 from relay.ledger import Released
 
 TMP, STAGED, READY, HELD = "tmp", "staged", "ready", "held"
 RELEASE, DISCARD = "release", "discard"
 _FLIGHTS = 8  # groups being written at once: a journal commits together what waits for it
 _GROUP_BYTES = 1 << 20
-_LOCK_SECONDS = 1.0
 _STATES = {TMP, STAGED, READY, HELD}
 _NOTES = {RELEASE, DISCARD}
 
@@ -112,55 +111,6 @@ def summary(folder: Path | None) -> Summary:
             break
     corrupt = sum(1 for _ in (folder / "corrupt").iterdir())
     return Summary(len(waiting), sum(e.size for e in waiting), round(age, 1), corrupt)
-
-
-# Owners -------------------------------------------------------------------------------------------------------
-
-
-def lock_owner(folder: Path, owner: str) -> int:
-    """Show that a relay process lives, until the descriptor is closed. Raises OSError when another has that name."""
-    path = folder / "owners" / owner
-    deadline = time.monotonic() + _LOCK_SECONDS
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.stat().st_ino == os.fstat(descriptor).st_ino:
-                return descriptor
-        except (FileNotFoundError, BlockingIOError):
-            # An importer looks whether we live, or tidied the file away between our open and our lock.
-            if time.monotonic() > deadline:
-                os.close(descriptor)
-                raise
-            time.sleep(0.01)
-        os.close(descriptor)
-
-
-def is_alive(folder: Path, owner: str) -> bool:
-    """Say whether the relay process of that name runs."""
-    try:
-        descriptor = os.open(folder / "owners" / owner, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
-
-
-def forget_owner(folder: Path, owner: str) -> None:
-    """Remove the lock file of a process that is dead."""
-    path = folder / "owners" / owner
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-        finally:
-            os.close(descriptor)
 
 
 # One process's side -------------------------------------------------------------------------------------------
@@ -315,7 +265,7 @@ class Spool:
     def _open(self) -> None:
         prepare(self._folder)
         if self._lock < 0:
-            self._lock = lock_owner(self._folder, self._owner)
+            self._lock = owners.lock(self._folder, self._owner)
         self._messages = os.open(messages(self._folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def _close(self) -> None:

@@ -102,7 +102,7 @@ class Place:
             await watch.look()
             jobs = redis.Redis.from_url(self.url)
             ends.callback(jobs.close)
-            dispatcher = Dispatcher(jobs, destinations)
+            dispatcher = Dispatcher(jobs)
             ends.push_async_callback(dispatcher.drain)
             under_test = Importer(
                 self.folder, connection, dispatcher, watch, destinations=destinations, hold_seconds=3600

@@ -22,7 +22,7 @@ from product import Product
 from redis_servers import RedisServer
 from relay import intake, ledger, spool
 from relay.dispatch import Dispatcher
-from relay.envelope import Destination, Envelope, IdSource, Message, Recipient
+from relay.envelope import Envelope, IdSource, Message, Recipient
 from relay.intake import Intake, NotDurable
 from relay.ledger import Released
 from relay.spool import Spool
@@ -31,7 +31,6 @@ from scripted_server import ScriptedServer
 from sender import Sender
 from waiting import PATIENCE, until, wait_until
 
-NEW = Destination("new", "localhost", 25)
 SETTINGS = {
     "retry.first": "1",
     "retry.longest": "2",
@@ -55,7 +54,7 @@ class Process:
         self.async_client = redis.asyncio.Redis.from_url(server.url, socket_timeout=2, retry=None)
         self.client = server.client()
         self.watch = Watch(self.async_client, seconds=0.5)
-        self.dispatcher = Dispatcher(self.client, [NEW])
+        self.dispatcher = Dispatcher(self.client)
         self.spool = Spool(folder, self.ids.owner) if with_spool else None
         self.ledger = Contents(self.client)
         self.intake = Intake(

@@ -101,7 +101,8 @@ def test_nobody_hears_of_the_backup(site: Site) -> None:
     site.new.wait_for(1)
     site.wait_settled()
     report = next(raw for raw in site.old.maildir_messages() if b"multipart/report" in raw)
-    assert b"Final-Recipient: rfc822; b@example.com\nOriginal-Recipient: rfc822;b@example.com\nAction: delivered" in report
+    assert b"Final-Recipient: rfc822; b@example.com" in report
+    assert b"Action: delivered" in report
     assert len(site.old.maildir_messages()) == 2
     assert [d.recipient for d in stored.all_of(site.new)] == ["b@example.com"]
 
@@ -195,7 +196,7 @@ def test_backup_is_down(site: Site) -> None:
 
 @pytest.mark.parametrize("moment", [1, 40, 120])
 def test_everything_killed_under_load(product: Make, postfix: Start, moment: int) -> None:
-    """SIGKILL for all of smtp-dup while Postfix sends 200 messages: all are at both stores, and repeats are explained."""
+    """SIGKILL for all of smtp-dup while Postfix sends 200 messages: all are at both stores, repeats are explained."""
     site = Site(product, postfix, relay__uncertain_hold="10s")
     mails = [corpus.simple(number, f"b{number}@example.com") for number in range(200)]
     for mail in mails:
@@ -234,7 +235,7 @@ def test_killed_and_nobody_sends_again(product: Make, postfix: Start) -> None:
 
 
 def test_backup_knows_not_all_users(site: Site) -> None:
-    """Unknown users at the backup are exactly the failed list; once they exist `failed retry --all` delivers to them."""
+    """The failed list is exactly the users whom the backup lacks; once it has them `failed retry --all` delivers."""
     known = " ".join(f"{{{name}@example.com = all/}}" for name in ("one", "two", "three"))
     reconfigure(site.new, **STRICT, virtual_mailbox_maps=f"inline:{{ {known} }}")
     mails = [
@@ -248,7 +249,8 @@ def test_backup_knows_not_all_users(site: Site) -> None:
     wait_until(lambda: len(site.product.json("failed", "list")) == 2, message=lambda: site.product.log[-3000:])
     site.wait_settled()
     rows = site.product.json("failed", "list")
-    assert sorted(row["recipients"] for row in rows) == [["new-a@example.com"], ["new-b@example.com", "new-c@example.com"]]
+    refused = ["new-a@example.com"], ["new-b@example.com", "new-c@example.com"]
+    assert sorted(row["recipients"] for row in rows) == [*refused]
     assert all("550 5.1.1 " in row["reply"] and "User unknown in virtual mailbox table" in row["reply"] for row in rows)
     assert sorted(_recipients(site.new)) == ["one@example.com", "three@example.com", "two@example.com"]
     reconfigure(site.new, virtual_mailbox_maps="static:all/")
@@ -441,7 +443,7 @@ def test_varied_messages_with_exim(product: Make, postfix: Start, exim: EximInst
 
 
 def test_exim_refuses_one_recipient_of_a_copy(product: Make, postfix: Start, exim: EximInstance) -> None:
-    """Exim as backup refuses one of three: exactly that one is in the failed list, and gets it when Exim is put right."""
+    """A backup refuses one of three: exactly that one is in the failed list, and gets it when Exim is put right."""
     exim.configure(refused=["no"])
     old = postfix(PostfixInstance.store(DOMAINS, **LITERAL))
     between = product(primary=old.address, backups=[exim.address], settings=QUICK)
@@ -463,8 +465,8 @@ def test_exim_refuses_one_recipient_of_a_copy(product: Make, postfix: Start, exi
 
 
 def _exim_changes(mail: corpus.Mail) -> bool:
-    """Say whether Exim itself stores this otherwise than it came."""
-    return "carriage returns" in mail.name
+    """Say whether Exim itself changes this: it ends a line at a lone CR, and any header with an empty line."""
+    return mail.name.partition(" ")[2] in {"empty", "header only", "carriage returns"}
 
 
 def reconfigure(instance: PostfixInstance, **settings: str) -> None:
@@ -529,9 +531,7 @@ def _access(address: str, reply: str) -> str:
     return f"check_recipient_access inline:{{ {{{address} = {reply}}} }}, permit"
 
 
-def _explain_repeats(
-    site: Site, at_old: list[Stored], at_new: list[Stored], became: dict[str, str]
-) -> None:
+def _explain_repeats(site: Site, at_old: list[Stored], at_new: list[Stored], became: dict[str, str]) -> None:
     """What arrived twice did so for a reason that can be found by its id.
 
     At the primary: the front had no reply and sent it again. At the backup: the primary has it twice, too; or nobody
@@ -540,7 +540,7 @@ def _explain_repeats(
     ids_at_old = {delivery.id for delivery in at_old}
     events = {(event.get("id"), event["event"]) for event in site.product.events}
     for recipient, count in Counter(delivery.recipient for delivery in at_old).items():
-        sent_again = re.search(rf"to=<{re.escape(recipient)}>.*status=deferred \((lost connection|host)", site.front.log)
+        sent_again = re.search(rf"to=<{re.escape(recipient)}>.*status=deferred \(lost connection", site.front.log)
         assert count == 1 or sent_again, f"{recipient}: {count} times at the primary"
     repeated = Counter(delivery.recipient for delivery in at_new)
     for (recipient, message_id), count in Counter((d.recipient, d.id) for d in at_new).items():

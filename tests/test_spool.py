@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from relay import spool
+from relay import owners, spool
 from relay.envelope import IdSource
 from relay.ledger import Released
 from relay.spool import Spool
@@ -223,7 +223,7 @@ asyncio.run(run())
 async def test_an_owner_lives_as_long_as_its_process(folder: Path) -> None:
     """SIGKILL ends it at once, a SIGSTOP does not, and a name in use is not taken twice."""
     spool.prepare(folder)
-    assert not spool.is_alive(folder, "dead")
+    assert not owners.is_alive(folder, "dead")
     source = str(Path(spool.__file__).parents[1])
     process = subprocess.Popen(
         [sys.executable, "-c", OWNER, str(folder), "abcd"],
@@ -233,11 +233,11 @@ async def test_an_owner_lives_as_long_as_its_process(folder: Path) -> None:
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == b"open\n"
-        assert spool.is_alive(folder, "abcd")
+        assert owners.is_alive(folder, "abcd")
         process.send_signal(signal.SIGSTOP)
-        assert spool.is_alive(folder, "abcd")
-        spool.forget_owner(folder, "abcd")
-        assert spool.is_alive(folder, "abcd")
+        assert owners.is_alive(folder, "abcd")
+        owners.forget(folder, "abcd")
+        assert owners.is_alive(folder, "abcd")
         twin = Spool(folder, "abcd")
         with pytest.raises(OSError, match="temporarily unavailable"):
             await twin.write(_ids.next(), b"record")
@@ -247,8 +247,8 @@ async def test_an_owner_lives_as_long_as_its_process(folder: Path) -> None:
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
-    wait_until(lambda: not spool.is_alive(folder, "abcd"))
-    spool.forget_owner(folder, "abcd")
+    wait_until(lambda: not owners.is_alive(folder, "abcd"))
+    owners.forget(folder, "abcd")
     assert list((folder / "owners").iterdir()) == []
 
 

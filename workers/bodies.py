@@ -6,13 +6,14 @@ cannot be read is logged and counts as missing.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import cast
 
 from redis.asyncio import Redis
 
-from relay import ledger, maillog
-from relay.envelope import MalformedRecord, Message
+from relay import archive, ledger, maillog
+from relay.envelope import BodyElsewhere, MalformedRecord, Message
 
 _LARGE = 256 << 10  # octets of a stored record
 _AT_ONCE = 4 << 20
@@ -46,7 +47,7 @@ class Bodies:
         await self._fetch(group)
 
     async def take(self, message_id: str) -> Message | None:
-        """Return a message, None when there is none or it cannot be read. Raises RedisError."""
+        """Return a message, None when there is none or it cannot be read. Raises RedisError, BodyElsewhere."""
         message = self._ahead.pop(message_id, None)
         if message is None:
             record = await self._bulk.get(ledger.MESSAGE + message_id)
@@ -62,9 +63,10 @@ class Bodies:
         if ids:
             records = await self._connection.mget([ledger.MESSAGE + message_id for message_id in ids])
             for message_id, record in zip(ids, records, strict=True):
-                message = _unpacked(message_id, cast("bytes | None", record))
-                if message is not None:
-                    self._ahead[message_id] = message
+                with contextlib.suppress(BodyElsewhere):  # told when its turn comes
+                    message = _unpacked(message_id, cast("bytes | None", record))
+                    if message is not None:
+                        self._ahead[message_id] = message
 
 
 def _unpacked(message_id: str, record: bytes | None) -> Message | None:
@@ -72,6 +74,8 @@ def _unpacked(message_id: str, record: bytes | None) -> Message | None:
         return None
     try:
         return Message.unpack(record)
+    except BodyElsewhere as place:
+        return Message.unpack(archive.fetch(place))
     except MalformedRecord as error:
         maillog.notice("error", "unreadable message", id=message_id, reason=str(error))
         return None

@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 
 from relay import faults, ledger, maillog, metrics
 from relay.connection import ClientError
-from relay.envelope import Destination, Reply
+from relay.envelope import BodyElsewhere, Destination, Reply
 from relay.ledger import Claim, CopyState
 from relay.pool import Pool
 from relay.server import async_client, sync_client
@@ -231,6 +231,9 @@ class Courier:
             maillog.ledger_trouble(f"body of {claim.id}", error)
             batch.work.append(claim)
             await asyncio.sleep(0.5)
+            return None
+        except BodyElsewhere as place:
+            self._note(batch, claim.id, self._outcomes.fail(claim, f"554 5.3.0 {place}: run failed retry there"))
             return None
         if message is None:
             self._note(batch, claim.id, self._outcomes.forget(claim.id))

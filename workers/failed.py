@@ -18,8 +18,8 @@ from redis import Redis
 from rq import Queue
 from rq.job import Job, JobStatus
 
-from relay import dispatch, ledger, maillog, reading
-from relay.envelope import Destination, printable
+from relay import archive, dispatch, ledger, maillog, reading
+from relay.envelope import BodyElsewhere, Destination, Message, printable
 from relay.ledger import Attempt, CopyState
 from relay.reading import UnknownId
 from workers import live
@@ -145,6 +145,7 @@ def retry(connection: Redis, ids: Collection[str] | None, destination: str | Non
     """
     count = 0
     for target, batch in _selected(connection, ids, destination):
+        archive.restore(connection, batch)
         queue = dispatch.queue(connection, target.name)
         before = ledger.owners(connection, target.name, batch, failed=True)
         with connection.pipeline(transaction=True) as pipe:
@@ -163,8 +164,14 @@ def drop(connection: Redis, ids: Collection[str] | None, destination: str | None
 
 
 def export(connection: Redis, message_id: str) -> bytes:
-    """Return a message as it was before SMTP stuffed its dots, with our Received line. Raises UnknownId."""
-    body = reading.message(connection, message_id).body
+    """Return a message as it was before SMTP stuffed its dots, with our Received line.
+
+    Raises UnknownId, and BodyElsewhere when its body was moved to a file on another host.
+    """
+    try:
+        body = reading.message(connection, message_id).body
+    except BodyElsewhere as place:
+        body = Message.unpack(archive.fetch(place)).body
     return re.sub(rb"(\A|\r\n)\.", rb"\1", body)  # RFC 5321 4.5.2; only CRLF ends a line
 
 

@@ -16,7 +16,7 @@ from rq.job import JobStatus
 
 from relay import dispatch, ledger, maillog, metrics
 from relay.envelope import Destination, Reply
-from relay.ledger import CopyState
+from relay.ledger import Claim, CopyState
 from relay.sections import RetrySettings
 from workers import failed
 from workers.copies import Copy
@@ -114,6 +114,11 @@ class Outcomes:
             dispatch.schedule(pipe, self._queue, job, when)
 
         await self._outbox.write(change)
+
+    def fail(self, claim: Claim, reply: str) -> asyncio.Future[None]:
+        """Put a copy (back) on the failed list that cannot be tried here."""
+        maillog.failed(claim.id, self._name, len(claim.state.owed or ()), claim.state.attempts, reply)
+        return self._fail(claim.id, claim.state.tried(self._now(), reply), None, reply)
 
     def forget(self, message_id: str) -> asyncio.Future[None]:
         """Remove a pending copy whose body is gone."""

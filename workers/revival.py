@@ -25,6 +25,7 @@ from rq.worker import BaseWorker
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
 PLACE = "place"  # field of the worker's hash: where its pid means something
+BORN = "born"  # field of the worker's hash: which of the processes that had this pid it is
 _GRACE = 0.05  # seconds; a live worker leaves a job in the intermediate list for a few milliseconds
 
 # KEYS: started registry, intermediate list, queue. ARGV: worker name, ids found in the intermediate list.
@@ -95,12 +96,22 @@ def place() -> str:
         return socket.gethostname()
 
 
+def born(pid: int) -> str:
+    """Return when a process started, in ticks since the boot, which no clock moves; "" without a Linux's /proc."""
+    fields = _stat(pid)
+    return fields[19] if fields else ""
+
+
 def dead_here(connection: Redis, queue: Queue) -> list[str]:
     """Return the names of the workers on ``queue`` that ran in our place and are gone, e.g. killed all at once."""
     here, dead = place(), []
     for name in _workers(connection, queue):
-        pid, where = cast("list[Any]", connection.hmget(_key(name), ["pid", PLACE]))
-        if pid and where and as_text(where) == here and not _is_alive(int(pid)):
+        pid, where, since = cast("list[Any]", connection.hmget(_key(name), ["pid", PLACE, BORN]))
+        if not pid or not where or as_text(where) != here:
+            continue
+        # A container that starts again has the same small pids, and as a rule the number of the old namespace too.
+        is_another = bool(since) and born(int(pid)) != as_text(since)
+        if is_another or not _is_alive(int(pid)):
             dead.append(name)
     return dead
 
@@ -135,13 +146,21 @@ def _intermediate(connection: Redis, queue: Queue) -> list[str]:
     return [as_text(job) for job in cast("list[Any]", connection.lrange(key, 0, -1))]
 
 
+def _stat(pid: int) -> list[str]:
+    """Return the fields of /proc/<pid>/stat from the state on; nothing when there is no such process."""
+    try:
+        # The name in parentheses may hold anything; what follows it is regular.
+        return Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
 def _is_alive(pid: int) -> bool:
     """Say whether a process runs; a zombie does not, and a container's first process may never reap its orphans."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        if Path("/proc/self/stat").exists():
-            return False
+    if fields := _stat(pid):
+        return fields[0] not in "ZX"
+    if Path("/proc/self/stat").exists():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

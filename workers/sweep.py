@@ -17,7 +17,7 @@ from typing import cast
 
 from redis import Redis
 
-from relay import dispatch, ledger, maillog, reading, recovery
+from relay import archive, dispatch, ledger, maillog, reading, recovery
 from relay.envelope import Destination
 from relay.ledger import Attempt
 from relay.settings import Settings
@@ -101,6 +101,8 @@ class Sweeper:
                 self._check_bodies(name, repair=repair)
             if repair:
                 self._tidy(destination, found, thorough=thorough)
+        if repair:
+            self._move_bodies()
         if thorough:
             for message_id, action in unlisted.bodies(self._connection, self._tick, remove=repair):
                 report.add("body that nobody lists", message_id, "", action)
@@ -119,6 +121,18 @@ class Sweeper:
         if merging.is_worth_it(found.queued_jobs, found.queued_ids):
             fewer = merging.merge(self._connection, name, found.queued_jobs, self._tick)
             self._report.add("many small jobs", "", name, f"{fewer} jobs fewer")
+
+    def _move_bodies(self) -> None:
+        """Keep the bodies of failed copies in Redis within failed.max_bytes."""
+        where = archive.folder(self._settings.state_dir)
+        try:
+            for message_id, path in archive.move_excess(
+                self._connection, where, self._settings.failed.max_bytes, self._tick
+            ):
+                self._report.add("failed.max_bytes exceeded", message_id, "", f"body moved to {path}")
+            archive.forget_delivered(self._connection, where)
+        except OSError as error:
+            maillog.notice("error", "failed bodies cannot be moved", folder=str(where), reason=str(error))
 
     # --- staged and uncertain messages ----------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ from rq.worker_registration import clean_worker_registry, register
 
 from workers import jobs
 from workers.allowed import DeliveryJob
-from workers.revival import PLACE, place, revive
+from workers.revival import BORN, PLACE, born, place, revive
 
 _POLL_SECONDS = 1  # how long a pop blocks, and so how late a stop is seen when idle
 _NOT_ACCEPTING_SECONDS = 0.1  # between two looks at a courier that takes nothing
@@ -55,7 +55,7 @@ class DeliveryWorker(SimpleWorker):
         self.stopping = False
         self.accepts = accepts
         self.queue = self.queues[0]
-        self._place = place()
+        self._place, self._born = place(), born(os.getpid())
         self._running: tuple[Job, Execution] | None = None
         self._beating = threading.Lock()  # a beat must not bring an execution back that has just ended
         self._ended = threading.Event()
@@ -270,7 +270,7 @@ class DeliveryWorker(SimpleWorker):
 
     def _register(self) -> None:
         with self.connection.pipeline() as pipeline:
-            pipeline.hset(self.key, mapping={**self.serialize(), PLACE: self._place})
+            pipeline.hset(self.key, mapping={**self.serialize(), PLACE: self._place, BORN: self._born})
             pipeline.expire(self.key, self.worker_ttl + 60)
             register(self, pipeline)
             pipeline.execute()

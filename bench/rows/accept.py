@@ -22,6 +22,8 @@ def run(course: Course) -> Row:
         row.add(peer.name, "accepted", "msg/s", [r.accepted_rate for r in runs])
         row.add(peer.name, "drained", "msg/s", [r.drained_rate for r in runs])
         row.add(peer.name, "until nothing is pending", "s", [r.clearing for r in runs])
+        for kind in runs[0].cpu if runs else ():
+            row.add(peer.name, f"processor time, {kind}", "ms a message", [r.cpu[kind] for r in runs])
         row.goals = [
             Goal("accepted, kept connections", row.median(peer.name, "accepted"), 1500, unit="msg/s"),
             Goal(

@@ -52,7 +52,8 @@ def _one(
     row.add(label, "relay, peak proportional", "MB", [relays.proportional / 1e6])
     row.add(label, "relay, before", "MB", [quiet / 1e6])
     row.add(label, "workers, peak resident", "MB", [workers.resident / 1e6])
-    row.add(label, "answered 4xx", "times", [crowd.sent_away])
+    row.add(label, "answered 4xx", "times", [crowd.sent_away.total()])
+    row.notes += [f"{label}: {count} times {text}" for text, count in crowd.sent_away.items()]
     row.add(label, "in flight, highest seen", "MB", [in_flight.value / 1e6])
     limit = (_PER_OCTET * allowed + _BASE) / 1e6
     row.goals.append(

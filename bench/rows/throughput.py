@@ -47,7 +47,8 @@ def one(stage: Stage, peer: Peer, load: Load, label: str) -> Run:
         stage.fault(f"{label}: {fault}")
     stage.step(
         f"{label}: {peer.name}: {load.count} messages, {result.accepted_rate:,.0f}/s accepted, "
-        f"{result.drained_rate:,.0f}/s drained, nothing pending {result.clearing:.2f} s after the last"
+        f"{result.drained_rate:,.0f}/s drained, {sum(result.cpu.values()):.2f} ms of a core each, "
+        f"nothing pending {result.clearing:.2f} s after the last"
     )
     return result
 
@@ -66,6 +67,7 @@ def _tell(row: Row, field: list[Peer], runs: dict[tuple[str, str], list[Run]]) -
             found = runs[peer.name, mode]
             row.add(peer.name, f"{mode}, accepted", "msg/s", [r.accepted_rate for r in found])
             row.add(peer.name, f"{mode}, drained", "msg/s", [r.drained_rate for r in found])
+            row.add(peer.name, f"{mode}, processor time", "ms a message", [sum(r.cpu.values()) for r in found if r.cpu])
             row.add(peer.name, f"{mode}, until nothing is pending", "s", [r.clearing for r in found])
     for mode, postfix in zip(MODES, (5, 10), strict=True):
         ours = ("smtp-dup", f"{mode}, drained")

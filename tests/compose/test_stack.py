@@ -195,6 +195,18 @@ def test_a_killed_container_starts_again(stack: Stack, backup: ScriptedServer, s
         assert len(named(backup, subject)) == 1
 
 
+def test_workers_killed_in_the_middle_of_a_delivery(stack: Stack, backup: ScriptedServer) -> None:
+    """SIGKILL while the backup has not answered yet: the new container delivers that copy as soon as it runs."""
+    gate = Gate()
+    backup.replies["."] = [(gate, None), None]
+    stack.send("in hand")
+    gate.wait(60)
+    stack.kill("workers")
+    arrives(backup, "in hand", 30)
+    wait_until(lambda: stack.summary()["pending"] == 0, 30, "nothing pending", interval=0.5)
+    gate.open()
+
+
 def test_requeue_in_the_dashboard_delivers_the_copy(stack: Stack, backup: ScriptedServer) -> None:
     """A refused copy is shown with the server's reply; Requeue, as its page asks for it, delivers it."""
     backup.replies["RCPT"] = "550 5.1.1 no <b>such</b> user"

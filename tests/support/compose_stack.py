@@ -38,7 +38,7 @@ def unavailable() -> str:
     for words, without in ((["compose", "version"], "no Compose v2"), (["info"], "the container engine does not run")):
         done = subprocess.run(["docker", *words], capture_output=True, text=True, check=False)
         if done.returncode:
-            return f"{without}: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'docker fails'}"
+            return f"{without}: {done.stderr.strip().splitlines()[0] if done.stderr.strip() else 'docker fails'}"
     try:
         with socket.socket() as probe:
             probe.bind((gateway(), 0))

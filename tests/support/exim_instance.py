@@ -9,6 +9,7 @@ from __future__ import annotations
 import mailbox
 import os
 import shutil
+import signal
 import smtplib
 import subprocess
 import tempfile
@@ -45,7 +46,7 @@ recipients_max = 1000
 smtp_accept_max = 200
 smtp_accept_queue_per_connection = 0
 smtp_accept_max_per_connection = 0
-remote_max_parallel = 1
+keep_environment =
 host_lookup =
 rfc1413_query_timeout = 0s
 return_path_remove = false
@@ -77,8 +78,8 @@ box:
 begin retry
 * * F,1h,1m
 """
-# Its own user exists only below this shell; what it starts inherits the namespace.
-_RUN = 'mount --bind "$1/passwd" /etc/passwd && mount --bind "$1/group" /etc/group && shift && exec "$@"'
+# Its user and its libraries exist only below this shell. Not by LD_LIBRARY_PATH: the program is setuid and ignores it.
+_RUN = 'for name in passwd group ld.so.cache; do mount --bind "$1/$name" "/etc/$name" || exit; done; shift; exec "$@"'
 
 
 def unpack(folder: Path) -> tuple[Path | None, str]:
@@ -103,7 +104,7 @@ def unpack(folder: Path) -> tuple[Path | None, str]:
 
 
 class EximInstance:
-    """One Exim on a loopback port that puts everything for ``domains`` into one Maildir, but for ``refused`` recipients."""
+    """One Exim on a loopback port that puts mail for ``domains`` into one Maildir, but for ``refused`` local parts."""
 
     def __init__(
         self, program: Path, domains: Iterable[str] = ("example.com",), *, refused: Iterable[str] = ()
@@ -119,12 +120,19 @@ class EximInstance:
         for name in ("spool", "log", "mail"):
             (self.directory / name).mkdir()
             os.chown(self.directory / name, _USER, _USER)
-        for name, line in (("passwd", f"Debian-exim:x:{_USER}:{_USER}::/:/bin/false"), ("group", f"Debian-exim:x:{_USER}:")):
+        for name, line in (
+            ("passwd", f"Debian-exim:x:{_USER}:{_USER}::/:/bin/false"),
+            ("group", f"Debian-exim:x:{_USER}:"),
+        ):
             (self.directory / name).write_text(Path("/etc", name).read_text() + line + "\n")
+        libraries = [str(path) for path in (program.parent.parent / "lib").glob("*-linux-gnu")]
+        subprocess.run(["/sbin/ldconfig", "-X", "-C", str(self.directory / "ld.so.cache"), *libraries], check=True)
         self.configure(refused)
 
     def configure(self, refused: Iterable[str] = ()) -> None:
-        """Refuse these recipients from now on; holds for new connections."""
+        """Refuse these local parts from now on."""
+        running = self._process is not None
+        self.stop()
         refusals = [f"  deny message = no such user\n       local_parts = {name}" for name in refused]
         text = _CONFIGURATION.format(
             port=self.port,
@@ -134,20 +142,18 @@ class EximInstance:
             user=_USER,
             refusals="\n".join(refusals),
         )
-        new = self.directory / "exim.conf.new"
-        new.write_text(text)
-        new.rename(self.directory / "exim.conf")
+        (self.directory / "exim.conf").write_text(text)
+        if running:
+            self.start()
 
     def start(self) -> Self:
         """Start it and wait until it greets."""
-        libraries = ":".join(str(path) for path in (self._program.parent.parent / "lib").glob("*-linux-gnu"))
         with (self.directory / "output").open("ab") as output:
             self._process = subprocess.Popen(
                 [
                     *("unshare", "-m", "--propagation", "private", "sh", "-c", _RUN, "sh", str(self.directory)),
                     *(str(self._program), "-C", str(self.directory / "exim.conf"), "-bdf", "-q10s"),
                 ],
-                env={**os.environ, "LD_LIBRARY_PATH": libraries},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -161,7 +167,8 @@ class EximInstance:
         """Stop it; its mailbox stays."""
         if self._process is None:
             return
-        self._process.terminate()
+        # With those that serve a connection: they outlive the daemon, with the configuration of their start.
+        os.killpg(self._process.pid, signal.SIGTERM)
         self._process.wait(PATIENCE)
         self._process = None
         if self._watchdog is not None:

@@ -23,7 +23,7 @@ _ids = IdSource()
 
 def settings(**options: str) -> Settings:
     """Return settings as a file with these options would give them; ``retry_first`` stands for ``retry.first``."""
-    flags = {name.replace("_", ".", 1): value for name, value in options.items()}
+    flags = {name if name == "state_dir" else name.replace("_", ".", 1): value for name, value in options.items()}
     return load({"relay.destination_primary": "localhost:25", **flags}, environ={}, directories=())
 
 

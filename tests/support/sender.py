@@ -32,6 +32,12 @@ class Sender:
             thread.join(max(0.1, self._deadline + 30 - time.monotonic()))
         return self.accepted
 
+    def stop(self) -> None:
+        """Send nothing more, and give up what has no 2xx."""
+        with self._lock:
+            self._left.clear()
+            self._deadline = time.monotonic()
+
     def _take(self) -> int | None:
         with self._lock:
             return self._left.pop() if self._left else None

@@ -1,0 +1,201 @@
+"""The wire to one client: lines and chunks in, replies out, the deadline of whoever waits for the client, TLS.
+
+A subclass of aiosmtpd's SMTP, of which the transport's side is kept; the conversation itself is a Session. A client
+that hangs up never cancels anybody: it shows as the end of input (None for a line, b"" for a chunk), and what is
+written to it goes nowhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from aiosmtpd.smtp import SMTP
+
+from relay.envelope import Reply
+
+BUFFER = 1 << 16
+_HANDSHAKE_SECONDS = 30.0
+_TIMEOUT = Reply.of(421, "4.4.2 Timeout while waiting for you")
+_TLS_ERRORS = (ssl.SSLError, ConnectionError, TimeoutError, OSError)
+
+
+class Channel(SMTP):
+    """One client's connection; ``converse`` is started with it and lives until it returns."""
+
+    def __init__(self, converse: Callable[[Channel], Coroutine[Any, Any, None]], *, watch_every: float) -> None:
+        # aiosmtpd's own constructor scans classes for 130 us a connection; what its other methods need is set here.
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=BUFFER, loop=loop)
+        asyncio.StreamReaderProtocol.__init__(self, reader, client_connected_cb=self._cb_client_connected, loop=loop)
+        self.loop = loop
+        self.transport: Any = None
+        self._converse = converse
+        self._watch_every = watch_every
+        self._watchdog: asyncio.TimerHandle | None = None
+        self._deadline = 0.0
+        self.waiting = False  # for the client; only then may a deadline or a shutdown end the conversation
+        self.tls = False
+        self.peer: tuple[str, int] = ("", 0)
+
+    # --- what asyncio calls -----------------------------------------------------------------------------------
+
+    def connection_made(self, transport: Any) -> None:
+        """Start the conversation. Nothing is read before it asks: the first octets may be TLS."""
+        asyncio.StreamReaderProtocol.connection_made(self, transport)
+        self.transport = transport
+        transport.pause_reading()
+        peer = transport.get_extra_info("peername")
+        if isinstance(peer, tuple):
+            self.peer = (peer[0].removeprefix("::ffff:"), peer[1])
+        self._handler_coroutine = self.loop.create_task(self._live())
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Tell the reader; the conversation ends by itself, after what must not be broken off."""
+        asyncio.StreamReaderProtocol.connection_lost(self, None)
+        self.transport = None
+
+    def eof_received(self) -> bool:
+        """Keep our side open where that can be done: the reply to the last command may still be wanted."""
+        self._reader.feed_eof()
+        return not self.tls
+
+    async def _live(self) -> None:
+        self._watch()
+        try:
+            await self._converse(self)
+        finally:
+            if self._watchdog is not None:
+                self._watchdog.cancel()
+            if self.transport is not None:
+                self.transport.close()
+
+    # --- out --------------------------------------------------------------------------------------------------
+
+    @property
+    def is_gone(self) -> bool:
+        return self.transport is None
+
+    async def push(self, reply: Reply) -> None:  # type: ignore[override]  # a Reply instead of text
+        """Write a reply. That the client has gone is found out at the next read."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(reply.wire)
+            if self.transport.get_write_buffer_size():
+                try:
+                    await self._writer.drain()
+                except ConnectionError:
+                    self._reader.feed_eof()
+
+    def dismiss(self, reply: Reply) -> None:
+        """Say a last word and hang up; who reads finds the end of input."""
+        if self.transport is not None:
+            self.transport.write(reply.wire)
+            self.transport.close()
+        self._reader.feed_eof()
+
+    # --- in ---------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to read."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    async def read_line(self, seconds: float, limit: int) -> bytes | None:
+        """Return the next line, b"" for one that is too long, None at the end of input; all of it in the time given."""
+        self._wait(seconds)
+        too_long = False
+        try:
+            while True:
+                try:
+                    line = await self._reader.readuntil(b"\n")
+                except asyncio.LimitOverrunError as overrun:
+                    await self._reader.read(overrun.consumed)
+                    too_long = True
+                except asyncio.IncompleteReadError:
+                    return None
+                else:
+                    return b"" if too_long or len(line) > limit else line
+        finally:
+            self.waiting = False
+
+    async def read_chunk(self, seconds: float, most: int = BUFFER) -> bytes:
+        """Return what has come, b"" at the end of input."""
+        self._wait(seconds)
+        chunk = await self._reader.read(most)
+        self.waiting = False
+        return chunk
+
+    def unread(self, data: bytes) -> None:
+        """Put octets back in front: a pipelining client's next commands."""
+        # StreamReader has no public way; aiosmtpd itself works on this attribute.
+        self._reader._buffer[:0] = data  # type: ignore[attr-defined]  # noqa: SLF001
+
+    @property
+    def reader(self) -> asyncio.StreamReader:
+        """The octets as a stream, for the PROXY header that is in front of everything."""
+        return self._reader
+
+    # --- TLS --------------------------------------------------------------------------------------------------
+
+    async def start_tls(self, context: ssl.SSLContext, first: Reply | None = None, *, keep: bool = False) -> str:
+        """Say ``first`` and negotiate TLS; returns "" or why it failed, and then the connection is of no more use.
+
+        What came in plain text after the command is dropped: it must not count as if it had come under TLS (RFC 3207
+        4.2). ``keep``: it is the beginning of the handshake, which came with a PROXY header.
+        """
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return "the client has gone"
+        transport.pause_reading()  # all that comes from now on goes to TLS
+        buffer: bytearray = self._reader._buffer  # type: ignore[attr-defined]  # noqa: SLF001
+        early = bytes(buffer) if keep else b""
+        buffer.clear()
+        self._over_ssl = True
+        if first is not None:
+            transport.write(first.wire)
+        handshake = self.loop.create_task(
+            self.loop.start_tls(transport, self, context, server_side=True, ssl_handshake_timeout=_HANDSHAKE_SECONDS)
+        )
+        if early:
+            await asyncio.sleep(0)  # the task has asked for what connects its protocol, and then for reading to go on
+            self.loop.call_soon(_feed, transport, early)
+        try:
+            secured = await handshake
+        except _TLS_ERRORS as error:
+            self._reader.feed_eof()
+            return str(getattr(error, "reason", "") or type(error).__name__)
+        if secured is None:
+            return "the client has gone"
+        self.transport = self._transport = secured
+        self._reader._transport = secured  # type: ignore[attr-defined]  # noqa: SLF001
+        self._reader._paused = False  # type: ignore[attr-defined]  # noqa: SLF001
+        self._writer._transport = secured  # type: ignore[attr-defined]  # noqa: SLF001
+        self.tls = True
+        return ""
+
+    # --- deadlines --------------------------------------------------------------------------------------------
+
+    def _wait(self, seconds: float) -> None:
+        self._deadline = self.loop.time() + seconds
+        self.waiting = True
+
+    def _watch(self) -> None:
+        """Look at the deadline now and then: cheaper than a timer for every command."""
+        if self.waiting and self.loop.time() >= self._deadline:
+            self._watchdog = None
+            self.dismiss(_TIMEOUT)
+        else:
+            self._watchdog = self.loop.call_later(self._watch_every, self._watch)
+
+
+def _feed(transport: Any, data: bytes) -> None:
+    """Give octets to the TLS protocol as if the transport had just read them (asyncio.BufferedProtocol)."""
+    protocol = transport.get_protocol()
+    while data:
+        room = protocol.get_buffer(len(data))
+        size = min(len(room), len(data))
+        room[:size] = data[:size]
+        protocol.buffer_updated(size)
+        data = data[size:]

@@ -1,0 +1,316 @@
+"""Who the client is, and what it may do: from the connection to HELO, EHLO, STARTTLS, AUTH, XFORWARD and XCLIENT.
+
+Whoever comes from an allowed network or has logged in may send mail; everybody else hears no, at once where there is
+no way to log in. A password is asked for under TLS only, unless the settings say otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import ssl
+from typing import TYPE_CHECKING
+
+from relay import identity, maillog, metrics
+from relay.channel import Channel
+from relay.data import ClientGone
+from relay.envelope import Reply
+from relay.identity import BadAttribute, Identity
+from relay.parameters import SyntaxProblem, offers
+from relay.proxy import BadHeader, read_header
+from relay.sections import within
+
+if TYPE_CHECKING:
+    from relay.session import Front
+
+AUTH_LINE = 12288  # octets; RFC 4954 4
+_PROXY_SECONDS = 5.0
+_FAILURES = 5  # wrong passwords, then goodbye
+_FAILURE_PAUSE = 1.0  # seconds before the reply to each
+
+_SHUTDOWN = Reply.of(421, "4.3.2 Service shutting down, try again later")
+_CROWDED = Reply.of(421, "4.3.2 Too many connections, try again later")
+_CROWD = Reply.of(421, "4.7.0 Too many connections from your address, try again later")
+_TALKATIVE = Reply.of(554, "5.5.0 You talked before the greeting")
+_TLS_FIRST = Reply.of(530, "5.7.0 Must issue a STARTTLS command first")
+_AUTH_FIRST = Reply.of(530, "5.7.0 Authentication required")
+_STRANGER = Reply.of(554, "5.7.1 Client address not allowed")
+_WRONG = Reply.of(535, "5.7.8 Authentication credentials invalid")
+
+
+class Introduction:
+    """What one client has told of itself, and shown."""
+
+    def __init__(self, front: Front, channel: Channel) -> None:
+        self._front = front
+        self._settings = front.settings.smtp
+        self._channel = channel
+        self.address, self.port = channel.peer
+        self._may_forward = False
+        self._counted = ""  # the address under which we are counted
+        self.helo = ""
+        self.extended = False
+        self.offered: frozenset[str] = frozenset()
+        self.user = ""
+        self._failures = 0
+        self._given_helo = ""  # by XCLIENT, in place of what HELO says
+        self._origin: Identity = ()  # by XCLIENT or PROXY
+        self._forwarded: dict[str, str] = {}  # by XFORWARD, for the next message
+
+    # --- the connection ---------------------------------------------------------------------------------------
+
+    async def arrive(self, *, implicit_tls: bool) -> Reply | None:
+        """Go as far as the greeting; returns it, or None when the client has been turned away."""
+        channel = self._channel
+        if self._settings.proxy_protocol and not await self._read_proxy_header():
+            return None
+        refusal = self._unwelcome()
+        if refusal is not None:
+            metrics.connections_refused.inc()
+            if not implicit_tls:
+                channel.dismiss(refusal)
+            return None
+        metrics.connections.inc()
+        if implicit_tls:
+            context = self._front.credentials.tls
+            if context is None or not await self._secure(context, keep=self._settings.proxy_protocol):
+                return None
+        channel.start()
+        if self._settings.greeting_delay and not await self._kept_silent():
+            channel.dismiss(_TALKATIVE)
+            return None
+        return self.greeting
+
+    @property
+    def greeting(self) -> Reply:
+        return Reply.of(220, f"{self._settings.domain} ESMTP smtp-dup")
+
+    def leave(self) -> None:
+        """Count the client no more."""
+        if self._counted:
+            self._front.seat.count_address(self._counted, -1)
+            self._counted = ""
+
+    async def _read_proxy_header(self) -> bool:
+        if not within(self.address, self._settings.proxy_networks):
+            maillog.command_refused(self.address, "PROXY", _STRANGER)
+            return False
+        self._channel.start()
+        try:
+            async with asyncio.timeout(_PROXY_SECONDS):
+                origin = await read_header(self._channel.reader)
+        except (BadHeader, TimeoutError) as error:
+            maillog.proxy_failed(self.address, str(error) or "no PROXY header in time")
+            return False
+        if origin is not None:
+            self.address, self.port = origin
+        return True
+
+    def _unwelcome(self) -> Reply | None:
+        front, settings = self._front, self._settings
+        if front.stopping:
+            return _SHUTDOWN
+        if front.seat.clients > settings.max_connections:
+            return _CROWDED
+        if settings.max_connections_per_client:
+            self._counted = identity.household(self.address)
+            front.seat.count_address(self._counted, 1)
+            if front.seat.connections_of(self._counted) > settings.max_connections_per_client:
+                maillog.command_refused(self.address, "connect", _CROWD)
+                return _CROWD
+        self._may_forward = within(self.address, settings.xforward_networks)
+        if not self._is_trusted and front.credentials.users is None and not self._may_forward:
+            maillog.command_refused(self.address, "connect", _STRANGER)
+            return _STRANGER
+        return None
+
+    async def _secure(self, context: ssl.SSLContext, first: Reply | None = None, *, keep: bool = False) -> bool:
+        """Negotiate TLS, after which nothing holds that was said before it (RFC 3207 4.2)."""
+        reason = await self._channel.start_tls(context, first, keep=keep)
+        if reason:
+            maillog.tls_failed(self.address, reason)
+        self.helo, self.extended, self.offered, self.user, self._forwarded = "", False, frozenset(), "", {}
+        return not reason
+
+    async def _kept_silent(self) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.greeting_delay):
+                # Whatever comes now came too early, the end of input too.
+                await self._channel.reader.read(1)
+                return False
+        return True
+
+    # --- what it may do ---------------------------------------------------------------------------------------
+
+    @property
+    def _is_trusted(self) -> bool:
+        return bool(self.user) or not self.address or self._settings.allows(self.address)
+
+    def objection(self) -> Reply | None:
+        """Return why this client may not send mail, if so."""
+        if self._needs_tls:
+            return _TLS_FIRST
+        if not self._is_trusted:
+            return _STRANGER if self._front.credentials.users is None else _AUTH_FIRST
+        return None
+
+    @property
+    def _needs_tls(self) -> bool:
+        return self._settings.tls == "encrypt" and not self._channel.tls
+
+    @property
+    def _offers_auth(self) -> bool:
+        safe = self._channel.tls or self._settings.auth_without_tls
+        return self._front.credentials.users is not None and safe and not self.user
+
+    @property
+    def _offers_tls(self) -> bool:
+        return self._front.credentials.tls is not None and self._settings.tls != "none" and not self._channel.tls
+
+    def identity(self) -> Identity:
+        """Return whose mail it is, for the servers behind us."""
+        if self._forwarded:
+            return tuple((name, value) for name, value in self._forwarded.items() if value)
+        return self._origin or identity.of_client(self.address, self.port, self.helo, extended=self.extended)
+
+    @property
+    def is_spoken_for(self) -> bool:
+        """Whether somebody else has said who it is, so that its address does not tell."""
+        return bool(self._forwarded or self._origin)
+
+    def end_transaction(self) -> None:
+        """Forget what was said for one message only."""
+        self._forwarded = {}
+
+    # --- commands ---------------------------------------------------------------------------------------------
+
+    async def hello(self, name: str, *, extended: bool) -> Reply:
+        """HELO, EHLO."""
+        if not name or len(name) > 255:
+            raise SyntaxProblem(501, f"5.5.4 Syntax: {'EHLO' if extended else 'HELO'} hostname")
+        lines, self.offered = await self._offers() if extended else ((), frozenset())
+        self.helo, self.extended = self._given_helo or name, extended
+        return Reply.of(250, self._settings.domain, *lines)
+
+    async def _offers(self) -> tuple[tuple[str, ...], frozenset[str]]:
+        """Return the lines of EHLO and the extensions they name."""
+        primary = self._front.primary
+        announced = await primary.announced()
+        verified = primary.destination.tls == "verify"
+        lines, offered = offers(announced, self._settings.max_message_bytes, tls=self._channel.tls, verified=verified)
+        ours = []
+        if self._offers_tls:
+            ours.append("STARTTLS")
+        if self._offers_auth:
+            ours.append("AUTH PLAIN LOGIN")
+        if self._may_forward:
+            ours += [f"XFORWARD {' '.join(identity.XFORWARD)}", f"XCLIENT {' '.join(identity.XCLIENT)}"]
+        if self._front.credentials.users is not None:
+            offered |= {"AUTH"}
+        return (*lines, *ours), offered
+
+    async def starttls(self, argument: str) -> Reply | None:
+        if argument:
+            raise SyntaxProblem(501, "5.5.4 Syntax: STARTTLS")
+        if self._channel.tls:
+            return Reply.of(503, "5.5.1 TLS is already active")
+        context = self._front.credentials.tls
+        if context is None or not self._offers_tls:
+            return Reply.of(502, "5.5.1 STARTTLS is not offered")
+        await self._secure(context, Reply.of(220, "2.0.0 Ready to start TLS"))
+        return None
+
+    async def xforward(self, argument: str) -> Reply:
+        if not self._may_forward:
+            return Reply.of(550, "5.7.0 XFORWARD is not for you")
+        if self._needs_tls:
+            return _TLS_FIRST
+        try:
+            self._forwarded |= identity.read_attributes(argument, identity.XFORWARD)
+        except BadAttribute as problem:
+            raise SyntaxProblem(501, f"5.5.4 XFORWARD: {problem}") from problem
+        return Reply.of(250, "2.0.0 Ok")
+
+    async def xclient(self, argument: str) -> Reply:
+        """Take the client for the one that is named; then all begins anew, with another greeting."""
+        if not self._may_forward:
+            return Reply.of(550, "5.7.0 XCLIENT is not for you")
+        if self._needs_tls:
+            return _TLS_FIRST
+        try:
+            given = identity.read_attributes(argument, identity.XCLIENT)
+        except BadAttribute as problem:
+            raise SyntaxProblem(501, f"5.5.4 XCLIENT: {problem}") from problem
+        if "ADDR" in given:
+            self.address, self.port = given["ADDR"] or "unknown", 0
+        self.port = int(given.get("PORT", "") or self.port)
+        self._given_helo = given.get("HELO", self._given_helo)
+        self.user = given.get("LOGIN", self.user)
+        self.helo, self.extended, self.offered, self._forwarded = "", False, frozenset(), {}
+        known = dict(self._origin) | {name: value for name, value in given.items() if name in identity.XFORWARD}
+        self._origin = tuple((name, value) for name, value in known.items() if value)
+        return self.greeting
+
+    # --- AUTH (RFC 4954) --------------------------------------------------------------------------------------
+
+    async def auth(self, argument: str) -> Reply:
+        users = self._front.credentials.users
+        if self._needs_tls:
+            return _TLS_FIRST
+        if users is None:
+            return Reply.of(502, "5.5.1 AUTH is not offered")
+        if self.user:
+            return Reply.of(503, "5.5.1 Already authenticated")
+        if not self.extended:
+            return Reply.of(503, "5.5.1 EHLO first")
+        if not self._offers_auth:
+            return Reply.of(538, "5.7.11 Encryption required for requested authentication mechanism")
+        mechanism, _, initial = argument.partition(" ")
+        ask = {"PLAIN": self._plain, "LOGIN": self._login}.get(mechanism.upper())
+        if ask is None:
+            return Reply.of(504, "5.5.4 Unrecognized authentication type")
+        name, password = await ask(initial.strip())
+        if await users.check(name, password):
+            self.user = name
+            self._failures = 0
+            metrics.logins.labels("accepted").inc()
+            maillog.logged_in(self.address, name)
+            return Reply.of(235, "2.7.0 Authentication successful")
+        self._failures += 1
+        metrics.logins.labels("refused").inc()
+        maillog.login_refused(self.address, name)
+        await asyncio.sleep(_FAILURE_PAUSE)
+        if self._failures >= _FAILURES:
+            return Reply.of(421, "4.7.0 Too many failed logins, goodbye")
+        raise SyntaxProblem(_WRONG.code, *_WRONG.lines)
+
+    async def _plain(self, initial: str) -> tuple[str, str]:
+        parts = (await self._response(initial, "")).split("\0")
+        if len(parts) != 3 or not parts[1]:
+            raise SyntaxProblem(501, "5.5.2 Malformed PLAIN response")
+        authorized, name, password = parts
+        # To act for somebody else is for nobody; the check will fail.
+        return (name if authorized in ("", name) else ""), password
+
+    async def _login(self, initial: str) -> tuple[str, str]:
+        name = await self._response(initial, "VXNlcm5hbWU6")  # "Username:"
+        return name, await self._response("", "UGFzc3dvcmQ6")  # "Password:"
+
+    async def _response(self, initial: str, challenge: str) -> str:
+        """Return a response, decoded: the one that came with AUTH, or the one to our challenge."""
+        if not initial:
+            await self._channel.push(Reply.of(334, challenge))
+            line = await self._channel.read_line(self._settings.idle_timeout, AUTH_LINE)
+            if line is None:
+                raise ClientGone
+            initial = line.rstrip(b"\r\n").decode("ascii", "replace")
+            if initial == "*":
+                raise SyntaxProblem(501, "5.7.0 Authentication cancelled")
+        elif initial == "=":
+            initial = ""  # an empty initial response
+        try:
+            return base64.b64decode(initial, validate=True).decode("utf-8")
+        except (binascii.Error, ValueError):
+            raise SyntaxProblem(501, "5.5.2 Cannot decode the response") from None

@@ -1,0 +1,147 @@
+"""The line ends of a body on its way in, so that no bare CR or LF ever goes out: that is how mail is smuggled.
+
+``LineEnds`` refuses them or makes CRLF of them, and puts a dot before what would then look like the end of data;
+``Stuffing`` gives a body that came by BDAT the wire form of DATA. Both take pieces of any size and give the same
+octets however a body is cut up. A body with CRLF line ends passes untouched, for a few microseconds a piece.
+"""
+
+from __future__ import annotations
+
+_CRLF = b"\r\n"
+_DOT = (b"\n.", b".")  # how a piece ends whose last line may come to be a lone dot
+
+
+class LineEnds:
+    """Mends or refuses the line ends of one body: ``feed`` it in pieces, then ``finish``.
+
+    ``stuffed`` says that the body is dot-stuffed (DATA). What a bare CR or LF ends is a line all the same; CR CR LF is
+    one line end, as programs write that turn LF into CRLF twice. With ``refuse`` the first bare one sets ``refused``,
+    and nothing more comes out.
+    """
+
+    __slots__ = ("_after_bare", "_at_start", "_held", "_refuse", "_stuffed", "refused")
+
+    def __init__(self, *, refuse: bool, stuffed: bool) -> None:
+        self._refuse = refuse
+        self._stuffed = stuffed
+        self._held = b""  # what cannot be judged before the next piece: CRs, a dot at the start of a line
+        self._at_start = True  # of a line
+        self._after_bare = False  # and the line before it was not ended by CRLF
+        self.refused = False
+
+    def feed(self, piece: bytes) -> bytes:
+        """Take a piece, return what is certain."""
+        if self._held:
+            piece, self._held = self._held + piece, b""
+        if not piece:
+            return b""
+        if not self._after_bare and _is_clean(piece) and piece[-2:] not in _DOT:
+            self._at_start = piece.endswith(_CRLF)
+            return piece
+        return self._inspect(piece) if self._refuse else self._mend(piece)
+
+    def finish(self) -> bytes:
+        """Return what was held and the CRLF that may be missing; only a body that came by BDAT can need it."""
+        if self._refuse and self._held:
+            self.refused = True  # a CR whose LF never came
+        if self.refused:
+            return b""
+        rest = self.feed(b"\n" if self._held.endswith(b"\r") else b"")  # a last CR ends its line
+        if self._held or not self._at_start:
+            rest += self._held + _CRLF
+            self._held = b""
+        return rest
+
+    def _inspect(self, piece: bytes) -> bytes:
+        if piece.endswith(b"\r"):
+            self._held, piece = b"\r", piece[:-1]  # its LF may still come
+        if self.refused or not _is_clean(piece):
+            self.refused = self._after_bare = True
+            return b""
+        self._at_start = piece.endswith(_CRLF)
+        return piece
+
+    def _mend(self, piece: bytes) -> bytes:
+        *lines, rest = piece.split(b"\n")
+        done: list[bytes] = []
+        for line in lines:
+            text, returns = _without_returns(line)
+            *whole, last = text.split(b"\r")
+            for ended in whole:
+                self._end_line(done, ended, bare=True)
+            self._end_line(done, last, bare=returns != 1)
+        text, returns = _without_returns(rest)
+        held = b"\r" * returns
+        *whole, rest = text.split(b"\r")
+        for ended in whole:
+            self._end_line(done, ended, bare=True)
+        if self._at_start and (not rest or (rest == b"." and self._stuffed)):
+            self._held = rest + held
+        else:
+            done.append(self._with_dot(rest))
+            self._at_start = self._after_bare = False
+            self._held = held
+        return b"".join(done)
+
+    def _end_line(self, done: list[bytes], line: bytes, *, bare: bool) -> None:
+        done += (self._with_dot(line), _CRLF)
+        self._at_start, self._after_bare = True, bare
+
+    def _with_dot(self, line: bytes) -> bytes:
+        """Return a line with the dot that it needs.
+
+        A lone dot would end the message. After a bare line end a dot may have been doubled, by a client for which that
+        was a line end, or not, by one for which it was text: two dots are taken as one that was doubled.
+        """
+        if not (self._stuffed and self._at_start and line.startswith(b".")):
+            return line
+        if line == b"." or (self._after_bare and not line.startswith(b"..")):
+            return b"." + line
+        return line
+
+
+def _is_clean(piece: bytes) -> bool:
+    """Say whether every line end is a CRLF: then each takes two octets."""
+    lines = piece.splitlines()  # at CRLF, CR and LF; less than half the price of counting all three
+    ends = len(lines) if piece[-1:] in _CRLF else len(lines) - 1
+    return len(piece) - len(b"".join(lines)) == 2 * ends
+
+
+def _without_returns(line: bytes) -> tuple[bytes, int]:
+    """Return a line without the CRs that belong to its LF, two at most, and how many these are."""
+    returns = 2 if line.endswith(b"\r\r") else 1 if line.endswith(b"\r") else 0
+    return line[: len(line) - returns], returns
+
+
+class Stuffing:
+    """Doubles the dots at the starts of lines; no piece may end between CR and LF."""
+
+    __slots__ = ("_at_start",)
+
+    def __init__(self) -> None:
+        self._at_start = True
+
+    def feed(self, piece: bytes) -> bytes:
+        """Return the piece, stuffed."""
+        if not piece:
+            return piece
+        first = b"." if self._at_start and piece.startswith(b".") else b""
+        self._at_start = piece.endswith(_CRLF)
+        return first + piece.replace(b"\r\n.", b"\r\n..")
+
+
+class LongestLine:
+    """Watches the length of lines, in octets without their line end, over all pieces."""
+
+    __slots__ = ("_limit", "_open")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._open = 0  # octets of the line that the next piece goes on with
+
+    def exceeds(self, piece: bytes) -> bool:
+        """Say whether a line is longer than the limit."""
+        first, *others = piece.split(_CRLF)
+        longest = max(self._open + len(first), max(map(len, others), default=0))
+        self._open = len(others[-1]) if others else self._open + len(first)
+        return longest > self._limit

@@ -1,0 +1,13 @@
+-- ARGV: id, record without its body. Only for what failed and is pending nowhere: nobody is about to read the body.
+local id = ARGV[1]
+local failed = false
+for _, name in ipairs(redis.call('HKEYS', 'smtpdup:destinations')) do
+  if redis.call('ZSCORE', 'smtpdup:pending:' .. name, id) then
+    return 0
+  end
+  failed = failed or redis.call('ZSCORE', 'smtpdup:failed:' .. name, id)
+end
+if not failed then
+  return 0
+end
+return redis.call('SET', 'smtpdup:message:' .. id, ARGV[2], 'XX') and 1 or 0

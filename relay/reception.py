@@ -1,0 +1,121 @@
+"""A message on its way in: each piece of it is looked at, passed on to the primary, and kept for the copies.
+
+A message that breaks a rule is given up at once at the primary, by a close of the connection, since parts of it may
+be there already; what still comes of it is dropped, and ``refusal`` is what the client hears at its end.
+"""
+
+from __future__ import annotations
+
+from relay import headers
+from relay.data import Pace
+from relay.envelope import Reply
+from relay.lines import LineEnds, LongestLine, Stuffing
+from relay.occupancy import Seat
+from relay.primary import Transaction
+from relay.sections import SmtpSettings
+
+FULL = Reply.of(452, "4.3.1 Too much mail at once, try again later")
+TOO_LARGE = Reply.of(552, "5.3.4 Message is larger than this relay takes")
+_BARE_NEWLINE = Reply.of(550, "5.6.11 A line must end with CRLF: this message has a bare CR or LF")
+_LONG_LINE = Reply.of(554, "5.6.0 A line of the message is longer than this relay takes")
+_HEADER_BYTES = Reply.of(552, "5.3.4 The header is larger than this relay takes")
+_HEADERS = Reply.of(552, "5.3.4 The message has more header fields than this relay takes")
+_LOOP = Reply.of(554, "5.4.6 Too many hops, mail forwarding loop")
+_OWN_LINES_LIMIT = 5  # Received lines of our own: a forward that lawfully comes back passes
+
+
+class Reception:
+    """The body of one message, dot-stuffed when it comes by DATA and not when by BDAT (``stuffed``)."""
+
+    __slots__ = (
+        "_ends",
+        "_forward",
+        "_kept",
+        "_lines",
+        "_octets",
+        "_seat",
+        "_settings",
+        "_stuffing",
+        "_transaction",
+        "pace",
+        "refusal",
+    )
+
+    def __init__(
+        self, settings: SmtpSettings, seat: Seat, transaction: Transaction, trace: bytes, *, stuffed: bool
+    ) -> None:
+        self._settings = settings
+        self._seat = seat
+        self._transaction = transaction
+        self._ends = LineEnds(refuse=settings.bare_newline == "refuse", stuffed=stuffed)
+        self._stuffing = None if stuffed else Stuffing()
+        self._lines = LongestLine(settings.max_line_bytes) if settings.max_line_bytes else None
+        self._kept = [trace]
+        self._forward = trace  # leaves with the first piece of the body
+        self._octets = 0  # as counted in our seat
+        self.refusal: Reply | None = None
+        self.pace = Pace(settings.idle_timeout, settings.min_data_rate)
+
+    async def take(self, piece: bytes) -> None:
+        """Take a piece as the client sent it."""
+        if self.refusal is None:
+            await self._pass_on(self._ends.feed(piece))
+
+    async def complete(self) -> bytes:
+        """Take the end; returns the whole body in wire form, our Received line in front."""
+        if self.refusal is None:
+            await self._pass_on(self._ends.finish())
+        if self._forward and self.refusal is None:
+            self.refusal = await self._transaction.write([self._forward])
+        body = b"".join(self._kept)
+        if self.refusal is None:
+            self.refusal = self._fault_of_header(body)
+        if self.refusal is not None:
+            self._give_up()
+        return body
+
+    def close(self) -> None:
+        """Have the message counted no more."""
+        self._seat.add_octets(-self._octets)
+        self._octets = 0
+        self._kept = []
+
+    async def _pass_on(self, piece: bytes) -> None:
+        if self._stuffing is not None:
+            piece = self._stuffing.feed(piece)
+        self.refusal = _BARE_NEWLINE if self._ends.refused else self._too_much(piece)
+        if self.refusal is None and piece:
+            self._kept.append(piece)
+            self.refusal = await self._transaction.write([self._forward + piece if self._forward else piece])
+            self._forward = b""
+        if self.refusal is not None:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self._transaction.abandon()
+        self._kept = []
+
+    def _too_much(self, piece: bytes) -> Reply | None:
+        """Count what is kept of the message; says so when that is more than it or the house may have."""
+        octets, limit = len(piece), self._settings.max_message_bytes
+        if limit and self._octets + octets > limit:
+            return TOO_LARGE
+        if self._lines is not None and self._lines.exceeds(piece):
+            return _LONG_LINE
+        if self._seat.octets + octets > self._settings.max_bytes_in_flight:
+            return FULL
+        self._octets += octets
+        self._seat.add_octets(octets)
+        return None
+
+    def _fault_of_header(self, body: bytes) -> Reply | None:
+        settings = self._settings
+        block = headers.header_block(body)
+        if settings.max_header_bytes and len(block) > settings.max_header_bytes:
+            return _HEADER_BYTES
+        if headers.count_fields(block) > settings.max_headers:
+            return _HEADERS
+        hops, own = headers.count_hops(block, settings.domain)
+        if hops - 1 > settings.max_hops or own - 1 > _OWN_LINES_LIMIT:
+            return _LOOP
+        return None

@@ -1,0 +1,127 @@
+"""The people and programs that may log in: a file of ``name:hash`` lines, and the check of a password.
+
+A hash is scrypt in PHC form, as `smtp-dup hash-password` writes it: ``$scrypt$ln=14,r=8,p=1$<salt>$<hash>`` (base64
+without padding). Checking one takes some 50 ms of a thread, a password that was right before takes none. A file that
+cannot be used is a ValueError that names the line, never a password.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+_LN, _R, _P = 14, 8, 1  # 16 MiB and some 50 ms
+_LONGEST = 1024  # octets of a password
+_AT_ONCE = 4  # checks that run at the same time; each has its 16 MiB
+_REMEMBERED = 1000
+_PHC = re.compile(r"\$scrypt\$ln=(\d{1,2}),r=(\d{1,2}),p=(\d{1,2})\$([A-Za-z0-9+/]{8,86})\$([A-Za-z0-9+/]{22,86})")
+
+
+class _Hash(NamedTuple):
+    ln: int
+    r: int
+    p: int
+    salt: bytes
+    digest: bytes
+
+    def matches(self, password: bytes) -> bool:
+        made = _scrypt(password, self.ln, self.r, self.p, self.salt, len(self.digest))
+        return hmac.compare_digest(made, self.digest)
+
+
+_NOBODY = _Hash(_LN, _R, _P, b"nobody-has-this!", bytes(32))  # so that an unknown name takes as long as a known one
+
+
+def hash_password(password: str) -> str:
+    """Return the hash of a password for the users file."""
+    salt = os.urandom(16)
+    digest = _scrypt(password.encode(), _LN, _R, _P, salt, 32)
+    return f"$scrypt$ln={_LN},r={_R},p={_P}${_base64(salt)}${_base64(digest)}"
+
+
+class Users:
+    """Who may log in."""
+
+    def __init__(self, hashes: Mapping[str, _Hash]) -> None:
+        self._hashes = dict(hashes)
+        self._key = os.urandom(32)  # what is remembered of a password is of no use outside this process
+        self._remembered: dict[bytes, None] = {}
+        self._room = asyncio.Semaphore(_AT_ONCE)
+
+    @classmethod
+    def read(cls, path: Path) -> Users:
+        """Read the file. Raises ValueError with the reason, and OSError."""
+        hashes: dict[str, _Hash] = {}
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is not UTF-8") from None
+        for number, line in enumerate(lines, 1):
+            if not line.strip() or line.startswith("#"):
+                continue
+            name, _, text = line.strip().partition(":")
+            if not name or name in hashes:
+                raise ValueError(f"{path}:{number}: expected a name that is not there yet, then : and a hash")
+            try:
+                hashes[name] = _read_hash(text)
+            except ValueError:
+                raise ValueError(f"{path}:{number}: expected a hash made by `smtp-dup hash-password`") from None
+        return cls(hashes)
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    async def check(self, name: str, password: str) -> bool:
+        """Say whether this is the user's password."""
+        known = self._hashes.get(name)
+        secret = password.encode("utf-8", "surrogateescape")
+        if len(secret) > _LONGEST:
+            return False
+        mark = hmac.digest(
+            self._key, b"%d:%s:%s" % (len(name), name.encode("utf-8", "surrogateescape"), secret), "sha256"
+        )
+        if mark in self._remembered:
+            return True
+        async with self._room:
+            right = await asyncio.to_thread((known or _NOBODY).matches, secret)
+        if known is None or not right:
+            return False
+        if len(self._remembered) >= _REMEMBERED:
+            self._remembered.clear()
+        self._remembered[mark] = None
+        return True
+
+
+def _scrypt(password: bytes, ln: int, r: int, p: int, salt: bytes, size: int) -> bytes:
+    n = 1 << ln
+    return hashlib.scrypt(password, salt=salt, n=n, r=r, p=p, maxmem=160 * n * r * p + (1 << 20), dklen=size)
+
+
+def _read_hash(text: str) -> _Hash:
+    """Read the PHC form. Raises ValueError."""
+    found = _PHC.fullmatch(text.strip())
+    if found is None:
+        raise ValueError("no scrypt hash")
+    ln, r, p = (int(found[n]) for n in (1, 2, 3))
+    if not (10 <= ln <= 18 and 1 <= r <= 16 and 1 <= p <= 8):
+        raise ValueError("scrypt with these parameters is too weak or too dear")
+    return _Hash(ln, r, p, _octets(found[4]), _octets(found[5]))
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii").rstrip("=")
+
+
+def _octets(text: str) -> bytes:
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except binascii.Error as error:
+        raise ValueError("no base64") from error
