@@ -112,7 +112,7 @@ def _move(connection: Redis, where: Path, message_id: str) -> int | None:
         return None
     where.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(record)
         file.flush()
         os.fsync(file.fileno())

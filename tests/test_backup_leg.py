@@ -258,7 +258,12 @@ def test_backup_for_one_domain_only(product: Make, primary: ScriptedServer, back
         primary=primary.address,
         settings=QUICK,
         files={
-            "settings.toml": f'[[backup]]\nname = "shadow"\nurl = "smtp://{backup.address}"\ndomains = ["new.example"]\n'
+            "settings.toml": f"""
+                [[backup]]
+                name = "shadow"
+                url = "smtp://{backup.address}"
+                domains = ["new.example"]
+            """
         },
     )
     with shadow.dialogue() as client:

@@ -439,13 +439,13 @@ def test_redis_down_and_the_disk_full(
 
 
 @pytest.mark.timeout(120)
-def test_a_stopped_importer_is_no_dead_owner(
+def test_the_spool_of_killed_processes(
     product: Callable[..., Product],
     primary: ScriptedServer,
     backup: ScriptedServer,
     redis_factory: Callable[..., RedisServer],
 ) -> None:
-    """A relay process that dies leaves its spool to its successor within seconds; modes stay private."""
+    """Relay processes that are killed leave their spool to their successors, readable by nobody else."""
     server = redis_factory()
     relay = product(
         primary=primary.address,
