@@ -63,9 +63,10 @@ def lines(size: int, seed: int = 1) -> list[bytes]:
         words_left -= len(line) + 2
         left -= len(line) + 2
     encoded = base64.b64encode(source.randbytes(max(0, left) * 3 // 4))
+    at = 0
     while left > 2:
-        line = encoded[: min(_LINE, left - 2)] or b"="
-        encoded = encoded[len(line) :]
+        line = encoded[at : at + min(_LINE, left - 2)] or b"="
+        at += len(line)
         text.append(line)
         left -= len(line) + 2
     return text

@@ -1,4 +1,4 @@
-"""A TCP proxy that is far away: each octet takes half of the round trip in either direction, the connect one whole."""
+"""A TCP proxy that is far away: each octet takes half of the round trip in either direction, a greeting two round trips."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Side(asyncio.Protocol):
 
 
 class Near(Side):
-    """The client's end: it connects to the server a round trip after the client came."""
+    """The client's end: it connects to the server when that would have heard of the client."""
 
     def __init__(self, delay: float, port: int) -> None:
         super().__init__(delay)
@@ -60,8 +60,8 @@ class Near(Side):
         self._task = self._loop.create_task(self._connect())
 
     async def _connect(self) -> None:
-        # The kernel has answered the SYN at once: its round trip is made up for here.
-        await asyncio.sleep(self._delay)
+        # The kernel has answered the SYN at once: that round trip, and the way of the ACK, are made up for here.
+        await asyncio.sleep(3 * self._delay)
         far = Side(self._delay)
         far.other, self.other = self, far
         try:

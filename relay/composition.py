@@ -359,13 +359,14 @@ def _workers(settings: Settings, destinations: Sequence[Destination], url: str) 
 
 
 def _housekeeping(settings: Settings, destinations: Sequence[Destination], url: str) -> Child:
+    from relay import server  # noqa: PLC0415
     from workers.housekeeping import Task, housekeep  # noqa: PLC0415
     from workers.process import connector  # noqa: PLC0415
     from workers.reconcile import keep_reconciling  # noqa: PLC0415
     from workers.scheduling import keep_scheduling  # noqa: PLC0415
 
     # Stable, so that the next start goes on with the locks instead of waiting for their end.
-    name = f"{socket.gethostname()}-{settings.state_dir.absolute()}"
+    name = server.place_of(settings, url)
 
     def schedule(stop: threading.Event) -> None:
         connect = connector(url)

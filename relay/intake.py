@@ -181,9 +181,9 @@ class Intake:
         except OSError as error:
             trouble = f"{trouble}; spool: {error.strerror or error}"
             untidy = self._spool is not None and self._spool.has(envelope.id)
-            tried = self._watch.is_down or envelope.id in self._doubtful
+            hopeless = envelope.id in self._doubtful or not self._watch.may_squeeze_in(len(record))
             # A Redis that is only rather full is better than nothing.
-            if untidy or tried or await self._to_redis(envelope, record):
+            if untidy or hopeless or await self._to_redis(envelope, record):
                 if untidy or envelope.id in self._doubtful:
                     self.discard(envelope.id)
                 raise NotDurable(trouble) from error

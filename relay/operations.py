@@ -92,9 +92,14 @@ def check(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def queue_summary(settings: Settings, arguments: argparse.Namespace) -> int:
-    """Show one line for each destination."""
-    with ledger_of(settings) as connection:
-        rows = ledger.summary(connection)
+    """Show one line for each destination, and this host's spool, also while Redis is away."""
+    try:
+        with ledger_of(settings) as connection:
+            rows = ledger.summary(connection)
+    except Trouble:
+        if not arguments.json:
+            _spool_summary(settings)
+        raise
     columns = [
         Column("destination", lambda r: r.destination),
         Column("pending", lambda r: str(r.pending), numbers=True),

@@ -97,6 +97,15 @@ def _bind(family: socket.AddressFamily, address: tuple[str, int], *, share: bool
     return sock
 
 
+def place_of(settings: Settings, redis_url: str) -> str:
+    """Return a stable name of where we run: the host, and the state folder, which two installations never share.
+
+    With a Redis on a socket there is one host, whose name may change: a container that is made anew has another.
+    """
+    host = "" if redis_url.startswith("unix:") else f"{socket.gethostname()} "
+    return f"{host}{settings.state_dir.absolute()}"
+
+
 def async_client(url: str, seconds: float) -> redis.asyncio.Redis:
     """Return an async Redis client: one silent reconnect, no endless retries, every answer within the time."""
     return redis.asyncio.Redis.from_url(
@@ -135,6 +144,7 @@ class _Relay:
             raise ValueError("a relay needs a primary")
         self._context = context
         self._settings = settings
+        self._redis_url = redis_url
         self._place = place
         seconds = settings.redis.timeout_seconds
         share = max(1, math.ceil(settings.smtp.max_connections / settings.smtp.process_count))
@@ -245,7 +255,7 @@ class _Relay:
 
     async def _introduce(self) -> None:
         """Tell the ledger who we are and where copies go; take over what our dead predecessors had staged."""
-        me = f"{socket.gethostname()} {self._settings.state_dir} {self._context.name}"
+        me = f"{place_of(self._settings, self._redis_url)} {self._context.name}"
         try:
             async with self._redis.pipeline(transaction=True) as pipe:
                 ledger.register(pipe, self._settings.backups)

@@ -17,6 +17,7 @@ from redis.exceptions import RedisError, ResponseError
 from relay import ledger, maillog
 
 _STOP_AT = 0.75  # of maxmemory
+_LAST_AT = 0.90  # beyond this not even what has no other place: nothing could be delivered any more, so nothing freed
 _GO_ON_AT = 0.70
 _IMPORT_AT = 0.60  # what was spooled waits until new mail has room again
 _CALM_SECONDS = 2.0
@@ -52,6 +53,10 @@ class Watch:
             self._over = True
             return f"Redis has less than {1 - _STOP_AT:.0%} of its maxmemory left"
         return ""
+
+    def may_squeeze_in(self, octets: int) -> bool:
+        """Say whether a record of this size that no spool takes may use the reserve."""
+        return not self._trouble and (not self._limit or self._level(octets) <= _LAST_AT * self._limit)
 
     def may_import(self) -> bool:
         """Say whether there is room and calm for what was spooled."""

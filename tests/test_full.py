@@ -1,0 +1,121 @@
+"""Memory and disk full at once: mail goes on as the settings say, and so does everything once there is room again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dialogue import Dialogue
+from product import Product
+from redis_servers import RedisServer
+from relay import spool
+from scripted_server import ScriptedServer
+from waiting import wait_until
+
+MEMORY = 8 << 20
+COUNT = 500  # messages of 100 KB, whose records take half of that
+SETTINGS = {
+    "retry.first": "1",
+    "retry.longest": "2",
+    "relay.timeout_seconds": "5",
+    "redis.timeout_seconds": "2",
+    "spool.min_free": "1M",
+}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 12 megabytes."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+class Client:
+    """Sends numbered messages of 100 KB that do not compress, one connection."""
+
+    def __init__(self, port: int) -> None:
+        self._dialogue = Dialogue(port)
+        self._dialogue.hello()
+        self.accepted: set[int] = set()
+        self._next = 0
+
+    def send(self) -> str:
+        """Send the next message; returns the reply to its dot."""
+        number, self._next = self._next, self._next + 1
+        lines = b"\r\n".join(os.urandom(375).hex().encode() for _ in range(130))
+        self._dialogue.say("MAIL FROM:<a@example.com>", 250)
+        self._dialogue.say(f"RCPT TO:<r{number}@example.com>", 250)
+        reply = self._dialogue.body(b"Subject: %d\r\n\r\n%s\r\n" % (number, lines), "")
+        if reply.startswith("2"):
+            self.accepted.add(number)
+        return reply
+
+    def quit(self) -> None:
+        self._dialogue.quit()
+
+
+def numbers(server: ScriptedServer) -> Counter[int]:
+    return Counter(int(m.header("Subject") or -1) for m in server.messages)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("required", [True, False])
+def test_memory_and_disk_full(
+    product: Callable[..., Product],
+    primary: ScriptedServer,
+    backup: ScriptedServer,
+    redis_factory: Callable[..., RedisServer],
+    small_disk: Path,
+    required: bool,
+) -> None:
+    """relay.require_durable_copies decides what a client hears; with the backup back, all that was kept arrives once."""
+    server = redis_factory(maxmemory=str(MEMORY))
+    settings = {
+        **SETTINGS,
+        "spool.dir": str(small_disk / "spool"),
+        "relay.require_durable_copies": str(required).lower(),
+    }
+    backup.down()
+    relay = product(primary=primary.address, backups=[backup.address], redis_url=server.url, settings=settings)
+    client = Client(relay.smtp_port)
+    replies = [client.send() for _ in range(COUNT)]
+    lost = {e["id"] for e in relay.events if e["event"] == "copy lost"}
+    if required:
+        assert 50 < len(client.accepted) < COUNT
+        assert replies[-1].startswith("451 4.3.1")
+        assert not lost
+    else:
+        assert len(client.accepted) == COUNT
+        assert 0 < len(lost) < COUNT - 50
+        assert relay.metric("smtpdup_copies_lost_total") == len(lost)
+    # The primary has not seen the dot of anything that was not accepted.
+    assert numbers(primary) == Counter(client.accepted)
+
+    backup.listen()
+    relay.run("queue", "flush")
+    kept = len(client.accepted) - len(lost)
+    wait_until(lambda: len(numbers(backup)) >= kept, 60, lambda: f"{len(numbers(backup))} of {kept}: {relay.log[-3000:]}")
+    wait_until(lambda: spool.summary(small_disk / "spool").messages == 0)
+    wait_until(lambda: relay.summary(backup.address)["pending"] == 0)
+    # There is room again: everything is as before.
+    before = set(client.accepted)
+    wait_until(lambda: client.send().startswith("2"), interval=0.5)
+    for _ in range(20):
+        assert client.send().startswith("250")
+    client.quit()
+    wait_until(lambda: client.accepted - before <= set(numbers(backup)))
+    assert max(numbers(backup).values()) == 1
+    assert relay.stop() == 0
