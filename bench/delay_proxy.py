@@ -1,4 +1,4 @@
-"""A TCP proxy that is far away: each octet takes half of the round trip in either direction, a greeting two round trips."""
+"""A TCP proxy that is far away: an octet takes half of the round trip in either direction, a greeting two of them."""
 
 from __future__ import annotations
 

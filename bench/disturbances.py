@@ -83,9 +83,7 @@ class Parts:
 class Disturber:
     """Chooses and does; ``told`` is called with each disturbance."""
 
-    def __init__(
-        self, product: Product, servers: list[Server], seed: int, told: Callable[[Disturbance], None]
-    ) -> None:
+    def __init__(self, product: Product, servers: list[Server], seed: int, told: Callable[[Disturbance], None]) -> None:
         self._product = product
         self._parts = Parts(product)
         self._servers = servers

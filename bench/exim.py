@@ -34,7 +34,7 @@ message_size_limit = 0
 smtp_accept_max = 0
 smtp_accept_queue_per_connection = 0
 acl_smtp_rcpt = accept
-keep_environment = LD_LIBRARY_PATH
+keep_environment =
 
 begin routers
 copy:

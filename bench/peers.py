@@ -15,7 +15,7 @@ from pathlib import Path
 import redis
 
 import postfix_instance
-from bench import exim, programs, usage
+from bench import exim, haraka, programs, usage
 from load import SmtpSink
 from postfix_instance import PostfixInstance
 from product import Product
@@ -150,7 +150,17 @@ def exim_unseen(stack: ExitStack, folder: Path) -> Peer:
     """Make Exim with an ``unseen`` router for the copy."""
     primary, backup = sink(stack), sink(stack)
     port = exim.start(stack, folder / "exim", primary.port, backup.port)
-    return Peer("Exim with a copy", port, (primary, backup), processes=_tree(str(folder / "exim")))
+    # Its deliveries detach themselves, so that their processor time cannot be summed up.
+    return Peer("Exim with a copy", port, (primary, backup))
+
+
+def haraka_copy(stack: ExitStack, folder: Path) -> Peer:
+    """Make Haraka with a plugin for the copy."""
+    primary, backup = sink(stack), sink(stack)
+    port, pid = haraka.start(stack, folder / "haraka", primary.port, backup.port)
+    return Peer(
+        "Haraka with a copy", port, (primary, backup), processes=lambda: {"all": [pid, *usage.descendants(pid)]}
+    )
 
 
 def competitors(stack: ExitStack, folder: Path, wanted: tuple[str, ...] = ()) -> list[Peer]:
@@ -160,6 +170,7 @@ def competitors(stack: ExitStack, folder: Path, wanted: tuple[str, ...] = ()) ->
         "postfix": (not postfix_instance.unavailable(), lambda: postfix_bcc(stack)),
         "postfix-alone": (not postfix_instance.unavailable(), lambda: postfix_alone(stack)),
         "exim": (exim.program() is not None, lambda: exim_unseen(stack, folder)),
+        "haraka": (haraka.program() is not None, lambda: haraka_copy(stack, folder)),
         "plain": (True, lambda: plain_relay(stack, keep=False)),
         "plain-pooled": (True, lambda: plain_relay(stack, keep=True)),
         "direct": (True, lambda: direct(stack)),
@@ -167,7 +178,7 @@ def competitors(stack: ExitStack, folder: Path, wanted: tuple[str, ...] = ()) ->
     return [make() for name, (there, make) in makers.items() if there and (not wanted or name in wanted)]
 
 
-NAMES = ("smtp-dup", "postfix", "postfix-alone", "exim", "plain", "plain-pooled", "direct")
+NAMES = ("smtp-dup", "postfix", "postfix-alone", "exim", "haraka", "plain", "plain-pooled", "direct")
 
 
 def enough_disk(folder: Path) -> str:

@@ -27,7 +27,7 @@ def start(stack: ExitStack, module: str, *words: str, port: int, told: bool = Fa
         start_new_session=True,  # Ctrl-C is ours; we stop it
     )
     stack.callback(stop, process)
-    wait_until(lambda: _listens(process, port), message=f"bench.{module} does not listen on port {port}")
+    wait_until(lambda: listens(process, port), message=f"bench.{module} does not listen on port {port}")
     return process
 
 
@@ -41,7 +41,8 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _listens(process: subprocess.Popen[bytes], port: int) -> bool:
+def listens(process: subprocess.Popen[bytes], port: int) -> bool:
+    """Say whether a port is listened on. Raises RuntimeError when the process that should has ended."""
     if process.poll() is not None:
         raise RuntimeError(f"{process.args!r} ended with {process.returncode}")
     try:

@@ -38,7 +38,14 @@ def tree(mark: str) -> list[int]:
     for child in psutil.Process().children():
         with suppress(psutil.Error):
             if any(mark in word for word in child.cmdline()):
-                return [child.pid, *(below.pid for below in child.children(recursive=True))]
+                return [child.pid, *descendants(child.pid)]
+    return []
+
+
+def descendants(pid: int) -> list[int]:
+    """Return all that descends from a process."""
+    with suppress(psutil.Error):
+        return [below.pid for below in psutil.Process(pid).children(recursive=True)]
     return []
 
 

@@ -43,10 +43,9 @@ class Channel(SMTP):
     # --- what asyncio calls -----------------------------------------------------------------------------------
 
     def connection_made(self, transport: Any) -> None:
-        """Start the conversation. Nothing is read before it asks: the first octets may be TLS."""
+        """Start the conversation."""
         asyncio.StreamReaderProtocol.connection_made(self, transport)
         self.transport = transport
-        transport.pause_reading()
         peer = transport.get_extra_info("peername")
         if isinstance(peer, tuple):
             self.peer = (peer[0].removeprefix("::ffff:"), peer[1])
@@ -97,11 +96,6 @@ class Channel(SMTP):
 
     # --- in ---------------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Begin to read."""
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.resume_reading()
-
     async def read_line(self, seconds: float, limit: int) -> bytes | None:
         """Return the next line, b"" for one that is too long, None at the end of input; all of it in the time given."""
         self._wait(seconds)
@@ -143,7 +137,7 @@ class Channel(SMTP):
         """Say ``first`` and negotiate TLS; returns "" or why it failed, and then the connection is of no more use.
 
         What came in plain text after the command is dropped: it must not count as if it had come under TLS (RFC 3207
-        4.2). ``keep``: it is the beginning of the handshake, which came with a PROXY header.
+        4.2). With ``keep``, where there was no plain text, it is the beginning of the handshake.
         """
         transport = self.transport
         if transport is None or transport.is_closing():

@@ -17,6 +17,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, RedisError, ResponseError
 
 from relay.client import ClientError, Connection, connect
+from relay.credentials import Credentials
 from relay.envelope import Destination, printable
 from relay.kinds import mask
 from relay.sections import Settings
@@ -45,13 +46,26 @@ async def probe_all(settings: Settings) -> list[Finding]:
     servers = [(settings.primary, "primary")] if settings.primary else []
     servers += [(backup, f"backup {backup.name}") for backup in settings.backups]
     hostname, timeout = settings.smtp.domain, settings.relay.timeout_seconds
+    door = [finding] if (finding := probe_credentials(settings)) else []
     async with asyncio.TaskGroup() as group:
         redis = group.create_task(probe_redis(settings))
         others = [
             group.create_task(probe_destination(server, subject, local_hostname=hostname, timeout=timeout))
             for server, subject in servers
         ]
-    return [*redis.result(), *(task.result() for task in others)]
+    return [*door, *redis.result(), *(task.result() for task in others)]
+
+
+def probe_credentials(settings: Settings) -> Finding | None:
+    """Look whether certificate and users can be used; None where the settings name neither."""
+    try:
+        credentials = Credentials.load(settings.smtp)
+    except OSError as error:
+        subject, _, text = str(error).partition(": ")
+        return Finding(subject, False, text)
+    words = [] if credentials.tls is None else ["the certificate and its key can be used"]
+    words += [] if credentials.users is None else [f"{len(credentials.users)} users may log in"]
+    return Finding("smtp", True, "; ".join(words)) if words else None
 
 
 # Redis --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import getpass
 import io
 import os
 import sys
@@ -153,6 +154,8 @@ def build_parser(given: Given) -> argparse.ArgumentParser:
     _queue(make, queue.add_subparsers(metavar="COMMAND", required=True))
     failed = words.add_parser("failed", help="the copies that could not be delivered", allow_abbrev=False)
     _failed(make, failed.add_subparsers(metavar="COMMAND", required=True))
+    text = "read a password and write its hash for smtp.users_file"
+    make.command(words, "hash-password", text, _hash_password, listing=False, settings=False)
     make.command(words, "version", "tell the version", _version, listing=False, settings=False)
     return parser
 
@@ -216,6 +219,23 @@ def _demo(_: argparse.Namespace) -> int:
     from relay import demo  # noqa: PLC0415
 
     return demo.run()
+
+
+def _hash_password(_: argparse.Namespace) -> int:
+    from relay.users import hash_password  # noqa: PLC0415
+
+    if sys.stdin.isatty():
+        password = getpass.getpass("Password: ")
+        if password != getpass.getpass("Again: "):
+            _tell("the two differ")
+            return 1
+    else:
+        password = sys.stdin.readline().rstrip("\r\n")
+    if not password:
+        _tell("no password was given")
+        return 1
+    sys.stdout.write(hash_password(password) + "\n")
+    return 0
 
 
 def _version(_: argparse.Namespace) -> int:

@@ -86,7 +86,7 @@ async def _open(
             extensions = await _hello(smtp, destination)  # RFC 3207 4.2: forget what was said before TLS
         if destination.username:
             await _log_in(smtp, destination)
-        return _take_over(smtp, destination, extensions)
+        return _take_over(smtp, destination, extensions, local_hostname)
     except BaseException:
         smtp.close()
         if protocol is not None and protocol.transport is not None:
@@ -95,10 +95,12 @@ async def _open(
         raise
 
 
-def _take_over(smtp: aiosmtplib.SMTP, destination: Destination, extensions: dict[str, str]) -> Connection:
+def _take_over(
+    smtp: aiosmtplib.SMTP, destination: Destination, extensions: dict[str, str], hostname: str
+) -> Connection:
     if smtp.transport is None or not smtp.is_connected:
         raise ConnectFailed("the server closed the connection", stage="EHLO")
-    return Connection(destination, cast("asyncio.Transport", smtp.transport), extensions)
+    return Connection(destination, cast("asyncio.Transport", smtp.transport), extensions, hostname)
 
 
 async def _dial(destination: Destination, timeout: float) -> socket.socket:

@@ -33,9 +33,11 @@ from redis.retry import Retry
 
 from relay import embedded, ledger, maillog
 from relay.check import probe_redis
+from relay.destinations import is_loopback
 from relay.envelope import Destination, printable
 from relay.kinds import mask
 from relay.processes import Child, ChildContext, Supervisor
+from relay.sections import SmtpSettings
 from relay.settings import Settings, resolve_password
 
 if TYPE_CHECKING:
@@ -127,12 +129,26 @@ def _tell(settings: Settings, role: Role) -> None:
         for address in settings.smtp.listen.split(","):
             maillog.notice("info", "listening", smtp=address.strip(), processes=settings.smtp.process_count)
         maillog.notice("info", "primary", address=settings.primary.address)
+        _tell_who_is_let_in(settings.smtp)
     for backup in settings.backups:
         maillog.notice("info", "backup", name=backup.name, address=backup.address)
     if not settings.backups:
         maillog.notice("warning", "no backup is configured: mail is relayed, nothing is copied")
     if settings.status.listen:
         maillog.notice("info", "status", address=f"http://{settings.status.listen}")
+
+
+def _tell_who_is_let_in(smtp: SmtpSettings) -> None:
+    """Say it where somebody listens to the world and hears nobody."""
+    addresses = smtp.addresses + smtp.tls_addresses
+    public = smtp.proxy_protocol or any(not is_loopback(host) for host, _ in addresses)
+    if public and smtp.users_file is None and all(network.is_loopback for network in smtp.allowed_networks):
+        maillog.notice(
+            "warning",
+            "only clients on this machine are let in: set smtp.allowed_networks to your clients' networks "
+            "(or smtp.users_file, for clients that log in)",
+            listening=smtp.listen,
+        )
 
 
 # What is needed first ------------------------------------------------------------------------------------------

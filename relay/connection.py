@@ -83,6 +83,7 @@ class Connection(asyncio.Protocol):
         "created",
         "destination",
         "extensions",
+        "hostname",
         "in_data",
         "introduced",
         "is_dirty",
@@ -90,12 +91,22 @@ class Connection(asyncio.Protocol):
         "transactions",
     )
 
-    def __init__(self, destination: Destination, transport: asyncio.Transport, extensions: Mapping[str, str]) -> None:
-        """Take over a transport whose handshake is done. ``extensions``: EHLO keyword in capitals -> parameters."""
+    def __init__(
+        self,
+        destination: Destination,
+        transport: asyncio.Transport,
+        extensions: Mapping[str, str],
+        hostname: str = "localhost",
+    ) -> None:
+        """Take over a transport whose handshake is done. ``extensions``: EHLO keyword in capitals -> parameters.
+
+        ``hostname`` is the name that it was greeted with.
+        """
         self._loop = asyncio.get_running_loop()
         self._transport = transport
         self.destination = destination
         self.extensions = extensions
+        self.hostname = hostname
         self.created = self.last_used = self._loop.time()
         self.transactions = 0  # MAIL commands sent
         self.in_data = False  # what is written now is body text, so nothing but the dot or a close may follow

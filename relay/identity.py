@@ -128,9 +128,9 @@ def household(address: str) -> str:
     return str(ipaddress.ip_network((client, 64), strict=False)) if client.version == 6 else address
 
 
-def xforward(identity: Identity, extensions: Mapping[str, str]) -> list[bytes]:
+def xforward(identity: Identity, connection: Connection) -> list[bytes]:
     """Return the XFORWARD commands for this server, none where it does not offer it. They hold for one transaction."""
-    return _commands("XFORWARD", identity, extensions)
+    return [] if connection.introduced else _commands("XFORWARD", identity, connection.extensions)
 
 
 def _xclient(identity: Identity, extensions: Mapping[str, str]) -> list[bytes]:
@@ -162,11 +162,13 @@ def _encoded(value: str) -> str:
     return "".join(chr(o) if 32 < o < 127 and o not in b"+=" else f"+{o:02X}" for o in octets)
 
 
-async def introduce(connection: Connection, identity: Identity, *, hostname: str, timeout: float) -> Reply | None:
+async def introduce(connection: Connection, identity: Identity, *, timeout: float) -> Reply | None:
     """Tell a server that grants XCLIENT who the client is, and greet it anew; once for each change on a connection.
 
     Returns None, or the reply with which the server turns this client away. Raises ClientError, NotIntroduced.
     """
+    if not identity and not connection.introduced:
+        return None
     lines = [] if connection.destination.username else _xclient(identity, connection.extensions)
     wanted = lines[0] if lines else b""
     if wanted == connection.introduced:
@@ -179,7 +181,8 @@ async def introduce(connection: Connection, identity: Identity, *, hostname: str
             raise NotIntroduced("XCLIENT was refused", stage="XCLIENT", reply=reply)
         return None if reply.code in _NOT_TAKEN else reply
     connection.introduced = wanted
-    reply = await connection.command(b"EHLO " + hostname.encode("ascii", "replace"), timeout=timeout)
+    hello = b"LHLO " if connection.destination.scheme == "lmtp" else b"EHLO "
+    reply = await connection.command(hello + connection.hostname.encode("ascii", "replace"), timeout=timeout)
     if not reply.is_positive:
         raise ClientError("EHLO after XCLIENT was refused", stage="XCLIENT", reply=reply)
     words = [line.partition(" ") for line in reply.lines[1:]]

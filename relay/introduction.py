@@ -75,9 +75,8 @@ class Introduction:
         metrics.connections.inc()
         if implicit_tls:
             context = self._front.credentials.tls
-            if context is None or not await self._secure(context, keep=self._settings.proxy_protocol):
+            if context is None or not await self._secure(context, keep=True):
                 return None
-        channel.start()
         if self._settings.greeting_delay and not await self._kept_silent():
             channel.dismiss(_TALKATIVE)
             return None
@@ -97,7 +96,6 @@ class Introduction:
         if not within(self.address, self._settings.proxy_networks):
             maillog.command_refused(self.address, "PROXY", _STRANGER)
             return False
-        self._channel.start()
         try:
             async with asyncio.timeout(_PROXY_SECONDS):
                 origin = await read_header(self._channel.reader)

@@ -58,11 +58,6 @@ class Pool:
         self._closed = False
 
     @property
-    def hostname(self) -> str:
-        """The name that we greet the server with."""
-        return self._local_hostname
-
-    @property
     def limit(self) -> int:
         return self._limit
 

@@ -110,13 +110,12 @@ class Primary:
     async def _mail(
         self, connection: Connection, build: Callable[[Mapping[str, str]], bytes], identity: Identity
     ) -> Reply:
-        if identity or connection.introduced:
-            turned_away = await introduce(connection, identity, hostname=self.pool.hostname, timeout=self.timeout)
-            if turned_away is not None:
-                return turned_away
+        turned_away = await introduce(connection, identity, timeout=self.timeout)
+        if turned_away is not None:
+            return turned_away
         self.extensions = connection.extensions
         command = build(connection.extensions)
-        forward = [] if connection.introduced else xforward(identity, connection.extensions)
+        forward = xforward(identity, connection)
         if not forward:
             return await connection.command(command, timeout=self.timeout)
         if "PIPELINING" in connection.extensions:

@@ -105,7 +105,8 @@ def readiness(settings: Settings, redis_url: str, *, relaying: bool) -> list[Fin
     findings = asyncio.run(probe_redis(settings, redis_url))
     if relaying:
         patience = _PORT_SECONDS + settings.smtp.greeting_delay
-        findings += [_port(host, port, patience) for host, port in settings.smtp.addresses]
+        first = b"PROXY UNKNOWN\r\n" if settings.smtp.proxy_protocol else b""
+        findings += [_port(host, port, patience, first) for host, port in settings.smtp.addresses]
         findings += _spool(settings)
     return findings
 
@@ -130,12 +131,13 @@ def ready(findings: list[Finding]) -> Answer:
     return Answer(status, "application/json", body.encode())
 
 
-def _port(host: str, port: int, patience: float) -> Finding:
+def _port(host: str, port: int, patience: float, first: bytes = b"") -> Finding:
     """Connect as a client: the kernel alone would take a connection also where no process accepts it any more."""
     subject = f"relay {host or '*'}:{port}"
     try:
         with socket.create_connection((_EVERYWHERE.get(host, host), port), timeout=patience) as client:
             client.settimeout(patience)
+            client.sendall(first)
             code = client.recv(512)[:3]
             client.sendall(b"QUIT\r\n")
     except OSError as error:

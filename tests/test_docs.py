@@ -250,7 +250,7 @@ async def test_the_redis_that_the_page_asks_for_is_enough(redis_factory: Callabl
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     """Every page is in the menu, every link and anchor between pages leads somewhere."""
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site"),
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site"),
          "--config-file", str(ROOT / "docs" / "site" / "mkdocs.yml")],
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,

@@ -86,8 +86,10 @@ class Courier:
 
     @property
     def accepting(self) -> bool:
-        """Whether another job may be fetched."""
-        return not self._is_held_up
+        """Whether another job may be fetched: with the breaker open one that can be the probe, if none is in hand."""
+        if self._breaker.is_open and self._breaker.seconds_to_probe > 0:
+            return False
+        return not (self._outbox.is_late or self._draining)
 
     @property
     def _is_held_up(self) -> bool:

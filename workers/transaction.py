@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from relay.connection import ClientError, Connection
 from relay.envelope import Destination, Envelope, Message, Recipient, Reply
+from relay.identity import introduce, of_envelope, xforward
 from relay.parameters import value
 
 _BODY_SECONDS = 180.0
@@ -44,7 +45,12 @@ async def send(
     final_timeout: float,
 ) -> None:
     """Send a copy to the recipients with these indices; fills ``outcome``. Raises ClientError, Unfit."""
-    accepted = await _ask(connection, message.envelope, owed, outcome, timeout)
+    identity = of_envelope(message.envelope)
+    turned_away = await introduce(connection, identity, timeout=timeout)
+    if turned_away is not None:
+        outcome.replies.update(dict.fromkeys(owed, turned_away))
+        return
+    accepted = await _ask(connection, message.envelope, xforward(identity, connection), owed, outcome, timeout)
     if accepted is None:
         return
     connection.begin_data()
@@ -71,18 +77,25 @@ async def send(
 
 
 async def _ask(
-    connection: Connection, envelope: Envelope, owed: Sequence[int], outcome: Outcome, timeout: float
+    connection: Connection,
+    envelope: Envelope,
+    told: Sequence[bytes],
+    owed: Sequence[int],
+    outcome: Outcome,
+    timeout: float,
 ) -> list[int] | None:
-    """Send MAIL, RCPT and DATA; returns the recipients accepted once DATA has got its 354, else None."""
+    """Send XFORWARD, MAIL, RCPT and DATA; returns the recipients accepted once DATA has got its 354, else None."""
     mail = mail_command(envelope, connection.destination, connection)
     recipients = [(i, rcpt_command(envelope.recipients[i], connection)) for i in owed]
     pipelining = "PIPELINING" in connection.extensions
     if pipelining:
-        connection.send(mail, *(command for _, command in recipients), b"DATA")
+        connection.send(*told, mail, *(command for _, command in recipients), b"DATA")
 
     async def answer(command: bytes) -> Reply:
         return await (connection.reply(timeout=timeout) if pipelining else connection.command(command, timeout=timeout))
 
+    for command in told:
+        await answer(command)  # whatever it says to them: they are for its log
     begun = await answer(mail)
     accepted = []
     if not begun.is_positive:
@@ -115,6 +128,12 @@ def mail_command(envelope: Envelope, destination: Destination, connection: Conne
         if "8BITMIME" not in extensions:
             raise Unfit("5.6.3 the backup does not offer 8BITMIME, which this message needs: enable it there")
         parameters.append(f"BODY={body}")
+    if value(envelope.parameters, "REQUIRETLS") is not None:
+        if "REQUIRETLS" not in extensions or destination.tls != "verify":
+            raise Unfit(
+                "5.7.30 the message must travel with REQUIRETLS: offer it there, and set tls = verify for it here"
+            )
+        parameters.append("REQUIRETLS")
     if "SIZE" in extensions:
         limit = extensions["SIZE"].strip()
         if limit.isascii() and limit.isdigit() and 0 < int(limit) < envelope.size:

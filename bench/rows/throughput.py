@@ -45,10 +45,10 @@ def one(stage: Stage, peer: Peer, load: Load, label: str) -> Run:
     result = measure.run(peer, load)
     for fault in result.faults:
         stage.fault(f"{label}: {fault}")
+    cpu = f"{sum(result.cpu.values()):.2f} ms of a core each, " if result.cpu else ""
     stage.step(
         f"{label}: {peer.name}: {load.count} messages, {result.accepted_rate:,.0f}/s accepted, "
-        f"{result.drained_rate:,.0f}/s drained, {sum(result.cpu.values()):.2f} ms of a core each, "
-        f"nothing pending {result.clearing:.2f} s after the last"
+        f"{result.drained_rate:,.0f}/s drained, {cpu}nothing pending {result.clearing:.2f} s after the last"
     )
     return result
 

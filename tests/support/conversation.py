@@ -106,6 +106,10 @@ class Conversation:
         self.xforward |= {name.upper(): value for name, _, value in (w.partition("=") for w in line.split(" ")[1:])}
         await self._do(scripted, "250 2.0.0 ok")
 
+    async def _on_xclient(self, line: str, scripted: Reaction) -> None:
+        self.transaction = None
+        await self._do(scripted, "220 scripted.example ESMTP again")
+
     async def _on_mail(self, line: str, scripted: Reaction) -> None:
         if self.transaction is not None:
             await self._do(scripted, "503 5.5.1 nested MAIL")

@@ -66,7 +66,7 @@ def of(kind: str, *, page: str = "") -> list[Block]:
 
 def pieces(page: str, scenario: str) -> dict[str, str]:
     """Return the files of one scenario of a page: "master.cf" -> text."""
-    found = [block for block in blocks() if block.page == page and block.words[1:2] == (scenario,)]
+    found = [block for block in blocks() if block.page == page and block.words[1:2] == (scenario,) and block.words[2:]]
     return {block.words[2]: block.text for block in found}
 
 
