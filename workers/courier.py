@@ -86,10 +86,12 @@ class Courier:
 
     @property
     def accepting(self) -> bool:
-        """Whether another job may be fetched: with the breaker open one that can be the probe, if none is in hand."""
-        if self._breaker.is_open and self._breaker.seconds_to_probe > 0:
-            return False
-        return not (self._outbox.is_late or self._draining)
+        """Whether another job may be fetched. With the breaker open one must be when a probe is due: none is in hand."""
+        return not (self._is_waiting_for_probe or self._outbox.is_late or self._draining)
+
+    @property
+    def _is_waiting_for_probe(self) -> bool:
+        return self._breaker.is_open and self._breaker.seconds_to_probe > 0
 
     @property
     def _is_held_up(self) -> bool:
@@ -120,7 +122,7 @@ class Courier:
     # --- one job ----------------------------------------------------------------------------------------------
 
     async def deliver(self, job_id: str, ids: list[str]) -> None:
-        """Deliver what this job can claim. Raises Interrupted when told to drain with copies untried."""
+        """Deliver what this job can claim. Raises Interrupted with copies untried: told to drain, or no probe is due."""
         self._jobs_in_hand += 1
         try:
             await self._deliver(job_id, ids)
@@ -131,6 +133,8 @@ class Courier:
         faults.reach("job fetched")
         batch = _Batch(job_id, deque(await self._claim(job_id, ids)))
         while batch.work and not self._draining:
+            if self._is_waiting_for_probe and not batch.runners:
+                break  # nobody holds copies for a server that is away: an operator may want to move them
             if self._is_held_up:
                 await self._wait_for_turn(batch)
             else:
@@ -143,6 +147,7 @@ class Courier:
                 self._note(batch, item.id, *self._outcomes.interrupted(item, batch.job))
         await self._defer(batch)
         if untried:
+            self._bodies.drop([item.id for item in untried])
             await self._outcomes.give_back([item.id for item in untried])
         if batch.written:
             await asyncio.gather(*batch.written)

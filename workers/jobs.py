@@ -21,7 +21,7 @@ class Refused(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """Raised by a courier that drains and has not tried all: the job goes back to the front of the queue."""
+    """Raised by a courier that drains, or whose server is away: the job goes back to the front of the queue."""
 
 
 class Courier(Protocol):
