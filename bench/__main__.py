@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: Options, names: Sequence[str], command: str) -> tuple[list[Row], Path]:
     about, warnings = machine.describe(), machine.warnings()
     path = report.folder()
+    if options.quick:
+        warnings.append("this is the short form: it shows whether every count is right, its figures mean nothing")
     if full := peers.enough_disk(path):
         warnings.append(full)
     rows: list[Row] = []

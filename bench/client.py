@@ -149,7 +149,8 @@ async def play(stream: Stream, watch: Callable[[float], None] | None = None) -> 
         while (due := due + source.expovariate(stream.rate)) < begun + stream.seconds:
             if (pause := due - time.perf_counter()) > 0:
                 await asyncio.sleep(pause)
-            task = asyncio.create_task(one(number, due))
+            # A timer may fire a little early; then its time is now.
+            task = asyncio.create_task(one(number, min(due, time.perf_counter())))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
             number += 1

@@ -27,10 +27,27 @@ exports.hook_data = (next, connection) => {{
 exports.hook_get_mx = (next, hmail, domain) =>
   next(OK, {{ priority: 0, exchange: '127.0.0.1', port: domain === 'copy.test' ? {backup} : {primary} }});
 """
+# What is not here it would miss: an instance's files replace the program's own.
+_CONNECTION = """
+[headers]
+[haproxy]
+[max]
+bytes=26214400
+line_length=512
+data_line_length=992
+mime_parts=1000
+[message]
+greeting[]=Haraka
+helo=Hello.
+close=Bye.
+[uuid]
+banner_chars=6
+"""
 _FILES = {
+    "config/connection.ini": _CONNECTION,
     "config/smtp.ini": "listen=127.0.0.1:{port}\nnodes=cpus\n",
     "config/outbound.ini": "always_split=true\nenable_tls=false\ninet_prefer=v4\n",
-    "config/log.ini": "[main]\nlevel=error\n",
+    "config/log.ini": "[main]\nlevel=error\nformat=default\n",
     "config/plugins": "copy\n",
     "config/me": "mx.example.net\n",
     "plugins/copy.js": _PLUGIN,

@@ -58,7 +58,8 @@ class Soak:
         self.servers = [self._server(stack, name, n) for n, name in enumerate(("primary", "backup-1", "backup-2"))]
         addresses = [server.address for server in self.servers]
         self.backups = {server.address: server.name for server in self.servers[1:]}
-        self.product = Product(folder, primary=addresses[0], backups=addresses[1:], settings=SETTINGS)
+        settings = {**SETTINGS, "workers.processes": str(1 + seed % 2)}
+        self.product = Product(folder, primary=addresses[0], backups=addresses[1:], settings=settings)
         stack.callback(self.product.clean_up)
         self.disturber = Disturber(self.product, self.servers, seed, self._note)
         stack.callback(self.disturber.clean_up)

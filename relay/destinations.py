@@ -25,6 +25,8 @@ _TLS = ("none", "opportunistic", "encrypt", "verify")
 _NAME = re.compile(r"[A-Za-z0-9._:\-\[\]]{1,100}")
 _KINDS = {field.key: field.kind for field in BACKUP_FIELDS}
 
+_EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
+
 Faults = list[tuple[str, str]]
 
 
@@ -182,8 +184,10 @@ def _hosts(host: str) -> frozenset[str]:
 
 def is_loopback(host: str) -> bool:
     """Say whether only this machine can reach what listens on host ("" stands for all interfaces)."""
+    if host in _EVERYWHERE:
+        return False
     try:
-        return bool(host) and all(ipaddress.ip_address(address).is_loopback for address in _hosts(host))
+        return all(ipaddress.ip_address(address).is_loopback for address in _hosts(host))
     except ValueError:
         return False  # a name: where it leads is not asked here
 
@@ -214,7 +218,7 @@ def is_own_address(host: str, port: int, listening: Sequence[tuple[str, int]]) -
     for own_host, own_port in listening:
         if own_port != port or port == 0:
             continue
-        if own_host in {"", "0.0.0.0", "::"}:  # noqa: S104 - compared, not bound
+        if own_host in _EVERYWHERE:
             if _is_this_machine(host):
                 return True
         elif _hosts(own_host) & _hosts(host):

@@ -11,6 +11,7 @@ import json
 import math
 import random
 import struct
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -24,6 +25,17 @@ _FLAG_ELSEWHERE = 2  # instead of the body: JSON of the host and the path of the
 _COMPRESS_FROM = 512  # bytes; below this zstd's frame eats what it saves
 _ID_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford base 32: no i, l, o, u
 _REPLY_LINE_LIMIT = 512  # RFC 5321 4.5.3.1.5
+
+
+class _Codecs(threading.local):
+    """zstd contexts, which are costly to make and belong to one thread each."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(level=1)
+        self.decompressor = zstandard.ZstdDecompressor()
+
+
+_codecs = _Codecs()
 
 
 class MalformedRecord(ValueError):
@@ -214,7 +226,7 @@ class Message:
         head = self.envelope.to_json()
         body, flags = self.body, 0
         if len(body) >= _COMPRESS_FROM:
-            small = zstandard.ZstdCompressor(level=1).compress(body)
+            small = _codecs.compressor.compress(body)
             if len(small) < len(body):
                 body, flags = small, _FLAG_ZSTD
         return b"".join((_HEADER.pack(RECORD_VERSION, flags, len(head)), head, body))
@@ -236,7 +248,7 @@ class Message:
             raise BodyElsewhere(*json.loads(body))
         if flags & _FLAG_ZSTD:
             try:
-                body = zstandard.ZstdDecompressor().decompress(body)
+                body = _codecs.decompressor.decompress(body)
             except zstandard.ZstdError as error:
                 raise MalformedRecord(f"unreadable body: {error}") from error
         if len(body) != envelope.size:

@@ -18,7 +18,7 @@ from relay.channel import Channel
 from relay.data import ClientGone
 from relay.envelope import Reply
 from relay.identity import BadAttribute, Identity
-from relay.parameters import SyntaxProblem, offers
+from relay.parameters import MAIL_EXTENSIONS, SyntaxProblem, offers
 from relay.proxy import BadHeader, read_header
 from relay.sections import within
 
@@ -207,6 +207,10 @@ class Introduction:
             ours += [f"XFORWARD {' '.join(identity.XFORWARD)}", f"XCLIENT {' '.join(identity.XCLIENT)}"]
         if self._front.credentials.users is not None:
             offered |= {"AUTH"}
+        if primary.extensions is None:
+            # Not announced, but not refused for good either: some clients ask for what they did not see (a proxy of
+            # Postfix does), and what the primary takes is known when it is back.
+            offered |= frozenset(MAIL_EXTENSIONS.values())
         return (*lines, *ours), offered
 
     async def starttls(self, argument: str) -> Reply | None:

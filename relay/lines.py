@@ -62,42 +62,54 @@ class LineEnds:
         return piece
 
     def _mend(self, piece: bytes) -> bytes:
-        *lines, rest = piece.split(b"\n")
-        done: list[bytes] = []
-        for line in lines:
-            text, returns = _without_returns(line)
-            *whole, last = text.split(b"\r")
-            for ended in whole:
-                self._end_line(done, ended, bare=True)
-            self._end_line(done, last, bare=returns != 1)
-        text, returns = _without_returns(rest)
-        held = b"\r" * returns
-        *whole, rest = text.split(b"\r")
-        for ended in whole:
-            self._end_line(done, ended, bare=True)
-        if self._at_start and (not rest or (rest == b"." and self._stuffed)):
-            self._held = rest + held
-        else:
-            done.append(self._with_dot(rest))
-            self._at_start = self._after_bare = False
-            self._held = held
-        return b"".join(done)
+        # All by whole octet strings: a body of a million bare LFs must not hold up everybody else.
+        text, returns = _without_returns(piece)
+        first, *others = text.replace(b"\r\r\n", _CRLF).split(_CRLF)
+        done = [self._between_line_ends(first, is_last=not others)]
+        for n, part in enumerate(others, 1):
+            self._at_start, self._after_bare = True, False
+            done.append(self._between_line_ends(part, is_last=n == len(others)))
+        self._held += b"\r" * returns
+        return _CRLF.join(done)
 
-    def _end_line(self, done: list[bytes], line: bytes, *, bare: bool) -> None:
-        done += (self._with_dot(line), _CRLF)
-        self._at_start, self._after_bare = True, bare
+    def _between_line_ends(self, text: bytes, *, is_last: bool) -> bytes:
+        """Return what stands between two CRLFs, or behind the last, with CRLF for the bare ones and the dots it needs."""
+        text = text.replace(b"\r", b"\n")
+        if is_last:
+            text = self._without_open_end(text)
+        if self._stuffed:
+            text = _dotted(text, self._before)
+        if is_last and text:
+            self._at_start = self._after_bare = text.endswith(b"\n")
+        return text.replace(b"\n", _CRLF)
 
-    def _with_dot(self, line: bytes) -> bytes:
-        """Return a line with the dot that it needs.
+    def _without_open_end(self, text: bytes) -> bytes:
+        """Hold back a dot at the start of a line whose end has not come."""
+        if self._stuffed and (text.endswith(b"\n.") or (text == b"." and self._at_start)):
+            self._held = b"."
+            return text[:-1]
+        return text
 
-        A lone dot would end the message. After a bare line end a dot may have been doubled, by a client for which that
-        was a line end, or not, by one for which it was text: two dots are taken as one that was doubled.
-        """
-        if not (self._stuffed and self._at_start and line.startswith(b".")):
-            return line
-        if line == b"." or (self._after_bare and not line.startswith(b"..")):
-            return b"." + line
-        return line
+    @property
+    def _before(self) -> bytes:
+        """What was in front: nothing that matters, a line end, or a bare one."""
+        return b"" if not self._at_start else b"\n" if self._after_bare else _CRLF
+
+
+def _dotted(text: bytes, before: bytes) -> bytes:
+    """Return text, whose bare line ends are LF, with a dot before each line that must have one.
+
+    A lone dot would end the message. After a bare line end a dot may have been doubled, by a client for which that was
+    a line end, or not, by one for which it was text: two dots are taken as one that was doubled.
+    """
+    if b"." not in text:
+        return text
+    if before == _CRLF and (text == b"." or text.startswith(b".\n")):
+        text = b"." + text
+    if before != b"\n":
+        before = b""
+    marked = before + text
+    return marked.replace(b"\n.", b"\n..").replace(b"\n...", b"\n..")[len(before) :]
 
 
 def _is_clean(piece: bytes) -> bool:

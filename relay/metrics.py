@@ -11,6 +11,11 @@ connections = Counter("smtpdup_connections_total", "Client connections taken")
 connections_refused = Counter("smtpdup_connections_refused_total", "Client connections turned away at once")
 session_errors = Counter("smtpdup_session_errors_total", "Unforeseen errors in a session, answered 451")
 logins = Counter("smtpdup_logins_total", "Passwords checked: accepted, refused", ["result"])
+primary_trouble = Counter(
+    "smtpdup_primary_trouble_total",
+    "Failures to use the primary, answered 451, by what was being done: connect, EHLO, MAIL, RCPT, DATA, body, dot...",
+    ["stage"],
+)
 messages = Counter(
     "smtpdup_messages_total",
     "Messages by the answer at their end: accepted, refused_4xx, refused_5xx, uncertain (none), own (a rule of ours)",

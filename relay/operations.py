@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from redis import Redis
 from redis.backoff import NoBackoff
@@ -26,6 +27,9 @@ from relay.envelope import printable
 from relay.kinds import mask
 from relay.settings import Settings, describe
 from relay.tables import Column
+
+if TYPE_CHECKING:
+    from relay.check import Finding
 
 
 class Trouble(Exception):
@@ -73,7 +77,7 @@ def check(settings: Settings, arguments: argparse.Namespace) -> int:
             Column("from", lambda r: r.origin),
         ]
         tables.write(shown, columns, as_json=False, nothing="")
-    findings = asyncio.run(probe_all(settings))
+    findings = [*asyncio.run(probe_all(settings)), *_left_behind(settings)]
     columns = [
         Column("", lambda f: "ok" if f.ok else "TROUBLE"),
         Column("what", lambda f: f.subject),
@@ -86,6 +90,24 @@ def check(settings: Settings, arguments: argparse.Namespace) -> int:
         tables.write_line("")
         tables.write(findings, columns, as_json=False, nothing="")
     return int(not all(finding.ok for finding in findings))
+
+
+def _left_behind(settings: Settings) -> Iterator[Finding]:
+    """Say which destinations are no backup any more but have copies left: they are served until they have none."""
+    from relay.check import Finding  # noqa: PLC0415
+
+    if not settings.redis.url:
+        return
+    configured = {backup.name for backup in settings.backups}
+    try:
+        with ledger_of(settings) as connection:
+            rows = ledger.summary(connection)
+    except Trouble:
+        return  # the probe of Redis says so
+    for row in rows:
+        if row.destination not in configured and (row.pending or row.failed):
+            left = f"no backup any more, but {row.pending} copies wait and {row.failed} have failed"
+            yield Finding(f"destination {row.destination}", True, f"{left}; see queue list, queue move, failed list")
 
 
 # queue ---------------------------------------------------------------------------------------------------------

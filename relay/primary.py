@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from relay import faults, maillog
+from relay import faults, maillog, metrics
 from relay.connection import ClientError, Connection, ConnectionGone
 from relay.envelope import Destination, Reply
 from relay.identity import Identity, NotIntroduced, introduce, xforward
@@ -128,7 +128,7 @@ class Primary:
         return await connection.command(command, timeout=self.timeout)
 
     def _unavailable(self, error: ClientError) -> Reply:
-        maillog.primary_trouble(self.destination.address, error.stage, str(error))
+        self.trouble(error.stage, error)
         if error.reply is not None and error.reply.code in (421, 450, 451, 452):
             return Reply(451, error.reply.lines)
         return Reply.of(451, "4.4.1 The primary server is not available, try again later")
@@ -137,7 +137,7 @@ class Primary:
         try:
             connection = await self.pool.lease(timeout=self.timeout)
         except ClientError as error:
-            maillog.primary_trouble(self.destination.address, error.stage, str(error))
+            self.trouble(error.stage, error)
         else:
             self.extensions = connection.extensions
             self.pool.give_back(connection)
@@ -146,6 +146,7 @@ class Primary:
             self._probe = None
 
     def trouble(self, stage: str, error: BaseException) -> None:
+        metrics.primary_trouble.labels(stage).inc()
         maillog.primary_trouble(self.destination.address, stage, str(error) or type(error).__name__)
 
 
@@ -155,6 +156,7 @@ class Transaction:
     def __init__(self, primary: Primary, connection: Connection) -> None:
         self._primary = primary
         self._connection: Connection | None = connection
+        self._last = b""  # of the body, to leave with the dot
         self.extensions = connection.extensions
 
     async def rcpt(self, command: bytes) -> Reply:
@@ -190,8 +192,12 @@ class Transaction:
             return _early(early)
         return None
 
+    def hold(self, last: bytes) -> None:
+        """Keep the end of the body for ``finish``: one write, and one wake-up of the primary, less."""
+        self._last = last
+
     async def finish(self) -> Reply:
-        """Send the held dot; returns the reply for the client. Raises NoReply.
+        """Send what is held of the body, and the dot; returns the reply for the client. Raises NoReply.
 
         The connection is looked at first: lost before the dot, the message cannot have been accepted.
         """
@@ -199,7 +205,7 @@ class Transaction:
         if connection is None:
             return _lost()
         try:
-            connection.end_body()
+            connection.end_body(self._last)
         except ClientError as error:
             self.abandon()
             return _early(error.reply) if error.reply is not None else _lost()

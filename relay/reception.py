@@ -21,6 +21,7 @@ _LONG_LINE = Reply.of(554, "5.6.0 A line of the message is longer than this rela
 _HEADER_BYTES = Reply.of(552, "5.3.4 The header is larger than this relay takes")
 _HEADERS = Reply.of(552, "5.3.4 The message has more header fields than this relay takes")
 _LOOP = Reply.of(554, "5.4.6 Too many hops, mail forwarding loop")
+_AT_ONCE = 64 << 10  # octets of a body that wait for the dot
 _OWN_LINES_LIMIT = 5  # Received lines of our own: a forward that lawfully comes back passes
 
 
@@ -29,8 +30,8 @@ class Reception:
 
     __slots__ = (
         "_ends",
-        "_forward",
         "_kept",
+        "_last",
         "_lines",
         "_octets",
         "_seat",
@@ -51,7 +52,7 @@ class Reception:
         self._stuffing = None if stuffed else Stuffing()
         self._lines = LongestLine(settings.max_line_bytes) if settings.max_line_bytes else None
         self._kept = [trace]
-        self._forward = trace  # leaves with the first piece of the body
+        self._last = trace  # what the primary has not got yet: the end of the body leaves with the dot, in one write
         self._octets = 0  # as counted in our seat
         self.refusal: Reply | None = None
         self.pace = Pace(settings.idle_timeout, settings.min_data_rate)
@@ -65,8 +66,7 @@ class Reception:
         """Take the end; returns the whole body in wire form, our Received line in front."""
         if self.refusal is None:
             await self._pass_on(self._ends.finish())
-        if self._forward and self.refusal is None:
-            self.refusal = await self._transaction.write([self._forward])
+        self._transaction.hold(self._last)
         body = b"".join(self._kept)
         if self.refusal is None:
             self.refusal = self._fault_of_header(body)
@@ -86,8 +86,11 @@ class Reception:
         self.refusal = _BARE_NEWLINE if self._ends.refused else self._too_much(piece)
         if self.refusal is None and piece:
             self._kept.append(piece)
-            self.refusal = await self._transaction.write([self._forward + piece if self._forward else piece])
-            self._forward = b""
+            if len(self._last) + len(piece) <= _AT_ONCE:
+                self._last += piece
+            else:
+                self.refusal = await self._transaction.write([self._last])
+                self._last = piece
         if self.refusal is not None:
             self._give_up()
 

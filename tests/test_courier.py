@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 import redis
 from rq.registry import FailedJobRegistry, ScheduledJobRegistry
 
 from ledger_contents import Contents, settings
-from reactions import Gate, Silence
+from reactions import Gate, Reset, Silence
 from relay import ledger
 from scripted_server import ScriptedServer
+from waiting import until
 from workers.courier import Courier
 from workers.jobs import Interrupted
 
@@ -109,18 +110,18 @@ async def test_drained_in_the_middle(
 async def test_a_server_that_says_nothing_pauses_the_destination(
     contents: Contents, redis_url: str, redis_client: redis.Redis, backup: ScriptedServer
 ) -> None:
-    """A black hole costs one deadline, opens the breaker, and burns no copy."""
-    import asyncio
-
+    """A black hole costs one deadline, opens the breaker, and burns no copy; nobody holds them until the next probe."""
     ids = [contents.pending() for _ in range(5)]
     backup.replies["CONNECT"] = Silence()
     async with courier(redis_url, backup, relay_timeout_seconds="0.3") as made:
-        job = asyncio.ensure_future(made.deliver("job", ids))
-        while made.accepting:
-            await asyncio.sleep(0.01)
+        with pytest.raises(Interrupted):
+            await made.deliver("job", ids)
+        assert not made.accepting
+        assert not redis_client.zcard(ledger.BUSY + "new")
         backup.replies.clear()
         backup.drop()
-        await job
+        await until(lambda: made.accepting)
+        await made.deliver("job", ids)
     assert len(backup.messages) == 5
     assert not redis_client.hlen(ledger.OWN + "new")
 
@@ -138,3 +139,21 @@ async def test_what_cannot_be_represented_is_failed_with_advice(
     assert state.job == job
     assert "raise its size limit" in state.last_reply
     assert not backup.transactions
+
+
+async def test_broken_transactions_leave_somebody_to_probe(
+    contents: Contents, redis_url: str, redis_client: redis.Redis, backup: ScriptedServer
+) -> None:
+    """When a job's copies are all deferred as the breaker opens, the next job may be fetched, and is the probe."""
+    ids = [contents.pending() for _ in range(6)]
+    backup.replies["DATA"] = ("354 go ahead", Reset())
+    async with courier(redis_url, backup, retry_longest="0.2", retry_first="0.1") as made:
+        for message_id in ids[:4]:
+            with suppress(Interrupted):
+                await made.deliver(f"job {message_id}", [message_id])
+        assert not made.accepting
+        backup.replies.clear()
+        await until(lambda: made.accepting)
+        await made.deliver("last", ids[4:])
+        assert made.accepting
+    assert len(backup.messages) == 2

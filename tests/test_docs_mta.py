@@ -223,7 +223,9 @@ def send_by(front: EximInstance) -> None:
         client.sendmail("alice@example.net", ["bob@example.com"], b"Subject: one\r\n\r\n" + b"x" * 2000 + b"\r\n")
 
 
-def test_exim(product: Make, postfix: Start, exim_program: Path, stores: tuple[PostfixInstance, PostfixInstance]) -> None:
+def test_exim(
+    product: Make, postfix: Start, exim_program: Path, stores: tuple[PostfixInstance, PostfixInstance]
+) -> None:
     """The page's router and transport take a message, with a long line, to both servers."""
     old, new = stores
     instance = product(primary=old.address, backups=[new.address])
@@ -237,9 +239,7 @@ def test_exim(product: Make, postfix: Start, exim_program: Path, stores: tuple[P
         assert at_new.endswith(b"x" * 2000 + b"\n")
 
 
-def test_exim_fallback(
-    postfix: Start, exim_program: Path, stores: tuple[PostfixInstance, PostfixInstance]
-) -> None:
+def test_exim_fallback(postfix: Start, exim_program: Path, stores: tuple[PostfixInstance, PostfixInstance]) -> None:
     """With fallback_hosts the old server gets the mail while the relay is down."""
     old, new = stores
     with ExitStack() as ends:

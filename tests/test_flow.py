@@ -158,6 +158,19 @@ def test_primary_down_and_back(pair: Product, primary: ScriptedServer) -> None:
         client.mail("a@example.com", "b@example.com", data=b"x\r\n")
 
 
+def test_extensions_of_a_primary_that_is_away(product: Make, primary: ScriptedServer) -> None:
+    """While the primary has not been met, a parameter that it may take is 451 and never 555."""
+    primary.down()
+    early = product(primary=primary.address, settings=QUICK)
+    with early.dialogue() as client:
+        assert "8BITMIME" not in client.hello()
+        client.say("MAIL FROM:<a@example.com> BODY=8BITMIME", "451 4.4.1")
+        client.say("MAIL FROM:<a@example.com> NONSENSE=1", 555)
+        primary.listen()
+        client.say("MAIL FROM:<a@example.com> BODY=8BITMIME", 250)
+    assert early.metric("smtpdup_primary_trouble_total") > 0
+
+
 def test_null_sender(pair: Product, backup: ScriptedServer) -> None:
     """Bounces pass."""
     pair.send("", "b@example.com", data=b"Subject: bounce\r\n\r\n")

@@ -81,7 +81,7 @@ def test_memory_and_disk_full(
     small_disk: Path,
     required: bool,
 ) -> None:
-    """relay.require_durable_copies decides what a client hears; with the backup back, all that was kept arrives once."""
+    """relay.require_durable_copies decides what a client hears; once the backup is back, what was kept arrives once."""
     server = redis_factory(maxmemory=str(MEMORY))
     settings = {
         **SETTINGS,
@@ -107,7 +107,9 @@ def test_memory_and_disk_full(
     backup.listen()
     relay.run("queue", "flush")
     kept = len(client.accepted) - len(lost)
-    wait_until(lambda: len(numbers(backup)) >= kept, 60, lambda: f"{len(numbers(backup))} of {kept}: {relay.log[-3000:]}")
+    wait_until(
+        lambda: len(numbers(backup)) >= kept, 60, lambda: f"{len(numbers(backup))} of {kept}: {relay.log[-3000:]}"
+    )
     wait_until(lambda: spool.summary(small_disk / "spool").messages == 0)
     wait_until(lambda: relay.summary(backup.address)["pending"] == 0)
     # There is room again: everything is as before.

@@ -1,9 +1,9 @@
 """The courier of one backup: claims the copies of a job, delivers several at once, sees to every outcome.
 
 Lives in one event loop for the whole life of a worker process, with its pool of kept connections. Delivery
-trouble never raises: a copy is settled, deferred, failed, or stays in hand untried while the server is in
-trouble and only probes go out. Told to drain, it gives back what it has not tried. What still waits for a slow
-reply when the rest of a job is done (a final dot may take ten minutes) keeps its lease, not the job.
+trouble never raises: a copy is settled, deferred, failed, or given back untried while the server is in trouble,
+with its job, of which one is taken for each probe. Told to drain, it gives back what it has not tried. What still
+waits for a slow reply when the rest of a job is done (a final dot may take ten minutes) keeps its lease, not the job.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Courier:
 
     @property
     def accepting(self) -> bool:
-        """Whether another job may be fetched. With the breaker open one must be when a probe is due: none is in hand."""
+        """Whether another job may be fetched; with the breaker open one must be when a probe is due."""
         return not (self._is_waiting_for_probe or self._outbox.is_late or self._draining)
 
     @property
@@ -122,7 +122,10 @@ class Courier:
     # --- one job ----------------------------------------------------------------------------------------------
 
     async def deliver(self, job_id: str, ids: list[str]) -> None:
-        """Deliver what this job can claim. Raises Interrupted with copies untried: told to drain, or no probe is due."""
+        """Deliver what this job can claim.
+
+        Raises Interrupted with copies untried: told to drain, or the server is away and its probe not yet due.
+        """
         self._jobs_in_hand += 1
         try:
             await self._deliver(job_id, ids)

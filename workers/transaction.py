@@ -17,6 +17,7 @@ from relay.identity import introduce, of_envelope, xforward
 from relay.parameters import value
 
 _BODY_SECONDS = 180.0
+_AT_ONCE = 64 << 10  # octets of a body that leaves in one write with its dot
 
 
 @dataclass(slots=True)
@@ -60,18 +61,20 @@ async def send(
         await connection.reply(timeout=timeout)
         connection.end_data()
         return
-    await connection.write_body(message.body, timeout=_BODY_SECONDS)
-    early = connection.early_reply
-    if early is not None:
-        outcome.replies.update(dict.fromkeys(accepted, early))
-        raise ClientError("the server spoke before the end of the message", stage="message body", reply=early)
+    body = message.body
+    if len(body) > _AT_ONCE:
+        await connection.write_body(body, timeout=_BODY_SECONDS)
+        body = b""
+        early = connection.early_reply
+        if early is not None:
+            outcome.replies.update(dict.fromkeys(accepted, early))
+            raise ClientError("the server spoke before the end of the message", stage="message body", reply=early)
+    lmtp = connection.destination.scheme == "lmtp"
+    connection.end_body(body, replies=len(accepted) if lmtp else 1)
     outcome.sent = True
-    if connection.destination.scheme == "lmtp":
-        connection.end_body(replies=len(accepted))
-        for i in accepted:
-            outcome.replies[i] = await connection.reply(timeout=final_timeout)
-    else:
-        connection.end_body()
+    for i in accepted if lmtp else ():
+        outcome.replies[i] = await connection.reply(timeout=final_timeout)
+    if not lmtp:
         outcome.replies.update(dict.fromkeys(accepted, await connection.reply(timeout=final_timeout)))
     connection.end_data()
 

@@ -27,29 +27,29 @@ local function merged(state, other)
   return job .. '\n' .. cjson.encode(a)
 end
 
-local result = {}
-for i = 5, #ARGV do
-  local id = ARGV[i]
-  local leased = redis.call('ZSCORE', busy, id)
+local ids = {}
+for i = 5, #ARGV do ids[i - 4] = ARGV[i] end
+local accepted_at = redis.call('ZMSCORE', pending, unpack(ids))
+local leases = redis.call('ZMSCORE', busy, unpack(ids))
+local states = redis.call('HMGET', own, unpack(ids))
+local failures = redis.call('HMGET', failure, unpack(ids))
+local result, leased, held = {}, {}, {}
+for i, id in ipairs(ids) do
   -- A lease of our own is one whose answer was lost: the courier does not ask for what it knows that it holds.
-  local free = not leased or tonumber(leased) <= now or redis.call('HGET', holders, id) == worker
+  local lease_end = leases[i]
+  local free = not lease_end or tonumber(lease_end) <= now or redis.call('HGET', holders, id) == worker
+  local accepted, state, lost = accepted_at[i], states[i], failures[i]
   local verdict = 'claimed'
-  local lost = redis.call('HGET', failure, id)
-  local requeued = lost and owner(lost) == job
-  if requeued then
+  if lost and owner(lost) == job then
     if free then
-      local state = redis.call('HGET', own, id)
-      if redis.call('ZSCORE', pending, id) then
-        state = state and merged(state, lost) or ''
-      else
+      if not accepted then
         state = lost
+      elseif state then
+        state = merged(state, lost)
       end
+      accepted = stamp
       redis.call('ZADD', pending, stamp, id)
-      if state == '' then
-        redis.call('HDEL', own, id)
-      else
-        redis.call('HSET', own, id, state)
-      end
+      if state then redis.call('HSET', own, id, state) end
       redis.call('ZREM', failed, id)
       redis.call('HDEL', failure, id)
       verdict = 'retried'
@@ -57,14 +57,16 @@ for i = 5, #ARGV do
       result[#result + 1] = {id, 'later', '0', ''}
     end
   end
-  local accepted = free and redis.call('ZSCORE', pending, id)
-  if accepted then
-    local state = redis.call('HGET', own, id)
-    if not state or owner(state) == '' or owner(state) == job then
-      redis.call('ZADD', busy, now + lease, id)
-      redis.call('HSET', holders, id, worker)
-      result[#result + 1] = {id, verdict, accepted, state or ''}
-    end
+  if free and accepted and (not state or owner(state) == '' or owner(state) == job) then
+    leased[#leased + 1] = now + lease
+    leased[#leased + 1] = id
+    held[#held + 1] = id
+    held[#held + 1] = worker
+    result[#result + 1] = {id, verdict, accepted, state or ''}
   end
+end
+if #held > 0 then
+  redis.call('ZADD', busy, unpack(leased))
+  redis.call('HSET', holders, unpack(held))
 end
 return result

@@ -2,38 +2,50 @@
 -- Only what was staged or uncertain becomes pending: a repeated release must not revive a settled copy.
 local time = redis.call('TIME')
 local now = time[1] .. '.' .. string.format('%06d', time[2])
+local has_twins = redis.call('EXISTS', 'smtpdup:twins') == 1
 local result = {}
+local due = {}
 local i = 1
+
+local function no_longer_uncertain(id, digest)
+  redis.call('HDEL', 'smtpdup:covered', id)
+  if digest ~= '' and redis.call('HGET', 'smtpdup:twins', digest) == id then
+    redis.call('HDEL', 'smtpdup:twins', digest)
+  end
+end
+
+-- cjson cannot read lone surrogates (addresses that are no UTF-8), so the lists are kept as text, one a line.
+local function cover_twin(digest, recipients)
+  local twin = redis.call('HGET', 'smtpdup:twins', digest)
+  if twin and redis.call('ZSCORE', 'smtpdup:uncertain', twin) then
+    local before = redis.call('HGET', 'smtpdup:covered', twin)
+    redis.call('HSET', 'smtpdup:covered', twin, before and (before .. '\n' .. recipients) or recipients)
+  end
+end
+
 while i <= #ARGV do
   local id, digest, recipients, count = ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3])
   i = i + 4
   local moved = redis.call('ZREM', 'smtpdup:staged', id)
   if moved == 0 then
     moved = redis.call('ZREM', 'smtpdup:uncertain', id)
-    if moved == 1 then
-      redis.call('HDEL', 'smtpdup:covered', id)
-      if digest ~= '' and redis.call('HGET', 'smtpdup:twins', digest) == id then
-        redis.call('HDEL', 'smtpdup:twins', digest)
-      end
-    end
+    if moved == 1 then no_longer_uncertain(id, digest) end
   end
   if moved == 1 then
-    if digest ~= '' then
-      local twin = redis.call('HGET', 'smtpdup:twins', digest)
-      if twin and redis.call('ZSCORE', 'smtpdup:uncertain', twin) then
-        -- cjson cannot read lone surrogates (addresses that are no UTF-8), so the lists are kept as text, one a line
-        local before = redis.call('HGET', 'smtpdup:covered', twin)
-        redis.call('HSET', 'smtpdup:covered', twin, before and (before .. '\n' .. recipients) or recipients)
-      end
-    end
-    if count == 0 then
-      redis.call('DEL', 'smtpdup:message:' .. id)
-    end
+    if has_twins and digest ~= '' then cover_twin(digest, recipients) end
+    if count == 0 then redis.call('DEL', 'smtpdup:message:' .. id) end
     for n = 0, count - 1 do
-      redis.call('ZADD', 'smtpdup:pending:' .. ARGV[i + n], now, id)
+      local name = ARGV[i + n]
+      local list = due[name] or {}
+      due[name] = list
+      list[#list + 1] = now
+      list[#list + 1] = id
     end
   end
   i = i + count
   result[#result + 1] = moved
+end
+for name, list in pairs(due) do
+  redis.call('ZADD', 'smtpdup:pending:' .. name, unpack(list))
 end
 return result

@@ -27,7 +27,7 @@ LANGUAGES = {"", "text", "sh", "toml", "yaml", "ini", "json"}
 
 _FENCE = re.compile(r"^( *)```([\w+-]*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _COMMENT = re.compile(r"<!-- test: (.*?) -->\s*$")
-_WORDS = {"up", "demo", "relay", "workers", "check", "queue", "failed", "version"}
+_WORDS = {"up", "demo", "relay", "workers", "check", "queue", "failed", "hash-password", "version"}
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _commands(tokens: list[str]) -> Iterator[list[str]]:
             del words[0]
         for position, word in enumerate(words):
             is_ours = word.rpartition("/")[2] == "smtp-dup"
-            if is_ours and (position == 0 or words[position + 1 : position + 2] and words[position + 1] in _WORDS):
+            if is_ours and (position == 0 or _WORDS & set(words[position + 1 : position + 2])):
                 yield words[position + 1 :]
                 break
         # What follows > is a file's name, and what follows | or && another command: neither belongs to this one.

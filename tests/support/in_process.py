@@ -1,0 +1,65 @@
+"""The relay's front in the test's own event loop: a real listening port, a real pool to a real primary, a ledger."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+
+from relay import server
+from relay.credentials import Credentials
+from relay.dispatch import Dispatcher
+from relay.envelope import IdSource
+from relay.intake import Intake
+from relay.occupancy import Occupancy
+from relay.pool import Pool
+from relay.primary import Primary
+from relay.session import Front
+from relay.settings import Settings, load
+from relay.watch import Watch
+
+
+def settings_of(primary: str, settings: Mapping[str, str] | None = None) -> Settings:
+    """Return the settings of a relay without backups."""
+    flags = {"relay.destination_primary": primary, "relay.timeout_seconds": "5", **(settings or {})}
+    return load(flags, {}, ())
+
+
+@asynccontextmanager
+async def front(settings: Settings, redis_url: str, *, tls: bool = False) -> AsyncIterator[tuple[Front, int]]:
+    """Serve clients on the port that is yielded, as one relay process does; with ``tls`` from the first octet."""
+    assert settings.primary is not None
+    pool = Pool(settings.primary, local_hostname="localhost", connect_timeout=5, limit=100)
+    ledger, bulk = server.async_client(redis_url, 5), server.async_client(redis_url, 5)
+    jobs = server.sync_client(redis_url, 5)
+    watch = Watch(ledger, seconds=5, processes=1)
+    intake = Intake(
+        ledger, bulk, Dispatcher(jobs), watch, stage_seconds=5, deadline_seconds=630, hold_seconds=3600, spool=None
+    )
+    seat = Occupancy(1).seat(0)
+    made = Front(
+        settings=settings,
+        primary=Primary(settings.primary, pool, timeout=settings.relay.timeout_seconds, final_timeout=600),
+        intake=intake,
+        ids=IdSource(),
+        seat=seat,
+        credentials=Credentials.load(settings.smtp),
+    )
+    loop = asyncio.get_running_loop()
+    listener = await loop.create_server(partial(made.connection, tls=tls), "127.0.0.1", 0)
+    try:
+        yield made, listener.sockets[0].getsockname()[1]
+    finally:
+        listener.close()
+        made.stopping = True
+        while made.sessions:
+            for session in list(made.sessions):
+                session.stop(impatient=True)
+            await asyncio.sleep(0.01)
+        for _ in range(20):  # what closing TLS schedules
+            await asyncio.sleep(0)
+        await pool.close()
+        await ledger.aclose()
+        await bulk.aclose()
+        jobs.close()

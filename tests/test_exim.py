@@ -1,0 +1,75 @@
+"""The promise with real Exim, whose replies and habits differ from Postfix's, as primary and as backup."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import corpus
+import exim_instance
+import stored
+from exim_instance import EximInstance
+from mail_site import DOMAINS, MakeProduct, Site, StartPostfix
+from waiting import wait_until
+
+pytestmark = pytest.mark.postfix
+
+
+@pytest.fixture(scope="session")
+def exim_program() -> Iterator[Path]:
+    """Exim, where it can be had."""
+    # Not below pytest's folder: its daemons must be able to enter.
+    with tempfile.TemporaryDirectory(prefix="smtp-dup-exim-") as folder:
+        program, reason = exim_instance.unpack(Path(folder))
+        if program is None:
+            pytest.skip(reason)
+        yield program
+
+
+@pytest.fixture
+def exim(exim_program: Path) -> Iterator[EximInstance]:
+    """A started Exim that takes everything for our domains."""
+    instance = EximInstance(exim_program, DOMAINS)
+    try:
+        yield instance.start()
+    finally:
+        instance.remove()
+
+
+@pytest.mark.parametrize("side", ["primary", "backup"])
+def test_varied_messages_with_exim(product: MakeProduct, postfix: StartPostfix, exim: EximInstance, side: str) -> None:
+    """Exim on one side and Postfix on the other: the same messages arrive at both, byte for byte."""
+    site = Site(product, postfix, **{side: exim})
+    mails = [mail for mail in corpus.mails(200) if not _exim_changes(mail)]
+    for mail in mails:
+        mail.submit(site.front)
+    for store in (site.old, site.new):
+        stored.wait_for(store, mails)
+    site.wait_settled()
+    for store in (site.old, site.new):
+        assert not stored.differences(mails, stored.all_of(store))
+
+
+def test_exim_refuses_one_recipient_of_a_copy(product: MakeProduct, postfix: StartPostfix, exim: EximInstance) -> None:
+    """A backup refuses one of three: exactly that one is in the failed list, and gets it when Exim is put right."""
+    exim.configure(refused=["no"])
+    site = Site(product, postfix, backup=exim)
+    mail = corpus.simple(1, "one@example.com", "no@example.com", "two@example.com")
+    mail.submit(site.front)
+    exim.wait_for(2)
+    wait_until(lambda: site.product.json("failed", "list"))
+    (row,) = site.product.json("failed", "list")
+    assert (row["recipients"], row["reply"]) == (["no@example.com"], "550 no such user")
+    exim.configure()
+    assert site.product.run("failed", "retry", "--all").returncode == 0
+    stored.wait_for(exim, [mail])
+    site.wait_settled()
+    assert not stored.differences([mail], stored.all_of(exim))
+
+
+def _exim_changes(mail: corpus.Mail) -> bool:
+    """Say whether Exim itself changes this: it ends any header with an empty line."""
+    return mail.name.partition(" ")[2] in {"empty", "header only"}
