@@ -227,6 +227,11 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     instance = Product(tmp_path_factory.mktemp("metrics"), primary=primary.address, backups=[backup.address])
     try:
         instance.start()
+        primary.down()
+        with instance.dialogue() as client:
+            client.hello()
+            client.say("MAIL FROM:<a@example.net>", 451)
+        primary.listen()
         instance.send("a@example.net", "b@example.com")
         wait_until(lambda: instance.summary()["delivered"] == 1)
         wait_until(lambda: "smtpdup_deliveries_total{" in instance.get("/metrics")[1])
