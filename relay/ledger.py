@@ -26,7 +26,7 @@ PREFIX = "smtpdup:"
 MESSAGE = PREFIX + "message:"  # string: the packed Message
 STAGED = PREFIX + "staged"  # zset id -> the owner's deadline
 UNCERTAIN = PREFIX + "uncertain"  # zset id -> when its copies go out all the same
-TWINS = PREFIX + "twins"  # hash digest -> uncertain id
+TWINS = PREFIX + "twins"  # hash digest -> ids of uncertain messages, separated by spaces
 COVERED = PREFIX + "covered"  # hash uncertain id -> JSON list of addresses that a twin has served
 PENDING = PREFIX + "pending:"  # zset id -> time accepted (or retried by an operator)
 OWN = PREFIX + "own:"  # hash id -> CopyState, only copies with a history
@@ -344,14 +344,14 @@ def stow(pipe: Pipe, message_id: str, stub: bytes) -> None:
     pipe.eval(_STOW, 0, message_id, stub)
 
 
-def note_twins(pipe: Pipe, digests: Mapping[str, str]) -> None:
+def note_twins(pipe: Pipe, pairs: Iterable[tuple[str, str]]) -> None:
     """Note digest -> id of messages that are uncertain, where nobody has that digest. Result: how many."""
-    pipe.eval(_TWINS, 0, "1", *(part for pair in digests.items() for part in pair))
+    pipe.eval(_TWINS, 0, "1", *(part for pair in pairs for part in pair))
 
 
-def forget_twins(pipe: Pipe, digests: Mapping[str, str]) -> None:
+def forget_twins(pipe: Pipe, pairs: Iterable[tuple[str, str]]) -> None:
     """Forget digest -> id where the message is not uncertain any more. Result: how many."""
-    pipe.eval(_TWINS, 0, "0", *(part for pair in digests.items() for part in pair))
+    pipe.eval(_TWINS, 0, "0", *(part for pair in pairs for part in pair))
 
 
 # --- questions that both sides ask ----------------------------------------------------------------------------

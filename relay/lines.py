@@ -46,11 +46,9 @@ class LineEnds:
             self.refused = True  # a CR whose LF never came
         if self.refused:
             return b""
-        rest = self.feed(b"\n" if self._held.endswith(b"\r") else b"")  # a last CR ends its line
-        if self._held or not self._at_start:
-            rest += self._held + _CRLF
-            self._held = b""
-        return rest
+        held, self._held = self._held, b""
+        # CRs that no LF followed end a line each.
+        return held.replace(b"\r", _CRLF) if held else b"" if self._at_start else _CRLF
 
     def _inspect(self, piece: bytes) -> bytes:
         if piece.endswith(b"\r"):

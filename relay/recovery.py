@@ -24,6 +24,7 @@ from relay.reading import UnknownId
 _GRACE = 60.0  # seconds past its deadline before a staged message counts as left behind
 _BATCH = 100
 _SET_ASIDE = 3600.0
+_COLLECTED = 5.0  # seconds before the newest copy; well over a dispatcher's window
 
 
 class Share(NamedTuple):
@@ -58,8 +59,27 @@ def take_over(connection: Redis, place: str, owner: str, hold_seconds: float) ->
     """
     connection.hset(ledger.OWNERS, owner, place)
     owners = cast("dict[bytes, bytes]", connection.hgetall(ledger.OWNERS))
-    dead = [other.decode() for other, where in owners.items() if where.decode() == place and other.decode() != owner]
-    return [message_id for other in dead for message_id in abandon(connection, other, hold_seconds)]
+    dead = {other.decode() for other, where in owners.items() if where.decode() == place and other.decode() != owner}
+    held = [message_id for other in sorted(dead) for message_id in abandon(connection, other, hold_seconds)]
+    if dead:
+        _dispatch_last(connection, dead)
+    return held
+
+
+def _dispatch_last(connection: Redis, dead: set[str]) -> None:
+    """Make jobs for what dead processes released last: they collect ids for a moment before they make a job of them.
+
+    Whatever has a job already is in two then, which does no harm: it is claimed once.
+    """
+    for name in ledger.destinations(connection):
+        newest = cast("list[tuple[bytes, float]]", connection.zrange(ledger.PENDING + name, -1, -1, withscores=True))
+        since = newest[0][1] - _COLLECTED if newest else 0.0
+        found = cast("list[bytes]", connection.zrangebyscore(ledger.PENDING + name, since, "+inf"))
+        ids = [message_id for message_id in map(bytes.decode, found) if owner_of(message_id) in dead]
+        for start in range(0, len(ids), _BATCH):
+            with connection.pipeline(transaction=True) as pipe:
+                dispatch.enqueue(pipe, dispatch.queue(connection, name), name, ids[start : start + _BATCH])
+                pipe.execute()
 
 
 def hold_overdue(connection: Redis, hold_seconds: float) -> list[str]:
@@ -77,9 +97,10 @@ def note_twins(connection: Redis, known: set[str]) -> None:
     """
     uncertain = {message_id for page in reading.pages(connection, ledger.UNCERTAIN) for message_id, _ in page}
     noted = cast("dict[bytes, bytes]", connection.hgetall(ledger.TWINS))
-    twins = {digest.decode(): message_id.decode() for digest, message_id in noted.items()}
-    new = {digest: i for i in sorted(uncertain - known - set(twins.values())) if (digest := _digest(connection, i))}
-    stale = {digest: i for digest, i in twins.items() if i not in uncertain}
+    twins = [(digest.decode(), i) for digest, ids in noted.items() for i in ids.decode().split()]
+    unknown = sorted(uncertain - known - {i for _, i in twins})
+    new = [(digest, i) for i in unknown if (digest := _digest(connection, i))]
+    stale = [(digest, i) for digest, i in twins if i not in uncertain]
     with connection.pipeline(transaction=True) as pipe:
         if stale:
             ledger.forget_twins(pipe, stale)

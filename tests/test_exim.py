@@ -1,4 +1,7 @@
-"""The promise with real Exim, whose replies and habits differ from Postfix's, as primary and as backup."""
+"""The promise with real Exim, whose replies and habits differ from Postfix's, as primary and as backup.
+
+Without the marker ``postfix``: where Exim cannot be had these may be skipped.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,6 @@ import stored
 from exim_instance import EximInstance
 from mail_site import DOMAINS, MakeProduct, Site, StartPostfix
 from waiting import wait_until
-
-pytestmark = pytest.mark.postfix
 
 
 @pytest.fixture(scope="session")

@@ -117,7 +117,6 @@ def test_lost_reply_then_fewer_recipients(uncertain: Callable[..., Site], primar
     assert not stored.differences([mail], stored.all_of(site.new))
 
 
-@pytest.mark.xfail(reason="of several uncertain attempts only the last one knows its twin")
 def test_lost_reply_twice(uncertain: Callable[..., Site], primary: ScriptedServer) -> None:
     """Two uncertain attempts, then an accepted one: still one copy at the backup."""
     site = uncertain("8s")

@@ -9,17 +9,24 @@ local i = 1
 
 local function no_longer_uncertain(id, digest)
   redis.call('HDEL', 'smtpdup:covered', id)
-  if digest ~= '' and redis.call('HGET', 'smtpdup:twins', digest) == id then
+  local others = {}
+  for other in string.gmatch(redis.call('HGET', 'smtpdup:twins', digest) or '', '%S+') do
+    if other ~= id then others[#others + 1] = other end
+  end
+  if #others == 0 then
     redis.call('HDEL', 'smtpdup:twins', digest)
+  else
+    redis.call('HSET', 'smtpdup:twins', digest, table.concat(others, ' '))
   end
 end
 
 -- cjson cannot read lone surrogates (addresses that are no UTF-8), so the lists are kept as text, one a line.
-local function cover_twin(digest, recipients)
-  local twin = redis.call('HGET', 'smtpdup:twins', digest)
-  if twin and redis.call('ZSCORE', 'smtpdup:uncertain', twin) then
-    local before = redis.call('HGET', 'smtpdup:covered', twin)
-    redis.call('HSET', 'smtpdup:covered', twin, before and (before .. '\n' .. recipients) or recipients)
+local function cover_twins(digest, recipients)
+  for twin in string.gmatch(redis.call('HGET', 'smtpdup:twins', digest) or '', '%S+') do
+    if redis.call('ZSCORE', 'smtpdup:uncertain', twin) then
+      local before = redis.call('HGET', 'smtpdup:covered', twin)
+      redis.call('HSET', 'smtpdup:covered', twin, before and (before .. '\n' .. recipients) or recipients)
+    end
   end
 end
 
@@ -32,7 +39,7 @@ while i <= #ARGV do
     if moved == 1 then no_longer_uncertain(id, digest) end
   end
   if moved == 1 then
-    if has_twins and digest ~= '' then cover_twin(digest, recipients) end
+    if has_twins and digest ~= '' then cover_twins(digest, recipients) end
     if count == 0 then redis.call('DEL', 'smtpdup:message:' .. id) end
     for n = 0, count - 1 do
       local name = ARGV[i + n]
