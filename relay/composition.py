@@ -354,9 +354,11 @@ def _workers(settings: Settings, destinations: Sequence[Destination], url: str) 
     from workers import courier, process  # noqa: PLC0415
 
     def child(destination: Destination, number: int) -> Child:
+        name = destination.name
+
         def give_back(connection: Redis, dead: str) -> None:
-            for message_id in ledger.release_leases(connection, destination.name, dead):
-                maillog.repeated(message_id, destination.name, f"worker {dead} died")
+            reason = f"worker {dead} died"
+            ledger.release_leases(connection, name, dead, lambda i: maillog.repeated(i, name, reason))
 
         def be_worker(context: ChildContext) -> int:
             maillog.configure(settings.log.level, settings.log.format, context.name)
@@ -366,7 +368,7 @@ def _workers(settings: Settings, destinations: Sequence[Destination], url: str) 
                 queue_name=destination.queue_name,
                 connect=process.connector(url),
                 make_courier=lambda name: courier.Courier(settings, destination, name, url),
-                on_revived=give_back,
+                on_dead=give_back,
             )
 
         return Child(f"worker-{destination.name}-{number}", run=be_worker, stage=_WORKERS)

@@ -15,7 +15,7 @@ would leave the transaction half done. Not for Redis Cluster: scripts name keys 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any, NamedTuple
@@ -286,15 +286,19 @@ def unlease(pipe: Pipe, destination: str, ids: Sequence[str]) -> None:
     pipe.eval(_UNLEASE, 0, destination, *ids)
 
 
-def release_leases(connection: Any, destination: str, worker: str) -> list[str]:
-    """Give back the leases of a dead worker. Returns the ids of the copies that it had in hand."""
+def release_leases(connection: Any, destination: str, worker: str, tell: Callable[[str], object]) -> None:
+    """Give back the leases of a dead worker.
+
+    ``tell`` is called with the id of each copy that it had in hand, before: they may be delivered again at once.
+    """
     holders = connection.hgetall(HOLDERS + destination)
     ids = [message_id.decode() for message_id, holder in holders.items() if holder.decode() == worker]
+    for message_id in ids:
+        tell(message_id)
     if ids:
         with connection.pipeline(transaction=True) as pipe:
             unlease(pipe, destination, ids)
             pipe.execute()
-    return ids
 
 
 def drop(pipe: Pipe, destination: str, ids: Sequence[str], *, pending: bool = False) -> None:

@@ -55,7 +55,7 @@ class Courier:
 
 def run(context):
     return serve(context, destination="new", queue_name="backup-new", connect=connector(url), make_courier=Courier,
-                 on_revived=lambda connection, name: note("revived", name))
+                 on_dead=lambda connection, name: note("revived", name))
 
 sys.exit(Supervisor([Child("worker.new", run=run)]).run())
 """

@@ -113,12 +113,12 @@ def serve(
     queue_name: str,
     connect: Callable[[], Redis],
     make_courier: Callable[[str], Courier],
-    on_revived: Callable[[Redis, str], None] | None = None,
+    on_dead: Callable[[Redis, str], None] | None = None,
 ) -> int:
     """Be a worker until a stop signal; the ``run`` of a supervisor's child. Returns the exit status.
 
     ``connect`` makes a synchronous client, see ``connector``. ``make_courier`` gets the worker's name and is
-    called in the courier's loop. ``on_revived`` gets the name of each dead predecessor after its jobs went back
+    called in the courier's loop. ``on_dead`` gets the name of each dead predecessor after its jobs went back
     to the queue, to give back its leases in the ledger.
     """
     name = worker_name(destination, context.instance)
@@ -140,7 +140,7 @@ def serve(
     while not early:
         try:
             predecessor = context.predecessor and worker_name(destination, context.predecessor)
-            revive_predecessors(connection, queue_name, predecessor, on_revived)
+            revive_predecessors(connection, queue_name, predecessor, on_dead)
             worker = DeliveryWorker(queue_name, connection=connection, name=name)
             break
         except RedisError as error:
@@ -167,7 +167,7 @@ def revive_predecessors(
     connection: Redis,
     queue_name: str,
     predecessor: str | None,
-    on_revived: Callable[[Redis, str], None] | None = None,
+    on_dead: Callable[[Redis, str], None] | None = None,
 ) -> list[str]:
     """Put back what dead workers of this place had in hand: the predecessor's first, then all that are gone."""
     queue = Queue(queue_name, connection=connection, serializer=JSONSerializer)
@@ -175,9 +175,9 @@ def revive_predecessors(
     dead += [name for name in dead_here(connection, queue) if name != predecessor]
     again: list[str] = []
     for name in dead:
+        if on_dead:  # first: a neighbour that takes its job must find the copies free, or the job is over for nothing
+            on_dead(connection, name)
         again += (jobs_again := revive(connection, queue, name))
-        if on_revived:
-            on_revived(connection, name)
         if jobs_again:
             logger.warning("worker {} died; back to the queue: {}", name, ", ".join(jobs_again))
     forget(connection, queue, dead)

@@ -236,11 +236,13 @@ class Sweeper:
         if before.intersection(found.popped):
             dead.add("")
         for worker in sorted(dead):
+            if worker:
+                reason = f"worker {worker} is gone"
+                ledger.release_leases(
+                    self._connection, name, worker, lambda i, reason=reason: maillog.repeated(i, name, reason)
+                )
             for job in revive(self._connection, queue, worker):
                 self._report.add("abandoned job", job, name, "queued again")
-            if worker:
-                for message_id in ledger.release_leases(self._connection, name, worker):
-                    maillog.repeated(message_id, name, f"worker {worker} is gone")
 
     # --- copies that are too old ----------------------------------------------------------------------------------
 
