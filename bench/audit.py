@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import bisect
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.disturbances import Disturbance
 
 _EXPLAIN = ("may repeat", "uncertain", "uncertain copied")
 _FAULTS = ("copy lost", "body missing", "session error", "task failed", "outcomes lost", "unreadable message")
+_WORKER = re.compile(r"^worker \S+\.(\d+)\.\d+ ")  # it died, or is gone
 _SHOWN = 20
 
 
@@ -52,11 +55,20 @@ class Arrivals:
         return self
 
 
+class Reason(NamedTuple):
+    """A line of the log that says why a copy may come twice."""
+
+    at: float
+    kind: str
+    destination: str
+    text: str
+
+
 @dataclass(slots=True)
 class Log:
     """What the product's log says about copies that may come twice, and about trouble."""
 
-    reasons: dict[str, list[tuple[float, str, str]]] = field(default_factory=lambda: defaultdict(list))
+    reasons: dict[str, list[Reason]] = field(default_factory=lambda: defaultdict(list))
     trouble: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
 
@@ -77,17 +89,18 @@ class Log:
                 kind = event["event"]
                 if kind in _EXPLAIN:
                     at = datetime.fromisoformat(event["time"]).timestamp()
-                    self.reasons[event["id"]].append((at, kind, event.get("destination", "")))
+                    reason = Reason(at, kind, event.get("destination", ""), event.get("reason", ""))
+                    self.reasons[event["id"]].append(reason)
                 elif kind in _FAULTS:
                     self.faults[kind] += 1
                 self.trouble[kind if len(kind) < 40 else kind[:40] + "..."] += 1
         return self
 
-    def explains(self, name: bytes, kinds: Iterable[str], destination: str) -> float | None:
-        """Return when the log gave a reason for this id at this destination, None when it did not."""
-        for at, kind, where in self.reasons.get(name.decode(), ()):
-            if kind in kinds and where in {"", destination}:
-                return at
+    def explains(self, name: bytes, kinds: Iterable[str], destination: str) -> Reason | None:
+        """Return the log's first reason for this id at this destination, None when it gave none."""
+        for reason in self.reasons.get(name.decode(), ()):
+            if reason.kind in kinds and reason.destination in {"", destination}:
+                return reason
         return None
 
 
@@ -183,8 +196,12 @@ def _duplicates(
     verdict.figures[f"uncertain, copied to {address} only"] = len(strangers)
 
 
-def _cause(done: Sequence[Disturbance], at: float) -> str:
-    """Return the last disturbance before that moment, without its numbers."""
-    index = bisect.bisect_right([d.at for d in done], at)
-    what = done[index - 1].what if index else "nothing"
+def _cause(done: Sequence[Disturbance], reason: Reason) -> str:
+    """Return what was done to bring that about: the end of the worker that it names, else the last thing before it."""
+    index = bisect.bisect_right([d.at for d in done], reason.at)
+    if found := _WORKER.search(reason.text):
+        pid = int(found[1])
+        what = next((d.what for d in reversed(done[:index]) if pid in d.ended), "a worker that nobody killed")
+    else:
+        what = done[index - 1].what if index else "nothing"
     return what.partition(" for ")[0].partition(", started")[0]

@@ -28,10 +28,11 @@ _READY_SECONDS = 90.0
 
 
 class Disturbance(NamedTuple):
-    """One thing that was done, and when (seconds since the epoch)."""
+    """One thing that was done, when (seconds since the epoch), and the processes that it ended."""
 
     at: float
     what: str
+    ended: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -150,8 +151,8 @@ class Disturber:
 
     # What is done
 
-    def _say(self, what: str) -> None:
-        self._told(Disturbance(time.time(), what))
+    def _say(self, what: str, *ended: int) -> None:
+        self._told(Disturbance(time.time(), what, ended))
 
     def _signal(self, pid: int, number: int) -> None:
         with suppress(ProcessLookupError):
@@ -165,7 +166,7 @@ class Disturber:
 
     def _kill(self, pattern: str) -> None:
         if part := self._one(pattern):
-            self._say(f"{part[0]} killed")
+            self._say(f"{part[0]} killed", part[1])
             self._signal(part[1], signal.SIGKILL)
 
     def _stall(self, pattern: str) -> None:
@@ -192,7 +193,7 @@ class Disturber:
             self._freeze(self._product.process.pid, seconds)
 
     def _kill_everything(self) -> None:
-        self._say("everything killed")
+        self._say("everything killed", *self._parts.named("").values())
         self._product.kill()
         time.sleep(self._source.choice((0.0, 0.5, 2.0)))
         self._start()
@@ -203,8 +204,9 @@ class Disturber:
         process = self._product.process
         if process is None or not self._product.is_running:
             return
-        self._say(f"supervisor killed, started after {pause:g} s")
-        for pid in self._parts.named("").values():
+        left = self._parts.named("").values()
+        self._say(f"supervisor killed, started after {pause:g} s", *left)
+        for pid in left:
             self._signal(pid, signal.SIGCONT)  # the kernel's SIGTERM must reach them
         process.kill()
         process.wait()
@@ -223,7 +225,7 @@ class Disturber:
         try:
             process.wait(_PATIENCE)
         except subprocess.TimeoutExpired:
-            self._say(f"not drained in {_PATIENCE:g} s: killed")
+            self._say(f"not drained in {_PATIENCE:g} s: killed", *self._parts.named("").values())
             self._product.kill()
         self._start()
 

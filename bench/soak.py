@@ -150,7 +150,7 @@ def report(soak: Soak, verdict: audit.Verdict, seconds: float) -> str:
     lines = [
         f"seed {soak.seed}: {verdict.accepted} messages accepted in {seconds:.0f} s, {len(soak.done)} disturbances",
         *(f"  {count:8d} {what}" for what, count in verdict.figures.items()),
-        "duplicates and uncertain copies, by what was done last before the log gave their reason:",
+        "duplicates and uncertain copies, by the death that the log names, or else by what was done last before:",
         *(f"  {count:8d} {what}" for what, count in verdict.causes.most_common()),
         "findings of queue verify at the end:",
         *(f"  {count:8d} {what}" for what, count in soak.findings.most_common()),

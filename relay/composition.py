@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -354,11 +355,9 @@ def _workers(settings: Settings, destinations: Sequence[Destination], url: str) 
     from workers import courier, process  # noqa: PLC0415
 
     def child(destination: Destination, number: int) -> Child:
-        name = destination.name
-
         def give_back(connection: Redis, dead: str) -> None:
-            reason = f"worker {dead} died"
-            ledger.release_leases(connection, name, dead, lambda i: maillog.repeated(i, name, reason))
+            tell = partial(maillog.repeated, destination=destination.name, reason=f"worker {dead} died")
+            ledger.release_leases(connection, destination.name, dead, tell)
 
         def be_worker(context: ChildContext) -> int:
             maillog.configure(settings.log.level, settings.log.format, context.name)

@@ -71,7 +71,7 @@ class LineEnds:
         return _CRLF.join(done)
 
     def _between_line_ends(self, text: bytes, *, is_last: bool) -> bytes:
-        """Return what stands between two CRLFs, or behind the last, with CRLF for the bare ones and the dots it needs."""
+        """Return what stands between two CRLFs, or behind the last, with CRLF for bare ones and the dots it needs."""
         text = text.replace(b"\r", b"\n")
         if is_last:
             text = self._without_open_end(text)

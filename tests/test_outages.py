@@ -70,9 +70,7 @@ class Process:
 
     def message(self, size: int = 10) -> Message:
         body = os.urandom(size)
-        envelope = Envelope(
-            self.ids.next(), "a@test", (Recipient("b@test"),), 0.0, len(body), destinations=("new",)
-        )
+        envelope = Envelope(self.ids.next(), "a@test", (Recipient("b@test"),), 0.0, len(body), destinations=("new",))
         return Message(envelope, body)
 
     async def stage(self, size: int = 10) -> Released:

@@ -118,7 +118,7 @@ def serve(
     """Be a worker until a stop signal; the ``run`` of a supervisor's child. Returns the exit status.
 
     ``connect`` makes a synchronous client, see ``connector``. ``make_courier`` gets the worker's name and is
-    called in the courier's loop. ``on_dead`` gets the name of each dead predecessor after its jobs went back
+    called in the courier's loop. ``on_dead`` gets the name of each dead predecessor before its jobs go back
     to the queue, to give back its leases in the ledger.
     """
     name = worker_name(destination, context.instance)

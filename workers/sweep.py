@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import cast
 
 from redis import Redis
@@ -237,10 +238,8 @@ class Sweeper:
             dead.add("")
         for worker in sorted(dead):
             if worker:
-                reason = f"worker {worker} is gone"
-                ledger.release_leases(
-                    self._connection, name, worker, lambda i, reason=reason: maillog.repeated(i, name, reason)
-                )
+                tell = partial(maillog.repeated, destination=name, reason=f"worker {worker} is gone")
+                ledger.release_leases(self._connection, name, worker, tell)
             for job in revive(self._connection, queue, worker):
                 self._report.add("abandoned job", job, name, "queued again")
 
