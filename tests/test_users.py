@@ -51,6 +51,7 @@ def test_passwords(tmp_path: Path) -> None:
         "ann:$2b$12$abcdefghijklmnopqrstuv",
         f"bob:{GOOD}",
     ],
+    ids=["no hash", "no name", "no scrypt", "too weak", "too costly", "bcrypt", "twice"],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     """The reason says which line it is, and not what stands in it."""
