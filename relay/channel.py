@@ -8,6 +8,7 @@ written to it goes nowhere.
 from __future__ import annotations
 
 import asyncio
+import math
 import ssl
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -25,7 +26,7 @@ _TLS_ERRORS = (ssl.SSLError, ConnectionError, TimeoutError, OSError)
 class Channel(SMTP):
     """One client's connection; ``converse`` is started with it and lives until it returns."""
 
-    def __init__(self, converse: Callable[[Channel], Coroutine[Any, Any, None]], *, watch_every: float) -> None:
+    def __init__(self, converse: Callable[[Channel], Coroutine[Any, Any, None]], *, write_seconds: float) -> None:
         # aiosmtpd's own constructor scans classes for 130 us a connection; what its other methods need is set here.
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(limit=BUFFER, loop=loop)
@@ -33,9 +34,12 @@ class Channel(SMTP):
         self.loop = loop
         self.transport: Any = None
         self._converse = converse
-        self._watch_every = watch_every
+        self._write_seconds = write_seconds  # for a client that does not read what we say
+        self._watch_every = write_seconds / 4
         self._watchdog: asyncio.TimerHandle | None = None
         self._deadline = 0.0
+        self._deaf_at = math.inf
+        self.waited = 0.0  # seconds, for what came last
         self.waiting = False  # for the client; only then may a deadline or a shutdown end the conversation
         self.tls = False
         self.peer: tuple[str, int] = ("", 0)
@@ -49,7 +53,9 @@ class Channel(SMTP):
         peer = transport.get_extra_info("peername")
         if isinstance(peer, tuple):
             self.peer = (peer[0].removeprefix("::ffff:"), peer[1])
-        self._handler_coroutine = self.loop.create_task(self._live())
+        self._watch()
+        self._handler_coroutine = self.loop.create_task(self._converse(self))
+        self._handler_coroutine.add_done_callback(self._end)
 
     def connection_lost(self, error: Exception | None) -> None:
         """Tell the reader; the conversation ends by itself, after what must not be broken off."""
@@ -61,15 +67,12 @@ class Channel(SMTP):
         self._reader.feed_eof()
         return not self.tls
 
-    async def _live(self) -> None:
-        self._watch()
-        try:
-            await self._converse(self)
-        finally:
-            if self._watchdog is not None:
-                self._watchdog.cancel()
-            if self.transport is not None:
-                self.transport.close()
+    def _end(self, conversation: asyncio.Task[None]) -> None:
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        self._hang_up()
+        if not conversation.cancelled():
+            conversation.result()  # what a conversation raises goes to the loop's handler
 
     # --- out --------------------------------------------------------------------------------------------------
 
@@ -82,23 +85,36 @@ class Channel(SMTP):
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(reply.wire)
             if self.transport.get_write_buffer_size():
+                self._deaf_at = self.loop.time() + self._write_seconds
                 try:
                     await self._writer.drain()
                 except ConnectionError:
                     self._reader.feed_eof()
+                finally:
+                    self._deaf_at = math.inf
 
     def dismiss(self, reply: Reply) -> None:
         """Say a last word and hang up; who reads finds the end of input."""
         if self.transport is not None:
             self.transport.write(reply.wire)
-            self.transport.close()
+            self._hang_up()
         self._reader.feed_eof()
+
+    def _hang_up(self) -> None:
+        """Close; what the client will not read is not kept for ever."""
+        transport = self.transport
+        if transport is not None and not transport.is_closing():
+            if transport.get_write_buffer_size():
+                self.loop.call_later(self._write_seconds, transport.abort)
+            transport.close()
 
     # --- in ---------------------------------------------------------------------------------------------------
 
     async def read_line(self, seconds: float, limit: int) -> bytes | None:
         """Return the next line, b"" for one that is too long, None at the end of input; all of it in the time given."""
-        self._wait(seconds)
+        begun = self.loop.time()
+        self._deadline = begun + seconds
+        self.waiting = True
         too_long = False
         try:
             while True:
@@ -113,18 +129,26 @@ class Channel(SMTP):
                     return b"" if too_long or len(line) > limit else line
         finally:
             self.waiting = False
+            self.waited = self.loop.time() - begun
 
     async def read_chunk(self, seconds: float, most: int = BUFFER) -> bytes:
         """Return what has come, b"" at the end of input."""
-        self._wait(seconds)
+        begun = self.loop.time()
+        self._deadline = begun + seconds
+        self.waiting = True
         chunk = await self._reader.read(most)
         self.waiting = False
+        self.waited = self.loop.time() - begun
         return chunk
+
+    @property
+    def _buffer(self) -> bytearray:
+        # StreamReader has no public way; aiosmtpd itself works on this attribute.
+        return self._reader._buffer  # type: ignore[attr-defined, no-any-return]  # noqa: SLF001
 
     def unread(self, data: bytes) -> None:
         """Put octets back in front: a pipelining client's next commands."""
-        # StreamReader has no public way; aiosmtpd itself works on this attribute.
-        self._reader._buffer[:0] = data  # type: ignore[attr-defined]  # noqa: SLF001
+        self._buffer[:0] = data
 
     @property
     def reader(self) -> asyncio.StreamReader:
@@ -143,9 +167,8 @@ class Channel(SMTP):
         if transport is None or transport.is_closing():
             return "the client has gone"
         transport.pause_reading()  # all that comes from now on goes to TLS
-        buffer: bytearray = self._reader._buffer  # type: ignore[attr-defined]  # noqa: SLF001
-        early = bytes(buffer) if keep else b""
-        buffer.clear()
+        early = bytes(self._buffer) if keep else b""
+        self._buffer.clear()
         self._over_ssl = True
         if first is not None:
             transport.write(first.wire)
@@ -171,15 +194,15 @@ class Channel(SMTP):
 
     # --- deadlines --------------------------------------------------------------------------------------------
 
-    def _wait(self, seconds: float) -> None:
-        self._deadline = self.loop.time() + seconds
-        self.waiting = True
-
     def _watch(self) -> None:
         """Look at the deadline now and then: cheaper than a timer for every command."""
         if self.waiting and self.loop.time() >= self._deadline:
             self._watchdog = None
             self.dismiss(_TIMEOUT)
+        elif self.loop.time() >= self._deaf_at and self.transport is not None:
+            self._watchdog = None
+            self._buffer.clear()  # nobody will hear the answers
+            self.transport.abort()
         else:
             self._watchdog = self.loop.call_later(self._watch_every, self._watch)
 

@@ -2,12 +2,10 @@
 
 The octets come out as they came, dot-stuffed; only the end-of-data line is kept back. Other line ends around a dot
 (LF.LF, CR.CR) are part of the body: taking them as the end is how mail is smuggled. A client that goes away before
-the end, or that is too slow, raises ClientGone.
+the end, or that is too slow, is a ClientGone.
 """
 
 from __future__ import annotations
-
-from relay.channel import Channel
 
 _END = b"\r\n.\r\n"
 
@@ -54,20 +52,12 @@ class Pace:
         self._idle_seconds = self._left = idle_seconds
         self._rate = rate
 
-    async def read(self, channel: Channel, most: int) -> bytes:
-        """Return what has come of the body. Raises ClientGone."""
-        begun = channel.loop.time()
-        chunk = await channel.read_chunk(min(self._idle_seconds, self._left), most)
-        if not chunk:
-            raise ClientGone
-        if self._rate:
-            self._left += len(chunk) / self._rate - (channel.loop.time() - begun)
-        return chunk
+    @property
+    def seconds(self) -> float:
+        """How long the client may be silent now."""
+        return min(self._left, self._idle_seconds)
 
-    async def read_line(self, channel: Channel, seconds: float, limit: int) -> bytes | None:
-        """Return the command between two parts of the body, as Channel.read_line does."""
-        begun = channel.loop.time()
-        line = await channel.read_line(min(seconds, self._left), limit)
+    def count(self, octets: int, seconds: float) -> None:
+        """Note that so many octets came after so long."""
         if self._rate:
-            self._left -= channel.loop.time() - begun
-        return line
+            self._left += octets / self._rate - seconds

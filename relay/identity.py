@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from relay.connection import ClientError, Connection
 from relay.envelope import Envelope, Reply
+from relay.sections import parsed
 
 Identity = tuple[tuple[str, str], ...]
 
@@ -113,19 +114,16 @@ def of_envelope(envelope: Envelope) -> Identity:
 
 def is_loopback(address: str) -> bool:
     """Say whether an address is some machine's own."""
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
+    found = parsed(address)
+    return found is not None and found.is_loopback
 
 
 def household(address: str) -> str:
     """Return under which name connections from an address are counted: an IPv6 client has a whole /64 of its own."""
-    try:
-        client = ipaddress.ip_address(address)
-    except ValueError:
+    client = parsed(address)
+    if client is None or client.version == 4:
         return address
-    return str(ipaddress.ip_network((client, 64), strict=False)) if client.version == 6 else address
+    return str(ipaddress.ip_network((client, 64), strict=False))
 
 
 def xforward(identity: Identity, connection: Connection) -> list[bytes]:

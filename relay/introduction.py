@@ -47,7 +47,7 @@ class Introduction:
         self._front = front
         self._settings = front.settings.smtp
         self._channel = channel
-        self.address, self.port = channel.peer
+        self._take_for(*channel.peer)
         self._may_forward = False
         self._counted = ""  # the address under which we are counted
         self.helo = ""
@@ -58,6 +58,12 @@ class Introduction:
         self._given_helo = ""  # by XCLIENT, in place of what HELO says
         self._origin: Identity = ()  # by XCLIENT or PROXY
         self._forwarded: dict[str, str] = {}  # by XFORWARD, for the next message
+
+    def _take_for(self, address: str, port: int) -> None:
+        """Take the client for who it says, or is said, to be."""
+        self.address, self.port = address, port
+        self._is_local = not address or identity.is_loopback(address)
+        self._is_allowed = not address or self._settings.allows(address)
 
     # --- the connection ---------------------------------------------------------------------------------------
 
@@ -103,7 +109,7 @@ class Introduction:
             maillog.proxy_failed(self.address, str(error) or "no PROXY header in time")
             return False
         if origin is not None:
-            self.address, self.port = origin
+            self._take_for(*origin)
         return True
 
     def _unwelcome(self) -> Reply | None:
@@ -144,7 +150,7 @@ class Introduction:
 
     @property
     def _is_trusted(self) -> bool:
-        return bool(self.user) or not self.address or self._settings.allows(self.address)
+        return self._is_allowed or bool(self.user)
 
     def objection(self) -> Reply | None:
         """Return why this client may not send mail, if so."""
@@ -171,6 +177,8 @@ class Introduction:
         """Return whose mail it is, for the servers behind us."""
         if self._forwarded:
             return tuple((name, value) for name, value in self._forwarded.items() if value)
+        if self._is_local and not self._origin:
+            return ()
         return self._origin or identity.of_client(self.address, self.port, self.helo, extended=self.extended)
 
     @property
@@ -246,7 +254,7 @@ class Introduction:
         except BadAttribute as problem:
             raise SyntaxProblem(501, f"5.5.4 XCLIENT: {problem}") from problem
         if "ADDR" in given:
-            self.address, self.port = given["ADDR"] or "unknown", 0
+            self._take_for(given["ADDR"] or "unknown", 0)
         self.port = int(given.get("PORT", "") or self.port)
         self._given_helo = given.get("HELO", self._given_helo)
         self.user = given.get("LOGIN", self.user)

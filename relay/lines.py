@@ -7,7 +7,10 @@ octets however a body is cut up. A body with CRLF line ends passes untouched, fo
 
 from __future__ import annotations
 
+from io import IncrementalNewlineDecoder
+
 _CRLF = b"\r\n"
+_newlines = IncrementalNewlineDecoder(None, translate=False)  # notes in one pass which line ends it has seen
 _DOT = (b"\n.", b".")  # how a piece ends whose last line may come to be a lone dot
 
 
@@ -71,7 +74,7 @@ class LineEnds:
         return _CRLF.join(done)
 
     def _between_line_ends(self, text: bytes, *, is_last: bool) -> bytes:
-        """Return what stands between two CRLFs, or behind the last, with CRLF for bare ones and the dots it needs."""
+        """Return what stands between two CRLFs, or behind the last: CRLF for bare line ends, and the dots it needs."""
         text = text.replace(b"\r", b"\n")
         if is_last:
             text = self._without_open_end(text)
@@ -111,10 +114,10 @@ def _dotted(text: bytes, before: bytes) -> bytes:
 
 
 def _is_clean(piece: bytes) -> bool:
-    """Say whether every line end is a CRLF: then each takes two octets."""
-    lines = piece.splitlines()  # at CRLF, CR and LF; less than half the price of counting all three
-    ends = len(lines) if piece[-1:] in _CRLF else len(lines) - 1
-    return len(piece) - len(b"".join(lines)) == 2 * ends
+    """Say whether every line end is a CRLF."""
+    _newlines.reset()
+    _newlines.decode(piece.decode("latin-1"), final=True)
+    return _newlines.newlines in (None, "\r\n")
 
 
 def _without_returns(line: bytes) -> tuple[bytes, int]:

@@ -49,8 +49,6 @@ def parse_path(argument: str | None, keyword: str) -> tuple[str, tuple[str, ...]
     syntax = f"5.5.4 Syntax: {'MAIL' if keyword == 'FROM' else 'RCPT'} {keyword}:<address>"
     if argument is None or argument[: len(keyword) + 1].upper() != keyword + ":":
         raise SyntaxProblem(501, syntax)
-    if any(c < " " or c == "\x7f" for c in argument):
-        raise SyntaxProblem(501, "5.5.4 Control character in a command")
     found = _PATH.match(argument, len(keyword) + 1)
     if not found:
         raise SyntaxProblem(501, syntax)

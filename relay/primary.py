@@ -86,7 +86,11 @@ class Primary:
                 return None, self._unavailable(error)
             reused = connection.transactions > 0
             try:
-                reply = await self._mail(connection, build, identity)
+                if identity or connection.introduced:
+                    reply = await self._introduced_mail(connection, build, identity)
+                else:
+                    self.extensions = connection.extensions
+                    reply = await connection.command(build(connection.extensions), timeout=self.timeout)
             except ClientError as error:
                 connection.close()
                 self.pool.give_back(connection)
@@ -107,7 +111,7 @@ class Primary:
             self.pool.give_back(connection)
             return None, for_client(reply)
 
-    async def _mail(
+    async def _introduced_mail(
         self, connection: Connection, build: Callable[[Mapping[str, str]], bytes], identity: Identity
     ) -> Reply:
         turned_away = await introduce(connection, identity, timeout=self.timeout)
@@ -116,8 +120,6 @@ class Primary:
         self.extensions = connection.extensions
         command = build(connection.extensions)
         forward = xforward(identity, connection)
-        if not forward:
-            return await connection.command(command, timeout=self.timeout)
         if "PIPELINING" in connection.extensions:
             connection.send(*forward, command)
             for _ in forward:  # whatever it says to them: they are for its log

@@ -64,7 +64,7 @@ class Reception:
 
     async def complete(self) -> bytes:
         """Take the end; returns the whole body in wire form, our Received line in front."""
-        if self.refusal is None:
+        if self._stuffing is not None and self.refusal is None:
             await self._pass_on(self._ends.finish())
         self._transaction.hold(self._last)
         body = b"".join(self._kept)

@@ -9,6 +9,7 @@ import ipaddress
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +18,22 @@ from relay.kinds import PATH, Network, listen_addresses
 from relay.options import OPTIONS
 
 
+@lru_cache(maxsize=4096)
+def parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return an address in its shortest form, None for what is none. The same few ask again for every message."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return None
+    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped:
+        return found.ipv4_mapped  # an IPv4 client on a socket for both families
+    return found
+
+
 def within(address: str, networks: tuple[Network, ...]) -> bool:
     """Say whether an IP address is in one of the networks; what is no address is in none."""
-    try:
-        client = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    if isinstance(client, ipaddress.IPv6Address) and client.ipv4_mapped:
-        client = client.ipv4_mapped  # an IPv4 client on a socket for both families
-    return any(client in network for network in networks)
+    client = parsed(address)
+    return client is not None and any(client in network for network in networks)
 
 
 @dataclass(frozen=True, slots=True)

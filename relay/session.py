@@ -11,7 +11,7 @@ a Reply; what is not foreseen becomes 451. A client that hangs up never cancels 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from relay import faults, headers, introduction, maillog, metrics
@@ -42,6 +42,7 @@ from relay.settings import Settings
 _LINE_LIMIT = 4096  # octets of a command line; RFC 5321 4.5.3.1.4 with room for ORCPT and ENVID
 _BAD_LIMIT = 20  # commands that make no sense, then goodbye
 _IDLE_LIMIT = 100  # commands that bring no message; from then on each is one that makes no sense
+_EXCESS_LIMIT = 1000  # recipients over the limit that are merely told so; a client may send all it has at once
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 
 _OK = Reply.of(250, "2.0.0 Ok")
@@ -53,7 +54,6 @@ _NO_RECIPIENTS = Reply.of(554, "5.5.1 No valid recipients")
 _IN_CHUNKS = Reply.of(503, "5.5.1 This message comes by BDAT")
 _INTERNAL = Reply.of(451, "4.3.0 Internal error, try again later")
 _TOO_MANY_ERRORS = Reply.of(421, "4.7.0 Too many errors, goodbye")
-_NO_SMTP = Reply.of(421, "4.7.0 This is SMTP, goodbye")
 _SHUTDOWN = Reply.of(421, "4.3.2 Service shutting down, try again later")
 _NO_ANSWER = Reply.of(451, "4.4.2 The primary server did not answer, try again later")
 _NOT_DURABLE = Reply.of(451, "4.3.1 The copy cannot be stored at the moment, try again later")
@@ -75,8 +75,8 @@ class Front:
     def connection(self, *, tls: bool = False) -> Channel:
         """Make the protocol of a client's connection; with ``tls`` it begins with the handshake."""
         smtp = self.settings.smtp
-        often = min(smtp.idle_timeout, smtp.lease_idle_timeout) / 4
-        return Channel(lambda channel: Session(self, channel).converse(implicit_tls=tls), watch_every=often)
+        seconds = min(smtp.idle_timeout, smtp.lease_idle_timeout)
+        return Channel(lambda channel: Session(self, channel).converse(implicit_tls=tls), write_seconds=seconds)
 
 
 class Session:
@@ -88,8 +88,10 @@ class Session:
         self._channel = channel
         self._client = Introduction(front, channel)
         self._in_data = False
+        self._crlf_only = self._settings.bare_newline == "refuse"
         self._over = False  # after the next reply
         self._bad = 0
+        self._excess = 0  # recipients over the limit
         self._idle = 0  # commands since the last message
         self._refused = False  # the last MAIL, or what followed: a pipelining client goes on all the same
         self._transaction: Transaction | None = None
@@ -112,7 +114,7 @@ class Session:
             if greeting is None:
                 return
             await channel.push(greeting)
-            while (line := await self._read_line()) is not None:
+            while (line := await channel.read_line(self._patience, introduction.AUTH_LINE)) is not None:
                 reply = await self._answer(line)
                 if reply is not None:
                     await channel.push(reply)
@@ -134,17 +136,21 @@ class Session:
         if self._channel.waiting and (self._transaction is None or (impatient and not self._in_data)):
             self._channel.dismiss(_SHUTDOWN)
 
-    async def _read_line(self) -> bytes | None:
+    @property
+    def _patience(self) -> float:
+        """How long the client may take for its next command."""
         settings = self._settings
-        if self._reception is not None:  # between two chunks of BDAT
-            return await self._reception.pace.read_line(self._channel, settings.lease_idle_timeout, _LINE_LIMIT)
-        seconds = settings.idle_timeout if self._transaction is None else settings.lease_idle_timeout
-        return await self._channel.read_line(seconds, introduction.AUTH_LINE)
+        if self._transaction is None:
+            return settings.idle_timeout
+        if self._reception is None:
+            return settings.lease_idle_timeout
+        return min(settings.lease_idle_timeout, self._reception.pace.seconds)
 
     async def _answer(self, line: bytes) -> Reply | None:
         """Return the reply to one command, None when it has been given: where the unforeseen becomes a reply."""
         try:
-            reply = await self._obey(line)
+            command, argument = self._read(line)
+            reply = await command(self, argument)
         except SyntaxProblem as problem:
             self._bad += 1
             reply = problem.reply
@@ -157,29 +163,24 @@ class Session:
             return _INTERNAL
         return reply if self._bad < _BAD_LIMIT else _TOO_MANY_ERRORS
 
-    async def _obey(self, line: bytes) -> Reply | None:
+    def _read(self, line: bytes) -> tuple[_Command, str]:
+        """Return the command of a line, and its argument. Raises SyntaxProblem."""
         verb, _, argument = line.rstrip(b"\r\n").partition(b" ")
         verb = verb.upper()
+        command = _COMMANDS.get(verb)
         if not line or (len(line) > _LINE_LIMIT and verb != b"AUTH"):
             raise SyntaxProblem(500, "5.5.2 Line too long")
-        if self._settings.bare_newline == "refuse" and not line.endswith(b"\r\n"):
-            raise SyntaxProblem(500, "5.5.2 A command must end with CRLF")
-        command = _COMMANDS.get(verb)
         if command is None:
-            return self._unknown(verb)
-        if _CONTROL.search(argument):
+            raise _unknown(verb)
+        text = argument.decode("utf-8", "surrogateescape")
+        if not text.isprintable() and _CONTROL.search(argument):
             raise SyntaxProblem(501, "5.5.2 Control character in a command")
+        if self._crlf_only and not line.endswith(b"\r\n"):
+            raise SyntaxProblem(500, "5.5.2 A command must end with CRLF")
         if verb in _IDLE:
             self._idle += 1
             self._bad += self._idle > _IDLE_LIMIT
-        return await command(self, argument.strip().decode("utf-8", "surrogateescape"))
-
-    def _unknown(self, verb: bytes) -> Reply:
-        if verb in _OTHER_PROTOCOLS:
-            return _NO_SMTP
-        if verb in _UNIMPLEMENTED:
-            raise SyntaxProblem(502, "5.5.1 Command not implemented")
-        raise SyntaxProblem(500, "5.5.2 Command not recognized")
+        return command, text.strip(" ")
 
     def _out_of_order(self, reply: Reply) -> Reply:
         """Count a command in the wrong place, but not what a pipelining client could not know better."""
@@ -282,6 +283,8 @@ class Session:
             reply = Reply.of(554, "5.7.1 Relaying to this domain is not allowed")
         elif len(self._recipients) >= self._settings.max_recipients:
             reply = Reply.of(452, "4.5.3 Too many recipients")
+            self._excess += 1
+            self._bad += self._excess > _EXCESS_LIMIT
         else:
             reply = await transaction.rcpt(
                 _wire("RCPT TO", address, carried(given, RCPT_EXTENSIONS, transaction.extensions))
@@ -304,8 +307,11 @@ class Session:
             return opened
         try:
             await self._channel.push(_GO_AHEAD)
-            async for piece in self._up_to_the_dot():
-                await opened.take(piece)
+            finder = EndOfData()
+            while not finder.found:
+                await opened.take(finder.feed(await self._octets(opened.pace)))
+            if finder.rest:
+                self._channel.unread(finder.rest)
             return await self._conclude(opened)
         finally:
             self._forget()
@@ -320,9 +326,17 @@ class Session:
         opened: Reception | Reply
         if "CHUNKING" not in self._client.offered:
             opened = self._out_of_order(Reply.of(503, "5.5.1 CHUNKING was not offered"))
+        elif self._reception is not None:
+            opened = self._reception
+            opened.pace.count(0, self._channel.waited)  # between two chunks the clock runs on
         else:
-            opened = self._reception or await self._open(stuffed=False)
-        async for piece in self._exactly(size):
+            opened = await self._open(stuffed=False)
+        smtp = self._settings
+        pace = opened.pace if isinstance(opened, Reception) else Pace(smtp.idle_timeout, smtp.min_data_rate)
+        left = size
+        while left:
+            piece = await self._octets(pace, left)
+            left -= len(piece)
             if isinstance(opened, Reception):
                 await opened.take(piece)
         if isinstance(opened, Reply):
@@ -355,29 +369,13 @@ class Session:
         self._reception = Reception(self._settings, self._front.seat, transaction, self._trace(), stuffed=stuffed)
         return self._reception
 
-    async def _up_to_the_dot(self) -> AsyncIterator[bytes]:
-        """Yield the body as it comes, all but the end-of-data line. Raises ClientGone."""
-        finder = EndOfData()
-        pace = self._pace()
-        while not finder.found:
-            body = finder.feed(await pace.read(self._channel, BUFFER))
-            if finder.rest:
-                self._channel.unread(finder.rest)
-            if body:
-                yield body
-
-    async def _exactly(self, size: int) -> AsyncIterator[bytes]:
-        """Yield so many octets as they come. Raises ClientGone."""
-        pace = self._pace()
-        while size:
-            piece = await pace.read(self._channel, min(size, BUFFER))
-            size -= len(piece)
-            yield piece
-
-    def _pace(self) -> Pace:
-        if self._reception is not None:
-            return self._reception.pace
-        return Pace(self._settings.idle_timeout, self._settings.min_data_rate)
+    async def _octets(self, pace: Pace, most: int = BUFFER) -> bytes:
+        """Return what has come of a body. Raises ClientGone."""
+        piece = await self._channel.read_chunk(pace.seconds, min(most, BUFFER))
+        if not piece:
+            raise ClientGone
+        pace.count(len(piece), self._channel.waited)
+        return piece
 
     async def _conclude(self, reception: Reception) -> Reply:
         """The end of a message: make the copies durable, then give the primary its dot and the client its answer."""
@@ -503,6 +501,14 @@ _COMMANDS: Mapping[bytes, _Command] = {
 _IDLE = (b"HELO", b"EHLO", b"RSET", b"NOOP", b"VRFY", b"HELP", b"XFORWARD", b"XCLIENT")
 _UNIMPLEMENTED = (b"EXPN", b"SEND", b"SOML", b"SAML", b"TURN", b"ETRN")
 _OTHER_PROTOCOLS = (b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"CONNECT")  # a browser made to talk to us
+
+
+def _unknown(verb: bytes) -> SyntaxProblem:
+    if verb in _OTHER_PROTOCOLS:
+        return SyntaxProblem(421, "4.7.0 This is SMTP, goodbye")
+    if verb in _UNIMPLEMENTED:
+        return SyntaxProblem(502, "5.5.1 Command not implemented")
+    return SyntaxProblem(500, "5.5.2 Command not recognized")
 
 
 def _nothing_after(verb: str, argument: str) -> None:

@@ -23,7 +23,7 @@ from relay.envelope import Reply
 from relay.session import Front
 from relay.users import hash_password
 from scripted_server import EXTENSIONS, ScriptedServer
-from waiting import free_port, wait_until
+from waiting import free_port, until, wait_until
 
 Make = Callable[..., Product]
 Open = Callable[..., AbstractAsyncContextManager[tuple[Front, int]]]
@@ -115,11 +115,7 @@ async def test_a_handshake_that_fails(relay: Open, primary: ScriptedServer) -> N
             if rubbish:
                 await client.raw(rubbish)
             await client.close()
-        for _ in range(1000):
-            if not made.sessions:
-                break
-            await asyncio.sleep(0.01)
-        assert not made.sessions
+        await until(lambda: not made.sessions)
         async with await AsyncDialogue.open(port) as client:
             await client.hello()
             await client.mail("a@example.com", "b@example.com")
@@ -305,10 +301,7 @@ async def test_connections_of_one_client(relay: Open) -> None:
         async with await connected("192.0.2.2") as other:
             await other.expect(220)
         await clients[0].quit()
-        for _ in range(1000):
-            if len(made.sessions) == 1:
-                break
-            await asyncio.sleep(0.01)
+        await until(lambda: len(made.sessions) == 1)
         async with await connected("192.0.2.1") as again:
             await again.expect(220)
         await clients[1].close()
@@ -438,6 +431,27 @@ def _ready(made: Product) -> bool:
 def test_reply_is_safe() -> None:
     """No octet of a reply can begin a line of its own."""
     assert Reply(250, ("a\r\nb\0\x85\u2028c",)).wire == rb"250 a\r\nb\x00\x85\u2028c" + b"\r\n"
+
+
+@both_loops
+async def test_a_client_that_does_not_listen(relay: Open, primary: ScriptedServer) -> None:
+    """Who talks and never reads the replies is not waited for longer than for one that is silent."""
+    primary.replies["RCPT"] = "250 2.1.5 " + "x" * 480
+    async with relay({"smtp.lease_idle_timeout": "1", "smtp.max_recipients": "1000000"}) as (made, port):
+        loop = asyncio.get_running_loop()
+        with socket.socket() as deaf:
+            deaf.setblocking(False)
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            await loop.sock_connect(deaf, ("127.0.0.1", port))
+            await loop.sock_sendall(deaf, b"EHLO x\r\nMAIL FROM:<a@example.com>\r\n")
+            with pytest.raises(ConnectionError):
+                await asyncio.wait_for(_talk_on(deaf), 60)
+        await until(lambda: not made.sessions)
+
+
+async def _talk_on(client: socket.socket) -> None:
+    while True:
+        await asyncio.get_running_loop().sock_sendall(client, b"RCPT TO:<b@example.com>\r\n" * 100)
 
 
 def _talk_for_ever(client: socket.socket) -> None:

@@ -33,7 +33,7 @@ def both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., 
             finally:
                 runner.run(_end())
             gc.collect()  # a future whose error nobody looked at reports when it goes
-        assert not reported
+        assert not reported, reported
 
     signature = inspect.signature(test)
     parameter = inspect.Parameter("new_loop", inspect.Parameter.KEYWORD_ONLY)
