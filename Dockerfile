@@ -10,6 +10,11 @@ COPY relay relay
 COPY workers workers
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m pip --python /opt/smtp-dup/bin/python --disable-pip-version-check install ".[embedded]"
+# Half of it is debug symbols, and zstandard's second backend, which is for PyPy. Without binutils it is only larger.
+RUN rm -f /opt/smtp-dup/lib/python3*/site-packages/zstandard/_cffi*.so \
+    && if apt-get update -qq && apt-get install -qq --yes --no-install-recommends binutils; then \
+         find /opt/smtp-dup -name '*.so' -exec strip --strip-unneeded {} +; \
+       else echo "no binutils: the libraries keep their debug symbols"; fi
 
 FROM python:3.12-slim
 LABEL org.opencontainers.image.title="smtp-dup" \

@@ -52,7 +52,7 @@ class Channel(SMTP):
         self.transport = transport
         peer = transport.get_extra_info("peername")
         if isinstance(peer, tuple):
-            self.peer = (peer[0].removeprefix("::ffff:"), peer[1])
+            self.peer = (peer[0].removeprefix("::ffff:").partition("%")[0], peer[1])
         self._watch()
         self._handler_coroutine = self.loop.create_task(self._converse(self))
         self._handler_coroutine.add_done_callback(self._end)

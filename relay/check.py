@@ -12,15 +12,15 @@ import time
 from dataclasses import dataclass, replace
 
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import BusyLoadingError, RedisError, ResponseError
 
+from relay import sealing
+from relay.check_sentinels import probe_replicas, probe_sentinels, probe_settings
 from relay.client import ClientError, Connection, connect
 from relay.credentials import Credentials
 from relay.envelope import Destination, printable
-from relay.kinds import mask
-from relay.sections import Settings
+from relay.redis_clients import async_client
+from relay.sections import RedisSettings, Settings
 
 # What Redis must be set to, or a copy can be lost after our 2xx; and how it gets lost.
 _MUST_BE = {
@@ -46,7 +46,8 @@ async def probe_all(settings: Settings) -> list[Finding]:
     servers = [(settings.primary, "primary")] if settings.primary else []
     servers += [(backup, f"backup {backup.name}") for backup in settings.backups]
     hostname, timeout = settings.smtp.domain, settings.relay.timeout_seconds
-    door = [finding] if (finding := probe_credentials(settings)) else []
+    found = (probe_credentials(settings), probe_keys(settings))
+    door = [finding for finding in found if finding is not None]
     async with asyncio.TaskGroup() as group:
         redis = group.create_task(probe_redis(settings))
         others = [
@@ -68,6 +69,17 @@ def probe_credentials(settings: Settings) -> Finding | None:
     return Finding("smtp", True, "; ".join(words)) if words else None
 
 
+def probe_keys(settings: Settings) -> Finding | None:
+    """Look whether the key file can be used; None where the settings name none."""
+    if settings.storage.key_file is None:
+        return None
+    try:
+        keys = sealing.Keyring(settings.storage.key_file)
+    except sealing.BadKeyFile as error:
+        return Finding("storage.key_file", False, str(error))
+    return Finding("storage.key_file", True, f"new mail is {keys.words}")
+
+
 # Redis --------------------------------------------------------------------------------------------------------
 
 
@@ -77,31 +89,41 @@ async def probe_redis(settings: Settings, url: str = "") -> list[Finding]:
     ``url`` stands for settings.redis.url where the embedded Redis runs. The first finding, "redis", says whether it
     can be used at all; the others name one setting each. What cannot be verified is not ok: nobody promised it.
     """
-    url = url or settings.redis.url
-    if not url:
+    server = settings.redis.at(url)
+    if not server.url:
         return [Finding("redis", True, "redis.url is not set: `smtp-dup up` starts an embedded one")]
-    patience = settings.redis.timeout_seconds
-    client = Redis.from_url(
-        url,
-        decode_responses=True,
-        socket_timeout=patience,
-        socket_connect_timeout=patience,
-        retry=Retry(NoBackoff(), 0),
-    )
+    found = await _probe_server(server)
+    if not server.sentinels:
+        return found
+    rows, replicas = await probe_sentinels(server)
+    others = await asyncio.gather(*(probe_settings(server, address, _settings_of) for address in replicas))
+    return found + [Finding(*row) for row in (*rows, *(row for others_rows in others for row in others_rows))]
+
+
+async def _probe_server(server: RedisSettings) -> list[Finding]:
+    """Probe the Redis that is written to: the master, where there are Sentinels."""
+    patience, shown = server.timeout_seconds, server.shown
+    client = async_client(server, patience, retries=0, decode=True)
     try:
         async with asyncio.timeout(patience):
             started = time.monotonic()
             await client.execute_command("PING")  # type: ignore[no-untyped-call]
             took = _milliseconds(started)
-            return [await _state(client, f"{mask(url)} answers in {took}"), *await _persistence(client)]
+            first = await _state(client, f"{shown} answers in {took}")
+            replicas = [Finding(*row) for row in await probe_replicas(server, client)]
+            return [first, *await _persistence(client), *replicas]
     except BusyLoadingError:
-        return [Finding("redis", False, f"{mask(url)} is still loading its data")]
+        return [Finding("redis", False, f"{shown} is still loading its data")]
     except TimeoutError:
-        return [Finding("redis", False, f"{mask(url)} does not answer within {patience:g} s")]
+        return [Finding("redis", False, f"{shown} does not answer within {patience:g} s")]
     except (RedisError, OSError) as error:
-        return [Finding("redis", False, f"{mask(url)} cannot be used: {printable(str(error))}")]
+        return [Finding("redis", False, f"{shown} cannot be used: {printable(str(error))}")]
     finally:
         await client.aclose()
+
+
+async def _settings_of(client: Redis) -> list[tuple[str, bool, str]]:
+    return [(f.subject.removeprefix("redis "), f.ok, f.text) for f in await _persistence(client)]
 
 
 async def _state(client: Redis, answers: str) -> Finding:

@@ -14,6 +14,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from relay import __version__
@@ -156,6 +157,9 @@ def build_parser(given: Given) -> argparse.ArgumentParser:
     _failed(make, failed.add_subparsers(metavar="COMMAND", required=True))
     text = "read a password and write its hash for smtp.users_file"
     make.command(words, "hash-password", text, _hash_password, listing=False, settings=False)
+    text = "write a key for storage.key_file: to FILE, in front of those in it, or to standard output"
+    new_key = make.command(words, "new-key", text, _new_key, listing=False, settings=False)
+    new_key.add_argument("file", metavar="FILE", nargs="?", help="made for its owner alone, if there is none")
     make.command(words, "version", "tell the version", _version, listing=False, settings=False)
     return parser
 
@@ -206,9 +210,14 @@ def _run_role(given: Given, name: str) -> Command:
 def _operation(given: Given, name: str) -> Command:
     def run(arguments: argparse.Namespace) -> int:
         settings = given.settings(require_primary=name == "check")
-        from relay import maillog, operations  # noqa: PLC0415
+        from relay import maillog, operations, sealing  # noqa: PLC0415
 
         maillog.configure("warning")  # these commands' words are their output
+        if name != "check":  # which says it beside all else
+            try:
+                sealing.use(settings.storage.key_file)
+            except sealing.BadKeyFile as error:
+                raise operations.Trouble(f"storage.key_file: {error}") from error
         operation: Callable[[Settings, argparse.Namespace], int] = getattr(operations, name)
         return operation(settings, arguments)
 
@@ -235,6 +244,21 @@ def _hash_password(_: argparse.Namespace) -> int:
         _tell("no password was given")
         return 1
     sys.stdout.write(hash_password(password) + "\n")
+    return 0
+
+
+def _new_key(arguments: argparse.Namespace) -> int:
+    from relay import sealing  # noqa: PLC0415
+
+    if arguments.file is None:
+        sys.stdout.write(sealing.new_key() + "\n")
+        return 0
+    try:
+        ids = sealing.add_key(Path(arguments.file))
+    except sealing.BadKeyFile as error:
+        _tell(printable(str(error)))
+        return 1
+    sys.stdout.write(f"key {ids[0]} seals from the next start or SIGHUP; {len(ids)} in {printable(arguments.file)}\n")
     return 0
 
 
@@ -280,7 +304,7 @@ def _in_a_line(error: Exception) -> str | None:
     if isinstance(error, Trouble | Unknown | MalformedRecord | BodyElsewhere | StartError | EmbeddedError):
         return printable(str(error))
     if isinstance(error, RedisError):
-        return f"Redis: {error}"
+        return f"Redis: {printable(str(error))}"
     return None
 
 

@@ -190,9 +190,7 @@ def _stage(stage: str) -> Iterator[None]:
         cause = error.__cause__
         if isinstance(error, aiosmtplib.SMTPConnectError) and not isinstance(cause, aiosmtplib.SMTPException):
             stage = "TLS"  # the socket was connected before, so this is the handshake of smtps, before any greeting
-        raise ConnectFailed(
-            _why(error if isinstance(error, aiosmtplib.SMTPTimeoutError) else cause or error), stage=stage
-        ) from error
+        raise ConnectFailed(_why(error if isinstance(error, TimeoutError) else cause or error), stage=stage) from error
 
 
 def _why(error: BaseException) -> str:
@@ -217,17 +215,29 @@ def _reply(code: int, message: str) -> Reply:
 
 
 async def _context(destination: Destination) -> ssl.SSLContext:
-    """Return the TLS context for a destination; made once, and again when its CA file changes."""
-    if destination.tls != "verify":
-        return _unverified(strict=destination.tls == "encrypt")
-    return await asyncio.to_thread(_verifying, destination.ca_file)
+    """Return the TLS context for a destination; made once, and again when one of its files changes."""
+    files = (destination.ca_file, destination.tls_certificate, destination.tls_key)
+    if destination.tls != "verify" and not any(files):
+        return _made(destination.tls, files, ())
+    return await asyncio.to_thread(_of_files, destination.tls, files)
 
 
-def _verifying(ca_file: str) -> ssl.SSLContext:
-    return _verified(ca_file, Path(ca_file).stat().st_mtime_ns if ca_file else 0)
+def _of_files(tls: str, files: tuple[str, str, str]) -> ssl.SSLContext:
+    return _made(tls, files, tuple(Path(file).stat().st_mtime_ns if file else 0 for file in files))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
+def _made(tls: str, files: tuple[str, str, str], _changed: tuple[int, ...]) -> ssl.SSLContext:
+    ca_file, certificate, key = files
+    if tls == "verify":
+        context = ssl.create_default_context(cafile=ca_file or None)
+    else:
+        context = _unverified(strict=tls == "encrypt")
+    if certificate:
+        context.load_cert_chain(certificate, key or None, password="")  # with None it would prompt for one
+    return context
+
+
 def _unverified(*, strict: bool) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -236,8 +246,3 @@ def _unverified(*, strict: bool) -> ssl.SSLContext:
         context.set_ciphers("DEFAULT:@SECLEVEL=0")
         context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
     return context
-
-
-@functools.lru_cache(maxsize=64)
-def _verified(ca_file: str, _changed: int) -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=ca_file or None)

@@ -26,20 +26,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from redis import Redis
-from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import TimeoutError as NoAnswer
-from redis.retry import Retry
 
-from relay import embedded, ledger, maillog
+from relay import embedded, ledger, maillog, sealing
 from relay.check import probe_redis
 from relay.destinations import is_loopback
 from relay.envelope import Destination, printable
-from relay.kinds import mask
 from relay.processes import Child, ChildContext, Supervisor
+from relay.redis_clients import sync_client
+from relay.roster import Roster
 from relay.sections import SmtpSettings
-from relay.settings import Settings, resolve_password
+from relay.settings import Problem, Settings, SettingsError
 
 if TYPE_CHECKING:
     from relay.server import Place
@@ -96,31 +95,42 @@ class EarlyStop:
 
 
 def run(settings: Settings, role: Role, extra: Sequence[Child] = ()) -> int:
-    """Start everything, keep it running until a signal, drain. Returns the exit status. Raises StartError."""
+    """Start everything, keep it running until a signal, drain. Returns the exit status.
+
+    Raises StartError, and SettingsError where systemd has bound other addresses than they name.
+    """
     maillog.configure(settings.log.level, settings.log.format, f"smtp-dup-{role.name}")
+    try:
+        sealing.use(settings.storage.key_file)
+    except sealing.BadKeyFile as error:
+        raise StartError(f"storage.key_file: {error}") from error
     early = EarlyStop()
     with ExitStack() as ends:
         os.environ[METRICS_VARIABLE] = str(_metrics_folder(settings.state_dir, ends))
-        from relay import server, status  # noqa: PLC0415  (after the variable is set)
+        from relay import passed, server, status  # noqa: PLC0415  (after the variable is set)
 
         try:
             places = server.listen(settings) if role.relays else []
             listener = status.bind(settings)
+        except passed.NotAsSet as error:
+            raise SettingsError([Problem("smtp.listen", "socket activation", str(error))]) from error
         except OSError as error:
             raise StartError(str(error)) from error
         url, children = _redis(settings, role, ends)
+        settings = replace(settings, redis=settings.redis.at(url))
         _warn_of_lost_promises(settings, url)
         listening = [s for place in places for s in place.sockets] + ([listener] if listener else [])
         if listener:
             children.append(_holding([listener], listening, _status(settings, listener, url, places)))
         if role.delivers:
-            destinations = _destinations(settings, url)
-            delivering = [_housekeeping(settings, destinations, url), *_workers(settings, destinations, url)]
+            _register(settings)
+            delivering = [_housekeeping(settings, url), *_workers(settings, settings.backups, url)]
             children += [_holding([], listening, child) for child in delivering]
         children += [_holding(p.sockets, listening, _relay(n, settings, p, url)) for n, p in enumerate(places)]
         children += [_holding([], listening, child) for child in extra]
         early.check()
-        status_code = Supervisor(children, on_ready=lambda: _tell(settings, role)).run()
+        roster = Roster(settings, _further(settings, url, listening)) if role.delivers else None
+        status_code = Supervisor(children, on_ready=lambda: _tell(settings, role), roster=roster).run()
         early.end()
         return status_code
 
@@ -197,7 +207,7 @@ def _redis(settings: Settings, role: Role, ends: ExitStack) -> tuple[str, list[C
 
 
 class _Private:
-    """The embedded Redis: first started before the supervisor, since the ledger says which workers there must be."""
+    """The embedded Redis: first started before the supervisor, so that what keeps it from starting is told at once."""
 
     def __init__(self, state_dir: Path) -> None:
         self._state_dir = state_dir
@@ -232,80 +242,52 @@ class _Private:
 
 
 def _wait_for_redis(settings: Settings, *, may_be_away: bool) -> None:
-    url = settings.redis.url
+    server, subject = settings.redis, "redis.sentinels" if settings.redis.sentinels else "redis.url"
     patience = _SPOOL_PATIENCE if may_be_away else _PATIENCE
     deadline = time.monotonic() + patience
     report = time.monotonic()
-    with _client(url, min(settings.redis.timeout_seconds, patience)) as client:
+    with sync_client(server, min(server.timeout_seconds, patience), retries=0) as client:
         while True:
             try:
                 client.ping()
             except (AuthenticationError, ResponseError) as error:
-                raise StartError(f"redis.url: {mask(url)} cannot be used: {printable(str(error))}") from error
+                raise StartError(f"{subject}: {server.shown} cannot be used: {printable(str(error))}") from error
             except (NoConnection, NoAnswer) as error:  # loading is one of them
                 reason = printable(str(error))
                 if time.monotonic() >= deadline and may_be_away:
                     text = "Redis does not answer: starting without it, copies go to the spool"
-                    maillog.notice("warning", text, url=mask(url), reason=reason)
+                    maillog.notice("warning", text, redis=server.shown, reason=reason)
                     return
                 if time.monotonic() >= deadline:
-                    raise StartError(f"redis.url: {mask(url)} does not answer: {reason}") from error
+                    raise StartError(f"{subject}: {server.shown} does not answer: {reason}") from error
                 if time.monotonic() >= report:
-                    maillog.notice("warning", "waiting for Redis", url=mask(url), reason=reason)
+                    maillog.notice("warning", "waiting for Redis", redis=server.shown, reason=reason)
                     report += _REPORT_EVERY
                 time.sleep(0.2)
             else:
                 return
 
 
-def _client(url: str, seconds: float) -> Redis:
-    return Redis.from_url(url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=Retry(NoBackoff(), 0))
-
-
 def _warn_of_lost_promises(settings: Settings, url: str) -> None:
     for finding in asyncio.run(probe_redis(settings, url)):
         if not finding.ok:
-            maillog.notice("warning", "a copy may be lost", about=finding.subject, finding=finding.text)
+            text = "a copy may be lost" if finding.subject.startswith("redis") else "a failover may not work"
+            maillog.notice("warning", text, about=finding.subject, finding=finding.text)
 
 
-def _destinations(settings: Settings, url: str) -> list[Destination]:
-    """Return what must be delivered to: the configured, and what the ledger still has copies for."""
+def _register(settings: Settings) -> None:
+    """Make the backups known to the ledger."""
     try:
-        with _client(url, settings.redis.timeout_seconds) as client:
-            with client.pipeline() as pipe:
-                ledger.register(pipe, settings.backups)
-                pipe.execute()
-            known = ledger.destinations(client)
-            rows = ledger.summary(client)
+        with (
+            sync_client(settings.redis, settings.redis.timeout_seconds, retries=0) as client,
+            client.pipeline() as pipe,
+        ):
+            ledger.register(pipe, settings.backups)
+            pipe.execute()
     except RedisError as error:
         if settings.spool.dir is None:
             raise StartError(f"redis: {printable(str(error))}") from error
-        maillog.notice("warning", "the ledger cannot be asked for other destinations", reason=printable(str(error)))
-        return list(settings.backups)
-    configured = {backup.name for backup in settings.backups}
-    old = []
-    for row in rows:
-        # With failed copies only, a worker waits for the operator's retry.
-        if row.destination not in configured and (row.pending or row.failed):
-            maillog.notice(
-                "warning",
-                "no backup any more, but copies are left: a worker serves it until there are none at a start",
-                destination=row.destination,
-                pending=row.pending,
-                failed=row.failed,
-            )
-            old.append(_with_password(known[row.destination]))
-    return [*settings.backups, *old]
-
-
-def _with_password(destination: Destination) -> Destination:
-    """Resolve the password of a destination from the ledger, which only has the reference."""
-    if destination.password_from:
-        try:
-            return replace(destination, password=resolve_password(destination.password_from, os.environ))
-        except ValueError as error:
-            maillog.notice("warning", "password_from", destination=destination.name, reason=str(error))
-    return destination
+        maillog.notice("warning", "the ledger does not hear of the backups", reason=printable(str(error)))
 
 
 # The children --------------------------------------------------------------------------------------------------
@@ -365,7 +347,7 @@ def _workers(settings: Settings, destinations: Sequence[Destination], url: str) 
                 context,
                 destination=destination.name,
                 queue_name=destination.queue_name,
-                connect=process.connector(url),
+                connect=process.connector(settings.redis),
                 make_courier=lambda name: courier.Courier(settings, destination, name, url),
                 on_dead=give_back,
             )
@@ -375,7 +357,14 @@ def _workers(settings: Settings, destinations: Sequence[Destination], url: str) 
     return [child(d, n) for d in destinations for n in range(1, settings.workers.processes + 1)]
 
 
-def _housekeeping(settings: Settings, destinations: Sequence[Destination], url: str) -> Child:
+def _further(
+    settings: Settings, url: str, listening: Sequence[socket.socket]
+) -> Callable[[Destination], Sequence[Child]]:
+    """Return what makes the workers of a destination that is not in the settings."""
+    return lambda destination: [_holding([], listening, child) for child in _workers(settings, [destination], url)]
+
+
+def _housekeeping(settings: Settings, url: str) -> Child:
     from relay import server  # noqa: PLC0415
     from workers.housekeeping import Task, housekeep  # noqa: PLC0415
     from workers.process import connector  # noqa: PLC0415
@@ -386,12 +375,12 @@ def _housekeeping(settings: Settings, destinations: Sequence[Destination], url: 
     name = server.place_of(settings, url)
 
     def schedule(stop: threading.Event) -> None:
-        connect = connector(url)
+        connect = connector(settings.redis)
         with connect() as client:
-            keep_scheduling(connect, _queues(client, destinations), name, stop)
+            keep_scheduling(connect, _queues(client, settings.backups), name, stop)
 
     def reconcile(stop: threading.Event) -> None:
-        keep_reconciling(connector(url), settings, name, stop)
+        keep_reconciling(connector(settings.redis), settings, name, stop)
 
     def be_housekeeping(context: ChildContext) -> int:
         maillog.configure(settings.log.level, settings.log.format, context.name)

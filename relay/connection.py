@@ -19,7 +19,7 @@ import os
 import re
 import socket
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from relay.envelope import Destination, Reply
@@ -68,6 +68,7 @@ class Connection(asyncio.Protocol):
         "_drain",
         "_extra",
         "_fault",
+        "_is_ahead",
         "_loop",
         "_lost",
         "_owed",
@@ -111,6 +112,7 @@ class Connection(asyncio.Protocol):
         self.transactions = 0  # MAIL commands sent
         self.in_data = False  # what is written now is body text, so nothing but the dot or a close may follow
         self.is_dirty = False  # a MAIL was sent and neither its dot answered nor a RSET sent
+        self._is_ahead = False  # the next MAIL was sent behind the dot
         self.introduced = b""  # the XCLIENT command that holds on it
         self._owed: deque[bytes] = deque()  # verbs whose replies have not come
         self._ready: deque[Reply] = deque()  # replies that came before they were awaited
@@ -163,21 +165,12 @@ class Connection(asyncio.Protocol):
 
     def send(self, *lines: bytes) -> None:
         """Send lines (each without CRLF) in one write; each owes a reply. Raises ConnectionGone, ValueError."""
-        for line in lines:
-            if _CONTROL.search(line):
-                raise ValueError("control character in an SMTP command")
+        _check(lines)
         if self.in_data and lines != (b".",):
             # It would be taken for body text, and the next dot would end a message of two transactions.
             raise RuntimeError("only the dot may be sent in the DATA phase")
         self._speak(lines[0])
-        for line in lines:
-            verb = line[:4].upper()
-            self._owed.append(verb)
-            if verb == b"MAIL":
-                self.transactions += 1
-                self.is_dirty = True
-            elif verb == b"RSET":
-                self.is_dirty = False
+        self._owe(lines)
         self.last_used = self._loop.time()
         self._transport.write(b"\r\n".join((*lines, b"")))
 
@@ -202,7 +195,8 @@ class Connection(asyncio.Protocol):
 
     def end_data(self) -> None:
         """Note that the dot has been answered: the server reads commands again."""
-        self.in_data = self.is_dirty = False
+        self.in_data = False
+        self.is_dirty, self._is_ahead = self._is_ahead, False
 
     async def write_body(self, chunk: bytes | memoryview, *, timeout: float) -> None:
         """Write body text as it is, at most ``timeout`` seconds for each 256 KiB. The chunk must not change afterwards.
@@ -227,13 +221,21 @@ class Connection(asyncio.Protocol):
                     await self._drained(timeout)
         self._torn = False
 
-    def end_body(self, last: bytes | memoryview = b"", *, replies: int = 1) -> None:
-        """Write the last of the body and the end-of-data line at once; LMTP owes a reply for each recipient."""
+    def end_body(self, last: bytes | memoryview = b"", *, replies: int = 1, then: Sequence[bytes] = ()) -> None:
+        """Write the last of the body and the end-of-data line at once; LMTP owes a reply for each recipient.
+
+        ``then`` are the commands that begin the next transaction, for a server with PIPELINING: RFC 2920 3.1 has the
+        content be the first "command" of a group.
+        """
         if not self.in_data:
             raise RuntimeError("no DATA phase to end")
+        _check(then)
         self._speak(b".")
         self._owed.extend((b".",) * replies)
-        self._transport.writelines((last, b".\r\n"))
+        if then:
+            self._owe(then)
+            self._is_ahead = True
+        self._transport.writelines((last, b".\r\n", *(line + b"\r\n" for line in then)))
 
     async def quit(self, timeout: float = 2.0) -> None:
         """Take leave politely where the state allows it, then close. Raises nothing but CancelledError."""
@@ -332,6 +334,17 @@ class Connection(asyncio.Protocol):
 
     # -- waiting --
 
+    def _owe(self, lines: Sequence[bytes]) -> None:
+        """Note commands whose replies are to come."""
+        for line in lines:
+            verb = line[:4].upper()
+            self._owed.append(verb)
+            if verb == b"MAIL":
+                self.transactions += 1
+                self.is_dirty = True
+            elif verb == b"RSET":
+                self.is_dirty = False
+
     def _speak(self, line: bytes) -> None:
         """Raise unless the server can be expected to read and answer."""
         if self._unasked or self._fault or self._torn or not self.is_open:
@@ -379,6 +392,12 @@ class Connection(asyncio.Protocol):
         else:
             text = f"no reply within {self._patience:g} s"
             self._waiter.set_exception(DeadlinePassed(text, stage=_stage(self._owed[0])))
+
+
+def _check(lines: Sequence[bytes]) -> None:
+    for line in lines:
+        if _CONTROL.search(line):
+            raise ValueError("control character in an SMTP command")
 
 
 def _stage(verb: bytes) -> str:

@@ -31,6 +31,7 @@ def _tls(settings: SmtpSettings) -> ssl.SSLContext | None:
     if settings.tls_certificate is None or not settings.offers_tls:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.options |= ssl.OP_NO_RENEGOTIATION  # no handshakes without end; OpenSSL 3 has it by default
     key = settings.tls_key or settings.tls_certificate
     for name, path in (("smtp.tls_certificate", settings.tls_certificate), ("smtp.tls_key", key)):
         try:

@@ -24,6 +24,7 @@ from relay.settings import Settings, SettingsError, load
 _SMTP_PORT = 2525
 _STATUS_PORT = 8025
 _LOG_LINES = 20
+_TRIES = 5  # to find ports that stay free until they are ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,12 @@ class Stage:
     status: str
     old: str
     new: str
+
+    @property
+    def has_its_ports(self) -> bool:
+        """Whether its ports are free for it."""
+        ports = (self.smtp[1], int(self.status.rpartition(":")[2]))
+        return all(_free_port(port) == port for port in ports)
 
     @property
     def seen(self) -> Path:
@@ -56,13 +63,20 @@ def run() -> int:
     say = sys.stdout.write
     composition.EarlyStop()  # however we are told to go, the folder goes too
     with _folder() as folder, _listener() as old, _listener() as new:
-        stage = _set(folder, old, new)
-        if stage.smtp[1] != _SMTP_PORT:
-            say(f"Port {_SMTP_PORT} is taken, so the demo uses {stage.smtp[1]}.\n")
         say("Starting Redis, the relay, a worker, and two mail servers to play the old and the new one ...\n")
-        sys.stdout.flush()
-        with _stderr_into(stage.log):
-            status = composition.run(stage.settings, composition.UP, extra=_children(stage, old, new))
+        for tries_left in reversed(range(_TRIES)):
+            stage = _set(folder, old, new)
+            if stage.smtp[1] != _SMTP_PORT:
+                say(f"Port {_SMTP_PORT} is taken, so the demo uses {stage.smtp[1]}.\n")
+            sys.stdout.flush()
+            try:
+                with _stderr_into(stage.log):
+                    status = composition.run(stage.settings, composition.UP, extra=_children(stage, old, new))
+                break
+            except composition.StartError:
+                # Between our look and the bind somebody else, another demo perhaps, may have taken a port.
+                if not tries_left or stage.has_its_ports:
+                    raise
         if status:
             sys.stderr.write("The demo failed. The end of its log:\n")
             sys.stderr.writelines(stage.log.read_text("utf-8", "replace").splitlines(keepends=True)[-_LOG_LINES:])

@@ -19,7 +19,7 @@ from relay.kinds import split_host_port
 from relay.options import BACKUP_FIELDS
 
 _DEFAULT_PORTS = {"smtp": 25, "smtps": 465, "lmtp": 24}
-_URL_FIELDS = ("tls", "ca_file", "password_from")
+_URL_FIELDS = ("tls", "ca_file", "tls_certificate", "tls_key", "password_from")
 _TLS = ("none", "opportunistic", "encrypt", "verify")
 # The name becomes a queue's name, a Redis key and a metric's label.
 _NAME = re.compile(r"[A-Za-z0-9._:\-\[\]]{1,100}")
@@ -74,7 +74,7 @@ def _split_url(text: str) -> tuple[dict[str, Any], Mapping[str, str]]:
     if not (username + password).isprintable():
         raise ValueError("the user or the password holds a control character")
     if any(name not in _URL_FIELDS for name, _ in query) or len(dict(query)) != len(query):
-        raise ValueError("expected no options after the ? but tls=, ca_file= and password_from=, each once")
+        raise ValueError(f"expected no options after the ? but {', '.join(_URL_FIELDS)}, each once")
     parts_of_url = {"scheme": scheme, "host": host.lower(), "port": port, "username": username, "password": password}
     return parts_of_url, dict(query)
 
@@ -155,11 +155,15 @@ def _transport(values: dict[str, Any], *, given: bool) -> Faults:
         faults.append(("tls", f"expected {', '.join(_TLS)}"))
     elif scheme == "smtps" and tls in {"none", "opportunistic"}:
         faults.append(("tls", "expected encrypt or verify: smtps:// is TLS from the first byte"))
-    if ca_file:
-        if tls != "verify":
-            faults.append(("ca_file", "has a meaning only with tls = verify"))
-        if not Path(ca_file).is_file():
-            faults.append(("ca_file", f"there is no readable file {ca_file}"))
+    if ca_file and tls != "verify":
+        faults.append(("ca_file", "has a meaning only with tls = verify"))
+    if values.get("tls_certificate") and tls == "none":
+        faults.append(("tls_certificate", "has a meaning only with TLS"))
+    if values.get("tls_key") and not values.get("tls_certificate"):
+        faults.append(("tls_key", "has a meaning only with tls_certificate"))
+    for name in ("ca_file", "tls_certificate", "tls_key"):
+        if (file := values.get(name, "")) and not Path(file).is_file():
+            faults.append((name, f"there is no readable file {file}"))
     return faults
 
 

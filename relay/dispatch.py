@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any
 
+import redis.asyncio
 from redis import Redis
 from redis.exceptions import RedisError
 from rq import Queue
@@ -29,15 +29,20 @@ JOB_OPTIONS: dict[str, Any] = {
     "failure_ttl": -1,
     "ttl": None,
 }
+# What RQ would ask for with every queue object made: only whether commands are there that our scripts need anyway.
+_SERVER_VERSION = (6, 2, 0)
 _BATCH = 100
-_WINDOW = 0.02  # seconds; while the workers keep up, a copy waits no longer than this for company
+_WINDOW = 0.02  # seconds for each process; while the workers keep up, a copy waits no longer for company
+_LONGEST_WINDOW = 0.5
 _LONG_WINDOW = 0.25  # when the queue is longer than a few jobs, waiting costs nobody anything
 _FEW = 3
 
 
 def queue(connection: Redis, destination: str) -> Queue:
     """Return the RQ queue of a backup."""
-    return Queue(f"backup-{destination}", connection=connection, serializer=JSONSerializer)
+    found = Queue(f"backup-{destination}", connection=connection, serializer=JSONSerializer)
+    found.redis_server_version = _SERVER_VERSION
+    return found
 
 
 def description(destination: str, ids: Sequence[str]) -> str:
@@ -80,18 +85,22 @@ def schedule(pipe: Any, target: Queue, job: Job, when: datetime) -> None:
     target.schedule_job(job, when, pipeline=pipe)
 
 
+# RQ adds its commands to a pipeline and asks nothing: this one is never connected.
+_OFFLINE = Redis()
+
+
 class Dispatcher:
     """Collects released ids of one process and turns them into one job per backup and window."""
 
-    def __init__(self, connection: Redis) -> None:
+    def __init__(self, connection: redis.asyncio.Redis, *, processes: int = 1) -> None:
+        """Write through this client. ``processes``: so many relays make jobs for the same workers."""
         self._connection = connection
+        self._window = min(_LONGEST_WINDOW, _WINDOW * processes)
         # By name, as they come: the spool may hold copies for a backup that is no longer configured.
         self._waiting: defaultdict[str, list[str]] = defaultdict(list)
-        self._windows: defaultdict[str, float] = defaultdict(lambda: _WINDOW)
+        self._windows: defaultdict[str, float] = defaultdict(lambda: self._window)
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._flights: dict[str, asyncio.Task[None]] = {}
-        # One RQ write at a time, in a thread of their own: while Redis hangs, nobody else's thread is taken.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dispatch")
 
     def add(self, destination: str, message_id: str) -> None:
         """Take a released id; its job is written within the window."""
@@ -125,15 +134,13 @@ class Dispatcher:
             while waiting:
                 batch = waiting[:_BATCH]
                 try:
-                    length = await asyncio.get_running_loop().run_in_executor(
-                        self._thread, self._write, destination, batch
-                    )
-                except RedisError as error:
+                    length = await self._write(destination, batch)
+                except (RedisError, OSError) as error:
                     maillog.dispatch_delayed(destination, len(waiting), error)
                     await asyncio.sleep(1)
                     continue
                 del waiting[: len(batch)]
-                self._windows[destination] = _LONG_WINDOW if length > _FEW else _WINDOW
+                self._windows[destination] = max(self._window, _LONG_WINDOW if length > _FEW else 0)
                 if len(waiting) < _BATCH:
                     break
         finally:
@@ -142,9 +149,13 @@ class Dispatcher:
                 loop = asyncio.get_running_loop()
                 self._timers[destination] = loop.call_later(self._windows[destination], self._start, destination)
 
-    def _write(self, destination: str, ids: Sequence[str]) -> int:
-        target = queue(self._connection, destination)
-        with self._connection.pipeline(transaction=True) as pipe:
-            enqueue(pipe, target, destination, ids)
+    async def _write(self, destination: str, ids: Sequence[str]) -> int:
+        """Write one job; returns the length of the queue."""
+        target = queue(_OFFLINE, destination)
+        job = _OFFLINE.pipeline()
+        enqueue(job, target, destination, ids)
+        async with self._connection.pipeline(transaction=True) as pipe:
+            for arguments, _ in job.command_stack:
+                pipe.execute_command(*arguments)
             pipe.llen(target.key)
-            return int(pipe.execute()[-1])
+            return int((await pipe.execute())[-1])

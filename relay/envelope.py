@@ -1,8 +1,8 @@
 """What crosses the seams: a Reply, an Envelope with its recipients, a Message record, a Destination.
 
-All are frozen. A Message has a wire form (version 1) that the ledger and the spool share, so that a
-record moves between them byte for byte. A record that cannot be read raises MalformedRecord; nothing
-here does I/O.
+All are frozen. A Message has a wire form (version 1, or 2 when it is sealed) that the ledger and the spool
+share, so that a record moves between them byte for byte. A record that cannot be read raises MalformedRecord,
+one whose key is not here its child LockedRecord; nothing here does I/O.
 """
 
 from __future__ import annotations
@@ -13,13 +13,19 @@ import random
 import struct
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import zstandard
 
+from relay import sealing
+
+T = TypeVar("T")
+
 RECORD_VERSION = 1
-_HEADER = struct.Struct("!BBI")  # version, flags, length of the envelope JSON in bytes
+SEALED_VERSION = 2
+_HEADER = struct.Struct("!BBI")  # version, flags, octets up to the body: the envelope JSON, or what seals it
 _FLAG_ZSTD = 1
 _FLAG_ELSEWHERE = 2  # instead of the body: JSON of the host and the path of the file that has the whole record
 _COMPRESS_FROM = 512  # bytes; below this zstd's frame eats what it saves
@@ -40,6 +46,10 @@ _codecs = _Codecs()
 
 class MalformedRecord(ValueError):
     """A stored message that this version cannot read; it is set aside, never dropped."""
+
+
+class LockedRecord(MalformedRecord):
+    """A stored message that is sealed with a key which is not here, as yet; it waits."""
 
 
 class BodyElsewhere(Exception):
@@ -123,6 +133,10 @@ class Reply(NamedTuple):
     @property
     def wire(self) -> bytes:
         """The reply as sent, each line printable and at most 512 octets with its CRLF."""
+        if len(self.lines) == 1:
+            (text,) = self.lines
+            if text.isascii() and text.isprintable():
+                return f"{self.code:03d} {text[: _REPLY_LINE_LIMIT - 6]}\r\n".encode("ascii")
         last = len(self.lines) - 1
         return b"".join(
             b"%03d%s" % (self.code, b" " if i == last else b"-")
@@ -222,30 +236,40 @@ class Message:
     body: bytes
 
     def pack(self) -> bytes:
-        """Return the stored record, the body compressed where that makes it smaller."""
+        """Return the stored record, the body compressed where that makes it smaller, sealed where there is a key."""
         head = self.envelope.to_json()
         body, flags = self.body, 0
         if len(body) >= _COMPRESS_FROM:
             small = _codecs.compressor.compress(body)
             if len(small) < len(body):
                 body, flags = small, _FLAG_ZSTD
-        return b"".join((_HEADER.pack(RECORD_VERSION, flags, len(head)), head, body))
+        version = RECORD_VERSION
+        if sealing.is_on():
+            version = SEALED_VERSION
+            head, body = sealing.seal(self.envelope.id, flags, head, body)
+        return b"".join((_HEADER.pack(version, flags, len(head)), head, body))
 
     @classmethod
     def stub(cls, record: bytes, host: str, path: str) -> bytes:
         """Return a stored record without its body, which has been moved. Raises MalformedRecord."""
-        _, start, _ = cls._head(record)
+        version, _, start = cls._layout(record)
         head = record[_HEADER.size : start]
         where = json.dumps([host, path]).encode("ascii")
-        return b"".join((_HEADER.pack(RECORD_VERSION, _FLAG_ELSEWHERE, len(head)), head, where))
+        return b"".join((_HEADER.pack(version, _FLAG_ELSEWHERE, len(head)), head, where))
 
     @classmethod
-    def unpack(cls, record: bytes) -> Message:
-        """Read a stored record. Raises MalformedRecord, BodyElsewhere."""
-        envelope, start, flags = cls._head(record)
+    def unpack(cls, record: bytes, message_id: str) -> Message:
+        """Read the stored record of a message. Raises MalformedRecord, LockedRecord, BodyElsewhere."""
+        version, flags, start = cls._layout(record)
         body = record[start:]
         if flags & _FLAG_ELSEWHERE:
-            raise BodyElsewhere(*json.loads(body))
+            raise cls._elsewhere(body)
+        if version == SEALED_VERSION:
+            opened = _opened(record[_HEADER.size : start], message_id)
+            head, body = opened.envelope, _authentic(lambda: opened.body(body, flags))
+        else:
+            head = record[_HEADER.size : start]
+        envelope = _own_envelope(head, message_id)
         if flags & _FLAG_ZSTD:
             try:
                 body = _codecs.decompressor.decompress(body)
@@ -256,21 +280,54 @@ class Message:
         return cls(envelope, body)
 
     @classmethod
-    def unpack_envelope(cls, record: bytes) -> Envelope:
-        """Read only the envelope, which needs only the first part of the record. Raises MalformedRecord."""
-        return cls._head(record)[0]
+    def unpack_envelope(cls, record: bytes, message_id: str) -> Envelope:
+        """Read only the envelope, which needs only the first part of the record. Raises as ``unpack`` does."""
+        version, _, start = cls._layout(record)
+        head = record[_HEADER.size : start]
+        if version == SEALED_VERSION:
+            head = _opened(head, message_id).envelope
+        return _own_envelope(head, message_id)
 
     @staticmethod
-    def _head(record: bytes) -> tuple[Envelope, int, int]:
+    def _layout(record: bytes) -> tuple[int, int, int]:
+        """Return version, flags and where the body begins."""
         if len(record) < _HEADER.size:
             raise MalformedRecord("truncated record")
         version, flags, length = _HEADER.unpack_from(record)
-        if version != RECORD_VERSION:
-            raise MalformedRecord(f"record version {version} is not {RECORD_VERSION}")
+        if version not in {RECORD_VERSION, SEALED_VERSION}:
+            raise MalformedRecord(f"record version {version} is neither {RECORD_VERSION} nor {SEALED_VERSION}")
         start = _HEADER.size + length
         if len(record) < start:
             raise MalformedRecord("truncated record")
-        return Envelope.from_json(record[_HEADER.size : start]), start, flags
+        return version, flags, start
+
+    @staticmethod
+    def _elsewhere(where: bytes) -> BodyElsewhere:
+        try:
+            host, path = json.loads(where)
+        except (ValueError, TypeError) as error:
+            raise MalformedRecord("it does not say where its body is") from error
+        return BodyElsewhere(str(host), str(path))
+
+
+def _own_envelope(head: bytes, message_id: str) -> Envelope:
+    envelope = Envelope.from_json(head)
+    if envelope.id != message_id:
+        raise MalformedRecord(f"the record of {printable(str(envelope.id))}")
+    return envelope
+
+
+def _opened(front: bytes, message_id: str) -> sealing.Opened:
+    return _authentic(lambda: sealing.open_front(message_id, front))
+
+
+def _authentic(opening: Callable[[], T]) -> T:
+    try:
+        return opening()
+    except sealing.MissingKey as error:
+        raise LockedRecord(str(error)) from error
+    except sealing.Forged as error:
+        raise MalformedRecord(f"unreadable: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,8 +350,10 @@ class Destination:
     domains: tuple[str, ...] = ()  # only recipients in these domains are copied; empty: all
     sender: str = "keep"  # or "null": copies carry the null sender
     soft_bounce: bool = False
-    connections: int = 20  # at most this many at once, per worker process
+    connections: int = 0  # at most this many at once, per worker process; 0: see workers.retry.Width
     ca_file: str = ""
+    tls_certificate: str = ""  # ours, for a server that asks for one
+    tls_key: str = ""
 
     @property
     def address(self) -> str:

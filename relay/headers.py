@@ -18,6 +18,7 @@ _RECEIVED = re.compile(rb"(?mi)^received:[^\r\n]*(?:\r\n[ \t][^\r\n]*)*")
 _TRACE_BLOCK = re.compile(
     rb"(?i)(?:(?:received|return-path|x-original-to|delivered-to):[^\r\n]*(?:\r\n[ \t][^\r\n]*)*\r\n)*"
 )
+_NO_FIELD = re.compile(rb"(?m)^(?![!-9;-~]++[ \t]*+:|[ \t])")  # a line that ends the header without being empty
 _MESSAGE_ID = re.compile(rb"(?mi)^message-id:[ \t\r\n]*(\S+)")
 
 
@@ -55,6 +56,12 @@ def header_block(body: bytes) -> bytes:
         return b""
     end = body.find(b"\r\n\r\n")
     return body if end < 0 else body[: end + 2]
+
+
+def fields_only(block: bytes) -> bytes:
+    """Return a header block up to the first line that is no field: without an empty line all of a text is one."""
+    end = _NO_FIELD.search(block)
+    return block[: end.start()] if end else block
 
 
 def count_fields(block: bytes) -> int:

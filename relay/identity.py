@@ -41,7 +41,7 @@ class NotIntroduced(ClientError):
 def read_attributes(argument: str, known: tuple[str, ...]) -> dict[str, str]:
     """Read ``NAME=value ...``, xtext decoded; the value "" stands for what is unknown. Raises BadAttribute."""
     found: dict[str, str] = {}
-    for word in argument.split():
+    for word in filter(None, argument.split(" ")):
         name, equals, value = word.partition("=")
         name = name.upper()
         if name not in known or not equals or name in found:
@@ -91,9 +91,10 @@ def read_address(value: str) -> str:
 
 
 def plain_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
-    """Return an address as text, an IPv4 client on an IPv6 socket as IPv4."""
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return str(mapped or address)
+    """Return an address as text, an IPv4 client on an IPv6 socket as IPv4, without a zone ("%eth0")."""
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(address.ipv4_mapped or ipaddress.IPv6Address(int(address)))
+    return str(address)
 
 
 # What a server is told ----------------------------------------------------------------------------------------
@@ -160,15 +161,24 @@ def _encoded(value: str) -> str:
     return "".join(chr(o) if 32 < o < 127 and o not in b"+=" else f"+{o:02X}" for o in octets)
 
 
+def is_introduced(connection: Connection, identity: Identity) -> bool:
+    """Say whether ``introduce`` would have nothing to say."""
+    return _introduction(connection, identity) == connection.introduced
+
+
+def _introduction(connection: Connection, identity: Identity) -> bytes:
+    if not identity or connection.destination.username:
+        return b""
+    lines = _xclient(identity, connection.extensions)
+    return lines[0] if lines else b""
+
+
 async def introduce(connection: Connection, identity: Identity, *, timeout: float) -> Reply | None:
     """Tell a server that grants XCLIENT who the client is, and greet it anew; once for each change on a connection.
 
     Returns None, or the reply with which the server turns this client away. Raises ClientError, NotIntroduced.
     """
-    if not identity and not connection.introduced:
-        return None
-    lines = [] if connection.destination.username else _xclient(identity, connection.extensions)
-    wanted = lines[0] if lines else b""
+    wanted = _introduction(connection, identity)
     if wanted == connection.introduced:
         return None
     if not wanted:

@@ -1,10 +1,9 @@
 """Durable intake: stage, release, discard and hold, group-committed with whatever else is going on.
 
-Every message of every session of a process goes through one GroupCommit: what arrives while a MULTI is on
-its way to Redis leaves together in the next one, so that one fsync serves many. A stage that Redis does
-not take in time goes to the spool, and only without a spool raises NotDurable; what must be told to
-Redis later (a release, a discard) is repeated until Redis has answered, for as long as the process lives,
-with a note in the spool for the case that it does not, and without a spool is left to the reconciler.
+Every message of every session of a process goes through one GroupCommit (commit.py), so that one fsync serves
+many. A stage that Redis does not take in time goes to the spool, and only without a spool raises NotDurable; what
+must be told to Redis later (a release, a discard) is repeated until Redis has answered, for as long as the process
+lives, with a note in the spool for the case that it does not, and without a spool is left to the reconciler.
 """
 
 from __future__ import annotations
@@ -12,22 +11,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from relay import ledger, maillog, metrics
+from relay import maillog, metrics
+from relay.commit import GroupCommit
 from relay.dispatch import Dispatcher
 from relay.envelope import Envelope, Message
 from relay.ledger import Held, Released, Staged
 from relay.spool import Spool
 from relay.watch import Watch
 
-_FLIGHTS = 2  # MULTIs on their way at once: one being written, one being gathered and parsed
-_GROUP_BYTES = 4 << 20  # a group ends here, so that Redis is never held up for long
 _LARGE = 256 << 10  # bodies over this travel alone, on connections of their own
 _SPOOL_SECONDS = 30.0  # for one change in the spool: a disk that hangs is as good as full
 _LATE_SECONDS = 60.0  # after a time-out, this long until what was on its way has come or never will
@@ -35,106 +32,6 @@ _LATE_SECONDS = 60.0  # after a time-out, this long until what was on its way ha
 
 class NotDurable(Exception):
     """The copy could be written neither to Redis nor to the spool."""
-
-
-@dataclass(slots=True)
-class _Pending:
-    kind: str
-    item: Any
-    size: int
-    done: asyncio.Future[Any]
-
-
-class GroupCommit:
-    """Gathers ledger changes of one process into MULTIs."""
-
-    def __init__(self, connection: Redis, flights: int = _FLIGHTS) -> None:
-        self._connection = connection
-        self._limit = flights
-        self._queue: list[_Pending] = []
-        self._flights: set[asyncio.Task[None]] = set()
-        self._scheduled = False
-
-    def submit(self, kind: str, item: Any, size: int = 0) -> asyncio.Future[Any]:
-        """Queue one change; the future has its result, or the RedisError that stopped it."""
-        loop = asyncio.get_running_loop()
-        pending = _Pending(kind, item, size, loop.create_future())
-        self._queue.append(pending)
-        if not self._scheduled and len(self._flights) < self._limit:
-            # At the end of this turn of the loop: what other sessions submit in it goes along.
-            self._scheduled = True
-            loop.call_soon(self._take_off)
-        return pending.done
-
-    async def drain(self) -> None:
-        """Wait until everything submitted has its answer."""
-        while self._queue or self._flights:
-            self._take_off()
-            if self._flights:
-                await asyncio.wait(self._flights)
-
-    def _take_off(self) -> None:
-        self._scheduled = False
-        # Whoever gave up waiting must not find it done later.
-        self._queue = [p for p in self._queue if not p.done.cancelled()]
-        while self._queue and len(self._flights) < self._limit:
-            group: list[_Pending] = []
-            size = 0
-            for pending in self._queue:
-                if group and size + pending.size > _GROUP_BYTES:
-                    break
-                group.append(pending)
-                size += pending.size
-            del self._queue[: len(group)]
-            task = asyncio.get_running_loop().create_task(self._fly(group))
-            self._flights.add(task)
-            task.add_done_callback(self._land)
-
-    def _land(self, task: asyncio.Task[None]) -> None:
-        self._flights.discard(task)
-        self._take_off()
-
-    async def _fly(self, group: list[_Pending]) -> None:
-        try:
-            results = await self._execute(group)
-        except (RedisError, OSError, TimeoutError) as error:
-            for pending in group:
-                if not pending.done.done():
-                    pending.done.set_exception(error)
-        else:
-            for pending, result in zip(group, results, strict=True):
-                if not pending.done.done():
-                    if isinstance(result, Exception):
-                        pending.done.set_exception(result)
-                    else:
-                        pending.done.set_result(result)
-
-    async def _execute(self, group: list[_Pending]) -> list[Any]:
-        """Write a group in one MULTI; returns each one's result, an exception where its command failed."""
-        readers: list[tuple[list[_Pending], int]] = []  # members of one kind, and where their answer stands
-        async with self._connection.pipeline(transaction=True) as pipe:
-            for kind in ("stage", "release", "discard", "hold"):
-                members = [p for p in group if p.kind == kind]
-                if members:
-                    readers.append((members, len(pipe)))
-                    _ADD[kind](pipe, [p.item for p in members])
-            answers = await pipe.execute(raise_on_error=False)
-        results: dict[int, Any] = {}
-        for members, at in readers:
-            answer = answers[at]
-            if members[0].kind == "stage":  # ZADD and MSET are one change: either error is the stage's
-                answer = next((a for a in answers[at : at + 2] if isinstance(a, Exception)), 1)
-            for i, pending in enumerate(members):
-                results[id(pending)] = answer[i] if isinstance(answer, list) else answer
-        return [results[id(pending)] for pending in group]
-
-
-_ADD: Mapping[str, Callable[[Any, Sequence[Any]], None]] = {
-    "stage": ledger.stage,
-    "release": ledger.release,
-    "discard": ledger.discard,
-    "hold": ledger.hold,
-}
 
 
 class Intake:
@@ -152,8 +49,8 @@ class Intake:
         hold_seconds: float,
         spool: Spool | None = None,
     ) -> None:
-        self._small = GroupCommit(connection)
-        self._large = GroupCommit(bulk)
+        self._small = GroupCommit(connection, seconds=stage_seconds)
+        self._large = GroupCommit(bulk, seconds=stage_seconds)
         self._dispatcher = dispatcher
         self._watch = watch
         self._stage_seconds = stage_seconds
@@ -195,8 +92,7 @@ class Intake:
         future = commit.submit("stage", Staged(envelope.id, record, deadline), len(record))
         self._watch.sent(len(record), future)
         try:
-            async with asyncio.timeout(self._stage_seconds):
-                await future
+            await future
         except (RedisError, OSError, TimeoutError) as error:
             self._watch.failed(error)
             self._doubtful.add(envelope.id)
@@ -225,8 +121,7 @@ class Intake:
             return
         if not self._watch.is_down:
             try:
-                async with asyncio.timeout(self._stage_seconds):
-                    moved = await self._small.submit("release", released)
+                moved = await self._small.submit("release", released)
             except (RedisError, OSError, TimeoutError) as error:
                 self._watch.failed(error)
                 maillog.ledger_trouble(f"release {released.id}", error)

@@ -62,8 +62,10 @@ class Introduction:
     def _take_for(self, address: str, port: int) -> None:
         """Take the client for who it says, or is said, to be."""
         self.address, self.port = address, port
-        self._is_local = not address or identity.is_loopback(address)
-        self._is_allowed = not address or self._settings.allows(address)
+        # No address is nobody's: whoever has reset the connection by the time that we take it has none any more, and
+        # what it sent before can still be read.
+        self._is_local = identity.is_loopback(address)
+        self._is_allowed = self._settings.allows(address)
 
     # --- the connection ---------------------------------------------------------------------------------------
 
@@ -277,6 +279,8 @@ class Introduction:
             return Reply.of(503, "5.5.1 EHLO first")
         if not self._offers_auth:
             return Reply.of(538, "5.7.11 Encryption required for requested authentication mechanism")
+        if not argument:
+            raise SyntaxProblem(501, "5.5.4 Syntax: AUTH mechanism")
         mechanism, _, initial = argument.partition(" ")
         ask = {"PLAIN": self._plain, "LOGIN": self._login}.get(mechanism.upper())
         if ask is None:
@@ -315,6 +319,8 @@ class Introduction:
             line = await self._channel.read_line(self._settings.idle_timeout, AUTH_LINE)
             if line is None:
                 raise ClientGone
+            if not line:
+                raise SyntaxProblem(500, "5.5.6 Authentication exchange line is too long")
             initial = line.rstrip(b"\r\n").decode("ascii", "replace")
             if initial == "*":
                 raise SyntaxProblem(501, "5.7.0 Authentication cancelled")

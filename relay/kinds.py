@@ -258,6 +258,35 @@ def _read_redis_url(value: object) -> str:
     return text
 
 
+def sentinel_url(text: str) -> str:
+    """Return the URL of a Sentinel that is written host:port, host, or as a URL. Raises ValueError without the text."""
+    scheme, mark, rest = text.partition("://")
+    if not mark:
+        scheme, rest = "redis", text
+    if scheme not in {"redis", "rediss"}:
+        raise ValueError("expected redis:// or rediss://")
+    userinfo, at, place = rest.rpartition("@")
+    address, slash, options = re.fullmatch(r"([^/?]*)([/?]?)(.*)", place, re.DOTALL).groups()  # type: ignore[union-attr]
+    host, port = split_host_port(address, 26379)
+    if not host:
+        raise ValueError("expected a host")
+    host = f"[{host}]" if ":" in host else host
+    url = f"{scheme}://{userinfo}{at}{host}:{port}{slash}{options}"
+    parse_url(url)  # type: ignore[no-untyped-call]
+    return url
+
+
+def _read_sentinels(value: object) -> tuple[str, ...]:
+    expected = "Sentinels, each host:26379 or redis(s)://[user:password@]host:26379"
+    found = tuple(_items_of(value, expected))
+    for text in found:
+        try:
+            sentinel_url(text)
+        except ValueError:
+            raise ValueError(f"expected {expected}, not {quoted(text)}") from None
+    return found
+
+
 def _joined(values: Iterable[object]) -> str:
     return ", ".join(mask(str(v)) for v in values)
 
@@ -272,3 +301,4 @@ DOMAINS = Kind("domains", _read_domains, _joined)
 HOST_NAME = Kind("a host name", _read_host_name)
 PATH = Kind("a path", _read_path, lambda v: str(v) if v else "none")
 REDIS_URL = Kind("a Redis URL", _read_redis_url, mask)
+SENTINELS = Kind("Sentinels", _read_sentinels, _joined)

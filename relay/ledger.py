@@ -39,7 +39,7 @@ HEALTH = PREFIX + "health:"  # hash: the breaker as the worker sees it, and the 
 COUNTERS = PREFIX + "counters"  # hash name -> total
 OWNERS = PREFIX + "owners"  # hash owner -> "host state-dir process" of a relay process
 RECONCILER = PREFIX + "reconciler"  # lock of the reconciler
-IMPORTED = PREFIX + "imported:"  # zset id -> when: what came from one spool whose file may still be there
+IMPORTED = PREFIX + "imported:"  # zset id, or "file backup" -> when: came from one spool, its file may still be there
 PROBE = PREFIX + "probe"  # string, soon gone: can anything be written?
 
 _HISTORY = 20  # attempts kept per copy
@@ -51,10 +51,12 @@ def _script(name: str) -> str:
     return resources.files("relay").joinpath("lua", name + ".lua").read_text(encoding="utf-8")
 
 
+_STAGE = _script("stage")
 _RELEASE = _script("release")
 _DISCARD = _script("discard")
 _HOLD = _script("hold")
 _RESTAGE = _script("restage")
+_ADMIT = _script("admit")
 _UNSTAGE = _script("unstage")
 _REVIVE = _script("revive")
 _CLAIM = _script("claim")
@@ -140,13 +142,15 @@ class Staged(NamedTuple):
 class Released(NamedTuple):
     """A message that the primary accepted, for release to these backups.
 
-    ``recipients`` are its accepted addresses, noted on an uncertain twin with the same digest.
+    ``recipients`` are its accepted addresses, noted on an uncertain twin with the same digest. ``accepted_at`` is when
+    that was, by Redis's clock, for one that Redis hears of only later.
     """
 
     id: str
     destinations: tuple[str, ...]
     digest: str = ""
     recipients: tuple[str, ...] = ()
+    accepted_at: float = 0.0
 
 
 class Held(NamedTuple):
@@ -178,9 +182,8 @@ def register(pipe: Pipe, destinations: Iterable[Destination]) -> None:
 
 
 def stage(pipe: Pipe, messages: Sequence[Staged]) -> None:
-    """Write messages before the primary may see their dot. Within a MULTI: a body that nobody lists is a leak."""
-    pipe.zadd(STAGED, {m.id: m.deadline for m in messages})
-    pipe.mset({MESSAGE + m.id: m.record for m in messages})
+    """Write messages before the primary may see their dot."""
+    pipe.eval(_STAGE, 0, *(part for m in messages for part in (m.id, str(m.deadline), m.record)))
 
 
 def release(pipe: Pipe, messages: Sequence[Released]) -> None:
@@ -188,7 +191,7 @@ def release(pipe: Pipe, messages: Sequence[Released]) -> None:
     arguments: list[str] = []
     for m in messages:
         recipients = json.dumps(m.recipients) if m.digest else ""
-        arguments += (m.id, m.digest, recipients, str(len(m.destinations)), *m.destinations)
+        arguments += (m.id, m.digest, recipients, repr(m.accepted_at), str(len(m.destinations)), *m.destinations)
     pipe.eval(_RELEASE, 0, *arguments)
 
 
@@ -210,15 +213,42 @@ def probe(pipe: Pipe) -> None:
 def restage(pipe: Pipe, spool: str, messages: Sequence[tuple[str, bytes]]) -> None:
     """Bring messages in from the spool of that name, each once: a repetition after a crash does nothing.
 
-    To be followed by release or hold in the same MULTI. Result: how many were new.
+    To be followed by hold in the same MULTI. Result: how many were new.
     """
     pipe.eval(_RESTAGE, 0, IMPORTED + spool, *(part for pair in messages for part in pair))
+
+
+class Admitted(NamedTuple):
+    """A message that comes in from the file of that name, due at the backups that ``released`` names: perhaps some."""
+
+    file: str
+    record: bytes
+    released: Released
+
+
+def admit(pipe: Pipe, spool: str, messages: Sequence[Admitted]) -> None:
+    """Bring messages in as pending, each once for each backup, however often and with whichever others it is named.
+
+    Result: for each how many backups were new.
+    """
+    arguments: list[str | bytes] = []
+    for file, record, m in messages:
+        recipients = json.dumps(m.recipients) if m.digest else ""
+        arguments += (m.id, record, file, repr(m.accepted_at), m.digest, recipients)
+        arguments += (str(len(m.destinations)), *m.destinations)
+    pipe.eval(_ADMIT, 0, IMPORTED + spool, *arguments)
+
+
+def note_of(member: str) -> tuple[str, str]:
+    """Return file and backup of a note in ``IMPORTED``; of one about a whole message, its id and ""."""
+    file, _, destination = member.partition(" ")
+    return file, destination
 
 
 def unstage(pipe: Pipe, spool: str, ids: Sequence[str], *, strike: bool = False) -> None:
     """Forget what a stage may have left of messages that are in the spool of that name, or were brought in from it.
 
-    ``strike``: they are in Redis and their files are gone for good; their note of having been brought in goes too.
+    ``strike``: ``ids`` are notes of ``IMPORTED`` whose files are gone for good, and go too.
     """
     pipe.eval(_UNSTAGE, 0, IMPORTED + spool, "1" if strike else "0", *ids)
 

@@ -5,7 +5,22 @@ this module is imported (the command does that). What the ledger knows (pending,
 counted here but read at scrape time, in status.py. Updating a metric never fails a message.
 """
 
-from prometheus_client import Counter, Histogram
+import os
+
+from prometheus_client import Counter, Histogram, values
+
+_process = os.getpid()
+
+
+def _fork() -> None:
+    global _process  # noqa: PLW0603 - there is one in a process
+    _process = os.getpid()
+
+
+os.register_at_fork(after_in_child=_fork)
+if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+    # Its own way asks the kernel at every change which process this is, two dozen times a message.
+    values.ValueClass = values.MultiProcessValue(lambda: _process)  # type: ignore[no-untyped-call]
 
 connections = Counter("smtpdup_connections_total", "Client connections taken")
 connections_refused = Counter("smtpdup_connections_refused_total", "Client connections turned away at once")

@@ -16,15 +16,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from redis import Redis
-from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, BusyLoadingError
 from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import TimeoutError as NoAnswer
-from redis.retry import Retry
 
 from relay import embedded, ledger, spool, tables
 from relay.envelope import printable
-from relay.kinds import mask
+from relay.redis_clients import sync_client
 from relay.settings import Settings, describe
 from relay.tables import Column
 
@@ -39,18 +37,17 @@ class Trouble(Exception):
 @contextmanager
 def ledger_of(settings: Settings) -> Iterator[Redis]:
     """Connect to the Redis with the ledger. Raises Trouble when there is none, also in the middle."""
-    url = settings.redis.url or embedded.url(settings.state_dir)
-    seconds = max(30.0, settings.redis.timeout_seconds)  # an operator can wait for a busy one
-    with Redis.from_url(
-        url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=Retry(NoBackoff(), 0)
-    ) as connection:
+    server = settings.redis if settings.redis.url else settings.redis.at(embedded.url(settings.state_dir))
+    seconds = max(30.0, server.timeout_seconds)  # an operator can wait for a busy one
+    with sync_client(server, seconds, retries=0) as connection:
         try:
             yield connection
         except (AuthenticationError, BusyLoadingError, NoAnswer) as error:
-            raise Trouble(f"Redis at {mask(url)}: {printable(str(error))}") from error
+            raise Trouble(f"Redis at {server.shown}: {printable(str(error))}") from error
         except NoConnection as error:
             if settings.redis.url:
-                raise Trouble(f"no Redis at {mask(url)}: {printable(str(error))}; see redis.url") from error
+                option = "redis.sentinels" if server.sentinels else "redis.url"
+                raise Trouble(f"no Redis at {server.shown}: {printable(str(error))}; see {option}") from error
             raise Trouble(
                 f"no Redis: set redis.url, or start `smtp-dup up` with this --state-dir ({settings.state_dir})"
             ) from error
@@ -66,7 +63,7 @@ def check(settings: Settings, arguments: argparse.Namespace) -> int:
     shown = describe(settings)
     if not settings.redis.url and embedded.socket_path(settings.state_dir).exists():
         # `up` runs with this state folder: its Redis is the one that counts.
-        settings = replace(settings, redis=replace(settings.redis, url=embedded.url(settings.state_dir)))
+        settings = replace(settings, redis=settings.redis.at(embedded.url(settings.state_dir)))
     if arguments.json:
         for row in shown:
             tables.write_object({"kind": "setting", **row._asdict()})
@@ -119,8 +116,7 @@ def queue_summary(settings: Settings, arguments: argparse.Namespace) -> int:
         with ledger_of(settings) as connection:
             rows = ledger.summary(connection)
     except Trouble:
-        if not arguments.json:
-            _spool_summary(settings)
+        _spool_summary(settings, as_json=arguments.json)
         raise
     columns = [
         Column("destination", lambda r: r.destination),
@@ -131,22 +127,40 @@ def queue_summary(settings: Settings, arguments: argparse.Namespace) -> int:
         Column("delivered", lambda r: str(r.delivered), numbers=True),
         Column("state", lambda r: f"{r.state}: {r.reason}" if r.reason else r.state),
     ]
-    tables.write(rows, columns, as_json=arguments.json, nothing="No destination has been used yet.")
-    if not arguments.json:
-        _spool_summary(settings)
+    found = _spool(settings)
+    if arguments.json:
+        # Each line is a destination, as ever; the spool, which is this host's and no destination's, stands in all.
+        for row in rows:
+            waiting = found.backlogs.get(row.destination, 0)
+            tables.write_object({**tables.as_object(row), "spooled": waiting, "spool": tables.as_object(found)})
+        return 0
+    tables.write(rows, columns, as_json=False, nothing="No destination has been used yet.")
+    _spool_summary(settings, as_json=False)
     return 0
 
 
-def _spool_summary(settings: Settings) -> None:
+def _spool(settings: Settings) -> spool.Summary:
     try:
-        found = spool.summary(settings.spool.dir)
+        return spool.summary(settings.spool.dir)
     except OSError as error:
         raise Trouble(f"the spool cannot be read: {error}") from error
+
+
+def _spool_summary(settings: Settings, *, as_json: bool) -> None:
+    found = _spool(settings)
+    if as_json:
+        tables.write_object({"spool": tables.as_object(found)})
+        return
     if found.messages:
         age = tables.span(found.oldest_age_s)
         tables.write_line(f"This host's spool: {found.messages} messages, {found.bytes} bytes, the oldest {age} old.")
+    for name, count in found.backlogs.items():
+        tables.write_line(f"  {count} of them wait for {name} alone.")
     if found.corrupt:
         tables.write_line(f"Set aside as unreadable: {found.corrupt} files in {settings.spool.dir}/corrupt.")
+    if found.unfinished:
+        where = f"{settings.spool.dir}/unfinished"
+        tables.write_line(f"Half written at a crash, never acknowledged: {found.unfinished} files in {where}.")
 
 
 def queue_list(settings: Settings, arguments: argparse.Namespace) -> int:

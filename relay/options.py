@@ -22,6 +22,7 @@ from relay.kinds import (
     NETWORKS_OR_NONE,
     PATH,
     REDIS_URL,
+    SENTINELS,
     TEXT,
     Kind,
     choice,
@@ -61,6 +62,7 @@ SECTIONS = {
     "relay": "The primary server, whose answers the client hears, and the plain list of backups.",
     "redis": "Where copies wait. It must have appendonly yes, appendfsync always, maxmemory-policy noeviction.",
     "spool": "Files for the copies that Redis cannot take: it is down, full or slow.",
+    "storage": "How mail is stored, in Redis, in the spool and on the failed list.",
     "retry": "The schedule of a copy that a backup answered with 4xx.",
     "failed": "Copies that a backup refused, or that were given up.",
     "status": "HTTP with /healthz, /readyz and /metrics.",
@@ -119,7 +121,8 @@ OPTIONS: tuple[Option, ...] = (
            "Wait before the greeting; who talks first is sent away. 0: none."),
     Option("relay.destination_primary", DESTINATION, "", "",
            "The server that answers: host:port, or smtp://, smtps:// or lmtp://user:password@host:port (special "
-           "characters percent-encoded), with ?tls=none|opportunistic|encrypt|verify, ca_file=/path and "
+           "characters percent-encoded), with ?tls=none|opportunistic|encrypt|verify, ca_file=/path, "
+           "tls_certificate=/path and tls_key=/path (ours, where a server asks for one), and "
            "password_from=env:NAME or file:/path. Default ports: 25, 465, 24. Must be given.", "--primary"),
     Option("relay.destination_backups", DESTINATIONS, [], "",
            "The servers that get a copy, each written like the primary; in a variable comma-separated. A variable or "
@@ -138,10 +141,22 @@ OPTIONS: tuple[Option, ...] = (
            "redis://[:password@]host:6379/0, rediss://... or unix:///path. Empty: `smtp-dup up` starts its own.",
            "--redis"),
     Option("redis.timeout_seconds", duration(), 5, "seconds", "A write slower than this goes to the spool."),
+    Option("redis.sentinels", SENTINELS, [], "",
+           "Sentinels that say which Redis is the master now: host:26379, or redis(s)://[user:]password@host:26379 for "
+           "one that wants a password or TLS. redis.url then gives only user, password, database and TLS "
+           "(redis://user:password@/0, rediss://...?ssl_ca_certs=/path), not a host."),
+    Option("redis.service", TEXT, "mymaster", "", "What the Sentinels call this Redis."),
+    Option("redis.replicas", integer(0, 100), 0, "replicas",
+           "So many replicas must have a copy before it counts; else it goes to the spool too. 0: a failover can lose "
+           "what was just accepted."),
     Option("spool.dir", PATH, "<state_dir>/spool", "",
            'Folder of the spool, on a disk that outlives a restart. "none": no spool; relay.require_durable_copies '
            "must then be true."),
     Option("spool.min_free", size(), "1G", "bytes", "The spool stops growing when the disk has less than this left."),
+    Option("storage.key_file", PATH, "", "",
+           "Seal stored mail, envelope and body, with the first key of this file; the others open what they sealed. "
+           "`smtp-dup new-key FILE` makes it, or puts a new key in front. Relay and workers need the same keys. Read "
+           "again on SIGHUP."),
     Option("retry.first", duration(), "1m", "seconds", "Wait before the second try; it doubles from then on."),
     Option("retry.longest", duration(), "1h", "seconds", "The longest wait between two tries."),
     Option("retry.give_up", duration(), "5d", "seconds",
@@ -154,7 +169,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("log.format", choice("text", "json"), "text", "", "text for people, json for machines."),
     Option("workers.processes", integer(1, 1024), 1, "processes", "Worker processes for each backup."),
     Option("workers.batch", integer(1, 10_000), 100, "copies", "Copies in one job."),
-    Option("workers.connections", integer(1, 10_000), 20, "connections", "To one backup, from one worker process."),
+    Option("workers.connections", integer(0, 10_000), 0, "connections",
+           "To one backup, from one worker process, at most. 0: 20, and up to 40 where a round trip takes over 20 ms."),
 )
 
 BACKUP_FIELDS: tuple[Option, ...] = (
@@ -163,10 +179,12 @@ BACKUP_FIELDS: tuple[Option, ...] = (
     Option("domains", DOMAINS, [], "", "Only recipients in these domains are copied. Empty: all."),
     Option("sender", choice("keep", "null"), "keep", "", "null: copies carry the null sender, so nothing can bounce."),
     Option("soft_bounce", BOOLEAN, False, "", "Treat a refusal (5xx) as temporary, so that it is tried again."),
-    Option("connections", integer(1, 10_000), 20, "connections", "Default: workers.connections."),
+    Option("connections", integer(0, 10_000), 0, "connections", "Default: workers.connections."),
     Option("tls", choice("none", "opportunistic", "encrypt", "verify"), "opportunistic", "",
            "none, opportunistic, encrypt, or verify (the certificate too). With a password, encrypt is the default."),
     Option("ca_file", TEXT, "", "", "PEM file of the authorities that verify trusts. Empty: the system's."),
+    Option("tls_certificate", TEXT, "", "", "PEM file of our certificate, for a server that asks for one."),
+    Option("tls_key", TEXT, "", "", "PEM file of its key. Default: the certificate's file."),
     Option("password_from", TEXT, "", "", "env:NAME or file:/path instead of a password in the URL."),
 )
 # fmt: on

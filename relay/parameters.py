@@ -12,10 +12,12 @@ from collections.abc import Collection, Iterable, Mapping
 from relay.envelope import Reply, printable
 
 # A quoted local part may hold ">" and spaces; a source route is part of the path.
-_PATH = re.compile(r'\s*(?:<((?:"(?:[^"\\]|\\.)*"|[^<>"\s])*)>|([^<>\s]+))(?:\s+(.*?))?\s*$')
+_PATH = re.compile(r' *(?:<((?:"(?:[^"\\]|\\.)*"|[^<>" ])*)>|((?:"(?:[^"\\]|\\.)*"|[^<>" ])+))(?: +(.*))?$')
 _PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^\x00-\x20=\x7f][^\x00-\x20\x7f]*))?$")
 
 _SIZE = re.compile(r"[0-9]{1,20}")  # RFC 1870 3
+_CHUNK = re.compile(r" *([0-9]{1,20})(?: +(LAST))? *", re.IGNORECASE | re.ASCII)
+_WORD = re.IGNORECASE | re.ASCII  # without ASCII a long s is an S
 
 # Which extension carries which parameter. What is not here is answered 555 (RFC 5321 4.1.1.11).
 MAIL_EXTENSIONS: Mapping[str, str] = {
@@ -31,6 +33,23 @@ MAIL_EXTENSIONS: Mapping[str, str] = {
     "HOLDUNTIL": "FUTURERELEASE",
 }
 RCPT_EXTENSIONS: Mapping[str, str] = {"NOTIFY": "DSN", "ORCPT": "DSN"}
+
+# What a value looks like; "" is no value. The rest, xtext above all, is the primary's to judge: programs get that
+# wrong, and what goes through without us must go through with us.
+_VALUES: Mapping[str, re.Pattern[str]] = {
+    "SIZE": _SIZE,
+    "BODY": re.compile("7BIT|8BITMIME", _WORD),  # RFC 6152 2; BINARYMIME is not offered
+    "SMTPUTF8": re.compile(""),  # RFC 6531 3.4
+    "REQUIRETLS": re.compile(""),  # RFC 8689 2
+    "RET": re.compile("FULL|HDRS", _WORD),  # RFC 3461 4.3
+    "ENVID": re.compile(".+"),
+    "NOTIFY": re.compile("NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY)){0,2}", _WORD),  # 4.1
+    "ORCPT": re.compile("[^;]+;.+"),  # 4.2
+    "AUTH": re.compile(".+"),
+    "MT-PRIORITY": re.compile("0|-?[1-9]"),  # RFC 6710 4.2
+    "HOLDFOR": re.compile("[1-9][0-9]{0,8}"),  # RFC 4865 4.2
+    "HOLDUNTIL": re.compile("[0-9]{4}-.+"),
+}
 
 
 class SyntaxProblem(ValueError):
@@ -53,7 +72,7 @@ def parse_path(argument: str | None, keyword: str) -> tuple[str, tuple[str, ...]
     if not found:
         raise SyntaxProblem(501, syntax)
     quoted, bare, rest = found.groups()
-    parameters = tuple(rest.split()) if rest else ()
+    parameters = tuple(word for word in rest.split(" ") if word) if rest else ()
     for parameter in parameters:
         if not _PARAMETER.match(parameter):
             raise SyntaxProblem(501, "5.5.4 Malformed parameter")
@@ -93,14 +112,19 @@ def _number(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() else 0
 
 
-def refuse_unknown(parameters: Iterable[str], extensions: Mapping[str, str], offered: Collection[str]) -> None:
-    """Raise SyntaxProblem for a parameter whose extension was not offered (RFC 5321 4.1.1.11)."""
+def check(parameters: Collection[str], extensions: Mapping[str, str], offered: Collection[str]) -> None:
+    """Raise SyntaxProblem for a parameter not offered (RFC 5321 4.1.1.11), or with a value that means nothing."""
     for parameter in parameters:
-        name = parameter.partition("=")[0].upper()
+        name, _, text = parameter.partition("=")
+        name = name.upper()
         if extensions.get(name, "") not in offered:
             if name == "REQUIRETLS":
                 raise SyntaxProblem(550, "5.7.30 REQUIRETLS support required")  # RFC 8689 4.1
             raise SyntaxProblem(555, f"5.5.4 Parameter {name[:32]} not recognized or not offered")
+        if not _VALUES[name].fullmatch(text):
+            raise SyntaxProblem(501, f"5.5.4 Bad value of {name}")
+    if value(parameters, "HOLDFOR") is not None and value(parameters, "HOLDUNTIL") is not None:
+        raise SyntaxProblem(501, "5.5.4 HOLDFOR or HOLDUNTIL, not both")  # RFC 4865 5
 
 
 def carried(parameters: Iterable[str], extensions: Mapping[str, str], available: Mapping[str, str]) -> list[str]:
@@ -121,19 +145,15 @@ def carried(parameters: Iterable[str], extensions: Mapping[str, str], available:
 
 def parse_chunk(argument: str) -> tuple[int, bool]:
     """Read ``size [LAST]`` of BDAT (RFC 3030 2). Raises SyntaxProblem."""
-    words = argument.split()
-    is_last = len(words) == 2 and words[1].upper() == "LAST"
-    if not words or len(words) > 1 + is_last or not _SIZE.fullmatch(words[0]):
+    found = _CHUNK.fullmatch(argument)
+    if not found:
         raise SyntaxProblem(501, "5.5.4 Syntax: BDAT size [LAST]")
-    return int(words[0]), is_last
+    return int(found[1]), found[2] is not None
 
 
 def declared_size(parameters: Iterable[str]) -> int:
-    """Return the SIZE of a MAIL command, 0 without one. Raises SyntaxProblem."""
-    text = value(parameters, "SIZE")
-    if text is not None and not _SIZE.fullmatch(text):
-        raise SyntaxProblem(501, "5.5.4 SIZE must be a number")
-    return int(text or 0)
+    """Return the SIZE of a MAIL command, 0 without one."""
+    return int(value(parameters, "SIZE") or 0)
 
 
 def value(parameters: Iterable[str], name: str) -> str | None:

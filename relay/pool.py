@@ -113,6 +113,10 @@ class Pool:
                 self._leased.add(connection)
                 return connection
 
+    def can_go_on(self, connection: Connection) -> bool:
+        """Say whether a leased connection may carry another transaction before it is given back."""
+        return connection.transactions < self._max_transactions and self._out <= self._room() and not self._closed
+
     def give_back(self, connection: Connection) -> None:
         """Take a connection back, whatever its state: kept when it can be used again, else closed. Never raises."""
         if connection not in self._leased:

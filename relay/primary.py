@@ -9,6 +9,7 @@ state is never used again: what came next would be text of the message.
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -56,6 +57,8 @@ class Primary:
         self.pool = pool
         self.timeout = timeout
         self.final_timeout = final_timeout
+        # LMTP answers the dot for each recipient and SMTP once: with two of them the client could not be told.
+        self.most_recipients = 1 if destination.scheme == "lmtp" else sys.maxsize
         self.extensions: Mapping[str, str] | None = None
         self._probe: asyncio.Task[None] | None = None
         self._probed_at = -_PROBE_PAUSE

@@ -28,6 +28,7 @@ EX_USAGE = 2  # our convention for bad settings
 _FIRST_PAUSE = 0.1  # seconds before a restart, doubling
 _LONGEST_PAUSE = 10.0
 _HEALTHY = 10.0  # a child that lived for so long starts again with the first pause
+_ROSTER_EVERY = 3.0  # seconds between two looks at who else is needed
 _REPORT_EVERY = 10.0  # seconds between the lines that say who is still waited for
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 _PR_SET_PDEATHSIG = 1
@@ -96,6 +97,8 @@ class _Slot:
     started: float = 0.0  # monotonic
     due: float | None = None  # monotonic; None: not to be started
     pause: float = _FIRST_PAUSE
+    is_temporary: bool = False  # from the roster
+    is_leaving: bool = False  # told to stop, since the roster has it no more
 
 
 @dataclass(slots=True)
@@ -103,16 +106,20 @@ class Supervisor:
     """Keeps ``children`` running until a signal; see the module's words. Call ``run`` once, in the main thread.
 
     ``drain_seconds`` bounds the drain of one stage; what is still there then is killed and the status is 1.
+    ``roster`` is asked every few seconds which further children there should be: they are started, and stopped when it
+    does not name them any more. None from it changes nothing. It must not raise, nor take long.
     """
 
     children: Sequence[Child]
     drain_seconds: float = 900.0  # longer than the 10 minutes for which a server may answer a final dot
     on_ready: Callable[[], None] | None = None
+    roster: Callable[[], Sequence[Child] | None] | None = None
     _slots: list[_Slot] = field(init=False, default_factory=list)
     _wakeup: tuple[int, int] = field(init=False, default=(-1, -1))
     _at_terminal: bool = field(init=False, default_factory=lambda: os.isatty(0))
     _stopping: signal.Signals | None = field(init=False, default=None)
     _status: int = field(init=False, default=0)
+    _next_look: float = field(init=False, default=0.0)  # monotonic
 
     def run(self) -> int:
         """Start the children, keep them running, stop them in order. Returns the exit status.
@@ -138,10 +145,30 @@ class Supervisor:
 
     def _keep_running(self) -> None:
         while self._stopping is None and any(s.process or s.due is not None for s in self._slots):
-            due = min((s.due for s in self._slots if s.due is not None), default=None)
-            self._wait(due)
+            times = [s.due for s in self._slots if s.due is not None]
+            if self.roster:
+                times.append(self._next_look)
+            self._wait(min(times, default=None))
             self._reap()
+            self._call_the_roster()
             self._start_due()
+
+    def _call_the_roster(self) -> None:
+        """Make places for the further children that are needed now, and stop those that are not."""
+        if self.roster is None or self._stopping is not None or time.monotonic() < self._next_look:
+            return
+        wanted = self.roster()
+        self._next_look = time.monotonic() + _ROSTER_EVERY
+        if wanted is None:
+            return
+        names = {child.name for child in wanted}
+        leaving = [s for s in self._slots if s.is_temporary and not s.is_leaving and s.child.name not in names]
+        for slot in leaving:
+            slot.is_leaving, slot.due = True, None
+        _signal(leaving, signal.SIGTERM)
+        self._slots = [s for s in self._slots if s.process or not s.is_leaving]
+        here = {slot.child.name for slot in self._slots}
+        self._slots += [_Slot(child, due=0.0, is_temporary=True) for child in wanted if child.name not in here]
 
     def _start_due(self, *, first: bool = False) -> None:
         for slot in self._slots:
@@ -180,6 +207,8 @@ class Supervisor:
             if self._stopping is not None:
                 log = logger.debug if status in {0, -signal.SIGTERM} else logger.warning
                 log("{} (process {}) {}", slot.child.name, pid, how)
+            elif slot.is_leaving:
+                logger.info("{} (process {}) {}: it was not needed any more", slot.child.name, pid, how)
             elif status == EX_USAGE:
                 logger.error("{} (process {}) {}: stopping, a restart cannot help", slot.child.name, pid, how)
                 self._stop(signal.SIGTERM, EX_USAGE)
@@ -327,10 +356,15 @@ class Supervisor:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
         except BaseException:  # the last border of this process
             logger.exception("{} failed", child.name)
-        with suppress(Exception):  # a closed stdout must not change the status
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status & 0xFF)
+        finally:
+            # A signal that a child answers with SystemExit may come even now: it must not get out of here, into what
+            # is the supervisor's own code.
+            try:
+                signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:  # a closed stdout must not change the status
+                os._exit(status & 0xFF)
 
     def _become_child(self) -> None:
         signal.set_wakeup_fd(-1)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from relay import ledger
-from relay.envelope import Destination, Envelope, MalformedRecord, Message
+from relay.envelope import Destination, Envelope, LockedRecord, MalformedRecord, Message
 from relay.ledger import CopyState
 
 PAGE = 1000
@@ -68,7 +68,9 @@ def envelopes(connection: Any, ids: Sequence[str]) -> list[Envelope | None]:
         longer = []
         for n, record in zip(wanted, records, strict=True):
             try:
-                found[n] = Message.unpack_envelope(record)
+                found[n] = Message.unpack_envelope(record, ids[n])
+            except LockedRecord:
+                continue
             except MalformedRecord:
                 if len(record) == octets:
                     longer.append(n)
@@ -87,7 +89,7 @@ def message(connection: Any, message_id: str) -> Message:
     record = b"".join(chunks)
     if not record:
         raise UnknownId(f"no message {message_id!r}")
-    return Message.unpack(record)
+    return Message.unpack(record, message_id)
 
 
 def addressees(envelope: Envelope | None, destination: Destination, state: CopyState) -> tuple[str, ...]:

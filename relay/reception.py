@@ -22,6 +22,7 @@ _HEADER_BYTES = Reply.of(552, "5.3.4 The header is larger than this relay takes"
 _HEADERS = Reply.of(552, "5.3.4 The message has more header fields than this relay takes")
 _LOOP = Reply.of(554, "5.4.6 Too many hops, mail forwarding loop")
 _AT_ONCE = 64 << 10  # octets of a body that wait for the dot
+_BLANKS = (b" ", b"\t")
 _OWN_LINES_LIMIT = 5  # Received lines of our own: a forward that lawfully comes back passes
 
 
@@ -51,7 +52,7 @@ class Reception:
         self._ends = LineEnds(refuse=settings.bare_newline == "refuse", stuffed=stuffed)
         self._stuffing = None if stuffed else Stuffing()
         self._lines = LongestLine(settings.max_line_bytes) if settings.max_line_bytes else None
-        self._kept = [trace]
+        self._kept: list[bytes] = []  # what it has; in blocks, since a piece may be an octet and its object fifty
         self._last = trace  # what the primary has not got yet: the end of the body leaves with the dot, in one write
         self._octets = 0  # as counted in our seat
         self.refusal: Reply | None = None
@@ -67,7 +68,7 @@ class Reception:
         if self._stuffing is not None and self.refusal is None:
             await self._pass_on(self._ends.finish())
         self._transaction.hold(self._last)
-        body = b"".join(self._kept)
+        body = b"".join((*self._kept, self._last))
         if self.refusal is None:
             self.refusal = self._fault_of_header(body)
         if self.refusal is not None:
@@ -83,12 +84,15 @@ class Reception:
     async def _pass_on(self, piece: bytes) -> None:
         if self._stuffing is not None:
             piece = self._stuffing.feed(piece)
+        if piece[:1] in _BLANKS and not self._octets:
+            # No header begins like this: it would go on with our Received line. An empty line as Postfix puts there.
+            piece = b"\r\n" + piece
         self.refusal = _BARE_NEWLINE if self._ends.refused else self._too_much(piece)
         if self.refusal is None and piece:
-            self._kept.append(piece)
             if len(self._last) + len(piece) <= _AT_ONCE:
                 self._last += piece
             else:
+                self._kept.append(self._last)
                 self.refusal = await self._transaction.write([self._last])
                 self._last = piece
         if self.refusal is not None:
@@ -96,7 +100,7 @@ class Reception:
 
     def _give_up(self) -> None:
         self._transaction.abandon()
-        self._kept = []
+        self._kept, self._last = [], b""
 
     def _too_much(self, piece: bytes) -> Reply | None:
         """Count what is kept of the message; says so when that is more than it or the house may have."""
@@ -112,11 +116,15 @@ class Reception:
         return None
 
     def _fault_of_header(self, body: bytes) -> Reply | None:
-        settings = self._settings
         block = headers.header_block(body)
+        fault = self._fault_of_block(block)
+        return fault and self._fault_of_block(headers.fields_only(block))  # looked at closely only when it matters
+
+    def _fault_of_block(self, block: bytes) -> Reply | None:
+        settings = self._settings
         if settings.max_header_bytes and len(block) > settings.max_header_bytes:
             return _HEADER_BYTES
-        if headers.count_fields(block) > settings.max_headers:
+        if headers.count_fields(block) - 1 > settings.max_headers:  # one is ours
             return _HEADERS
         hops, own = headers.count_hops(block, settings.domain)
         if hops - 1 > settings.max_hops or own - 1 > _OWN_LINES_LIMIT:

@@ -188,10 +188,18 @@ def _digest(connection: Redis, message_id: str) -> str:
 
 def _set_aside(connection: Redis, message_id: str) -> None:
     if connection.exists(ledger.MESSAGE + message_id):
-        maillog.notice("error", "unreadable message", id=message_id)
+        maillog.notice("error", "unreadable message", id=message_id, reason=_why(connection, message_id))
         connection.zadd(ledger.UNCERTAIN, {message_id: ledger.now(connection) + _SET_ASIDE}, xx=True)
     else:
         maillog.body_missing(message_id, "")
         with connection.pipeline(transaction=True) as pipe:
             ledger.discard(pipe, [message_id])
             pipe.execute()
+
+
+def _why(connection: Redis, message_id: str) -> str:
+    try:
+        reading.message(connection, message_id)
+    except (UnknownId, MalformedRecord) as error:
+        return str(error)
+    return "it can be read now"

@@ -35,6 +35,9 @@ class ReplyParser:
 
     def feed(self, data: bytes) -> Iterator[Reply]:
         """Yield the replies that are complete with these octets. Raises ValueError, after those before the fault."""
+        if (reply := self._single(data)) is not None:
+            yield reply
+            return
         if self._tail:
             self._tail += data
             if b"\n" not in data:  # only the new octets are looked at: many tiny packets stay linear
@@ -61,6 +64,15 @@ class ReplyParser:
         if reply is None and self._lines:
             reply, self._lines = Reply(int(self._code), tuple(self._lines)), []
         return reply
+
+    def _single(self, data: bytes) -> Reply | None:
+        """Read what nearly all packets are: one reply of one plain line, whole."""
+        if data[3:4] != b" " or data[-2:] != b"\r\n" or len(data) > _LINE_KEPT or not self.is_between:
+            return None
+        code, text = data[:3], data[4:-2]
+        if not code.isdigit() or not text.isascii() or not (words := text.decode("ascii")).isprintable():
+            return None
+        return Reply(int(code), (words,))
 
     def _line(self, line: bytes) -> Reply | None:
         if line.endswith(b"\r"):

@@ -8,13 +8,13 @@ from __future__ import annotations
 import ipaddress
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from relay.envelope import Destination
-from relay.kinds import PATH, Network, listen_addresses
+from relay.kinds import PATH, Network, listen_addresses, mask, sentinel_url
 from relay.options import OPTIONS
 
 
@@ -109,10 +109,36 @@ class RelaySettings:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class RedisSettings:
-    """Where copies wait; the URL may hold a password, so it is not in repr."""
+    """Where copies wait; the URLs may hold passwords, so they are not in repr."""
 
-    url: str  # "": the embedded one, which only `up` starts
+    url: str  # "": the embedded one, which only `up` starts; with Sentinels its host means nothing
     timeout_seconds: float
+    sentinels: tuple[str, ...] = ()  # as they were written
+    service: str = "mymaster"
+    replicas: int = 0
+
+    @property
+    def sentinel_urls(self) -> tuple[str, ...]:
+        return tuple(sentinel_url(text) for text in self.sentinels)
+
+    @property
+    def sentinel_addresses(self) -> tuple[str, ...]:
+        """host:port of each Sentinel, without its password."""
+        return tuple(
+            mask(text).partition("://")[2].rpartition("@")[2].partition("/")[0].partition("?")[0]
+            for text in self.sentinel_urls
+        )
+
+    @property
+    def shown(self) -> str:
+        """What a person reads: the URL without its password, or the service and its Sentinels."""
+        if self.sentinels:
+            return f"{self.service} of the Sentinels {', '.join(self.sentinel_addresses)}"
+        return mask(self.url)
+
+    def at(self, url: str) -> RedisSettings:
+        """Return the same with another URL: the embedded Redis has one that no setting names."""
+        return replace(self, url=url) if url else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +147,13 @@ class SpoolSettings:
 
     dir: Path | None  # None: no spool
     min_free: int
+
+
+@dataclass(frozen=True, slots=True)
+class StorageSettings:
+    """How copies are stored, wherever they are."""
+
+    key_file: Path | None  # None: as they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +209,7 @@ class Settings:
     relay: RelaySettings
     redis: RedisSettings
     spool: SpoolSettings
+    storage: StorageSettings
     retry: RetrySettings
     failed: FailedSettings
     status: StatusSettings
@@ -199,6 +233,7 @@ PARTS: dict[str, type] = {
     "relay": RelaySettings,
     "redis": RedisSettings,
     "spool": SpoolSettings,
+    "storage": StorageSettings,
     "retry": RetrySettings,
     "failed": FailedSettings,
     "status": StatusSettings,
@@ -234,5 +269,9 @@ def _in_words(backup: Destination) -> str:
     words = [f"{backup.scheme}://{user}{backup.address}", f"tls={backup.tls}", f"sender={backup.sender}"]
     words += [f"connections={backup.connections}"]
     words += ["soft_bounce"] * backup.soft_bounce
-    words += [f"{name}={value}" for name in ("ca_file", "password_from") if (value := getattr(backup, name))]
+    words += [
+        f"{name}={value}"
+        for name in ("ca_file", "tls_certificate", "password_from")
+        if (value := getattr(backup, name))
+    ]
     return " ".join([*words, *(f"domains={','.join(backup.domains)}" for _ in backup.domains[:1])])

@@ -16,13 +16,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import redis.asyncio
 import uvloop
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
-from redis.retry import Retry
 
-from relay import ledger, maillog, recovery
+from relay import ledger, maillog, passed, recovery, sealing
 from relay.credentials import Credentials
 from relay.dispatch import Dispatcher
 from relay.envelope import IdSource
@@ -32,6 +29,7 @@ from relay.occupancy import Occupancy, Seat
 from relay.pool import Pool
 from relay.primary import Primary
 from relay.processes import ChildContext
+from relay.redis_clients import async_client, sync_client
 from relay.session import Front
 from relay.settings import Settings
 from relay.spool import Spool
@@ -52,25 +50,37 @@ class Place:
     sockets: Sequence[socket.socket]
     seat: Seat
     plain: int  # so many of the sockets are plain at first; the others begin with TLS
+    ours: bool = True  # bound by us; else systemd's, which go on listening when we end
 
 
 def listen(settings: Settings) -> list[Place]:
-    """Bind every listening address once per relay process. Raises OSError with the setting or address in its text."""
+    """Bind every listening address once per relay process, or share what systemd has bound among all of them.
+
+    Raises OSError with the setting or address in its text, and passed.NotAsSet.
+    """
     Credentials.load(settings.smtp)  # each process loads them again; what is wrong with them must show here
     plain = [found for host, port in settings.smtp.addresses for found in _resolve(host, port)]
-    addresses = plain + [found for host, port in settings.smtp.tls_addresses for found in _resolve(host, port)]
+    tls = [found for host, port in settings.smtp.tls_addresses for found in _resolve(host, port)]
+    if from_systemd := passed.take(os.environ):
+        sockets, plain_count = passed.match(from_systemd, plain, tls)
+        return [Place(sockets, seat, plain_count, ours=False) for seat in _seats(settings)]
+    addresses = plain + tls
     for family, address in addresses:
         # SO_REUSEPORT would let a second smtp-dup share the port in silence: one bind without it finds out.
         _bind(family, address, share=False).close()
-    count = settings.smtp.process_count
-    occupancy = Occupancy(count)
     return [
-        Place([_bind(family, address, share=True) for family, address in addresses], occupancy.seat(n), len(plain))
-        for n in range(count)
+        Place([_bind(family, address, share=True) for family, address in addresses], seat, len(plain))
+        for seat in _seats(settings)
     ]
 
 
-def _resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple[str, int]]]:
+def _seats(settings: Settings) -> list[Seat]:
+    count = settings.smtp.process_count
+    occupancy = Occupancy(count)
+    return [occupancy.seat(n) for n in range(count)]
+
+
+def _resolve(host: str, port: int) -> list[passed.Address]:
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
@@ -104,20 +114,6 @@ def place_of(settings: Settings, redis_url: str) -> str:
     """
     host = "" if redis_url.startswith("unix:") else f"{socket.gethostname()} "
     return f"{host}{settings.state_dir.absolute()}"
-
-
-def async_client(url: str, seconds: float) -> redis.asyncio.Redis:
-    """Return an async Redis client: one silent reconnect, no endless retries, every answer within the time."""
-    return redis.asyncio.Redis.from_url(
-        url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=Retry(NoBackoff(), 1)
-    )
-
-
-def sync_client(url: str, seconds: float) -> redis.Redis:
-    """Return a blocking Redis client under the same rules."""
-    return redis.Redis.from_url(
-        url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=Retry(NoBackoff(), 1)
-    )
 
 
 async def _for_ever(task: Callable[[], Awaitable[None]]) -> None:
@@ -154,13 +150,16 @@ class _Relay:
             connect_timeout=settings.relay.timeout_seconds,
             limit=share,
         )
-        self._redis = async_client(redis_url, seconds)
-        self._bulk = async_client(redis_url, max(seconds, 30.0))
-        self._jobs = sync_client(redis_url, seconds)
-        self._dispatcher = Dispatcher(self._jobs)
+        server = settings.redis.at(redis_url)
+        self._redis = async_client(server, seconds, confirmed=True)
+        self._bulk = async_client(server, max(seconds, 30.0), confirmed=True)
+        self._jobs = sync_client(server, seconds)
+        self._dispatcher = Dispatcher(self._redis, processes=settings.smtp.process_count)
         self._pool = pool
-        self._probe = async_client(redis_url, seconds)
-        self._watch = Watch(self._probe, seconds=seconds, processes=settings.smtp.process_count)
+        self._probe = async_client(server, seconds)
+        self._watch = Watch(
+            self._probe, seconds=seconds, processes=settings.smtp.process_count, replicas=server.replicas
+        )
         ids = IdSource()
         folder = settings.spool.dir
         self._spool = Spool(folder, ids.owner, settings.spool.min_free) if folder else None
@@ -207,6 +206,7 @@ class _Relay:
         loop.add_signal_handler(signal.SIGINT, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         self._place.seat.take()
+        self._reload_keys()
         if self._spool:
             try:
                 await self._spool.open()
@@ -228,9 +228,9 @@ class _Relay:
         await self._stop.wait()
         maillog.stopping("relay", clients=len(self._front.sessions))
         self._front.stopping = True
-        for sock in self._place.sockets:
+        for sock in self._place.sockets if self._place.ours else ():
             with contextlib.suppress(OSError):
-                # The supervisor holds it too: only a shutdown has new clients refused at once.
+                # The supervisor holds it too: only a shutdown has new clients refused at once. At systemd's they wait.
                 sock.shutdown(socket.SHUT_RDWR)
         for server in servers:
             server.close()
@@ -245,13 +245,25 @@ class _Relay:
         maillog.stopped("relay")
 
     def _reload(self) -> None:
-        """Read certificate and users again, for the connections to come; what cannot be used changes nothing."""
+        """Read certificate, users and keys again, for what is to come; what cannot be used changes nothing."""
         try:
             self._front.credentials = Credentials.load(self._settings.smtp)
         except OSError as error:
             maillog.notice("error", "not reloaded", reason=str(error))
         else:
             maillog.notice("info", "certificate and users reloaded")
+        self._reload_keys()
+
+    @staticmethod
+    def _reload_keys() -> None:
+        """Read the key file again. Also at our start: the supervisor that forked us read it once, perhaps long ago."""
+        try:
+            sealing.reload()
+        except sealing.BadKeyFile as error:
+            maillog.notice("error", "not reloaded", reason=f"storage.key_file: {error}")
+        else:
+            if (ring := sealing.ring()) is not None:
+                maillog.notice("info", "storage.key_file", mail=ring.words)
 
     async def _introduce(self) -> None:
         """Tell the ledger who we are and where copies go; take over what our dead predecessors had staged."""

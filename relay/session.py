@@ -29,10 +29,10 @@ from relay.parameters import (
     RCPT_EXTENSIONS,
     SyntaxProblem,
     carried,
+    check,
     declared_size,
     parse_chunk,
     parse_path,
-    refuse_unknown,
     value,
 )
 from relay.primary import NoReply, Primary, Transaction
@@ -118,7 +118,7 @@ class Session:
                 reply = await self._answer(line)
                 if reply is not None:
                     await channel.push(reply)
-                    if self._over or reply.code in (221, 421):
+                    if self._over or reply.code == 421:
                         break
                 if front.stopping and self._transaction is None:
                     await channel.push(_SHUTDOWN)
@@ -227,6 +227,7 @@ class Session:
 
     async def _quit(self, argument: str) -> Reply:
         _nothing_after("QUIT", argument)
+        self._over = True
         return Reply.of(221, "2.0.0 Bye")
 
     async def _vrfy(self, argument: str) -> Reply:
@@ -245,10 +246,8 @@ class Session:
             return self._out_of_order(Reply.of(503, "5.5.1 Nested MAIL command"))
         self._refused = True  # until it is not
         sender, given = parse_path(argument, "FROM")
-        refuse_unknown(given, MAIL_EXTENSIONS, client.offered)
+        check(given, MAIL_EXTENSIONS, client.offered)
         size = declared_size(given)
-        if (value(given, "BODY") or "7BIT").upper() not in ("7BIT", "8BITMIME"):
-            raise SyntaxProblem(501, "5.5.4 BODY must be 7BIT or 8BITMIME")
         if (refusal := client.objection()) is not None:
             maillog.command_refused(client.address, "MAIL", refusal)
             return refusal
@@ -275,13 +274,13 @@ class Session:
         if self._reception is not None:
             return self._out_of_order(_IN_CHUNKS)
         address, given = parse_path(argument, "TO")
-        refuse_unknown(given, RCPT_EXTENSIONS, self._client.offered)
+        check(given, RCPT_EXTENSIONS, self._client.offered)
         recipient = Recipient(address, given)
         if not address:
             raise SyntaxProblem(501, "5.1.3 A recipient needs an address")
-        if self._settings.allowed_domains and recipient.domain not in self._settings.allowed_domains:
+        if not self._is_for_us(recipient):
             reply = Reply.of(554, "5.7.1 Relaying to this domain is not allowed")
-        elif len(self._recipients) >= self._settings.max_recipients:
+        elif len(self._recipients) >= min(self._settings.max_recipients, self._front.primary.most_recipients):
             reply = Reply.of(452, "4.5.3 Too many recipients")
             self._excess += 1
             self._bad += self._excess > _EXCESS_LIMIT
@@ -295,6 +294,17 @@ class Session:
         if not reply.is_positive:
             maillog.command_refused(self._client.address, f"RCPT <{address}>", reply)
         return reply
+
+    def _is_for_us(self, recipient: Recipient) -> bool:
+        """Whether mail for this recipient is relayed; Postmaster needs no domain (RFC 5321 4.5.1).
+
+        A local part that holds a route would be sent on by a primary that trusts us: then we were an open relay.
+        """
+        allowed = self._settings.allowed_domains
+        if not allowed or recipient.address.lower() == "postmaster":
+            return True
+        local = recipient.address.rpartition("@")[0]
+        return recipient.domain in allowed and not any(mark in local for mark in "@%!")
 
     # --- a message --------------------------------------------------------------------------------------------
 

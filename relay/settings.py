@@ -242,6 +242,8 @@ class _Loader:
             values.setdefault(option.key, option.kind.read(option.default))
         if values["state_dir"] is None:
             values["state_dir"] = default_state_dir(self.environ)
+        if values["redis.sentinels"] and not values["redis.url"]:
+            values["redis.url"] = "redis://"
         written = self.given.get("spool.dir", _Given(BY_KEY["spool.dir"].default, "")).value
         if isinstance(written, str) and written.startswith("<state_dir>"):
             values["spool.dir"] = Path(str(values["state_dir"]) + written.removeprefix("<state_dir>"))
@@ -301,6 +303,10 @@ class _Loader:
             self._wrong("retry.longest", "expected no more than retry.give_up")
         if values["spool.dir"] is None and not values["relay.require_durable_copies"]:
             self._wrong("spool.dir", "without a spool relay.require_durable_copies must be true")
+        if values["redis.sentinels"] and values["redis.url"].startswith("unix:"):
+            self._wrong("redis.url", "with redis.sentinels it must be redis:// or rediss://")
+        if values["redis.replicas"] and not values["redis.url"]:
+            self._wrong("redis.replicas", "the embedded Redis has none; set redis.url or redis.sentinels")
         for host, port in listen_addresses(values["status.listen"]):
             if is_own_address(host or "127.0.0.1", port, _own_addresses(values)):
                 self._wrong("status.listen", "is the same address as smtp.listen")

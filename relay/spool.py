@@ -5,8 +5,10 @@
     messages/<id>-<octets>.ready    the primary accepted: its copies are due
     messages/<id>-<octets>.held     no reply from the primary: uncertain
     messages/<id>.release, .discard notes about a message in Redis, which Redis could not be told
+    backlog/<backup>/<id>-...ready  the same file (a hard link), once only that backup's copy is still to come in
     owners/<owner>                  flock'd by the living relay process of that name, so that a SIGKILL frees it
     corrupt/                        what cannot be read, set aside for a person
+    unfinished/                     half written when a process was killed: nobody was promised anything
 
 A change is a rename in one folder, durable after the fsync of that folder, which many changes share. A write
 that cannot be durable (disk full, ``min_free``, I/O error) raises OSError. Nothing here blocks the event loop.
@@ -22,9 +24,10 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote, unquote
 
 from relay import owners
 from relay.ledger import Released
@@ -48,12 +51,14 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The spool at a glance."""
+    """The spool at a glance. ``backlogs`` counts the copies of those backups that alone are waited for."""
 
     messages: int = 0
     bytes: int = 0
     oldest_age_s: float = 0.0
     corrupt: int = 0
+    unfinished: int = 0
+    backlogs: dict[str, int] = field(default_factory=dict)
 
 
 def messages(folder: Path) -> Path:
@@ -61,10 +66,29 @@ def messages(folder: Path) -> Path:
     return folder / "messages"
 
 
+def backlog(folder: Path, destination: str) -> Path:
+    """Return the folder of what waits for one backup alone."""
+    return folder / "backlog" / f"to-{quote(destination, safe='')}"
+
+
+def backlogs(folder: Path) -> list[str]:
+    """Return the backups that have, or had, such a folder. Raises OSError."""
+    return sorted(unquote(name.removeprefix("to-")) for name in names(folder / "backlog"))
+
+
+def names(folder: Path) -> list[str]:
+    """Return what is in a folder, in no order; nothing where there is none. Raises OSError."""
+    try:
+        with os.scandir(folder) as found:
+            return [file.name for file in found if not file.name.startswith(".")]
+    except FileNotFoundError:
+        return []
+
+
 def prepare(folder: Path) -> None:
     """Make the folders, private to us. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for name in ("messages", "owners", "corrupt"):
+    for name in ("messages", "backlog", "owners", "corrupt", "unfinished"):
         (folder / name).mkdir(exist_ok=True, mode=0o700)
     for changed in (folder, folder.parent):
         sync(changed)
@@ -81,12 +105,11 @@ def sync(folder: Path) -> None:
 
 def scan(folder: Path) -> list[Entry]:
     """Return every file of ``messages``, oldest first: ids are ordered by time. Raises OSError."""
-    with os.scandir(messages(folder)) as found:
-        entries = [_entry(file.name) for file in found if not file.name.startswith(".")]
-    return sorted(entries)
+    return sorted(entry_of(name) for name in names(messages(folder)))
 
 
-def _entry(name: str) -> Entry:
+def entry_of(name: str) -> Entry:
+    """Read a file's name."""
     stem, _, state = name.rpartition(".")
     message_id, _, size = stem.partition("-")
     if state in _NOTES and not size:
@@ -100,17 +123,22 @@ def summary(folder: Path | None) -> Summary:
     """Count what is in a spool; one that is off or was never used is empty. Raises OSError."""
     if folder is None:
         return Summary()
-    try:
-        waiting = [e for e in scan(folder) if e.state in {STAGED, READY, HELD}]
-    except FileNotFoundError:
-        return Summary()
+    waiting = {e: messages(folder) for e in scan(folder) if e.state in {STAGED, READY, HELD}}
+    counts: dict[str, int] = {}
+    for backup in backlogs(folder):
+        place = backlog(folder, backup)
+        entries = [entry_of(name) for name in names(place)]
+        if entries:
+            counts[backup] = len(entries)
+        # Two links to one file are one message: what several backups wait for is counted once.
+        waiting |= dict.fromkeys(entries, place)
     age = 0.0
-    for entry in waiting:
+    for entry in sorted(waiting):
         with contextlib.suppress(FileNotFoundError):  # it has just been moved into the ledger
-            age = max(0.0, time.time() - (messages(folder) / entry.name).stat().st_mtime)
+            age = max(0.0, time.time() - (waiting[entry] / entry.name).stat().st_mtime)
             break
-    corrupt = sum(1 for _ in (folder / "corrupt").iterdir())
-    return Summary(len(waiting), sum(e.size for e in waiting), round(age, 1), corrupt)
+    corrupt, unfinished = (len(names(folder / name)) for name in ("corrupt", "unfinished"))
+    return Summary(len(waiting), sum(e.size for e in waiting), round(age, 1), corrupt, unfinished, counts)
 
 
 # One process's side -------------------------------------------------------------------------------------------

@@ -30,22 +30,22 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
-from redis import Redis
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
-from redis.retry import Retry
 
 from relay import ledger, maillog, spool
 from relay.check import Finding, probe_redis
 from relay.occupancy import Seat
 from relay.processes import ChildContext
-from relay.sections import Settings
+from relay.redis_clients import sync_client
+from relay.sections import RedisSettings, Settings
 
 _HEAD_LIMIT = 8192  # octets of request line and headers
 _SECONDS = 5.0  # for a request's head, and for each write of the answer
 _AT_ONCE = 32
 _PORT_SECONDS = 3.0  # for a greeting on the relay's port
 _SPOOL = "spool"
+_SPOOLED = {"redis", "redis replicas"}  # trouble with these sends copies to the spool
+_ABOUT_FAILOVER = ("sentinel ", "replica ")  # mail goes on as long as the master does
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  (where to reach such a listener)
 
 
@@ -86,7 +86,7 @@ def serve(
 ) -> int:
     """Answer until SIGTERM; the ``run`` of a supervisor's child. With a relay's ``seat`` its port is watched too."""
     maillog.configure(settings.log.level, settings.log.format, context.name)
-    collectors = [LedgerCollector(redis_url, settings.redis.timeout_seconds), *_relay_collectors(settings, seat)]
+    collectors = [LedgerCollector(settings.redis.at(redis_url)), *_relay_collectors(settings, seat)]
     answers = {
         "/healthz": lambda: Answer(HTTPStatus.OK, "text/plain; charset=utf-8", b"ok\n"),
         "/readyz": lambda: ready(readiness(settings, redis_url, relaying=seat is not None)),
@@ -118,7 +118,11 @@ def ready(findings: list[Finding]) -> Answer:
     a reason: nothing goes to the spool then.
     """
     can_spool = any(f.subject == _SPOOL and f.ok for f in findings)
-    warnings = [f for f in findings if not f.ok and f.subject == "redis" and can_spool]
+    warnings = [
+        f
+        for f in findings
+        if not f.ok and ((f.subject in _SPOOLED and can_spool) or f.subject.startswith(_ABOUT_FAILOVER))
+    ]
     reasons = [f for f in findings if not f.ok and f not in warnings]
     content = {
         "ready": not reasons,
@@ -209,14 +213,20 @@ class SpoolCollector(Collector):
         yield GaugeMetricFamily("smtpdup_spool_oldest_seconds", text, value=found.oldest_age_s)
         text = "Files that were set aside because they cannot be read"
         yield GaugeMetricFamily("smtpdup_spool_corrupt", text, value=found.corrupt)
+        text = "Files that a crash left half written: nobody was promised anything"
+        yield GaugeMetricFamily("smtpdup_spool_unfinished", text, value=found.unfinished)
+        text = "Copies in the spool that wait for this backup alone"
+        backlogs = GaugeMetricFamily("smtpdup_spool_backlog", text, labels=["destination"])
+        for name, count in found.backlogs.items():
+            backlogs.add_metric([name], count)
+        yield backlogs
 
 
 class LedgerCollector(Collector):
     """What the ledger says at scrape time, so that no process has to keep count of it."""
 
-    def __init__(self, redis_url: str, seconds: float) -> None:
-        self._url = redis_url
-        self._seconds = seconds
+    def __init__(self, server: RedisSettings) -> None:
+        self._server = server
 
     def collect(self) -> Iterator[Metric]:
         rows = self._rows()
@@ -242,12 +252,8 @@ class LedgerCollector(Collector):
         yield counter
 
     def _rows(self) -> list[ledger.Summary] | None:
-        seconds = self._seconds
-        client = Redis.from_url(
-            self._url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=Retry(NoBackoff(), 0)
-        )
         try:
-            with client:
+            with sync_client(self._server, self._server.timeout_seconds, retries=0) as client:
                 return ledger.summary(client)
         except (RedisError, OSError) as error:
             logger.debug("no numbers from the ledger: {}", error)

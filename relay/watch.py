@@ -14,7 +14,7 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
-from relay import ledger, maillog
+from relay import ledger, maillog, redis_clients
 
 _STOP_AT = 0.75  # of maxmemory
 _LAST_AT = 0.90  # beyond this not even what has no other place: nothing could be delivered any more, so nothing freed
@@ -25,12 +25,16 @@ _COST = 1.25  # octets of memory for an octet of a record: an allocator rounds u
 
 
 class Watch:
-    """What one relay process knows of Redis. ``processes`` like it fill the memory at the same time."""
+    """What one relay process knows of Redis. ``processes`` like it fill the memory at the same time.
 
-    def __init__(self, connection: Redis, *, seconds: float, processes: int = 1) -> None:
+    With ``replicas`` a Redis in trouble can be written to again only when so many replicas follow it.
+    """
+
+    def __init__(self, connection: Redis, *, seconds: float, processes: int = 1, replicas: int = 0) -> None:
         self._connection = connection
         self._seconds = seconds
         self._processes = processes
+        self._replicas = replicas
         self._trouble = ""
         self._failures = 0
         self._failed_at = float("-inf")
@@ -58,15 +62,26 @@ class Watch:
         """Say whether a record of this size that no spool takes may use the reserve."""
         return not self._trouble and (not self._limit or self._level(octets) <= _LAST_AT * self._limit)
 
-    def may_import(self) -> bool:
-        """Say whether there is room and calm for what was spooled."""
-        if self._trouble or time.monotonic() - self._failed_at < _CALM_SECONDS:
-            return False
-        return not self._limit or (not self._over and self._level(0) <= _IMPORT_AT * self._limit)
+    @property
+    def is_calm(self) -> bool:
+        """Whether Redis has answered for a while."""
+        return not self._trouble and time.monotonic() - self._failed_at >= _CALM_SECONDS
 
-    def fits(self, octets: int) -> bool:
-        """Say whether a spooled record of this size may come in by itself, now that there is room."""
-        return not self._limit or self._level(octets) <= _STOP_AT * self._limit
+    def may_import(self) -> bool:
+        """Say whether there is room and calm for whatever was spooled."""
+        return self.is_calm and (not self._limit or (not self._over and self._level(0) <= _IMPORT_AT * self._limit))
+
+    def fits(self, octets: int, level: float) -> bool:
+        """Say whether a spooled record of this size leaves Redis below this part of its memory."""
+        return not self._limit or self._level(octets) <= level * self._limit
+
+    def copies(self, part: float, octets: int) -> int:
+        """Return how many records of this size take this part of a bounded memory."""
+        return int(part * self._limit / (_COST * max(1, octets)))
+
+    def part(self, part: float, most: int) -> int:
+        """Return this part of the memory in octets, at most so many."""
+        return min(most, int(part * self._limit)) if self._limit else most
 
     def sent(self, octets: int, answer: asyncio.Future[Any]) -> None:
         """Count a record that is on its way until it is answered, and then until the next look sees it."""
@@ -92,14 +107,19 @@ class Watch:
         before = time.time()
         try:
             async with asyncio.timeout(self._seconds), self._connection.pipeline(transaction=False) as pipe:
-                if self._trouble:
+                doubted = bool(self._trouble)
+                if doubted:
                     ledger.probe(pipe)
+                    if self._replicas:
+                        pipe.wait(self._replicas, round(self._seconds * 500))
                 pipe.time()
                 pipe.info("memory")
                 *needed, memory = await pipe.execute(raise_on_error=False)
             for answer in needed:
                 if isinstance(answer, Exception):
                     raise answer
+            if doubted and self._replicas:
+                redis_clients.check(needed[1], self._replicas)
         except (RedisError, OSError, TimeoutError) as error:
             self.failed(error)
             return False

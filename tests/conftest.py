@@ -17,7 +17,23 @@ from load import SmtpSink
 from postfix_instance import PostfixInstance
 from product import Product
 from redis_servers import RedisServer
+from relay import sealing
 from scripted_server import ScriptedServer
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sealed", action="store_true", help="all stored mail is sealed: storage.key_file for everybody")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sealed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """With --sealed a key file for the tests' own process and for every Product; without it nothing."""
+    if request.config.getoption("--sealed"):
+        path = tmp_path_factory.mktemp("keys") / "keys"
+        sealing.add_key(path)
+        sealing.use(path)
+    yield
+    sealing.use(None)
 
 
 @pytest.fixture(scope="session")

@@ -34,8 +34,14 @@ def test_deferred_then_taken(product: Make, primary: ScriptedServer, backup: Scr
     pair = product(primary=primary.address, backups=[backup.address], settings=patient)
     backup.replies["."] = ["451 4.7.1 come back later", "451 4.7.1 come back later", None]
     pair.send("a@example.com", "b@example.com", data=b"Subject: grey\r\n\r\n")
-    wait_until(lambda: pair.json("queue", "list") and pair.json("queue", "list")[0]["attempts"], 10, "not deferred")
-    (row,) = pair.json("queue", "list")
+    rows: list[dict[str, object]] = []
+
+    def is_deferred() -> bool:
+        rows[:] = pair.json("queue", "list")
+        return bool(rows and rows[0]["attempts"])
+
+    wait_until(is_deferred, 10, "not deferred")
+    (row,) = rows
     assert row["destination"] == backup.address
     assert row["sender"] == "a@example.com"
     assert row["recipients"] == ["b@example.com"]

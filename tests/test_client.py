@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,37 @@ async def test_verify_refuses_the_wrong_certificate(
     assert not any(c.tls and c.commands for c in server.connections if not implicit)
     error = await refused(server, tls="verify", ca_file="/nonexistent")
     assert (error.stage, error.reason) == ("TLS", "No such file or directory")
+
+
+@both_loops
+@pytest.mark.parametrize("implicit", [False, True])
+@pytest.mark.parametrize("tls", ["opportunistic", "encrypt", "verify"])
+async def test_our_certificate(scripted: Scripted, certificate: Certificate, tmp_path: Path, tls: str, implicit: bool):
+    """A server that asks for a certificate gets ours, and is asked by the name under which it is known (SNI)."""
+    ours = Certificate(tmp_path, "relay.example")
+    context, names = certificate.server_context(), list[str | None]()
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(ours.certificate)
+    context.sni_callback = lambda _, name, __: names.append(name)
+    server = scripted(tls=context, implicit_tls=implicit)
+    known = {"tls": tls, "host": "localhost", "ca_file": str(certificate.certificate) if tls == "verify" else ""}
+    mine = {"tls_certificate": str(ours.certificate), "tls_key": str(ours.key)}
+    first = await opened(server, **known, **mine)
+    await deliver(first)
+    await first.quit()
+    assert names == ["localhost"]
+    both = tmp_path / "both.pem"
+    both.write_bytes(ours.certificate.read_bytes() + ours.key.read_bytes())
+    second = await opened(server, **known, tls_certificate=str(both))
+    await deliver(second)
+    await second.quit()
+    assert len(server.messages) == 2
+    if tls == "opportunistic":  # which goes on in plain text
+        return
+    other = Certificate(tmp_path, "other.example")
+    await refused(server, **known, tls_certificate=str(other.certificate), tls_key=str(other.key))
+    await refused(server, **known, tls_certificate=str(ours.certificate), tls_key=str(other.key))
+    await refused(server, **known)
 
 
 @both_loops
@@ -280,6 +312,22 @@ async def test_no_server(scripted: Scripted):
     error = await refused(server, host="nobody.invalid")
     assert error.stage == "connect"
     assert "cannot resolve" in error.reason
+
+
+@both_loops
+async def test_a_host_that_swallows_the_connection(scripted: Scripted):
+    """A firewall that drops packets is a deadline missed, said in words; a full backlog is the same to us."""
+    with socket.socket() as full, socket.socket() as first, socket.socket() as second:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for client in (first, second):
+            client.setblocking(False)
+            client.connect_ex(full.getsockname())
+        server = scripted()
+        server.port = full.getsockname()[1]
+        with pytest.raises(ConnectFailed, match="no answer in time") as caught:
+            await opened(server, 0.3)
+        assert caught.value.stage == "connect"
 
 
 @both_loops

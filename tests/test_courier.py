@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
@@ -10,12 +11,13 @@ import redis
 from rq.registry import FailedJobRegistry, ScheduledJobRegistry
 
 from ledger_contents import Contents, settings
-from reactions import Gate, Reset, Silence
+from reactions import Close, Gate, HalfClose, Reset, Silence
 from relay import ledger
 from scripted_server import ScriptedServer
 from waiting import until
 from workers.courier import Courier
 from workers.jobs import Interrupted
+from workers.retry import Width
 
 
 @asynccontextmanager
@@ -87,8 +89,6 @@ async def test_drained_in_the_middle(
     contents: Contents, redis_url: str, redis_client: redis.Redis, backup: ScriptedServer
 ) -> None:
     """Told to drain, it finishes what is under way, gives the rest back untried, and says so."""
-    import asyncio
-
     ids = [contents.pending() for _ in range(30)]
     gate = Gate()
     backup.replies["."] = (gate, None)
@@ -157,3 +157,127 @@ async def test_broken_transactions_leave_somebody_to_probe(
         await made.deliver("last", ids[4:])
         assert made.accepting
     assert len(backup.messages) == 2
+
+
+def _bodies(count: int) -> list[bytes]:
+    return [b"Subject: %d\r\n\r\n..%s\r\n" % (n, b"x" * (n * 40)) for n in range(count)]
+
+
+def _behind_dots(backup: ScriptedServer) -> int:
+    return sum(connection.behind_dots for connection in backup.connections)
+
+
+@pytest.mark.parametrize("lmtp", [False, True])
+async def test_transactions_follow_each_other_behind_the_dot(
+    contents: Contents, redis_url: str, redis_client: redis.Redis, backup: ScriptedServer, lmtp: bool
+) -> None:
+    """Once all goes well the next MAIL leaves with the dot before; every message arrives once, with its own bytes."""
+    backup.lmtp = lmtp
+    bodies = _bodies(200)
+    ids = [contents.pending(body=body) for body in bodies]
+    async with courier(redis_url, backup) as made:
+        await made.deliver("job", ids)
+    assert _behind_dots(backup) > 100
+    assert sorted(message.wire for message in backup.messages) == sorted(bodies)
+    assert len(backup.connections) <= 40
+    assert not redis_client.zcard(ledger.PENDING + "new")
+    assert not redis_client.zcard(ledger.BUSY + "new")
+
+
+async def test_nothing_follows_without_pipelining(contents: Contents, redis_url: str, backup: ScriptedServer) -> None:
+    """A server that does not offer PIPELINING hears one command at a time."""
+    backup.extensions = ["8BITMIME"]
+    ids = [contents.pending() for _ in range(100)]
+    async with courier(redis_url, backup) as made:
+        await made.deliver("job", ids)
+    assert len(backup.messages) == 100
+    assert not any(connection.pipelined or connection.behind_dots for connection in backup.connections)
+
+
+async def test_so_many_on_a_connection_and_no_more(
+    contents: Contents, redis_url: str, redis_client: redis.Redis, backup: ScriptedServer
+) -> None:
+    """A server that says 421 to the eleventh MAIL of each connection is not in trouble: a new one takes the rest."""
+    bodies = _bodies(150)
+    ids = [contents.pending(body=body) for body in bodies]
+    backup.replies["MAIL"] = lambda moment: (
+        ("421 4.7.0 enough on this connection", Close()) if moment.connection.verbs.count("MAIL") > 10 else None
+    )
+    async with courier(redis_url, backup) as made:
+        await made.deliver("job", ids)
+        assert made.accepting
+    assert sorted(message.wire for message in backup.messages) == sorted(bodies)
+    assert not redis_client.zcard(ledger.PENDING + "new")
+
+
+async def test_a_server_that_closes_after_a_dot(
+    contents: Contents, redis_url: str, redis_client: redis.Redis, backup: ScriptedServer
+) -> None:
+    """Whose MAIL went out behind the last dot is tried elsewhere, once; it is nobody's fault, and no attempt."""
+    bodies = _bodies(120)
+    ids = [contents.pending(body=body) for body in bodies]
+    backup.replies["."] = [*[None] * 60, ("250 2.0.0 ok, and good bye", HalfClose()), *[None] * 10, Close(), None]
+    async with courier(redis_url, backup) as made:
+        await made.deliver("job", ids)
+        assert made.accepting
+        assert not redis_client.hgetall(ledger.OWN + "new") or len(redis_client.hgetall(ledger.OWN + "new")) == 1
+    assert _behind_dots(backup)
+    # One dot was never answered: that copy alone is uncertain, and waits for its next try.
+    assert redis_client.zcard(ledger.PENDING + "new") == 1
+    assert len({message.wire for message in backup.messages}) == len(backup.messages) == 119
+
+
+async def test_nothing_is_believed_behind_a_refused_dot(
+    contents: Contents, redis_url: str, redis_client: redis.Redis, backup: ScriptedServer
+) -> None:
+    """A server that refuses twice, before the dot and at it, fails the one copy, not the next one on the line."""
+    ids = [contents.pending(body=body) for body in _bodies(120)]
+    backup.replies["."] = [*[None] * 60, b"552 5.3.4 too big\r\n552 5.3.4 too big, I said\r\n", None]
+    async with courier(redis_url, backup) as made:
+        await made.deliver("job", ids)
+    assert _behind_dots(backup)
+    assert redis_client.zcard(ledger.FAILED + "new") == 1
+    assert not redis_client.zcard(ledger.PENDING + "new")
+    assert len({message.wire for message in backup.messages}) == len(backup.messages) == 119
+
+
+async def test_a_yes_to_data_is_no_yes_to_the_message(
+    contents: Contents, redis_url: str, redis_client: redis.Redis, backup: ScriptedServer
+) -> None:
+    """A server out of step that answers DATA with 250 has not taken anything, and is no server to send more to."""
+    message_id = contents.pending()
+    backup.replies["DATA"] = "250 2.0.0 sure"
+    async with courier(redis_url, backup) as made:
+        with pytest.raises(Interrupted):
+            await made.deliver("job", [message_id])
+        assert not made.accepting
+    assert redis_client.zcard(ledger.PENDING + "new") == 1
+    assert not backup.messages
+
+
+async def test_several_jobs_at_once(
+    contents: Contents, redis_url: str, redis_client: redis.Redis, backup: ScriptedServer
+) -> None:
+    """Jobs that run together share the connections, and what two of them name is delivered once."""
+    ids = [contents.pending(body=body) for body in _bodies(90)]
+    async with courier(redis_url, backup) as made:
+        await asyncio.gather(*(made.deliver(f"job {n}", ids[n * 20 : n * 20 + 30]) for n in range(4)))
+    assert len(backup.messages) == 90
+    assert len(backup.connections) <= 40
+    assert not redis_client.zcard(ledger.PENDING + "new")
+    assert not redis_client.zcard(ledger.BUSY + "new")
+
+
+def test_width() -> None:
+    """A far server gets more connections, a near one that is slow for a moment does not; a number that is set holds."""
+    width = Width(0)
+    assert width.now == 20
+    for _ in range(3):
+        width.note(0.1)
+    assert width.now == 40
+    width.note(0.001)
+    width.note(0.5)
+    assert width.now == 20
+    width = Width(7)
+    width.note(0.1)
+    assert (width.now, width.most) == (7, 7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -144,6 +145,33 @@ def test_what_is_no_longer_configured_is_drained(
     wait_until(lambda: pair.summary(goes.address)["pending"] == 0)
     assert numbers(goes) == Counter(range(50))
     assert numbers(stays) == Counter(range(80)) == numbers(primary)
+
+
+@pytest.mark.timeout(120)
+def test_what_comes_later_for_a_backup_that_was_removed(
+    product: Callable[..., Product], primary: ScriptedServer, scripted: Callable[..., ScriptedServer]
+) -> None:
+    """Copies that become due while it runs, here by `failed retry`, get a worker; it ends when they are gone, twice."""
+    stays, goes = scripted(), scripted({".": "550 5.7.1 not now"})
+    pair = product(primary=primary.address, backups=[stays.address, goes.address], settings=SETTINGS)
+    assert Sender(pair.smtp_port, range(6)).start().join() == set(range(6))
+    wait_until(lambda: pair.summary(goes.address)["failed"] == 6)
+    pair.settings["relay.destination_backups"] = stays.address
+    assert pair.stop() == 0
+    pair.start()
+    worker = f"worker-{goes.address}-1"
+    ids = [row["id"] for row in pair.json("failed", "list")]
+    goes.replies.clear()
+    started = pair.log.count(f"{worker} started")
+    for batch in (ids[:3], ids[3:]):
+        assert pair.run("failed", "retry", *batch).returncode == 0
+        wait_until(lambda: not pair.summary(goes.address)["pending"] and len(numbers(goes)) % 3 == 0)
+        started += 1
+        wait_until(lambda n=started: pair.log.count(f"{worker} started") == n)  # type: ignore[misc]
+        wait_until(lambda n=started: pair.log.count("it was not needed any more") == n - 1)  # type: ignore[misc]
+        assert not pair.children(re.escape(worker))
+    assert numbers(goes) == Counter(range(6))
+    assert pair.stop() == 0
 
 
 @pytest.mark.timeout(120)

@@ -216,3 +216,17 @@ def test_on_a_terminal_it_is_a_table_and_ctrl_c_ends_it(folder):
         assert demo.left == []
     finally:
         demo.end()
+
+
+def test_several_at_once(tmp_path):
+    """Demos that start together do not get into each other's way, whoever is the first at the usual ports."""
+    demos = []
+    try:
+        for n in range(3):
+            (tmp_path / str(n)).mkdir()
+            demos.append(Demo(tmp_path / str(n)))
+        for demo in demos:
+            demo.wait_for("Ctrl-C ends the demo.")
+    finally:
+        for demo in demos:
+            demo.end()

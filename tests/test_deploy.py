@@ -1,6 +1,6 @@
 """What deploy/ has for systemd, Kubernetes, Prometheus and Grafana fits the product.
 
-Where their own tools are installed (systemd-analyze, kubectl, promtool), these are asked as well.
+Their own tools are asked: systemd-analyze, promtool, Kubernetes' schema, and kubectl where it is installed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -24,6 +25,7 @@ import documents
 from documents import ROOT
 from product import Product
 from relay import cli
+from relay.kinds import listen_addresses
 from relay.options import BY_KEY, OPTIONS
 from relay.settings import load
 from scripted_server import ScriptedServer
@@ -35,9 +37,9 @@ VARIABLES = {name for option in OPTIONS for name in option.variables}
 
 
 def tool(*words: str | Path, cwd: Path | None = None) -> str:
-    """Run a program if it is there; fails unless it is content. Return what it wrote."""
+    """Run a program; fails unless it is content, skips the test where there is none. Return what it wrote."""
     if shutil.which(str(words[0])) is None:
-        return ""
+        pytest.skip(f"{words[0]} is not installed")
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, cwd=cwd)
     assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
     return done.stdout + done.stderr
@@ -80,13 +82,60 @@ def test_systemd_takes_the_units(path: Path, tmp_path: Path) -> None:
     copy.write_text(path.read_text(encoding="utf-8").replace("/opt/smtp-dup/bin/smtp-dup", str(program)))
     assert not tool("systemd-analyze", "verify", "--man=no", copy)
     tool("systemd-analyze", "security", "--offline=true", "--threshold=25", copy)
-    drop_ins = [block for block in documents.of("unit") if block.words[1] == path.name]
-    assert drop_ins or path.name != "smtp-dup.service"
+    check_drop_ins(copy, required=path.name == "smtp-dup.service")
+
+
+def check_drop_ins(copy: Path, *, required: bool = True) -> None:
+    """Let systemd look at a unit with each of the pages' drop-ins for it."""
+    drop_ins = [block for block in documents.of("unit") if block.words[1] == copy.name]
+    assert drop_ins or not required
     for block in drop_ins:
-        folder = tmp_path / f"{path.name}.d"
+        folder = copy.parent / f"{copy.name}.d"
         folder.mkdir(exist_ok=True)
         (folder / "override.conf").write_text(block.text)
         assert not tool("systemd-analyze", "verify", "--man=no", copy), block
+
+
+def test_systemd_takes_the_socket(tmp_path: Path) -> None:
+    """It binds the addresses that its own words and installation.md give for smtp.listen; systemd has no objection."""
+    path = DEPLOY / "systemd" / "smtp-dup.socket"
+    streams = unit(path)["ListenStream"]
+    assert streams == ["25", "127.0.0.1:2525"]
+    (block,) = (b for b in documents.blocks() if b.page == "installation.md" and "listen = " in b.text)
+    own_words = "".join(re.findall(r"(?m)^#     (.*)$", path.read_text(encoding="utf-8")))
+    for text in (block.text, own_words.replace("]", "]\n")):
+        listen = tomllib.loads(text)["smtp"]["listen"]
+        assert listen_addresses(listen) == tuple(listen_addresses(s if ":" in s else f":{s}")[0] for s in streams)
+    for found in [*UNITS, path]:
+        text = found.read_text(encoding="utf-8").replace("/opt/smtp-dup/bin/smtp-dup", shutil.which("true") or "")
+        (tmp_path / found.name).write_text(text)
+    assert not tool("systemd-analyze", "verify", "--man=no", tmp_path / path.name)
+    check_drop_ins(tmp_path / path.name)
+
+
+def test_the_installation_with_systemd(tmp_path: Path) -> None:
+    """The commands of installation.md, in a folder in place of /: user, folders and units are where they belong."""
+    block = next(b for b in documents.blocks() if b.page == "installation.md" and "systemd-sysusers" in b.text)
+    (tmp_path / "etc").mkdir()
+    for line in block.text.splitlines():
+        if line.startswith(("python3 ", "/opt/", "ln ", "systemctl ")):
+            continue  # the environment is made by the CI script; there is no running systemd here
+        words = [re.sub(r"^/(etc|usr)/", f"{tmp_path}/\\1/", word) for word in shlex.split(line)]
+        if words[0].startswith("systemd-"):
+            tool(words[0], f"--root={tmp_path}", *words[1:])
+            continue
+        if words[-1].endswith("/system/"):
+            Path(words[-1]).mkdir(parents=True)
+        if "-g" in words:  # the group is one of that folder's
+            at = words.index("-g")
+            assert words[at + 1] == "smtp-dup"
+            del words[at : at + 2]
+        done = subprocess.run(["bash", "-c", " ".join(words)], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert re.search(r"(?m)^smtp-dup:", (tmp_path / "etc/passwd").read_text())
+    assert load({"config": str(tmp_path / "etc/smtp-dup/settings.toml")}, {}, require_primary=False)
+    assert (tmp_path / "etc/smtp-dup").stat().st_mode & 0o777 == 0o750
+    assert {path.name for path in (tmp_path / "etc/systemd/system").iterdir()} == {path.name for path in UNITS}
 
 
 def test_systemd_is_told_when_mail_is_taken(
@@ -133,6 +182,18 @@ def test_manifests_are_complete() -> None:
     kinds = sorted(found["kind"] for found in OBJECTS)
     assert kinds.count("StatefulSet") == kinds.count("PodDisruptionBudget") == 2
     assert kinds.count("NetworkPolicy") == 3
+
+
+def check_schema(manifest: dict[str, Any]) -> None:
+    """Fail unless Kubernetes' own schema takes it, without a field that it does not know."""
+    for version in ("1.29", kubernetes_validate.latest_version()):
+        kubernetes_validate.validate(manifest, version, strict=True)
+
+
+@pytest.mark.parametrize("manifest", OBJECTS, ids=lambda m: f"{m['kind']} {m['metadata']['name']}")
+def test_kubernetes_knows_every_field(manifest: dict[str, Any]) -> None:
+    """The manifests are what an API server takes, of an old and of the latest version."""
+    check_schema(manifest)
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w["metadata"]["name"])
@@ -205,16 +266,36 @@ def test_kustomize_builds(tmp_path: Path) -> None:
     (tmp_path / "kustomization.yaml").write_text(block.text)
     (page,) = (b for b in documents.blocks() if b.page == "kubernetes.md" and b.language == "toml")
     (tmp_path / "settings.toml").write_text(page.text)
-    if shutil.which("kubectl"):
-        built = [
-            list(yaml.safe_load_all(tool("kubectl", "kustomize", tmp_path / f)))
-            for f in ("base", "base/monitoring", ".")
-        ]
-        assert [len(found) for found in built] == [len(OBJECTS) + 1, 2, len(OBJECTS) + 1]
-        (config,) = (found for found in built[2] if found["kind"] == "ConfigMap")
-        assert tomllib.loads(config["data"]["settings.toml"]) == tomllib.loads(page.text)
-        relay = next(w for w in built[2] if w["kind"] == "StatefulSet" and "relay" in w["metadata"]["name"])
-        assert relay["spec"]["template"]["spec"]["containers"][0]["image"] == "images.example.com/smtp-dup:0.1.0"
+    built = [
+        list(yaml.safe_load_all(tool("kubectl", "kustomize", tmp_path / f))) for f in ("base", "base/monitoring", ".")
+    ]
+    assert [len(found) for found in built] == [len(OBJECTS) + 1, 2, len(OBJECTS) + 1]
+    for found in built[2]:
+        check_schema(found)
+    (config,) = (found for found in built[2] if found["kind"] == "ConfigMap")
+    assert tomllib.loads(config["data"]["settings.toml"]) == tomllib.loads(page.text)
+    relay = next(w for w in built[2] if w["kind"] == "StatefulSet" and "relay" in w["metadata"]["name"])
+    assert relay["spec"]["template"]["spec"]["containers"][0]["image"] == "images.example.com/smtp-dup:0.1.0"
+
+
+def test_kustomize_takes_a_redis_of_yours(tmp_path: Path) -> None:
+    """With the page's patch, and without redis.yaml, relay and workers go to that Redis with the secret's password."""
+    shutil.copytree(DEPLOY / "kubernetes", tmp_path / "base")
+    base = tmp_path / "base" / "kustomization.yaml"
+    base.write_text(base.read_text("utf-8").replace("  - redis.yaml\n", ""))
+    (overlay,), (patch,) = documents.of("kustomize"), documents.of("kustomize-redis")
+    (tmp_path / "kustomization.yaml").write_text(overlay.text + patch.text)
+    (tmp_path / "settings.toml").write_text("")
+    built = list(yaml.safe_load_all(tool("kubectl", "kustomize", tmp_path)))
+    workloads = [found for found in built if found["kind"] in {"StatefulSet", "Deployment"}]
+    assert len(workloads) == 2
+    for found in workloads:
+        check_schema(found)
+        (container,) = found["spec"]["template"]["spec"]["containers"]
+        password, url = container["env"][:2]
+        assert password["name"] == "REDIS_PASSWORD"
+        assert url["value"] == "rediss://smtp-dup:$(REDIS_PASSWORD)@redis.example.com:6380/0"
+        assert [v["name"] for v in container["env"]].count("SMTP_DUP_REDIS_URL") == 1
 
 
 # Metrics

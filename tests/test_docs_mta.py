@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import smtplib
 import subprocess
 import tempfile
@@ -232,6 +233,12 @@ def test_exim(
     with ExitStack() as ends:
         front = exim_front(exim_program, instance.smtp_port, old.port)
         ends.callback(front.remove)
+        # The page's own look at it, with the answer that the page promises.
+        (look,) = (b for b in documents.blocks() if b.page == "exim.md" and b.language == "sh")
+        for line in look.text.splitlines():
+            if line.startswith("exim "):
+                said = front.ask(*shlex.split(line)[1:])
+        assert "router = smtp_dup, transport = smtp_dup" in said
         front.start()
         send_by(front)
         (at_old,), (at_new,) = old.wait_for(1), new.wait_for(1)

@@ -7,6 +7,7 @@ import base64
 import signal
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -276,6 +277,36 @@ def test_requiretls_to_a_backup_without(
 
 
 # Limits
+
+
+@both_loops
+async def test_a_wrong_password_costs_a_second(relay: Open, tmp_path: Path) -> None:
+    """Who guesses passwords waits a second for each answer, on one connection at most five times."""
+    users = tmp_path / "users"
+    users.write_text(f"ann:{hash_password('other')}\n")
+    settings = {"smtp.users_file": str(users), "smtp.auth_without_tls": "true"}
+    async with relay(settings) as (_, port), await AsyncDialogue.open(port) as client:
+        await client.hello()
+        begun = time.monotonic()
+        await client.say(f"AUTH PLAIN {ANN}", 535)
+        assert time.monotonic() - begun >= 1
+
+
+def test_who_has_gone_before_we_look_is_let_in_nowhere(product: Make, primary: ScriptedServer) -> None:
+    """A connection that was reset before it is taken has no address any more, though what it sent can still be read:
+    nobody's network is not an allowed one.
+    """
+    strangers = {"smtp.allowed_networks": "192.0.2.1/32", "smtp.xforward_networks": ""}
+    one = product(primary=primary.address, settings=strangers)
+    relay = one.child("relay-1")
+    relay.signal(signal.SIGSTOP)
+    client = socket.create_connection(("127.0.0.1", one.smtp_port))
+    client.sendall(b"EHLO x\r\nMAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA\r\n\r\nx\r\n.\r\n")
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    relay.signal(signal.SIGCONT)
+    wait_until(lambda: "Client address not allowed" in one.log or primary.messages)
+    assert not primary.messages
 
 
 @both_loops

@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
 
 import corpus
 import exim_instance
+import following
 import stored
 from exim_instance import EximInstance
+from ledger_contents import Contents
 from mail_site import DOMAINS, MakeProduct, Site, StartPostfix
+from relay import ledger
 from waiting import wait_until
 
 
@@ -69,6 +73,20 @@ def test_exim_refuses_one_recipient_of_a_copy(product: MakeProduct, postfix: Sta
     stored.wait_for(exim, [mail])
     site.wait_settled()
     assert not stored.differences([mail], stored.all_of(exim))
+
+
+def test_transactions_behind_the_dot(redis_url: str, redis_client: redis.Redis, exim_program: Path) -> None:
+    """Exim, which looks for whoever speaks out of turn, takes the next MAIL behind the dot: all copies, once."""
+    exim = EximInstance(exim_program)
+    try:
+        exim.start()
+        following.deliver(Contents(redis_client, "new"), redis_url, exim.port)
+        assert not redis_client.zcard(ledger.PENDING + "new")
+        assert not redis_client.zcard(ledger.FAILED + "new")
+        assert following.numbers(exim.wait_for(following.COUNT)) == list(range(following.COUNT))
+        assert "synchronization error" not in exim.log
+    finally:
+        exim.remove()
 
 
 def _exim_changes(mail: corpus.Mail) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,7 +46,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 class Client:
-    """Sends numbered messages of 100 KB that do not compress, one connection."""
+    """Sends numbered messages of 100 KB, whose records take half of that, one connection."""
 
     def __init__(self, port: int) -> None:
         self._dialogue = Dialogue(port)
@@ -68,7 +70,8 @@ class Client:
 
 
 def numbers(server: ScriptedServer) -> Counter[int]:
-    return Counter(int(m.header("Subject") or -1) for m in server.messages)
+    found = (re.search(rb"^Subject: (\d+)", m.wire[:2000], re.MULTILINE) for m in server.messages)
+    return Counter(int(number[1]) if number else -1 for number in found)
 
 
 @pytest.mark.timeout(180)
@@ -121,3 +124,45 @@ def test_memory_and_disk_full(
     wait_until(lambda: client.accepted - before <= set(numbers(backup)))
     assert max(numbers(backup).values()) == 1
     assert relay.stop() == 0
+
+
+@pytest.mark.timeout(180)
+def test_one_dead_backup_and_little_memory(
+    product: Callable[..., Product],
+    scripted: Callable[..., ScriptedServer],
+    redis_factory: Callable[..., RedisServer],
+) -> None:
+    """With a dead backup's backlog of ten times the memory, another's arrive within seconds; later all do, once."""
+    memory = 4 << 20
+    server = redis_factory(maxmemory=str(memory))
+    primary, dead, healthy = scripted(), scripted(), scripted()
+    dead.down()
+    relay = product(
+        primary=primary.address, backups=[dead.address, healthy.address], redis_url=server.url, settings=SETTINGS
+    )
+    client = Client(relay.smtp_port)
+    folder = relay.state_dir / "spool"
+    while spool.summary(folder).bytes < 10 * memory:
+        for _ in range(100):
+            assert client.send().startswith("250")
+        # It keeps up: what has not arrived yet is what came just now.
+        wait_until(lambda: len(healthy.messages) > len(client.accepted) - 200, message=lambda: _left(healthy, relay))
+    wait_until(lambda: len(healthy.messages) == len(client.accepted), message=lambda: _left(healthy, relay))
+    assert spool.summary(folder).backlogs[dead.address] > 10
+    begun = time.monotonic()
+    client.send()
+    wait_until(lambda: len(healthy.messages) == len(client.accepted))
+    assert time.monotonic() - begun < 10
+    assert not dead.messages
+    dead.listen()
+    relay.run("queue", "flush")
+    wait_until(lambda: len(dead.messages) >= len(client.accepted), 90, lambda: _left(dead, relay))
+    wait_until(lambda: not spool.summary(folder).messages)
+    client.quit()
+    assert numbers(dead) == numbers(healthy) == Counter(client.accepted)
+    assert not [e for e in relay.events if e["event"] in {"copy lost", "spool trouble"}]
+    assert relay.stop() == 0
+
+
+def _left(server: ScriptedServer, relay: Product) -> str:
+    return f"{len(server.messages)} have arrived: {relay.log[-3000:]}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from relay import importer, ledger, spool
 from relay.dispatch import Dispatcher
 from relay.envelope import Destination, Envelope, IdSource, Message, Recipient
 from relay.importer import Importer
-from relay.ledger import Released, Staged
+from relay.ledger import CopyState, Released, Staged
 from relay.spool import Spool
 from relay.watch import Watch
 from waiting import until
@@ -93,6 +95,24 @@ class Place:
             ledger.settle(pipe, "new", [message_id])
             pipe.execute()
 
+    def waiting(self, name: str, count: int = 1000, octets: int = 10 << 20) -> None:
+        """Have a backup's copies fill Redis."""
+        with self.client.pipeline() as pipe:
+            pipe.zadd(ledger.PENDING + name, {f"old{n}": n + 1 for n in range(count)})
+            pipe.mset({f"{ledger.MESSAGE}old{n}": bytes(octets // count) for n in range(count)})
+            pipe.execute()
+
+    def delivered(self, name: str, count: int = 1000) -> None:
+        """Undo ``waiting``."""
+        with self.client.pipeline() as pipe:
+            pipe.zrem(ledger.PENDING + name, *(f"old{n}" for n in range(count)))
+            pipe.delete(*(f"{ledger.MESSAGE}old{n}" for n in range(count)))
+            pipe.execute()
+
+    def backlog(self, name: str) -> list[str]:
+        """Return the ids that wait on disk for a backup alone."""
+        return sorted(n[:16] for n in spool.names(spool.backlog(self.folder, name)))
+
     @asynccontextmanager
     async def importing(self, destinations: tuple[Destination, ...] = (NEW,)) -> AsyncIterator[Importer]:
         async with AsyncExitStack() as ends:
@@ -100,9 +120,7 @@ class Place:
             ends.push_async_callback(connection.aclose)
             watch = Watch(connection, seconds=2)
             await watch.look()
-            jobs = redis.Redis.from_url(self.url)
-            ends.callback(jobs.close)
-            dispatcher = Dispatcher(jobs)
+            dispatcher = Dispatcher(connection)
             ends.push_async_callback(dispatcher.drain)
             under_test = Importer(
                 self.folder, connection, dispatcher, watch, destinations=destinations, hold_seconds=3600
@@ -242,7 +260,9 @@ async def test_only_the_dead_are_inherited(place: Place) -> None:
     assert dead.encode() in place.client.hgetall(ledger.TWINS).values()
     assert place.names() == sorted([writing.name, *(n for n in place.names() if n.startswith(living))])
     assert len(place.names()) == 2
-    assert place.corrupt() == [half.name]
+    assert place.corrupt() == []
+    assert [p.name for p in (place.folder / "unfinished").iterdir()] == [half.name]
+    assert spool.summary(place.folder).unfinished == 1
     assert [p.name for p in (place.folder / "owners").iterdir()] == [place.ids.owner]
 
 
@@ -312,18 +332,17 @@ async def test_a_destination_that_redis_never_met(place: Place) -> None:
 
 
 async def test_room_first(tmp_path: Path, redis_factory: Callable[..., RedisServer]) -> None:
-    """Nothing comes in while Redis is more than 60 % full, and nothing that would overfill it."""
+    """Nothing comes in for those who wait while Redis is more than 60 % full, and nothing that would overfill it."""
     server = redis_factory(maxmemory="16mb")
     place = Place(tmp_path / "spool", server.url)
     await place.spool.open()
-    for n in range(10):
-        place.client.set(f"ballast{n}", bytes(1 << 20))
+    place.waiting("new")
     huge = await place.spooled(_big(place, 14 << 20))
     small = await place.spooled(_big(place, 1 << 20))
     async with place.importing() as under_test:
         await until(lambda: under_test.waits > 3)
         assert len(place.names()) == 2
-        place.client.delete(*place.client.keys("ballast*"))
+        place.delivered("new")
         await until(lambda: [n[:16] for n in place.names()] == [huge])
         assert place.ledger.pending_ids() == [small]
         place.settle(small)
@@ -334,8 +353,12 @@ async def test_room_first(tmp_path: Path, redis_factory: Callable[..., RedisServ
 
 
 def _big(place: Place, size: int) -> Message:
+    return _sized(place, size, ("new",))
+
+
+def _sized(place: Place, size: int, to: tuple[str, ...]) -> Message:
     body = os.urandom(size)
-    envelope = Envelope(place.ids.next(), "a@test", (Recipient("b@test"),), 0.0, len(body), destinations=("new",))
+    envelope = Envelope(place.ids.next(), "a@test", (Recipient("b@test"),), 0.0, len(body), destinations=to)
     return Message(envelope, body)
 
 
@@ -379,3 +402,108 @@ async def test_redis_goes_away_in_between(tmp_path: Path, redis_factory: Callabl
     assert place.staged() == []
     await place.spool.close()
     place.client.close()
+
+
+# One backup does not take its copies -----------------------------------------------------------------------------
+
+OLD = Destination("old.example.com:25", "old.example.com", 25)
+BOTH = ("new", OLD.name)
+
+
+@pytest.fixture
+async def tight(tmp_path: Path, redis_factory: Callable[..., RedisServer]) -> AsyncIterator[Place]:
+    """A Redis that is nearly full of what one backup does not take."""
+    server = redis_factory(maxmemory="16mb")
+    under_test = Place(tmp_path / "spool", server.url)
+    await under_test.spool.open()
+    under_test.waiting(OLD.name)
+    yield under_test
+    await under_test.spool.close()
+    under_test.client.close()
+
+
+async def test_one_backup_does_not_hold_up_another(tight: Place) -> None:
+    """Each gets its copy as soon as it takes them: the one at once, the other, whose copies wait on disk, at last."""
+    made = [await tight.spooled(tight.message(str(n), BOTH)) for n in range(250)]
+    async with tight.importing((NEW, OLD)):
+        for message_id in made:
+            await until(lambda i=message_id: i in tight.ledger.pending_ids())  # type: ignore[misc]
+            tight.settle(message_id)
+        await until(lambda: tight.names() == [])
+        assert tight.backlog(OLD.name) == made
+        found = spool.summary(tight.folder)
+        assert (found.messages, found.backlogs) == (250, {OLD.name: 250})
+        assert not tight.ledger.has_body(made[0])
+        tight.delivered(OLD.name)
+        await until(lambda: tight.ledger.pending_ids(OLD.name) == made)
+        await until(lambda: spool.backlogs(tight.folder) == [])
+    assert tight.ledger.pending_ids() == []
+    assert sorted(i for ids in tight.ledger.queued(OLD.name).values() for i in ids) == made
+    assert all(tight.ledger.has_body(i) for i in made)
+    assert spool.backlogs(tight.folder) == []
+
+
+async def test_a_crash_while_copies_are_shared_out(tight: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between any two steps, and with room for the other in the meantime: each share comes in once."""
+    made = [await tight.spooled(tight.message(str(n), BOTH)) for n in range(5)]
+    files = {path: path.read_bytes() for path in spool.messages(tight.folder).iterdir()}
+    place = spool.backlog(tight.folder, OLD.name)
+    async with tight.importing((NEW, OLD)):
+        await until(lambda: tight.backlog(OLD.name) == made)
+        await until(lambda: tight.names() == [])
+    # Killed before the files were gone: they are in both places; and by now the other takes its copies as well.
+    for path in files:
+        os.link(place / path.name, path)
+    tight.delivered(OLD.name)
+    for message_id in made[:3]:
+        tight.settle(message_id)
+    monkeypatch.setattr(importer, "_FORGET_AFTER", -1)
+    async with tight.importing((NEW, OLD)):
+        await until(lambda: not spool.summary(tight.folder).messages)
+        await until(lambda: not tight.client.keys(ledger.IMPORTED + "*"))
+    assert sorted(tight.ledger.pending_ids(OLD.name)) == made
+    assert sorted(tight.ledger.pending_ids()) == made[3:]
+
+
+async def test_a_disk_without_hard_links(tight: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a copy of the file waits."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    message_id = await tight.spooled(tight.message(to=BOTH))
+    async with tight.importing((NEW, OLD)):
+        await until(lambda: tight.names() == [])
+        assert tight.ledger.pending_ids() == tight.backlog(OLD.name) == [message_id]
+        tight.delivered(OLD.name)
+        await until(lambda: tight.ledger.pending_ids(OLD.name) == [message_id])
+
+
+async def test_a_greylisting_backup_is_not_a_dead_one(tight: Place) -> None:
+    """Copies that a backup has deferred do not keep its new ones out, but leave room to those that defer nothing."""
+    tight.client.hset(ledger.OWN + OLD.name, mapping={f"old{n}": CopyState().to_wire() for n in range(1000)})
+    message_id = await tight.spooled(tight.message(to=BOTH))
+    async with tight.importing((NEW, OLD)):
+        await until(lambda: message_id in tight.ledger.pending_ids(OLD.name))
+        tight.settle(message_id)
+        memory = tight.client.info("memory")
+        tight.client.set("ballast", bytes(int(0.79 * memory["maxmemory"] - memory["used_memory"])))
+        another = await tight.spooled(_sized(tight, 500 << 10, BOTH))
+        await until(lambda: another in tight.ledger.pending_ids())
+        assert tight.backlog(OLD.name) == [another]
+
+
+async def test_the_clock_starts_at_acceptance(place: Place) -> None:
+    """Retries and ages count from when the client heard 2xx, however long the message was in the spool."""
+    accepted = ledger.now(place.client) - 86400
+    message = place.message()
+    old = Message(replace(message.envelope, received_at=accepted), message.body)
+    spooled = await place.spooled(old)
+    late = place.message("late", ids=IdSource())
+    place.stage(late)
+    note = Released(late.envelope.id, ("new",), accepted_at=accepted)
+    place.put(f"{late.envelope.id}.release", json.dumps(note._asdict()).encode())
+    await place.imported()
+    for message_id in (spooled, late.envelope.id):
+        assert place.client.zscore(ledger.PENDING + "new", message_id) == pytest.approx(accepted, abs=0.01)

@@ -54,7 +54,7 @@ class Process:
         self.async_client = redis.asyncio.Redis.from_url(server.url, socket_timeout=2, retry=None)
         self.client = server.client()
         self.watch = Watch(self.async_client, seconds=0.5)
-        self.dispatcher = Dispatcher(self.client)
+        self.dispatcher = Dispatcher(self.async_client)
         self.spool = Spool(folder, self.ids.owner) if with_spool else None
         self.ledger = Contents(self.client)
         self.intake = Intake(

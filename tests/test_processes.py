@@ -351,3 +351,64 @@ def test_child_is_one_of_two_kinds(kinds: dict[str, Callable[..., object]]) -> N
 def test_context_is_plain() -> None:
     """A child's context says who it is without any lookup."""
     assert ChildContext("worker", "12.34").predecessor is None
+
+
+def test_further_children_come_and_go(run):
+    """Whom the roster names is started, kept alive, and drained when no longer named; its silence changes nothing."""
+    run.start(
+        """
+        from relay import processes
+        processes._ROSTER_EVERY = 0.05
+        wanted = folder / "wanted"
+
+        def roster():
+            return [Child(name, run=serve) for name in wanted.read_text().split()] if wanted.exists() else None
+
+        sys.exit(Supervisor([Child("a", run=serve)], roster=roster).run())
+        """
+    )
+    run.wait_up("a")
+    wanted = run.folder / "wanted"
+    wanted.write_text("b c")
+    ((first, _),) = run.wait_up("b")
+    run.wait_up("c")
+    os.kill(first, signal.SIGKILL)
+    assert run.wait_up("b", 2)[1][1].startswith(f"{first}.")
+    wanted.unlink()
+    wanted.with_name("next").write_text("c")
+    wanted.with_name("next").rename(wanted)
+    wait_until(lambda: ["down", "b"] in run.events, message=lambda: run.log)
+    wait_until(lambda: "not needed any more" in run.log)
+    wanted.write_text("b c")
+    run.wait_up("b", 3)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 0
+    assert [e[1] for e in run.events if e[0] == "down"].count("b") == 2
+    assert len(run.ups("a")) == len(run.ups("c")) == 1
+
+
+def test_a_signal_at_the_very_end_of_a_child(run):
+    """A child that answers SIGTERM with SystemExit ends alone, also when it comes while its last words are written."""
+    run.start(
+        """
+        class Last:
+            def flush(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def brief(context):
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+            sys.stdout = Last()
+            note("brief")
+            return 0
+
+        status = Supervisor([Child("a", run=serve), Child("brief", run=brief, restart=False)]).run()
+        note(f"supervisor {os.getpid()}")
+        sys.exit(status)
+        """
+    )
+    run.wait_up("a")
+    wait_until(lambda: "brief (process" in run.log or ["brief"] in run.events)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 0
+    assert [e for e in run.events if e[0] == "supervisor"] == [["supervisor", str(run.process.pid)]]
+    assert ["down", "a"] in run.events

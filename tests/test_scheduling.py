@@ -19,6 +19,7 @@ from rq.registry import ScheduledJobRegistry
 from rq.serializers import JSONSerializer
 
 from redis_servers import RedisServer
+from relay.sections import RedisSettings
 from waiting import wait_until
 from workers.process import connector
 from workers.scheduling import Scheduler, keep_scheduling
@@ -40,7 +41,8 @@ def schedule(queue: Queue, count: int, seconds: float = -5) -> list[str]:
 def scheduling(url: str, names: list[str], lock: str = "host-state") -> Iterator[threading.Event]:
     """Run a scheduler in a thread."""
     stop = threading.Event()
-    thread = threading.Thread(target=keep_scheduling, args=(connector(url), lambda: list(names), lock, stop))
+    connect = connector(RedisSettings(url, 5))
+    thread = threading.Thread(target=keep_scheduling, args=(connect, lambda: list(names), lock, stop))
     thread.start()
     try:
         yield stop
@@ -66,7 +68,7 @@ def test_many_due_jobs_move_without_a_pause(redis_url: str, redis_client: redis.
     """Several thousand due at once do not take a second per thousand."""
     queue = Queue("backup-new", connection=redis_client, serializer=JSONSerializer)
     schedule(queue, 2500)
-    scheduler = Scheduler(connector(redis_url)(), "host-state")
+    scheduler = Scheduler(connector(RedisSettings(redis_url, 5))(), "host-state")
     rounds = [scheduler.round(["backup-new"]) for _ in range(3)]
     assert rounds == [True, True, False]
     assert queue.count == 2500
@@ -89,14 +91,14 @@ def test_restart_takes_its_own_lock_at_once(redis_url: str, redis_client: redis.
     """A scheduler that was killed leaves its lock to the next of the same name; another name's is respected."""
     queue = Queue("backup-new", connection=redis_client, serializer=JSONSerializer)
     schedule(queue, 1)
-    killed = Scheduler(connector(redis_url)(), "host-state")
+    killed = Scheduler(connector(RedisSettings(redis_url, 5))(), "host-state")
     killed.round([])
     killed._queue_names = {"backup-new"}
     killed.acquire_locks()  # type: ignore[no-untyped-call]
-    other = Scheduler(connector(redis_url)(), "elsewhere-state")
+    other = Scheduler(connector(RedisSettings(redis_url, 5))(), "elsewhere-state")
     assert not other.round(["backup-new"])
     assert queue.count == 0
-    again = Scheduler(connector(redis_url)(), "host-state")
+    again = Scheduler(connector(RedisSettings(redis_url, 5))(), "host-state")
     assert not again.round(["backup-new"])
     assert queue.count == 1
     for scheduler in (killed, other, again):

@@ -20,7 +20,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from loguru import logger
 
+from certificates import Certificate
 from in_process import front, settings_of
+from redis_servers import RedisServer
+from relay.users import hash_password
 from scripted_server import EXTENSIONS, ScriptedServer
 
 SECONDS = 20.0
@@ -29,6 +32,8 @@ RULES = re.compile(
     r"500 5\.5\.2|501 5\.5\.[24]|501 5\.1\.3|50[23] 5\.5\.1|555 5\.5\.4|"
     r"550 5\.7\.30|552 5\.3\.4|554 5\.5\.1|554 5\.4\.6"
 )
+# And where there are users, a certificate, and bare line ends are refused.
+MORE_RULES = re.compile(rf"{RULES.pattern}|550 5\.6\.11|500 5\.5\.6|501 5\.7\.0|504 5\.5\.4|53[05] 5\.7\.[08]")
 REPLY = re.compile(rb"(?:[2-5]\d\d-[^\r\n]*\r\n)*[2-5]\d\d [^\r\n]*\r\n")
 
 
@@ -153,24 +158,57 @@ TALK = st.lists(st.one_of(WHOLE, WHOLE, SENDERS, DATA, CHUNK, st.sampled_from(OT
 SENSE = st.one_of(TALK.map(lambda talk: b"EHLO x\r\n" + talk), TALK)
 NONSENSE = st.one_of(st.binary(max_size=2000), st.lists(st.one_of(st.binary(max_size=50), TALK)).map(b"".join))
 CUTS = st.lists(st.integers(0, 1000), max_size=5)
+NAMING = st.lists(
+    st.sampled_from(
+        [
+            b"ADDR=192.0.2.7",
+            b"ADDR=IPv6:2001:db8::7",
+            b"NAME=a+2Bb",
+            b"HELO=+0D+0A",
+            b"PORT=25",
+            b"PROTO=ESMTP",
+            b"LOGIN=ann",
+            b"SOURCE=LOCAL",
+            b"X=y",
+            b"NAME",
+            b"ADDR=[UNAVAILABLE]",
+            b"+",
+            b"=",
+            b"\xff",
+        ]
+    ),
+    max_size=4,
+)
+PROOFS = [b"", b"=", b"*", b"AGFubgBjb3JyZWN0IGhvcnNl", b"YW5u", b"Y29ycmVjdCBob3JzZQ==", b"AAA=", b"%%%", b"A" * 13000]
+LOGIN = st.lists(st.sampled_from(PROOFS), max_size=3).map(b"\r\n".join)
+PARTS = [b"<a@example.com>", b" ", b"<", b">", b'"', b"BODY=8BITMIME", b"SIZE=1", b"RET=FULL", b"SMTPUTF8"]
+PARTS += [b"ORCPT=rfc822;a", b"NOTIFY=NEVER", b"\xc3\xa4", b"\xc3"]
+EXTRAS = st.one_of(
+    st.tuples(st.sampled_from([b"XFORWARD ", b"XCLIENT "]), NAMING).map(lambda n: n[0] + b" ".join(n[1]) + b"\r\n"),
+    st.tuples(st.sampled_from([b"AUTH PLAIN ", b"AUTH PLAIN\r\n", b"AUTH LOGIN\r\n", b"AUTH "]), LOGIN).map(
+        lambda a: a[0] + a[1] + b"\r\n"),
+    st.binary(max_size=50).map(lambda junk: b"STARTTLS\r\n" + junk),
+    st.tuples(st.sampled_from([b"MAIL FROM:", b"RCPT TO:"]), st.lists(st.sampled_from(PARTS), max_size=6)).map(
+        lambda m: m[0] + b"".join(m[1]) + b"\r\n"),
+)  # fmt: skip
+EVERYTHING = st.lists(st.one_of(TALK, EXTRAS, EXTRAS, st.sampled_from(OTHERS)), max_size=8).map(b"".join)
 
 Converse = Callable[[bytes, list[int]], tuple[list[str], list[tuple[str, bytes]]]]
 
 
-@pytest.fixture(scope="module")
-def fuzzing(redis_server) -> Iterator[Converse]:  # type: ignore[no-untyped-def]
-    """Call it with what a client sends: the replies, and the mail that the primary took.
+@contextlib.contextmanager
+def _serving(redis_url: str, options: dict[str, str]) -> Iterator[Converse]:
+    """Yield what to call with what a client sends: the replies, and the mail that the primary took.
 
     There are no replies where we closed while the client went on talking, for that resets the connection.
     """
     troubles: list[str] = []
-    logger.remove()
     sink = logger.add(lambda record: troubles.append(str(record)), filter=lambda record: "error" in record["message"])
     primary = ScriptedServer(extensions=[*EXTENSIONS, "CHUNKING", "DSN"]).start()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, contextlib.ExitStack() as ends:
         ends.callback(primary.stop)
         ends.callback(logger.remove, sink)
-        serving = front(settings_of(primary.address), redis_server.url)
+        serving = front(settings_of(primary.address, options), redis_url)
         _, port = runner.run(serving.__aenter__())
         ends.callback(lambda: runner.run(serving.__aexit__(None, None, None)))
 
@@ -187,6 +225,32 @@ def fuzzing(redis_server) -> Iterator[Converse]:  # type: ignore[no-untyped-def]
             assert not replies or replies[0].startswith("220 ")
             return replies, [(t.sender, t.wire[len(t.trace) :] if t.trace else t.wire) for t in mail]
 
+        yield converse
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> None:
+    """A line for each of so many messages would be most of the work."""
+    logger.remove()
+
+
+@pytest.fixture(scope="module")
+def fuzzing(quiet: None, redis_server: RedisServer) -> Iterator[Converse]:
+    """A relay as it is by default."""
+    with _serving(redis_server.url, {}) as converse:
+        yield converse
+
+
+@pytest.fixture(scope="module")
+def strict(
+    quiet: None, redis_server: RedisServer, certificate: Certificate, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Converse]:
+    """A relay with users and a certificate that refuses bare line ends."""
+    users = tmp_path_factory.mktemp("users") / "users"
+    users.write_text(f"ann:{hash_password('correct horse')}\n")
+    options = {"smtp.users_file": str(users), "smtp.auth_without_tls": "true", "smtp.bare_newline": "refuse"}
+    options |= {"smtp.tls_certificate": str(certificate.certificate), "smtp.tls_key": str(certificate.key)}
+    with _serving(redis_server.url, options) as converse:
         yield converse
 
 
@@ -235,3 +299,13 @@ def test_streams(fuzzing: Converse, data: bytes, cuts: list[int]) -> None:
     replies, mail = fuzzing(data, cuts)
     assert all(b"\r\n.\r\n" not in b"\r\n" + body for _, body in mail)
     assert all(RULES.match(reply) for reply in replies if reply.startswith("5"))
+
+
+@FUZZ
+@given(data=EVERYTHING, cuts=CUTS)
+def test_logins_and_names(strict: Converse, data: bytes, cuts: list[int]) -> None:
+    """The same with AUTH, STARTTLS, XCLIENT and XFORWARD among it, and bare line ends refused."""
+    replies, mail = strict(data, cuts)
+    assert all(b"\r\n.\r\n" not in b"\r\n" + body for _, body in mail)
+    assert not any(re.search(rb"(?<!\r)\n|\r(?!\n)", body) for _, body in mail)
+    assert all(MORE_RULES.match(reply) for reply in replies if reply.startswith("5"))

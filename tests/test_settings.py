@@ -63,7 +63,8 @@ def test_the_file_at_the_root_is_the_schema_written_down() -> None:
 def test_the_file_at_the_root_changes_nothing() -> None:
     """Running from a checkout is running on defaults, flags and variables."""
     assert tomllib.loads(render()) == {
-        section: {} for section in ["smtp", "relay", "redis", "spool", "retry", "failed", "status", "log", "workers"]
+        section: {}
+        for section in ["smtp", "relay", "redis", "spool", "storage", "retry", "failed", "status", "log", "workers"]
     }
     assert loaded(ROOT) == loaded()
 
@@ -433,7 +434,7 @@ def test_describe_shows_origins_and_no_secret(tmp_path: Path) -> None:
     assert rows["retry.first"] == ("90", "1m", "--retry-first")
     assert rows["smtp.max_message_bytes"] == ("100M", "100M", "default")
     assert rows["backup.new"] == (
-        "smtp://user:***@new:25 tls=encrypt sender=null connections=20 domains=a.example",
+        "smtp://user:***@new:25 tls=encrypt sender=null connections=0 domains=a.example",
         "",
         f"{tmp_path / 'settings.toml'}:3",
     )

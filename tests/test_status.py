@@ -20,6 +20,7 @@ from reactions import Close
 from relay import ledger, spool, status
 from relay.envelope import Destination
 from relay.occupancy import Occupancy
+from relay.sections import RedisSettings
 from relay.settings import Settings, load
 from relay.status import LedgerCollector
 from scripted_server import ScriptedServer
@@ -210,7 +211,7 @@ def test_metrics_are_the_sum_of_the_processes(settings, redis_client, redis_url,
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(folder), "PYTHONPATH": source}
     for _ in range(2):
         subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True)
-    text = status.metrics(folder, LedgerCollector(redis_url, 5)).body.decode()
+    text = status.metrics(folder, LedgerCollector(RedisSettings(redis_url, 5))).body.decode()
     assert "smtpdup_connections_total 4.0" in text
     assert "smtpdup_redis_up 1.0" in text
 
@@ -252,7 +253,7 @@ def test_metrics_tell_what_the_ledger_knows(redis_client, redis_url, tmp_path):
         pipe.execute()
     samples = dict(
         line.rsplit(" ", 1)
-        for line in status.metrics(tmp_path, LedgerCollector(redis_url, 5)).body.decode().splitlines()
+        for line in status.metrics(tmp_path, LedgerCollector(RedisSettings(redis_url, 5))).body.decode().splitlines()
         if line[:1] != "#"
     )
     assert float(samples['smtpdup_pending{destination="new"}']) == 2
@@ -265,7 +266,7 @@ def test_metrics_tell_what_the_ledger_knows(redis_client, redis_url, tmp_path):
 
 def test_without_redis_the_other_metrics_stay(tmp_path):
     """A Redis that is away shows as down, and nothing says that no copy waits."""
-    text = status.metrics(tmp_path, LedgerCollector(f"unix://{tmp_path}/none.sock", 1)).body.decode()
+    text = status.metrics(tmp_path, LedgerCollector(RedisSettings(f"unix://{tmp_path}/none.sock", 1))).body.decode()
     assert "smtpdup_redis_up 0.0" in text
     assert "smtpdup_pending" not in text
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,3 +69,51 @@ def test_no_utf8(tmp_path: Path) -> None:
     (tmp_path / "users").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="is not UTF-8"):
         Users.read(tmp_path / "users")
+
+
+class _Counting:
+    """hashlib's scrypt, with a count of its calls and of how many ran at once."""
+
+    def __init__(self) -> None:
+        self.calls = self.running = self.most = 0
+        self._lock = threading.Lock()
+        self._scrypt = hashlib.scrypt
+
+    def __call__(self, *args: Any, **options: Any) -> bytes:
+        with self._lock:
+            self.calls += 1
+            self.running += 1
+            self.most = max(self.most, self.running)
+        try:
+            return self._scrypt(*args, **options)
+        finally:
+            with self._lock:
+                self.running -= 1
+
+
+@pytest.fixture
+def scrypt(monkeypatch: pytest.MonkeyPatch) -> _Counting:
+    counting = _Counting()
+    monkeypatch.setattr(hashlib, "scrypt", counting)
+    return counting
+
+
+def test_an_unknown_name_costs_as_much_as_a_known_one(tmp_path: Path, scrypt: _Counting) -> None:
+    """Time does not tell who is a user: for each name one hash is made, with the same parameters."""
+    users = Users.read(written(tmp_path, f"ann:{GOOD}\n"))
+    for name in ("ann", "eve"):
+        before = scrypt.calls
+        assert not asyncio.run(users.check(name, "wrong"))
+        assert scrypt.calls == before + 1
+
+
+def test_guessing_takes_four_threads_and_no_more(tmp_path: Path, scrypt: _Counting) -> None:
+    """However many guess at the same time, four passwords are checked at once: each takes 16 MiB."""
+    users = Users.read(written(tmp_path, f"ann:{GOOD}\n"))
+
+    async def guess() -> None:
+        assert not any(await asyncio.gather(*(users.check("ann", f"guess {n}") for n in range(20))))
+
+    asyncio.run(guess())
+    assert scrypt.calls == 20
+    assert 1 < scrypt.most <= 4

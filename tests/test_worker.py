@@ -18,6 +18,7 @@ from rq.serializers import JSONSerializer
 
 from couriers import NotingCourier
 from redis_servers import RedisServer
+from relay.sections import RedisSettings
 from waiting import wait_until
 from workers import jobs
 from workers.process import CourierThread, connector, revive_predecessors
@@ -40,7 +41,7 @@ class Bench:
 
     @staticmethod
     def new_worker(url: str, name: str) -> DeliveryWorker:
-        return DeliveryWorker(QUEUE, connection=connector(url)(), name=name)
+        return DeliveryWorker(QUEUE, connection=connector(RedisSettings(url, 5))(), name=name)
 
     def put(self, function: str = "workers.jobs.deliver", *args: object, **options: object) -> str:
         options = {"timeout": -1, "result_ttl": 0, "failure_ttl": 3600, "description": "deliver"} | options
@@ -86,6 +87,23 @@ def test_job_reaches_the_courier_and_leaves_nothing(bench: Bench) -> None:
     assert bench.courier.calls == [(ids[0], ["0"]), (ids[1], ["1"]), (ids[2], ["2"])]
     assert bench.job_keys == set()
     assert bench.client.hget("rq:worker:host.new.1.1", "successful_job_count") == b"3"
+
+
+def test_jobs_that_wait_are_taken_together(bench: Bench) -> None:
+    """As far as the courier has room, jobs begin and end together; each has its own end."""
+    ids = [bench.put("workers.jobs.deliver", "new", [f"{n}a", f"{n}b"]) for n in range(6)]
+    bench.client.hset(f"rq:job:{ids[2]}", "created_at", "yesterday")
+    bench.worker.room = lambda: 8
+    bench.courier.hold = True
+    working = threading.Thread(target=bench.worker.work, kwargs={"burst": True})
+    working.start()
+    wait_until(lambda: len(bench.courier.calls) == 3)
+    assert bench.queue.job_ids == ids[4:]
+    bench.thread.call(bench.courier.let_go())
+    working.join(20)
+    assert [job for job, _ in bench.courier.calls] == [ids[n] for n in (0, 1, 3, 4, 5)]
+    assert bench.job_keys == {f"rq:job:{ids[2]}".encode()}
+    assert bench.client.hget("rq:worker:host.new.1.1", "successful_job_count") == b"5"
 
 
 @pytest.mark.parametrize(
@@ -159,6 +177,20 @@ def test_interrupted_job_goes_back_to_the_front(bench: Bench) -> None:
     bench.worker.work(burst=True)
     assert [job for job, _ in bench.courier.calls] == [first, first, second]
     assert bench.job_keys == set()
+
+
+def test_only_the_interrupted_of_several_go_back(bench: Bench) -> None:
+    """Of jobs that ran together, done ones are gone, refused ones failed, interrupted ones the next to run."""
+    done, refused, first, second = (
+        bench.put("workers.jobs.deliver", name, ["a"]) for name in ("new", "x", "new", "new")
+    )
+    bench.courier.faults = {first: jobs.Interrupted(), second: jobs.Interrupted()}
+    bench.worker.room = lambda: 100
+    bench.worker.work(max_jobs=4)
+    assert sorted(bench.queue.job_ids) == sorted([first, second])
+    assert list(bench.failed) == [refused]
+    assert not bench.client.exists(f"rq:job:{done}")
+    assert StartedJobRegistry(queue=bench.queue).get_job_ids(cleanup=False) == []
 
 
 def test_kept_result_takes_rq_own_way(bench: Bench) -> None:

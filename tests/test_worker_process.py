@@ -23,6 +23,7 @@ PROGRAM = """
 import asyncio, os, sys
 from pathlib import Path
 from relay.processes import Child, Supervisor
+from relay.sections import RedisSettings
 from workers.jobs import Interrupted
 from workers.process import connector, serve
 
@@ -35,6 +36,7 @@ def note(*words):
 class Courier:
     "Holds each job while the file hold exists; in a drain, interrupts it if the file interrupt exists."
     accepting = True
+    room = 0
     def __init__(self, name):
         self.name = name
         self.draining = False
@@ -54,8 +56,8 @@ class Courier:
         self.draining = True
 
 def run(context):
-    return serve(context, destination="new", queue_name="backup-new", connect=connector(url), make_courier=Courier,
-                 on_dead=lambda connection, name: note("revived", name))
+    return serve(context, destination="new", queue_name="backup-new", connect=connector(RedisSettings(url, 5)),
+                 make_courier=Courier, on_dead=lambda connection, name: note("revived", name))
 
 sys.exit(Supervisor([Child("worker.new", run=run)]).run())
 """

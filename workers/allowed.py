@@ -6,8 +6,8 @@ as one of its callbacks. A job that asks for anything but ``workers.jobs.deliver
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, cast
 
 from redis.client import Pipeline
@@ -18,6 +18,8 @@ from rq.results import Result
 
 from workers import jobs
 
+_ARGUMENTS = 2  # destination and ids
+
 
 class DeliveryJob(Job):
     """A job that can call the functions of workers.jobs that are meant for it, and nothing else."""
@@ -27,7 +29,7 @@ class DeliveryJob(Job):
         self._success_callback_name = self._failure_callback_name = self._stopped_callback_name = None
         self.webhooks = []
 
-    def function(self) -> Callable[..., None]:
+    def function(self) -> Callable[..., Future[None]]:
         """Return what to call. Raises Refused."""
         try:
             name, instance = self.func_name or "", self.instance
@@ -36,21 +38,33 @@ class DeliveryJob(Job):
         module, _, function = name.rpartition(".")
         if module != jobs.__name__ or function not in jobs.ALLOWED or instance is not None:
             raise jobs.Refused(f"only {jobs.__name__} may be called, not {name!r}")
-        return cast("Callable[..., None]", getattr(jobs, function))
+        return cast("Callable[..., Future[None]]", getattr(jobs, function))
 
-    def _execute(self) -> None:
-        function = self.function()
+    @property
+    def copies(self) -> int:
+        """How many copies it is about; 0 when that cannot be read."""
         try:
-            inspect.signature(function).bind(*self.args, **self.kwargs)
-        except TypeError as error:
-            raise jobs.Refused(f"wrong arguments: {error}") from error
-        function(*self.args, **self.kwargs)
+            return len(self.args[1])
+        except (DeserializationError, IndexError, TypeError):
+            return 0
+
+    def perform(self) -> Future[None]:
+        """Begin it: the future is that of what was called. Raises Refused, and whatever the call does."""
+        begun = cast("Future[None]", super().perform())
+        self._result = None  # nothing is returned
+        return begun
+
+    def _execute(self) -> Future[None]:
+        function = self.function()
+        if self.kwargs or len(self.args) != _ARGUMENTS:
+            raise jobs.Refused("wrong arguments")
+        return function(*self.args)
 
     @property
     def is_forgotten_when_done(self) -> bool:
         """Nothing is kept of it and nothing hangs on it, so that its end is one transaction."""
         return self.result_ttl == 0 and not (
-            self.group_id or self.has_rate_limit or self.repeats_left or self.dependency_ids
+            self.group_id or self.has_rate_limit or self.repeats_left or self._dependency_ids
         )
 
     def forget(self, pipeline: Pipeline) -> None:

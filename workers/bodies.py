@@ -1,7 +1,6 @@
 """The bodies of claimed copies: small ones fetched ahead in a few round trips, a large one when its turn comes.
 
-A large body travels on a connection of its own, so that it does not hold up leases and outcomes. A record that
-cannot be read is logged and counts as missing.
+A large body travels on a connection of its own, so that it does not hold up leases and outcomes.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import cast
 
 from redis.asyncio import Redis
 
-from relay import archive, ledger, maillog
+from relay import archive, ledger
 from relay.envelope import BodyElsewhere, MalformedRecord, Message
 
 _LARGE = 256 << 10  # octets of a stored record
@@ -47,12 +46,16 @@ class Bodies:
         await self._fetch(group)
 
     async def take(self, message_id: str) -> Message | None:
-        """Return a message, None when there is none or it cannot be read. Raises RedisError, BodyElsewhere."""
+        """Return a message, None when there is none. Raises RedisError, BodyElsewhere, MalformedRecord."""
         message = self._ahead.pop(message_id, None)
         if message is None:
-            record = await self._bulk.get(ledger.MESSAGE + message_id)
-            message = _unpacked(message_id, cast("bytes | None", record))
+            record = cast("bytes | None", await self._bulk.get(ledger.MESSAGE + message_id))
+            message = None if record is None else _unpacked(message_id, record)
         return message
+
+    def at_hand(self, message_id: str) -> Message | None:
+        """Return a message that was fetched ahead, else None; ``take`` returns it all the same."""
+        return self._ahead.get(message_id)
 
     def drop(self, ids: Sequence[str]) -> None:
         """Forget what was fetched ahead and is not delivered now."""
@@ -62,20 +65,14 @@ class Bodies:
     async def _fetch(self, ids: Sequence[str]) -> None:
         if ids:
             records = await self._connection.mget([ledger.MESSAGE + message_id for message_id in ids])
-            for message_id, record in zip(ids, records, strict=True):
-                with contextlib.suppress(BodyElsewhere):  # told when its turn comes
-                    message = _unpacked(message_id, cast("bytes | None", record))
-                    if message is not None:
-                        self._ahead[message_id] = message
+            for message_id, record in zip(ids, cast("list[bytes | None]", records), strict=True):
+                with contextlib.suppress(BodyElsewhere, MalformedRecord):  # told when its turn comes
+                    if record is not None:
+                        self._ahead[message_id] = _unpacked(message_id, record)
 
 
-def _unpacked(message_id: str, record: bytes | None) -> Message | None:
-    if record is None:
-        return None
+def _unpacked(message_id: str, record: bytes) -> Message:
     try:
-        return Message.unpack(record)
+        return Message.unpack(record, message_id)
     except BodyElsewhere as place:
-        return Message.unpack(archive.fetch(place))
-    except MalformedRecord as error:
-        maillog.notice("error", "unreadable message", id=message_id, reason=str(error))
-        return None
+        return Message.unpack(archive.fetch(place), message_id)

@@ -28,10 +28,7 @@ class Copy:
     @classmethod
     def of(cls, claim: Claim, message: Message, destination: Destination) -> Copy:
         """Make the copy of a claim."""
-        state = claim.state
-        if state.since != round(claim.accepted_at, 3):
-            # The first try, or an operator's retry: the clock of the schedule starts when it became pending.
-            state = replace(state, since=round(claim.accepted_at, 3), tries=0)
+        state = begun(claim)
         recipients = message.envelope.recipients
         owed = state.owed
         if owed is None:
@@ -90,3 +87,9 @@ class Copy:
             return next(iter(texts))
         recipients = self.message.envelope.recipients
         return "; ".join(f"<{recipients[i].address}>: {reply.text}" for i, reply in sorted(replies.items()))
+
+
+def begun(claim: Claim) -> CopyState:
+    """Return a claim's state, its clock started where this is the first try, or the first since an operator's retry."""
+    since = round(claim.accepted_at, 3)
+    return claim.state if claim.state.since == since else replace(claim.state, since=since, tries=0)

@@ -171,7 +171,7 @@ def export(connection: Redis, message_id: str) -> bytes:
     try:
         body = reading.message(connection, message_id).body
     except BodyElsewhere as place:
-        body = Message.unpack(archive.fetch(place)).body
+        body = Message.unpack(archive.fetch(place), message_id).body
     return re.sub(rb"(\A|\r\n)\.", rb"\1", body)  # RFC 5321 4.5.2; only CRLF ends a line
 
 

@@ -2,12 +2,14 @@
 
 A job is a hint that some copies wait for a destination; what is true of them is in the ledger. The functions
 run in the main thread of a DeliveryWorker and hand over to the courier in the worker's event loop, which the
-worker has bound before. Without a courier, or for another destination than its own, a job is refused.
+worker has bound before; the worker waits for the end. Without a courier, or for another destination than its own,
+a job is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,15 +27,19 @@ class Interrupted(RuntimeError):
 
 
 class Courier(Protocol):
-    """What delivers the copies of one destination. Everything runs in one event loop; ``accepting`` is read anywhere.
+    """What delivers the copies of one destination, in one event loop; ``accepting`` and ``room`` are read anywhere.
 
-    ``deliver`` returns when each copy that it could claim has an outcome in the ledger or is left to a straggler.
+    ``room`` is how many copies are worth having in hand at once; a first job may have more. ``deliver``, which may be
+    called again meanwhile, returns when each copy that it could claim has an outcome in the ledger or is left to a
+    straggler.
     ``drain`` is called once at the stop signal, also while a ``deliver`` runs: start no further copy, let
     ``deliver`` return or raise Interrupted, finish what is under way, return when all outcomes are written.
     """
 
     @property
     def accepting(self) -> bool: ...
+    @property
+    def room(self) -> int: ...
     async def start(self) -> None: ...
     async def deliver(self, job_id: str, ids: list[str]) -> None: ...
     async def drain(self) -> None: ...
@@ -59,8 +65,8 @@ def unbind() -> None:
     _bound.clear()
 
 
-def deliver(destination: str, ids: list[str]) -> None:
-    """Deliver the waiting copies of these messages. Returns when the courier does; its exceptions are passed on."""
+def deliver(destination: str, ids: list[str]) -> Future[None]:
+    """Hand the waiting copies of these messages to the courier; the future ends as its ``deliver`` does."""
     if not _bound:
         raise Refused("no courier in this process")
     (bound,) = _bound
@@ -69,5 +75,4 @@ def deliver(destination: str, ids: list[str]) -> None:
     if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
         raise Refused("ids must be a list of strings")
     job = get_current_job()
-    call = bound.courier.deliver(job.id if job else "", ids)
-    asyncio.run_coroutine_threadsafe(call, bound.loop).result()
+    return asyncio.run_coroutine_threadsafe(bound.courier.deliver(job.id if job else "", ids), bound.loop)

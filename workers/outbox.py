@@ -2,7 +2,8 @@
 
 An outcome that cannot be written is tried again until it is: a Redis restart in the middle of a batch repeats no
 delivery. Futures resolve when Redis has answered. While the oldest outcome waits for more than a second,
-``is_late`` tells the courier to start no new copy.
+``is_late`` tells the courier to start no new copy. Under Sentinels a failover can lose what was answered: what was
+settled lately is remembered, and settled again at the new master.
 """
 
 from __future__ import annotations
@@ -16,11 +17,17 @@ import redis.asyncio
 from redis import Redis
 from redis.exceptions import RedisError
 
-from relay import faults, ledger, maillog
+from relay import faults, ledger, maillog, redis_clients
+from relay.ledger import Claim
 
 _LATE = 1.0
 _STUCK = 60.0
 _LONGEST_PAUSE = 2.0
+_FOLLOW_SECONDS = 0.5
+_AFTERMATH_SECONDS, _AGAIN_SECONDS = 60.0, 5.0
+_REMEMBERED_SECONDS = 300.0  # a failover takes as long as the Sentinels wait, and their election
+_REMEMBERED = 50_000
+_PAGE = 1000
 
 Change = Callable[[Any], object]
 
@@ -28,8 +35,19 @@ Change = Callable[[Any], object]
 class Outbox:
     """The outcomes of one worker process."""
 
-    def __init__(self, connection: redis.asyncio.Redis, jobs: Redis, destination: str) -> None:
-        """Take an async client for what concerns only the ledger, a blocking one for what also makes RQ jobs."""
+    def __init__(
+        self,
+        connection: redis.asyncio.Redis,
+        jobs: Redis,
+        destination: str,
+        *,
+        now: Callable[[], float] = time.time,
+        remembers: bool = False,
+    ) -> None:
+        """Take an async client for what concerns only the ledger, a blocking one for what also makes RQ jobs.
+
+        ``now`` is Redis's clock; ``remembers`` what is settled, for the case of a failover.
+        """
         self._connection = connection
         self._jobs = jobs
         self._destination = destination
@@ -38,6 +56,9 @@ class Outbox:
         self._waiters: list[asyncio.Future[None]] = []
         self._flight: asyncio.Task[None] | None = None
         self._oldest: float | None = None
+        self._now = now
+        self._remembers = remembers
+        self._lately: dict[str, float] = {}  # id -> when it was settled, the oldest first
 
     @property
     def is_late(self) -> bool:
@@ -58,6 +79,52 @@ class Outbox:
         """Note a change that makes an RQ job too; called in a thread with a pipeline in MULTI, again if that fails."""
         self._changes.append(change)
         return self._submitted()
+
+    def has_settled(self, claim: Claim) -> bool:
+        """Say whether this very copy was settled here: Redis has it as pending because a failover lost that."""
+        settled_at = self._lately.get(claim.id)
+        return settled_at is not None and claim.accepted_at <= settled_at  # else it is another's, moved here since
+
+    async def follow(self) -> None:
+        """See to it that a new master knows what was settled at the old one; runs until cancelled."""
+        master = None
+        until = again_at = 0.0  # a write on its way can reach the old master even then, until the Sentinels demote it
+        while self._remembers:
+            await asyncio.sleep(_FOLLOW_SECONDS)
+            if master is not None and not self._lately:
+                continue
+            try:
+                present = await redis_clients.find_master(self._connection)
+            except (RedisError, OSError):
+                continue
+            now = time.monotonic()
+            if master not in {None, present}:
+                until, again_at = now + _AFTERMATH_SECONDS, now
+            if again_at <= now < until:
+                await self._until_written(self._settle_again)
+                again_at = now + _AGAIN_SECONDS
+            master = present
+
+    async def _settle_again(self) -> None:
+        ids = list(self._lately)
+        for start in range(0, len(ids), _PAGE):
+            page = ids[start : start + _PAGE]
+            scores = await self._connection.zmscore(ledger.PENDING + self._destination, page)
+            pairs = zip(page, scores, strict=True)
+            lost = [i for i, score in pairs if score is not None and float(score) <= self._lately.get(i, 0.0)]
+            for message_id in lost:
+                maillog.repeated(message_id, self._destination, "a failover lost that it was delivered")
+            if lost:
+                await self._settle(lost)
+
+    def _remember(self, ids: list[str]) -> None:
+        if self._remembers:
+            now = self._now()
+            self._lately.update(dict.fromkeys(ids, now))
+            while self._lately and (
+                len(self._lately) > _REMEMBERED or next(iter(self._lately.values())) < now - _REMEMBERED_SECONDS
+            ):
+                del self._lately[next(iter(self._lately))]
 
     def _submitted(self) -> asyncio.Future[None]:
         loop = asyncio.get_running_loop()
@@ -94,6 +161,7 @@ class Outbox:
         async with self._connection.pipeline(transaction=True) as pipe:
             ledger.settle(pipe, self._destination, ids)
             await pipe.execute()
+        self._remember(ids)
 
     def _change(self, changes: list[Change]) -> None:
         with self._jobs.pipeline(transaction=True) as pipe:

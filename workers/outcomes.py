@@ -19,7 +19,7 @@ from relay.envelope import Destination, Reply
 from relay.ledger import Claim, CopyState
 from relay.sections import RetrySettings
 from workers import failed
-from workers.copies import Copy
+from workers.copies import Copy, begun
 from workers.outbox import Outbox
 from workers.retry import next_delay
 
@@ -45,6 +45,8 @@ class Outcomes:
         self._outbox = outbox
         self._retry = retry
         self._failed_ttl = failed_ttl
+        self._delivered = metrics.deliveries.labels(self._name, "delivered")
+        self._age = metrics.delivery_age_seconds.labels(self._name)
         self._now = now
 
     def conclude(self, copy: Copy, job: str) -> tuple[asyncio.Future[None] | None, tuple[CopyState, float] | None]:
@@ -69,8 +71,8 @@ class Outcomes:
                 maillog.deferred(copy.id, name, len(copy.later), attempts, reply, delay)
         if copy.taken:
             age = now - copy.message.envelope.received_at
-            metrics.deliveries.labels(name, "delivered").inc()
-            metrics.delivery_age_seconds.labels(name).observe(max(0.0, age))
+            self._delivered.inc()
+            self._age.observe(max(0.0, age))
             maillog.delivered(copy.id, name, copy.taken, attempts, age)
         if copy.never:
             reply = copy.said(copy.never)
@@ -114,6 +116,19 @@ class Outcomes:
             dispatch.schedule(pipe, self._queue, job, when)
 
         await self._outbox.write(change)
+
+    def postpone(
+        self, claim: Claim, job: str, reply: str
+    ) -> tuple[asyncio.Future[None] | None, tuple[CopyState, float] | None]:
+        """Defer a copy that cannot be tried here as yet; returns what ``conclude`` does."""
+        now = self._now()
+        state = begun(claim).tried(now, reply)
+        delay = next_delay(self._retry, state.tries, now - state.since)
+        if delay is None:
+            return self.fail(claim, reply), None
+        metrics.deliveries.labels(self._name, "deferred").inc()
+        maillog.deferred(claim.id, self._name, len(state.owed or ()), state.attempts, reply, delay)
+        return None, (replace(state, job=job), delay)
 
     def fail(self, claim: Claim, reply: str) -> asyncio.Future[None]:
         """Put a copy (back) on the failed list that cannot be tried here."""

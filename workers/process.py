@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 import uvloop
 from loguru import logger
 from redis import Redis
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
-from redis.retry import Retry
 from rq import Queue
 from rq.serializers import JSONSerializer
 
 from relay.processes import ChildContext
+from relay.redis_clients import sync_client
+from relay.sections import RedisSettings
 from workers import jobs
 from workers.jobs import Courier
 from workers.revival import dead_here, forget, revive, worker_name
@@ -99,11 +99,9 @@ class CourierThread:
                 os._exit(1)
 
 
-def connector(url: str, timeout: float = 10.0) -> Callable[[], Redis]:
+def connector(server: RedisSettings, timeout: float = 10.0) -> Callable[[], Redis]:
     """Return what makes a worker's client: one without retries, since a pop repeated blindly strands a job."""
-    return lambda: Redis.from_url(
-        url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0)
-    )
+    return lambda: sync_client(server, timeout, retries=0)
 
 
 def serve(
@@ -151,6 +149,7 @@ def serve(
         return 0
     courier = thread.start(lambda: make_courier(name))
     worker.accepts = lambda: courier.accepting
+    worker.room = lambda: courier.room
     if early:
         worker.stopping = True
     jobs.bind(destination, courier, thread.loop)

@@ -1,4 +1,4 @@
-"""The retry policy: when a copy is tried again, what a failure is about, and the breaker of a destination.
+"""The retry policy: when a copy is tried again, what a failure is about, breaker and width of a destination.
 
 Only ``judge`` decides whether trouble is about a recipient, about the message or about the server. Unknown
 means temporary; permanent is only the server's own 5xx about this message or recipient. Trouble with the
@@ -18,6 +18,8 @@ from relay.sections import RetrySettings
 
 _ABOUT_US = (530, 534, 535, 538)  # it wants us to authenticate, or better: nothing to do with the message
 _JITTER = 0.1
+_NEAR_CONNECTIONS, _FAR_CONNECTIONS = 20, 40  # a Postfix lets one client have 50
+_FAR = 0.02  # seconds of a round trip
 _FIRST_PROBE = 1.0
 _LONGEST_PROBE = 60.0
 _SAME_REFUSALS = 20  # different messages in a row, then it is the server's attitude and not the messages
@@ -63,6 +65,33 @@ def next_delay(settings: RetrySettings, tries: int, age: float) -> float | None:
 
 
 @dataclass(slots=True)
+class Width:
+    """How many transactions at once a destination gets at most: as set, else few for a near one, more for a far one.
+
+    A far server is idle while octets travel. How far it is shows in how soon it answers MAIL, at its best: the
+    estimate falls at once, and rises slowly.
+    """
+
+    connections: int  # as set; 0: by the distance
+    round_trip: float = field(init=False, default=0.0)  # seconds
+
+    @property
+    def most(self) -> int:
+        return self.connections or _FAR_CONNECTIONS
+
+    @property
+    def now(self) -> int:
+        return self.connections or (_FAR_CONNECTIONS if self.round_trip > _FAR else _NEAR_CONNECTIONS)
+
+    def note(self, seconds: float) -> None:
+        """Note how long a reply took that needs no thought."""
+        if not self.round_trip or seconds < self.round_trip:
+            self.round_trip = seconds
+        else:
+            self.round_trip += (seconds - self.round_trip) / 32
+
+
+@dataclass(slots=True)
 class Breaker:
     """Whether a destination may be used, and how widely.
 
@@ -101,8 +130,8 @@ class Breaker:
             self._pause = _FIRST_PROBE
             self.window = 1
             self.on_change(self)
-        elif self.window < self.limit:
-            self.window += 1
+        else:
+            self.window = min(self.window + 1, self.limit)
 
     def took(self) -> None:
         """Note that it took a message: whatever it refused before was about those messages."""

@@ -31,6 +31,8 @@ class Scheduler(RQScheduler):
 
     def __init__(self, connection: Redis, name: str) -> None:
         super().__init__([], connection, logging_level=logging.WARNING, serializer=JSONSerializer, name=name)
+        # RQ would make a pool of its own from this one's options, which does not follow a master.
+        self._connection = connection  # type: ignore[assignment]
         self._renewed = float("-inf")
 
     def round(self, queues: Iterable[str]) -> bool:

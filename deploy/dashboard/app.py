@@ -2,6 +2,7 @@
 
     DASHBOARD_REDIS_URL=redis://localhost:6379/0 DASHBOARD_PASSWORD=... python app.py
 
+With Sentinels DASHBOARD_REDIS_SENTINELS (as redis.sentinels) and DASHBOARD_REDIS_SERVICE (mymaster) name the server.
 DASHBOARD_LISTEN (127.0.0.1:9181), DASHBOARD_USER (admin), DASHBOARD_PASSWORD or DASHBOARD_PASSWORD_FILE. Without
 a password it makes one up at every start and prints it: there is no way to run it open. A setting that cannot be
 used is one line and status 2. While Redis is away every page is a 503, and the next try connects anew.
@@ -18,14 +19,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 import waitress
 from guard import Guard
 from mended import make_app
 from redis import Redis
 from redis.backoff import NoBackoff
+from redis.connection import parse_url
 from redis.retry import Retry
+from redis.sentinel import Sentinel
 
 _REDIS_SECONDS = 5.0
 _THREADS = 4
@@ -36,6 +40,8 @@ class Settings:
     """What the variables say. ``made_up``: nobody gave a password."""
 
     redis_url: str
+    sentinels: tuple[str, ...]
+    service: str
     host: str
     port: int
     user: str
@@ -50,6 +56,10 @@ def read(environ: Mapping[str, str]) -> Settings:
     if address is None:
         raise ValueError(f"DASHBOARD_LISTEN: expected host:port, not {listen!r}")
     redis_url = environ.get("DASHBOARD_REDIS_URL") or environ.get("SMTP_DUP_REDIS_URL") or ""
+    given = environ.get("DASHBOARD_REDIS_SENTINELS") or environ.get("SMTP_DUP_REDIS_SENTINELS") or ""
+    sentinels = tuple(text for part in given.split(",") if (text := part.strip()))
+    if sentinels and not redis_url:
+        redis_url = "redis://"
     if not redis_url:
         raise ValueError("DASHBOARD_REDIS_URL: must be given, as redis.url of smtp-dup")
     user = environ.get("DASHBOARD_USER") or "admin"
@@ -65,6 +75,8 @@ def read(environ: Mapping[str, str]) -> Settings:
             raise ValueError(f"DASHBOARD_PASSWORD_FILE: {file} is empty")
     return Settings(
         redis_url=redis_url,
+        sentinels=sentinels,
+        service=environ.get("DASHBOARD_REDIS_SERVICE") or environ.get("SMTP_DUP_REDIS_SERVICE") or "mymaster",
         host=address[1] or "*",
         port=int(address[2]),
         user=user,
@@ -73,16 +85,34 @@ def read(environ: Mapping[str, str]) -> Settings:
     )
 
 
+def connect(settings: Settings) -> Redis:
+    """Return a client of the Redis, or of the master that the Sentinels name. Raises ValueError."""
+    limits: dict[str, Any] = {
+        "socket_timeout": _REDIS_SECONDS,
+        "socket_connect_timeout": _REDIS_SECONDS,
+        "retry": Retry(NoBackoff(), 1),  # once, silently: a kept connection that the server has closed
+    }
+    if not settings.sentinels:
+        return Redis.from_url(settings.redis_url, **limits)
+    options: dict[str, Any] = parse_url(settings.redis_url)  # type: ignore[no-untyped-call]
+    tls = options.pop("connection_class", None) is not None
+    kept = {name: value for name, value in options.items() if name not in {"host", "port", "path"}}
+    sentinel = Sentinel([])  # type: ignore[no-untyped-call]
+    urls = [text if "://" in text else f"redis://{text}" for text in settings.sentinels]
+    sentinel.sentinels = [Redis.from_url(url, **limits, **_port(url)) for url in urls]
+    client: Redis = sentinel.master_for(settings.service, ssl=tls, **kept, **limits)  # type: ignore[no-untyped-call]
+    return client
+
+
+def _port(url: str) -> dict[str, int]:
+    return {} if urlsplit(url).port else {"port": 26379}
+
+
 def main() -> None:
     """Serve until SIGTERM."""
     try:
         settings = read(os.environ)
-        client = Redis.from_url(
-            settings.redis_url,
-            socket_timeout=_REDIS_SECONDS,
-            socket_connect_timeout=_REDIS_SECONDS,
-            retry=Retry(NoBackoff(), 1),  # once, silently: a kept connection that the server has closed
-        )
+        client = connect(settings)
         guarded = Guard(make_app(client, settings.redis_url), settings.user, settings.password, client)
         server = waitress.create_server(
             guarded,

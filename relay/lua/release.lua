@@ -1,7 +1,8 @@
--- ARGV: for each message: id, digest, recipients (JSON), number of backups, their names.
+-- ARGV: for each message: id, digest, recipients (JSON), time accepted (0 for now), number of backups, their names.
 -- Only what was staged or uncertain becomes pending: a repeated release must not revive a settled copy.
 local time = redis.call('TIME')
 local now = time[1] .. '.' .. string.format('%06d', time[2])
+local seconds = time[1] + time[2] / 1000000
 local has_twins = redis.call('EXISTS', 'smtpdup:twins') == 1
 local result = {}
 local due = {}
@@ -31,8 +32,9 @@ local function cover_twins(digest, recipients)
 end
 
 while i <= #ARGV do
-  local id, digest, recipients, count = ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3])
-  i = i + 4
+  local id, digest, recipients, accepted = ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3])
+  local count = tonumber(ARGV[i + 4])
+  i = i + 5
   local moved = redis.call('ZREM', 'smtpdup:staged', id)
   if moved == 0 then
     moved = redis.call('ZREM', 'smtpdup:uncertain', id)
@@ -41,11 +43,12 @@ while i <= #ARGV do
   if moved == 1 then
     if has_twins and digest ~= '' then cover_twins(digest, recipients) end
     if count == 0 then redis.call('DEL', 'smtpdup:message:' .. id) end
+    local score = accepted > 0 and accepted < seconds and ARGV[i - 2] or now
     for n = 0, count - 1 do
       local name = ARGV[i + n]
       local list = due[name] or {}
       due[name] = list
-      list[#list + 1] = now
+      list[#list + 1] = score
       list[#list + 1] = id
     end
   end

@@ -18,7 +18,8 @@ redis.call('HDEL', 'smtpdup:own:' .. destination, unpack(settled))
 local unwanted = settled
 for _, other in ipairs(redis.call('HKEYS', 'smtpdup:destinations')) do
   for _, list in ipairs({'smtpdup:pending:', 'smtpdup:failed:'}) do
-    if #unwanted > 0 and redis.call('EXISTS', list .. other) == 1 then
+    -- They have just left our own pending list, which may be long.
+    if #unwanted > 0 and list .. other ~= pending and redis.call('EXISTS', list .. other) == 1 then
       local wanted = redis.call('ZMSCORE', list .. other, unpack(unwanted))
       local rest = {}
       for i, id in ipairs(unwanted) do

@@ -1,16 +1,17 @@
--- ARGV: key of what a spool has brought in, '1' to strike the ids from it, ids whose message is, or was, in the spool.
+-- ARGV: key of what a spool has brought in, '1' to strike the notes from it, then ids, or notes (which begin with
+-- one), of messages that are, or were, in the spool.
 -- A stage that timed out may have been written all the same, even after the import: it must not come back one day
 -- as uncertain. What the import itself made uncertain is still noted as brought in, and stays.
 local others = redis.call('HKEYS', 'smtpdup:destinations')
 local count = 0
 for i = 3, #ARGV do
-  local id = ARGV[i]
+  local id = string.match(ARGV[i], '^[^%-]+')
   local gone = redis.call('ZREM', 'smtpdup:staged', id)
   if not redis.call('ZSCORE', ARGV[1], id) then
     gone = gone + redis.call('ZREM', 'smtpdup:uncertain', id)
   end
   if ARGV[2] == '1' then
-    redis.call('ZREM', ARGV[1], id)
+    redis.call('ZREM', ARGV[1], ARGV[i])
   end
   if gone > 0 then
     count = count + 1

@@ -200,6 +200,7 @@ class Conversation:
 
     async def _end_of_data(self, transaction: Transaction, answered: bool) -> None:
         self.transaction = None
+        self.record.behind_dots += bool(self.buffer)
         if answered:
             return
         for key in [f".<{address}>" for address in transaction.recipients] if self.server.lmtp else ["."]:

@@ -11,10 +11,12 @@ class NotingCourier:
 
     def __init__(self) -> None:
         self.accepting = True
+        self.room = 0
         self.calls: list[tuple[str, list[str]]] = []
         self.started = False
         self.drained = False
         self.fault: Exception | None = None
+        self.faults: dict[str, Exception] = {}  # by job
         self.hold = False
         self.busy = threading.Event()
         self._go = asyncio.Event()
@@ -27,8 +29,8 @@ class NotingCourier:
         self.busy.set()
         if self.hold:
             await self._go.wait()
-        if self.fault:
-            raise self.fault
+        if fault := self.faults.get(job_id, self.fault):
+            raise fault
 
     async def drain(self) -> None:
         self.drained = True

@@ -5,10 +5,12 @@ The block's language says it; an HTML comment right above it, `<!-- test: WORDS 
     toml, yaml    read as settings; a yaml that is something else is told by its keys
     sh            bash's syntax, and every smtp-dup command in it by the command's own parser
     run           (sh) run against a running product as well
+    up            (sh) starts the product, which then relays and copies
     postfix S F   a piece of Postfix's file F; the pieces of one scenario S make an instance
     exim S        a piece of an Exim configuration
     unit NAME     (ini) a drop-in for that unit
-    backup, manifest, kustomize, redis.conf   each has its own test
+    install       (sh) run by .ci/run, in an environment of its own
+    backup, manifest, kustomize, kustomize-redis, redis.conf, plist   each has its own test
     text, no language and no marker           a picture or output: nothing is done
 """
 
@@ -22,8 +24,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MARKERS = {"", "run", "postfix", "exim", "exim-fallback", "unit", "backup", "manifest", "kustomize", "redis.conf"}
-LANGUAGES = {"", "text", "sh", "toml", "yaml", "ini", "json"}
+MARKERS = {
+    "",
+    "run",
+    "up",
+    "postfix",
+    "exim",
+    "exim-fallback",
+    "unit",
+    "backup",
+    "manifest",
+    "kustomize",
+    "kustomize-redis",
+    "redis.conf",
+    "install",
+    "plist",
+}
+LANGUAGES = {"", "text", "sh", "toml", "yaml", "ini", "json", "xml"}
 
 _FENCE = re.compile(r"^( *)```([\w+-]*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _COMMENT = re.compile(r"<!-- test: (.*?) -->\s*$")

@@ -1,6 +1,6 @@
 """A private Exim as a mail store, run from unpacked Debian packages: its package cannot be installed beside Postfix.
 
-``unpack`` downloads them with apt into a folder and says why where it cannot. The program insists on its own user in
+``unpack`` gets them into a folder and says why where it cannot. The program insists on its own user in
 /etc/passwd, so it runs in a mount namespace that has one. It ends with the test run.
 """
 
@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
+import debian
 from lifetime import Watchdog
 from waiting import PATIENCE, free_port, wait_until
 
@@ -86,21 +87,14 @@ def unpack(folder: Path) -> tuple[Path | None, str]:
     """Return the program, unpacked below ``folder``, or None and why there is none."""
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         return None, "Exim needs root and the unshare program"
-    if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
-        return None, "Exim needs apt-get and dpkg"
     if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
         return None, "Exim needs a mount namespace, which is not allowed here"
     folder.chmod(0o755)
     try:
-        done = subprocess.run(
-            ["apt-get", "download", *_PACKAGES], cwd=folder, capture_output=True, text=True, timeout=60, check=False
-        )
-        for package in folder.glob("*.deb"):
-            subprocess.run(["dpkg", "-x", str(package), str(folder)], check=True, capture_output=True, timeout=60)
-    except (subprocess.SubprocessError, OSError) as error:
-        return None, f"Exim's packages cannot be unpacked: {error}"
-    program = folder / "usr" / "sbin" / "exim4"
-    return (program, "") if program.exists() else (None, f"Exim's packages cannot be had: {done.stderr.strip()[-200:]}")
+        debian.unpack(folder, *_PACKAGES)
+    except debian.NotThere as error:
+        return None, f"Exim's packages cannot be had: {error}"
+    return folder / "usr" / "sbin" / "exim4", ""
 
 
 class EximInstance:
@@ -162,6 +156,12 @@ class EximInstance:
         self._watchdog = Watchdog(self._process.pid, self.directory)
         wait_until(self._greets, message=lambda: f"Exim does not greet: {self.log}")
         return self
+
+    def ask(self, *words: str) -> str:
+        """Run the program with its configuration, as `exim -bt ADDRESS`; fails unless it ends with 0."""
+        inside = ("unshare", "-m", "--propagation", "private", "sh", "-c", _RUN, "sh", str(self.directory))
+        command = [*inside, str(self._program), "-C", str(self.directory / "exim.conf"), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE).stdout
 
     def stop(self) -> None:
         """Stop it; its mailbox stays."""

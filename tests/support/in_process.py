@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 
-from relay import server
 from relay.credentials import Credentials
 from relay.dispatch import Dispatcher
 from relay.envelope import IdSource
@@ -15,6 +14,8 @@ from relay.intake import Intake
 from relay.occupancy import Occupancy
 from relay.pool import Pool
 from relay.primary import Primary
+from relay.redis_clients import async_client
+from relay.sections import RedisSettings
 from relay.session import Front
 from relay.settings import Settings, load
 from relay.watch import Watch
@@ -31,11 +32,10 @@ async def front(settings: Settings, redis_url: str, *, tls: bool = False) -> Asy
     """Serve clients on the port that is yielded, as one relay process does; with ``tls`` from the first octet."""
     assert settings.primary is not None
     pool = Pool(settings.primary, local_hostname="localhost", connect_timeout=5, limit=100)
-    ledger, bulk = server.async_client(redis_url, 5), server.async_client(redis_url, 5)
-    jobs = server.sync_client(redis_url, 5)
+    ledger, bulk = async_client(RedisSettings(redis_url, 5), 5), async_client(RedisSettings(redis_url, 5), 5)
     watch = Watch(ledger, seconds=5, processes=1)
     intake = Intake(
-        ledger, bulk, Dispatcher(jobs), watch, stage_seconds=5, deadline_seconds=630, hold_seconds=3600, spool=None
+        ledger, bulk, Dispatcher(ledger), watch, stage_seconds=5, deadline_seconds=630, hold_seconds=3600, spool=None
     )
     seat = Occupancy(1).seat(0)
     made = Front(
@@ -62,4 +62,3 @@ async def front(settings: Settings, redis_url: str, *, tls: bool = False) -> Asy
         await pool.close()
         await ledger.aclose()
         await bulk.aclose()
-        jobs.close()

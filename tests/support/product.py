@@ -21,7 +21,7 @@ from typing import Any, Self
 import relay
 from dialogue import Dialogue, Unexpected
 from lifetime import tied
-from relay import embedded
+from relay import embedded, sealing
 from waiting import PATIENCE, free_port, wait_until
 
 _DEFAULTS = {
@@ -81,6 +81,7 @@ class Product:
             "relay.destination_primary": primary,
             "relay.destination_backups": ",".join(backups),
             "redis.url": redis_url,
+            "storage.key_file": str(ring.path) if (ring := sealing.ring()) else "",
             **(settings or {}),
         }
         self.log_file = directory / f"{command}.log"

@@ -62,6 +62,7 @@ class Connection:
     tls: bool = False
     login: tuple[str, str] | None = None
     pipelined: bool = False  # something came before the reply to the command in front of it
+    behind_dots: int = 0  # how often something came before the reply to a dot
     bare_line_ends: bool = False
     closed: str = ""  # "quit", "eof" (by the client without QUIT), "script", "stopped"; "" while it is open
 

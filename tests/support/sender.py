@@ -12,8 +12,11 @@ from dialogue import Dialogue, Unexpected
 class Sender:
     """Sends each number as one message (its Subject and Message-ID), over several sessions at once."""
 
-    def __init__(self, port: int, numbers: Iterable[int], *, sessions: int = 4, patience: float = 60.0) -> None:
+    def __init__(
+        self, port: int, numbers: Iterable[int], *, sessions: int = 4, patience: float = 60.0, host: str = "127.0.0.1"
+    ) -> None:
         self._port = port
+        self._host = host
         self._left = list(numbers)[::-1]
         self._lock = threading.Lock()
         self._deadline = time.monotonic() + patience
@@ -50,7 +53,7 @@ class Sender:
                     self.attempts[number] = self.attempts.get(number, 0) + 1
                 try:
                     if client is None:
-                        client = Dialogue(self._port, timeout=30)
+                        client = Dialogue(self._port, self._host, timeout=30)
                         client.hello()
                     client.mail("a@example.com", f"r{number}@example.com", data=message(number))
                 except (OSError, Unexpected):

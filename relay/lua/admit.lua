@@ -1,0 +1,43 @@
+-- ARGV: key of what this spool has brought in, then for each message: id, record, name of its file, time accepted,
+-- digest, recipients (JSON), number of backups, their names. Each becomes pending for those backups, once: a share that
+-- is noted as brought in, or pending or failed there, stays as it is.
+local notes = ARGV[1]
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+local has_twins = redis.call('EXISTS', 'smtpdup:twins') == 1
+local result = {}
+local i = 2
+while i <= #ARGV do
+  local id, record, file, accepted = ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3])
+  local digest, recipients, count = ARGV[i + 4], ARGV[i + 5], tonumber(ARGV[i + 6])
+  i = i + 7
+  local score = string.format('%.6f', (accepted > 0 and accepted < now) and accepted or now)
+  local new = 0
+  redis.call('ZADD', notes, 'NX', time[1], id)
+  for n = 0, count - 1 do
+    local name = ARGV[i + n]
+    if redis.call('ZADD', notes, 'NX', time[1], file .. ' ' .. name) == 1
+      and not redis.call('ZSCORE', 'smtpdup:pending:' .. name, id)
+      and not redis.call('ZSCORE', 'smtpdup:failed:' .. name, id) then
+      redis.call('ZADD', 'smtpdup:pending:' .. name, score, id)
+      new = new + 1
+    end
+  end
+  if new > 0 then
+    redis.call('SET', 'smtpdup:message:' .. id, record)
+    redis.call('ZREM', 'smtpdup:staged', id)
+    redis.call('ZREM', 'smtpdup:uncertain', id)
+    redis.call('HDEL', 'smtpdup:covered', id)
+    if has_twins and digest ~= '' then
+      for twin in string.gmatch(redis.call('HGET', 'smtpdup:twins', digest) or '', '%S+') do
+        if redis.call('ZSCORE', 'smtpdup:uncertain', twin) then
+          local before = redis.call('HGET', 'smtpdup:covered', twin)
+          redis.call('HSET', 'smtpdup:covered', twin, before and (before .. '\n' .. recipients) or recipients)
+        end
+      end
+    end
+  end
+  i = i + count
+  result[#result + 1] = new
+end
+return result
