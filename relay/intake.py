@@ -116,7 +116,8 @@ class Intake:
 
     async def release(self, released: Released) -> None:
         """Make a staged message due at its backups. Returns at the first try's end; later ones go on behind."""
-        if self._spool is not None and await self._in_spool(self._spool.release, released.id):
+        spool = self._spool
+        if spool is not None and spool.has(released.id) and await self._in_spool(spool.release, released.id):
             self._doubtful.discard(released.id)  # the importer sees to it
             return
         if not self._watch.is_down:

@@ -83,7 +83,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("smtp.max_message_bytes", size(), "100M", "bytes", "The largest message. 0: whatever the primary takes."),
     Option("smtp.max_recipients", integer(1), 1000, "recipients", "Recipients of one message."),
     Option("smtp.max_bytes_in_flight", size(), "512M", "bytes",
-           "Messages in memory at once, over all processes; who comes beyond that waits."),
+           "Messages in memory at once, over all processes; who would exceed that hears 452."),
     Option("smtp.max_hops", integer(1, 1000), 50, "Received lines", "More than this is a mail loop."),
     Option("smtp.max_line_bytes", size(), 0, "bytes", "The longest line of a message. 0: no limit."),
     Option("smtp.max_headers", integer(1), 1000, "header fields", "In one message."),

@@ -174,6 +174,9 @@ class Transaction:
         if reply.code == 354 and self._connection is not None:
             self._connection.begin_data()
             return reply
+        if reply.is_positive:  # it took nothing, and nobody knows what it takes the next octets for
+            self.abandon()
+            return Reply.of(451, "4.3.0 Unexpected reply of the primary server")
         self.end()
         return reply if reply.code != 354 else _lost()
 
