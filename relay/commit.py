@@ -152,8 +152,10 @@ class GroupCommit:
                     await connection.send_packed_command(b"".join(packed), check_health=False)
                     answers = [await _answer(connection) for _ in packed]
             except BaseException as error:
-                await connection.disconnect(nowait=True)
-                await self._pool.release(connection)
+                idle, self._idle = self._idle, []  # a server that went away took them along
+                for lost in (connection, *idle):
+                    await lost.disconnect(nowait=True)
+                    await self._pool.release(lost)
                 if is_last or not isinstance(error, NoConnection):
                     raise
             else:

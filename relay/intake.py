@@ -122,13 +122,13 @@ class Intake:
             return
         if not self._watch.is_down:
             try:
-                moved = await self._small.submit("release", released)
+                await self._small.submit("release", released)
             except (RedisError, OSError, TimeoutError) as error:
                 self._watch.failed(error)
                 maillog.ledger_trouble(f"release {released.id}", error)
             else:
-                if moved:
-                    self._dispatch(released)
+                # Whatever its result: a repetition on another connection finds it done. A job too many does no harm.
+                self._dispatch(released)
                 return
         if self._spool is not None:
             await self._noted(self._spool.note_release(released))

@@ -16,7 +16,7 @@ from product import Product
 from recorded import Transaction
 from relay import ledger, redis_clients
 from relay.check import probe_redis
-from relay.settings import Settings, load
+from relay.settings import Settings, SettingsError, describe, load
 from scripted_server import ScriptedServer
 from sender import Sender
 from sentinels import SERVICE, SentinelSet
@@ -110,6 +110,23 @@ def fail_over(it: Product, sentinels: SentinelSet, how: str, first: int) -> set[
     sentinels.wait_in_step()
     sentinels.wait_watched()
     return accepted
+
+
+# Settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_sentinels_are_written_as_addresses_or_urls_and_their_passwords_are_never_shown() -> None:
+    """A port may be left out, a URL has password and TLS; neither listings nor errors nor findings show a secret."""
+    given = "s1,redis://u:geheim@[::1]:1,rediss://:geheim@127.0.0.1:1?ssl_ca_certs=/none"
+    settings = load({"relay.destination_primary": "old.example.com", "redis.sentinels": given}, {}, ())
+    assert settings.redis.url == "redis://"
+    assert settings.redis.sentinel_addresses == ("s1:26379", "[::1]:1", "127.0.0.1:1")
+    assert settings.redis.sentinel_urls[2] == "rediss://:geheim@127.0.0.1:1?ssl_ca_certs=/none"
+    shown = [*map(str, describe(settings)), *map(str, asyncio.run(probe_redis(settings))), str(settings.redis)]
+    assert "geheim" not in "".join(shown)
+    for wrong in ("http://geheim@s1", "unix:///geheim", "s1:geheim", "redis://:geheim@"):
+        with pytest.raises(SettingsError, match=r"redis\.sentinels: expected Sentinels"):
+            load({"relay.destination_primary": "old.example.com", "redis.sentinels": wrong}, {}, ())
 
 
 # Clients ----------------------------------------------------------------------------------------------------------

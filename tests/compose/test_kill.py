@@ -97,6 +97,6 @@ def test_killed_under_load_and_started_again(ends: ExitStack, tmp_path: Path) ->
     assert accepted <= set(numbers(backup))
     log = stack.run("logs", "--no-log-prefix").stdout
     told = [line for line in log.splitlines() if "may repeat" in line or "uncertain" in line]
-    more = {n for n, count in numbers(backup).items() if count > numbers(primary)[n]}
-    copies = ids(backup)
+    once, copies = numbers(primary), ids(backup)
+    more = {n for n, count in numbers(backup).items() if count > once[n]}
     assert not {n for n in more if not any(i in line for i in copies[n] for line in told)}
