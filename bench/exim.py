@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import smtplib
 import subprocess
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
-from lifetime import Watchdog
+from lifetime import Daemon
 from waiting import free_port, wait_until
 
 _CONFIGURATION = """
@@ -97,8 +96,8 @@ def start(stack: ExitStack, folder: Path, primary: int, backup: int) -> int:
         stderr=log,
         start_new_session=True,
     )
-    watchdog = Watchdog(process.pid, folder)
-    stack.callback(_stop, process, watchdog)
+    # Its deliveries are processes of their own, in its session and process group.
+    stack.callback(Daemon(process, folder).stop, group=True)
     wait_until(lambda: _greets(process, port, folder), message=lambda: _log(folder))
     return port
 
@@ -114,15 +113,3 @@ def _greets(process: subprocess.Popen[bytes], port: int, folder: Path) -> bool:
 
 def _log(folder: Path) -> str:
     return "\n".join(path.read_text("utf-8", "replace")[-1000:] for path in (folder / "log").iterdir())
-
-
-def _stop(process: subprocess.Popen[bytes], watchdog: Watchdog) -> None:
-    # Its deliveries are processes of their own, in its session and process group.
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    watchdog.dismiss()

@@ -131,6 +131,7 @@ class GroupCommit:
             answers = [error] * len(kinds)
         for members, answer in zip(kinds, answers, strict=False):
             for i, pending in enumerate(members):
+                pending.item = None  # it may stay among the unanswered for a while; its record need not
                 if pending.done.done():
                     continue
                 if isinstance(answer, Exception):

@@ -7,55 +7,23 @@ is in that folder, so that the terminal belongs to the display; when something f
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import socket
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from relay import composition, demo_servers, embedded
+from relay.demo_stage import Stage, free_port
 from relay.processes import Child, ChildContext
-from relay.settings import Settings, SettingsError, load
+from relay.settings import load
 
 _SMTP_PORT = 2525
 _STATUS_PORT = 8025
 _LOG_LINES = 20
 _TRIES = 5  # to find ports that stay free until they are ours
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """Where the demo plays."""
-
-    settings: Settings
-    folder: Path
-    smtp: tuple[str, int]
-    status: str
-    old: str
-    new: str
-
-    @property
-    def has_its_ports(self) -> bool:
-        """Whether its ports are free for it."""
-        ports = (self.smtp[1], int(self.status.rpartition(":")[2]))
-        return all(_free_port(port) == port for port in ports)
-
-    @property
-    def seen(self) -> Path:
-        """What the two servers did; see demo_servers."""
-        return self.folder / "seen.jsonl"
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "smtp-dup.log"
-
-    @property
-    def redis_url(self) -> str:
-        return embedded.url(self.folder)
 
 
 def run() -> int:
@@ -89,7 +57,7 @@ def _children(stage: Stage, old: socket.socket, new: socket.socket) -> list[Chil
         return demo_servers.serve({"old": old, "new": new}, stage.seen)
 
     def be_display(_: ChildContext) -> int:
-        from relay import demo_display  # noqa: PLC0415
+        from relay import demo_display  # noqa: PLC0415  (rich)
 
         return demo_display.show(stage)
 
@@ -98,8 +66,8 @@ def _children(stage: Stage, old: socket.socket, new: socket.socket) -> list[Chil
 
 
 def _set(folder: Path, old: socket.socket, new: socket.socket) -> Stage:
-    smtp = _free_port(_SMTP_PORT)
-    status = _free_port(_STATUS_PORT)
+    smtp = free_port(_SMTP_PORT)
+    status = free_port(_STATUS_PORT)
     old_address, new_address = (f"127.0.0.1:{s.getsockname()[1]}" for s in (old, new))
     flags = {
         "state_dir": str(folder),
@@ -133,16 +101,6 @@ def _listener() -> socket.socket:
     return socket.create_server(("127.0.0.1", 0))
 
 
-def _free_port(wanted: int) -> int:
-    for port in (wanted, 0):
-        try:
-            with socket.create_server(("127.0.0.1", port)) as probe:
-                return int(probe.getsockname()[1])
-        except OSError:
-            continue
-    raise composition.StartError("there is no free port on 127.0.0.1")
-
-
 @contextmanager
 def _stderr_into(log: Path) -> Iterator[None]:
     """Send standard error, ours and our children's, to a file."""
@@ -156,25 +114,3 @@ def _stderr_into(log: Path) -> Iterator[None]:
         sys.stderr.flush()
         os.dup2(terminal, 2)
         os.close(terminal)
-
-
-def command_line(stage: Stage, words: str) -> str:
-    """Return a command of ours for copy and paste: it finds this demo from any folder, whatever settings are there."""
-    program = Path(sys.argv[0])
-    on_path = shutil.which(program.name)
-    if program.name != "smtp-dup":
-        name = [sys.executable, "-m", "relay.cli"]
-    elif on_path and Path(on_path).samefile(program):
-        name = [program.name]
-    else:
-        name = [str(program.absolute())]
-    return shlex.join([*name, *words.split(), "--state-dir", str(stage.folder), *_redis_flag(stage)])
-
-
-def _redis_flag(stage: Stage) -> list[str]:
-    """Return the flag that a `failed retry` must have on a machine whose settings name another Redis."""
-    try:
-        elsewhere = load(require_primary=False).redis.url
-    except SettingsError:
-        elsewhere = "?"
-    return ["--redis-url", stage.redis_url] if elsewhere else []

@@ -26,7 +26,7 @@ from rich.live import Live
 from rich.table import Table
 
 from relay import ledger
-from relay.demo import Stage, command_line
+from relay.demo_stage import Stage, command_line
 
 _PATIENCE = 60.0  # seconds until all must have been shown
 _SENDER = "sender@example.org"

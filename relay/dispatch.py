@@ -8,6 +8,7 @@ reconciler finds it. Queue name, function name and serializer are a wire format 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
@@ -36,6 +37,7 @@ _WINDOW = 0.02  # seconds for each process; while the workers keep up, a copy wa
 _LONGEST_WINDOW = 0.5
 _LONG_WINDOW = 0.25  # when the queue is longer than a few jobs, waiting costs nobody anything
 _FEW = 3
+_DRAIN_SECONDS = 5.0
 
 
 def queue(connection: Redis, destination: str) -> Queue:
@@ -116,10 +118,12 @@ class Dispatcher:
 
     async def drain(self) -> None:
         """Write what waits; gives up quietly when Redis is away (the reconciler takes over)."""
-        for destination in list(self._timers):
-            self._start(destination)
-        if self._flights:
-            await asyncio.wait(self._flights.values(), timeout=5)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_SECONDS):
+                while self._timers or self._flights:  # what came during a flight has a timer only behind it
+                    for destination in list(self._timers):
+                        self._start(destination)
+                    await asyncio.wait(self._flights.values())
 
     def _start(self, destination: str) -> None:
         timer = self._timers.pop(destination, None)
@@ -137,6 +141,10 @@ class Dispatcher:
                     length = await self._write(destination, batch)
                 except (RedisError, OSError) as error:
                     maillog.dispatch_delayed(destination, len(waiting), error)
+                    await asyncio.sleep(1)
+                    continue
+                except Exception as error:  # the border: a fault of ours must not end it, nor go round in silence
+                    maillog.task_failed(f"jobs for {destination}", error)
                     await asyncio.sleep(1)
                     continue
                 del waiting[: len(batch)]

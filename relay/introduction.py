@@ -11,19 +11,16 @@ import base64
 import binascii
 import contextlib
 import ssl
-from typing import TYPE_CHECKING
 
 from relay import identity, maillog, metrics
 from relay.channel import Channel
 from relay.data import ClientGone
 from relay.envelope import Reply
+from relay.front import Front
 from relay.identity import BadAttribute, Identity
 from relay.parameters import MAIL_EXTENSIONS, SyntaxProblem, offers
 from relay.proxy import BadHeader, read_header
 from relay.sections import within
-
-if TYPE_CHECKING:
-    from relay.session import Front
 
 AUTH_LINE = 12288  # octets; RFC 4954 4
 _PROXY_SECONDS = 5.0

@@ -70,8 +70,8 @@ class _Events:
         second = int(now)
         if second != self._second:
             local = time.localtime(second)
-            self._second = second
             self._date, self._zone = time.strftime("%Y-%m-%dT%H:%M:%S", local), time.strftime("%z", local)
+            self._second = second  # last: another thread may be at it, too
         return f"{self._date}.{int((now - second) * 1000):03d}"
 
 

@@ -151,6 +151,12 @@ def parse_chunk(argument: str) -> tuple[int, bool]:
     return int(found[1]), found[2] is not None
 
 
+def nothing_after(verb: str, argument: str) -> None:
+    """Raise SyntaxProblem for an argument of a command that takes none."""
+    if argument:
+        raise SyntaxProblem(501, f"5.5.4 Syntax: {verb}")
+
+
 def declared_size(parameters: Iterable[str]) -> int:
     """Return the SIZE of a MAIL command, 0 without one."""
     return int(value(parameters, "SIZE") or 0)
@@ -163,3 +169,8 @@ def value(parameters: Iterable[str], name: str) -> str | None:
         if key.upper() == name:
             return text
     return None
+
+
+def command_line(verb: str, address: str, parameters: Iterable[str]) -> bytes:
+    """Write MAIL FROM or RCPT TO with a path and its parameters, as ``parse_path`` reads them."""
+    return " ".join((f"{verb}:<{address}>", *parameters)).encode("utf-8", "surrogateescape")

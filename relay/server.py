@@ -1,4 +1,4 @@
-"""One relay process: its sockets, what its sessions share, its life from the first accept to the drain.
+"""One relay process: its sockets, what its conversations share, its life from the first accept to the drain.
 
 ``listen`` binds for all processes in the supervisor, so that a port in use is one clear error at the start
 and a crashed process leaves no refused connection behind. ``serve`` is the run of one of them. Wiring only.
@@ -19,10 +19,11 @@ from functools import partial
 import uvloop
 from redis.exceptions import RedisError
 
-from relay import ledger, maillog, passed, recovery, sealing
+from relay import conversation, ledger, maillog, passed, recovery, sealing
 from relay.credentials import Credentials
 from relay.dispatch import Dispatcher
 from relay.envelope import IdSource
+from relay.front import Front
 from relay.importer import Importer
 from relay.intake import Intake
 from relay.occupancy import Occupancy, Seat
@@ -30,7 +31,6 @@ from relay.pool import Pool
 from relay.primary import Primary
 from relay.processes import ChildContext
 from relay.redis_clients import async_client, sync_client
-from relay.session import Front
 from relay.settings import Settings
 from relay.spool import Spool
 from relay.watch import Watch
@@ -220,13 +220,13 @@ class _Relay:
         await self._front.primary.announced()
         servers = [
             await loop.create_server(
-                partial(self._front.connection, tls=n >= self._place.plain), sock=sock, backlog=_BACKLOG
+                partial(conversation.take, self._front, tls=n >= self._place.plain), sock=sock, backlog=_BACKLOG
             )
             for n, sock in enumerate(self._place.sockets)
         ]
         maillog.started("relay", pid=os.getpid(), listen=self._settings.smtp.listen, owner=self._front.ids.owner)
         await self._stop.wait()
-        maillog.stopping("relay", clients=len(self._front.sessions))
+        maillog.stopping("relay", clients=len(self._front.conversations))
         self._front.stopping = True
         for sock in self._place.sockets if self._place.ours else ():
             with contextlib.suppress(OSError):
@@ -292,9 +292,9 @@ class _Relay:
         patience = loop.time() + _GRACE_SECONDS
         if self._importer:
             self._importer.stop()
-        while self._front.sessions:
-            for session in list(self._front.sessions):
-                session.stop(impatient=loop.time() > patience)
+        while self._front.conversations:
+            for client in list(self._front.conversations):
+                client.stop(impatient=loop.time() > patience)
             await asyncio.sleep(_POOL_WAIT)
         await self._intake.drain()
         if importing:

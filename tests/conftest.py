@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 import redis
 
+import exim_instance
 import load
 import postfix_instance
 from certificates import Certificate
@@ -157,3 +161,34 @@ def product(tmp_path: Path) -> Iterator[Callable[..., Product]]:
     yield make
     for instance in made:
         instance.clean_up()
+
+
+@pytest.fixture(scope="session")
+def exim_program() -> Iterator[Path]:
+    """Exim, where it can be had."""
+    # Not below pytest's folder: its daemons must be able to enter.
+    with tempfile.TemporaryDirectory(prefix="smtp-dup-exim-") as folder:
+        program, reason = exim_instance.unpack(Path(folder))
+        if program is None:
+            pytest.skip(reason)
+        yield program
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Call it for an empty disk of so many megabytes."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    with ExitStack() as ends:
+
+        def mount(megabytes: int) -> Path:
+            disk = tmp_path / "disk"
+            disk.mkdir()
+            command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(disk)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+            ends.callback(subprocess.run, ["umount", "-l", str(disk)], check=True)
+            return disk
+
+        yield mount

@@ -268,6 +268,21 @@ async def test_several_jobs_at_once(
     assert not redis_client.zcard(ledger.BUSY + "new")
 
 
+async def test_another_job_in_the_way_of_the_owner(
+    contents: Contents, redis_url: str, redis_client: redis.Redis, backup: ScriptedServer
+) -> None:
+    """Two jobs name the same deferred copies at the same time: whichever asks first, their owner gets them."""
+    ids = [contents.pending() for _ in range(10)]
+    backup.replies["RCPT"] = "450 4.2.0 greylisted"
+    async with courier(redis_url, backup) as made:
+        await made.deliver("first", ids)
+        (owner,) = ScheduledJobRegistry("backup-new", connection=redis_client).get_job_ids()
+        backup.replies.clear()
+        await asyncio.gather(made.deliver("stranger", ids), made.deliver(owner, ids), made.deliver("stranger", ids))
+    assert len(backup.messages) == 10
+    assert not redis_client.zcard(ledger.PENDING + "new")
+
+
 def test_width() -> None:
     """A far server gets more connections, a near one that is slow for a moment does not; a number that is set holds."""
     width = Width(0)

@@ -76,7 +76,7 @@ def test_killed_at(
 
 def kill(pair: Product, victim: str) -> None:
     """Kill the stopped process, or its neighbour; whoever lives on is let go."""
-    (stopped,) = [child.pid for child in pair.children() if state(child.pid) == "T"]
+    (stopped,) = wait_until(lambda: [child.pid for child in pair.children() if state(child.pid) == "T"])
     if victim == "itself":
         os.kill(stopped, signal.SIGKILL)
     elif victim == "supervisor":

@@ -36,7 +36,7 @@ OUTCOMES = {
 # A session of its own with our pseudo-terminal as its terminal, so that the Ctrl-C key means something.
 _ATTACH = "import os, sys; os.login_tty(os.dup(0)); os.execv(sys.argv[1], sys.argv[1:])"
 _ENVIRONMENT = {
-    **{name: value for name, value in os.environ.items() if not name.startswith("SMTP_DUP_")},
+    **{name: value for name, value in os.environ.items() if not name.startswith("SMTP_DUP_") and name != "COLUMNS"},
     "PYTHONPATH": str(Path(relay.__file__).parents[1]),
     "TERM": "xterm",
 }

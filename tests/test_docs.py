@@ -169,6 +169,16 @@ def test_a_page_says_what_for_how_and_how_far(path: Path) -> None:
         assert re.search(pattern, text), pattern
 
 
+def test_the_architecture_names_every_module() -> None:
+    """Whoever looks for the file of a duty finds it in docs/architecture.md, once, under its present name."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    places = [p for p, _ in re.findall(r"`((relay|workers)/\w+\.py)`", "".join(re.findall(r"(?m)^\|.*\n", text)))]
+    modules = [p for folder in ("relay", "workers") for p in (ROOT / folder).glob("*.py") if p.stem != "__init__"]
+    assert sorted(places) == sorted(p.relative_to(ROOT).as_posix() for p in modules)
+    for place in re.findall(r"`((?:relay|workers)/\w+\.py)`", text):
+        assert place in places, place
+
+
 def test_links_out_of_the_docs_lead_somewhere() -> None:
     """MkDocs checks the links between pages; these are the others."""
     for path in documents.PAGES:

@@ -6,15 +6,13 @@ import re
 import shlex
 import smtplib
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 import documents
-import exim_instance
 from exim_instance import EximInstance
 from postfix_instance import PostfixInstance
 from product import Product
@@ -189,16 +187,6 @@ def test_proxy_filter(product: Make, postfix: Start, stores: tuple[PostfixInstan
 
 
 # Exim
-
-
-@pytest.fixture(scope="module")
-def exim_program() -> Iterator[Path]:
-    """Exim, where it can be had."""
-    with tempfile.TemporaryDirectory(prefix="smtp-dup-exim-") as folder:
-        program, reason = exim_instance.unpack(Path(folder))
-        if program is None:
-            pytest.skip(reason)
-        yield program
 
 
 def exim_front(program: Path, relay: int, old: int, *, fallback: bool = False) -> EximInstance:

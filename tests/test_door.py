@@ -21,7 +21,7 @@ from in_process import front, settings_of
 from loops import both_loops
 from product import Product
 from relay.envelope import Reply
-from relay.session import Front
+from relay.front import Front
 from relay.users import hash_password
 from scripted_server import EXTENSIONS, ScriptedServer
 from waiting import free_port, until, wait_until
@@ -102,7 +102,7 @@ async def test_proxy_header_before_implicit_tls(relay: Open, certificate: Certif
             except ssl.SSLWantReadError:
                 writer.write(outgoing.read())
         assert greeting.startswith(b"220 ")
-        assert [session._client.address for session in made.sessions] == ["192.0.2.7"]
+        assert [client._client.address for client in made.conversations] == ["192.0.2.7"]
         writer.close()
 
 
@@ -116,7 +116,7 @@ async def test_a_handshake_that_fails(relay: Open, primary: ScriptedServer) -> N
             if rubbish:
                 await client.raw(rubbish)
             await client.close()
-        await until(lambda: not made.sessions)
+        await until(lambda: not made.conversations)
         async with await AsyncDialogue.open(port) as client:
             await client.hello()
             await client.mail("a@example.com", "b@example.com")
@@ -332,7 +332,7 @@ async def test_connections_of_one_client(relay: Open) -> None:
         async with await connected("192.0.2.2") as other:
             await other.expect(220)
         await clients[0].quit()
-        await until(lambda: len(made.sessions) == 1)
+        await until(lambda: len(made.conversations) == 1)
         async with await connected("192.0.2.1") as again:
             await again.expect(220)
         await clients[1].close()
@@ -477,7 +477,7 @@ async def test_a_client_that_does_not_listen(relay: Open, primary: ScriptedServe
             await loop.sock_sendall(deaf, b"EHLO x\r\nMAIL FROM:<a@example.com>\r\n")
             with pytest.raises(ConnectionError):
                 await asyncio.wait_for(_talk_on(deaf), 60)
-        await until(lambda: not made.sessions)
+        await until(lambda: not made.conversations)
 
 
 async def _talk_on(client: socket.socket) -> None:

@@ -5,7 +5,6 @@ Without the marker ``postfix``: where Exim cannot be had these may be skipped.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import pytest
 import redis
 
 import corpus
-import exim_instance
 import following
 import stored
 from exim_instance import EximInstance
@@ -21,17 +19,6 @@ from ledger_contents import Contents
 from mail_site import DOMAINS, MakeProduct, Site, StartPostfix
 from relay import ledger
 from waiting import wait_until
-
-
-@pytest.fixture(scope="session")
-def exim_program() -> Iterator[Path]:
-    """Exim, where it can be had."""
-    # Not below pytest's folder: its daemons must be able to enter.
-    with tempfile.TemporaryDirectory(prefix="smtp-dup-exim-") as folder:
-        program, reason = exim_instance.unpack(Path(folder))
-        if program is None:
-            pytest.skip(reason)
-        yield program
 
 
 @pytest.fixture

@@ -21,12 +21,12 @@ from relay.parameters import (
     SyntaxProblem,
     carried,
     check,
+    command_line,
     declared_size,
     parse_chunk,
     parse_path,
 )
 from relay.proxy import BadHeader, Origin, read_header
-from relay.session import _wire
 
 FUZZ = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "300")), deadline=None, suppress_health_check=list(HealthCheck)
@@ -63,7 +63,7 @@ def test_paths_and_parameters(keyword: str, rest: str) -> None:
     except SyntaxProblem as problem:
         assert_by_rule(problem)
         return
-    command = _wire(
+    command = command_line(
         f"{'MAIL' if keyword == 'FROM' else 'RCPT'} {keyword}",
         address,
         carried(parameters, known, dict.fromkeys(ALL, "")),

@@ -205,7 +205,7 @@ def test_hosts_share_the_work_and_the_death_of_some_loses_nothing(
         holder = wait_until(lambda: client.get(ledger.RECONCILER), 30, "no reconciler").decode()
         assert re.fullmatch(r"courier-[01] /\S+", holder), holder
         courier_1.child(f"worker-{site.backup.address}-1").kill()
-        courier_1.wait_for_log("died")  # its own supervisor sees to what it had
+        courier_1.wait_for_log("starting it again")  # its own supervisor sees to what it had
         courier_0.die()
         site.relays[0].die()
         site.end()

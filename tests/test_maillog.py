@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -52,3 +53,23 @@ def test_nor_in_an_exception(capsys: pytest.CaptureFixture[str], style: str) -> 
     assert first.isprintable()
     assert all(line.startswith("  ") and line.isprintable() for line in rest)
     assert bool(rest) == (style == "text")
+
+
+@pytest.mark.parametrize("style", ["text", "json"])
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Kolkata", "America/St_Johns"])
+def test_the_short_way_writes_what_the_long_one_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, style: str, zone: str
+) -> None:
+    """Events do not go through loguru, tracebacks do: who reads the log cannot tell them apart."""
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    fields = {"id": "1", "n": 3, "age": 1.5, "ok": True, "e": "", "s": 'two "words" \\', "none": None, "reply": FOUL}
+    for level in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        maillog.configure("info", style, "relay-1")
+        maillog._event(level, "event " + FOUL, **fields)
+        logger.bind(**fields).log(level, "event " + FOUL)
+        written = capsys.readouterr().err.splitlines()
+        assert len(written) == (0 if level == "DEBUG" else 2)
+        assert len({re.sub(r"\d\d:\d\d:\d\d\.\d{3}", "time", line, count=1) for line in written}) == len(written) // 2
+    monkeypatch.undo()
+    time.tzset()

@@ -6,10 +6,9 @@ import asyncio
 import os
 import signal
 import stat
-import subprocess
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -381,19 +380,6 @@ def test_a_backlog_of_ten_times_the_memory(
     each_once(relay, backup, set(range(400)))
 
 
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of some megabytes."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], check=False).returncode:
-        pytest.skip("a tmpfs cannot be mounted here")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("required", [False, True])
 def test_redis_down_and_the_disk_full(
@@ -401,14 +387,15 @@ def test_redis_down_and_the_disk_full(
     primary: ScriptedServer,
     backup: ScriptedServer,
     redis_factory: Callable[..., RedisServer],
-    tiny_disk: Path,
+    small_disk: Callable[[int], Path],
     required: bool,
 ) -> None:
     """relay.require_durable_copies decides: the primary's answer stands and the loss is logged, or it is 451."""
+    disk = small_disk(3)
     server = redis_factory()
     settings = {
         **SETTINGS,
-        "spool.dir": str(tiny_disk / "spool"),
+        "spool.dir": str(disk / "spool"),
         "spool.min_free": "1M",
         "relay.require_durable_copies": str(required).lower(),
     }
@@ -422,7 +409,7 @@ def test_redis_down_and_the_disk_full(
             for line in ("MAIL FROM:<a@example.com>", "RCPT TO:<b@example.com>"):
                 client.say(line, 250)
             replies.append(client.body(text % number, "4" if number == 29 and required else ""))
-    kept = spool.summary(tiny_disk / "spool").messages
+    kept = spool.summary(disk / "spool").messages
     assert 3 < kept < 29
     took = [reply for reply in replies if reply.startswith("250")]
     if required:
@@ -437,7 +424,7 @@ def test_redis_down_and_the_disk_full(
         assert all("min_free" in reasons[e["id"]] for e in lost)
     server.start()
     backup.wait_for(kept)
-    wait_until(lambda: spool.summary(tiny_disk / "spool").messages == 0)
+    wait_until(lambda: spool.summary(disk / "spool").messages == 0)
 
 
 @pytest.mark.timeout(120)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +33,39 @@ def test_any_packets_give_the_same_replies(expected: list[Reply], cuts: list[int
     assert got == expected
     assert parser.is_between
     assert parser.finish() is None
+
+
+def heard(packets: Iterable[bytes]) -> tuple[list[Reply], bool]:
+    """What a parser makes of packets: the replies, and whether it gave up."""
+    parser, got = ReplyParser(), []
+    try:
+        for packet in packets:
+            got.extend(parser.feed(packet))
+        if (last := parser.finish()) is not None:
+            got.append(last)
+    except ValueError:
+        return got, True
+    return got, False
+
+
+@given(
+    st.builds(
+        lambda code, mark, text, end: code + mark + text + end,
+        st.sampled_from([b"250", b"421", b"099", b"25", b"2_0", "٢٥٠".encode()]),
+        st.sampled_from([b" ", b"-", b"", b"  ", b"\r\n", b"_"]),
+        st.one_of(
+            st.binary(max_size=20),
+            st.text(st.characters(max_codepoint=127), max_size=20).map(str.encode),
+            st.integers(495, 520).map(lambda length: b"x" * length),
+        ),
+        st.sampled_from([b"\r\n", b"\n", b"\r", b"\r\r\n", b"", b"\r\n250 b\r\n"]),
+    ),
+    st.sampled_from([b"", b"250-a\r\n", b"2", b"250 a\r\n", b"250-"]),
+)
+def test_one_packet_is_read_as_its_octets_are(packet: bytes, before: bytes):
+    """A whole reply in one packet, which is read the short way, gives what it gives octet by octet."""
+    octets = [bytes([octet]) for octet in before + packet]
+    assert heard([before, packet]) == heard(octets)
 
 
 @given(st.binary(max_size=200), st.integers(1, 20))

@@ -159,7 +159,8 @@ class Outbox:
     async def _settle(self, ids: list[str]) -> None:
         faults.reach("before settle")
         async with self._connection.pipeline(transaction=True) as pipe:
-            ledger.settle(pipe, self._destination, ids)
+            for start in range(0, len(ids), _PAGE):  # one script takes some 8,000
+                ledger.settle(pipe, self._destination, ids[start : start + _PAGE])
             await pipe.execute()
         self._remember(ids)
 
@@ -176,7 +177,9 @@ class Outbox:
                 await write()
             except (RedisError, OSError) as error:
                 maillog.ledger_trouble("outcomes wait for Redis", error)
-                await asyncio.sleep(pause)
-                pause = min(_LONGEST_PAUSE, pause * 2)
+            except Exception as error:  # the border: whoever waits for these would wait in silence, for ever
+                maillog.task_failed(f"outcomes for {self._destination}", error)
             else:
                 return
+            await asyncio.sleep(pause)
+            pause = min(_LONGEST_PAUSE, pause * 2)

@@ -17,7 +17,7 @@ from datetime import datetime
 from relay.connection import ClientError, Connection
 from relay.envelope import Destination, Envelope, Message, Recipient, Reply
 from relay.identity import introduce, is_introduced, of_envelope, xforward
-from relay.parameters import MAIL_EXTENSIONS, value
+from relay.parameters import MAIL_EXTENSIONS, command_line, value
 
 _BODY_SECONDS = 180.0
 _AT_ONCE = 64 << 10  # octets of a body that leaves in one write with its dot
@@ -199,7 +199,7 @@ def mail_command(envelope: Envelope, destination: Destination, connection: Conne
     if envelope.parameters:
         parameters += [p for p in _optional(envelope) if MAIL_EXTENSIONS[p.partition("=")[0]] in extensions]
     sender = "" if destination.sender == "null" else envelope.sender
-    return _wire("MAIL FROM", sender, parameters)
+    return command_line("MAIL FROM", sender, parameters)
 
 
 def _optional(envelope: Envelope) -> Iterator[str]:
@@ -225,10 +225,6 @@ def _optional(envelope: Envelope) -> Iterator[str]:
 def rcpt_command(recipient: Recipient, connection: Connection) -> bytes:
     """Return RCPT for this server; where DSN is offered nobody is ever notified about a copy."""
     if "DSN" not in connection.extensions:
-        return _wire("RCPT TO", recipient.address, [])
+        return command_line("RCPT TO", recipient.address, [])
     kept = [p for p in recipient.parameters if _ORCPT.fullmatch(p)]
-    return _wire("RCPT TO", recipient.address, ["NOTIFY=NEVER", *kept])
-
-
-def _wire(verb: str, address: str, parameters: Sequence[str]) -> bytes:
-    return " ".join((f"{verb}:<{address}>", *parameters)).encode("utf-8", "surrogateescape")
+    return command_line("RCPT TO", recipient.address, ["NOTIFY=NEVER", *kept])

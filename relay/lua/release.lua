@@ -21,6 +21,11 @@ local function no_longer_uncertain(id, digest)
   end
 end
 
+local function flush(name)
+  redis.call('ZADD', 'smtpdup:pending:' .. name, unpack(due[name]))
+  due[name] = nil
+end
+
 -- cjson cannot read lone surrogates (addresses that are no UTF-8), so the lists are kept as text, one a line.
 local function cover_twins(digest, recipients)
   for twin in string.gmatch(redis.call('HGET', 'smtpdup:twins', digest) or '', '%S+') do
@@ -50,12 +55,12 @@ while i <= #ARGV do
       due[name] = list
       list[#list + 1] = score
       list[#list + 1] = id
+      -- Lua takes some 8,000 arguments; an error at the end would lose what has left the other list already.
+      if #list >= 2000 then flush(name) end
     end
   end
   i = i + count
   result[#result + 1] = moved
 end
-for name, list in pairs(due) do
-  redis.call('ZADD', 'smtpdup:pending:' .. name, unpack(list))
-end
+for name in pairs(due) do flush(name) end
 return result

@@ -113,8 +113,8 @@ class RelayController:
             async with front(settings, nowhere, tls=self._tls) as (made, self.port):
                 started.set()
                 await self._stopping.wait()
-                for session in made.sessions:  # its own stop hangs up, and waits for no client
-                    if (transport := session._channel.transport) is not None:
+                for client in made.conversations:  # its own stop hangs up, and waits for no client
+                    if (transport := client._channel.transport) is not None:
                         transport.abort()
 
     def _settings(self, folder: Path) -> dict[str, str]:

@@ -11,7 +11,6 @@ import mailbox
 import os
 import pwd
 import shutil
-import signal
 import subprocess
 import tempfile
 from collections.abc import Iterable
@@ -19,8 +18,8 @@ from pathlib import Path
 from typing import Self
 
 from dialogue import Dialogue, Unexpected
-from lifetime import Watchdog
-from waiting import PATIENCE, free_port, wait_until
+from lifetime import Daemon
+from waiting import free_port, wait_until
 
 # Debian leaves it out of the PATH of an ordinary user.
 _PROGRAM = shutil.which("dovecot") or shutil.which("dovecot", path="/usr/sbin")
@@ -100,8 +99,7 @@ class DovecotInstance:
         # Not below pytest's folder: its processes run as users of their own, and must be able to enter.
         self.directory = Path(tempfile.mkdtemp(prefix="smtp-dup-dovecot-"))
         self.directory.chmod(0o755)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._watchdog: Watchdog | None = None
+        self._daemon: Daemon | None = None
         self._owner = pwd.getpwnam("nobody").pw_uid, grp.getgrnam("nogroup").gr_gid
         for name in ("run", "state", "log", "mail", "said"):
             (self.directory / name).mkdir()
@@ -137,31 +135,22 @@ class DovecotInstance:
         """Start it and wait until it greets."""
         assert _PROGRAM is not None
         with (self.directory / "log" / "output").open("ab") as output:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [_PROGRAM, "-F", "-c", str(self.directory / "dovecot.conf")],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 process_group=0,
             )
-        self._watchdog = Watchdog(self._process.pid, self.directory)
+        self._daemon = Daemon(process, self.directory)
         wait_until(self._greets, message=lambda: f"Dovecot does not greet: {self.log}")
         return self
 
     def stop(self) -> None:
         """Stop it; its mailbox stays."""
-        if self._process is None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        self._process = None
-        if self._watchdog is not None:
-            self._watchdog.dismiss()
-            self._watchdog = None
+        if self._daemon is not None:
+            self._daemon.stop()
+            self._daemon = None
 
     def remove(self) -> None:
         """Stop it and delete its folder."""
@@ -203,8 +192,8 @@ class DovecotInstance:
         return self.maildir_messages()
 
     def _greets(self) -> bool:
-        assert self._process is not None
-        assert self._process.poll() is None, f"Dovecot ended: {self.log}"
+        assert self._daemon is not None
+        assert self._daemon.runs, f"Dovecot ended: {self.log}"
         try:
             with Dialogue(self.port, timeout=5) as client:
                 client.quit()

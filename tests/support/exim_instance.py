@@ -9,7 +9,6 @@ from __future__ import annotations
 import mailbox
 import os
 import shutil
-import signal
 import smtplib
 import subprocess
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Self
 
 import debian
-from lifetime import Watchdog
+from lifetime import Daemon
 from waiting import PATIENCE, free_port, wait_until
 
 _PACKAGES = ("exim4-daemon-light", "libidn12", "libgnutls-dane0", "libnsl2")
@@ -109,8 +108,7 @@ class EximInstance:
         self.directory.chmod(0o755)
         self._program = program
         self._domains = " : ".join(domains)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._watchdog: Watchdog | None = None
+        self._daemon: Daemon | None = None
         for name in ("spool", "log", "mail"):
             (self.directory / name).mkdir()
             os.chown(self.directory / name, _USER, _USER)
@@ -125,7 +123,7 @@ class EximInstance:
 
     def configure(self, refused: Iterable[str] = ()) -> None:
         """Refuse these local parts from now on."""
-        running = self._process is not None
+        running = self._daemon is not None
         self.stop()
         refusals = [f"  deny message = no such user\n       local_parts = {name}" for name in refused]
         text = _CONFIGURATION.format(
@@ -143,7 +141,7 @@ class EximInstance:
     def start(self) -> Self:
         """Start it and wait until it greets."""
         with (self.directory / "output").open("ab") as output:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [
                     *("unshare", "-m", "--propagation", "private", "sh", "-c", _RUN, "sh", str(self.directory)),
                     *(str(self._program), "-C", str(self.directory / "exim.conf"), "-bdf", "-q10s"),
@@ -153,7 +151,7 @@ class EximInstance:
                 stderr=output,
                 process_group=0,
             )
-        self._watchdog = Watchdog(self._process.pid, self.directory)
+        self._daemon = Daemon(process, self.directory)
         wait_until(self._greets, message=lambda: f"Exim does not greet: {self.log}")
         return self
 
@@ -165,15 +163,10 @@ class EximInstance:
 
     def stop(self) -> None:
         """Stop it; its mailbox stays."""
-        if self._process is None:
-            return
-        # With those that serve a connection: they outlive the daemon, with the configuration of their start.
-        os.killpg(self._process.pid, signal.SIGTERM)
-        self._process.wait(PATIENCE)
-        self._process = None
-        if self._watchdog is not None:
-            self._watchdog.dismiss()
-            self._watchdog = None
+        if self._daemon is not None:
+            # With those that serve a connection: they outlive the daemon, with the configuration of their start.
+            self._daemon.stop(group=True)
+            self._daemon = None
 
     def remove(self) -> None:
         """Stop it and delete its folder."""
@@ -207,8 +200,8 @@ class EximInstance:
         return self.maildir_messages()
 
     def _greets(self) -> bool:
-        assert self._process is not None
-        assert self._process.poll() is None, f"Exim ended: {self.log}"
+        assert self._daemon is not None
+        assert self._daemon.runs, f"Exim ended: {self.log}"
         try:
             with smtplib.SMTP(self.host, self.port, timeout=5) as client:
                 return client.noop()[0] == 250

@@ -7,16 +7,17 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 
+from relay import conversation
 from relay.credentials import Credentials
 from relay.dispatch import Dispatcher
 from relay.envelope import IdSource
+from relay.front import Front
 from relay.intake import Intake
 from relay.occupancy import Occupancy
 from relay.pool import Pool
 from relay.primary import Primary
 from relay.redis_clients import async_client
 from relay.sections import RedisSettings
-from relay.session import Front
 from relay.settings import Settings, load
 from relay.watch import Watch
 
@@ -47,15 +48,15 @@ async def front(settings: Settings, redis_url: str, *, tls: bool = False) -> Asy
         credentials=Credentials.load(settings.smtp),
     )
     loop = asyncio.get_running_loop()
-    listener = await loop.create_server(partial(made.connection, tls=tls), "127.0.0.1", 0)
+    listener = await loop.create_server(partial(conversation.take, made, tls=tls), "127.0.0.1", 0)
     try:
         yield made, listener.sockets[0].getsockname()[1]
     finally:
         listener.close()
         made.stopping = True
-        while made.sessions:
-            for session in list(made.sessions):
-                session.stop(impatient=True)
+        while made.conversations:
+            for client in list(made.conversations):
+                client.stop(impatient=True)
             await asyncio.sleep(0.01)
         for _ in range(20):  # what closing TLS schedules
             await asyncio.sleep(0)

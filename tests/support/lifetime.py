@@ -1,7 +1,7 @@
 """Programs end with the test run, even when that is killed: nothing that a test started is left behind.
 
 ``tied`` is for programs that keep their user: the kernel ends them. The kernel forgets that for a program that
-changes its user, as all of Postfix's do; a ``Watchdog`` is for those.
+changes its user, as all of Postfix's do; a ``Daemon``, with its watchdog, is for those.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+
+from waiting import PATIENCE
 
 # Not a preexec_fn: a test run has threads, and running Python between fork and exec is not safe then.
 _LAUNCHER = (
@@ -38,15 +41,38 @@ def tied(argv: list[str], signal_number: int = signal.SIGKILL) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(int(signal_number)), str(os.getpid()), *argv]
 
 
-class Watchdog:
-    """A process that kills a process group and deletes a folder when the test run ends without ``dismiss``."""
+class Daemon:
+    """A started program that leads a process group; the group and its folder go when the test run ends before it."""
 
-    def __init__(self, group: int, directory: Path) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _WATCHDOG, str(group), str(directory)],
+    def __init__(self, process: subprocess.Popen[bytes], directory: Path) -> None:
+        self._process = process
+        self._watchdog = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _WATCHDOG, str(process.pid), str(directory)],
             stdin=subprocess.PIPE,
             start_new_session=True,  # what ends the test run must not end this
         )
 
-    def dismiss(self) -> None:
-        self._process.communicate(b".")
+    @property
+    def runs(self) -> bool:
+        return self._process.poll() is None
+
+    def stop(self, signal_number: int = signal.SIGTERM, *, group: bool = False) -> None:
+        """Stop it, by this signal to it or to its whole group, and by SIGKILL to the group if that takes too long."""
+        if group:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal_number)
+        else:
+            self._process.send_signal(signal_number)
+        try:
+            self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._watchdog.communicate(b".")
+
+    def pause(self) -> None:
+        """Let it hang."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._process.send_signal(signal.SIGCONT)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from dialogue import Dialogue, Unexpected
-from lifetime import Watchdog
+from lifetime import Daemon
 from waiting import PATIENCE, free_port, wait_until
 
 
@@ -40,8 +40,7 @@ class SmtpSink:
         self.keep = keep
         self._options = options
         self._counters = self.directory / "counters"
-        self._process: subprocess.Popen[bytes] | None = None
-        self._watchdog: Watchdog | None = None
+        self._daemon: Daemon | None = None
 
     def __enter__(self) -> Self:
         return self.start()
@@ -63,7 +62,7 @@ class SmtpSink:
                 nobody = pwd.getpwnam("nobody")
                 os.chown(self.directory / "mail", nobody.pw_uid, nobody.pw_gid)
         with self._counters.open("ab") as counters:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [*command, self.address, "1000"],
                 cwd=self.directory,
                 stdin=subprocess.DEVNULL,
@@ -71,19 +70,14 @@ class SmtpSink:
                 stderr=counters,
                 process_group=0,
             )
-        self._watchdog = Watchdog(self._process.pid, self.directory)
+        self._daemon = Daemon(process, self.directory)
         wait_until(self._answers, message=lambda: f"smtp-sink does not answer: {self._counters.read_text()}")
         return self
 
     def stop(self) -> None:
-        if self._process is not None:
-            self._process.send_signal(signal.SIGCONT)
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-        if self._watchdog is not None:
-            self._watchdog.dismiss()
-            self._watchdog = None
+        if self._daemon is not None:
+            self._daemon.stop(signal.SIGKILL)  # also when it is paused
+            self._daemon = None
 
     def remove(self) -> None:
         self.stop()
@@ -91,12 +85,12 @@ class SmtpSink:
 
     def pause(self) -> None:
         """Let it hang."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
+        assert self._daemon is not None
+        self._daemon.pause()
 
     def resume(self) -> None:
-        assert self._process is not None
-        self._process.send_signal(signal.SIGCONT)
+        assert self._daemon is not None
+        self._daemon.resume()
 
     @property
     def address(self) -> str:
@@ -120,8 +114,8 @@ class SmtpSink:
         return [path.read_bytes() for path in sorted((self.directory / "mail").iterdir())]
 
     def _answers(self) -> bool:
-        assert self._process is not None
-        assert self._process.poll() is None, f"smtp-sink ended: {self._counters.read_text()}"
+        assert self._daemon is not None
+        assert self._daemon.runs, f"smtp-sink ended: {self._counters.read_text()}"
         try:
             with Dialogue(self.port, greeting=None):
                 return True

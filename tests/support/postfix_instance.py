@@ -11,7 +11,6 @@ import mailbox
 import os
 import pwd
 import shutil
-import signal
 import smtplib
 import subprocess
 import tempfile
@@ -20,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from lifetime import Watchdog
+from lifetime import Daemon
 from waiting import PATIENCE, free_port, wait_until
 
 _SERVICES = """
@@ -78,8 +77,7 @@ class PostfixInstance:
         self.directory.chmod(0o755)
         self.log_file = self.directory / "log" / "mail.log"
         self.mailboxes = self.directory / "mail"
-        self._process: subprocess.Popen[bytes] | None = None
-        self._watchdog: Watchdog | None = None
+        self._daemon: Daemon | None = None
         self._configure(settings or {})
 
     @classmethod
@@ -141,7 +139,7 @@ class PostfixInstance:
             ["postconf", "-c", self._etc, "-h", "daemon_directory"], check=True, capture_output=True, text=True
         )
         with self.log_file.open("ab") as log:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [f"{master.stdout.strip()}/master", "-s", "-c", self._etc],
                 env={**os.environ, "MAIL_CONFIG": self._etc, "MAIL_LOGTAG": "postfix"},
                 stdin=subprocess.DEVNULL,
@@ -149,24 +147,15 @@ class PostfixInstance:
                 stderr=log,
                 start_new_session=True,  # it kills its whole group when it ends
             )
-        self._watchdog = Watchdog(self._process.pid, self.directory)
+        self._daemon = Daemon(process, self.directory)
         wait_until(self._greets, message=lambda: f"Postfix does not greet: {self.log}")
         return self
 
     def stop(self) -> None:
         """Stop it; queue and mailboxes stay, and ``start`` goes on with them."""
-        if self._process is None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        self._process = None
-        if self._watchdog is not None:
-            self._watchdog.dismiss()
-            self._watchdog = None
+        if self._daemon is not None:
+            self._daemon.stop()
+            self._daemon = None
 
     def remove(self) -> None:
         """Stop it and delete its folder."""
@@ -225,8 +214,8 @@ class PostfixInstance:
         return str(self.directory / "etc")
 
     def _greets(self) -> bool:
-        assert self._process is not None
-        assert self._process.poll() is None, f"Postfix ended: {self.log}"
+        assert self._daemon is not None
+        assert self._daemon.runs, f"Postfix ended: {self.log}"
         try:
             with smtplib.SMTP(self.host, self.port, timeout=5) as client:
                 return client.noop()[0] == 250

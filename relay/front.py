@@ -1,0 +1,34 @@
+"""The front of one relay process: what all its conversations share, and who is talking at the moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from relay.credentials import Credentials
+from relay.envelope import IdSource
+from relay.intake import Intake
+from relay.occupancy import Seat
+from relay.primary import Primary
+from relay.settings import Settings
+
+
+class Stoppable(Protocol):
+    """A client's conversation, as a process sees it that is to stop."""
+
+    def stop(self, *, impatient: bool) -> None:
+        """End an idle conversation now; one in a transaction after it, or, impatient, before its DATA."""
+
+
+@dataclass(slots=True)
+class Front:
+    """What the conversations of one relay process share."""
+
+    settings: Settings
+    primary: Primary
+    intake: Intake
+    ids: IdSource
+    seat: Seat
+    credentials: Credentials = field(default_factory=Credentials)
+    conversations: set[Stoppable] = field(default_factory=set)
+    stopping: bool = False
