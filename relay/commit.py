@@ -18,7 +18,7 @@ import hiredis
 from redis.asyncio import Redis
 from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.exceptions import ConnectionError as NoConnection
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 
 from relay import ledger, redis_clients
 
@@ -160,9 +160,11 @@ class GroupCommit:
                 if is_last or not isinstance(error, NoConnection):
                     raise
             else:
-                if self._keeps:
+                if self._keeps and not any(isinstance(answer, ReadOnlyError) for answer in answers):
                     self._idle.append(connection)
                 else:
+                    if self._keeps:  # a replica: behind the same name another may be the master by now
+                        await connection.disconnect()
                     await self._pool.release(connection)
                 return answers
         raise AssertionError

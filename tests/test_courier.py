@@ -15,6 +15,7 @@ from reactions import Close, Gate, HalfClose, Reset, Silence
 from relay import ledger
 from scripted_server import ScriptedServer
 from waiting import until
+from workers import failed
 from workers.courier import Courier
 from workers.jobs import Interrupted
 from workers.retry import Width
@@ -281,6 +282,32 @@ async def test_another_job_in_the_way_of_the_owner(
         await asyncio.gather(made.deliver("stranger", ids), made.deliver(owner, ids), made.deliver("stranger", ids))
     assert len(backup.messages) == 10
     assert not redis_client.zcard(ledger.PENDING + "new")
+
+
+async def test_a_retry_of_what_is_in_hand(
+    contents: Contents, redis_url: str, redis_client: redis.Redis, backup: ScriptedServer
+) -> None:
+    """An operator retries for one recipient while the same worker delivers to another: both get it."""
+    backup.replies["RCPT"] = ["550 5.1.1 no", "450 4.2.0 later"]
+    message_id = contents.pending("one@test", "two@test")
+    async with courier(redis_url, backup) as made:
+        await made.deliver("job", [message_id])
+        scheduled = ScheduledJobRegistry("backup-new", connection=redis_client)
+        (owner,) = scheduled.get_job_ids()
+        backup.replies.clear()
+        gate = Gate()
+        backup.replies["."] = (gate, None)
+        delivery = asyncio.ensure_future(made.deliver(owner, [message_id]))
+        await gate.arrival()
+        assert failed.retry(redis_client, [message_id]) == 1
+        (retry,) = contents.queued()
+        await made.deliver(retry, [message_id])
+        gate.open()
+        await delivery
+        (again,) = set(scheduled.get_job_ids()) - {owner}
+        await made.deliver(again, [message_id])
+    assert sorted(m.recipients for m in backup.messages) == [["one@test"], ["two@test"]]
+    assert not contents.failed_ids()
 
 
 def test_width() -> None:

@@ -182,10 +182,15 @@ class Courier:
     async def _claim_in_turn(self, job_id: str, ids: list[str]) -> list[Claim]:
         # A straggler has its own end, and what another job delivers is that one's. From here on they are ours, since
         # a claim gives a worker again what it has.
+        in_hand = [message_id for message_id in ids if message_id in self._held]
         ids = [message_id for message_id in dict.fromkeys(ids) if message_id not in self._held]
         self._held.update(ids)
-        while ids:
+        while ids or in_hand:
             try:
+                if in_hand:  # to other recipients, perhaps, while an operator wants the failed ones retried
+                    await self._outcomes.retry_later(await self._outcomes.requeued(job_id, in_hand), _BUSY_RETRY)
+                    in_hand = []
+                    continue
                 async with self._redis.pipeline(transaction=True) as pipe:
                     ledger.claim(pipe, self._destination.name, job_id, self._worker, _LEASE, ids)
                     claims, later = ledger.claimed((await pipe.execute())[0])

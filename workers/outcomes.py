@@ -41,6 +41,7 @@ class Outcomes:
         now: Callable[[], float],
     ) -> None:
         self._name = destination.name
+        self._jobs = jobs
         self._queue = dispatch.queue(jobs, destination.name)
         self._outbox = outbox
         self._retry = retry
@@ -106,8 +107,15 @@ class Outcomes:
         owed = tuple(copy.owed) if copy.state.owed is not None else None
         await self.defer({copy.id: (replace(copy.state, owed=owed), _SOON)})
 
+    async def requeued(self, job: str, ids: Sequence[str]) -> list[str]:
+        """Return those of these copies that are failed, too, and to be retried by this job. Raises RedisError."""
+        owners = await asyncio.to_thread(ledger.owners, self._jobs, self._name, ids, failed=True)
+        return [message_id for message_id, owner in zip(ids, owners, strict=True) if owner == job]
+
     async def retry_later(self, ids: Sequence[str], seconds: float) -> None:
         """Ask again for failed copies that an operator requeued while they are delivered to other recipients."""
+        if not ids:
+            return
         job = dispatch.create(self._queue, self._name, ids, JobStatus.SCHEDULED)
         when = datetime.fromtimestamp(self._now() + seconds, UTC)
 
