@@ -23,6 +23,7 @@ from redis.exceptions import ReadOnlyError, RedisError, ResponseError
 from relay import ledger, redis_clients
 
 _FLIGHTS = 2  # writes on their way at once: one being written, one being gathered and parsed
+_IN_PARTS = 256 << 10  # octets of a group; below, one buffer is quicker
 _GROUP_BYTES = 4 << 20  # a group ends here, so that Redis is never held up for long
 
 
@@ -36,13 +37,32 @@ class _Pending:
 
 
 class _Batch:
-    """The part of a pipeline that the ledger's functions need: commands, packed as they come."""
+    """The part of a pipeline that the ledger's functions need: commands, packed as they come.
 
-    def __init__(self) -> None:
-        self.packed: list[bytes] = []
+    Where there is much in them they stay in parts: each copy of a large body is as much memory again.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._is_large = size > _IN_PARTS
+        self._parts: list[bytes] = []
+        self.commands = 0
 
     def eval(self, *arguments: Any) -> None:
-        self.packed.append(hiredis.pack_command(("EVAL", *arguments)))
+        self.add(("EVAL", *arguments))
+
+    def add(self, command: Sequence[Any]) -> None:
+        self.commands += 1
+        if not self._is_large:
+            self._parts.append(hiredis.pack_command(tuple(command)))
+            return
+        self._parts.append(b"*%d\r\n" % len(command))
+        for argument in command:
+            octets = argument if isinstance(argument, bytes) else str(argument).encode()
+            self._parts += (b"$%d\r\n" % len(octets), octets, b"\r\n")
+
+    @property
+    def packed(self) -> Sequence[bytes]:
+        return self._parts if self._is_large else (b"".join(self._parts),)
 
 
 class GroupCommit:
@@ -116,15 +136,17 @@ class GroupCommit:
         self._take_off()
 
     async def _fly(self, group: list[_Pending]) -> None:
-        batch = _Batch()
+        batch = _Batch(sum(pending.size for pending in group))
         kinds: list[list[_Pending]] = []
         for kind, add in _ADD.items():
             members = [p for p in group if p.kind == kind]
             if members:
                 kinds.append(members)
                 add(batch, [p.item for p in members])
+        for command in self._confirmation:
+            batch.add(command)
         try:
-            answers = await self._exchange(batch.packed + [hiredis.pack_command(c) for c in self._confirmation])
+            answers = await self._exchange(batch)
             if self._confirmation:
                 redis_clients.check(answers[-1], self._confirmation[-1][1])
         except (RedisError, OSError) as error:  # a TimeoutError is an OSError
@@ -139,7 +161,7 @@ class GroupCommit:
                 else:
                     pending.done.set_result(answer[i] if isinstance(answer, list) else answer)
 
-    async def _exchange(self, packed: list[bytes]) -> list[Any]:
+    async def _exchange(self, batch: _Batch) -> list[Any]:
         """Send commands and return their answers, an exception where a command failed.
 
         Not by a redis-py pipeline, which takes longer than Redis itself; a connection of its pool is kept, unless
@@ -150,8 +172,8 @@ class GroupCommit:
             connection = self._idle.pop() if self._idle else await self._pool.get_connection()
             try:
                 async with asyncio.timeout(self._seconds):
-                    await connection.send_packed_command(b"".join(packed), check_health=False)
-                    answers = [await _answer(connection) for _ in packed]
+                    await connection.send_packed_command(batch.packed, check_health=False)
+                    answers = [await _answer(connection) for _ in range(batch.commands)]
             except BaseException as error:
                 idle, self._idle = self._idle, []  # a server that went away took them along
                 for lost in (connection, *idle):

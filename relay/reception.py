@@ -69,6 +69,7 @@ class Reception:
             await self._pass_on(self._ends.finish())
         self._transaction.hold(self._last)
         body = b"".join((*self._kept, self._last))
+        self._kept = []
         if self.refusal is None:
             self.refusal = self._fault_of_header(body)
         if self.refusal is not None:

@@ -258,10 +258,12 @@ class Session:
             metrics.messages.labels("own").inc()
             maillog.refused(message.envelope, refusal)
             return refusal
-        staged = await self._stage(message)
-        if not staged and relay.require_durable_copies and message.envelope.destinations:
+        envelope, staged = message.envelope, await self._stage(message)
+        if not staged and relay.require_durable_copies and envelope.destinations:
             return _NOT_DURABLE
-        return await self._finish(transaction, message, staged)
+        digest = headers.equality_digest(envelope.sender, body) if staged else ""
+        del body, message  # the primary may take ten minutes to answer
+        return await self._finish(transaction, envelope, digest, staged=staged)
 
     async def _stage(self, message: Message) -> bool:
         """Make the copies durable before the primary may accept. False: there are none, or nowhere to keep them."""
@@ -278,10 +280,9 @@ class Session:
         metrics.stage_seconds.observe(self._channel.loop.time() - begun)
         return True
 
-    async def _finish(self, transaction: Transaction, message: Message, staged: bool) -> Reply:
+    async def _finish(self, transaction: Transaction, envelope: Envelope, digest: str, *, staged: bool) -> Reply:
         """Send the held dot, and do with the copy what the primary's answer says."""
-        envelope, intake = message.envelope, self._front.intake
-        digest = headers.equality_digest(envelope.sender, message.body) if staged else ""
+        intake = self._front.intake
         begun = self._channel.loop.time()
         try:
             reply = await transaction.finish()

@@ -32,6 +32,7 @@ from workers.worker import DeliveryWorker
 
 T = TypeVar("T")
 _STOP = {signal.SIGTERM, signal.SIGINT}
+_NICENESS = 10  # mail that comes in goes first: copies can wait for a processor, clients should not
 
 
 class CourierThread:
@@ -119,6 +120,7 @@ def serve(
     called in the courier's loop. ``on_dead`` gets the name of each dead predecessor before its jobs go back
     to the queue, to give back its leases in the ledger.
     """
+    os.nice(_NICENESS)
     name = worker_name(destination, context.instance)
     thread = CourierThread()
     worker: DeliveryWorker | None = None
