@@ -73,7 +73,7 @@ async def test_broken_off(
             with socket.create_connection(("127.0.0.1", port)) as client:
                 client.setblocking(False)
                 await loop.sock_sendall(client, said)
-                await until(lambda: made.sessions)
+                await until(lambda: made.conversations)
                 if way == "reset":
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 elif way == "half-close":
@@ -81,11 +81,11 @@ async def test_broken_off(
                     with contextlib.suppress(ConnectionError):
                         while await asyncio.wait_for(loop.sock_recv(client, 65536), 20):
                             pass
-            await until(lambda: not made.sessions)
+            await until(lambda: not made.conversations)
         async with await AsyncDialogue.open(port) as client:
             await client.hello()
             await client.mail("whole@example.com", "b@example.com")
-        await until(lambda: not made.sessions)
+        await until(lambda: not made.conversations)
         assert (made.seat.clients, made.seat.octets, made.primary.pool.in_use) == (0, 0, 0)
     assert [message.sender for message in chunking.messages] == ["whole@example.com"]
 
@@ -137,7 +137,7 @@ async def test_idle(chunking: ScriptedServer, redis_url: str, tmp_path: Path, sa
         heard = await asyncio.wait_for(reader.read(), 20)
         writer.close()
         assert heard.endswith(b"\r\n421 4.4.2 Timeout while waiting for you\r\n")
-        await until(lambda: not made.sessions)
+        await until(lambda: not made.conversations)
     assert not chunking.messages
 
 
@@ -166,7 +166,7 @@ async def test_slow_loris(chunking: ScriptedServer, redis_url: str, start: bytes
         dripping.cancel()
         writer.close()
         assert b"\r\n421 4.4.2 " in heard
-        await until(lambda: not made.sessions)
+        await until(lambda: not made.conversations)
     assert not chunking.messages
 
 
