@@ -16,10 +16,11 @@ from typing import Any
 from aiosmtpd.smtp import SMTP
 
 from relay.envelope import Reply
+from relay.inbox import Inbox
 
-BUFFER = 1 << 16
 _HANDSHAKE_SECONDS = 30.0
 _TIMEOUT = Reply.of(421, "4.4.2 Timeout while waiting for you")
+_MOST_HELD = 100  # replies; then it is seen whether the client reads them
 _TLS_ERRORS = (ssl.SSLError, ConnectionError, TimeoutError, OSError)
 
 
@@ -27,18 +28,19 @@ class Channel(SMTP):
     """One client's connection; ``converse`` is started with it and lives until it returns."""
 
     def __init__(self, converse: Callable[[Channel], Coroutine[Any, Any, None]], *, write_seconds: float) -> None:
-        # aiosmtpd's own constructor scans classes for 130 us a connection; what its other methods need is set here.
+        # aiosmtpd's own constructor scans classes for 130 us a connection, and its stream has another reader than we.
         loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader(limit=BUFFER, loop=loop)
-        asyncio.StreamReaderProtocol.__init__(self, reader, client_connected_cb=self._cb_client_connected, loop=loop)
+        asyncio.streams.FlowControlMixin.__init__(self, loop)
         self.loop = loop
         self.transport: Any = None
+        self.inbox = Inbox(loop)
         self._converse = converse
         self._write_seconds = write_seconds  # for a client that does not read what we say
         self._watch_every = write_seconds / 4
         self._watchdog: asyncio.TimerHandle | None = None
         self._deadline = 0.0
         self._deaf_at = math.inf
+        self._held: list[bytes] = []  # replies to commands that came together, to leave together
         self.waited = 0.0  # seconds, for what came last
         self.waiting = False  # for the client; only then may a deadline or a shutdown end the conversation
         self.tls = False
@@ -48,8 +50,8 @@ class Channel(SMTP):
 
     def connection_made(self, transport: Any) -> None:
         """Start the conversation."""
-        asyncio.StreamReaderProtocol.connection_made(self, transport)
         self.transport = transport
+        self.inbox.follow(transport)
         peer = transport.get_extra_info("peername")
         if isinstance(peer, tuple):
             self.peer = (peer[0].removeprefix("::ffff:").partition("%")[0], peer[1])
@@ -57,14 +59,19 @@ class Channel(SMTP):
         self._handler_coroutine = self.loop.create_task(self._converse(self))
         self._handler_coroutine.add_done_callback(self._end)
 
+    def data_received(self, data: bytes) -> None:
+        self.inbox.feed(data)
+
     def connection_lost(self, error: Exception | None) -> None:
         """Tell the reader; the conversation ends by itself, after what must not be broken off."""
-        asyncio.StreamReaderProtocol.connection_lost(self, None)
         self.transport = None
+        self.inbox.follow(None)
+        self.inbox.end()
+        asyncio.streams.FlowControlMixin.connection_lost(self, None)
 
     def eof_received(self) -> bool:
         """Keep our side open where that can be done: the reply to the last command may still be wanted."""
-        self._reader.feed_eof()
+        self.inbox.end()
         return not self.tls
 
     def _end(self, conversation: asyncio.Task[None]) -> None:
@@ -81,27 +88,52 @@ class Channel(SMTP):
         return self.transport is None
 
     async def push(self, reply: Reply) -> None:  # type: ignore[override]  # a Reply instead of text
-        """Write a reply. That the client has gone is found out at the next read."""
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.write(reply.wire)
-            if self.transport.get_write_buffer_size():
-                self._deaf_at = self.loop.time() + self._write_seconds
-                try:
-                    await self._writer.drain()
-                except ConnectionError:
-                    self._reader.feed_eof()
-                finally:
-                    self._deaf_at = math.inf
+        """Write a reply. That the client has gone is found out at the next read.
+
+        While the next command is here already, replies leave together, at the latest when we wait for something: a
+        client that pipelines reads them at once, and each write costs more than most commands.
+        """
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        if self.inbox.has_line and len(self._held) < _MOST_HELD and not transport.get_write_buffer_size():
+            if not self._held:
+                self.loop.call_soon(self._flush)
+            self._held.append(reply.wire)
+            return
+        self._write(reply)
+        if transport.get_write_buffer_size():
+            self._deaf_at = self.loop.time() + self._write_seconds
+            try:
+                await self._drain_helper()  # type: ignore[attr-defined]  # of asyncio's flow control
+            except ConnectionError:
+                self.inbox.end()
+            finally:
+                self._deaf_at = math.inf
 
     def dismiss(self, reply: Reply) -> None:
-        """Say a last word and hang up; who reads finds the end of input."""
+        """Say a last word and hang up; who reads finds the end of input, whatever has come this moment."""
         if self.transport is not None:
-            self.transport.write(reply.wire)
+            self._write(reply)
             self._hang_up()
-        self._reader.feed_eof()
+        self.inbox.clear()
+        self.inbox.end()
+
+    def _write(self, reply: Reply) -> None:
+        if self._held:
+            self._held.append(reply.wire)
+            self._flush()
+        else:
+            self.transport.write(reply.wire)
+
+    def _flush(self) -> None:
+        held, self._held = self._held, []
+        if held and self.transport is not None and not self.transport.is_closing():
+            self.transport.write(b"".join(held))
 
     def _hang_up(self) -> None:
         """Close; what the client will not read is not kept for ever."""
+        self._flush()
         transport = self.transport
         if transport is not None and not transport.is_closing():
             if transport.get_write_buffer_size():
@@ -115,45 +147,20 @@ class Channel(SMTP):
         begun = self.loop.time()
         self._deadline = begun + seconds
         self.waiting = True
-        too_long = False
-        try:
-            while True:
-                try:
-                    line = await self._reader.readuntil(b"\n")
-                except asyncio.LimitOverrunError as overrun:
-                    await self._reader.read(overrun.consumed)
-                    too_long = True
-                except asyncio.IncompleteReadError:
-                    return None
-                else:
-                    return b"" if too_long or len(line) > limit else line
-        finally:
-            self.waiting = False
-            self.waited = self.loop.time() - begun
+        line = await self.inbox.line()
+        self.waiting = False
+        self.waited = self.loop.time() - begun
+        return b"" if line is not None and len(line) > limit else line
 
-    async def read_chunk(self, seconds: float, most: int = BUFFER) -> bytes:
-        """Return what has come, b"" at the end of input."""
+    async def read_chunk(self, seconds: float, most: int = -1) -> bytes:
+        """Return what has come, at most so many octets; b"" at the end of input."""
         begun = self.loop.time()
         self._deadline = begun + seconds
         self.waiting = True
-        chunk = await self._reader.read(most)
+        chunk = await self.inbox.read(most)
         self.waiting = False
         self.waited = self.loop.time() - begun
         return chunk
-
-    @property
-    def _buffer(self) -> bytearray:
-        # StreamReader has no public way; aiosmtpd itself works on this attribute.
-        return self._reader._buffer  # type: ignore[attr-defined, no-any-return]  # noqa: SLF001
-
-    def unread(self, data: bytes) -> None:
-        """Put octets back in front: a pipelining client's next commands."""
-        self._buffer[:0] = data
-
-    @property
-    def reader(self) -> asyncio.StreamReader:
-        """The octets as a stream, for the PROXY header that is in front of everything."""
-        return self._reader
 
     # --- TLS --------------------------------------------------------------------------------------------------
 
@@ -167,28 +174,25 @@ class Channel(SMTP):
         if transport is None or transport.is_closing():
             return "the client has gone"
         transport.pause_reading()  # all that comes from now on goes to TLS
-        early = bytes(self._buffer) if keep else b""
-        self._buffer.clear()
-        self._over_ssl = True
+        self.inbox.follow(None)  # until the handshake is over its transport is not ours to stop
+        early = self.inbox.clear()
         if first is not None:
-            transport.write(first.wire)
+            self._write(first)
         handshake = self.loop.create_task(
             self.loop.start_tls(transport, self, context, server_side=True, ssl_handshake_timeout=_HANDSHAKE_SECONDS)
         )
-        if early:
+        if early and keep:
             await asyncio.sleep(0)  # the task has asked for what connects its protocol, and then for reading to go on
             self.loop.call_soon(_feed, transport, early)
         try:
             secured = await handshake
         except _TLS_ERRORS as error:
-            self._reader.feed_eof()
+            self.inbox.end()
             return str(getattr(error, "reason", "") or type(error).__name__)
         if secured is None:
             return "the client has gone"
-        self.transport = self._transport = secured
-        self._reader._transport = secured  # type: ignore[attr-defined]  # noqa: SLF001
-        self._reader._paused = False  # type: ignore[attr-defined]  # noqa: SLF001
-        self._writer._transport = secured  # type: ignore[attr-defined]  # noqa: SLF001
+        self.transport = secured
+        self.inbox.follow(secured)
         self.tls = True
         return ""
 
@@ -201,7 +205,7 @@ class Channel(SMTP):
             self.dismiss(_TIMEOUT)
         elif self.loop.time() >= self._deaf_at and self.transport is not None:
             self._watchdog = None
-            self._buffer.clear()  # nobody will hear the answers
+            self.inbox.clear()  # nobody will hear the answers
             self.transport.abort()
         else:
             self._watchdog = self.loop.call_later(self._watch_every, self._watch)

@@ -8,7 +8,6 @@ of input.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Awaitable, Callable, Mapping
 
 from relay import maillog, metrics
@@ -18,11 +17,8 @@ from relay.envelope import Reply
 from relay.front import Front
 from relay.introduction import AUTH_LINE, Introduction
 from relay.manners import Manners
-from relay.parameters import SyntaxProblem, nothing_after
+from relay.parameters import LINE_LIMIT, SyntaxProblem, argument_text, nothing_after, split_command
 from relay.session import INTERNAL, Session
-
-_LINE_LIMIT = 4096  # octets of a command line; RFC 5321 4.5.3.1.4 with room for ORCPT and ENVID
-_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 
 _OK = Reply.of(250, "2.0.0 Ok")
 _NESTED = Reply.of(503, "5.5.1 Not within a mail transaction")
@@ -102,21 +98,18 @@ class Conversation:
 
     def _read(self, line: bytes) -> tuple[_Command, str]:
         """Return the command of a line, and its argument. Raises SyntaxProblem."""
-        verb, _, argument = line.rstrip(b"\r\n").partition(b" ")
-        verb = verb.upper()
+        verb, argument = split_command(line)
         command = _COMMANDS.get(verb)
-        if not line or (len(line) > _LINE_LIMIT and verb != b"AUTH"):
+        if not line or (len(line) > LINE_LIMIT and verb != b"AUTH"):
             raise SyntaxProblem(500, "5.5.2 Line too long")
         if command is None:
             raise _unknown(verb)
-        text = argument.decode("utf-8", "surrogateescape")
-        if not text.isprintable() and _CONTROL.search(argument):
-            raise SyntaxProblem(501, "5.5.2 Control character in a command")
+        text = argument_text(argument)
         if self._crlf_only and not line.endswith(b"\r\n"):
             raise SyntaxProblem(500, "5.5.2 A command must end with CRLF")
         if verb in _IDLE:
             self._manners.idle()
-        return command, text.strip(" ")
+        return command, text
 
     # --- commands ---------------------------------------------------------------------------------------------
 

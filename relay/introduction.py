@@ -103,7 +103,7 @@ class Introduction:
             return False
         try:
             async with asyncio.timeout(_PROXY_SECONDS):
-                origin = await read_header(self._channel.reader)
+                origin = await read_header(self._channel.inbox)
         except (BadHeader, TimeoutError) as error:
             maillog.proxy_failed(self.address, str(error) or "no PROXY header in time")
             return False
@@ -141,7 +141,7 @@ class Introduction:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.greeting_delay):
                 # Whatever comes now came too early, the end of input too.
-                await self._channel.reader.read(1)
+                await self._channel.inbox.read(1)
                 return False
         return True
 

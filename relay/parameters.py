@@ -1,4 +1,4 @@
-"""The syntax of MAIL and RCPT: a path and its ESMTP parameters (RFC 5321 4.1.1, 4.1.2).
+"""The syntax of command lines, above all of MAIL and RCPT: a path and its ESMTP parameters (RFC 5321 4.1.1, 4.1.2).
 
 Paths and parameters are carried as they came: no case folding, no rewriting of odd local parts. What
 does not parse raises SyntaxProblem with the reply to give.
@@ -15,6 +15,8 @@ from relay.envelope import Reply, printable
 _PATH = re.compile(r' *(?:<((?:"(?:[^"\\]|\\.)*"|[^<>" ])*)>|((?:"(?:[^"\\]|\\.)*"|[^<>" ])+))(?: +(.*))?$')
 _PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^\x00-\x20=\x7f][^\x00-\x20\x7f]*))?$")
 
+LINE_LIMIT = 4096  # octets of a command line; RFC 5321 4.5.3.1.4 with room for ORCPT and ENVID
+_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 _SIZE = re.compile(r"[0-9]{1,20}")  # RFC 1870 3
 _CHUNK = re.compile(r" *([0-9]{1,20})(?: +(LAST))? *", re.IGNORECASE | re.ASCII)
 _WORD = re.IGNORECASE | re.ASCII  # without ASCII a long s is an S
@@ -58,6 +60,20 @@ class SyntaxProblem(ValueError):
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text)
         self.reply = Reply.of(code, text)
+
+
+def split_command(line: bytes) -> tuple[bytes, bytes]:
+    """Return the verb of a command line, in capitals, and what stands behind its blank."""
+    verb, _, argument = line.rstrip(b"\r\n").partition(b" ")
+    return verb.upper(), argument
+
+
+def argument_text(argument: bytes) -> str:
+    """Return an argument without blanks around it; no UTF-8 survives as surrogates. Raises SyntaxProblem."""
+    text = argument.decode("utf-8", "surrogateescape")
+    if not text.isprintable() and _CONTROL.search(argument):
+        raise SyntaxProblem(501, "5.5.2 Control character in a command")
+    return text.strip(" ")
 
 
 def parse_path(argument: str | None, keyword: str) -> tuple[str, tuple[str, ...]]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from relay import faults, maillog, metrics
 from relay.connection import ClientError, Connection, ConnectionGone
@@ -73,12 +74,13 @@ class Primary:
         return SAFE_MINIMUM if self.extensions is None else self.extensions
 
     async def begin(
-        self, build: Callable[[Mapping[str, str]], bytes], identity: Identity = ()
+        self, build: Callable[[Mapping[str, str]], Sequence[bytes]], identity: Identity = ()
     ) -> tuple[Transaction | None, Reply]:
         """Send MAIL, as ``build`` makes it for the extensions of the connection that serves (two nodes may differ).
 
-        Returns the transaction, or None with the reply that refuses it. What ``build`` raises passes through. The
-        primary is told first who the client is, where it wants to know.
+        What ``build`` returns behind MAIL leaves with it: commands that the transaction will be asked for next. Returns
+        the transaction, or None with the reply that refuses it. What ``build`` raises passes through. The primary is
+        told first who the client is, where it wants to know.
 
         A kept connection that turns out to be dead before it answered anything is replaced unseen.
         """
@@ -90,10 +92,12 @@ class Primary:
             reused = connection.transactions > 0
             try:
                 if identity or connection.introduced:
-                    reply = await self._introduced_mail(connection, build, identity)
+                    ahead, reply = await self._introduced_mail(connection, build, identity)
                 else:
                     self.extensions = connection.extensions
-                    reply = await connection.command(build(connection.extensions), timeout=self.timeout)
+                    mail, *ahead = build(connection.extensions)
+                    connection.send(mail, *ahead)
+                    reply = await connection.reply(timeout=self.timeout)
             except ClientError as error:
                 connection.close()
                 self.pool.give_back(connection)
@@ -108,29 +112,48 @@ class Primary:
                 self.pool.give_back(connection)
                 continue
             if reply.is_positive:
-                return Transaction(self, connection), reply
-            if reply.code == 421 or reply.code in _ABOUT_US:
-                connection.close()
-            self.pool.give_back(connection)
+                return Transaction(self, connection, ahead), reply
+            try:
+                if reply.code == 421 or reply.code in _ABOUT_US:
+                    connection.close()
+                else:
+                    await self.take_back(connection)
+            finally:
+                self.pool.give_back(connection)
             return None, for_client(reply)
 
     async def _introduced_mail(
-        self, connection: Connection, build: Callable[[Mapping[str, str]], bytes], identity: Identity
-    ) -> Reply:
+        self, connection: Connection, build: Callable[[Mapping[str, str]], Sequence[bytes]], identity: Identity
+    ) -> tuple[list[bytes], Reply]:
         turned_away = await introduce(connection, identity, timeout=self.timeout)
         if turned_away is not None:
-            return turned_away
+            return [], turned_away
         self.extensions = connection.extensions
-        command = build(connection.extensions)
+        mail, *ahead = build(connection.extensions)
         forward = xforward(identity, connection)
         if "PIPELINING" in connection.extensions:
-            connection.send(*forward, command)
+            connection.send(*forward, mail, *ahead)
             for _ in forward:  # whatever it says to them: they are for its log
                 await connection.reply(timeout=self.timeout)
-            return await connection.reply(timeout=self.timeout)
+            return ahead, await connection.reply(timeout=self.timeout)
         for line in forward:
             await connection.command(line, timeout=self.timeout)
-        return await connection.command(command, timeout=self.timeout)
+        return ahead, await connection.command(mail, timeout=self.timeout)
+
+    async def take_back(self, connection: Connection) -> None:
+        """Hear the replies to commands that were sent ahead and came to nothing; it must not be in a DATA phase then.
+
+        A server that says 354 where there is no recipient (RFC 2920 3.1 lets it) is closed, and so is one that is slow
+        to say so often no: our client waits meanwhile. Raises nothing of its own.
+        """
+        deadline = time.monotonic() + self.timeout
+        try:
+            while connection.replies_owed:
+                reply = await connection.reply(timeout=max(0.0, deadline - time.monotonic()))
+                if reply.code < 400 or reply.code == 421:
+                    connection.close()
+        except ClientError:
+            connection.close()
 
     def _unavailable(self, error: ClientError) -> Reply:
         self.trouble(error.stage, error)
@@ -158,9 +181,11 @@ class Primary:
 class Transaction:
     """One transaction on a leased connection, from MAIL to its end."""
 
-    def __init__(self, primary: Primary, connection: Connection) -> None:
+    def __init__(self, primary: Primary, connection: Connection, ahead: Iterable[bytes] = ()) -> None:
+        """``ahead`` are commands that left behind MAIL: they must be the next ones asked for."""
         self._primary = primary
         self._connection: Connection | None = connection
+        self._ahead = deque(ahead)
         self._last = b""  # of the body, to leave with the dot
         self.extensions = connection.extensions
 
@@ -179,6 +204,23 @@ class Transaction:
             return Reply.of(451, "4.3.0 Unexpected reply of the primary server")
         self.end()
         return reply if reply.code != 354 else _lost()
+
+    async def withdraw(self) -> None:
+        """Have a DATA that was sent ahead forgotten. A server that goes into the DATA phase for it is closed.
+
+        The transaction is open as without it, and as good as one whose server has closed.
+        """
+        connection = self._connection
+        if connection is None or not self._ahead:
+            return
+        self._ahead.clear()
+        try:
+            await self._primary.take_back(connection)
+        except BaseException:
+            self.abandon()
+            raise
+        if not connection.is_open:
+            self.abandon()
 
     async def write(self, chunks: Sequence[bytes]) -> Reply | None:
         """Pass chunks of the body on; a reply that comes before our dot ends the transaction and is returned."""
@@ -252,7 +294,8 @@ class Transaction:
         if connection is None:
             return _lost()
         try:
-            reply = await connection.command(command, timeout=self._primary.timeout)
+            self._send(connection, command)
+            reply = await connection.reply(timeout=self._primary.timeout)
         except ClientError as error:
             self._primary.trouble(stage, error)
             self.abandon()
@@ -265,6 +308,13 @@ class Transaction:
         if stage == "DATA" and reply.code == 354:
             return reply
         return for_client(reply)
+
+    def _send(self, connection: Connection, command: bytes) -> None:
+        """Send a command, unless it went ahead."""
+        if not self._ahead:
+            connection.send(command)
+        elif self._ahead.popleft() != command:
+            raise RuntimeError("another command was sent ahead")
 
 
 def _lost() -> Reply:

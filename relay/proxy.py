@@ -11,7 +11,7 @@ import ipaddress
 import logging
 from typing import NamedTuple
 
-from aiosmtpd.proxy_protocol import AF, V2_CMD, get_proxy
+from aiosmtpd.proxy_protocol import AF, V2_CMD, AsyncReader, get_proxy
 
 from relay.identity import plain_address
 
@@ -31,7 +31,7 @@ class Origin(NamedTuple):
     port: int
 
 
-async def read_header(reader: asyncio.StreamReader) -> Origin | None:
+async def read_header(reader: AsyncReader) -> Origin | None:
     """Read the header; None when the proxy speaks for itself (a health check). Raises BadHeader."""
     try:
         header = await get_proxy(reader)
