@@ -45,20 +45,29 @@ class _Batch:
     def __init__(self, size: int) -> None:
         self._is_large = size > _IN_PARTS
         self._parts: list[bytes] = []
-        self.commands = 0
+        self.replies: list[int] = []  # how many each change gets
 
     def eval(self, *arguments: Any) -> None:
         self.add(("EVAL", *arguments))
 
     def add(self, command: Sequence[Any]) -> None:
-        self.commands += 1
+        self.replies.append(1)
+        self._pack(command)
+
+    def transaction(self, commands: Sequence[Sequence[Any]]) -> None:
+        """Add commands that are one change, whole or not at all. An argument may come in parts: a tuple of octets."""
+        self.replies.append(len(commands) + 2)
+        for command in (("MULTI",), *commands, ("EXEC",)):
+            self._pack(command)
+
+    def _pack(self, command: Sequence[Any]) -> None:
         if not self._is_large:
             self._parts.append(hiredis.pack_command(tuple(command)))
             return
         self._parts.append(b"*%d\r\n" % len(command))
         for argument in command:
-            octets = argument if isinstance(argument, bytes) else str(argument).encode()
-            self._parts += (b"$%d\r\n" % len(octets), octets, b"\r\n")
+            octets = argument if isinstance(argument, tuple) else (_octets(argument),)
+            self._parts += (b"$%d\r\n" % sum(map(len, octets)), *octets, b"\r\n")
 
     @property
     def packed(self) -> Sequence[bytes]:
@@ -173,7 +182,7 @@ class GroupCommit:
             try:
                 async with asyncio.timeout(self._seconds):
                     await connection.send_packed_command(batch.packed, check_health=False)
-                    answers = [await _answer(connection) for _ in range(batch.commands)]
+                    answers = [await _answer(connection, replies) for replies in batch.replies]
             except BaseException as error:
                 idle, self._idle = self._idle, []  # a server that went away took them along
                 for lost in (connection, *idle):
@@ -192,15 +201,27 @@ class GroupCommit:
         raise AssertionError
 
 
-async def _answer(connection: Any) -> Any:
-    try:
-        return await connection.read_response()
-    except ResponseError as error:
-        return error
+def _octets(argument: Any) -> bytes:
+    return argument if isinstance(argument, bytes) else str(argument).encode()
+
+
+async def _answer(connection: Any, replies: int) -> Any:
+    """Return the answer to a change: the last reply, or the first error in any."""
+    answer: Any = None
+    fault: Exception | None = None
+    for _ in range(replies):
+        try:
+            answer = await connection.read_response()
+        except ResponseError as error:
+            fault = fault or error  # what EXEC says of an earlier one is only that there was one
+    if replies > 1 and isinstance(answer, list):
+        fault = fault or next((reply for reply in answer if isinstance(reply, Exception)), None)
+    return fault or answer
 
 
 _ADD: Mapping[str, Callable[[Any, Sequence[Any]], None]] = {
     "stage": ledger.stage,
+    "stage large": ledger.stage_large,
     "release": ledger.release,
     "discard": ledger.discard,
     "hold": ledger.hold,

@@ -26,6 +26,9 @@ class EndOfData:
 
     def feed(self, chunk: bytes) -> bytes:
         """Take a chunk, return what of it is body for certain; sets ``found`` and ``rest`` at the end."""
+        if not self._held and b"." not in chunk:  # as most of an attachment: nothing to look for, nothing to copy
+            self._context = chunk[-4:] if len(chunk) >= 4 else (self._context + chunk)[-4:]
+            return chunk
         data = self._context + chunk
         start = len(self._context) - self._held
         end = data.find(_END)

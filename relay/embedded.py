@@ -25,11 +25,16 @@ from pathlib import Path
 import redis
 from loguru import logger
 
+from relay import aof
+
 # sun_path has 108 bytes on Linux and 104 on macOS, with the final NUL; Redis cuts a longer one silently.
 _SOCKET_PATH_LIMIT = 103
 _SHORT_FOLDERS = Path("/tmp")  # noqa: S108  (the folder below it is checked before it is trusted)
 _CLOSING_SECONDS = 10.0  # a Redis that lost its parent has this long to go
 _PR_SET_PDEATHSIG = 1
+_KEPT_OCTETS = 64 << 20
+_MAPPED_FROM = 32 << 20  # octets; the most that glibc allows
+_KEPT_PIECES = 2000  # of each size up to 1 KB: not more than some 70 MB, and that after a backlog of all sizes
 _LIBC = ctypes.CDLL(None)  # loaded here, since little is safe between fork and exec
 
 
@@ -95,8 +100,24 @@ def server_argv(state_dir: Path) -> list[str]:
         "aof-load-truncated": "yes",
         # A copy with a history is a hash value of up to some KB; see the ledger's key table.
         "hash-max-listpack-value": "4096",
+        # What is in the log is mostly gone from the ledger, and a rewrite is a fork and a pass over all bodies. By
+        # default (64 MB) seven large messages would be enough for one.
+        "auto-aof-rewrite-min-size": "256mb",
+        "rdbcompression": "no",  # bodies are compressed where that pays, and lzf takes longer than a disk
     }
     return [str(find_server()), *(word for name, value in settings.items() for word in (f"--{name}", value))]
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of the server: ours, and for one that uses the allocator of glibc, how to set that up.
+
+    It keeps seven freed pieces of each size at hand, and looks for more all over the heap: with a million copies in
+    there, that is most of what a change of the ledger takes. And it gives freed memory back to the system at once: each
+    large message would have its pages made and cleared anew, several times. Other allocators do not read this.
+    """
+    malloc = {"tcache_count": _KEPT_PIECES, "trim_threshold": _KEPT_OCTETS, "mmap_threshold": _MAPPED_FROM}
+    tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in malloc.items())
+    return {"GLIBC_TUNABLES": tunables, **os.environ}
 
 
 def lock(state_dir: Path) -> int:
@@ -145,11 +166,14 @@ def start(state_dir: Path) -> EmbeddedRedis:
         if path.parent != folder(state_dir):
             _make_private(path.parent)
             logger.info("the path of {} is too long for a socket: Redis listens on {}", state_dir, path)
+        if zeros := aof.cut_zeros(folder(state_dir)):
+            logger.warning("{} zeros cut off the end of the log of Redis: a power cut left a write unfinished", zeros)
         parent = os.getpid()
         # What it says before it has opened its log (an unknown option) belongs there too.
         with (folder(state_dir) / "redis.log").open("ab") as log:
             process = EmbeddedRedis(
                 argv,
+                env=environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -66,9 +66,10 @@ class Intake:
 
     async def stage(self, message: Message) -> None:
         """Put a message on stable storage, not yet due for anybody. Raises NotDurable."""
-        record = message.pack()
+        record = message.packed()
+        size = sum(map(len, record))
         envelope = message.envelope
-        trouble = self._watch.objection(len(record))
+        trouble = self._watch.objection(size)
         if not trouble:
             trouble = await self._to_redis(envelope, record)
             if not trouble:
@@ -78,19 +79,21 @@ class Intake:
         except OSError as error:
             trouble = f"{trouble}; spool: {error.strerror or error}"
             untidy = self._spool is not None and self._spool.has(envelope.id)
-            hopeless = envelope.id in self._doubtful or not self._watch.may_squeeze_in(len(record))
+            hopeless = envelope.id in self._doubtful or not self._watch.may_squeeze_in(size)
             # A Redis that is only rather full is better than nothing.
             if untidy or hopeless or await self._to_redis(envelope, record):
                 if untidy or envelope.id in self._doubtful:
                     self.discard(envelope.id)
                 raise NotDurable(trouble) from error
 
-    async def _to_redis(self, envelope: Envelope, record: bytes) -> str:
+    async def _to_redis(self, envelope: Envelope, record: tuple[bytes, ...]) -> str:
         """Return why it could not be written, or "" when it was."""
-        deadline = self.now() + self._deadline_seconds
-        commit = self._large if len(record) > _LARGE else self._small
-        future = commit.submit("stage", Staged(envelope.id, record, deadline), len(record))
-        self._watch.sent(len(record), future)
+        staged, size = Staged(envelope.id, record, self.now() + self._deadline_seconds), sum(map(len, record))
+        if size > _LARGE:
+            future = self._large.submit("stage large", staged, size)
+        else:
+            future = self._small.submit("stage", staged, size)
+        self._watch.sent(size, future)
         try:
             await future
         except (RedisError, OSError, TimeoutError) as error:
@@ -99,13 +102,13 @@ class Intake:
             return f"{type(error).__name__}: {error}".rstrip(": ")
         return ""
 
-    async def _to_spool(self, envelope: Envelope, record: bytes, reason: str) -> None:
+    async def _to_spool(self, envelope: Envelope, record: tuple[bytes, ...], reason: str) -> None:
         """Write to the spool. Raises OSError; if ``has`` then says so, something may be left."""
         if self._spool is None:
             raise OSError("there is none")
         try:
             async with asyncio.timeout(_SPOOL_SECONDS):
-                await self._spool.write(envelope.id, record)
+                await self._spool.write(envelope.id, b"".join(record))
         except OSError:  # TimeoutError is one
             with contextlib.suppress(OSError):
                 async with asyncio.timeout(1):

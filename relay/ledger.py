@@ -48,7 +48,13 @@ Pipe = Any  # redis.client.Pipeline or redis.asyncio.client.Pipeline: both only 
 
 
 def _script(name: str) -> str:
-    return resources.files("relay").joinpath("lua", name + ".lua").read_text(encoding="utf-8")
+    """Return a script without its comments and indentation; its lines keep the numbers that they have in the file.
+
+    It goes whole with every EVAL, and Redis makes a checksum of it each time.
+    """
+    text = resources.files("relay").joinpath("lua", name + ".lua").read_text(encoding="utf-8")
+    lines = [line.strip() for line in text.splitlines()]
+    return "\n".join("" if line.startswith("--") else line for line in lines)
 
 
 _STAGE = _script("stage")
@@ -132,10 +138,10 @@ class CopyState:
 
 
 class Staged(NamedTuple):
-    """A message to stage: its packed record, and the absolute deadline (Redis time) of its owner."""
+    """A message to stage: its packed record, in parts, and the absolute deadline (Redis time) of its owner."""
 
     id: str
-    record: bytes
+    record: tuple[bytes, ...]
     deadline: float
 
 
@@ -183,7 +189,16 @@ def register(pipe: Pipe, destinations: Iterable[Destination]) -> None:
 
 def stage(pipe: Pipe, messages: Sequence[Staged]) -> None:
     """Write messages before the primary may see their dot."""
-    pipe.eval(_STAGE, 0, *(part for m in messages for part in (m.id, str(m.deadline), m.record)))
+    pipe.eval(_STAGE, 0, *(part for m in messages for part in (m.id, str(m.deadline), b"".join(m.record))))
+
+
+def stage_large(pipe: Pipe, messages: Sequence[Staged]) -> None:
+    """Stage messages with large records; a script would have each copied into Lua and out again."""
+    commands: list[tuple[Any, ...]] = []
+    for m in messages:
+        # In this order: see stage.lua.
+        commands += (("ZADD", STAGED, m.deadline, m.id), ("SET", MESSAGE + m.id, m.record))
+    pipe.transaction(commands)
 
 
 def release(pipe: Pipe, messages: Sequence[Released]) -> None:

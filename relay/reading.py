@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from relay import ledger
 from relay.envelope import Destination, Envelope, LockedRecord, MalformedRecord, Message
@@ -46,14 +46,26 @@ def pages(connection: Any, key: str, *, until: float = math.inf, size: int = PAG
     """Yield the members of a sorted set with their scores, lowest first, up to a score."""
     low, seen = "-inf", set[bytes]()
     while True:
-        found = connection.zrangebyscore(key, low, until, start=0, num=size + len(seen), withscores=True)
+        found = _scored(connection, key, low, until, size + len(seen))
         page = [(member.decode(), score) for member, score in found if member not in seen]
         if not page:
             return
         yield page
         last = page[-1][1]
-        seen = {member for member, score in found if score == last}
+        seen = set()
+        for member, score in reversed(found):
+            if score != last:
+                break
+            seen.add(member)
         low = repr(last)
+
+
+def _scored(connection: Any, key: str, low: str, until: float, count: int) -> list[tuple[bytes, float]]:
+    """Return members with their scores. Not by redis-py's own method, which makes text of every score on the way."""
+    found = connection.execute_command("ZRANGEBYSCORE", key, low, until, "WITHSCORES", "LIMIT", 0, count)
+    if found and not isinstance(found[0], list):  # RESP2: one after the other
+        found = list(zip(found[::2], map(float, found[1::2]), strict=True))
+    return cast("list[tuple[bytes, float]]", found)
 
 
 def envelopes(connection: Any, ids: Sequence[str]) -> list[Envelope | None]:

@@ -71,11 +71,39 @@ async def test_thousands_at_once(connection: redis.asyncio.Redis, redis_client: 
     """However many messages leave in one group, none is lost between two lists."""
     commit = GroupCommit(connection, seconds=PATIENCE)
     ids = [f"m{n}" for n in range(MANY)]
-    await asyncio.gather(*(commit.submit("stage", Staged(i, b"record", 1.0)) for i in ids))
+    await asyncio.gather(*(commit.submit("stage", Staged(i, (b"record",), 1.0)) for i in ids))
     moved = await asyncio.gather(*(commit.submit("release", Released(i, ("new", "other"))) for i in ids))
     assert sum(moved) == MANY
     assert redis_client.zcard(ledger.STAGED) == 0
     assert {redis_client.zcard(ledger.PENDING + name) for name in ("new", "other")} == {MANY}
+
+
+async def test_large_records_are_staged_as_small_ones_are(
+    connection: redis.asyncio.Redis, redis_client: redis.Redis
+) -> None:
+    """Several at once, in parts: each is listed, whole, and can be released."""
+    commit = GroupCommit(connection, seconds=PATIENCE)
+    ids, body = ["a", "b", "c"], b"x" * 400_000
+    await asyncio.gather(*(commit.submit("stage large", Staged(i, (i.encode(), body), 7.5), 400_001) for i in ids))
+    assert redis_client.zrange(ledger.STAGED, 0, -1, withscores=True) == [(i.encode(), 7.5) for i in ids]
+    assert redis_client.mget([ledger.MESSAGE + i for i in ids]) == [i.encode() + body for i in ids]
+    assert await commit.submit("release", Released("a", ("new",))) == 1
+
+
+async def test_a_large_record_that_does_not_fit_is_not_half_there(
+    connection: redis.asyncio.Redis, redis_client: redis.Redis
+) -> None:
+    """A full Redis takes neither the body nor its place in the list, and who asked hears why."""
+    commit = GroupCommit(connection, seconds=PATIENCE)
+    before = redis_client.config_get("maxmemory")["maxmemory"]
+    redis_client.config_set("maxmemory", "1mb")
+    try:
+        with pytest.raises(redis.ResponseError, match="memory"):
+            await commit.submit("stage large", Staged("a", (b"x" * 400_000,), 1.0), 400_000)
+    finally:
+        redis_client.config_set("maxmemory", before)
+    assert not redis_client.exists(ledger.STAGED, ledger.MESSAGE + "a")
+    assert await commit.submit("stage", Staged("b", (b"record",), 1.0)) == 1
 
 
 async def test_thousands_are_settled_at_once(connection: redis.asyncio.Redis, redis_client: redis.Redis) -> None:
@@ -118,7 +146,7 @@ async def test_what_has_its_answer_is_not_kept_in_memory() -> None:
 
     async with answering(answer) as client:
         commit = GroupCommit(client, seconds=PATIENCE)
-        first = commit.submit("stage", Staged("hangs", b"", 1.0))
+        first = commit.submit("stage", Staged("hangs", (b"",), 1.0))
         await hangs.wait()
         item = Watched("goes on")
         watched = weakref.ref(item)

@@ -54,6 +54,23 @@ def test_settings_promise_durability(tmp_path, start):
     assert settings["port"] == "0"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_allocator_is_told_to_keep_more_at_hand(tmp_path, start, monkeypatch):
+    """The server hears it, beside what our own environment says; an operator's own word stands."""
+
+    def heard(state_dir: Path) -> dict[str, str]:
+        entries = Path(f"/proc/{start(state_dir).pid}/environ").read_text().rstrip("\0").split("\0")
+        return dict(entry.split("=", 1) for entry in entries)
+
+    monkeypatch.setenv("TZ", "UTC")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    found = heard(tmp_path / "ours")
+    assert "tcache_count" in found["GLIBC_TUNABLES"]
+    assert found["TZ"] == "UTC"
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.perturb=1")
+    assert heard(tmp_path / "theirs")["GLIBC_TUNABLES"] == "glibc.malloc.perturb=1"
+
+
 def test_nobody_else_can_reach_it(tmp_path, start):
     """The socket and the data are in a folder that only its owner can enter."""
     start(tmp_path)
@@ -98,6 +115,45 @@ def test_a_log_cut_in_the_middle_of_a_command_loads(tmp_path, start):
     start(tmp_path)
     with client(tmp_path) as connection:
         assert connection.keys() == ["whole"]
+
+
+@pytest.mark.parametrize("kept", ["all of it", "a part", "nothing"])
+@pytest.mark.parametrize("zeros", [600, 200_000])
+def test_a_log_that_a_power_cut_left_with_zeros_at_its_end_loads(tmp_path, start, kept, zeros):
+    """Where the length of a last write was kept and not what it wrote, all from before is served."""
+    process = start(tmp_path)
+    with client(tmp_path) as connection:
+        connection.set("zeros", b"\0" * 1000)  # those in what was answered stay
+        (log,) = embedded.folder(tmp_path).glob("appendonlydir/*.incr.aof")
+        answered = log.stat().st_size
+        connection.set("last", b"\0" * 1000)
+    process.kill()
+    embedded.stop(process)
+    written = log.stat().st_size - answered
+    os.truncate(log, answered + {"all of it": written, "a part": written // 2, "nothing": 0}[kept])
+    os.truncate(log, log.stat().st_size + zeros)
+    start(tmp_path)
+    with client(tmp_path) as connection:
+        assert connection.get("zeros") == "\0" * 1000
+        assert connection.get("last") == ("\0" * 1000 if kept == "all of it" else None)
+
+
+def test_only_the_newest_file_of_a_log_is_mended(tmp_path, start):
+    """Zeros at the end of another are what no power cut leaves: Redis does not start, and nothing is changed."""
+    process = start(tmp_path)
+    with client(tmp_path) as connection:
+        connection.set("key", "value")
+    embedded.stop(process)
+    (log,) = embedded.folder(tmp_path).glob("appendonlydir/*.incr.aof")
+    newer = log.with_name("appendonly.aof.2.incr.aof")
+    newer.touch()
+    with log.with_name("appendonly.aof.manifest").open("a") as manifest:
+        manifest.write(f"file {newer.name} seq 2 type i\n")
+    size = log.stat().st_size
+    os.truncate(log, size + 100)
+    with pytest.raises(EmbeddedError, match="Bad file format"):
+        start(tmp_path)
+    assert log.stat().st_size == size + 100
 
 
 def test_a_second_one_on_the_same_folder_is_refused(tmp_path, start):

@@ -81,7 +81,7 @@ class Place:
 
     def stage(self, message: Message) -> None:
         with self.client.pipeline() as pipe:
-            ledger.stage(pipe, [Staged(message.envelope.id, message.pack(), ledger.now(self.client) + 600)])
+            ledger.stage(pipe, [Staged(message.envelope.id, message.packed(), ledger.now(self.client) + 600)])
             pipe.execute()
 
     def uncertain(self) -> list[str]:

@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 
 from relay import archive, ledger
 from relay.envelope import BodyElsewhere, MalformedRecord, Message
+from workers.fetching import fetch
 
 _LARGE = 256 << 10  # octets of a stored record
 _AT_ONCE = 4 << 20
@@ -49,7 +50,8 @@ class Bodies:
         """Return a message, None when there is none. Raises RedisError, BodyElsewhere, MalformedRecord."""
         message = self._ahead.pop(message_id, None)
         if message is None:
-            record = cast("bytes | None", await self._bulk.get(ledger.MESSAGE + message_id))
+            # A view: a slice of it, the body, is no copy.
+            record = cast("bytes | None", await fetch(self._bulk, ledger.MESSAGE + message_id))
             message = None if record is None else _unpacked(message_id, record)
         return message
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,9 @@ class Live:
 
     def add(self, job: str, ids: Sequence[str]) -> None:
         """Note that a job holds these copies."""
+        if self._jobs.keys().isdisjoint(ids):  # a backlog's, nearly always: a hundred at once
+            self._jobs.update(dict.fromkeys(ids, job))
+            return
         for message_id in ids:
             if self._jobs.setdefault(message_id, job) != job:
                 self._more.add((message_id, job))
@@ -46,6 +49,10 @@ class Live:
         """Say whether a job will deliver this copy: its owner, or any job when it has none."""
         job = self._jobs.get(message_id)
         return job is not None and (not owner or job == owner or (message_id, owner) in self._more)
+
+    def uncovered(self, ids: Iterable[str]) -> list[str]:
+        """Return those of copies without an owner that no job will deliver."""
+        return [message_id for message_id in ids if message_id not in self._jobs]
 
 
 def read(connection: Redis, destination: str) -> Live:
@@ -130,7 +137,7 @@ def _ids(data: bytes | None) -> list[str]:
 
 
 def _are_ids(ids: Any) -> bool:
-    return isinstance(ids, list) and all(isinstance(i, str) for i in ids)
+    return isinstance(ids, list) and set(map(type, ids)) <= {str}
 
 
 def _dead(connection: Redis, started: Sequence[str]) -> set[str]:

@@ -27,6 +27,7 @@ from workers.revival import revive
 
 _SETTLED_SECONDS = 10.0  # what is pending for less is on its way into a job
 _THOROUGH_SECONDS = 3600.0  # between two looks at what changes slowly
+_PAGE = 2000  # pending copies looked at in one step; Redis takes a few milliseconds for it
 _BATCH = 100
 _GIVE_UP_AT_ONCE = 5000  # copies in one sweep
 _CLAIM_SECONDS = 30.0
@@ -174,12 +175,14 @@ class Sweeper:
         leased = cast("list[bytes]", connection.zrangebyscore(ledger.BUSY + name, clock, "+inf"))
         busy = {message_id.decode() for message_id in leased}
         suspects: dict[str, str] = {}
-        for page in reading.pages(connection, ledger.PENDING + name, until=clock - _SETTLED_SECONDS):
+        for page in reading.pages(connection, ledger.PENDING + name, until=clock - _SETTLED_SECONDS, size=_PAGE):
             self._tick()
-            ids = [message_id for message_id, _ in page]
-            owners = ledger.owners(connection, name, ids) if has_owners else [""] * len(ids)
-            pairs = zip(ids, owners, strict=True)
-            suspects |= {i: owner for i, owner in pairs if i not in busy and not found.covers(i, owner)}
+            ids = [message_id for message_id, _ in page if message_id not in busy]
+            if has_owners:
+                pairs = zip(ids, ledger.owners(connection, name, ids), strict=True)
+                suspects |= {i: owner for i, owner in pairs if not found.covers(i, owner)}
+            else:
+                suspects |= dict.fromkeys(found.uncovered(ids), "")
         return suspects
 
     def _new_job(self, name: str, ids: Sequence[str], owners: dict[str, str]) -> None:

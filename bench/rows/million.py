@@ -78,7 +78,7 @@ def _messages() -> Iterator[Staged]:
     before, _, after = Message(envelope, body).pack().partition(first.encode())
     while True:
         message_id = ids.next()
-        yield Staged(message_id, before + message_id.encode() + after, time.time() + 3600)
+        yield Staged(message_id, (before + message_id.encode() + after,), time.time() + 3600)
 
 
 def _take(messages: Iterator[Staged], count: int) -> list[Staged]:
@@ -145,9 +145,8 @@ def _fill(client: redis.Redis, messages: Iterator[Staged], count: int, row: Row)
                 dispatch.enqueue(pipe, queue, _NAME, ids)
             pipe.execute()
     after = client.info("memory")["used_memory"]
-    row.add(
-        "memory", f"a copy with a record of {len(next(messages).record)} octets", "octets", [(copies - before) / count]
-    )
+    octets = sum(map(len, next(messages).record))
+    row.add("memory", f"a copy with a record of {octets} octets", "octets", [(copies - before) / count])
     row.add("memory", f"its share of a job of {_JOB}", "octets", [(after - copies) / count])
     _wait_for_rewrite(client)
 

@@ -1,38 +1,38 @@
 -- ARGV: destination, ids. A body goes when no destination has its id pending or failed.
 local destination = ARGV[1]
-local pending = 'smtpdup:pending:' .. destination
+local pending, own = 'smtpdup:pending:' .. destination, 'smtpdup:own:' .. destination
 local ids = {}
 for i = 2, #ARGV do ids[i - 1] = ARGV[i] end
 redis.call('ZREM', 'smtpdup:busy:' .. destination, unpack(ids))
 redis.call('HDEL', 'smtpdup:holders:' .. destination, unpack(ids))
-local there = redis.call('ZMSCORE', pending, unpack(ids))
-local settled = {}
-for i, id in ipairs(ids) do
-  if there[i] then settled[#settled + 1] = id end
-end
-if #settled == 0 then
+local count = redis.call('ZREM', pending, unpack(ids))
+if count == 0 then
   return 0
 end
-local count = redis.call('ZREM', pending, unpack(settled))
-redis.call('HDEL', 'smtpdup:own:' .. destination, unpack(settled))
-local unwanted = settled
+if redis.call('EXISTS', own) == 1 then redis.call('HDEL', own, unpack(ids)) end
+local lists = {}
+if count < #ids then
+  -- Asked for again: after a failover the others may be on their way to pending once more, and keep their bodies.
+  lists = {'smtpdup:staged', 'smtpdup:uncertain'}
+end
 for _, other in ipairs(redis.call('HKEYS', 'smtpdup:destinations')) do
-  for _, list in ipairs({'smtpdup:pending:', 'smtpdup:failed:'}) do
-    -- They have just left our own pending list, which may be long.
-    if #unwanted > 0 and list .. other ~= pending and redis.call('EXISTS', list .. other) == 1 then
-      local wanted = redis.call('ZMSCORE', list .. other, unpack(unwanted))
-      local rest = {}
-      for i, id in ipairs(unwanted) do
-        if not wanted[i] then rest[#rest + 1] = id end
-      end
-      unwanted = rest
+  -- They have just left our own pending list, which may be long.
+  if other ~= destination then lists[#lists + 1] = 'smtpdup:pending:' .. other end
+  lists[#lists + 1] = 'smtpdup:failed:' .. other
+end
+for _, list in ipairs(lists) do
+  if #ids > 0 and redis.call('EXISTS', list) == 1 then
+    local wanted = redis.call('ZMSCORE', list, unpack(ids))
+    local rest = {}
+    for i, id in ipairs(ids) do
+      if not wanted[i] then rest[#rest + 1] = id end
     end
+    ids = rest
   end
 end
-if #unwanted > 0 then
-  local keys = {}
-  for i, id in ipairs(unwanted) do keys[i] = 'smtpdup:message:' .. id end
-  redis.call('DEL', unpack(keys))
+if #ids > 0 then
+  for i, id in ipairs(ids) do ids[i] = 'smtpdup:message:' .. id end
+  redis.call('DEL', unpack(ids))
 end
 redis.call('HINCRBY', 'smtpdup:counters', 'delivered:' .. destination, count)
 return count

@@ -70,7 +70,7 @@ class Contents:
         )
         with self.connection.pipeline() as pipe:
             ledger.stage(
-                pipe, [Staged(message_id, Message(envelope, body).pack(), ledger.now(self.connection) + deadline)]
+                pipe, [Staged(message_id, Message(envelope, body).packed(), ledger.now(self.connection) + deadline)]
             )
             pipe.execute()
         return message_id

@@ -38,6 +38,7 @@ class RedisServer:
         words = [w for name, value in self.options.items() for w in (f"--{name.replace('_', '-')}", value)]
         self.process = subprocess.Popen(
             tied([*embedded.server_argv(self.directory), *words]),
+            env=embedded.environment(),
             process_group=0,
         )
         embedded.wait_ready(self.directory, timeout, self.process)

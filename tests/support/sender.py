@@ -21,6 +21,7 @@ class Sender:
         self._lock = threading.Lock()
         self._deadline = time.monotonic() + patience
         self.accepted: set[int] = set()
+        self.spans: dict[int, tuple[float, float]] = {}  # when the attempt began that got the 2xx, and when that came
         self.attempts: dict[int, int] = {}
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(sessions)]
 
@@ -51,6 +52,7 @@ class Sender:
             while time.monotonic() < self._deadline:
                 with self._lock:
                     self.attempts[number] = self.attempts.get(number, 0) + 1
+                begun = time.monotonic()
                 try:
                     if client is None:
                         client = Dialogue(self._port, self._host, timeout=30)
@@ -63,6 +65,7 @@ class Sender:
                     threading.Event().wait(0.05)
                 else:
                     with self._lock:
+                        self.spans[number] = (begun, time.monotonic())
                         self.accepted.add(number)
                     break
         if client is not None:
