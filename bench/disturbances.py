@@ -95,8 +95,7 @@ class Disturber:
         self._acts: list[tuple[int, Callable[[], None]]] = [
             (6, lambda: self._kill("relay-")),
             (6, lambda: self._kill("worker-")),
-            (2, lambda: self._kill("housekeeping")),
-            (1, lambda: self._kill("status")),
+            (3, lambda: self._kill("housekeeping")),
             (4, lambda: self._kill("redis")),
             (3, lambda: self._stall("relay-")),
             (3, lambda: self._stall("worker-")),

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,6 +42,7 @@ from relay.settings import Problem, Settings, SettingsError
 
 if TYPE_CHECKING:
     from relay.server import Place
+    from workers.housekeeping import Task
 
 METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's
 _PATIENCE = 10.0  # seconds for a Redis that is being started beside us
@@ -120,12 +121,14 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = ()) -> int:
         settings = replace(settings, redis=settings.redis.at(url))
         _warn_of_lost_promises(settings, url)
         listening = [s for place in places for s in place.sockets] + ([listener] if listener else [])
-        if listener:
-            children.append(_holding([listener], listening, _status(settings, listener, url, places)))
         if role.delivers:
             _register(settings)
-            delivering = [_housekeeping(settings, url), *_workers(settings, settings.backups, url)]
-            children += [_holding([], listening, child) for child in delivering]
+            children += [_holding([], listening, child) for child in _workers(settings, settings.backups, url)]
+        tasks = _sweeping(settings, url) if role.delivers else {}
+        if listener:
+            tasks["status"] = _status(settings, listener, url, places)
+        if tasks:
+            children.append(_holding([listener] if listener else [], listening, _housekeeping(settings, tasks)))
         children += [_holding(p.sockets, listening, _relay(n, settings, p, url)) for n, p in enumerate(places)]
         children += [_holding([], listening, child) for child in extra]
         early.check()
@@ -321,18 +324,6 @@ def _relay(number: int, settings: Settings, place: Place, url: str) -> Child:
     return Child(f"relay-{number + 1}", run=be_relay, stage=_RELAY)
 
 
-def _status(settings: Settings, listener: socket.socket, url: str, places: Sequence[Place]) -> Child:
-    folder = Path(os.environ[METRICS_VARIABLE])
-    seat = places[0].seat if places else None
-
-    def be_status(context: ChildContext) -> int:
-        from relay import status  # noqa: PLC0415
-
-        return status.serve(context, settings, listener, url, folder, seat=seat)
-
-    return Child("status", run=be_status, stage=_AROUND)
-
-
 def _workers(settings: Settings, destinations: Sequence[Destination], url: str) -> list[Child]:
     from workers import courier, process  # noqa: PLC0415
 
@@ -364,9 +355,18 @@ def _further(
     return lambda destination: [_holding([], listening, child) for child in _workers(settings, [destination], url)]
 
 
-def _housekeeping(settings: Settings, url: str) -> Child:
+def _housekeeping(settings: Settings, tasks: Mapping[str, Task]) -> Child:
+    from workers.housekeeping import housekeep  # noqa: PLC0415
+
+    def be_housekeeping(context: ChildContext) -> int:
+        maillog.configure(settings.log.level, settings.log.format, context.name)
+        return housekeep(tasks)
+
+    return Child("housekeeping", run=be_housekeeping, stage=_AROUND)
+
+
+def _sweeping(settings: Settings, url: str) -> dict[str, Task]:
     from relay import server  # noqa: PLC0415
-    from workers.housekeeping import Task, housekeep  # noqa: PLC0415
     from workers.process import connector  # noqa: PLC0415
     from workers.reconcile import keep_reconciling  # noqa: PLC0415
     from workers.scheduling import keep_scheduling  # noqa: PLC0415
@@ -382,12 +382,15 @@ def _housekeeping(settings: Settings, url: str) -> Child:
     def reconcile(stop: threading.Event) -> None:
         keep_reconciling(connector(settings.redis), settings, name, stop)
 
-    def be_housekeeping(context: ChildContext) -> int:
-        maillog.configure(settings.log.level, settings.log.format, context.name)
-        tasks: dict[str, Task] = {"scheduler": schedule, "reconciler": reconcile}
-        return housekeep(tasks)
+    return {"scheduler": schedule, "reconciler": reconcile}
 
-    return Child("housekeeping", run=be_housekeeping, stage=_AROUND)
+
+def _status(settings: Settings, listener: socket.socket, url: str, places: Sequence[Place]) -> Task:
+    from relay import status  # noqa: PLC0415
+
+    folder = Path(os.environ[METRICS_VARIABLE])
+    seat = places[0].seat if places else None
+    return lambda stop: status.serve(settings, listener, url, folder, stop, seat=seat)
 
 
 def _queues(client: Redis, configured: Sequence[Destination]) -> Callable[[], list[str]]:

@@ -1,8 +1,7 @@
 """Settings: a file, then SMTP_DUP_* variables, then flags -> one frozen Settings.
 
-The only importer of dynaconf, which here does one thing: it reads the file. Everything else follows from
-the table in options.py. A wrong setting never stops at the first: SettingsError carries every problem, one
-line each, with the place that it came from and without any secret.
+What may be set follows from the table in options.py. A wrong setting never stops at the first: SettingsError carries
+every problem, one line each, with the place that it came from and without any secret.
 """
 
 from __future__ import annotations
@@ -10,21 +9,19 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from dynaconf import Dynaconf
-from dynaconf.loaders import toml_loader, yaml_loader
-from dynaconf.vendor.ruamel.yaml import YAMLError
-from dynaconf.vendor.ruamel.yaml.constructor import DuplicateKeyError
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relay.destinations import conflicts, is_loopback, is_own_address, read_destination, resolve_password
 from relay.envelope import Destination, printable
 from relay.kinds import Network, listen_addresses
 from relay.options import BACKUP_FIELDS, BY_KEY, ENV_PREFIX, OPTIONS, SECTIONS, Option, render
 from relay.sections import PARTS, Settings, Shown, describe
+
+if TYPE_CHECKING:
+    from relay.settings_file import FileContent
 
 __all__ = [
     "OPTIONS",
@@ -46,6 +43,7 @@ DEFAULTS_VARIABLE = ENV_PREFIX + "DEFAULTS"  # a package's own defaults, as the 
 _OURS = (CONFIG_VARIABLE, DEFAULTS_VARIABLE)
 # Kubernetes puts these into every container beside a service that is called smtp-dup...; they are not ours.
 _KUBERNETES = re.compile(r"SMTP_DUP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
+_BARE_LINE = re.compile(rf"\s*(\[({'|'.join(SECTIONS)})\]\s*)?(#.*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +135,7 @@ class _Loader:
     def _layer_defaults(self) -> None:
         if named := self.environ.get(DEFAULTS_VARIABLE, ""):
             try:
-                self._take_file(Path(named), read_file(Path(named)))
+                self._take_file(Path(named), _read(Path(named)))
             except SettingsError as error:
                 self.problems += error.problems
 
@@ -146,9 +144,9 @@ class _Loader:
         candidates = [[Path(named)]] if named else [[folder / name for name in FILE_NAMES] for folder in directories]
         for paths in candidates:
             try:
-                present = [path for path in paths if named or _is_there(path)]
                 # A file without a single setting, as the one of a fresh checkout, is as good as none.
-                files = [(path, content) for path in present if (content := read_file(path)).data or named]
+                present = [path for path in paths if named or (_is_there(path) and not _is_bare(path))]
+                files = [(path, content) for path in present if (content := _read(path)).data or named]
             except SettingsError as error:
                 self.problems += error.problems
                 self.file_failed = True
@@ -372,78 +370,19 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-class FileContent(NamedTuple):
-    data: dict[str, Any]
-    lines: dict[str, int]  # of each key, "section.key" or "backup[0].field"
-
-
-def read_file(path: Path) -> FileContent:
-    """Read a TOML or YAML file by way of dynaconf. Raises SettingsError."""
-    if path.suffix not in {".toml", ".yaml", ".yml"}:
-        raise SettingsError([Problem("", str(path), "expected a file that ends in .toml, .yaml or .yml")])
-    # The loader is called by itself: Dynaconf(settings_files=...) would also read settings.local.toml, includes
-    # and hooks, and cast "@format {env[...]}". No folder is searched and no variable read.
-    box = Dynaconf(
-        settings_files=[], loaders=[], core_loaders=[], preload=[], includes=[], environments=False, load_dotenv=False,
-        auto_cast=False, merge_enabled=True, dotted_lookup=False, envvar_prefix=False, sysenv_fallback=False,
-    )  # fmt: skip
+def _is_bare(path: Path) -> bool:
+    """Say whether a TOML file has nothing but comments and our sections' headings: it is told without dynaconf."""
     try:
-        text = path.read_text(encoding="utf-8")
-        before = set(box.as_dict())
-        loader = toml_loader if path.suffix == ".toml" else yaml_loader
-        loader.load(box, filename=str(path.absolute()), silent=False)
-        data = {key: value for key, value in box.as_dict().items() if key not in before}
-        read = {key for source, keys in box.loaded_by_loaders.items() if source.identifier == str(path.absolute())
-                for key in keys}  # fmt: skip
-    except OSError as error:
-        raise SettingsError([Problem("", str(path), f"cannot be read: {error.strerror}")]) from None
-    except UnicodeDecodeError:
-        raise SettingsError([Problem("", str(path), "is not UTF-8")]) from None
-    except (ValueError, YAMLError, DuplicateKeyError) as error:
-        raise SettingsError([Problem("", str(path), f"cannot be read: {_syntax(error)}")]) from None
-    except (AttributeError, TypeError):  # a list or a lone word where sections are expected
-        raise SettingsError([Problem("", str(path), "expected sections with options")]) from None
-    data |= dict.fromkeys(sorted(read - set(data)), True)  # dynaconf's own switches are unknown options here
-    lowered = {str(key).lower(): _lower(value) for key, value in data.items()}
-    told = {key: value for key, value in lowered.items() if value or key not in {*SECTIONS, "backup"}}
-    return FileContent(told, dict(_lines(text, path.suffix)))
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):  # reading it again will say so
+        return False
+    return path.suffix == ".toml" and all(_BARE_LINE.fullmatch(line) for line in lines)
 
 
-def _lower(value: Any) -> Any:
-    """Return plain dicts with lower-case keys, at every depth."""
-    if isinstance(value, dict):
-        return {str(key).lower(): _lower(item) for key, item in value.items()}
-    return [_lower(item) for item in value] if isinstance(value, list) else value
+def _read(path: Path) -> FileContent:
+    from relay import settings_file  # noqa: PLC0415  (dynaconf: 6 MB in every process, also without any file)
 
-
-def _syntax(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
-        return printable(str(error).partition("\n")[0])
-    text = (getattr(error, "problem", "") or "not YAML").partition(" with value")[0]  # which may be a secret
-    return f"{printable(text)} (at line {mark.line + 1}, column {mark.column + 1})"
-
-
-def _lines(text: str, suffix: str) -> Iterator[tuple[str, int]]:
-    """Yield each key and its line. Good enough for messages: it does not follow multi-line values."""
-    section, tables = "", -1
-    for number, line in enumerate(text.lower().splitlines(), 1):
-        if suffix == ".toml":
-            header = re.match(r"\s*(\[\[?)\s*\"?([\w.-]+)", line)
-            key = re.match(r"\s*\"?([\w.-]+)\"?\s*=", line)
-            starts_table = bool(header) and header[1] == "[[" if header else False
-            name = header[2] if header else ""
-        else:
-            header = re.match(r"(\")?([\w.-]+)\"?\s*:", line)
-            starts_table = section.startswith("backup") and bool(re.match(r"\s*-", line))
-            key = re.match(r"\s+(?:-\s+)?\"?([\w.-]+)\"?\s*:", line)
-            name = header[2] if header else "backup"
-        if starts_table:
-            tables += 1
-            section = f"{name}[{tables}]"
-            yield section, number
-        elif header:
-            section = name
-            yield section, number
-        if key:
-            yield (f"{section}.{key[1]}" if section else key[1]), number
+    try:
+        return settings_file.read(path)
+    except settings_file.Unreadable as error:
+        raise SettingsError([Problem("", str(path), str(error))]) from None

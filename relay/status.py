@@ -1,6 +1,6 @@
-"""Status over HTTP, from a process of its own: /healthz, /readyz and /metrics.
+"""Status over HTTP, a task of the housekeeping process: /healthz, /readyz and /metrics.
 
-/healthz says that the process lives, /readyz whether mail can be taken and kept (200, or 503 with the reasons),
+/healthz says that this process lives, /readyz whether mail can be taken and kept (200, or 503 with the reasons),
 /metrics what the processes counted and what ledger and spool hold at that moment. A Redis that is away is a
 warning in /readyz where a spool keeps the copies, else a reason, and takes only the ledger's numbers from /metrics.
 A request has a bounded head and a deadline, and at most so many are served at once: others are hung up on.
@@ -32,16 +32,16 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from redis.exceptions import RedisError
 
-from relay import ledger, maillog, spool
+from relay import ledger, spool
 from relay.check import Finding, probe_redis
 from relay.occupancy import Seat
-from relay.processes import ChildContext
 from relay.redis_clients import sync_client
 from relay.sections import RedisSettings, Settings
 
 _HEAD_LIMIT = 8192  # octets of request line and headers
 _SECONDS = 5.0  # for a request's head, and for each write of the answer
 _AT_ONCE = 32
+_LOOK_EVERY = 0.25  # seconds between two looks whether to stop
 _PORT_SECONDS = 3.0  # for a greeting on the relay's port
 _SPOOL = "spool"
 _SPOOLED = {"redis", "redis replicas"}  # trouble with these sends copies to the spool
@@ -76,16 +76,15 @@ def bind(settings: Settings) -> socket.socket | None:
 
 
 def serve(
-    context: ChildContext,
     settings: Settings,
     listener: socket.socket,
     redis_url: str,
     metrics_folder: Path,
+    stop: threading.Event,
     *,
     seat: Seat | None = None,
-) -> int:
-    """Answer until SIGTERM; the ``run`` of a supervisor's child. With a relay's ``seat`` its port is watched too."""
-    maillog.configure(settings.log.level, settings.log.format, context.name)
+) -> None:
+    """Answer until ``stop``. With a relay's ``seat`` its port is watched too."""
     collectors = [LedgerCollector(settings.redis.at(redis_url)), *_relay_collectors(settings, seat)]
     answers = {
         "/healthz": lambda: Answer(HTTPStatus.OK, "text/plain; charset=utf-8", b"ok\n"),
@@ -93,8 +92,8 @@ def serve(
         "/metrics": lambda: metrics(metrics_folder, *collectors),
     }
     with StatusServer(listener, answers) as server:
-        server.serve_forever()
-    return 0
+        while not stop.is_set():
+            server.handle_request()  # or nothing, for a while
 
 
 # /readyz ------------------------------------------------------------------------------------------------------
@@ -269,6 +268,7 @@ class StatusServer(ThreadingHTTPServer):
     def __init__(self, listener: socket.socket, answers: Answers) -> None:
         super().__init__(listener.getsockname()[:2], _Request, bind_and_activate=False)
         self.socket.close()
+        listener.settimeout(_LOOK_EVERY)  # also for accept: a client that has gone again must not keep us there
         self.socket = listener
         self.answers = answers
         self._slots = threading.BoundedSemaphore(_AT_ONCE)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -457,7 +460,38 @@ def test_no_password_is_ever_shown(junk: str, front: str, back: str) -> None:
         assert lone_user or ("hunt" not in shown and "er2" not in shown)
 
 
-def test_only_settings_imports_dynaconf() -> None:
+def imports_dynaconf(folder: Path) -> bool:
+    """Say whether settings that are loaded in this folder bring dynaconf with them."""
+    program = (
+        "import sys\nfrom relay.settings import load\nload({'relay.destination_primary': 'old.example.com:25'}, {})\n"
+    )
+    words = [sys.executable, "-c", program + "print('dynaconf' in sys.modules)"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize("text", [None, "# nothing\n\n[smtp]  # nor here\n# listen = 1\n", "[smtp]\nmax_hops = 9\n"])
+def test_dynaconf_is_there_only_for_a_file_that_sets_something(tmp_path: Path, text: str | None) -> None:
+    """Variables and flags alone cost no process the memory of what reads files; a bare file is none."""
+    if text is not None:
+        written(tmp_path, text)
+    assert imports_dynaconf(tmp_path) == (text is not None and "max_hops" in text)
+
+
+def test_the_bare_file_that_comes_along_is_not_read() -> None:
+    """The settings.toml of a checkout sets nothing, and that is seen without dynaconf."""
+    assert not imports_dynaconf(ROOT)
+
+
+@pytest.mark.parametrize("text", ["# only words\n[smtpd]\n", "[[backup]]\n", "x\n", "[smtp\n", "[smtp] x\n"])
+def test_a_file_with_anything_else_is_read(tmp_path: Path, text: str) -> None:
+    """Only comments and our headings are passed over: whatever else a file says is told."""
+    written(tmp_path, text)
+    assert problems_of(PRIMARY, {}, [tmp_path])
+
+
+def test_only_the_settings_file_imports_dynaconf() -> None:
     """What dynaconf does behind one's back stays behind one door."""
     importers = {
         path.relative_to(ROOT).as_posix()
@@ -465,4 +499,4 @@ def test_only_settings_imports_dynaconf() -> None:
         for path in (ROOT / folder).rglob("*.py")
         if re.search(r"^\s*(from|import) dynaconf", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
-    assert importers == {"relay/settings.py"}
+    assert importers == {"relay/settings_file.py"}

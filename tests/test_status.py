@@ -152,6 +152,21 @@ def test_all_interfaces_means_both_families(settings):
             socket.create_connection(("::1", port), timeout=5).close()
 
 
+def test_it_ends_when_told_and_leaves_the_port_to_the_next(settings, redis_url, tmp_path):
+    """A stop ends it soon, and the socket that the supervisor keeps serves its successor."""
+    given = settings()
+    first = status.bind(given)
+    for listener in (first, first.dup()):
+        port = listener.getsockname()[1]
+        stop = threading.Event()
+        serving = threading.Thread(target=status.serve, args=(given, listener, redis_url, tmp_path, stop))
+        serving.start()
+        assert b" 200 " in talk(port, b"GET /healthz HTTP/1.0\r\n\r\n")
+        stop.set()
+        serving.join(10)
+        assert not serving.is_alive()
+
+
 # /readyz
 
 
@@ -277,6 +292,15 @@ def test_the_product_serves_it(product, primary, backup, path):
     running = product(primary=primary.address, backups=[backup.address])
     code, text = running.get(path)
     assert code == 200, text
+
+
+def test_housekeeping_answers_again_after_its_end(product, primary, backup):
+    """The process that answers is started again when it dies, and clients only wait."""
+    running = product(primary=primary.address, backups=[backup.address])
+    dead = running.child("housekeeping")
+    dead.kill()
+    wait_until(lambda: running.child("housekeeping").pid != dead.pid)
+    assert running.get("/readyz")[0] == 200
 
 
 def test_product_messages_are_counted(product, primary, backup):

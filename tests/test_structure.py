@@ -26,9 +26,9 @@ def test_the_relay_does_not_import_the_workers() -> None:
             assert not found, f"{path.name} imports {found[0]}"
 
 
-def test_only_the_settings_know_dynaconf() -> None:
-    """The library that layers the files is behind one module."""
+def test_only_the_settings_file_knows_dynaconf() -> None:
+    """The library that reads the file is behind one module."""
     for path in [*(ROOT / "relay").glob("*.py"), *(ROOT / "workers").glob("*.py")]:
-        if path.name != "settings.py":
+        if path.name != "settings_file.py":
             tree = ast.parse(path.read_text(encoding="utf-8"))
             assert not [n for n in ast.walk(tree) if "dynaconf" in " ".join(_imported(n))], path.name

@@ -1,5 +1,6 @@
 """The housekeeping process: some endless tasks, each in a thread, until a stop signal.
 
+They wait most of the time, and so they share one process: the scheduler, the reconciler, the status server.
 A task that ends or raises before the stop ends the process with status 1, and the supervisor starts it again.
 """
 
