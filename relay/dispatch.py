@@ -22,6 +22,7 @@ from rq.job import Job, JobStatus, Retry
 from rq.serializers import JSONSerializer
 
 from relay import maillog
+from relay.wire import Batch, Wires
 
 FUNCTION = "workers.jobs.deliver"
 JOB_OPTIONS: dict[str, Any] = {
@@ -96,7 +97,7 @@ class Dispatcher:
 
     def __init__(self, connection: redis.asyncio.Redis, *, processes: int = 1) -> None:
         """Write through this client. ``processes``: so many relays make jobs for the same workers."""
-        self._connection = connection
+        self._wires = Wires(connection)
         self._window = min(_LONGEST_WINDOW, _WINDOW * processes)
         # By name, as they come: the spool may hold copies for a backup that is no longer configured.
         self._waiting: defaultdict[str, list[str]] = defaultdict(list)
@@ -162,8 +163,9 @@ class Dispatcher:
         target = queue(_OFFLINE, destination)
         job = _OFFLINE.pipeline()
         enqueue(job, target, destination, ids)
-        async with self._connection.pipeline(transaction=True) as pipe:
-            for arguments, _ in job.command_stack:
-                pipe.execute_command(*arguments)
-            pipe.llen(target.key)
-            return int((await pipe.execute())[-1])
+        batch = Batch()
+        batch.transaction([*(arguments for arguments, _ in job.command_stack), ("LLEN", target.key)])
+        (answer,) = await self._wires.ask(batch)
+        if isinstance(answer, Exception):
+            raise answer
+        return int(answer[-1])

@@ -10,6 +10,7 @@ them SIGTERM (Linux) and they drain.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import select
 import signal
@@ -335,6 +336,7 @@ class Supervisor:
         # A signal between the fork and the child's own dispositions would be written to our pipe, and a SIGTERM
         # for the child would count as our second one.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        gc.freeze()  # what all share: no collection of a child looks at it, and so makes a copy of its pages
         pid = os.fork()
         if pid == 0:
             if prctl:

@@ -164,20 +164,23 @@ async def test_a_fault_of_ours_does_not_end_dispatching(
 ) -> None:
     """What nobody foresaw when a job is written is told, and tried again: no id is dropped."""
 
-    class Faulty(redis.asyncio.Redis):
+    class Faulty(redis.asyncio.ConnectionPool):
         faults = 1
 
-        def pipeline(self, *args: Any, **options: Any) -> Any:
+        async def get_connection(self, *args: Any, **options: Any) -> Any:
             if self.faults:
                 self.faults -= 1
                 raise LookupError("unforeseen")
-            return super().pipeline(*args, **options)
+            return await super().get_connection(*args, **options)
 
     said: list[str] = []
     sink = logger.add(said.append)
-    dispatcher = Dispatcher(Faulty(connection_pool=connection.connection_pool))
+    pool = Faulty(**connection.connection_pool.connection_kwargs)
+    pool.connection_class = connection.connection_pool.connection_class
+    dispatcher = Dispatcher(redis.asyncio.Redis(connection_pool=pool))
     dispatcher.add("new", "m1")
     await until(lambda: redis_client.llen(queue(redis_client, "new").key) == 1)
+    await pool.disconnect()
     logger.remove(sink)
     assert "unforeseen" in "".join(said)
 

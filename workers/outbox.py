@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 
 from relay import faults, ledger, maillog, redis_clients
 from relay.ledger import Claim
+from relay.wire import Batch, Wires
 
 _LATE = 1.0
 _STUCK = 60.0
@@ -49,6 +50,7 @@ class Outbox:
         ``now`` is Redis's clock; ``remembers`` what is settled, for the case of a failover.
         """
         self._connection = connection
+        self._wires = Wires(connection)
         self._jobs = jobs
         self._destination = destination
         self._settled: list[str] = []
@@ -158,10 +160,12 @@ class Outbox:
 
     async def _settle(self, ids: list[str]) -> None:
         faults.reach("before settle")
-        async with self._connection.pipeline(transaction=True) as pipe:
-            for start in range(0, len(ids), _PAGE):  # one script takes some 8,000
-                ledger.settle(pipe, self._destination, ids[start : start + _PAGE])
-            await pipe.execute()
+        batch = Batch()
+        for start in range(0, len(ids), _PAGE):  # one script takes some 8,000
+            ledger.settle(batch, self._destination, ids[start : start + _PAGE])
+        for answer in await self._wires.ask(batch):
+            if isinstance(answer, Exception):
+                raise answer
         self._remember(ids)
 
     def _change(self, changes: list[Change]) -> None:

@@ -1,0 +1,258 @@
+"""Commands to Redis and their answers, past redis-py's stream and parser, which take longer than Redis itself.
+
+redis-py makes the connections: addresses, passwords, TLS, Sentinels. Then the transport is a Wire's; with Sentinels,
+which may name another server any time, for one batch only. A batch is sent in one write and has one answer for each of
+its changes, an exception where that change failed. Trouble with the connection is a RedisError or an OSError for the
+whole batch, which may have been done all the same; a lost connection is replaced once, since every change may be
+repeated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from typing import Any
+
+import hiredis
+from redis.asyncio import Redis
+from redis.asyncio.sentinel import SentinelConnectionPool
+from redis.exceptions import ConnectionError as NoConnection
+from redis.exceptions import InvalidResponse, ReadOnlyError, RedisError, ResponseError
+
+from relay import redis_clients
+
+_IN_PARTS = 256 << 10  # octets of a batch; below, one buffer is quicker
+_SECONDS = 10.0  # for the answer to a client without a time of its own
+_NOT_YET = object()
+
+Answers = list[Any] | Exception
+Answered = Callable[[Answers], None]
+
+
+class Batch:
+    """Changes, packed as they come; it has the part of a pipeline that the ledger's functions need.
+
+    Where there is much in them (``size``, octets) they stay in parts: each copy of a body is as much memory again.
+    """
+
+    def __init__(self, size: int = 0) -> None:
+        self._is_large = size > _IN_PARTS
+        self._parts: list[bytes] = []
+        self._replies: list[int] = []  # how many each change gets
+
+    def eval(self, *arguments: Any) -> None:
+        self.add(("EVAL", *arguments))
+
+    def add(self, command: Sequence[Any]) -> None:
+        self._replies.append(1)
+        self._pack(command)
+
+    def transaction(self, commands: Sequence[Sequence[Any]]) -> None:
+        """Add commands that are one change, whole or not at all. An argument may come in parts: a tuple of octets."""
+        self._replies.append(len(commands) + 2)
+        for command in (("MULTI",), *commands, ("EXEC",)):
+            self._pack(command)
+
+    def _pack(self, command: Sequence[Any]) -> None:
+        if not self._is_large:
+            self._parts.append(hiredis.pack_command(tuple(command)))
+            return
+        self._parts.append(b"*%d\r\n" % len(command))
+        for argument in command:
+            octets = argument if isinstance(argument, tuple) else (_octets(argument),)
+            self._parts += (b"$%d\r\n" % sum(map(len, octets)), *octets, b"\r\n")
+
+    @property
+    def packed(self) -> Sequence[bytes]:
+        return self._parts if self._is_large else (b"".join(self._parts),)
+
+    @property
+    def replies_owed(self) -> int:
+        return sum(self._replies)
+
+    def answers(self, replies: Sequence[Any]) -> list[Any]:
+        """Return the answer to each change: the last reply, or the first error in any."""
+        if len(replies) == len(self._replies):
+            return list(replies)
+        answers, at = [], 0
+        for count in self._replies:
+            answers.append(_answer(replies[at : at + count]))
+            at += count
+        return answers
+
+
+class Wires:
+    """The wires of one client. An answer takes at most ``seconds`` (None: the client's own time); connecting, too."""
+
+    def __init__(self, client: Redis, *, seconds: float | None = None) -> None:
+        self._pool: Any = client.connection_pool
+        self._keeps = not isinstance(self._pool, SentinelConnectionPool)
+        self._confirmation = redis_clients.confirmation(client)
+        self._seconds = seconds or self._pool.connection_kwargs.get("socket_timeout") or _SECONDS
+        self._idle: list[_Wire] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def ask(self, batch: Batch) -> list[Any]:
+        """Send a batch; returns its answers. Raises RedisError, OSError."""
+        found: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+
+        def answered(answers: Answers) -> None:
+            if found.done():  # nobody waits any more
+                return
+            if isinstance(answers, Exception):
+                found.set_exception(answers)
+            else:
+                found.set_result(answers)
+
+        self.send(batch, answered)
+        return await found
+
+    def send(self, batch: Batch, answered: Answered) -> None:
+        """Send a batch; ``answered`` is called with its answers, or with what came in between."""
+        for command in self._confirmation:
+            batch.add(command)
+        while self._idle:
+            wire = self._idle.pop()
+            if wire.is_open:
+                self._send(wire, batch, answered, is_last=False)
+                return
+            self._drop(wire)
+        self._spawn(self._connect(batch, answered, is_last=False))
+
+    async def _connect(self, batch: Batch, answered: Answered, *, is_last: bool) -> None:
+        try:
+            async with asyncio.timeout(self._seconds):
+                wire = _Wire(await self._pool.get_connection())
+        except Exception as error:  # whatever it is, somebody waits
+            answered(error)
+        else:
+            self._send(wire, batch, answered, is_last=is_last)
+
+    def _send(self, wire: _Wire, batch: Batch, answered: Answered, *, is_last: bool) -> None:
+        wire.send(batch, self._seconds, partial(self._take, wire, batch, answered, is_last))
+
+    def _take(self, wire: _Wire, batch: Batch, answered: Answered, is_last: bool, answers: Answers) -> None:
+        if not isinstance(answers, Exception) and _is_demoted(answers):
+            # Behind the same name another may be the master by now.
+            answers = NoConnection("the server is a replica")
+        if isinstance(answers, Exception):
+            lost, self._idle = [wire, *self._idle], []  # a server that went away took them along
+            for each in lost:
+                self._drop(each)
+            if not is_last and isinstance(answers, NoConnection):
+                self._spawn(self._connect(batch, answered, is_last=True))
+                return
+        elif self._keeps:
+            self._idle.append(wire)
+        else:
+            self._spawn(self._give_back(wire))
+        answered(self._confirmed(answers))
+
+    def _confirmed(self, answers: Answers) -> Answers:
+        if self._confirmation and not isinstance(answers, Exception):
+            try:
+                redis_clients.check(answers[-1], self._confirmation[-1][1])
+            except RedisError as error:
+                return error
+            return answers[: -len(self._confirmation)]
+        return answers
+
+    async def _give_back(self, wire: _Wire) -> None:
+        wire.leave()
+        await self._pool.release(wire.connection)
+
+    def _drop(self, wire: _Wire) -> None:
+        wire.close()
+        self._spawn(self._forget(wire))
+
+    async def _forget(self, wire: _Wire) -> None:
+        await wire.connection.disconnect(nowait=True)
+        await self._pool.release(wire.connection)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class _Wire(asyncio.Protocol):
+    """One connection, taken over from redis-py; one batch is on its way at a time."""
+
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+        self._transport: Any = connection._writer.transport  # noqa: SLF001 - redis-py has no public way past its parser
+        self._owner = self._transport.get_protocol()
+        self._parser = hiredis.Reader(replyError=_error, notEnoughData=_NOT_YET)
+        self._replies: list[Any] = []
+        self._batch: Batch | None = None
+        self._owed = 0
+        self._answered: Answered | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._transport.set_protocol(self)
+
+    @property
+    def is_open(self) -> bool:
+        return not self._transport.is_closing()
+
+    def send(self, batch: Batch, seconds: float, answered: Answered) -> None:
+        """Send a batch; ``answered`` is called once, with its answers or with what came in between."""
+        self._batch, self._owed, self._replies, self._answered = batch, batch.replies_owed, [], answered
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._expire, seconds)
+        self._transport.writelines(batch.packed)
+
+    def leave(self) -> None:
+        """Give the transport back to redis-py."""
+        self._transport.set_protocol(self._owner)
+
+    def close(self) -> None:
+        """Close at once; an answer on its way would be taken for the next one."""
+        self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed(data)
+            while (reply := self._parser.gets()) is not _NOT_YET:
+                if isinstance(reply, hiredis.PushNotification):
+                    continue
+                self._replies.append(reply)
+                self._owed -= 1
+                if self._owed == 0 and self._batch is not None:
+                    self._end(self._batch.answers(self._replies))
+        except hiredis.HiredisError as error:
+            self._end(InvalidResponse(str(error)))
+            self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._owner.connection_lost(exc)
+        self._end(NoConnection("Redis closed the connection"))
+
+    def _expire(self, seconds: float) -> None:
+        self._end(TimeoutError(f"no answer within {seconds:g} s"))
+
+    def _end(self, answers: Answers) -> None:
+        answered, self._answered, self._batch, self._replies = self._answered, None, None, []
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if answered is not None:
+            answered(answers)
+
+
+def _octets(argument: Any) -> bytes:
+    return argument if isinstance(argument, bytes) else str(argument).encode()
+
+
+def _answer(replies: Sequence[Any]) -> Any:
+    # What EXEC says of an earlier error is only that there was one.
+    last = replies[-1]
+    parts = last if len(replies) > 1 and isinstance(last, list) else ()
+    return next((reply for reply in (*replies, *parts) if isinstance(reply, Exception)), last)
+
+
+def _is_demoted(answers: Sequence[Any]) -> bool:
+    return any(isinstance(answer, ReadOnlyError) for answer in answers)
+
+
+def _error(text: str) -> ResponseError:
+    return ReadOnlyError(text) if text.startswith("READONLY") else ResponseError(text)
