@@ -42,7 +42,7 @@ class GroupCommit:
         self._limit = flights
         self._queue: list[_Pending] = []
         self._flights = 0
-        self._landing: asyncio.Future[None] | None = None  # of whichever is next; for who drains
+        self._landed = asyncio.Event()  # any of them; for who drains
         self._scheduled = False
         self._unanswered: deque[_Pending] = deque()  # in the order of their deadlines; answered ones leave late
         self._timer: asyncio.TimerHandle | None = None
@@ -66,8 +66,8 @@ class GroupCommit:
         while self._queue or self._flights:
             self._take_off()
             if self._flights:
-                self._landing = asyncio.get_running_loop().create_future()
-                await self._landing
+                self._landed.clear()
+                await self._landed.wait()
 
     def _expire(self) -> None:
         """Give up on what has waited too long. One timer serves all: a timer each costs more than the change."""
@@ -121,8 +121,7 @@ class GroupCommit:
         while self._unanswered and self._unanswered[0].done.done():
             self._unanswered.popleft()
         self._take_off()
-        if self._landing is not None and not self._landing.done():
-            self._landing.set_result(None)
+        self._landed.set()
 
 
 _ADD: Mapping[str, Callable[[Any, Sequence[Any]], None]] = {

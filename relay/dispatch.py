@@ -166,6 +166,4 @@ class Dispatcher:
         batch = Batch()
         batch.transaction([*(arguments for arguments, _ in job.command_stack), ("LLEN", target.key)])
         (answer,) = await self._wires.ask(batch)
-        if isinstance(answer, Exception):
-            raise answer
         return int(answer[-1])

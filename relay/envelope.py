@@ -33,6 +33,7 @@ _COMPRESS_FROM = 512  # bytes; below this zstd's frame eats what it saves
 # archives) goes to 3/4: less than it costs in processor time, twice, to have a quarter less to move.
 _SAMPLE_FROM, _WORTH = 256 << 10, 0.7
 _SAMPLES, _SAMPLE = 4, 16 << 10
+_to_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make one at every call
 _ID_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford base 32: no i, l, o, u
 _REPLY_LINE_LIMIT = 512  # RFC 5321 4.5.3.1.5
 
@@ -199,8 +200,8 @@ class Envelope:
             ("dest", self.destinations),
             ("xf", self.identity),
         )
-        record.update((key, value) for key, value in optional if value)
-        return json.dumps(record, separators=(",", ":")).encode("ascii")
+        record |= {key: value for key, value in optional if value}
+        return _to_json(record).encode("ascii")
 
     @classmethod
     def from_json(cls, data: bytes) -> Envelope:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from loguru import Message as LogMessage
 
 _TIME = "{time:YYYY-MM-DDTHH:mm:ss.SSSZZ}"
+_quoted = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make one at every call
 _PLAIN = ("process", "_line", "_trace")  # of a record's extra: not fields of the event
 
 Values = Mapping[str, Any]
@@ -96,7 +97,7 @@ def _words(event: str, fields: Values) -> str:
             text = value if type(value) is str else str(value)
             if not text.isprintable():
                 text = printable(text)
-            parts.append(f"{key}={json.dumps(text, ensure_ascii=False) if not text or ' ' in text else text}")
+            parts.append(f"{key}={_quoted(text) if not text or ' ' in text else text}")
     return " ".join(parts)
 
 

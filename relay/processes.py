@@ -344,6 +344,7 @@ class Supervisor:
                 if os.getppid() != parent:  # it ended before the call
                     os._exit(0)
             self._live(child, ChildContext(child.name, f"{os.getpid()}.{begun}", predecessor), mask)
+        gc.unfreeze()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return pid
 

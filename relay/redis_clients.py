@@ -282,7 +282,7 @@ class _AsyncPool(redis.asyncio.sentinel.SentinelConnectionPool):
 
     async def release(self, connection: Any) -> None:
         if self.master_address != (connection.host, connection.port):
-            await connection.disconnect()
+            await connection.disconnect(nowait=True)  # to wait can fail, and the connection stays the pool's
         await super().release(connection)
 
     async def disconnect(self, inuse_connections: bool = True) -> None:

@@ -18,13 +18,14 @@ import hiredis
 from redis.asyncio import Redis
 from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.exceptions import ConnectionError as NoConnection
-from redis.exceptions import InvalidResponse, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import InvalidResponse, ReadOnlyError, RedisError
 
 from relay import redis_clients
 
 _IN_PARTS = 256 << 10  # octets of a batch; below, one buffer is quicker
 _SECONDS = 10.0  # for the answer to a client without a time of its own
 _NOT_YET = object()
+_CLOSED = "Redis closed the connection"
 
 Answers = list[Any] | Exception
 Answered = Callable[[Answers], None]
@@ -82,6 +83,31 @@ class Batch:
         return answers
 
 
+async def living(pool: Any) -> Any:
+    """Return a connection of a pool of redis-py's that Redis has not closed while it was at rest.
+
+    With RESP3 the pool hands out such a one all the same, and its transport, which has seen the end already, would
+    never tell another protocol of it.
+    """
+    connection = await pool.get_connection()
+    try:
+        if await connection.can_read() or connection._writer.is_closing():  # noqa: SLF001
+            await connection.disconnect(nowait=True)
+            await connection.connect()
+    except BaseException:
+        await discard(pool, connection)
+        raise
+    return connection
+
+
+async def discard(pool: Any, connection: Any) -> None:
+    """Close a connection and give its place back: a pool has so many only."""
+    try:
+        await connection.disconnect(nowait=True)
+    finally:
+        await pool.release(connection)
+
+
 class Wires:
     """The wires of one client. An answer takes at most ``seconds`` (None: the client's own time); connecting, too."""
 
@@ -94,16 +120,19 @@ class Wires:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def ask(self, batch: Batch) -> list[Any]:
-        """Send a batch; returns its answers. Raises RedisError, OSError."""
+        """Send a batch; returns its answers. Raises RedisError, OSError, also for a single change that failed."""
         found: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
 
         def answered(answers: Answers) -> None:
             if found.done():  # nobody waits any more
                 return
-            if isinstance(answers, Exception):
-                found.set_exception(answers)
-            else:
-                found.set_result(answers)
+            if not isinstance(answers, Exception):
+                error = next((answer for answer in answers if isinstance(answer, Exception)), None)
+                if error is None:
+                    found.set_result(answers)
+                    return
+                answers = error
+            found.set_exception(answers)
 
         self.send(batch, answered)
         return await found
@@ -123,19 +152,26 @@ class Wires:
     async def _connect(self, batch: Batch, answered: Answered, *, is_last: bool) -> None:
         try:
             async with asyncio.timeout(self._seconds):
-                wire = _Wire(await self._pool.get_connection())
+                wire = await self._take_over()
         except Exception as error:  # whatever it is, somebody waits
             answered(error)
         else:
             self._send(wire, batch, answered, is_last=is_last)
 
+    async def _take_over(self) -> _Wire:
+        connection = await living(self._pool)
+        try:
+            return _Wire(connection)
+        except BaseException:
+            await self._discard(connection)
+            raise
+
     def _send(self, wire: _Wire, batch: Batch, answered: Answered, *, is_last: bool) -> None:
         wire.send(batch, self._seconds, partial(self._take, wire, batch, answered, is_last))
 
     def _take(self, wire: _Wire, batch: Batch, answered: Answered, is_last: bool, answers: Answers) -> None:
-        if not isinstance(answers, Exception) and _is_demoted(answers):
-            # Behind the same name another may be the master by now.
-            answers = NoConnection("the server is a replica")
+        if not isinstance(answers, Exception):
+            answers = _trouble(answers) or answers
         if isinstance(answers, Exception):
             lost, self._idle = [wire, *self._idle], []  # a server that went away took them along
             for each in lost:
@@ -150,12 +186,14 @@ class Wires:
         answered(self._confirmed(answers))
 
     def _confirmed(self, answers: Answers) -> Answers:
-        if self._confirmation and not isinstance(answers, Exception):
-            try:
-                redis_clients.check(answers[-1], self._confirmation[-1][1])
-            except RedisError as error:
-                return error
-            return answers[: -len(self._confirmation)]
+        if not self._confirmation or isinstance(answers, Exception):
+            return answers
+        *answers, mark, replicas = answers
+        try:
+            # Without its mark WAIT may have had nothing to wait for.
+            redis_clients.check(mark if isinstance(mark, Exception) else replicas, self._confirmation[-1][1])
+        except RedisError as error:
+            return error
         return answers
 
     async def _give_back(self, wire: _Wire) -> None:
@@ -164,11 +202,10 @@ class Wires:
 
     def _drop(self, wire: _Wire) -> None:
         wire.close()
-        self._spawn(self._forget(wire))
+        self._spawn(self._discard(wire.connection))
 
-    async def _forget(self, wire: _Wire) -> None:
-        await wire.connection.disconnect(nowait=True)
-        await self._pool.release(wire.connection)
+    async def _discard(self, connection: Any) -> None:
+        await discard(self._pool, connection)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -183,7 +220,7 @@ class _Wire(asyncio.Protocol):
         self.connection = connection
         self._transport: Any = connection._writer.transport  # noqa: SLF001 - redis-py has no public way past its parser
         self._owner = self._transport.get_protocol()
-        self._parser = hiredis.Reader(replyError=_error, notEnoughData=_NOT_YET)
+        self._parser = hiredis.Reader(replyError=connection._parser.parse_error, notEnoughData=_NOT_YET)  # noqa: SLF001
         self._replies: list[Any] = []
         self._batch: Batch | None = None
         self._owed = 0
@@ -197,7 +234,7 @@ class _Wire(asyncio.Protocol):
 
     def send(self, batch: Batch, seconds: float, answered: Answered) -> None:
         """Send a batch; ``answered`` is called once, with its answers or with what came in between."""
-        self._batch, self._owed, self._replies, self._answered = batch, batch.replies_owed, [], answered
+        self._batch, self._owed, self._answered = batch, batch.replies_owed, answered
         self._timer = asyncio.get_running_loop().call_later(seconds, self._expire, seconds)
         self._transport.writelines(batch.packed)
 
@@ -213,25 +250,34 @@ class _Wire(asyncio.Protocol):
         try:
             self._parser.feed(data)
             while (reply := self._parser.gets()) is not _NOT_YET:
-                if isinstance(reply, hiredis.PushNotification):
-                    continue
-                self._replies.append(reply)
-                self._owed -= 1
-                if self._owed == 0 and self._batch is not None:
-                    self._end(self._batch.answers(self._replies))
+                if not isinstance(reply, hiredis.PushNotification):
+                    self._replies.append(reply)
         except hiredis.HiredisError as error:
-            self._end(InvalidResponse(str(error)))
-            self.close()
+            self._break(InvalidResponse(str(error)))
+            return
+        surplus = len(self._replies) - self._owed
+        # Which of them nobody has asked for is not to be seen, and the rest would be the next batch's.
+        if surplus > 0 or (surplus == 0 and self._parser.has_data()):
+            self._break(InvalidResponse("more answers than questions"))
+        elif surplus == 0 and self._batch is not None:
+            self._end(self._batch.answers(self._replies))
+
+    def eof_received(self) -> None:
+        self._break(NoConnection(_CLOSED))  # with TLS the connection's own end may take its time
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._owner.connection_lost(exc)
-        self._end(NoConnection("Redis closed the connection"))
+        self._end(NoConnection(_CLOSED))
+
+    def _break(self, error: Exception) -> None:
+        self.close()
+        self._end(error)
 
     def _expire(self, seconds: float) -> None:
         self._end(TimeoutError(f"no answer within {seconds:g} s"))
 
     def _end(self, answers: Answers) -> None:
-        answered, self._answered, self._batch, self._replies = self._answered, None, None, []
+        answered, self._answered, self._batch, self._owed, self._replies = self._answered, None, None, 0, []
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -250,9 +296,11 @@ def _answer(replies: Sequence[Any]) -> Any:
     return next((reply for reply in (*replies, *parts) if isinstance(reply, Exception)), last)
 
 
-def _is_demoted(answers: Sequence[Any]) -> bool:
-    return any(isinstance(answer, ReadOnlyError) for answer in answers)
-
-
-def _error(text: str) -> ResponseError:
-    return ReadOnlyError(text) if text.startswith("READONLY") else ResponseError(text)
+def _trouble(answers: Sequence[Any]) -> NoConnection | None:
+    """Return what is no change's own: the server is a replica, it is loading, it does not know us any more."""
+    for answer in answers:
+        if isinstance(answer, ReadOnlyError):  # behind the same name another may be the master by now
+            return NoConnection("the server is a replica")
+        if isinstance(answer, NoConnection):
+            return answer
+    return None

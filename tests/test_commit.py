@@ -159,6 +159,27 @@ async def test_what_has_its_answer_is_not_kept_in_memory() -> None:
         await first
 
 
+async def test_each_of_several_drains_ends() -> None:
+    """Who drains is told when all has landed, also beside another who drains, and one who gave up."""
+    goes_on = asyncio.Event()
+
+    async def answer(_number: int, _command: list[bytes]) -> bytes:
+        await goes_on.wait()
+        return b":1\r\n"
+
+    async with answering(answer) as client:
+        commit = GroupCommit(client, seconds=PATIENCE)
+        done = commit.submit("discard", "a")
+        drains = [asyncio.ensure_future(commit.drain()) for _ in range(3)]
+        await asyncio.sleep(0)
+        drains[1].cancel()
+        await asyncio.wait([drains[1]])
+        goes_on.set()
+        async with asyncio.timeout(PATIENCE / 2):
+            await asyncio.gather(drains[0], drains[2])
+        assert done.result() == 1
+
+
 async def test_a_fault_of_ours_does_not_end_dispatching(
     connection: redis.asyncio.Redis, redis_client: redis.Redis
 ) -> None:

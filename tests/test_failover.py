@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import ReadOnlyError, RedisError
 
 from product import Product
@@ -17,6 +18,7 @@ from recorded import Transaction
 from relay import ledger, redis_clients
 from relay.check import probe_redis
 from relay.settings import Settings, SettingsError, describe, load
+from relay.wire import Batch, Wires
 from scripted_server import ScriptedServer
 from sender import Sender
 from sentinels import SERVICE, SentinelSet
@@ -139,9 +141,12 @@ def test_a_kept_connection_never_writes_to_a_master_of_yesterday(sentinels: Sent
     old = sentinels.master
     told = old.client()
     with redis_clients.sync_client(server, 5) as sync, asyncio.Runner() as runner:
-        connection = redis_clients.async_client(server, 5)
+        connection, other = redis_clients.async_client(server, 5), redis_clients.async_client(server, 5)
+        wires, batch = Wires(other), Batch()
+        batch.add(("APPEND", "c", "x"))
         sync.set("a", "before")
         runner.run(connection.set("b", "before"))
+        assert runner.run(wires.ask(batch)) == [1]
         told.config_set("appendfsync", "no")  # so that it answers at once when it wakes up
         old.pause()
         new = sentinels.wait_failover(old)
@@ -149,9 +154,11 @@ def test_a_kept_connection_never_writes_to_a_master_of_yesterday(sentinels: Sent
         assert told.role()[0] == "master"
         sync.set("a", "after")
         runner.run(connection.set("b", "after"))
+        assert runner.run(wires.ask(batch)) == [2]
         with new.client() as client:
-            assert client.mget("a", "b") == ["after", "after"]
-        runner.run(connection.aclose())
+            assert client.mget("a", "b", "c") == ["after", "after", "xx"]
+        for each in (connection, other):
+            runner.run(each.aclose())
     told.close()
 
 
@@ -183,6 +190,36 @@ def test_a_script_that_meets_a_replica_moves_on_to_the_master(sentinels: Sentine
         while not await is_done():
             await asyncio.sleep(0.1)
         assert not [error for error in told if isinstance(error, ReadOnlyError)]
+        await client.aclose()
+
+    asyncio.run(change())
+
+
+@pytest.mark.timeout(200)
+def test_a_wire_that_meets_a_replica_moves_on_to_the_master(sentinels: SentinelSet) -> None:
+    """READONLY, plain or within a MULTI, is no answer to what goes past redis-py's parser, either."""
+    server = settings_for(sentinels).redis
+    old, new = sentinels.master, sentinels.replica
+
+    async def change() -> None:
+        client = redis_clients.async_client(server, 5)
+        wires = Wires(client)
+        plain, multi = Batch(), Batch()
+        plain.eval("return redis.call('SET', 'a', 'after')", 0)
+        multi.transaction([("EVAL", "return redis.call('SET', 'b', 'after')", 0)])
+        assert await asyncio.gather(wires.ask(plain), wires.ask(multi)) == [[b"OK"], [[b"OK"]]]
+        with old.client() as here, new.client() as there:  # by hand: no Sentinel closes the clients' connections
+            there.replicaof("NO", "ONE")
+            there.flushall()
+            here.replicaof("127.0.0.1", str(new.port))
+            for batch in (plain, multi):
+                while True:
+                    try:
+                        await wires.ask(batch)
+                        break
+                    except NoConnection:  # until the Sentinels know
+                        await asyncio.sleep(0.1)
+            assert there.mget("a", "b") == ["after", "after"]
         await client.aclose()
 
     asyncio.run(change())

@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 
 from relay import archive, ledger
 from relay.envelope import BodyElsewhere, MalformedRecord, Message
+from relay.wire import Batch, Wires
 from workers.fetching import fetch
 
 _LARGE = 256 << 10  # octets of a stored record
@@ -22,8 +23,8 @@ _AT_ONCE = 4 << 20
 class Bodies:
     """Fetches messages for one worker process."""
 
-    def __init__(self, connection: Redis, bulk: Redis) -> None:
-        self._connection = connection
+    def __init__(self, wires: Wires, bulk: Redis) -> None:
+        self._wires = wires
         self._bulk = bulk
         self._ahead: dict[str, Message] = {}
 
@@ -31,10 +32,10 @@ class Bodies:
         """Fetch the small ones of these. Raises RedisError."""
         if not ids:
             return
-        async with self._connection.pipeline(transaction=False) as pipe:
-            for message_id in ids:
-                pipe.strlen(ledger.MESSAGE + message_id)
-            sizes = await pipe.execute()
+        batch = Batch()
+        for message_id in ids:
+            batch.add(("STRLEN", ledger.MESSAGE + message_id))
+        sizes = await self._wires.ask(batch)
         group: list[str] = []
         total = 0
         for message_id, size in zip(ids, sizes, strict=True):
@@ -66,7 +67,9 @@ class Bodies:
 
     async def _fetch(self, ids: Sequence[str]) -> None:
         if ids:
-            records = await self._connection.mget([ledger.MESSAGE + message_id for message_id in ids])
+            batch = Batch()
+            batch.add(("MGET", *(ledger.MESSAGE + message_id for message_id in ids)))
+            (records,) = await self._wires.ask(batch)
             for message_id, record in zip(ids, cast("list[bytes | None]", records), strict=True):
                 with contextlib.suppress(BodyElsewhere, MalformedRecord):  # told when its turn comes
                     if record is not None:

@@ -16,7 +16,7 @@ from collections.abc import Coroutine
 
 from redis.exceptions import RedisError
 
-from relay import faults, ledger, maillog
+from relay import faults, ledger, maillog, wire
 from relay.envelope import BodyElsewhere, Destination, LockedRecord, MalformedRecord, printable
 from relay.ledger import Claim
 from relay.pool import Pool
@@ -56,7 +56,8 @@ class Courier:
         self._outcomes = Outcomes(
             destination, jobs, self._outbox, settings.retry, failed_ttl=settings.failed.ttl, now=self._now
         )
-        self._bodies = Bodies(self._redis, self._bulk)
+        self._wires = wire.Wires(self._redis)
+        self._bodies = Bodies(self._wires, self._bulk)
         self._width = Width(destination.connections)
         self._pool = Pool(
             destination,
@@ -191,9 +192,10 @@ class Courier:
                     await self._outcomes.retry_later(await self._outcomes.requeued(job_id, in_hand), _BUSY_RETRY)
                     in_hand = []
                     continue
-                async with self._redis.pipeline(transaction=True) as pipe:
-                    ledger.claim(pipe, self._destination.name, job_id, self._worker, _LEASE, ids)
-                    claims, later = ledger.claimed((await pipe.execute())[0])
+                question = wire.Batch()
+                ledger.claim(question, self._destination.name, job_id, self._worker, _LEASE, ids)
+                (answer,) = await self._wires.ask(question)
+                claims, later = ledger.claimed(answer)
                 claims = self._undelivered(claims)
                 await self._bodies.read_ahead([claim.id for claim in claims])
             except (RedisError, OSError) as error:

@@ -14,13 +14,15 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import InvalidResponse, ResponseError
 
+from relay.wire import living
+
 _HEAD = 64  # octets that are read first: the length, and little else
 
 
 async def fetch(client: Redis, key: str) -> memoryview | None:
     """Return the value of a key, None when there is none."""
     pool: Any = client.connection_pool
-    connection = await pool.get_connection()
+    connection = await living(pool)
     try:
         transport = connection._writer.transport  # noqa: SLF001 - redis-py has no public way past its parser
         reply = _Reply(transport)

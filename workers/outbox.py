@@ -163,9 +163,7 @@ class Outbox:
         batch = Batch()
         for start in range(0, len(ids), _PAGE):  # one script takes some 8,000
             ledger.settle(batch, self._destination, ids[start : start + _PAGE])
-        for answer in await self._wires.ask(batch):
-            if isinstance(answer, Exception):
-                raise answer
+        await self._wires.ask(batch)
         self._remember(ids)
 
     def _change(self, changes: list[Change]) -> None:
