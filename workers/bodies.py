@@ -5,6 +5,7 @@ A large body travels on a connection of its own, so that it does not hold up lea
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Sequence
 from typing import cast
@@ -18,6 +19,7 @@ from workers.fetching import fetch
 
 _LARGE = 256 << 10  # octets of a stored record
 _AT_ONCE = 4 << 20
+_TURNS = 2  # fetched alone at once: the first are on their way to the server while others come
 
 
 class Bodies:
@@ -26,6 +28,7 @@ class Bodies:
     def __init__(self, wires: Wires, bulk: Redis) -> None:
         self._wires = wires
         self._bulk = bulk
+        self._turns = asyncio.Semaphore(_TURNS)
         self._ahead: dict[str, Message] = {}
 
     async def read_ahead(self, ids: Sequence[str]) -> None:
@@ -51,8 +54,9 @@ class Bodies:
         """Return a message, None when there is none. Raises RedisError, BodyElsewhere, MalformedRecord."""
         message = self._ahead.pop(message_id, None)
         if message is None:
-            # A view: a slice of it, the body, is no copy.
-            record = cast("bytes | None", await fetch(self._bulk, ledger.MESSAGE + message_id))
+            async with self._turns:
+                # A view: a slice of it, the body, is no copy.
+                record = cast("bytes | None", await fetch(self._bulk, ledger.MESSAGE + message_id))
             message = None if record is None else _unpacked(message_id, record)
         return message
 
