@@ -226,6 +226,7 @@ class _Wire(asyncio.Protocol):
         self._owed = 0
         self._answered: Answered | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._is_lost = False
         self._transport.set_protocol(self)
 
     @property
@@ -244,7 +245,8 @@ class _Wire(asyncio.Protocol):
 
     def close(self) -> None:
         """Close at once; an answer on its way would be taken for the next one."""
-        self._transport.abort()
+        if not self._is_lost:  # asyncio would tell a second time
+            self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -266,6 +268,7 @@ class _Wire(asyncio.Protocol):
         self._break(NoConnection(_CLOSED))  # with TLS the connection's own end may take its time
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._is_lost = True
         self._owner.connection_lost(exc)
         self._end(NoConnection(_CLOSED))
 

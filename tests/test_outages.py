@@ -46,7 +46,7 @@ SETTINGS = {
 class Process:
     """The durable side of one relay process, on a Redis of its own."""
 
-    def __init__(self, folder: Path, server: RedisServer, *, with_spool: bool = True) -> None:
+    def __init__(self, folder: Path, server: RedisServer, *, with_spool: bool = True, seconds: float = 0.5) -> None:
         self.server = server
         self.folder = folder
         self.ids = IdSource()
@@ -61,7 +61,7 @@ class Process:
             self.async_client,
             self.dispatcher,
             self.watch,
-            stage_seconds=0.5,
+            stage_seconds=seconds,
             deadline_seconds=600,
             hold_seconds=3600,
             spool=self.spool,
@@ -101,8 +101,9 @@ class Process:
 async def make(tmp_path: Path, redis_factory: Callable[..., RedisServer]) -> AsyncIterator[Callable[..., Process]]:
     made: list[Process] = []
 
-    def start(*, with_spool: bool = True, **options: str) -> Process:
-        made.append(Process(tmp_path / "spool", redis_factory(**options), with_spool=with_spool))
+    def start(*, with_spool: bool = True, seconds: float = 0.5, **options: str) -> Process:
+        server = redis_factory(**options)
+        made.append(Process(tmp_path / "spool", server, with_spool=with_spool, seconds=seconds))
         return made[-1]
 
     yield start
@@ -192,7 +193,7 @@ async def test_nowhere_to_put_it(make: Callable[..., Process]) -> None:
 
 async def test_the_spool_takes_what_a_full_redis_should_not(make: Callable[..., Process]) -> None:
     """Over 75 % of maxmemory new bodies go to the spool, until it is under 70 %; own octets in flight count."""
-    process = make(maxmemory="16mb")
+    process = make(maxmemory="16mb", seconds=PATIENCE)  # a disk may be busy
     await process.watch.look()
     stages = [asyncio.ensure_future(process.stage(1 << 20)) for _ in range(20)]
     await asyncio.gather(*stages)
