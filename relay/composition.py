@@ -356,7 +356,7 @@ def _further(
 
 
 def _housekeeping(settings: Settings, tasks: Mapping[str, Task]) -> Child:
-    from workers.housekeeping import housekeep  # noqa: PLC0415
+    from workers.housekeeping import housekeep  # noqa: PLC0415  (only where something is to be run)
 
     def be_housekeeping(context: ChildContext) -> int:
         maillog.configure(settings.log.level, settings.log.format, context.name)
@@ -386,7 +386,7 @@ def _sweeping(settings: Settings, url: str) -> dict[str, Task]:
 
 
 def _status(settings: Settings, listener: socket.socket, url: str, places: Sequence[Place]) -> Task:
-    from relay import status  # noqa: PLC0415
+    from relay import status  # noqa: PLC0415  (after the variable is set)
 
     folder = Path(os.environ[METRICS_VARIABLE])
     seat = places[0].seat if places else None

@@ -91,7 +91,7 @@ async def living(pool: Any) -> Any:
     """
     connection = await pool.get_connection()
     try:
-        if await connection.can_read() or connection._writer.is_closing():  # noqa: SLF001
+        if await connection.can_read() or connection._writer.is_closing():  # noqa: SLF001 - it is not told otherwise
             await connection.disconnect(nowait=True)
             await connection.connect()
     except BaseException:
@@ -163,7 +163,7 @@ class Wires:
         try:
             return _Wire(connection)
         except BaseException:
-            await self._discard(connection)
+            await discard(self._pool, connection)
             raise
 
     def _send(self, wire: _Wire, batch: Batch, answered: Answered, *, is_last: bool) -> None:
@@ -202,10 +202,7 @@ class Wires:
 
     def _drop(self, wire: _Wire) -> None:
         wire.close()
-        self._spawn(self._discard(wire.connection))
-
-    async def _discard(self, connection: Any) -> None:
-        await discard(self._pool, connection)
+        self._spawn(discard(self._pool, wire.connection))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -220,7 +217,8 @@ class _Wire(asyncio.Protocol):
         self.connection = connection
         self._transport: Any = connection._writer.transport  # noqa: SLF001 - redis-py has no public way past its parser
         self._owner = self._transport.get_protocol()
-        self._parser = hiredis.Reader(replyError=connection._parser.parse_error, notEnoughData=_NOT_YET)  # noqa: SLF001
+        errors = connection._parser.parse_error  # noqa: SLF001 - so that errors are the same as redis-py's own
+        self._parser = hiredis.Reader(replyError=errors, notEnoughData=_NOT_YET)
         self._replies: list[Any] = []
         self._batch: Batch | None = None
         self._owed = 0

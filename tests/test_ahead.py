@@ -533,7 +533,7 @@ async def test_in_time_or_not(primary: ScriptedServer, redis_url: str) -> None:
         (conversation,) = made.conversations
         await until(lambda: conversation._channel.waiting and conversation._channel.inbox.is_empty)
         client.writer.write(BODY[-1:])
-        time.sleep(1.5)  # the whole process stands still
+        time.sleep(1.5)  # on purpose: the loop stands still, so that deadline and octets come in one turn of it
         reply = await client.reply()
         await until(lambda: made.primary.pool.in_use == 0)
         await client.close()
