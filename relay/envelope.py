@@ -182,6 +182,8 @@ class Envelope:
     digest: str = ""
     destinations: tuple[str, ...] = ()  # names of the backups that get a copy
     identity: tuple[tuple[str, str], ...] = ()  # XFORWARD attributes of the real client, to pass on
+    # Which recipients a backup was promised, by index, where that is not all of them. None: an old record, without it.
+    promised: tuple[tuple[str, tuple[int, ...]], ...] | None = None
 
     def to_json(self) -> bytes:
         """Return the wire form, version 1."""
@@ -201,6 +203,8 @@ class Envelope:
             ("xf", self.identity),
         )
         record |= {key: value for key, value in optional if value}
+        if self.promised is not None:
+            record["for"] = dict(self.promised)
         return _to_json(record).encode("ascii")
 
     @classmethod
@@ -220,9 +224,23 @@ class Envelope:
                 digest=record.get("digest", ""),
                 destinations=tuple(record.get("dest", ())),
                 identity=tuple((name, value) for name, value in record.get("xf", ())),
+                promised=_promised(record["for"], len(record["to"])) if "for" in record else None,
             )
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise MalformedRecord(f"unreadable envelope: {error}") from error
+
+    def owed_to(self, destination: Destination) -> tuple[int, ...]:
+        """Return the indices of the recipients that a destination was promised a copy for, at acceptance.
+
+        Settings of today do not count: what was promised is kept whatever has become of them. Only an old record says
+        nothing of it; then the filter of today stands for the one of then, and where it would leave nobody, everybody
+        is owed: a copy too many beats a loss. A destination that the envelope does not name has copies that were moved
+        to it, with a state of their own where not everybody is owed.
+        """
+        everybody = tuple(range(len(self.recipients)))
+        if self.promised is None:
+            return tuple(i for i in everybody if destination.wants(self.recipients[i])) or everybody
+        return dict(self.promised).get(destination.name, everybody)
 
     @property
     def wants_smtputf8(self) -> bool:
@@ -325,6 +343,13 @@ def _is_worth_compressing(body: bytes) -> bool:
     starts = range(size // (2 * _SAMPLES), size, size // _SAMPLES)
     sample = b"".join(body[start : start + _SAMPLE] for start in starts)
     return len(_codecs.compressor.compress(sample)) < _WORTH * len(sample)
+
+
+def _promised(record: dict[str, list[int]], recipients: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    promised = tuple((name, tuple(indices)) for name, indices in record.items())
+    if not all(indices and all(0 <= i < recipients for i in indices) for _, indices in promised):
+        raise ValueError("a copy is promised to recipients that it does not have")
+    return promised
 
 
 def _own_envelope(head: bytes, message_id: str) -> Envelope:

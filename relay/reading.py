@@ -108,6 +108,5 @@ def addressees(envelope: Envelope | None, destination: Destination, state: CopyS
     """Return the addresses of the recipients that a copy's state is about."""
     if envelope is None:
         return ()
-    if state.owed is None:
-        return tuple(r.address for r in envelope.recipients if destination.wants(r))
-    return tuple(envelope.recipients[i].address for i in state.owed if i < len(envelope.recipients))
+    owed = envelope.owed_to(destination) if state.owed is None else state.owed
+    return tuple(envelope.recipients[i].address for i in owed if 0 <= i < len(envelope.recipients))

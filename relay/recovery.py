@@ -132,8 +132,7 @@ def copy_due(connection: Redis, backups: Sequence[Destination] = ()) -> Iterator
 def _shares(envelope: Envelope, definitions: Mapping[str, Destination], covered: set[str]) -> dict[str, Share]:
     shares = {}
     for name in envelope.destinations:
-        backup = definitions.get(name)
-        wanted = [i for i, r in enumerate(envelope.recipients) if backup is None or backup.wants(r)]
+        wanted = envelope.owed_to(definitions.get(name) or Destination(name, "", 0))
         owed = tuple(i for i in wanted if envelope.recipients[i].address not in covered)
         if owed:
             state = "" if len(owed) == len(wanted) else CopyState(owed=owed).to_wire()

@@ -353,7 +353,7 @@ class Session:
         return reply
 
     def _envelope(self, size: int) -> Envelope:
-        copies = tuple(b.name for b in self._front.settings.backups if any(b.wants(r) for r in self._recipients))
+        copies, promised = self._copies()
         return Envelope(
             id=self._message_id,
             sender=self._sender,
@@ -365,7 +365,19 @@ class Session:
             client_helo=self._client.helo,
             destinations=copies,
             identity=self._identity if self._client.is_spoken_for else (),
+            promised=promised,
         )
+
+    def _copies(self) -> tuple[tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]:
+        """Decide, for good, which backups get a copy, and for which recipients where that is not for all."""
+        names, promised = [], []
+        for backup in self._front.settings.backups:
+            wanted = tuple(i for i, r in enumerate(self._recipients) if backup.wants(r)) if backup.domains else None
+            if wanted is None or wanted:
+                names.append(backup.name)
+            if wanted and len(wanted) < len(self._recipients):
+                promised.append((backup.name, wanted))
+        return tuple(names), tuple(promised)
 
     def _trace(self) -> bytes:
         client = self._client

@@ -206,14 +206,22 @@ class _Mover:
         """Return a copy's state at the new destination, None when nobody is owed it there."""
         if envelope is None:
             return state
-        recipients = list(enumerate(envelope.recipients))
-        owed = [i for i, r in recipients if (self._old.wants(r) if state.owed is None else i in state.owed)]
+        owed = envelope.owed_to(self._old) if state.owed is None else state.owed
         if self._new.name in envelope.destinations:
-            owed = [i for i in owed if not self._new.wants(envelope.recipients[i])]
+            covered = self._covered(envelope)
+            owed = tuple(i for i in owed if i not in covered)
         if not owed:
             return None
-        everybody = owed == [i for i, r in recipients if self._new.wants(r)]
-        return replace(state, owed=None if everybody else tuple(owed))
+        # With an old record everybody is written down: what it owes would be asked of today's filter again.
+        is_all = owed == envelope.owed_to(self._new) and (envelope.promised is not None or not self._new.domains)
+        return replace(state, owed=None if is_all else owed)
+
+    def _covered(self, envelope: Envelope) -> tuple[int, ...]:
+        """Return who gets the new destination's own copy; of an old record only who surely does."""
+        covered = envelope.owed_to(self._new)
+        if envelope.promised is None:
+            covered = tuple(i for i in covered if self._new.wants(envelope.recipients[i]))
+        return covered
 
     def _count(self, moves: Sequence[Move], done: Sequence[Any]) -> int:
         gone = [m for m, is_gone in zip(moves, done, strict=True) if is_gone]

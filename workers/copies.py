@@ -29,11 +29,9 @@ class Copy:
     def of(cls, claim: Claim, message: Message, destination: Destination) -> Copy:
         """Make the copy of a claim."""
         state = begun(claim)
-        recipients = message.envelope.recipients
-        owed = state.owed
-        if owed is None:
-            owed = tuple(i for i, recipient in enumerate(recipients) if destination.wants(recipient))
-        return cls(claim.id, message, state, [i for i in owed if i < len(recipients)])
+        envelope = message.envelope
+        owed = envelope.owed_to(destination) if state.owed is None else state.owed
+        return cls(claim.id, message, state, [i for i in owed if 0 <= i < len(envelope.recipients)])
 
     @property
     def is_touched(self) -> bool:

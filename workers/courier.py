@@ -310,8 +310,9 @@ class Courier:
             self._batches.note(batch, claim.id, self._outcomes.forget(claim.id))
             return None
         copy = Copy.of(claim, message, self._destination)
-        if not copy.owed:
-            self._batches.note(batch, claim.id, self._outbox.settle(claim.id))
+        if not copy.owed:  # never settled unsent: what is promised to nobody is no copy, so this record is at odds
+            reason = "554 5.3.0 neither its record nor its state names a recipient"
+            self._batches.note(batch, claim.id, self._outcomes.fail(claim, reason))
             return None
         return copy
 
