@@ -252,6 +252,35 @@ def test_commands_do_what_the_page_says(page: str, site: Product, programs: Path
             assert b"Subject: " in (site.directory / "message.eml").read_bytes()
 
 
+REFUSALS = {
+    "550 5.1.1 ADDRESS: Recipient address rejected: User unknown": [
+        "550 5.1.1 <bob@example.com>: Recipient address rejected: User unknown",
+        "550 5.1.1 <eve+tag@example.com>: Recipient address rejected: User unknown",
+        '550 5.1.1 <"e v e"@example.com>: Recipient address rejected: User unknown',
+    ],
+    "550-5.7.26 unauthenticated mail from ADDRESS; see https://example.net/a ID": [
+        "550-5.7.26 unauthenticated mail from alice@example.net; see https://example.net/a k12-20020a170902b00",
+        "550-5.7.26 unauthenticated mail from bob@example.net; see https://example.net/a 5a478bee46e88-2a9dff1",
+    ],
+    "552 5.3.4 Message size exceeds fixed limit": ["552 5.3.4 Message size exceeds fixed limit"],
+}
+
+
+@pytest.mark.skipif(not shutil.which("jq"), reason="jq is not installed")
+def test_the_report_by_reason_counts_a_reply_once_whoever_it_names(tmp_path: Path) -> None:
+    """Replies that differ by addresses and queue ids only are one reason in the first report of migration.md."""
+    rows = [json.dumps({"reply": reply}) for replies in REFUSALS.values() for reply in replies]
+    (tmp_path / "rows").write_text("\n".join(rows) + "\n")
+    (tmp_path / "smtp-dup").write_text(f"#!/bin/sh\nexec cat {shlex.quote(str(tmp_path / 'rows'))}\n")
+    (tmp_path / "smtp-dup").chmod(0o755)
+    (block,) = (b for b in documents.of("run", page="migration.md") if ".reply" in b.text)
+    report = block.text.partition("\nsmtp-dup ")[0]
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", report], env=environment, capture_output=True, text=True, check=True)
+    counts = {reason: int(count) for count, reason in (line.split(maxsplit=1) for line in done.stdout.splitlines())}
+    assert counts == {reason: len(replies) for reason, replies in REFUSALS.items()}
+
+
 class AsWritten(Product):
     """A product that is started by the text of a block."""
 
