@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -329,8 +328,7 @@ def _workers(settings: Settings, destinations: Sequence[Destination], url: str) 
 
     def child(destination: Destination, number: int) -> Child:
         def give_back(connection: Redis, dead: str) -> None:
-            tell = partial(maillog.repeated, destination=destination.name, reason=f"worker {dead} died")
-            ledger.release_leases(connection, destination.name, dead, tell)
+            ledger.release_leases(connection, destination.name, dead)
 
         def be_worker(context: ChildContext) -> int:
             maillog.configure(settings.log.level, settings.log.format, context.name)

@@ -15,7 +15,7 @@ would leave the transaction half done. Not for Redis Cluster: scripts name keys 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ COVERED = PREFIX + "covered"  # hash uncertain id -> JSON list of addresses that
 PENDING = PREFIX + "pending:"  # zset id -> time accepted (or retried by an operator)
 OWN = PREFIX + "own:"  # hash id -> CopyState, only copies with a history
 BUSY = PREFIX + "busy:"  # zset id -> end of the lease
-HOLDERS = PREFIX + "holders:"  # hash id -> name of the worker that holds the lease
+HOLDERS = PREFIX + "holders:"  # hash id -> the worker that holds the lease, and perhaps whom it took that over from
 FAILED = PREFIX + "failed:"  # zset id -> time failed
 FAILURE = PREFIX + "failure:"  # hash id -> CopyState of what failed
 DESTINATIONS = PREFIX + "destinations"  # hash name -> Destination, every one ever used
@@ -70,6 +70,7 @@ _SETTLE = _script("settle")
 _DEFER = _script("defer")
 _FAIL = _script("fail")
 _UNLEASE = _script("unlease")
+_BEREAVE = _script("bereave")
 _DROP = _script("drop")
 _STOW = _script("stow")
 _OWNERS = _script("owners")
@@ -175,6 +176,7 @@ class Claim:
     accepted_at: float
     state: CopyState = field(default_factory=CopyState)
     was_failed: bool = False  # an operator's retry: a fresh clock
+    before: str = ""  # the worker that had it in hand and never said what became of it: it may have been sent
 
 
 # --- the relay's side: these add commands to a pipeline -------------------------------------------------------
@@ -292,13 +294,12 @@ def claim(pipe: Pipe, destination: str, job: str, worker: str, lease: float, ids
 def claimed(result: Sequence[Sequence[bytes]]) -> tuple[list[Claim], list[str]]:
     """Read claim's result: the claims, and the ids of failed copies that are busy and must be asked for again."""
     claims, later = [], []
-    for message_id, verdict, accepted, state in result:
+    for message_id, verdict, accepted, state, before in result:
         if verdict == b"later":
             later.append(message_id.decode())
         else:
-            claims.append(
-                Claim(message_id.decode(), float(accepted), CopyState.from_wire(state), verdict == b"retried")
-            )
+            known, is_retried = CopyState.from_wire(state), verdict == b"retried"
+            claims.append(Claim(message_id.decode(), float(accepted), known, is_retried, before.decode()))
     return claims, later
 
 
@@ -331,19 +332,9 @@ def unlease(pipe: Pipe, destination: str, ids: Sequence[str]) -> None:
     pipe.eval(_UNLEASE, 0, destination, *ids)
 
 
-def release_leases(connection: Any, destination: str, worker: str, tell: Callable[[str], object]) -> None:
-    """Give back the leases of a dead worker.
-
-    ``tell`` is called with the id of each copy that it had in hand, before: they may be delivered again at once.
-    """
-    holders = connection.hgetall(HOLDERS + destination)
-    ids = [message_id.decode() for message_id, holder in holders.items() if holder.decode() == worker]
-    for message_id in ids:
-        tell(message_id)
-    if ids:
-        with connection.pipeline(transaction=True) as pipe:
-            unlease(pipe, destination, ids)
-            pipe.execute()
+def release_leases(pipe: Pipe, destination: str, worker: str) -> None:
+    """End the leases of a dead worker: what it had in hand may be claimed at once, by claims that name it."""
+    pipe.eval(_BEREAVE, 0, destination, worker)
 
 
 def drop(pipe: Pipe, destination: str, ids: Sequence[str], *, pending: bool = False) -> None:

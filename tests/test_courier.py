@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 
 import pytest
 import redis
+from loguru import logger
 from rq.registry import FailedJobRegistry, ScheduledJobRegistry
 
 from ledger_contents import Contents, settings
 from reactions import Close, Gate, HalfClose, Reset, Silence
-from relay import ledger
+from relay import ledger, maillog
 from scripted_server import ScriptedServer
 from waiting import until
 from workers import failed
@@ -37,6 +38,20 @@ def contents(redis_client: redis.Redis, backup: ScriptedServer) -> Contents:
     made = Contents(redis_client, "new")
     made.register(backup.destination("new"))
     return made
+
+
+@pytest.fixture
+def repeated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The copies that the log says may come twice, and why."""
+    lines: list[str] = []
+    monkeypatch.setattr(maillog, "_events", None)  # in the words of loguru, whatever was configured before
+    sink = logger.add(
+        lambda line: lines.append(line.rstrip("\n")),
+        format="{extra[id]} {extra[reason]}",
+        filter=lambda record: record["message"] == "may repeat",
+    )
+    yield lines
+    logger.remove(sink)
 
 
 async def test_what_a_job_defers_leaves_as_one_job(
@@ -254,6 +269,45 @@ async def test_a_yes_to_data_is_no_yes_to_the_message(
         assert not made.accepting
     assert redis_client.zcard(ledger.PENDING + "new") == 1
     assert not backup.messages
+
+
+async def test_what_another_worker_had_in_hand_is_logged_before_it_is_sent(
+    contents: Contents, redis_url: str, backup: ScriptedServer, repeated: list[str]
+) -> None:
+    """The log says `may repeat` with each id by the time that its copy begins, whoever has ended the lease."""
+    theirs, fresh = [contents.pending() for _ in range(3)], contents.pending()
+    contents.claim("lost", *theirs, worker="gone", lease=0)
+    gate = Gate()
+    backup.replies["MAIL"] = (gate, None)
+    async with courier(redis_url, backup) as made:
+        delivery = asyncio.ensure_future(made.deliver("job", [*theirs, fresh]))
+        await gate.arrival()
+        assert sorted(repeated) == sorted(f"{i} worker gone had it in hand" for i in theirs)
+        gate.open()
+        await delivery
+    assert len(backup.messages) == 4
+
+
+async def test_a_delivery_that_breaks_off_behind_the_dot_is_logged(
+    contents: Contents,
+    redis_url: str,
+    backup: ScriptedServer,
+    repeated: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A fault of our own once the copy is sent leaves its line: it goes out again when its lease has run out."""
+    message_id = contents.pending()
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("broken")
+
+    async with courier(redis_url, backup) as made:
+        monkeypatch.setattr(made._rounds, "_read", broken)
+        with suppress(RuntimeError):
+            await made.deliver("job", [message_id])
+        await until(lambda: made._runners == set())
+    assert repeated == [f"{message_id} its delivery was broken off"]
+    assert len(backup.messages) == 1
 
 
 async def test_several_jobs_at_once(

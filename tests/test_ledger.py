@@ -110,3 +110,39 @@ def test_pages_hold_everything_once(redis_url: str, protocol: int) -> None:
         found = list(reading.pages(connection, "some", until=1700000005.2, size=4))
     assert [pair for page in found for pair in page] == [(f"{n:02}", 1700000000.123456 + n // 7) for n in range(42)]
     assert all(len(page) <= 11 for page in found)
+
+
+@pytest.mark.parametrize("end", ["its lease has run out", "it is known to be dead"])
+def test_a_claim_names_the_worker_that_had_the_copy_before(contents: Contents, end: str) -> None:
+    """Whoever claims what another had in hand is told, also when the answer to the claim is lost and it asks again."""
+    message_id, other = contents.pending(), contents.pending()
+    contents.claim("job", message_id, worker="first", lease=0 if "lease" in end else 60)
+    if end == "it is known to be dead":
+        with contents.connection.pipeline() as pipe:
+            ledger.release_leases(pipe, "new", "another")
+            ledger.release_leases(pipe, "new", "first")
+            assert pipe.execute() == [0, 1]
+    for _ in range(2):
+        claims = contents.claim("job", message_id, other, worker="second")
+        assert {claim.id: claim.before for claim in claims} == {message_id: "first", other: ""}
+    with contents.connection.pipeline() as pipe:
+        ledger.release_leases(pipe, "new", "second")
+        pipe.execute()
+    assert [c.before for c in contents.claim("job", message_id, other, worker="third")] == ["second", "second"]
+
+
+@pytest.mark.parametrize("how", ["given back untried", "deferred", "failed and retried"])
+def test_a_copy_with_an_outcome_was_in_nobodys_hand(contents: Contents, how: str) -> None:
+    """What a worker said of a copy is known: the next one that claims it repeats nothing."""
+    message_id = contents.pending()
+    contents.claim("job", message_id, worker="first")
+    job = "job"
+    if how == "deferred":
+        job = contents.defer(message_id)
+    elif how == "given back untried":
+        with contents.connection.pipeline() as pipe:
+            ledger.unlease(pipe, "new", [message_id])
+            pipe.execute()
+    else:
+        job = contents.fail(message_id).job
+    assert [claim.before for claim in contents.claim(job, message_id, worker="second")] == [""]

@@ -196,6 +196,7 @@ class Courier:
                 ledger.claim(question, self._destination.name, job_id, self._worker, _LEASE, ids)
                 (answer,) = await self._wires.ask(question)
                 claims, later = ledger.claimed(answer)
+                self._tell_of(claims)
                 claims = self._undelivered(claims)
                 await self._bodies.read_ahead([claim.id for claim in claims])
             except (RedisError, OSError) as error:
@@ -220,6 +221,12 @@ class Courier:
                 )
                 self._outbox.settle(claim.id)
         return [claim for claim in claims if not self._outbox.has_settled(claim)]
+
+    def _tell_of(self, claims: list[Claim]) -> None:
+        """Log which copies may be there already: before any is sent, by the process that sends them."""
+        for claim in claims:
+            if claim.before:
+                maillog.repeated(claim.id, self._destination.name, f"worker {claim.before} had it in hand")
 
     def _hire(self) -> None:
         """Have as many runners as the window allows and the work needs."""

@@ -93,6 +93,8 @@ class Rounds:
                 self._hire()
         except BaseException:
             connection.close()
+            if trial.outcome.sent:  # its lease is given up below, and what the server said is lost
+                maillog.repeated(trial.copy.id, self._destination.name, "its delivery was broken off")
             while following is not None:
                 self._batches.end(following.batch, following.copy.id, broken=True)
                 following = following.following

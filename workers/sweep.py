@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import cast
 
 from redis import Redis
@@ -241,8 +240,7 @@ class Sweeper:
             dead.add("")
         for worker in sorted(dead):
             if worker:
-                tell = partial(maillog.repeated, destination=name, reason=f"worker {worker} is gone")
-                ledger.release_leases(self._connection, name, worker, tell)
+                ledger.release_leases(self._connection, name, worker)
             for job in revive(self._connection, queue, worker):
                 self._report.add("abandoned job", job, name, "queued again")
 

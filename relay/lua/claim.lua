@@ -1,4 +1,5 @@
--- ARGV: destination, job, worker, seconds of the lease, ids. Returns {id, verdict, accepted, state} for what is claimed.
+-- ARGV: destination, job, worker, seconds of the lease, ids. Returns {id, verdict, accepted, state, before} for what is
+-- claimed; "before" is the worker that had it in hand and never said what became of it, "" for none.
 local destination, job, worker, lease = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local pending, own = 'smtpdup:pending:' .. destination, 'smtpdup:own:' .. destination
 local busy, holders = 'smtpdup:busy:' .. destination, 'smtpdup:holders:' .. destination
@@ -33,11 +34,18 @@ local accepted_at = redis.call('ZMSCORE', pending, unpack(ids))
 local leases = redis.call('ZMSCORE', busy, unpack(ids))
 local states = redis.call('HMGET', own, unpack(ids))
 local failures = redis.call('HMGET', failure, unpack(ids))
+local hands = redis.call('HMGET', holders, unpack(ids))
 local result, leased, held = {}, {}, {}
 for i, id in ipairs(ids) do
-  -- A lease of our own is one whose answer was lost: the courier does not ask for what it knows that it holds.
+  -- A lease of our own is one whose answer was lost: the courier does not ask for what it knows that it holds. A holder
+  -- is "<worker>", or "<worker> <before>" for what it has taken over, so that a lost answer can be given again.
   local lease_end = leases[i]
-  local free = not lease_end or tonumber(lease_end) <= now or redis.call('HGET', holders, id) == worker
+  local holder, before = '', ''
+  if hands[i] then
+    holder, before = string.match(hands[i], '^(%S*) ?(.*)$')
+  end
+  if holder ~= worker then before = holder end
+  local free = not lease_end or tonumber(lease_end) <= now or holder == worker
   local accepted, state, lost = accepted_at[i], states[i], failures[i]
   local verdict = 'claimed'
   if lost and owner(lost) == job then
@@ -54,15 +62,15 @@ for i, id in ipairs(ids) do
       redis.call('HDEL', failure, id)
       verdict = 'retried'
     else
-      result[#result + 1] = {id, 'later', '0', ''}
+      result[#result + 1] = {id, 'later', '0', '', ''}
     end
   end
   if free and accepted and (not state or owner(state) == '' or owner(state) == job) then
     leased[#leased + 1] = now + lease
     leased[#leased + 1] = id
     held[#held + 1] = id
-    held[#held + 1] = worker
-    result[#result + 1] = {id, verdict, accepted, state or ''}
+    held[#held + 1] = before == '' and worker or worker .. ' ' .. before
+    result[#result + 1] = {id, verdict, accepted, state or '', before}
   end
 end
 if #held > 0 then

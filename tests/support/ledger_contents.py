@@ -92,10 +92,10 @@ class Contents:
             pipe.execute()
         return job
 
-    def claim(self, job: str, *ids: str, to: str = "new", lease: float = 60.0) -> list[Claim]:
+    def claim(self, job: str, *ids: str, to: str = "new", lease: float = 60.0, worker: str = "worker") -> list[Claim]:
         """Claim copies as the worker that runs this job."""
         with self.connection.pipeline() as pipe:
-            ledger.claim(pipe, to, job, "worker", lease, ids)
+            ledger.claim(pipe, to, job, worker, lease, ids)
             return ledger.claimed(pipe.execute()[0])[0]
 
     def fail(

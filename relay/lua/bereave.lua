@@ -1,0 +1,9 @@
+-- ARGV: destination, worker. Its leases end; it stays the holder, so that whoever claims next is told. Returns how many.
+local holders = redis.call('HGETALL', 'smtpdup:holders:' .. ARGV[1])
+local count = 0
+for i = 1, #holders, 2 do
+  if string.match(holders[i + 1], '^%S*') == ARGV[2] then
+    count = count + redis.call('ZREM', 'smtpdup:busy:' .. ARGV[1], holders[i])
+  end
+end
+return count
