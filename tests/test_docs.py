@@ -385,6 +385,14 @@ def test_the_picture_shows_what_the_demo_shows() -> None:
     assert re.findall(r"<text[^>]*>(.*?)</text>", now) == re.findall(r"<text[^>]*>(.*?)</text>", then)
 
 
+def test_the_diagrams_are_those_that_the_script_draws() -> None:
+    """`python docs/site/diagrams.py` would change nothing: the plots show the figures of the page."""
+    drawn = runpy.run_path(str(ROOT / "docs" / "site" / "diagrams.py"))["pictures"]()
+    kept = {path.name: path.read_text("utf-8") for path in (ROOT / "docs" / "images").glob("*.svg")}
+    assert kept == drawn
+    assert all(figure in kept["throughput.svg"] for figure in ("smtp-dup", "Postfix with a bcc copy"))
+
+
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     """Every page is in the menu, every link and anchor between pages leads somewhere."""
     done = subprocess.run(
