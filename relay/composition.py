@@ -56,6 +56,10 @@ class StartError(Exception):
     """It cannot be started; the text is one line for the operator."""
 
 
+class NoRedis(StartError):
+    """It cannot be started, since Redis is away or does not answer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Role:
     """What one command runs."""
@@ -286,7 +290,7 @@ def _wait_for_redis(settings: Settings, *, may_be_away: bool) -> None:
                     maillog.notice("warning", text, redis=server.shown, reason=reason)
                     return
                 if time.monotonic() >= deadline:
-                    raise StartError(f"{subject}: {server.shown} does not answer: {reason}") from error
+                    raise NoRedis(f"{subject}: {server.shown} does not answer: {reason}") from error
                 if time.monotonic() >= report:
                     maillog.notice("warning", "waiting for Redis", redis=server.shown, reason=reason)
                     report += _REPORT_EVERY
@@ -313,7 +317,7 @@ def _register(settings: Settings) -> None:
             pipe.execute()
     except RedisError as error:
         if settings.spool.dir is None:
-            raise StartError(f"redis: {printable(str(error))}") from error
+            raise NoRedis(f"redis: {printable(str(error))}") from error
         maillog.notice("warning", "the ledger does not hear of the backups", reason=printable(str(error)))
 
 
