@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import ipaddress
-import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,14 +14,13 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from relay.envelope import Destination
+from relay.ids import is_destination_name
 from relay.kinds import split_host_port
 from relay.options import BACKUP_FIELDS
 
 _DEFAULT_PORTS = {"smtp": 25, "smtps": 465, "lmtp": 24}
 _URL_FIELDS = ("tls", "ca_file", "tls_certificate", "tls_key", "password_from")
 _TLS = ("none", "opportunistic", "encrypt", "verify")
-# The name becomes a queue's name, a Redis key and a metric's label.
-_NAME = re.compile(r"[A-Za-z0-9._:\-\[\]]{1,100}")
 _KINDS = {field.key: field.kind for field in BACKUP_FIELDS}
 
 _EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
@@ -120,7 +118,7 @@ def read_destination(
     values |= parts
     values.setdefault("name", Destination("", parts["host"], parts["port"]).address)
     faults = [*_secrets(values, environ), *_transport(values, given="tls" in query or bool(table.get("tls")))]
-    if not _NAME.fullmatch(values["name"]):
+    if not is_destination_name(values["name"]):
         faults.append(("name", "expected letters, digits and . _ : - [ ] only, at most 100"))
     return (None, faults) if faults else (Destination(**values), [])
 

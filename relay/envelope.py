@@ -1,8 +1,12 @@
 """What crosses the seams: a Reply, an Envelope with its recipients, a Message record, a Destination.
 
 All are frozen. A Message has a wire form (version 1, or 2 when it is sealed) that the ledger and the spool
-share, so that a record moves between them byte for byte. A record that cannot be read raises MalformedRecord,
-one whose key is not here its child LockedRecord; nothing here does I/O.
+share, so that a record moves between them byte for byte. A record that is damaged, makes no sense or could not be sent
+as one message raises MalformedRecord, one whose key is not here its child LockedRecord; nothing here does I/O.
+
+A record of version 1 ends its envelope with a checksum, and says so with a flag, so that neither is lost unseen: CRC-32
+of the stored body, then of header and envelope with it. A version that knows of neither reads past both. What was
+stored before there were checksums is read without. A sealed record is authentic or Forged.
 """
 
 from __future__ import annotations
@@ -10,33 +14,42 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import zstandard
 
-import relay.text
 from relay import sealing
+from relay.ids import ALPHABET, is_destination_name, is_id
 
 T = TypeVar("T")
-printable = relay.text.printable  # where most look for it; relay.text is quicker to import
 
 RECORD_VERSION = 1
 SEALED_VERSION = 2
 _HEADER = struct.Struct("!BBI")  # version, flags, octets up to the body: the envelope JSON, or what seals it
 _FLAG_ZSTD = 1
 _FLAG_ELSEWHERE = 2  # instead of the body: JSON of the host and the path of the file that has the whole record
+_FLAG_CHECKED = 4  # the envelope ends with a checksum
+_FLAGS = _FLAG_ZSTD | _FLAG_ELSEWHERE | _FLAG_CHECKED
+_CHECKSUM = re.compile(rb',"crc":"([0-9a-f]{8})([0-9a-f]{8})"\}')
+_CHECKSUM_OCTETS = len(b',"crc":"0123456789abcdef"}')
 _COMPRESS_FROM = 512  # bytes; below this zstd's frame eats what it saves
 # A larger body is compressed only if samples of it shrink to this part. Base64 of what is compressed already (images,
 # archives) goes to 3/4: less than it costs in processor time, twice, to have a quarter less to move.
 _SAMPLE_FROM, _WORTH = 256 << 10, 0.7
 _SAMPLES, _SAMPLE = 4, 16 << 10
 _to_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make one at every call
-_ID_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford base 32: no i, l, o, u
+# A lone dot would end DATA. Where a bare CR or LF ends a line nothing of ours wrote it, but servers differ about that.
+_LONE_DOT = re.compile(rb"\n\.[\r\n]")
+_LONE_DOT_ANYHOW = re.compile(rb"\r\.[\r\n]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_UNFOLDS = 64 << 20  # octets that a compressed body may have in any case
 _REPLY_LINE_LIMIT = 512  # RFC 5321 4.5.3.1.5
 
 
@@ -49,6 +62,17 @@ class _Codecs(threading.local):
 
 
 _codecs = _Codecs()
+_most = _UNFOLDS
+
+
+def bound(octets: int) -> None:
+    """Let a compressed body have this many octets, in this process: ``smtp.max_message_bytes``, 0 for any.
+
+    Dots are stuffed and our line is in front: twice as many can be right. What may have been taken under a former
+    limit is not refused while it is small enough to do no harm.
+    """
+    global _most  # noqa: PLW0603 - one for each process: what is stored passes through many hands
+    _most = max(_UNFOLDS, 2 * octets) if octets else 0
 
 
 class MalformedRecord(ValueError):
@@ -91,14 +115,21 @@ def owner_of(message_id: str) -> str:
 
 def made_at(message_id: str) -> float:
     """Return when a message id was made, seconds since the epoch; infinity for what is no id of ours."""
-    digits = [_ID_ALPHABET.find(character) for character in message_id[:9]]
+    digits = [ALPHABET.find(character) for character in message_id[:9]]
     if len(message_id) != 16 or min(digits) < 0:
         return math.inf
     return sum(digit << shift for digit, shift in zip(digits, range(40, -1, -5), strict=True)) / 1000
 
 
 def _base32(number: int, width: int) -> str:
-    return "".join(_ID_ALPHABET[(number >> shift) & 31] for shift in range(5 * (width - 1), -1, -5))
+    return "".join(ALPHABET[(number >> shift) & 31] for shift in range(5 * (width - 1), -1, -5))
+
+
+def printable(text: str) -> str:
+    """Return text with every control character escaped, so that it can be shown and logged."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 class Reply(NamedTuple):
@@ -207,22 +238,27 @@ class Envelope:
         """Read the wire form. Raises MalformedRecord."""
         try:
             record = json.loads(data)
-            return cls(
+            envelope = cls(
                 id=record["id"],
-                sender=record["from"],
-                recipients=tuple(Recipient(to[0], tuple(to[1:])) for to in record["to"]),
-                received_at=record["at"],
+                sender=_text(record["from"]),
+                recipients=tuple(Recipient(_text(to[0]), _texts(to[1:])) for to in record["to"]),
+                received_at=_number(record["at"]),
                 size=record["size"],
-                parameters=tuple(record.get("mail", ())),
-                client_address=record.get("addr", ""),
-                client_helo=record.get("helo", ""),
-                digest=record.get("digest", ""),
-                destinations=tuple(record.get("dest", ())),
-                identity=tuple((name, value) for name, value in record.get("xf", ())),
+                parameters=_texts(record.get("mail", [])),
+                client_address=_any_text(record.get("addr", "")),
+                client_helo=_any_text(record.get("helo", "")),
+                digest=_any_text(record.get("digest", "")),
+                destinations=_texts(record.get("dest", [])),
+                identity=tuple((_any_text(name), _any_text(value)) for name, value in record.get("xf", [])),
                 promised=_promised(record["for"], len(record["to"])) if "for" in record else None,
             )
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise MalformedRecord(f"unreadable envelope: {error}") from error
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+            raise MalformedRecord(f"unreadable envelope: {printable(str(error))}") from error
+        if not is_id(envelope.id) or type(envelope.size) is not int or envelope.size < 0:
+            raise MalformedRecord("unreadable envelope: no id or no size")
+        if not all(map(is_destination_name, envelope.destinations)):
+            raise MalformedRecord("unreadable envelope: the name of a backup is none")
+        return envelope
 
     def owed_to(self, destination: Destination) -> tuple[int, ...]:
         """Return the indices of the recipients that a destination was promised a copy for, at acceptance.
@@ -266,18 +302,21 @@ class Message:
             small = _codecs.compressor.compress(body)
             if len(small) < len(body):
                 body, flags = small, _FLAG_ZSTD
-        version = RECORD_VERSION
         if sealing.is_on():
-            version = SEALED_VERSION
             head, body = sealing.seal(self.envelope.id, flags, head, body)
-        return _HEADER.pack(version, flags, len(head)) + head, body
+            return _HEADER.pack(SEALED_VERSION, flags, len(head)) + head, body
+        return _checked(flags, head, body), body
 
     @classmethod
     def stub(cls, record: bytes, host: str, path: str) -> bytes:
         """Return a stored record without its body, which has been moved. Raises MalformedRecord."""
-        version, _, start = cls._layout(record)
-        head = record[_HEADER.size : start]
+        version, flags, start = cls._layout(record)
+        head = bytes(record[_HEADER.size : start])
         where = json.dumps([host, path]).encode("ascii")
+        if version == RECORD_VERSION:
+            if flags & _FLAG_CHECKED:
+                head = head[:-_CHECKSUM_OCTETS] + b"}"
+            return _checked(_FLAG_ELSEWHERE, head, where) + where
         return b"".join((_HEADER.pack(version, _FLAG_ELSEWHERE, len(head)), head, where))
 
     @classmethod
@@ -285,19 +324,21 @@ class Message:
         """Read the stored record of a message. Raises MalformedRecord, LockedRecord, BodyElsewhere."""
         version, flags, start = cls._layout(record)
         head, body = bytes(record[_HEADER.size : start]), record[start:]  # it may be a view
+        if flags & _FLAG_CHECKED and zlib.crc32(body) != _checksum_of_body(head):
+            raise MalformedRecord("damaged: its body does not match its checksum")
         if flags & _FLAG_ELSEWHERE:
+            if version == RECORD_VERSION:
+                _own_envelope(head, message_id)
             raise cls._elsewhere(bytes(body))
         if version == SEALED_VERSION:
             opened, sealed = _opened(head, message_id), body
             head, body = opened.envelope, _authentic(lambda: opened.body(sealed, flags))
         envelope = _own_envelope(head, message_id)
         if flags & _FLAG_ZSTD:
-            try:
-                body = _codecs.decompressor.decompress(body)
-            except zstandard.ZstdError as error:
-                raise MalformedRecord(f"unreadable body: {error}") from error
+            body = _unfolded(body, envelope.size)
         if len(body) != envelope.size:
             raise MalformedRecord(f"body has {len(body)} octets, its envelope says {envelope.size}")
+        _check_wire_form(body, trusted=version == SEALED_VERSION or bool(flags & _FLAG_CHECKED))
         return cls(envelope, body)
 
     @classmethod
@@ -311,24 +352,76 @@ class Message:
 
     @staticmethod
     def _layout(record: bytes) -> tuple[int, int, int]:
-        """Return version, flags and where the body begins."""
+        """Return version, flags and where the body begins; what has a checksum of its envelope matches it."""
         if len(record) < _HEADER.size:
             raise MalformedRecord("truncated record")
         version, flags, length = _HEADER.unpack_from(record)
         if version not in {RECORD_VERSION, SEALED_VERSION}:
             raise MalformedRecord(f"record version {version} is neither {RECORD_VERSION} nor {SEALED_VERSION}")
+        if flags & ~_FLAGS:
+            raise MalformedRecord(f"record with unknown flags {flags}")
         start = _HEADER.size + length
         if len(record) < start:
             raise MalformedRecord("truncated record")
+        if version == RECORD_VERSION:
+            head = bytes(record[_HEADER.size : start])
+            found = _CHECKSUM.fullmatch(head, max(0, length - _CHECKSUM_OCTETS))
+            if bool(found) != bool(flags & _FLAG_CHECKED):
+                raise MalformedRecord("damaged: only one of its checksum and the flag for it is there")
+            if found and _checksum(record[: _HEADER.size], head[: found.start()] + b"}", found[1]) != found[2]:
+                raise MalformedRecord("damaged: its envelope does not match its checksum")
+        elif flags & _FLAG_CHECKED:
+            raise MalformedRecord("sealed record with a checksum")
         return version, flags, start
 
     @staticmethod
     def _elsewhere(where: bytes) -> BodyElsewhere:
         try:
             host, path = json.loads(where)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise MalformedRecord("it does not say where its body is") from error
-        return BodyElsewhere(str(host), str(path))
+        return BodyElsewhere(printable(str(host)), printable(str(path)))
+
+
+def _checked(flags: int, head: bytes, body: bytes) -> bytes:
+    """Return what stands in front of a body: header, and envelope with the checksum."""
+    header = _HEADER.pack(RECORD_VERSION, flags | _FLAG_CHECKED, len(head) - 1 + _CHECKSUM_OCTETS)
+    of_body = b"%08x" % zlib.crc32(body)
+    return b"".join((header, head[:-1], b',"crc":"', of_body, _checksum(header, head, of_body), b'"}'))
+
+
+def _checksum(header: bytes, head: bytes, of_body: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(of_body, zlib.crc32(head, zlib.crc32(header)))
+
+
+def _checksum_of_body(head: bytes) -> int:
+    found = _CHECKSUM.fullmatch(head, len(head) - _CHECKSUM_OCTETS)
+    return int(found[1], 16) if found else -1
+
+
+def _unfolded(body: bytes, size: int) -> bytes:
+    """Return a compressed body of so many octets: no more than that is ever made of it. Raises MalformedRecord."""
+    if _most and size > _most:
+        raise MalformedRecord(f"its body would unfold to {size} octets: more than twice smtp.max_message_bytes")
+    try:
+        # zstd makes room for as much as a frame announces, whatever it is told.
+        announced = zstandard.get_frame_parameters(body).content_size
+        if announced not in {size, zstandard.CONTENTSIZE_UNKNOWN}:
+            raise MalformedRecord(f"body has {announced} octets, its envelope says {size}")
+        return _codecs.decompressor.decompress(body, max_output_size=size, allow_extra_data=False)
+    except (zstandard.ZstdError, MemoryError) as error:
+        raise MalformedRecord(f"unreadable body: {error}") from error
+
+
+def _check_wire_form(body: bytes, *, trusted: bool) -> None:
+    """Raise MalformedRecord for what is no body of one message: its end, or the server's, would come elsewhere."""
+    if not body:
+        return
+    if bytes(body[-2:]) != b"\r\n":
+        raise MalformedRecord("its body does not end with CRLF")
+    start = bytes(body[:2])
+    if start in {b".\r", b".\n"} or _LONE_DOT.search(body) or (not trusted and _LONE_DOT_ANYHOW.search(body)):
+        raise MalformedRecord("its body has a line of a single dot, which would end it early")
 
 
 def _is_worth_compressing(body: bytes) -> bool:
@@ -342,9 +435,35 @@ def _is_worth_compressing(body: bytes) -> bool:
 
 def _promised(record: dict[str, list[int]], recipients: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
     promised = tuple((name, tuple(indices)) for name, indices in record.items())
-    if not all(indices and all(0 <= i < recipients for i in indices) for _, indices in promised):
+    if not all(indices and all(type(i) is int and 0 <= i < recipients for i in indices) for _, indices in promised):
         raise ValueError("a copy is promised to recipients that it does not have")
     return promised
+
+
+def _any_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("not a text")
+    return value
+
+
+def _text(value: object) -> str:
+    """Return an address or a parameter of an envelope: a control character would end the command."""
+    text = _any_text(value)
+    if _CONTROL.search(text):
+        raise TypeError("a control character in a command")
+    return text
+
+
+def _texts(values: object) -> tuple[str, ...]:
+    if not isinstance(values, list):
+        raise TypeError("not a list")
+    return tuple(map(_text, values))
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError("not a number")
+    return value
 
 
 def _own_envelope(head: bytes, message_id: str) -> Envelope:

@@ -217,6 +217,11 @@ def spool_set_aside(name: str, reason: str) -> None:
     _event("ERROR", "spool file set aside", file=name, reason=reason)
 
 
+def record_damaged(message_id: str, destination: str, reason: str) -> None:
+    """A stored message is not what was stored, or is no message: it is kept for a person to look at, and never sent."""
+    _event("ERROR", "damaged record", id=message_id, destination=destination, reason=reason)
+
+
 def spool_unfinished(name: str) -> None:
     """A file was half written when its process was killed; kept in ``unfinished``, it is nobody's loss."""
     _event("WARNING", "spool file unfinished", file=name, reason="its process was killed before the client heard 2xx")

@@ -52,6 +52,11 @@ stage_seconds = Histogram(
 )
 spooled = Counter("smtpdup_spooled_total", "Copies that went to the spool instead of Redis")
 unspooled = Counter("smtpdup_unspooled_total", "Messages moved from the spool into Redis")
+damaged_records = Counter(
+    "smtpdup_damaged_records_total",
+    "Stored messages that are not what was stored, kept and never sent, by where they were found: redis, spool",
+    ["where"],
+)
 copies_lost = Counter("smtpdup_copies_lost_total", "Accepted messages whose copies could be written nowhere")
 deliveries = Counter(
     "smtpdup_deliveries_total",

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from relay import headers, ledger, maillog, owners, spool
+from relay import headers, ledger, maillog, metrics, owners, spool
 from relay.envelope import LockedRecord, MalformedRecord, Message, owner_of
 from relay.ledger import Released
 from relay.spool import DISCARD, READY, RELEASE, STAGED, TMP, Entry
@@ -164,7 +164,7 @@ class Shelf:
         for entry in batch:
             try:
                 record = (self._place(destination) / entry.name).read_bytes()
-                message = Message.unpack(record, entry.id)
+                message = _unpacked(entry, record)
             except FileNotFoundError:
                 continue
             except LockedRecord as error:  # it stays, and comes in as soon as the key is here
@@ -173,6 +173,7 @@ class Shelf:
                     maillog.notice("error", "a spooled message waits for its key", id=entry.id, reason=str(error))
                 continue
             except MalformedRecord as error:
+                metrics.damaged_records.labels("spool").inc()
                 self._set_aside(entry.name, str(error), destination)
                 continue
             except OSError as error:  # this one may be readable later; the others are now
@@ -270,6 +271,12 @@ class Ahead:
         _, listed = self._listed.get(destination, (0.0, {}))
         for entry in entries:
             listed.pop(entry.name, None)
+
+
+def _unpacked(entry: Entry, record: bytes) -> Message:
+    if len(record) != entry.size:
+        raise MalformedRecord(f"damaged: it has {len(record)} octets, its name says {entry.size}")
+    return Message.unpack(record, entry.id)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -30,6 +30,7 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 from relay import owners
+from relay.ids import is_id
 from relay.ledger import Released
 
 TMP, STAGED, READY, HELD = "tmp", "staged", "ready", "held"
@@ -112,10 +113,12 @@ def entry_of(name: str) -> Entry:
     """Read a file's name."""
     stem, _, state = name.rpartition(".")
     message_id, _, size = stem.partition("-")
-    if state in _NOTES and not size:
-        return Entry(message_id, name, state)
-    if state == TMP or (state in _STATES and size.isascii() and size.isdigit()):
-        return Entry(message_id, name, state, int(size) if size.isdigit() else 0)
+    is_size = size.isascii() and size.isdigit() and len(size) < 20
+    if is_id(message_id):
+        if state in _NOTES and not size:
+            return Entry(message_id, name, state)
+        if state == TMP or (state in _STATES and is_size):
+            return Entry(message_id, name, state, int(size) if is_size else 0)
     return Entry(message_id, name, "")  # nobody of ours made it
 
 
@@ -265,18 +268,14 @@ class Spool:
         self._take_off()
 
     async def _fly(self, group: list[_Change]) -> None:
-        errors: list[OSError | None]
-        try:
-            errors = await asyncio.get_running_loop().run_in_executor(self._pool, self._do, group)
-        except Exception as error:  # no thread, no memory: whoever waits must hear of it
-            errors = [OSError(errno.ENOMEM, str(error) or "no memory")] * len(group)
-        for change, trouble in zip(group, errors, strict=True):
+        errors = await asyncio.get_running_loop().run_in_executor(self._pool, self._do, group)
+        for change, error in zip(group, errors, strict=True):
             if change.done.done():
                 continue
-            if trouble is None:
+            if error is None:
                 change.done.set_result(None)
             else:
-                change.done.set_exception(trouble)
+                change.done.set_exception(error)
 
     # In a thread
 

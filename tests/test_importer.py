@@ -357,7 +357,7 @@ def _big(place: Place, size: int) -> Message:
 
 
 def _sized(place: Place, size: int, to: tuple[str, ...]) -> Message:
-    body = os.urandom(size)
+    body = os.urandom(size).replace(b".", b",")[:-2] + b"\r\n"
     envelope = Envelope(place.ids.next(), "a@test", (Recipient("b@test"),), 0.0, len(body), destinations=to)
     return Message(envelope, body)
 

@@ -22,10 +22,10 @@ def _message(body: bytes) -> Message:
     ("body", "most"),
     [
         (TEXT, 0.1),
-        (TEXT[:2000], 0.3),
+        (TEXT[: 45 * 40], 0.3),
         # One large attachment with a letter in front, and a letter with a small one behind.
-        (TEXT[: LARGE // 20] + ENCODED, 1.1),
-        (TEXT + ENCODED[: LARGE // 20], 0.2),
+        (TEXT[: 45 * 1000] + ENCODED, 1.1),
+        (TEXT + ENCODED[: 78 * 600], 0.2),
     ],
 )
 def test_what_shrinks_is_stored_small(body: bytes, most: float) -> None:

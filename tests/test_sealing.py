@@ -72,7 +72,9 @@ def lines(path: Path) -> list[str]:
 # Records ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("body", [b"", b"x", BODY, BODY * 1000, os.urandom(1 << 20)], ids=len)
+@pytest.mark.parametrize(
+    "body", [b"", b"x\r\n", BODY, BODY * 1000, os.urandom(1 << 20).replace(b".", b"") + b"\r\n"], ids=len
+)
 def test_what_is_sealed_opens_again(keys: Path, body: bytes) -> None:
     """A sealed record gives back the message, shows nothing of it, and is hardly longer than a plain one."""
     sent = message(body)

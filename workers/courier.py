@@ -16,7 +16,7 @@ from collections.abc import Coroutine
 
 from redis.exceptions import RedisError
 
-from relay import faults, ledger, maillog, wire
+from relay import faults, ledger, maillog, metrics, wire
 from relay.envelope import BodyElsewhere, Destination, LockedRecord, MalformedRecord, printable
 from relay.ledger import Claim
 from relay.pool import Pool
@@ -311,7 +311,10 @@ class Courier:
             self._batches.note(batch, claim.id, *self._outcomes.postpone(claim, batch.job, f"451 4.3.5 {error}"))
             return None
         except MalformedRecord as error:
-            self._batches.note(batch, claim.id, self._outcomes.fail(claim, f"554 5.3.0 {printable(str(error))}"))
+            reason = printable(str(error))
+            metrics.damaged_records.labels("redis").inc()
+            maillog.record_damaged(claim.id, self._destination.name, reason)
+            self._batches.note(batch, claim.id, self._outcomes.fail(claim, f"554 5.3.0 {reason}"))
             return None
         if message is None:
             self._batches.note(batch, claim.id, self._outcomes.forget(claim.id))

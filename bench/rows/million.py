@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import redis
@@ -68,17 +69,16 @@ def run(course: Course) -> Row:
 
 
 def _messages() -> Iterator[Staged]:
-    """Make messages for ever: one record, with an id of its own each."""
+    """Make messages for ever: one body, with an id of its own each."""
     ids = IdSource()
     body = content.wire(_BODY)
-    first = ids.next()
     envelope = Envelope(
-        first, "a@example.com", (Recipient("b@example.com"),), time.time(), len(body), destinations=(_NAME,)
+        "", "a@example.com", (Recipient("b@example.com"),), time.time(), len(body), destinations=(_NAME,)
     )
-    before, _, after = Message(envelope, body).pack().partition(first.encode())
     while True:
         message_id = ids.next()
-        yield Staged(message_id, (before + message_id.encode() + after,), time.time() + 3600)
+        record = Message(replace(envelope, id=message_id), body).packed()
+        yield Staged(message_id, record, time.time() + 3600)
 
 
 def _take(messages: Iterator[Staged], count: int) -> list[Staged]:

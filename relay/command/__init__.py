@@ -1,1 +1,0 @@
-"""The console script `smtp-dup`: its commands, what they print, and how each kind of trouble ends."""
