@@ -42,6 +42,7 @@ class Server:
     name: str
     address: str
     process: subprocess.Popen[bytes]
+    refuses: bool = False  # some mail for good
 
     def turn(self, mood: str) -> None:
         assert self.process.stdin is not None
@@ -105,7 +106,7 @@ class Disturber:
             (2, self._kill_everything),
             (2, self._kill_supervisor),
             (1, self._restart),
-            (6, lambda: self._upset(self._servers[:1])),
+            (6, lambda: self._upset(self._servers[:1])),  # whichever is the primary now
             (8, lambda: self._upset(self._servers[1:])),
         ]
 
@@ -142,6 +143,24 @@ class Disturber:
                     raise
             else:
                 return
+
+    def stop(self) -> None:
+        """Undo everything that lasts, and end the product and what dead supervisors of it have left draining."""
+        self.end()
+        process = self._product.process
+        assert process is not None
+        self._say("stopped")
+        process.terminate()
+        try:
+            process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._say(f"not drained in {_PATIENCE:g} s: killed", *self._parts.named("").values())
+        self._product.kill()
+        self.clean_up()
+
+    def start(self) -> None:
+        """Start the product again, with the settings that it has now."""
+        self._start()
 
     def clean_up(self) -> None:
         """Leave nothing behind of supervisors that were killed."""

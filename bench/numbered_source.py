@@ -1,9 +1,9 @@
 """A source of numbered mail at full speed that behaves as an MTA: what got no 2xx is sent again until it gets one.
 
-Message ``n`` goes to ``n<n>.0@`` and perhaps more recipients, some of them are large, each carries a checksum of its
-text. For every 2xx it appends ``<number> <mask of recipients> <smtp-dup's id>`` to its file, for a 5xx that it has
-done nothing to deserve ``refused <text>``. Now and then it hangs up right after a dot. It makes nothing new when its
-standard input ends or ``--count`` is reached, and ends itself once all is accepted: with 0, or with 1 when its
+What message ``n`` is says bench/numbered.py. For every 2xx it appends ``<number> <mask of recipients> <smtp-dup's id>``
+to its file, ``unanswered <number> <mask>`` when it has sent all of a message and heard no 2xx, and for a 5xx that it
+has done nothing to deserve ``refused <text>``. Now and then it hangs up right after a dot. It makes nothing new when
+its standard input ends or ``--count`` is reached, and ends itself once all is accepted: with 0, or with 1 when its
 patience is over.
 """
 
@@ -15,86 +15,21 @@ import os
 import random
 import re
 import sys
-import zlib
 from contextlib import suppress
-from functools import lru_cache
-from pydoc_data import topics
 
 import uvloop
 
-from bench import content
+from bench.numbered import KINDS, Mail, compose
 
 _SECONDS = 30.0  # for one answer; a client that waits longer than the relay's own deadlines
 _PATIENCE = 120.0  # from the last new message until all are accepted
 _ID = re.compile(rb"taken as (\w+)")
 _HANGS_UP = 0.002
-_LARGE = 0.004
-_LINES = [b"%06d the quick brown fox jumps over the lazy dog and never looks back\r\n" % n for n in range(1000)]
-_NOISE = random.Random(0).randbytes(300_000).hex().encode()
-_NO_LINE_ENDS = bytes(c if c not in b"\r\n\0" else 255 for c in range(256))
-_VARIANTS = 500
+_NEEDED = {b"BODY=8BITMIME": b"8BITMIME", b"SMTPUTF8": b"SMTPUTF8"}  # what a parameter asks of the relay
 
 
 class Failed(Exception):
     """Something else than a 2xx."""
-
-
-def mixed(number: int, _size: int) -> tuple[bytes, int]:
-    """Return a text of any size, with dots to be stuffed, and how many recipients it has."""
-    source = random.Random(number)
-    if source.random() < _LARGE:
-        size = source.randrange(200_000, 600_000)
-        text = b"".join(_NOISE[i : i + 76] + b"\r\n" for i in range(0, size, 76))
-    else:
-        lines = source.choice((4, 14, 28, 55, 160))
-        start = source.randrange(len(_LINES) - lines)
-        text = b"".join((b"..dot %d\r\n" % number, *_LINES[start : start + lines]))
-    return text, source.choice((1, 1, 1, 2, 3))
-
-
-@lru_cache(maxsize=1)
-def _prose() -> list[bytes]:
-    """Return some 10,000 lines of English: Python's own reference, which comes with every Python."""
-    lines = "\n".join(topics.topics.values()).encode("ascii", "replace").splitlines()
-    return [line.strip() + b"\r\n" for line in lines if not line.strip().startswith(b".")]
-
-
-def text(number: int, size: int) -> tuple[bytes, int]:
-    """Return ordinary text."""
-    lines = _prose()
-    start = random.Random(number).randrange(len(lines))
-    found: list[bytes] = []
-    left = size
-    while left > 0:
-        found.append(lines[(start + len(found)) % len(lines)])
-        left -= len(found[-1])
-    return b"".join(found), 1
-
-
-@lru_cache(maxsize=_VARIANTS)
-def _mail(variant: int, size: int) -> bytes:
-    return content.wire(size, seed=variant)
-
-
-def mail(number: int, size: int) -> tuple[bytes, int]:
-    """Return the mail of the other benchmarks: half words, half base64."""
-    return _mail(number % _VARIANTS, size), 1
-
-
-def noise(number: int, size: int) -> tuple[bytes, int]:
-    """Return what does not compress: 8-bit octets in lines."""
-    octets = random.Random(number).randbytes(size).translate(_NO_LINE_ENDS)
-    return b"".join(b" " + octets[i : i + 900] + b"\r\n" for i in range(0, size - size // 300 - 3, 900)), 1
-
-
-KINDS = {"mixed": mixed, "text": text, "mail": mail, "noise": noise}
-
-
-def message(number: int, kind: str, size: int) -> tuple[bytes, int]:
-    """Return the message of a number in wire form without its dot, and how many recipients it has."""
-    body, recipients = KINDS[kind](number, size)
-    head = b"Subject: %d\r\nMessage-ID: <%d@soak.example>\r\nX-Checksum: %08x\r\n\r\n"
-    return head % (number, number, zlib.crc32(body)) + body, recipients
 
 
 class Source:
@@ -116,8 +51,8 @@ class Source:
         self._next += 1
         return self._next - 1
 
-    def message(self, number: int) -> tuple[bytes, int]:
-        return message(number, self._kind, self._size)
+    def message(self, number: int) -> Mail:
+        return compose(number, self._kind, self._size)
 
     def note(self, line: bytes) -> None:
         os.write(self._file, line + b"\n")
@@ -130,53 +65,88 @@ class Session:
         self._source = source
         self._may_pipeline = pipelining
         self._pipelining = False
+        self._offered = b""
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
 
     async def run(self) -> None:
         while (number := self._source.number()) is not None:
-            body, recipients = self._source.message(number)
-            owed = set(range(recipients))
+            mail = self._source.message(number)
+            owed = set(range(len(mail.recipients)))
             while owed:
                 try:
-                    owed -= await self._send(number, body, sorted(owed))
+                    owed -= await self._send(number, mail, sorted(owed))
                 except (Failed, OSError, TimeoutError, asyncio.IncompleteReadError):
                     self._hang_up()
                 if owed:
                     await asyncio.sleep(self._source.source.uniform(0.05, 0.5))
         self._hang_up()
 
-    async def _send(self, number: int, body: bytes, owed: list[int]) -> set[int]:
+    async def _send(self, number: int, mail: Mail, owed: list[int]) -> set[int]:
         """Send a message once; returns the recipients for whom it was accepted."""
         if self._writer is None:
             await self._connect()
-        mail = b"MAIL FROM:<sender@soak.example>\r\n"
-        rcpt = [b"RCPT TO:<n%d.%d@soak.example>\r\n" % (number, i) for i in owed]
-        if self._pipelining:
-            self._write(b"".join((mail, *rcpt, b"DATA\r\n")))
-        begun = bool(await self._answer(b"" if self._pipelining else mail))
+        if any(_NEEDED[parameter] not in self._offered for parameter in mail.parameters):
+            raise Failed("it does not offer now what this message needs")
+        in_chunks = mail.is_chunked and b"CHUNKING" in self._offered
+        pipelining = self._pipelining and not in_chunks
+        begin = b" ".join((b"MAIL FROM:<%s>" % mail.sender, *mail.parameters)) + b"\r\n"
+        rcpt = [b"RCPT TO:<%s>\r\n" % mail.recipients[i] for i in owed]
+        if pipelining:
+            self._write(b"".join((begin, *rcpt, b"DATA\r\n")))
+        begun = bool(await self._answer(b"" if pipelining else begin))
         accepted = set()
-        for i, command in zip(owed, rcpt, strict=True) if begun or self._pipelining else ():
+        for i, command in zip(owed, rcpt, strict=True) if begun or pipelining else ():
             # Behind a refused MAIL the rest of a pipeline is out of order, and so it is told.
-            if await self._answer(b"" if self._pipelining else command, in_order=begun) and begun:
+            if await self._answer(b"" if pipelining else command, in_order=begun) and begun:
                 accepted.add(i)
-        if accepted or self._pipelining:
-            go = await self._answer(b"" if self._pipelining else b"DATA\r\n", b"3", in_order=bool(accepted))
-        if not accepted or not go:
+        if in_chunks:
+            last = await self._chunks(mail.unstuffed) if accepted else None
+        elif accepted or pipelining:
+            go = await self._answer(b"" if pipelining else b"DATA\r\n", b"3", in_order=bool(accepted))
+            last = b".\r\n" if accepted and go else None
+        else:
+            last = None
+        if last is None:
             await self._answer(b"RSET\r\n")
-            return set()
-        self._write(body)
+        elif await self._finish(number, accepted, b"" if in_chunks else mail.wire, last):
+            return accepted
+        return set()
+
+    async def _finish(self, number: int, accepted: set[int], wire: bytes, last: bytes) -> bool:
+        """Send what is left, and note what is said to it."""
+        mask = sum(1 << i for i in accepted)
+        self._write(wire)
+        await self._drained()
+        answer = b""
+        try:
+            self._write(last)
+            if not self._source.is_steady and self._source.source.random() < _HANGS_UP:
+                raise Failed("we hung up")
+            answer = await self._answer(b"")
+        finally:
+            if not answer:
+                self._source.note(b"unanswered %d %d" % (number, mask))
+        if answer:
+            found = _ID.search(answer)
+            self._source.note(b"%d %d %s" % (number, mask, found[1] if found else b"-"))
+        return bool(answer)
+
+    async def _chunks(self, octets: bytes) -> bytes | None:
+        """Send all but the last chunk; returns that with its command, None when a chunk was refused."""
+        most = max(1, len(octets) // self._source.source.choice((1, 2, 5)))
+        at = 0
+        while len(octets) - at > most:
+            self._write(b"BDAT %d\r\n%s" % (most, octets[at : at + most]))
+            await self._drained()
+            if not await self._answer(b""):
+                return None
+            at += most
+        return b"BDAT %d LAST\r\n%s" % (len(octets) - at, octets[at:])
+
+    async def _drained(self) -> None:
         assert self._writer is not None
         await asyncio.wait_for(self._writer.drain(), _SECONDS)
-        self._write(b".\r\n")
-        if not self._source.is_steady and self._source.source.random() < _HANGS_UP:
-            raise Failed("we hung up")
-        answer = await self._answer(b"")
-        if not answer:
-            return set()
-        found = _ID.search(answer)
-        self._source.note(b"%d %d %s" % (number, sum(1 << i for i in accepted), found[1] if found else b"-"))
-        return accepted
 
     async def _connect(self) -> None:
         self._reader, self._writer = await asyncio.wait_for(
@@ -188,6 +158,7 @@ class Session:
         hello = await self._answer(b"EHLO soak.example\r\n")
         if not hello:
             raise Failed
+        self._offered = hello
         self._pipelining = self._may_pipeline and b"PIPELINING" in hello
 
     def _write(self, data: bytes) -> None:

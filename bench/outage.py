@@ -24,7 +24,7 @@ import redis
 
 from bench import ROOT, programs
 from bench.audit import Arrivals
-from bench.numbered_source import message
+from bench.numbered import message
 from bench.results import Goal
 from lifetime import tied
 from product import Product

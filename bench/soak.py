@@ -1,9 +1,10 @@
 """``python -m bench.soak --minutes N --seed S``: numbered mail at full speed while everything is killed and stalled.
 
-The real product with its embedded Redis and two backups; the primary and the backups go down, stall, and answer with
-nonsense too. In the end all is let run and drained, then audited: what was accepted is at the primary and at each
-backup, and every duplicate has its line in the log. The exit status is 1 on any loss or unexplained duplicate; the
-folder with every record and the whole log (some 100 MB a minute) is kept then, else deleted.
+The real product with its embedded Redis and two backups, of which the second refuses some recipients and messages for
+good; the primary and the backups go down, stall, and break off too. Half way the primary and the first backup exchange
+their roles. In the end all is let run: some mail goes through in the calm, then what is owed drains by itself, with the
+reconciler as the only net, and is audited (bench/audit.py). The exit status is 1 on any fault; the folder with every
+record and the whole log (some 100 MB a minute) is kept then, else deleted.
 """
 
 from __future__ import annotations
@@ -40,8 +41,11 @@ SETTINGS = {
     "relay.final_timeout_seconds": "8",
     "relay.uncertain_hold": "3",
     "redis.timeout_seconds": "2",
+    "workers.sweep": "5",
 }
-_DRAIN_SECONDS = 240.0
+_CALM_SECONDS = (10.0, 5.0)  # until what was disturbed is past, and of mail after that
+# What a copy may take that has lost its job and whose lease has not ended: that, and what two sweeps and a retry take.
+_DRAIN_SECONDS = 60.0 + 3 * 5.0 + 10.0 + 15.0
 _SOURCE_SECONDS = 150.0
 
 
@@ -57,18 +61,45 @@ class Soak:
         self.begun = time.monotonic()
         self.servers = [self._server(stack, name, n) for n, name in enumerate(("primary", "backup-1", "backup-2"))]
         addresses = [server.address for server in self.servers]
-        self.backups = {server.address: server.name for server in self.servers[1:]}
+        self.primaries = [(0.0, addresses[0])]
+        self.calm = 0.0
+        self.failed: list[dict[str, object]] = []
         settings = {**SETTINGS, "workers.processes": str(1 + seed % 2)}
         self.product = Product(folder, primary=addresses[0], backups=addresses[1:], settings=settings)
         stack.callback(self.product.clean_up)
         self.disturber = Disturber(self.product, self.servers, seed, self._note)
         stack.callback(self.disturber.clean_up)
         self.product.start()
-        words = [str(self.product.smtp_port), str(folder / "accepted"), str(sessions), str(seed)]
+        words = [str(self.product.smtp_port), str(folder / "accepted"), str(sessions), str(seed), "--kind", "varied"]
         self.source = programs.start(stack, "numbered_source", *words, port=self.product.smtp_port, told=True)
 
     def run(self, seconds: float) -> audit.Verdict:
-        """Disturb for so long, drain, and return what the audit found."""
+        """Disturb for so long, with a cut-over in the middle, drain, and return what the audit found."""
+        self._disturb(seconds / 2)
+        self._cut_over()
+        self._disturb(seconds / 2)
+        self.disturber.end()
+        self.say("everything runs")
+        self._rest(_CALM_SECONDS[0])
+        self.calm = time.time()
+        self._rest(_CALM_SECONDS[1])
+        faults = self._drain()
+        verdict = audit.examine(
+            audit.Records(
+                accepted=self.folder / "accepted",
+                servers={server.address: self.folder / server.name for server in self.servers},
+                primaries=self.primaries,
+                log=self.product.log_file,
+                refusing=frozenset(s.address for s in self.servers if s.refuses),
+                failed=self.failed,
+                done=self.done,
+                calm=self.calm,
+            )
+        )
+        verdict.faults += faults
+        return verdict
+
+    def _disturb(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         following = time.monotonic() + 1.0
         while time.monotonic() < end:
@@ -76,14 +107,24 @@ class Soak:
             if time.monotonic() >= following:
                 following = time.monotonic() + self.disturber.step()
             time.sleep(0.05)
-        self.disturber.end()
-        faults = self._drain()
-        backups = {address: self.folder / name for address, name in self.backups.items()}
-        verdict = audit.examine(
-            self.folder / "accepted", self.folder / "primary", backups, self.product.log_file, self.done
-        )
-        verdict.faults += faults
-        return verdict
+
+    def _rest(self, seconds: float) -> None:
+        """Disturb nothing for so long; what ends by itself all the same is started again, and seen."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.disturber.look()
+            time.sleep(0.05)
+
+    def _cut_over(self) -> None:
+        """Have the primary and the first backup exchange their roles, as docs/migration.md does it."""
+        self.disturber.stop()
+        new, old = self.servers[1], self.servers[0]
+        self.servers[:2] = [new, old]
+        self.primaries.append((time.time(), new.address))
+        self.product.settings["relay.destination_primary"] = new.address
+        self.product.settings["relay.destination_backups"] = ",".join(s.address for s in self.servers[1:])
+        self._note(Disturbance(time.time(), "cut over"))
+        self.disturber.start()
 
     def say(self, text: str) -> None:
         if not self.quiet:
@@ -96,15 +137,17 @@ class Soak:
     def _server(self, stack: ExitStack, name: str, number: int) -> Server:
         port = free_port()
         words = [str(port), str(self.folder / name), str(1000 * self.seed + number)]
+        refuses = name == "backup-2"  # never a primary: a client would have to hear of it
+        words += ["--refuses"] if refuses else []
         process = programs.start(stack, "recording_server", *words, port=port, told=True)
-        server = Server(name, f"127.0.0.1:{port}", process)
+        server = Server(name, f"127.0.0.1:{port}", process, refuses)
         # A stalled one does not hear that it shall end.
         stack.callback(server.process.send_signal, signal.SIGCONT)
         return server
 
     def _drain(self) -> list[str]:
         """Have the source come to its end and the product deliver what it owes; returns what is wrong."""
-        self.say("everything runs: draining")
+        self.say("draining")
         faults = []
         assert self.source.stdin is not None
         self.source.stdin.close()
@@ -115,16 +158,17 @@ class Soak:
             faults.append("the source of mail hangs")
         begun = time.monotonic()
         while (left := self._left()) and time.monotonic() - begun < _DRAIN_SECONDS:
-            for row in self.product.json("queue", "verify"):
-                self.findings[f"{row['finding']}: {row['action'].partition(' as ')[0]}"] += 1
+            time.sleep(0.2)
         if left:
-            return [*faults, f"not drained in {_DRAIN_SECONDS:g} s: {left}"]
+            return [*faults, f"not drained in {_DRAIN_SECONDS:g} s by itself: {left}"]
         self.say(f"drained in {time.monotonic() - begun:.1f} s")
+        self.failed = self.product.json("failed", "list")
+        found = Counter(f"{row['finding']}: {row['action']}" for row in self.product.json("queue", "verify"))
+        faults += [f"queue verify found something at the end: {count} {what}" for what, count in found.items()]
         with redis.Redis.from_url(self.product.redis_url) as connection:
-            bodies = [key.decode() for key in connection.scan_iter(ledger.MESSAGE + "*", count=1000)]
-            failed = sum(row.failed for row in ledger.summary(connection))
-        faults += [f"{len(bodies)} bodies that nobody lists: {' '.join(bodies[:10])}"] if bodies else []
-        faults += [f"{failed} copies failed, though no server refused anything"] if failed else []
+            bodies = {key.decode().removeprefix(ledger.MESSAGE) for key in connection.scan_iter(ledger.MESSAGE + "*")}
+        bodies -= {str(row["id"]) for row in self.failed}
+        faults += [f"{len(bodies)} bodies that nobody lists: {' '.join(sorted(bodies)[:10])}"] if bodies else []
         corrupt = spool.summary(self.product.state_dir / "spool").corrupt
         halves = "half-written files, whose clients got no 2xx, are set aside in the spool"
         self.findings.update({halves: corrupt} if corrupt else {})
@@ -152,12 +196,14 @@ def report(soak: Soak, verdict: audit.Verdict, seconds: float) -> str:
         *(f"  {count:8d} {what}" for what, count in verdict.figures.items()),
         "duplicates and uncertain copies, by the death that the log names, or else by what was done last before:",
         *(f"  {count:8d} {what}" for what, count in verdict.causes.most_common()),
-        "findings of queue verify at the end:",
+        "also:",
         *(f"  {count:8d} {what}" for what, count in soak.findings.most_common()),
         "warnings and errors in the log:",
         *(f"  {count:8d} {what}" for what, count in verdict.trouble.most_common(25)),
         *(f"FAULT: {text}" for text in verdict.faults),
-        "nothing lost, every duplicate explained" if not verdict.faults else f"kept for inspection: {soak.folder}",
+        "nothing lost or changed, every duplicate explained"
+        if not verdict.faults
+        else f"kept for inspection: {soak.folder}",
     ]
     return "\n".join(lines)
 

@@ -379,7 +379,7 @@ def _sweeping(settings: Settings, url: str) -> dict[str, Task]:
             keep_scheduling(connect, _queues(client, settings.backups), name, stop)
 
     def reconcile(stop: threading.Event) -> None:
-        keep_reconciling(connector(settings.redis), settings, name, stop)
+        keep_reconciling(connector(settings.redis), settings, name, stop, every=settings.workers.sweep)
 
     return {"scheduler": schedule, "reconciler": reconcile}
 

@@ -171,6 +171,9 @@ OPTIONS: tuple[Option, ...] = (
     Option("workers.batch", integer(1, 10_000), 100, "copies", "Copies in one job."),
     Option("workers.connections", integer(0, 10_000), 0, "connections",
            "To one backup, from one worker process, at most. 0: 20, and up to 40 where a round trip takes over 20 ms."),
+    Option("workers.sweep", duration(), "1m", "seconds",
+           "How often the reconciler compares the ledger with RQ's jobs. A copy that no job would deliver gets a new "
+           "one at its second sweep."),
 )
 
 BACKUP_FIELDS: tuple[Option, ...] = (

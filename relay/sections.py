@@ -199,6 +199,7 @@ class WorkersSettings:
     processes: int
     batch: int
     connections: int
+    sweep: float
 
 
 @dataclass(frozen=True, slots=True)
