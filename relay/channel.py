@@ -2,7 +2,8 @@
 
 A subclass of aiosmtpd's SMTP, of which the transport's side is kept; the conversation itself is a Session. A client
 that hangs up never cancels anybody: it shows as the end of input (None for a line, b"" for a chunk), and what is
-written to it goes nowhere.
+written to it goes nowhere. The loop may tell of its end late, or, in the middle of a change to TLS, never: so whoever
+waits here has a deadline, and what passes it is aborted and taken for gone without asking the loop.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from relay.envelope import Reply
 from relay.inbox import Inbox
 
 _HANDSHAKE_SECONDS = 30.0
+_GOODBYE_SECONDS = 5.0  # for the client's side of a close: TLS ends with a word from both
 _TIMEOUT = Reply.of(421, "4.4.2 Timeout while waiting for you")
+_GONE = "the client has gone"
 _MOST_HELD = 100  # replies; then it is seen whether the client reads them
 _TLS_ERRORS = (ssl.SSLError, ConnectionError, TimeoutError, OSError)
 
@@ -40,6 +43,8 @@ class Channel(SMTP):
         self._watchdog: asyncio.TimerHandle | None = None
         self._deadline = 0.0
         self._deaf_at = math.inf
+        self._lost = loop.create_future()  # done when the connection is no more
+        self._handshake: asyncio.Task[Any] | None = None
         self._held: list[bytes] = []  # replies to commands that came together, to leave together
         self.waited = 0.0  # seconds, for what came last
         self.waiting = False  # for the client; only then may a deadline or a shutdown end the conversation
@@ -67,7 +72,11 @@ class Channel(SMTP):
         self.transport = None
         self.inbox.follow(None)
         self.inbox.end()
-        asyncio.streams.FlowControlMixin.connection_lost(self, None)
+        if self._handshake is not None:
+            self._handshake.cancel()  # nobody else would tell it
+        if not self._lost.done():
+            self._lost.set_result(None)
+            asyncio.streams.FlowControlMixin.connection_lost(self, None)
 
     def eof_received(self) -> bool:
         """Keep our side open where that can be done: the reply to the last command may still be wanted."""
@@ -77,7 +86,8 @@ class Channel(SMTP):
     def _end(self, conversation: asyncio.Task[None]) -> None:
         if self._watchdog is not None:
             self._watchdog.cancel()
-        self._hang_up()
+        if not self._lost.done():
+            self.abort()
         if not conversation.cancelled():
             conversation.result()  # what a conversation raises goes to the loop's handler
 
@@ -86,6 +96,11 @@ class Channel(SMTP):
     @property
     def is_gone(self) -> bool:
         return self.transport is None
+
+    @property
+    def is_deaf(self) -> bool:
+        """Whether the client has not read what we say for some seconds."""
+        return self.loop.time() >= self._deaf_at - self._write_seconds + _GOODBYE_SECONDS
 
     async def push(self, reply: Reply) -> None:  # type: ignore[override]  # a Reply instead of text
         """Write a reply. That the client has gone is found out at the next read.
@@ -132,13 +147,30 @@ class Channel(SMTP):
             self.transport.write(b"".join(held))
 
     def _hang_up(self) -> None:
-        """Close; what the client will not read is not kept for ever."""
         self._flush()
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.close()
+
+    async def close(self) -> None:
+        """Hang up; returns when the connection is no more: until then the client has its place."""
+        if self._lost.done():
+            return
+        self._hang_up()
+        seconds = _GOODBYE_SECONDS
+        if self.transport is not None and self.transport.get_write_buffer_size():
+            seconds = self._write_seconds
+            self._deaf_at = self.loop.time() + seconds
+        await asyncio.wait([self._lost], timeout=seconds)
+        if not self._lost.done():
+            self.abort()
+
+    def abort(self) -> None:
+        """Break the connection off, and take it for gone whatever the loop says."""
+        self.inbox.clear()  # nobody will hear the answers
         transport = self.transport
-        if transport is not None and not transport.is_closing():
-            if transport.get_write_buffer_size():
-                self.loop.call_later(self._write_seconds, transport.abort)
-            transport.close()
+        if transport is not None:
+            transport.abort()
+        self.connection_lost(None)
 
     # --- in ---------------------------------------------------------------------------------------------------
 
@@ -172,29 +204,46 @@ class Channel(SMTP):
         """
         transport = self.transport
         if transport is None or transport.is_closing():
-            return "the client has gone"
+            return _GONE
         transport.pause_reading()  # all that comes from now on goes to TLS
         self.inbox.follow(None)  # until the handshake is over its transport is not ours to stop
         early = self.inbox.clear()
         if first is not None:
             self._write(first)
-        handshake = self.loop.create_task(
-            self.loop.start_tls(transport, self, context, server_side=True, ssl_handshake_timeout=_HANDSHAKE_SECONDS)
-        )
+        self._handshake = self.loop.create_task(self._negotiate(transport, context))
         if early and keep:
             await asyncio.sleep(0)  # the task has asked for what connects its protocol, and then for reading to go on
             self.loop.call_soon(_feed, transport, early)
+        # The loop's own limit cannot be relied on: it does not reach a connection that was lost a moment before.
+        done, _ = await asyncio.wait([self._handshake], timeout=_HANDSHAKE_SECONDS + _GOODBYE_SECONDS)
+        handshake, self._handshake = self._handshake, None
         try:
-            secured = await handshake
+            secured = handshake.result() if done and not handshake.cancelled() else None
         except _TLS_ERRORS as error:
-            self.inbox.end()
-            return str(getattr(error, "reason", "") or type(error).__name__)
-        if secured is None:
-            return "the client has gone"
-        self.transport = secured
-        self.inbox.follow(secured)
-        self.tls = True
-        return ""
+            reason = str(getattr(error, "reason", "") or type(error).__name__)
+        else:
+            if secured is not None and not self._lost.done():
+                self.transport = secured
+                self.inbox.follow(secured)
+                self.tls = True
+                return ""
+            handshake.cancel()
+            reason = _GONE
+        transport.abort()
+        self.abort()
+        return reason
+
+    async def _negotiate(self, transport: Any, context: ssl.SSLContext) -> Any:
+        if transport.is_closing():  # with the reply a moment ago: the loop would wait for ever for its end
+            return None
+        return await self.loop.start_tls(
+            transport,
+            self,
+            context,
+            server_side=True,
+            ssl_handshake_timeout=_HANDSHAKE_SECONDS,
+            ssl_shutdown_timeout=_GOODBYE_SECONDS,
+        )
 
     # --- deadlines --------------------------------------------------------------------------------------------
 
@@ -205,8 +254,7 @@ class Channel(SMTP):
             self.dismiss(_TIMEOUT)
         elif self.loop.time() >= self._deaf_at and self.transport is not None:
             self._watchdog = None
-            self.inbox.clear()  # nobody will hear the answers
-            self.transport.abort()
+            self.abort()
         else:
             self._watchdog = self.loop.call_later(self._watch_every, self._watch)
 

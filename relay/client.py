@@ -156,9 +156,12 @@ async def _start_tls(smtp: aiosmtplib.SMTP, destination: Destination, *, offered
         if optional:
             return False
         raise ConnectFailed("the server does not offer STARTTLS", stage="STARTTLS")
+    # A net below the deadlines of its reply and its handshake: the loop's own does not reach a connection lost before.
+    seconds = None if smtp.timeout is None else 3 * smtp.timeout
     try:
         with _stage("STARTTLS"):
-            await smtp.starttls()
+            async with asyncio.timeout(seconds):
+                await smtp.starttls()
     except ConnectFailed as error:
         if error.reply is None:
             raise _TLSFailed(error.reason, stage="TLS") from error

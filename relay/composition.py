@@ -29,7 +29,7 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import TimeoutError as NoAnswer
 
-from relay import embedded, envelope, ledger, maillog, sealing
+from relay import embedded, envelope, ledger, limits, maillog, sealing
 from relay.check import probe_redis
 from relay.destinations import is_loopback
 from relay.envelope import Destination, printable
@@ -54,6 +54,10 @@ _RELAY, _WORKERS, _AROUND, _REDIS = range(4)
 
 class StartError(Exception):
     """It cannot be started; the text is one line for the operator."""
+
+
+class NoRedis(StartError):
+    """It cannot be started, since Redis is away or does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,7 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = ()) -> int:
         envelope.bound(settings.smtp.max_message_bytes)
     except sealing.BadKeyFile as error:
         raise StartError(f"storage.key_file: {error}") from error
+    settings = _fitted(settings, role)
     early = EarlyStop()
     with ExitStack() as ends:
         os.environ[METRICS_VARIABLE] = str(_metrics_folder(settings.state_dir, ends))
@@ -166,6 +171,30 @@ def _tell_who_is_let_in(smtp: SmtpSettings) -> None:
 
 
 # What is needed first ------------------------------------------------------------------------------------------
+
+
+def _fitted(settings: Settings, role: Role) -> Settings:
+    """Raise the limit of open files, and cut the number of clients to what fits. Raises StartError."""
+    limit = limits.raise_files()
+    smtp = settings.smtp
+    try:
+        limits.worker_connections(limit, 1)
+        if not role.relays:
+            return settings
+        fit = limits.relay_fit(
+            limit, smtp.max_connections, smtp.process_count, len(smtp.addresses + smtp.tls_addresses)
+        )
+    except limits.TooLow as error:
+        raise StartError(str(error)) from error
+    if fit.clients < smtp.max_connections:
+        maillog.notice(
+            "warning",
+            "smtp.max_connections is cut to what the limit of open files allows: raise that (ulimit -Hn, LimitNOFILE=)",
+            limit=limit,
+            wanted=smtp.max_connections,
+            connections=fit.clients,
+        )
+    return replace(settings, smtp=replace(smtp, max_connections=fit.clients))
 
 
 def _metrics_folder(state_dir: Path, ends: ExitStack) -> Path:
@@ -262,7 +291,7 @@ def _wait_for_redis(settings: Settings, *, may_be_away: bool) -> None:
                     maillog.notice("warning", text, redis=server.shown, reason=reason)
                     return
                 if time.monotonic() >= deadline:
-                    raise StartError(f"{subject}: {server.shown} does not answer: {reason}") from error
+                    raise NoRedis(f"{subject}: {server.shown} does not answer: {reason}") from error
                 if time.monotonic() >= report:
                     maillog.notice("warning", "waiting for Redis", redis=server.shown, reason=reason)
                     report += _REPORT_EVERY
@@ -289,7 +318,7 @@ def _register(settings: Settings) -> None:
             pipe.execute()
     except RedisError as error:
         if settings.spool.dir is None:
-            raise StartError(f"redis: {printable(str(error))}") from error
+            raise NoRedis(f"redis: {printable(str(error))}") from error
         maillog.notice("warning", "the ledger does not hear of the backups", reason=printable(str(error)))
 
 
@@ -325,7 +354,14 @@ def _relay(number: int, settings: Settings, place: Place, url: str) -> Child:
 
 
 def _workers(settings: Settings, destinations: Sequence[Destination], url: str) -> list[Child]:
-    from workers import courier, process  # noqa: PLC0415
+    from workers import courier, process, retry  # noqa: PLC0415
+
+    limit = limits.files()
+
+    def fitted(destination: Destination) -> Destination:
+        wanted = retry.Width(destination.connections).most
+        fits = limits.worker_connections(limit, wanted)
+        return destination if fits == wanted else replace(destination, connections=fits)
 
     def child(destination: Destination, number: int) -> Child:
         def give_back(connection: Redis, dead: str) -> None:
@@ -338,7 +374,7 @@ def _workers(settings: Settings, destinations: Sequence[Destination], url: str) 
                 destination=destination.name,
                 queue_name=destination.queue_name,
                 connect=process.connector(settings.redis),
-                make_courier=lambda name: courier.Courier(settings, destination, name, url),
+                make_courier=lambda name: courier.Courier(settings, fitted(destination), name, url),
                 on_dead=give_back,
             )
 

@@ -70,14 +70,20 @@ class Conversation:
             pass
         finally:
             session.forget()
-            self._client.leave()
-            front.conversations.discard(self)
-            front.seat.add_client(-1)
+            try:
+                await channel.close()
+            finally:
+                self._client.leave()
+                front.conversations.discard(self)
+                front.seat.add_client(-1)
 
     def stop(self, *, impatient: bool) -> None:
         """End an idle conversation now; one in a transaction after it, or, impatient, before its DATA."""
-        if self._channel.waiting and (not self._session.in_transaction or (impatient and not self._session.in_data)):
-            self._channel.dismiss(_SHUTDOWN)
+        session, channel = self._session, self._channel
+        if channel.is_deaf:
+            channel.abort()
+        elif channel.waiting and (not session.in_transaction or (impatient and not session.in_data)):
+            channel.dismiss(_SHUTDOWN)
 
     async def _answer(self, line: bytes) -> Reply | None:
         """Return the reply to one command, None when it has been given: where the unforeseen becomes a reply."""

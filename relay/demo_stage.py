@@ -60,7 +60,7 @@ def command_line(stage: Stage, words: str) -> str:
     program = Path(sys.argv[0])
     on_path = shutil.which(program.name)
     if program.name != "smtp-dup":
-        name = [sys.executable, "-m", "relay.cli"]
+        name = [sys.executable, "-m", "relay.command"]
     elif on_path and Path(on_path).samefile(program):
         name = [program.name]
     else:

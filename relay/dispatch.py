@@ -49,8 +49,8 @@ def queue(connection: Redis, destination: str) -> Queue:
 
 
 def description(destination: str, ids: Sequence[str]) -> str:
-    """Return what rq-dashboard shows for a job: never an address, never content."""
-    return f"{len(ids)} cop{'y' if len(ids) == 1 else 'ies'} to {destination}, first {ids[0]}"
+    """Return what rq-dashboard shows for a job that waits: never an address, never content."""
+    return f"{len(ids)} message{'' if len(ids) == 1 else 's'} to {destination}, first {ids[0]}"
 
 
 def enqueue(pipe: Any, target: Queue, destination: str, ids: Sequence[str], *, at_front: bool = False) -> str:

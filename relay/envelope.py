@@ -25,10 +25,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import zstandard
 
+import relay.text
 from relay import sealing
 from relay.ids import ALPHABET, is_destination_name, is_id
 
 T = TypeVar("T")
+printable = relay.text.printable  # where most look for it; relay.text is quicker to import
 
 RECORD_VERSION = 1
 SEALED_VERSION = 2
@@ -123,13 +125,6 @@ def made_at(message_id: str) -> float:
 
 def _base32(number: int, width: int) -> str:
     return "".join(ALPHABET[(number >> shift) & 31] for shift in range(5 * (width - 1), -1, -5))
-
-
-def printable(text: str) -> str:
-    """Return text with every control character escaped, so that it can be shown and logged."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 class Reply(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -32,3 +33,9 @@ class Front:
     credentials: Credentials = field(default_factory=Credentials)
     conversations: set[Stoppable] = field(default_factory=set)
     stopping: bool = False
+    most_clients: int = sys.maxsize  # of this process, by its descriptors
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether one client more is too many, for all processes together or for this one."""
+        return self.seat.clients > self.settings.smtp.max_connections or self.seat.own_clients > self.most_clients

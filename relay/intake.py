@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from relay import maillog, metrics
+from relay import limits, maillog, metrics
 from relay.commit import GroupCommit
 from relay.dispatch import Dispatcher
 from relay.envelope import Envelope, Message
@@ -31,7 +32,14 @@ _LATE_SECONDS = 60.0  # after a time-out, this long until what was on its way ha
 
 
 class NotDurable(Exception):
-    """The copy could be written neither to Redis nor to the spool."""
+    """The copy could be written neither to Redis nor to the spool.
+
+    ``is_own``: for want of descriptors, memory or threads of ours. Redis and the disk may be well, and this passes.
+    """
+
+    def __init__(self, reason: str, *, is_own: bool = False) -> None:
+        super().__init__(reason)
+        self.is_own = is_own
 
 
 class Intake:
@@ -77,6 +85,7 @@ class Intake:
         try:
             await self._to_spool(envelope, record, trouble)
         except OSError as error:
+            is_own = self._watch.is_own or limits.is_own(error)
             trouble = f"{trouble}; spool: {error.strerror or error}"
             untidy = self._spool is not None and self._spool.has(envelope.id)
             hopeless = envelope.id in self._doubtful or not self._watch.may_squeeze_in(size)
@@ -84,7 +93,7 @@ class Intake:
             if untidy or hopeless or await self._to_redis(envelope, record):
                 if untidy or envelope.id in self._doubtful:
                     self.discard(envelope.id)
-                raise NotDurable(trouble) from error
+                raise NotDurable(trouble, is_own=is_own or self._watch.is_own) from error
 
     async def _to_redis(self, envelope: Envelope, record: tuple[bytes, ...]) -> str:
         """Return why it could not be written, or "" when it was."""
@@ -109,11 +118,13 @@ class Intake:
         try:
             async with asyncio.timeout(_SPOOL_SECONDS):
                 await self._spool.write(envelope.id, b"".join(record))
-        except OSError:  # TimeoutError is one
-            with contextlib.suppress(OSError):
+        except (OSError, RuntimeError, MemoryError) as error:  # TimeoutError is an OSError
+            with contextlib.suppress(OSError, RuntimeError, MemoryError):
                 async with asyncio.timeout(1):
                     await self._spool.discard(envelope.id)
-            raise
+            if isinstance(error, OSError):
+                raise
+            raise OSError(errno.ENOMEM, str(error) or "no memory") from error  # no thread, no memory
         metrics.spooled.inc()
         maillog.spooled(envelope, reason)
 

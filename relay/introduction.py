@@ -115,7 +115,7 @@ class Introduction:
         front, settings = self._front, self._settings
         if front.stopping:
             return _SHUTDOWN
-        if front.seat.clients > settings.max_connections:
+        if front.is_crowded:
             return _CROWDED
         if settings.max_connections_per_client:
             self._counted = identity.household(self.address)

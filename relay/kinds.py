@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from redis.connection import parse_url
-
-from relay.envelope import printable
+from relay.text import printable
 
 _DURATION_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -59,6 +57,8 @@ class Kind:
     expected: str
     read: Callable[[Any], Any]
     show: Callable[[Any], str] = str
+    words: tuple[str, ...] = ()  # all that it may be, where that is a handful
+    several: bool = False  # a list: in a flag that is given again the values add up
 
 
 def _fail(expected: str, value: object) -> ValueError:
@@ -152,7 +152,7 @@ def choice(*words: str, **synonyms: str) -> Kind:
             raise _fail(expected, value)
         return word
 
-    return Kind(expected, read)
+    return Kind(expected, read, words=words)
 
 
 def _read_networks(value: object, *, none: bool = False) -> tuple[Network, ...]:
@@ -246,11 +246,20 @@ def _read_path(value: object) -> Path | None:
         raise ValueError(f"expected a path, and {quoted(text)} names a home folder that is not known") from None
 
 
+def _parse_url(text: str) -> dict[str, Any]:
+    from redis.connection import parse_url  # noqa: PLC0415  (0.1 s, also of commands that need no Redis)
+
+    found: dict[str, Any] = parse_url(text)  # type: ignore[no-untyped-call]
+    return found
+
+
 def _read_redis_url(value: object) -> str:
     expected = "redis://[:password@]host:6379/0, rediss://... or unix:///path/of/socket"
     text = _text_of(value, expected)
+    if not text:
+        return text
     try:
-        path: str = parse_url(text or "redis://").get("path", "")  # type: ignore[no-untyped-call]
+        path: str = _parse_url(text).get("path", "")
     except ValueError:
         raise ValueError(f"expected {expected}") from None  # redis-py's own text may repeat the URL
     if text.startswith("unix://") and not path:
@@ -272,7 +281,7 @@ def sentinel_url(text: str) -> str:
         raise ValueError("expected a host")
     host = f"[{host}]" if ":" in host else host
     url = f"{scheme}://{userinfo}{at}{host}:{port}{slash}{options}"
-    parse_url(url)  # type: ignore[no-untyped-call]
+    _parse_url(url)
     return url
 
 
@@ -292,13 +301,15 @@ def _joined(values: Iterable[object]) -> str:
 
 
 TEXT = Kind("text", lambda v: _text_of(v, "text"))
-BOOLEAN = Kind("true or false", _read_boolean, lambda v: "true" if v else "false")
+BOOLEAN = Kind("true or false", _read_boolean, lambda v: "true" if v else "false", ("true", "false"))
 DESTINATION = Kind("a destination", lambda v: _text_of(v, "host:port or a URL"), mask)
-DESTINATIONS = Kind("destinations", lambda v: tuple(_items_of(v, "destinations, each host:port or a URL")), _joined)
-NETWORKS = Kind("networks", _read_networks, _joined)
-NETWORKS_OR_NONE = Kind("networks", lambda v: _read_networks(v, none=True), _joined)
-DOMAINS = Kind("domains", _read_domains, _joined)
+DESTINATIONS = Kind(
+    "destinations", lambda v: tuple(_items_of(v, "destinations, each host:port or a URL")), _joined, several=True
+)
+NETWORKS = Kind("networks", _read_networks, _joined, several=True)
+NETWORKS_OR_NONE = Kind("networks", lambda v: _read_networks(v, none=True), _joined, several=True)
+DOMAINS = Kind("domains", _read_domains, _joined, several=True)
 HOST_NAME = Kind("a host name", _read_host_name)
 PATH = Kind("a path", _read_path, lambda v: str(v) if v else "none")
 REDIS_URL = Kind("a Redis URL", _read_redis_url, mask)
-SENTINELS = Kind("Sentinels", _read_sentinels, _joined)
+SENTINELS = Kind("Sentinels", _read_sentinels, _joined, several=True)

@@ -50,6 +50,10 @@ class Seat:
         return sum(self._numbers[0::_FIELDS])
 
     @property
+    def own_clients(self) -> int:
+        return int(self._numbers[self._index * _FIELDS])
+
+    @property
     def octets(self) -> int:
         return sum(self._numbers[1::_FIELDS])
 

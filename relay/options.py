@@ -51,6 +51,11 @@ class Option:
         return self.short_flag or "--" + self.key.replace(".", "-").replace("_", "-")
 
     @property
+    def flags(self) -> tuple[str, ...]:
+        """Every spelling: the short one, and the one that follows from the key."""
+        return tuple(dict.fromkeys((self.flag, "--" + self.key.replace(".", "-").replace("_", "-"))))
+
+    @property
     def variables(self) -> tuple[str, str]:
         """The plain variable, and the one in dynaconf's style."""
         upper = self.key.upper()
@@ -125,8 +130,9 @@ OPTIONS: tuple[Option, ...] = (
            "tls_certificate=/path and tls_key=/path (ours, where a server asks for one), and "
            "password_from=env:NAME or file:/path. Default ports: 25, 465, 24. Must be given.", "--primary"),
     Option("relay.destination_backups", DESTINATIONS, [], "",
-           "The servers that get a copy, each written like the primary; in a variable comma-separated. A variable or "
-           "flag replaces this list and every [[backup]] below.", "--backup"),
+           "The servers that get a copy, each written like the primary, with name= in front for one with a name; in a "
+           "variable comma-separated. A variable or flag replaces this list and every [[backup]] below.",
+           "--backup"),
     Option("relay.timeout_seconds", duration(), 10, "seconds",
            "Longest wait for the primary at connect, greeting, EHLO, TLS, AUTH, MAIL, RCPT and DATA."),
     Option("relay.final_timeout_seconds", duration(), 600, "seconds",
@@ -193,6 +199,8 @@ BACKUP_FIELDS: tuple[Option, ...] = (
 # fmt: on
 
 BY_KEY = {option.key: option for option in OPTIONS}
+# A field of [[backup]] is a flag, too, whose value is NAME=VALUE: of the backup of this name, wherever that is defined.
+BACKUP_FLAGS = {field.key: "--backup-" + field.key.replace("_", "-") for field in BACKUP_FIELDS}
 
 
 # settings.toml ------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from functools import partial
 import uvloop
 from redis.exceptions import RedisError
 
-from relay import conversation, ledger, maillog, passed, recovery, sealing
+from relay import conversation, ledger, limits, maillog, passed, recovery, sealing
 from relay.credentials import Credentials
 from relay.dispatch import Dispatcher
 from relay.envelope import IdSource
@@ -35,7 +35,7 @@ from relay.settings import Settings
 from relay.spool import Spool
 from relay.watch import Watch
 
-_BACKLOG = 1024
+_BACKLOG = 1024  # until the relay process, which knows what fits, sets its own
 _POOL_WAIT = 0.05
 _MONITOR_SECONDS = 1.0
 _INTRODUCTION_SECONDS = 1.0
@@ -196,6 +196,10 @@ class _Relay:
             seat=place.seat,
             credentials=Credentials.load(settings.smtp),
         )
+        smtp = settings.smtp
+        addresses = len(smtp.addresses + smtp.tls_addresses)
+        self._fit = limits.relay_fit(limits.files(), smtp.max_connections, smtp.process_count, addresses)
+        self._front.most_clients = self._fit.clients_here
         self._stop = asyncio.Event()
         self._introductions = asyncio.Event()
 
@@ -218,12 +222,10 @@ class _Relay:
             await asyncio.wait_for(self._introductions.wait(), _INTRODUCTION_SECONDS)
         importing = loop.create_task(_for_ever(self._importer.run)) if self._importer else None
         await self._front.primary.announced()
-        servers = [
-            await loop.create_server(
-                partial(conversation.take, self._front, tls=n >= self._place.plain), sock=sock, backlog=_BACKLOG
-            )
-            for n, sock in enumerate(self._place.sockets)
-        ]
+        servers = []
+        for n, sock in enumerate(self._place.sockets):
+            take = partial(conversation.take, self._front, tls=n >= self._place.plain)
+            servers.append(await loop.create_server(take, sock=sock, backlog=self._fit.backlog))
         maillog.started("relay", pid=os.getpid(), listen=self._settings.smtp.listen, owner=self._front.ids.owner)
         await self._stop.wait()
         maillog.stopping("relay", clients=len(self._front.conversations))

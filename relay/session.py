@@ -299,14 +299,17 @@ class Session:
             maillog.refused(message.envelope, refusal)
             return refusal
         envelope, staged = message.envelope, await self._stage(message)
-        if not staged and relay.require_durable_copies and envelope.destinations:
+        if staged is None or (not staged and relay.require_durable_copies and envelope.destinations):
             return _NOT_DURABLE
         digest = headers.equality_digest(envelope.sender, body) if staged else ""
         del body, message  # the primary may take ten minutes to answer
         return await self._finish(transaction, envelope, digest, staged=staged)
 
-    async def _stage(self, message: Message) -> bool:
-        """Make the copies durable before the primary may accept. False: there are none, or nowhere to keep them."""
+    async def _stage(self, message: Message) -> bool | None:
+        """Make the copies durable before the primary may accept. False: there are none, or nowhere to keep them.
+
+        None: for want of something of ours nobody knows whether they could be kept. The client comes again.
+        """
         if not message.envelope.destinations:
             return False
         begun = self._channel.loop.time()
@@ -315,7 +318,7 @@ class Session:
             await self._front.intake.stage(message)
         except NotDurable as error:
             maillog.not_durable(message.envelope, str(error))
-            return False
+            return None if error.is_own else False
         faults.reach("staged")
         metrics.stage_seconds.observe(self._channel.loop.time() - begun)
         return True

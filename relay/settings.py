@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from relay.destinations import conflicts, is_loopback, is_own_address, read_destination, resolve_password
 from relay.envelope import Destination, printable
 from relay.kinds import Network, listen_addresses
-from relay.options import BACKUP_FIELDS, BY_KEY, ENV_PREFIX, OPTIONS, SECTIONS, Option, render
+from relay.options import BACKUP_FIELDS, BACKUP_FLAGS, BY_KEY, ENV_PREFIX, OPTIONS, SECTIONS, Option, render
 from relay.sections import PARTS, Settings, Shown, describe
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ DEFAULTS_VARIABLE = ENV_PREFIX + "DEFAULTS"  # a package's own defaults, as the 
 _OURS = (CONFIG_VARIABLE, DEFAULTS_VARIABLE)
 # Kubernetes puts these into every container beside a service that is called smtp-dup...; they are not ours.
 _KUBERNETES = re.compile(r"SMTP_DUP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
+# A field of one backup as a flag gives it, and a backup with its name in front; a host has no "=".
+_OF_BACKUP = re.compile(r"backup\[(.*)\]\.(\w+)")
+_NAMED = re.compile(r"([\w.:\-\[\]]+)=(.*)", re.DOTALL)
 _BARE_LINE = re.compile(rf"\s*(\[({'|'.join(SECTIONS)})\]\s*)?(#.*)?")
 
 
@@ -83,7 +86,8 @@ def load(
 ) -> Settings:
     """Read the settings. Raises SettingsError with every problem there is.
 
-    ``flags`` maps a key to its text, lists comma-separated; the key "config" names the only file to read.
+    ``flags`` maps a key to its text, lists comma-separated; the key "config" names the only file to read, and
+    "backup[NAME].FIELD" is about one backup, wherever that is defined.
     """
     return _Loader(dict(flags or {}), os.environ if environ is None else environ).load(directories, require_primary)
 
@@ -96,8 +100,10 @@ class _Loader:
         self.environ = environ
         self.given: dict[str, _Given] = {}
         self.tables: list[tuple[Any, dict[str, str]]] = []  # [[backup]]: its fields, and where each stands
+        self.of_backups: dict[str, dict[str, str]] = {}  # name -> fields that flags give
         self.problems: list[Problem] = []
         self.strange_variables: list[str] = []
+        self.connections = 0  # workers.connections, which a backup has unless it says otherwise
         self.file_failed = False  # what seems to be missing may stand there
 
     def load(self, directories: Sequence[Path], require_primary: bool) -> Settings:
@@ -210,7 +216,10 @@ class _Loader:
 
     def _layer_flags(self) -> None:
         for key, value in self.flags.items():
-            self._override(key, value, BY_KEY[key].flag)
+            if of_backup := _OF_BACKUP.fullmatch(key):
+                self.of_backups.setdefault(of_backup[1], {})[of_backup[2]] = value
+            else:
+                self._override(key, value, BY_KEY[key].flag)
 
     def _check_variables(self) -> None:
         """Name the SMTP_DUP_ variables that are no option, but for those that hold a password (env:NAME)."""
@@ -249,7 +258,7 @@ class _Loader:
 
     def _destinations(self, values: dict[str, Any]) -> tuple[Destination | None, tuple[Destination, ...]]:
         primary = None
-        connections = values["workers.connections"]
+        connections = self.connections = values["workers.connections"]
         if text := values["relay.destination_primary"]:
             primary, faults = read_destination(text, {}, environ=self.environ, connections=connections)
             for _, fault in faults:
@@ -257,15 +266,16 @@ class _Loader:
         backups: list[tuple[Destination, str, str]] = []  # with key and origin
         key = "relay.destination_backups"
         for n, text in enumerate(values[key], 1):
-            backup, faults = read_destination(text, {}, environ=self.environ, connections=connections)
             label = f"{key}[{n}]" if len(values[key]) > 1 else key
-            for _, fault in faults:
-                self._wrong(label, fault, self.given[key].origin)
-            if backup:
+            named = _NAMED.fullmatch(text)
+            fields = {"name": named[1]} if named else {}
+            if backup := self._backup(label, named[2] if named else text, fields, {"": self.given[key].origin}):
                 backups.append((backup, label, self.given[key].origin))
         for n, (table, where) in enumerate(self.tables, 1):
-            if backup := self._backup_table(f"backup[{n}]", table, where, connections):
+            if backup := self._backup_table(f"backup[{n}]", table, where):
                 backups.append((backup, f"backup[{n}]", where[""]))
+        for name, field in [(name, field) for name, given in self.of_backups.items() for field in given]:
+            self._unknown(name, [b.name for b, _, _ in backups], BACKUP_FLAGS[field], "backup")
         found = tuple(backup for backup, _, _ in backups)
         for index, text in conflicts(primary, found, _own_addresses(values)):
             if index < 0:
@@ -274,7 +284,7 @@ class _Loader:
                 self._wrong(backups[index][1], text, backups[index][2])
         return primary, found
 
-    def _backup_table(self, label: str, table: Any, where: dict[str, str], connections: int) -> Destination | None:
+    def _backup_table(self, label: str, table: Any, where: dict[str, str]) -> Destination | None:
         known = [field.key for field in BACKUP_FIELDS]
         if not isinstance(table, dict):
             self._wrong(label, "expected a table with url = ...", where[""])
@@ -287,9 +297,22 @@ class _Loader:
         if not isinstance(url, str) or not url.strip():
             self._wrong(f"{label}.url", "expected host:port or a URL", where.get("url", where[""]))
             return None
-        backup, faults = read_destination(url.strip(), rest, environ=self.environ, connections=connections)
-        for name, fault in faults:
-            self._wrong(f"{label}.{name or 'url'}", fault, where.get(name or "url", where[""]))
+        return self._backup(label, url.strip(), rest, where)
+
+    def _backup(self, label: str, url: str, fields: Mapping[str, Any], where: Mapping[str, str]) -> Destination | None:
+        """Read one backup, with what flags say of it: they go by the name that it has without them."""
+        connections = self.connections
+        backup, faults = read_destination(url, fields, environ=self.environ, connections=connections)
+        name = str(fields.get("name") or (backup.name if backup else url))
+        if given := self.of_backups.pop(name, {}):
+            where = {**where, **{field: BACKUP_FLAGS[field] for field in given}}
+            fields = {**fields, **{field: value for field, value in given.items() if field != "url"}}
+            url = given.get("url", url)
+            backup, faults = read_destination(url, fields, environ=self.environ, connections=connections)
+        for field, fault in faults:
+            place = field or "url"
+            is_apart = label.startswith("backup[") or place in where  # a text has no fields with places of their own
+            self._wrong(f"{label}.{place}" if is_apart else label, fault, where.get(place, where[""]))
         return backup
 
     def _check_together(self, values: dict[str, Any]) -> None:

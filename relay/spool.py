@@ -268,14 +268,18 @@ class Spool:
         self._take_off()
 
     async def _fly(self, group: list[_Change]) -> None:
-        errors = await asyncio.get_running_loop().run_in_executor(self._pool, self._do, group)
-        for change, error in zip(group, errors, strict=True):
+        errors: list[OSError | None]
+        try:
+            errors = await asyncio.get_running_loop().run_in_executor(self._pool, self._do, group)
+        except Exception as error:  # no thread, no memory: whoever waits must hear of it
+            errors = [OSError(errno.ENOMEM, str(error) or "no memory")] * len(group)
+        for change, trouble in zip(group, errors, strict=True):
             if change.done.done():
                 continue
-            if error is None:
+            if trouble is None:
                 change.done.set_result(None)
             else:
-                change.done.set_exception(error)
+                change.done.set_exception(trouble)
 
     # In a thread
 

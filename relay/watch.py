@@ -14,7 +14,7 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
-from relay import ledger, maillog, redis_clients
+from relay import ledger, limits, maillog, redis_clients
 
 _STOP_AT = 0.75  # of maxmemory
 _LAST_AT = 0.90  # beyond this not even what has no other place: nothing could be delivered any more, so nothing freed
@@ -36,6 +36,7 @@ class Watch:
         self._processes = processes
         self._replicas = replicas
         self._trouble = ""
+        self._is_own = False
         self._failures = 0
         self._failed_at = float("-inf")
         self._limit = 0  # maxmemory; 0: none
@@ -48,6 +49,11 @@ class Watch:
     @property
     def is_down(self) -> bool:
         return bool(self._trouble)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the trouble is that we lack descriptors or memory: nothing is known of Redis then."""
+        return self._is_own
 
     def objection(self, octets: int) -> str:
         """Say why a record of this size should not go to Redis now; "" when it should."""
@@ -97,6 +103,7 @@ class Watch:
         """Take note that a write got no answer, or a refusal."""
         self._failures += 1
         self._failed_at = time.monotonic()
+        self._is_own = limits.is_own(error)
         if not self._trouble:
             self._trouble = f"Redis: {type(error).__name__}: {error}".rstrip(": ")
             maillog.notice("warning", "Redis cannot be written to", reason=self._trouble)
@@ -128,6 +135,7 @@ class Watch:
         self._take(memory)
         if self._trouble and failures == self._failures:
             self._trouble = ""
+            self._is_own = False
             maillog.notice("info", "Redis can be written to again")
         return True
 

@@ -18,10 +18,13 @@ from pathlib import Path
 
 import pytest
 
+import relay
 from product import Product
 from reactions import Close
-from relay import cli, tables
-from relay.options import OPTIONS
+from relay.command import commands
+from relay.command.flags import Given
+from relay.command.output import Column, Output
+from relay.options import BACKUP_FIELDS, BACKUP_FLAGS, OPTIONS
 from scripted_server import ScriptedServer
 from waiting import free_port, wait_until
 
@@ -42,37 +45,58 @@ def test_version(product):
     assert instance.run("version").stdout.startswith("smtp-dup ")
 
 
-def test_no_command_is_a_usage_error(product):
-    """Status 2 and the usage."""
-    done = product(start=False).run()
-    assert done.returncode == 2
-    assert done.stderr.startswith("usage: smtp-dup")
+@pytest.mark.parametrize("words", [(), ("queue",), ("failed",)])
+def test_no_command_is_a_usage_error(product, words):
+    """Status 2 and the help, on standard error."""
+    done = product(start=False).run(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Usage: smtp-dup")
 
 
 def test_the_quick_commands_import_nothing_heavy():
     """`--help` and the listings do not pay for servers, workers and metrics."""
-    heavy = ["aiosmtpd", "aiosmtplib", "prometheus_client", "rich", "rq", "uvloop"]
-    script = f"import sys, relay.cli; sys.exit(', '.join(set({heavy}) & set(sys.modules)) or 0)"
-    source = str(Path(cli.__file__).parents[1])
+    heavy = ["aiosmtpd", "aiosmtplib", "prometheus_client", "redis", "rich", "rq", "uvloop", "zstandard"]
+    script = f"import sys, relay.command.main; sys.exit(', '.join(set({heavy}) & set(sys.modules)) or 0)"
+    source = str(Path(relay.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": source}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_every_option_is_a_flag():
-    """settings.toml names a flag for each option; the command knows them all."""
-    given = cli.Given()
-    words = [word for option in OPTIONS for word in (option.flag, "x")]
-    cli.build_parser(given).parse_args(["up", *words])
-    assert set(given.flags) == {option.key for option in OPTIONS}
+def given(*words: str) -> Given:
+    """Read a command line; return what it gives."""
+    task = commands.parse(words)
+    assert not isinstance(task, int)
+    return task.given
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.key)
+def test_every_option_is_a_flag(option):
+    """By each of its names, before and after the command; where it is a list, the values add up, else the last wins."""
+    for flag in option.flags:
+        assert given("up", flag, "x").flags == given(flag, "x", "up").flags == {option.key: "x"}
+        assert given(f"{flag}=x", "queue", "list").flags == {option.key: "x"}
+    twice = "x,y" if option.kind.several else "y"
+    assert given(option.flag, "x", "up", option.flag, "y").flags == {option.key: twice}
+    assert "--" + option.key.replace(".", "-").replace("_", "-") in option.flags
+
+
+@pytest.mark.parametrize("field", BACKUP_FIELDS, ids=lambda field: field.key)
+def test_every_field_of_a_backup_is_a_flag(field):
+    """NAME=VALUE, for each backup by its name."""
+    flag = BACKUP_FLAGS[field.key]
+    assert given("up", flag, "new=x=y", f"{flag}=[::1]:25=z").flags == {
+        f"backup[new].{field.key}": "x=y", f"backup[[::1]:25].{field.key}": "z"
+    }  # fmt: skip
+    assert given("up", "--set", f"backup[new].{field.key}=x").flags == {f"backup[new].{field.key}": "x"}
+    assert given("up", flag, "x").problems
 
 
 def test_flags_may_stand_before_and_after_the_command():
     """The later one wins; every --backup counts."""
-    given = cli.Given()
     words = ["--backup", "a:25", "--listen", ":1", "up", "--listen", ":2", "--backup", "b:25", "--set", "smtp.domain=x"]
-    cli.build_parser(given).parse_args(words)
-    assert given.flags == {"relay.destination_backups": "a:25,b:25", "smtp.listen": ":2", "smtp.domain": "x"}
+    flags = {"relay.destination_backups": "a:25,b:25", "smtp.listen": ":2", "smtp.domain": "x"}
+    assert given(*words).flags == flags
 
 
 # Settings that cannot be used
@@ -151,7 +175,7 @@ def test_a_redis_that_does_not_answer_ends_the_start(product, primary, monkeypat
     instance = product(start=False, primary=primary.address, redis_url=f"redis://:secret@127.0.0.1:{free_port()}/0")
     no_spool = ("--spool-dir", "none", "--set", "relay.require_durable_copies=true")
     done = instance.run("relay", "--log-format", "text", *no_spool)
-    assert done.returncode == 1
+    assert done.returncode == 3
     told = lines(done.stderr)
     assert "waiting for Redis" in told[0]
     assert told[-1].startswith("smtp-dup: redis.url: redis://:***@127.0.0.1:")
@@ -162,17 +186,29 @@ def test_a_redis_that_does_not_answer_ends_the_start(product, primary, monkeypat
 
 
 @pytest.mark.parametrize(
-    "words", [("queue", "summary"), ("queue", "list"), ("failed", "list"), ("failed", "drop", "x", "--yes")]
+    "words",
+    [
+        ("queue", "summary"),
+        ("queue", "list"),
+        ("failed", "list"),
+        ("failed", "drop", "x", "--yes"),
+        ("failed", "show", "x"),
+        ("failed", "export", "x"),
+        ("failed", "retry", "x"),
+        ("queue", "flush"),
+        ("queue", "verify"),
+        ("queue", "move", "a", "b"),
+    ],
 )
 def test_without_redis_a_command_says_what_to_do(product, words):
-    """Status 1 and one line, for the embedded one and for another."""
+    """Status 3 and one line, for the embedded one and for another."""
     instance = product(start=False)
     done = instance.run(*words)
-    assert done.returncode == 1
+    assert done.returncode == 3
     (line,) = lines(done.stderr)
     assert line.startswith("smtp-dup: no Redis: set redis.url, or start `smtp-dup up` with this --state-dir")
     done = instance.run(*words, "--redis-url", "redis://:secret@127.0.0.1:1/0")
-    assert done.returncode == 1
+    assert done.returncode == 3
     (line,) = lines(done.stderr)
     assert line.startswith("smtp-dup: no Redis at redis://:***@127.0.0.1:1/0")
 
@@ -271,7 +307,7 @@ def test_failed_drop_asks(refusing):
     """Without a terminal it refuses; with --yes it drops; on a terminal only a yes does."""
     (row,) = refusing.json("failed", "list")
     done = refusing.run("failed", "drop", row["id"], input="y\n")
-    assert (done.returncode, lines(done.stderr)) == (1, ["smtp-dup: nobody to ask: say --yes"])
+    assert (done.returncode, lines(done.stderr)) == (2, ["smtp-dup: nobody to ask: say --yes"])
     assert "[y/N]" in on_terminal(refusing, "failed", "drop", row["id"], answer="\n")
     assert refusing.summary()["failed"] == 1
     assert "1 copy dropped" in on_terminal(refusing, "failed", "drop", "--all", answer="y\n")
@@ -302,7 +338,7 @@ def test_ids_or_all(refusing):
     """Neither and both are refused: nobody retries or drops everything by leaving something out."""
     for words in (("failed", "retry"), ("failed", "drop", "--yes"), ("failed", "retry", "x", "--all")):
         done = refusing.run(*words)
-        assert (done.returncode, "--all" in done.stderr) == (1, True)
+        assert (done.returncode, "--all" in done.stderr) == (2, True)
 
 
 def on_terminal(instance: Product, *words: str, answer: str = "", columns: int = 60) -> str:
@@ -310,7 +346,7 @@ def on_terminal(instance: Product, *words: str, answer: str = "", columns: int =
     ours, theirs = pty.openpty()
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with subprocess.Popen(
-        [sys.executable, "-m", "relay.cli", *words],
+        [sys.executable, "-m", "relay.command", *words],
         env={**instance.environment, "TERM": "xterm"},
         cwd=instance.directory,
         stdin=theirs,
@@ -339,7 +375,7 @@ def test_an_id_is_never_cut(refusing):
 
 def test_a_reader_that_goes_away_is_no_traceback(refusing):
     """`smtp-dup failed list | head -0` says nothing."""
-    command = f"{sys.executable} -m relay.cli check | true"
+    command = f"{sys.executable} -m relay.command check | true"
     done = subprocess.run(
         command, shell=True, env=refusing.environment, cwd=refusing.directory, capture_output=True, check=True
     )
@@ -347,17 +383,16 @@ def test_a_reader_that_goes_away_is_no_traceback(refusing):
 
 
 def test_a_long_list_is_shown_in_pages(capsys):
-    """As many rows as there are, whatever their number; the header comes again."""
-    tables.write(range(2500), [tables.Column("number", str)], as_json=False, nothing="none")
+    """As many rows as there are, whatever their number, under one line of titles."""
+    Output().rows(range(2500), [Column("number", str)], nothing="none")
     shown = capsys.readouterr().out.split()
     assert [int(word) for word in shown if word.isdigit()] == list(range(2500))
-    assert shown.count("number") == 3
+    assert shown.count("number") == 1
 
 
 def test_what_a_client_says_cannot_steer_the_terminal(capsys):
     """Control characters and markup in addresses are shown, not obeyed."""
-    columns = [tables.Column("sender", lambda r: r)]
-    tables.write(["\x1b[2J[red]x[/red]\udcff"], columns, as_json=False, nothing="")
+    Output(colour="always").rows(["\x1b[2J[red]x[/red]\udcff"], [Column("sender", lambda r: r)], nothing="")
     assert "\\x1b[2J[red]x[/red]\\udcff" in capsys.readouterr().out
 
 

@@ -51,7 +51,7 @@ class Demo:
         self.terminal = -1
         self.seen = b""
         environment = {**_ENVIRONMENT, "TMPDIR": str(folder), **variables}
-        command = [sys.executable, "-m", "relay.cli", "demo"]
+        command = [sys.executable, "-m", "relay.command", "demo"]
         if terminal:
             self.terminal, theirs = os.openpty()
             ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 120, 0, 0))

@@ -24,7 +24,7 @@ import yaml
 import documents
 from documents import ROOT
 from product import Product
-from relay import cli
+from relay.command import commands
 from relay.kinds import listen_addresses
 from relay.options import BY_KEY, OPTIONS
 from relay.settings import load
@@ -63,7 +63,7 @@ def test_units_start_and_stop_us_as_we_want(path: Path) -> None:
     """The command exists, a stop drains for longer than the supervisor needs, a wrong setting is not tried again."""
     settings = unit(path)
     (line,) = settings["ExecStart"]
-    cli.build_parser(cli.Given()).parse_args(shlex.split(line)[1:])
+    commands.parse(shlex.split(line)[1:])
     assert settings["Type"] == ["notify"]
     assert settings["KillMode"] == ["mixed"]
     assert settings["TimeoutStopSec"] == ["16min"]  # the supervisor's drain_seconds is 15
@@ -222,7 +222,7 @@ def test_pods_are_confined_and_probed(workload: dict[str, Any]) -> None:
     ours = {v["name"] for v in container["env"] if v["name"].startswith("SMTP_DUP_")}
     assert ours <= VARIABLES
     if container["image"] == "smtp-dup":
-        cli.build_parser(cli.Given()).parse_args(container["args"])
+        commands.parse(container["args"])
         assert pod["terminationGracePeriodSeconds"] > 900  # the supervisor's drain_seconds
 
 
@@ -355,7 +355,7 @@ def test_alerts(metrics: dict[str, set[str]]) -> None:
         text = re.sub(r"\{\{.*?\}\}", "new", rule["annotations"]["description"])
         for code in re.findall(r"`(smtp-dup .*?)`", text, re.DOTALL):
             for words in documents.commands(" ".join(code.split())):
-                cli.build_parser(cli.Given()).parse_args([*words, *(["--all"] if words[-1] == "retry" else [])])
+                commands.parse([*words, *(["--all"] if words[-1] == "retry" else [])])
     page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     assert re.findall(r"(?m)^\| (SmtpDup\w+) \|", page) == [rule["alert"] for rule in rules]
 

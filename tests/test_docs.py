@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
 
@@ -24,8 +25,8 @@ import documents
 from documents import ROOT, Block
 from product import Product
 from redis_servers import RedisServer
-from relay import cli
 from relay.check import probe_redis
+from relay.command import commands
 from relay.options import BY_KEY, OPTIONS
 from relay.settings import CONFIG_VARIABLE, DEFAULTS_VARIABLE, load
 from scripted_server import ScriptedServer
@@ -107,12 +108,13 @@ def test_the_launch_agent() -> None:
 
 
 def check_command(words: list[str]) -> None:
-    """Parse a command line as the command does. Raises SystemExit or ValueError."""
-    given = cli.Given()
-    cli.build_parser(given).parse_args(words)
-    assert not given.problems, [str(problem) for problem in given.problems]
-    for key, value in given.flags.items():
-        if key != "config":
+    """Parse a command line as the command does. Raises click.UsageError or ValueError."""
+    task = commands.parse(words)
+    if isinstance(task, int):
+        return  # --help, --version
+    assert not task.given.problems, [str(problem) for problem in task.given.problems]
+    for key, value in task.given.flags.items():
+        if key in BY_KEY:
             BY_KEY[key].kind.read(value)
 
 
@@ -138,7 +140,7 @@ def test_the_commands_that_sentences_name_exist() -> None:
             for words in documents.commands(code):
                 try:
                     check_command([*words, "check"] if words and words[0].startswith("-") else words)
-                except SystemExit:
+                except click.UsageError:
                     if words not in (["queue"], ["failed"], []):
                         pytest.fail(f"{page}: {code}")
 
@@ -172,10 +174,10 @@ def test_a_page_says_what_for_how_and_how_far(path: Path) -> None:
 def test_the_architecture_names_every_module() -> None:
     """Whoever looks for the file of a duty finds it in docs/architecture.md, once, under its present name."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    places = [p for p, _ in re.findall(r"`((relay|workers)/\w+\.py)`", "".join(re.findall(r"(?m)^\|.*\n", text)))]
-    modules = [p for folder in ("relay", "workers") for p in (ROOT / folder).glob("*.py") if p.stem != "__init__"]
+    places = [p for p, _ in re.findall(r"`((relay|workers)/[\w/]+\.py)`", "".join(re.findall(r"(?m)^\|.*\n", text)))]
+    modules = [p for folder in ("relay", "workers") for p in (ROOT / folder).rglob("*.py") if p.stem[:2] != "__"]
     assert sorted(places) == sorted(p.relative_to(ROOT).as_posix() for p in modules)
-    for place in re.findall(r"`((?:relay|workers)/\w+\.py)`", text):
+    for place in re.findall(r"`((?:relay|workers)/[\w/]+\.py)`", text):
         assert place in places, place
 
 
@@ -195,7 +197,7 @@ def programs(tmp_path: Path) -> Path:
     """A folder with a `smtp-dup` that is the code under test."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "smtp-dup").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m relay.cli "$@"\n')
+    (folder / "smtp-dup").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m relay.command "$@"\n')
     (folder / "smtp-dup").chmod(0o755)
     return folder
 

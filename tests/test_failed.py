@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import redis
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
 from ledger_contents import DAY, Contents
-from relay import ledger
+from relay import ledger, sealing
 from relay.envelope import Destination
 from relay.ledger import CopyState
 from relay.reading import UnknownDestination, UnknownId
@@ -39,6 +41,37 @@ def test_failure_is_a_failed_job_of_its_own_with_the_reply(contents: Contents) -
     assert contents.pending_ids() == []
     assert contents.failed_ids() == [message_id]
     assert contents.state(message_id, failure=True) == state
+
+
+def test_a_failed_job_says_whose_mail_it_is_how_large_and_since_when(contents: Contents) -> None:
+    """Its description is for a person: sender, the recipients that failed, size; its times are those of the mail."""
+    message_id = contents.pending("a@test", "b\x1b[1m@test", "c@test", "d@test", "e@test")
+    state = contents.fail(message_id, owed=(0, 1, 3, 4))
+    job = _job(contents, state.job)
+    (row,) = failed.listing(contents.connection)
+    (detail,) = failed.show(contents.connection, message_id)
+    assert job.description == (
+        f"<sender@test> to <a@test>, <b\\x1b[1m@test>, <d@test> and 1 more, {row.size / 1024:,.1f} KB"
+    )
+    assert job.created_at is not None
+    assert job.ended_at is not None
+    assert abs(job.created_at.timestamp() - detail.received_at) < 0.01
+    assert abs(job.ended_at.timestamp() - state.history[-1].at) < 0.01
+
+
+def test_a_failed_job_names_nobody_where_mail_is_sealed(
+    contents: Contents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With storage.key_file no address reaches Redis in the clear, in RQ's jobs neither."""
+    sealing.add_key(tmp_path / "keys")
+    monkeypatch.setattr(sealing, "_ring", None)  # for this test only
+    sealing.use(tmp_path / "keys")
+    message_id = contents.pending("a@test")
+    state = contents.fail(message_id)
+    assert _job(contents, state.job).description.startswith("1 message to new, ")
+    stored = [contents.connection.dump(key) for key in contents.connection.keys("rq:*")]
+    assert stored
+    assert not any(b"@test" in (data or b"") for data in stored)
 
 
 def test_several_failures_in_one_transaction(contents: Contents) -> None:

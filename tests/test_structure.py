@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # The composition root and the commands know both sides, each where it needs them.
-ROOTS = {"composition.py", "operations.py"}
+ROOTS = {"composition.py"}
 
 
 def _imported(node: ast.AST) -> list[str]:

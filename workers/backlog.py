@@ -195,7 +195,7 @@ class _Mover:
             for message_id, data, state, envelope in zip(ids, before, states, found, strict=True):
                 after = self._state(state, envelope)
                 if after is not None:
-                    after = failed.relist(pipe, self._queues[1], self._new.name, message_id, after)
+                    after = failed.relist(pipe, self._queues[1], self._new.name, message_id, after, envelope)
                 moves.append(Move(message_id, data.decode() if data else "", after.to_wire() if after else None))
             failed.forget_jobs(pipe, self._queues[0], [state.job for state in states])
             ledger.move(pipe, self._old.name, self._new.name, moves, failed=True)

@@ -12,14 +12,15 @@ import re
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any, cast
 
 from redis import Redis
 from rq import Queue
 from rq.job import Job, JobStatus
 
-from relay import archive, dispatch, ledger, maillog, reading
-from relay.envelope import BodyElsewhere, Destination, Message, printable
+from relay import archive, dispatch, ledger, maillog, reading, sealing
+from relay.envelope import BodyElsewhere, Destination, Envelope, Message, printable
 from relay.ledger import Attempt, CopyState
 from relay.reading import UnknownId
 from workers import live
@@ -27,6 +28,7 @@ from workers import live
 _BATCH = 100  # copies in the job of a retry
 _PAGE = 500
 _FOR_EVER = -1  # to RQ: until the ledger's entry goes, and the job with it
+_NAMED = 3  # recipients in the description of a failed job
 _DAY = 86400  # a failed job outlives its ledger entry, whose end is the one that is logged
 
 # KEYS: the failed registry. ARGV: jobs. A job that somebody has just requeued is not in it and stays.
@@ -78,16 +80,16 @@ def add_failure(
     remains: CopyState | None,
     reply: str,
     ttl: float,
+    envelope: Envelope | None = None,
 ) -> CopyState:
     """Move a copy, or the recipients in ``failure.owed``, to the failed list, with a failed job of its own.
 
     Returns the failure's state with that job. The job's id follows from the copy and the attempt, so that a MULTI
-    whose answer was lost can be repeated. ``ttl`` in seconds.
+    whose answer was lost can be repeated. ``ttl`` in seconds. What ``envelope`` says is in the job's description.
     """
     owned = replace(failure, job=_job_id(destination, message_id, failure.attempts))
     ledger.fail(pipe, destination, message_id, owned, remains)
-    job = dispatch.create(queue, destination, [message_id], JobStatus.FAILED, owned.job)
-    _list_job(pipe, queue, job, reply, int(ttl) + _DAY)
+    _list_job(pipe, queue, _job(queue, destination, message_id, owned, envelope), reply, int(ttl) + _DAY)
     return owned
 
 
@@ -96,16 +98,39 @@ def adopt(pipe: Any, destination: str, ids: Collection[str], job: str) -> None:
     ledger.reassign(pipe, destination, job, dict.fromkeys(ids), failed=True)
 
 
-def relist(pipe: Any, queue: Queue, destination: str, message_id: str, failure: CopyState) -> CopyState:
+def relist(
+    pipe: Any, queue: Queue, destination: str, message_id: str, failure: CopyState, envelope: Envelope | None
+) -> CopyState:
     """Add a failed job for a copy that moves to another destination's failed list. Returns its state with that job."""
     owned = replace(failure, job=_job_id(destination, message_id, failure.attempts))
-    job = dispatch.create(queue, destination, [message_id], JobStatus.FAILED, owned.job)
-    _list_job(pipe, queue, job, failure.last_reply, _FOR_EVER)
+    _list_job(pipe, queue, _job(queue, destination, message_id, owned, envelope), failure.last_reply, _FOR_EVER)
     return owned
 
 
 def _job_id(destination: str, message_id: str, attempts: int) -> str:
     return f"{message_id}-{zlib.crc32(destination.encode()):08x}-{attempts}"
+
+
+def _job(queue: Queue, destination: str, message_id: str, failure: CopyState, envelope: Envelope | None) -> Job:
+    """Return the failed job of a copy: as old as its message, and ended when the copy failed."""
+    job = dispatch.create(queue, destination, [message_id], JobStatus.FAILED, failure.job)
+    if failure.history:
+        job.ended_at = datetime.fromtimestamp(failure.history[-1].at, UTC)
+    if envelope is not None:
+        job.created_at = datetime.fromtimestamp(envelope.received_at, UTC)
+        job.description = _describe(destination, failure, envelope)
+    return job
+
+
+def _describe(destination: str, failure: CopyState, envelope: Envelope) -> str:
+    """Return what rq-dashboard shows of a failed copy. RQ stores it as it is: where mail is sealed, no address."""
+    size = f"{envelope.size / 1024:,.1f} KB"
+    if sealing.is_on():
+        return f"1 message to {destination}, {size}"
+    indices = range(len(envelope.recipients)) if failure.owed is None else failure.owed
+    addresses = [f"<{envelope.recipients[i].address}>" for i in indices if i < len(envelope.recipients)]
+    more = f" and {len(addresses) - _NAMED} more" if len(addresses) > _NAMED else ""
+    return printable(f"<{envelope.sender}> to {', '.join(addresses[:_NAMED])}{more}, {size}")
 
 
 def _list_job(pipe: Any, queue: Queue, job: Job, reply: str, ttl: int) -> None:

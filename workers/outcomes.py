@@ -15,7 +15,7 @@ from redis import Redis
 from rq.job import JobStatus
 
 from relay import dispatch, ledger, maillog, metrics
-from relay.envelope import Destination, Reply
+from relay.envelope import Destination, Envelope, Reply
 from relay.ledger import Claim, CopyState
 from relay.sections import RetrySettings
 from workers import failed
@@ -78,7 +78,7 @@ class Outcomes:
         if copy.never:
             reply = copy.said(copy.never)
             failure = replace(copy.state.tried(now, reply), owed=tuple(sorted(copy.never)))
-            written = self._fail(copy.id, failure, deferred[0] if deferred else None, reply)
+            written = self._fail(copy.id, failure, deferred[0] if deferred else None, reply, copy.message.envelope)
             metrics.deliveries.labels(name, "failed").inc()
             maillog.failed(copy.id, name, len(copy.never), attempts, reply)
         elif deferred is None:
@@ -141,7 +141,7 @@ class Outcomes:
     def fail(self, claim: Claim, reply: str) -> asyncio.Future[None]:
         """Put a copy (back) on the failed list that cannot be tried here."""
         maillog.failed(claim.id, self._name, len(claim.state.owed or ()), claim.state.attempts, reply)
-        return self._fail(claim.id, claim.state.tried(self._now(), reply), None, reply)
+        return self._fail(claim.id, claim.state.tried(self._now(), reply), None, reply, None)
 
     def forget(self, message_id: str) -> asyncio.Future[None]:
         """Remove a pending copy whose body is gone."""
@@ -152,8 +152,12 @@ class Outcomes:
         """Give leases back untried."""
         await self._outbox.write(lambda pipe: ledger.unlease(pipe, self._name, ids))
 
-    def _fail(self, message_id: str, failure: CopyState, remains: CopyState | None, reply: str) -> asyncio.Future[None]:
+    def _fail(
+        self, message_id: str, failure: CopyState, remains: CopyState | None, reply: str, envelope: Envelope | None
+    ) -> asyncio.Future[None]:
+        name, ttl = self._name, self._failed_ttl
+
         def change(pipe: object) -> None:
-            failed.add_failure(pipe, self._queue, self._name, message_id, failure, remains, reply, self._failed_ttl)
+            failed.add_failure(pipe, self._queue, name, message_id, failure, remains, reply, ttl, envelope)
 
         return self._outbox.write(change)

@@ -143,7 +143,7 @@ def serve(
             revive_predecessors(connection, queue_name, predecessor, on_dead)
             worker = DeliveryWorker(queue_name, connection=connection, name=name)
             break
-        except RedisError as error:
+        except (RedisError, OSError) as error:
             logger.warning("worker {}: waiting for Redis: {}", name, error)
             time.sleep(pause)
             pause = min(pause * 2, 2.0)

@@ -24,6 +24,8 @@ from rq.utils import as_text
 from rq.worker import BaseWorker
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
+from relay import limits
+
 PLACE = "place"  # field of the worker's hash: where its pid means something
 BORN = "born"  # field of the worker's hash: which of the processes that had this pid it is
 _GRACE = 0.05  # seconds; a live worker leaves a job in the intermediate list for a few milliseconds
@@ -151,12 +153,17 @@ def _stat(pid: int) -> list[str]:
     try:
         # The name in parentheses may hold anything; what follows it is regular.
         return Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()
-    except OSError:
+    except OSError as error:
+        if limits.is_own(error):
+            raise
         return []
 
 
 def _is_alive(pid: int) -> bool:
-    """Say whether a process runs; a zombie does not, and a container's first process may never reap its orphans."""
+    """Say whether a process runs; a zombie does not, and a container's first process may never reap its orphans.
+
+    Raises OSError where that cannot be found out: for want of a descriptor nobody is dead.
+    """
     if fields := _stat(pid):
         return fields[0] not in "ZX"
     if Path("/proc/self/stat").exists():

@@ -269,14 +269,15 @@ class Sweeper:
             for message_id, owner in zip(ids, ledger.owners(connection, name, ids), strict=True):
                 ledger.claim(pipe, name, owner, "reconciler", _CLAIM_SECONDS, [message_id])
             claims = [claim for result in pipe.execute() for claim in ledger.claimed(result)[0]]
+        envelopes = reading.envelopes(connection, [claim.id for claim in claims])
         clock = round(ledger.now(connection), 3)
         queue = dispatch.queue(connection, name)
+        ttl = self._settings.failed.ttl
         with connection.pipeline(transaction=True) as pipe:
-            for claim in claims:
+            for claim, envelope in zip(claims, envelopes, strict=True):
                 failure = replace(claim.state, history=(*claim.state.history, Attempt(clock, reply)))
-                failed.add_failure(pipe, queue, name, claim.id, failure, None, reply, self._settings.failed.ttl)
+                failed.add_failure(pipe, queue, name, claim.id, failure, None, reply, ttl, envelope)
             pipe.execute()
-        envelopes = reading.envelopes(connection, [claim.id for claim in claims])
         for claim, envelope in zip(claims, envelopes, strict=True):
             count = len(reading.addressees(envelope, destination, claim.state))
             maillog.failed(claim.id, name, count, claim.state.attempts, reply)

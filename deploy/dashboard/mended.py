@@ -2,7 +2,8 @@
 
 Found by running it against queues of smtp-dup: it reads some jobs as pickle (Workers tab, job page, requeue), puts
 server replies into its job page as HTML, has no Requeue button for a job that was written as failed, shows jobs
-twice or not at all from page to page, raises the Redis timeouts of the whole process to minutes, and answers 500
+twice or not at all from page to page, says of a job without a result that it failed just now, shows jobs and not
+messages, lets wide tables leave their box, raises the Redis timeouts of the whole process to minutes, and answers 500
 where a job has just gone or Redis is away. Deleting a job here would only hide it, since the ledger of smtp-dup is
 the truth; so the buttons that delete are off, and `smtp-dup failed drop` drops.
 """
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from flask import Flask, Response, g
@@ -50,6 +52,10 @@ def make_app(client: Redis, redis_url: str) -> Flask:
     web.config.serializer = JSONSerializer
     web.Job, web.Worker, web.requeue_job = _Job, _Worker, _requeue
     web.get_queue_registry_jobs_count = _page
+    listed = web.serialize_queues
+    web.serialize_queues = lambda number, queues: [
+        row | _waiting(client, row["name"]) for row in listed(number, [q for q in queues if q.name.startswith(_QUEUE)])
+    ]
     # For every request it would make a new client, for one thing without timeouts.
     web.from_url = lambda *_args, **_options: (None, client)
     app: Flask = make_flask_app(config=None, username=None, password=None, url_prefix="")
@@ -72,6 +78,35 @@ def make_app(client: Redis, redis_url: str) -> Flask:
 
 def _tell(status: int, text: str) -> Callable[[Exception], Response]:
     return lambda _error: Response(f"{text}\n", status, mimetype="text/plain")
+
+
+# What waits ---------------------------------------------------------------------------------------------------
+
+_QUEUE = "backup-"  # and the destination's name
+_LEDGER = "smtpdup:"  # the prefix of the ledger's keys
+
+
+def _waiting(client: Redis, queue_name: str) -> dict[str, Any]:
+    """Return how many messages wait for a queue's destination and are on its failed list, and whether it is paused."""
+    name = queue_name.removeprefix(_QUEUE)
+    with client.pipeline(transaction=False) as pipe:
+        pipe.zcard(f"{_LEDGER}pending:{name}")
+        pipe.zcard(f"{_LEDGER}failed:{name}")
+        pipe.hgetall(f"{_LEDGER}health:{name}")
+        pending, failed, health = pipe.execute()
+    state = "delivering" if pending else "idle"
+    if health.get(b"state") == b"paused":
+        probe = _clock(health.get(b"probe_at", b""))
+        reason = health.get(b"reason", b"").decode("utf-8", "replace")
+        state = f"paused: {reason}" + (f"; next probe {probe}" if probe else "")
+    return {"pending": pending, "refused": failed, "state": state}
+
+
+def _clock(seconds: bytes | float) -> str:
+    try:
+        return datetime.fromtimestamp(float(seconds), UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (ValueError, OverflowError, OSError):
+        return ""
 
 
 # Jobs are JSON ------------------------------------------------------------------------------------------------
@@ -144,14 +179,70 @@ def _page(
     jobs = _Job.fetch_many(ids, connection=connection, serializer=JSONSerializer)
     if order == "dsc":
         jobs.reverse()
-    return total, [web.serialize_job(job) for job in jobs if job]
+    times = _times(registry, ids) if registry_name == "scheduled" else {}
+    return total, [_row(job, times.get(job.id, "")) for job in jobs if job]
+
+
+def _times(registry: BaseRegistry | None, ids: Sequence[str]) -> dict[str, str]:
+    """Return the time of the next try by the job's id."""
+    if registry is None or not ids:
+        return {}
+    scores: Any = registry.connection.zmscore(registry.key, list(ids))
+    return {job_id: _clock(score) for job_id, score in zip(ids, scores, strict=True) if score is not None}
+
+
+def _row(job: Job, next_try: str) -> dict[str, Any]:
+    row: dict[str, Any] = web.serialize_job(job)
+    if next_try:
+        row["description"] = f"{row['description']}; next try {next_try}"
+    if row["ended_at"] is None:  # its page would take that for now; a job written as failed by 0.1.0 has no end
+        row["ended_at"] = row["created_at"]
+    return row
 
 
 # Pages --------------------------------------------------------------------------------------------------------
 
 
+_STYLE = """<style>
+.container { max-width: 96rem; width: auto; margin-top: 1rem }
+.section { overflow-x: auto; padding: 1rem }
+.input-group { flex-wrap: wrap }
+table#jobs, table#queues { width: 100% }
+table#jobs td { overflow-wrap: anywhere }
+table#queues td:first-child, table#jobs th { white-space: nowrap }
+p.fixed.intro { height: auto }
+table#queues td.state { min-width: 14rem; overflow-wrap: anywhere }
+pre.exc_info { white-space: pre-wrap; overflow-wrap: anywhere; margin: .25rem 0 0 }
+span.description.ellipsify { white-space: normal; max-width: none; display: inline }
+</style>
+"""
+_QUEUES = """A queue for each backup: the messages that wait for it and those that it refused. A job carries up to a
+hundred of the messages that wait; each refused message is a failed job."""
+_HEADINGS = """<th class="narrow">Waiting messages</th><th class="narrow">Refused messages</th><th>State</th>
+<th class="narrow">Queued jobs</th>"""
+_CELLS = """<td class="narrow"><%= d.pending %></td><td class="narrow"><%= d.refused %></td>
+<td class="state"><%= d.state %></td><td class="narrow"> <a href="<%= d.queued_url %>">"""
+# By template: what it has, as a regular expression, and what ours has there. With another rq-dashboard than that of
+# requirements.txt a page may keep its own words.
+_CHANGES: dict[str, tuple[tuple[str, str], ...]] = {
+    "base.html": (("</head>", _STYLE + "</head>"), ("<title>RQ dashboard</title>", "<title>smtp-dup</title>")),
+    "queues.html": (
+        (r"This list below contains all the registered queues[^<]*", _QUEUES),
+        (r'<th class="narrow">Queued&nbsp;jobs</th>', _HEADINGS),
+        (r"&nbsp;jobs</th>", " jobs</th>"),
+        (r'<td class="narrow"> <a href="<%= d\.queued_url %>">', _CELLS),
+        (r'<td colspan="6">Loading', '<td colspan="11">Loading'),
+        (r'<td colspan="6">No queues\.', '<td colspan="11">No queues: no backup has had mail yet.'),
+    ),
+    "jobs.html": (
+        (r"This list below contains all the queued jobs on queue", "The {{ registry_name }} jobs of"),
+        (r"<th>Age</th>", "<th>Received</th>"),
+    ),
+}
+
+
 class _Escaping(BaseLoader):
-    """Its templates, but for two things: what they show is text, and their scripts carry the nonce.
+    """Its templates, but for three things: what they show is text, their scripts carry the nonce, and _CHANGES.
 
     ``<%= d.x %>`` of underscore.js writes HTML, and d.exc_info is what some mail server said about an address
     that some sender made up. ``<%- d.x %>`` writes text.
@@ -162,6 +253,8 @@ class _Escaping(BaseLoader):
 
     def get_source(self, environment: Environment, template: str) -> tuple[str, str | None, Callable[[], bool] | None]:
         source, filename, is_current = self._loader.get_source(environment, template)
+        for theirs, ours in _CHANGES.get(template.rpartition("/")[2], ()):
+            source = re.sub(theirs, lambda _found, ours=ours: ours, source)
         source = re.sub(r"<%=(?=\s*(?:d\.|JSON\.|jobId|url_for|url\b|number\b))", "<%-", source)
         source = re.sub(r"<script(?=[\s>])", '<script nonce="{{ script_nonce }}"', source)
         return source, filename, is_current

@@ -1,7 +1,8 @@
-"""The tables of docs/configuration.md and docs/environment.md, written from relay/options.py.
+"""The tables of docs/configuration.md and docs/environment.md, and the manual page, written from relay/options.py.
 
-`python docs/site/reference.py` writes them anew, between the two comments that mark each table; a test fails while
-they differ. Everything else on these pages is written by hand.
+`python docs/site/reference.py` writes them anew, the tables between the two comments that mark each; a test fails while
+they differ. Everything else on these pages is written by hand. The manual page is in docs/site/smtp-dup.1, from where
+it goes into the wheel.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from relay.command import manual
 from relay.options import BACKUP_FIELDS, OPTIONS, SECTIONS, Option
 
 PAGES = Path(__file__).parents[1]
+MANUAL = Path(__file__).with_name("smtp-dup.1")
 
 
 def _cell(text: str) -> str:
@@ -71,7 +74,8 @@ def renew(page: str) -> str:
 
 
 def main() -> None:
-    """Rewrite the pages that have such tables."""
+    """Rewrite the manual page, and the pages that have such tables."""
+    MANUAL.write_text(manual.page(), encoding="utf-8")
     for path in sorted(PAGES.glob("*.md")):
         before = path.read_text(encoding="utf-8")
         after = renew(before)

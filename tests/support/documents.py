@@ -44,7 +44,10 @@ LANGUAGES = {"", "text", "sh", "toml", "yaml", "ini", "json", "xml"}
 
 _FENCE = re.compile(r"^( *)```([\w+-]*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _COMMENT = re.compile(r"<!-- test: (.*?) -->\s*$")
-_WORDS = {"up", "demo", "relay", "workers", "check", "queue", "failed", "hash-password", "version"}
+_WORDS = {
+    "up", "demo", "relay", "workers", "check", "queue", "failed", "hash-password", "new-key", "completion", "help",
+    "version",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import redis
 from rq import Queue
 from rq.job import JobStatus
 
-from relay import dispatch, ledger
+from relay import dispatch, ledger, reading
 from relay.envelope import Destination, Envelope, IdSource, Message, Recipient
 from relay.ledger import Claim, CopyState, Released, Staged
 from relay.settings import Settings, load
@@ -110,9 +110,10 @@ class Contents:
         attempts: int = 0,
     ) -> CopyState:
         """Have a pending copy fail, so many seconds ago."""
+        (envelope,) = reading.envelopes(self.connection, [message_id])
         state = CopyState(owed=owed, attempts=attempts).tried(ledger.now(self.connection), reply)
         with self.connection.pipeline() as pipe:
-            state = failed.add_failure(pipe, self.queue(to), to, message_id, state, remains, reply, 30 * DAY)
+            state = failed.add_failure(pipe, self.queue(to), to, message_id, state, remains, reply, 30 * DAY, envelope)
             pipe.execute()
         if ago:
             self.connection.zadd(ledger.FAILED + to, {message_id: ledger.now(self.connection) - ago})

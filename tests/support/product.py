@@ -283,7 +283,7 @@ class Product:
         return {**kept, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **given}
 
     def _argv(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "relay.cli", *words]
+        return [sys.executable, "-m", "relay.command", *words]
 
     def _is_ready(self) -> bool:
         assert self.process is not None

@@ -1,0 +1,285 @@
+"""The commands and their flags, as click reads them, and their help.
+
+Reading a command line runs nothing: it gives a Task, which names a function of a module of this package and what to
+call it with. That module is imported when the task is run, so that `version`, `--help` and completion pay for no
+Redis client and no server; nothing else here is imported late. Flags of the settings come from flags.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from relay import __version__
+from relay.command.completion import DESTINATION, FAILED_ID, TOPIC, Names
+from relay.command.exit_status import IN_A_LINE
+from relay.command.flags import SETTINGS_FLAGS, Given
+from relay.command.output import Output
+
+NAME = "smtp-dup"
+SETTINGS_HINT = f"Any setting is also a flag: {NAME} help settings"
+_HELP = {"help_option_names": ["-h", "--help"]}
+_NEAR = 0.6
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a command line asks for: "module:function" of this package, and its arguments.
+
+    ``settings`` says which the function takes first: "" for none, "any", or "primary" for settings that name one.
+    """
+
+    place: str
+    given: Given
+    settings: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> int:
+        """Run it; returns the exit status."""
+        leading = [self.given.settings(require_primary=self.settings == "primary")] if self.settings else []
+        module, _, name = self.place.partition(":")
+        function: Callable[..., int] = getattr(importlib.import_module(f"relay.command.{module}"), name)
+        return function(*leading, **self.arguments)
+
+
+class MissingCommand(click.UsageError):
+    """A group without one of its commands."""
+
+
+# Groups and commands --------------------------------------------------------------------------------------------
+
+
+class _Completes(click.Command):
+    """A command whose settings flags are completed, too, although its help leaves them out."""
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return commands of a group, or flags."""
+        found = super().shell_complete(ctx, incomplete)
+        if incomplete.startswith("-"):
+            known = {item.value for item in found}
+            for option in self.get_params(ctx):
+                if isinstance(option, click.Option) and option.hidden:
+                    text = (option.help or "").partition(". ")[0]
+                    found += [
+                        CompletionItem(name, help=text)
+                        for name in option.opts
+                        if name.startswith(incomplete) and name not in known
+                    ]
+        return found
+
+
+class Word(_Completes):
+    """A command that does something."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_paragraph()
+        if any(param in SETTINGS_FLAGS for param in self.params):
+            formatter.write(SETTINGS_HINT + "\n")
+        formatter.write(IN_A_LINE + "\n")
+
+
+class Group(_Completes, click.Group):
+    """Commands that belong together; whoever mistypes one is told what it may have been."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name, command in self.commands.items() if not command.hidden]
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            raise click.UsageError(f"no such command: {args[0]}{self._meant(ctx, args[0])}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if not ctx._protected_args and not ctx.args:  # noqa: SLF001  (click 8.2 deprecates its public name)
+            raise MissingCommand("which command?", ctx)
+        return super().invoke(ctx)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_paragraph()
+        formatter.write(f"Options: --color auto|always|never, {'' if ctx.parent else '--version, '}--help\n")
+        formatter.write(SETTINGS_HINT + "\n")
+        formatter.write(IN_A_LINE + "\n")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        self.format_commands(ctx, formatter)  # the options are on one line, in the epilog: it is to fit a screen
+
+    def _meant(self, ctx: click.Context, name: str) -> str:
+        near = difflib.get_close_matches(name, self.list_commands(ctx), 1, _NEAR)
+        if near:
+            return f"; did you mean {near[0]}?"
+        # `smtp-dup list`: where it belongs.
+        within = [
+            f"{group} {name}"
+            for group, found in self.commands.items()
+            if isinstance(found, Group) and name in found.commands
+        ]
+        return f"; did you mean {' or '.join(within)}?" if within else f"; see {ctx.command_path} --help"
+
+
+# Options that many have -----------------------------------------------------------------------------------------
+
+
+def _take_colour(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
+    given = ctx.find_object(Given)
+    if value and given:
+        given.colour = value
+
+
+def _option(*names: str, **rest: Any) -> click.Option:
+    return click.Option(list(names), **rest)
+
+
+COLOUR = _option("--color", type=click.Choice(["auto", "always", "never"]), expose_value=False, callback=_take_colour,
+                  help="auto: in a terminal, unless NO_COLOR is set")  # fmt: skip
+JSON = _option("--json", "as_json", is_flag=True, help="one JSON object a line")
+WIDE = _option("--wide", is_flag=True, help="a line for each row, however long")
+_DESTINATION = _option("--destination", metavar="NAME", type=Names(DESTINATION), help="only this one")
+_ALL = _option("--all", "everything", is_flag=True, help="every one, or every one of --destination")
+_YES = _option("--yes", is_flag=True, help="do not ask")
+_DRY_RUN = _option("--dry-run", is_flag=True, help="say what would be done; change nothing")
+
+
+def _argument(name: str, kind: click.ParamType[str] | None = None, **rest: Any) -> click.Argument:
+    return click.Argument([name.lower()], metavar=name, type=kind, **rest)
+
+
+def _ids(kind: click.ParamType[str]) -> click.Argument:
+    return click.Argument(["ids"], metavar="[ID]...", type=kind, nargs=-1)
+
+
+def _word(
+    text: str, place: str, *params: click.Parameter, settings: str = "any", output: bool = True, hidden: bool = False
+) -> Word:
+    """Make a command: what it does, where its function is, and what that takes beside settings and output."""
+    own = [*params, *((JSON,) if output else ()), *((WIDE,) if output else ()), COLOUR]
+
+    @click.pass_context
+    def read(ctx: click.Context, /, **arguments: Any) -> Task:
+        given = ctx.find_object(Given)
+        assert given is not None  # noqa: S101 - parse() gives it
+        if output:
+            look = Output(as_json=arguments.pop("as_json"), wide=arguments.pop("wide"), colour=given.colour)
+            arguments["out"] = look
+        return Task(place, given, settings, arguments)
+
+    return Word(
+        None,
+        callback=read,
+        params=[*own, *(SETTINGS_FLAGS if settings else ())],
+        help=text[0].upper() + text[1:] + ".",
+        short_help=text,
+        context_settings=_HELP,
+        hidden=hidden,
+    )
+
+
+def _group(text: str, commands: dict[str, Word | Group], params: Sequence[click.Parameter] = ()) -> Group:
+    made = Group(
+        None,
+        commands={},
+        params=[*params, COLOUR, *SETTINGS_FLAGS],
+        help=text[0].upper() + text[1:] + ".",
+        short_help=text,
+        context_settings=_HELP,
+        no_args_is_help=False,
+        subcommand_metavar="COMMAND [ARGS]...",
+        options_metavar="",
+        callback=lambda: None,
+    )
+    for name, command in commands.items():
+        made.add_command(command, name)
+    return made
+
+
+# The tree -------------------------------------------------------------------------------------------------------
+
+_QUEUE: dict[str, Word | Group] = {
+    "summary": _word("numbers for each backup", "queue:summary"),
+    "list": _word("the copies that wait", "queue:listing", _DESTINATION),
+    "flush": _word("try all that waits now", "queue:flush", _DESTINATION),
+    "verify": _word("compare the ledger with RQ and repair what disagrees", "queue:verify", _DRY_RUN),
+    "move": _word(
+        "give one backup's copies to another", "queue:move",
+        click.Argument(["source"], metavar="FROM", type=Names(DESTINATION)),
+        click.Argument(["target"], metavar="TO", type=Names(DESTINATION)),
+    ),
+}  # fmt: skip
+
+_FAILED: dict[str, Word | Group] = {
+    "list": _word("the failed copies", "failed:listing", _DESTINATION),
+    "show": _word("one failed message and its history", "failed:show", _argument("ID", Names(FAILED_ID))),
+    "retry": _word("try failed copies again, now", "failed:retry", _ids(Names(FAILED_ID)), _ALL, _DESTINATION),
+    "drop": _word("forget failed copies for good", "failed:drop", _ids(Names(FAILED_ID)), _ALL, _DESTINATION, _YES),
+    "export": _word("write a failed message as .eml", "failed:export", _argument("ID", Names(FAILED_ID)), output=False),
+}
+
+ROOT = _group(
+    "relay mail to a primary, and a durable copy of it to every backup",
+    {
+        "up": _word("run all of it: relay, workers, a Redis unless one is named", "services:up",
+                    settings="primary", output=False),
+        "relay": _word("run the relay only", "services:relay", settings="primary", output=False),
+        "workers": _word("run the delivery to the backups only", "services:workers", output=False),
+        "demo": _word("show what it does, with two servers of its own", "services:demo", settings="", output=False),
+        "check": _word("validate the settings, probe Redis and every server", "check:check", settings="primary"),
+        "queue": _group("what waits for the backups: summary, list, flush and more", _QUEUE),
+        "failed": _group("the copies that could not be delivered: list, retry and more", _FAILED),
+        "hash-password": _word(
+            "read a password and write its hash for smtp.users_file", "credentials:hash_password",
+            settings="", output=False,
+        ),
+        "new-key": _word(
+            "write a key for storage.key_file: to FILE, or to standard output", "credentials:new_key",
+            click.Argument(["file"], metavar="[FILE]", required=False, type=click.Path(dir_okay=False)),
+            settings="", output=False,
+        ),
+        "completion": _word(
+            "print the completion script for a shell", "completion:script",
+            click.Argument(["shell"], metavar="bash|zsh|fish", type=click.Choice(["bash", "zsh", "fish"])),
+            settings="", output=False,
+        ),
+        "complete": _word(
+            "say how a command line may go on, for these scripts", "completion:complete",
+            click.Argument(["shell"]), click.Argument(["words"], nargs=-1, type=click.UNPROCESSED),
+            settings="", output=False, hidden=True,
+        ),
+        "help": _word(
+            "help on a command, or: settings, man", "help:show",
+            click.Argument(["topic"], metavar="[TOPIC]...", nargs=-1, type=Names(TOPIC)), settings="", output=False,
+        ),
+        "version": _word("tell the version", "help:version", settings="", output=False),
+    },
+    [click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False, help="tell the version",
+                  callback=lambda ctx, _param, value: _version(ctx) if value else None)],
+)  # fmt: skip
+
+
+def _version(ctx: click.Context) -> None:
+    click.echo(f"{NAME} {__version__}")
+    ctx.exit()
+
+
+def parse(words: Iterable[str]) -> Task | int:
+    """Read a command line: what to do, or the exit status where all is done already. Raises click.UsageError."""
+    result: Task | int = ROOT.main(list(words), NAME, standalone_mode=False, obj=Given())
+    return result
+
+
+def path(words: Sequence[str]) -> click.Context:
+    """Return the context of a command, for its help. Raises click.UsageError."""
+    ctx = click.Context(ROOT, info_name=NAME, **_HELP)  # type: ignore[arg-type]
+    for n, word in enumerate(words):
+        if not isinstance(ctx.command, Group):
+            raise click.UsageError(f"{ctx.command_path} has no commands", ctx)
+        _, command, _ = ctx.command.resolve_command(ctx, list(words[n:]))
+        assert command is not None  # noqa: S101 - else resolve_command raises
+        ctx = click.Context(command, parent=ctx, info_name=word, **_HELP)  # type: ignore[arg-type]
+    return ctx

@@ -1,0 +1,49 @@
+"""The Redis that commands talk to: the one in the settings, or the embedded one of a running `smtp-dup up`.
+
+One that is away or does not answer in time is a CannotSay, also when it goes away in the middle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from redis import Redis
+from redis.exceptions import AuthenticationError, BusyLoadingError
+from redis.exceptions import ConnectionError as NoConnection
+from redis.exceptions import TimeoutError as NoAnswer
+
+from relay import embedded, maillog, sealing
+from relay.command.exit_status import CannotSay, Trouble
+from relay.envelope import bound
+from relay.redis_clients import sync_client
+from relay.settings import Settings
+from relay.text import printable
+
+_PATIENCE = 30.0  # seconds for one answer, once it has answered at all: an operator can wait for a busy one
+
+
+@contextmanager
+def ledger_of(settings: Settings) -> Iterator[Redis]:
+    """Connect to the Redis with the ledger, ready to read what is stored there. Raises CannotSay, Trouble."""
+    maillog.configure("warning")  # a command's words are its output
+    try:
+        sealing.use(settings.storage.key_file)
+        bound(settings.smtp.max_message_bytes)
+    except sealing.BadKeyFile as error:
+        raise Trouble(f"storage.key_file: {error}") from error
+    server = settings.redis if settings.redis.url else settings.redis.at(embedded.url(settings.state_dir))
+    try:
+        with sync_client(server, server.timeout_seconds, retries=0) as first:
+            first.ping()
+        with sync_client(server, max(_PATIENCE, server.timeout_seconds), retries=0) as connection:
+            yield connection
+    except (AuthenticationError, BusyLoadingError, NoAnswer) as error:
+        raise CannotSay(f"Redis at {server.shown}: {printable(str(error))}") from error
+    except NoConnection as error:
+        if settings.redis.url:
+            option = "redis.sentinels" if server.sentinels else "redis.url"
+            raise CannotSay(f"no Redis at {server.shown}: {printable(str(error))}; see {option}") from error
+        raise CannotSay(
+            f"no Redis: set redis.url, or start `smtp-dup up` with this --state-dir ({settings.state_dir})"
+        ) from error

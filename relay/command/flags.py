@@ -1,0 +1,128 @@
+"""The settings on the command line: every option of relay/options.py, and every field of a [[backup]], is a flag.
+
+All commands that read settings share these flags, before and after the command's name; the later one wins, and the
+values of a list add up. They are not in the help of each command: `smtp-dup help settings` has them once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from relay.kinds import PATH, Kind
+from relay.options import BACKUP_FIELDS, BACKUP_FLAGS, BY_KEY, OPTIONS
+from relay.text import printable
+
+if TYPE_CHECKING:
+    from relay.settings import Settings
+
+_FIELDS = {field.key: field for field in BACKUP_FIELDS}
+_OF_BACKUP = re.compile(r"backup\[(.+)\]\.(\w+)")
+
+
+class Given:
+    """What one command line gives beside the command: settings, and how the output is to look."""
+
+    def __init__(self) -> None:
+        self.flags: dict[str, str] = {}
+        self.problems: list[tuple[str, str, str]] = []  # key, where it stands, what is wrong with it
+        self.colour = "auto"
+
+    def settings(self, *, require_primary: bool) -> Settings:
+        """Load the settings. Raises SettingsError with every problem there is."""
+        from relay.settings import Problem, SettingsError, load  # noqa: PLC0415  (`--help` and `version` take a third less)
+
+        problems = [Problem(*problem) for problem in self.problems]
+        try:
+            settings = load(self.flags, require_primary=require_primary)
+        except SettingsError as error:
+            raise SettingsError([*problems, *error.problems]) from None
+        if problems:
+            raise SettingsError(problems)
+        return settings
+
+    def note(self, key: str, value: str, *, adds: bool = False) -> None:
+        known = self.flags.get(key) if adds else None
+        self.flags[key] = f"{known},{value}" if known else value
+
+    def note_field(self, flag: str, field: str, text: str) -> None:
+        """Take NAME=VALUE of one backup."""
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            self.problems.append(("", flag, f"expected NAME=VALUE, with a backup's name, not {_shown(text)}"))
+        else:
+            self.note(f"backup[{name.strip()}].{field}", value, adds=_FIELDS[field].kind.several)
+
+    def note_pair(self, text: str) -> None:
+        """Take KEY=VALUE, the key as in settings.toml."""
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        of_backup = _OF_BACKUP.fullmatch(key)
+        if not equals:
+            self.problems.append(("", "--set", f"expected key=value, not {_shown(text)}"))
+        elif (of_backup and of_backup[2] in _FIELDS) or (key := key.lower()) in BY_KEY:
+            self.note(key, value)
+        else:
+            near = difflib.get_close_matches(key, list(BY_KEY), 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.problems.append((printable(key), "--set", f"unknown option{hint}"))
+
+
+def _shown(text: str) -> str:
+    return repr(printable(text))
+
+
+class KindType(click.ParamType[str]):
+    """A value of the settings as click sees it: text, which the settings read; completion knows what it may be."""
+
+    name = "text"
+
+    def __init__(self, kind: Kind | None = None) -> None:
+        self._kind = kind
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        if self._kind is PATH:
+            return [CompletionItem(incomplete, type="file")]
+        return [
+            CompletionItem(word) for word in (self._kind.words if self._kind else ()) if word.startswith(incomplete)
+        ]
+
+
+def _flag(names: tuple[str, ...], metavar: str, kind: Kind | None, text: str, note: Any) -> click.Option:
+    def take(ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> None:
+        given = ctx.find_object(Given)
+        for value in values if given else ():
+            note(given, value)
+
+    return click.Option(
+        [*names, "setting_" + names[-1].strip("-").replace("-", "_")],
+        multiple=True, expose_value=False, hidden=True, metavar=metavar, type=KindType(kind), help=text, callback=take,
+    )  # fmt: skip
+
+
+def _flags() -> Iterator[click.Option]:
+    text = "the only settings file to read, instead of settings.toml or config.yaml"
+    yield _flag(("--config",), "FILE", PATH, text, lambda given, value: given.note("config", value))
+    text = "any option, by its key in settings.toml"
+    yield _flag(("--set",), "KEY=VALUE", None, text, lambda given, value: given.note_pair(value))
+    for option in OPTIONS:
+
+        def note(given: Given, value: str, key: str = option.key, several: bool = option.kind.several) -> None:
+            given.note(key, value, adds=several)
+
+        yield _flag(option.flags, "X", option.kind, option.help, note)
+    for field in BACKUP_FIELDS:
+        flag = BACKUP_FLAGS[field.key]
+
+        def note_field(given: Given, value: str, flag: str = flag, key: str = field.key) -> None:
+            given.note_field(flag, key, value)
+
+        yield _flag((flag,), "NAME=X", None, field.help, note_field)
+
+
+SETTINGS_FLAGS: tuple[click.Option, ...] = tuple(_flags())

@@ -1,0 +1,250 @@
+"""What commands write to standard output: a table for people, one JSON object a line for programs.
+
+No letter is lost: a table that is wider than the terminal has a line of columns for each row and below it, indented,
+what does not fit, folded. With --wide, and where no terminal is, a row is a line of whatever length it needs. What
+came from outside is made printable: a sender cannot move anybody's cursor. Rows are written page by page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+from relay.text import printable
+
+_PAGE = 500  # rows whose widths are looked at together; the ledger is read in as many
+_GAP = "  "
+_INDENT = "    "
+_ALIGNED = 60  # columns: where a row may be of any length, a longer value pushes the rest aside
+_NARROWEST, _USUAL = 20, 80
+
+GREEN, YELLOW, RED, BOLD, DIM = "32", "33", "31", "1", "2"
+
+
+class Column(NamedTuple):
+    """One column: its title, how a row's value is shown, whether numbers stand in it, and its colour.
+
+    ``detail``: it stands below the others where they do not fit on a line, with its title.
+    """
+
+    title: str
+    show: Callable[[Any], str]
+    numbers: bool = False
+    detail: bool = False
+    colour: Callable[[Any], str] | None = None
+
+
+def as_object(row: Any) -> dict[str, Any]:
+    """Return a row as its JSON object."""
+    return dataclasses.asdict(row)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Standard output, as the command line wants it."""
+
+    as_json: bool = False
+    wide: bool = False
+    colour: str = "auto"
+
+    def rows(self, rows: Iterable[Any], columns: Sequence[Column], *, nothing: str) -> None:
+        """Write rows, or say that there is nothing."""
+        if self.as_json:
+            for row in rows:
+                self.object(row if isinstance(row, dict) else as_object(row))
+            return
+        table = _Table(columns, 0 if self.wide or not sys.stdout.isatty() else terminal_width(), self._painter())
+        rest = iter(rows)
+        while page := list(islice(rest, _PAGE)):
+            sys.stdout.writelines(line + "\n" for line in table.lines(page))
+            sys.stdout.flush()
+            nothing = ""
+        if nothing:
+            self.line(nothing)
+
+    def object(self, value: dict[str, Any]) -> None:
+        """Write one JSON object on a line."""
+        sys.stdout.write(json.dumps(value, default=str) + "\n")
+
+    def line(self, text: str) -> None:
+        """Write a line; a terminal folds it."""
+        sys.stdout.write(printable(text) + "\n")
+
+    def count(self, key: str, count: int, text: str) -> None:
+        """Write how many copies something was done to."""
+        if self.as_json:
+            self.object({key: count})
+        else:
+            self.line(text.format("1 copy" if count == 1 else f"{count} copies"))
+
+    def pairs(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Write a line for each name and value; an empty name goes on with the one before."""
+        paint = self._painter()
+        for name, value in pairs:
+            sys.stdout.write(f"{paint(f'{name:<12}', BOLD if name else '')} {printable(value)}\n")
+
+    def _painter(self) -> Callable[[str, str], str]:
+        return _paint if wants_colour(self.colour) else _plain
+
+
+def wants_colour(when: str) -> bool:
+    """Say whether to colour: always, never, or in a terminal unless NO_COLOR is set (https://no-color.org)."""
+    if when != "auto":
+        return when == "always"
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def terminal_width() -> int:
+    """Return how many columns the terminal has, or is to have by COLUMNS."""
+    asked = os.environ.get("COLUMNS", "")
+    if asked.isdecimal() and int(asked):
+        return max(_NARROWEST, int(asked))
+    try:
+        return max(_NARROWEST, os.get_terminal_size(sys.__stdout__.fileno() if sys.__stdout__ else 1).columns or _USUAL)
+    except (OSError, ValueError):
+        return _USUAL
+
+
+def _paint(text: str, colour: str) -> str:
+    return f"\x1b[{colour}m{text}\x1b[0m" if colour and text else text
+
+
+def _plain(text: str, _colour: str) -> str:
+    return text
+
+
+class _Table:
+    """Lays out pages of rows; ``width`` is the terminal's, 0 where a line may be of any length."""
+
+    def __init__(self, columns: Sequence[Column], width: int, paint: Callable[[str, str], str]) -> None:
+        self._columns = columns
+        self._width = width
+        self._paint = paint
+        self._widths = [cells_of(column.title) for column in columns]
+        self._head: list[int] | None = None  # columns of the first line, by their numbers, as last announced
+
+    def lines(self, page: Sequence[Any]) -> Iterator[str]:
+        shown = [[printable(column.show(row)) for column in self._columns] for row in page]
+        needed = [
+            max(old, *map(cells_of, cells)) for old, cells in zip(self._widths, zip(*shown, strict=True), strict=True)
+        ]
+        if not self._width:
+            needed = [min(width, max(old, _ALIGNED)) for old, width in zip(self._widths, needed, strict=True)]
+        head = self._first_line(needed)
+        if self._head is None or (self._width and (head != self._head or needed != self._widths)):
+            yield from self._titles(head, needed)
+        self._head, self._widths = head, needed
+        rest = [n for n in range(len(self._columns)) if n not in head]
+        for row, cells in zip(page, shown, strict=True):
+            yield from self._row(row, cells, head, rest)
+
+    def _first_line(self, needed: Sequence[int]) -> list[int]:
+        every = range(len(self._columns))
+        if not self._width or sum(needed) + len(_GAP) * (len(needed) - 1) <= self._width:
+            return list(every)
+        head: list[int] = []
+        used = 0
+        for n in every:
+            if not self._columns[n].detail:
+                used += needed[n] + len(_GAP)
+                if used - len(_GAP) > self._width and head:
+                    break
+                head.append(n)
+        return head
+
+    def _titles(self, head: Sequence[int], widths: Sequence[int]) -> Iterator[str]:
+        line = _GAP.join(self._aligned(n, self._columns[n].title, widths[n]) for n in head)
+        yield self._paint(line.rstrip(), BOLD)
+        length = sum(widths[n] for n in head) + len(_GAP) * (len(head) - 1)
+        yield "-" * (min(length, self._width) if self._width else length)  # ASCII: every terminal has it
+
+    def _row(self, row: Any, cells: Sequence[str], head: Sequence[int], rest: Sequence[int]) -> Iterator[str]:
+        parts = []
+        for n in head:
+            colour = self._columns[n].colour
+            text = cells[n] if n == head[-1] and not self._columns[n].numbers else self._aligned(n, cells[n])
+            parts.append(self._paint(text, colour(row)) if colour else text)
+        line = _GAP.join(parts).rstrip()
+        if self._width and sum(self._widths[n] for n in head) > self._width:
+            yield from fold(line, self._width)  # one column alone
+        else:
+            yield line
+        details = [f"{self._columns[n].title} {cells[n]}".lstrip() for n in rest if cells[n] not in {"", "-"}]
+        yield from _details(details, self._width)
+
+    def _aligned(self, n: int, text: str, width: int | None = None) -> str:
+        blanks = " " * ((self._widths[n] if width is None else width) - cells_of(text))
+        return blanks + text if self._columns[n].numbers else text + blanks
+
+
+def _details(parts: Sequence[str], width: int) -> Iterator[str]:
+    """Yield indented lines with as many of the parts as fit on each, a longer one folded."""
+    room = width - len(_INDENT)
+    line = ""
+    for part in parts:
+        joined = f"{line}{_GAP} {part}" if line else part
+        if cells_of(joined) <= room:
+            line = joined
+            continue
+        if line:
+            yield _INDENT + line
+        *full, line = fold(part, room)
+        for text in full:
+            yield _INDENT + text
+    if line:
+        yield _INDENT + line
+
+
+def fold(text: str, width: int) -> list[str]:
+    """Return text in lines of at most so many columns: broken behind a blank where one is near, else anywhere."""
+    lines = []
+    while cells_of(text) > width:
+        end, cells = 0, cells_of(text[0])
+        while cells <= width:
+            end += 1
+            cells += cells_of(text[end])
+        end = max(end, 1)
+        blank = text.rfind(" ", end // 2, end)
+        cut = blank + 1 if blank > 0 else end
+        lines.append(text[:cut].rstrip() if blank > 0 else text[:cut])
+        text = text[cut:]
+    return [*lines, text]
+
+
+def cells_of(text: str) -> int:
+    """Return how many columns of a terminal a printable text takes."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+# How values are shown ------------------------------------------------------------------------------------------
+
+
+def address(text: str) -> str:
+    """Return a sender or recipient; the null sender as it is written in SMTP."""
+    return text or "<>"
+
+
+def moment(seconds: float | None) -> str:
+    """Return a time, seconds since the epoch, in the local zone."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else "-"
+
+
+def span(seconds: float) -> str:
+    """Return a length of time in the two units that matter."""
+    rest = int(seconds)
+    parts: list[str] = []
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        count, rest = divmod(rest, length)
+        if count or (unit == "s" and not parts):
+            parts.append(f"{count}{unit}")
+    return " ".join(parts[:2])
