@@ -23,6 +23,7 @@ _HANDSHAKE_SECONDS = 30.0
 _GOODBYE_SECONDS = 5.0  # for the client's side of a close: TLS ends with a word from both
 _TIMEOUT = Reply.of(421, "4.4.2 Timeout while waiting for you")
 _GONE = "the client has gone"
+_MOST_IN_A_ROW = 32  # commands of one client, a millisecond's work; then it is the others' turn
 _MOST_HELD = 100  # replies; then it is seen whether the client reads them
 _TLS_ERRORS = (ssl.SSLError, ConnectionError, TimeoutError, OSError)
 
@@ -45,6 +46,7 @@ class Channel(SMTP):
         self._deaf_at = math.inf
         self._lost = loop.create_future()  # done when the connection is no more
         self._handshake: asyncio.Task[Any] | None = None
+        self._in_a_row = 0
         self._held: list[bytes] = []  # replies to commands that came together, to leave together
         self.waited = 0.0  # seconds, for what came last
         self.waiting = False  # for the client; only then may a deadline or a shutdown end the conversation
@@ -176,6 +178,8 @@ class Channel(SMTP):
 
     async def read_line(self, seconds: float, limit: int) -> bytes | None:
         """Return the next line, b"" for one that is too long, None at the end of input; all of it in the time given."""
+        if self.inbox.has_line:
+            await self._let_others()
         begun = self.loop.time()
         self._deadline = begun + seconds
         self.waiting = True
@@ -193,6 +197,13 @@ class Channel(SMTP):
         self.waiting = False
         self.waited = self.loop.time() - begun
         return chunk
+
+    async def _let_others(self) -> None:
+        """Let the others have their turn: what a client has sent at once may be a hundred thousand commands."""
+        self._in_a_row += 1
+        if self._in_a_row >= _MOST_IN_A_ROW:
+            self._in_a_row = 0
+            await asyncio.sleep(0)
 
     # --- TLS --------------------------------------------------------------------------------------------------
 

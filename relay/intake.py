@@ -74,7 +74,8 @@ class Intake:
 
     async def stage(self, message: Message) -> None:
         """Put a message on stable storage, not yet due for anybody. Raises NotDurable."""
-        record = message.packed()
+        large = len(message.body) > _LARGE  # to compress and seal it takes its time, which is not everybody's
+        record = await asyncio.to_thread(message.packed) if large else message.packed()
         size = sum(map(len, record))
         envelope = message.envelope
         trouble = self._watch.objection(size)
@@ -117,7 +118,9 @@ class Intake:
             raise OSError("there is none")
         try:
             async with asyncio.timeout(_SPOOL_SECONDS):
-                await self._spool.write(envelope.id, b"".join(record))
+                large = sum(map(len, record)) > _LARGE
+                whole = await asyncio.to_thread(b"".join, record) if large else b"".join(record)
+                await self._spool.write(envelope.id, whole)
         except (OSError, RuntimeError, MemoryError) as error:  # TimeoutError is an OSError
             with contextlib.suppress(OSError, RuntimeError, MemoryError):
                 async with asyncio.timeout(1):

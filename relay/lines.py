@@ -11,6 +11,7 @@ from io import IncrementalNewlineDecoder
 
 _CRLF = b"\r\n"
 _newlines = IncrementalNewlineDecoder(None, translate=False)  # notes in one pass which line ends it has seen
+_WHOLE, _BARE = "\u0100", "\n"  # marks for a CRLF and for a bare line end; no octet is the first
 _DOT = (b"\n.", b".")  # how a piece ends whose last line may come to be a lone dot
 
 
@@ -38,10 +39,15 @@ class LineEnds:
             piece, self._held = self._held + piece, b""
         if not piece:
             return b""
-        if not self._after_bare and _is_clean(piece) and piece[-2:] not in _DOT:
-            self._at_start = piece.endswith(_CRLF)
-            return piece
-        return self._inspect(piece) if self._refuse else self._mend(piece)
+        if self._refuse:
+            return self._inspect(piece)
+        text, returns = _without_returns(piece)  # whether they belong to an LF the next piece says
+        if self._after_bare or text[-2:] in _DOT or not _is_clean(text):
+            text = self._mend(text)
+        elif text:
+            self._at_start = text.endswith(_CRLF)
+        self._held += b"\r" * returns
+        return text
 
     def finish(self) -> bytes:
         """Return what was held and the CRLF that may be missing; only a body that came by BDAT can need it."""
@@ -62,55 +68,37 @@ class LineEnds:
         self._at_start = piece.endswith(_CRLF)
         return piece
 
-    def _mend(self, piece: bytes) -> bytes:
-        # All by whole octet strings: a body of a million bare LFs must not hold up everybody else.
-        text, returns = _without_returns(piece)
-        first, *others = text.replace(b"\r\r\n", _CRLF).split(_CRLF)
-        done = [self._between_line_ends(first, is_last=not others)]
-        for n, part in enumerate(others, 1):
-            self._at_start, self._after_bare = True, False
-            done.append(self._between_line_ends(part, is_last=n == len(others)))
-        self._held += b"\r" * returns
-        return _CRLF.join(done)
-
-    def _between_line_ends(self, text: bytes, *, is_last: bool) -> bytes:
-        """Return what stands between two CRLFs, or behind the last: CRLF for bare line ends, and the dots it needs."""
-        text = text.replace(b"\r", b"\n")
-        if is_last:
-            text = self._without_open_end(text)
+    def _mend(self, text: bytes) -> bytes:
+        # All at once and not line by line: a body of a million line ends must not hold up everybody else.
+        before = "" if not self._at_start else _BARE if self._after_bare else _WHOLE
+        marked = before + text.decode("latin-1").replace("\r\r\n", _WHOLE).replace("\r\n", _WHOLE).replace("\r", _BARE)
         if self._stuffed:
-            text = _dotted(text, self._before)
-        if is_last and text:
-            self._at_start = self._after_bare = text.endswith(b"\n")
-        return text.replace(b"\n", _CRLF)
+            marked = _dotted(self._without_open_end(marked))
+        if len(marked) > len(before):
+            self._after_bare = marked.endswith(_BARE)
+            self._at_start = self._after_bare or marked.endswith(_WHOLE)
+        return marked[len(before) :].replace(_BARE, _WHOLE).replace(_WHOLE, "\r\n").encode("latin-1")
 
-    def _without_open_end(self, text: bytes) -> bytes:
+    def _without_open_end(self, marked: str) -> str:
         """Hold back a dot at the start of a line whose end has not come."""
-        if self._stuffed and (text.endswith(b"\n.") or (text == b"." and self._at_start)):
+        if marked[-2:] in (_BARE + ".", _WHOLE + "."):
             self._held = b"."
-            return text[:-1]
-        return text
-
-    @property
-    def _before(self) -> bytes:
-        """What was in front: nothing that matters, a line end, or a bare one."""
-        return b"" if not self._at_start else b"\n" if self._after_bare else _CRLF
+            return marked[:-1]
+        return marked
 
 
-def _dotted(text: bytes, before: bytes) -> bytes:
-    """Return text, whose bare line ends are LF, with a dot before each line that must have one.
+def _dotted(marked: str) -> str:
+    """Return text, in which line ends are marked, with a dot before each line that must have one.
 
     A lone dot would end the message. After a bare line end a dot may have been doubled, by a client for which that was
     a line end, or not, by one for which it was text: two dots are taken as one that was doubled.
     """
-    if b"." not in text:
-        return text
-    if before == _CRLF and (text == b"." or text.startswith(b".\n")):
-        text = b"." + text
-    if before != b"\n":
-        before = b""
-    marked = before + text
-    return marked.replace(b"\n.", b"\n..").replace(b"\n...", b"\n..")[len(before) :]
+    if "." not in marked:
+        return marked
+    marked = marked.replace(f"{_WHOLE}.{_BARE}", f"{_WHOLE}..{_BARE}")
+    for _ in range(2):  # two neighbours share a line end
+        marked = marked.replace(f"{_WHOLE}.{_WHOLE}", f"{_WHOLE}..{_WHOLE}")
+    return marked.replace(f"{_BARE}.", f"{_BARE}..").replace(f"{_BARE}...", f"{_BARE}..")
 
 
 def _is_clean(piece: bytes) -> bool:

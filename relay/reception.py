@@ -6,6 +6,9 @@ be there already; what still comes of it is dropped, and ``refusal`` is what the
 
 from __future__ import annotations
 
+import asyncio
+import re
+
 from relay import headers
 from relay.data import Pace
 from relay.envelope import Reply
@@ -22,7 +25,13 @@ _HEADER_BYTES = Reply.of(552, "5.3.4 The header is larger than this relay takes"
 _HEADERS = Reply.of(552, "5.3.4 The message has more header fields than this relay takes")
 _LOOP = Reply.of(554, "5.4.6 Too many hops, mail forwarding loop")
 _AT_ONCE = 64 << 10  # octets of a body that wait for the dot
-_BLANKS = (b" ", b"\t")
+_HEADER_LOOK = 1 << 20  # octets of a header that are looked at where the settings have no limit
+_LONGEST_NAME = 1 << 10  # octets of a line that show whether it is a field
+LARGE = 256 << 10  # octets; work on bodies over this is a thread's
+# How a body begins that would go on with our Received line at whoever undoes the dot-stuffing, or drops NULs.
+_CONTINUES = re.compile(rb"\0*\.?\0*[ \t\v\f]")
+_MAY_CONTINUE = re.compile(rb"\0*\.?\0*")
+_MOST_NULS = 1 << 10  # then no more is awaited before it is told
 _OWN_LINES_LIMIT = 5  # Received lines of our own: a forward that lawfully comes back passes
 
 
@@ -30,7 +39,9 @@ class Reception:
     """The body of one message, dot-stuffed when it comes by DATA and not when by BDAT (``stuffed``)."""
 
     __slots__ = (
+        "_begun",
         "_ends",
+        "_front",
         "_kept",
         "_last",
         "_lines",
@@ -54,6 +65,8 @@ class Reception:
         self._lines = LongestLine(settings.max_line_bytes) if settings.max_line_bytes else None
         self._kept: list[bytes] = []  # what it has; in blocks, since a piece may be an octet and its object fifty
         self._last = trace  # what the primary has not got yet: the end of the body leaves with the dot, in one write
+        self._front = b""  # of the body, while it cannot be told how it begins
+        self._begun = False
         self._octets = 0  # as counted in our seat
         self.refusal: Reply | None = None
         self.pace = Pace(settings.idle_timeout, settings.min_data_rate)
@@ -67,11 +80,13 @@ class Reception:
         """Take the end; returns the whole body in wire form, our Received line in front."""
         if self._stuffing is not None and self.refusal is None:
             await self._pass_on(self._ends.finish())
+        if not self._begun and self.refusal is None:
+            await self._pass_on(b"", is_last=True)
         self._transaction.hold(self._last)
-        body = b"".join((*self._kept, self._last))
-        self._kept = []
+        parts, self._kept = (*self._kept, self._last), []
+        body = b"".join(parts) if self._octets <= LARGE else await asyncio.to_thread(b"".join, parts)
         if self.refusal is None:
-            self.refusal = self._fault_of_header(body)
+            self.refusal = await self._fault_of_header(body)
         if self.refusal is not None:
             self._give_up()
         return body
@@ -82,12 +97,11 @@ class Reception:
         self._octets = 0
         self._kept = []
 
-    async def _pass_on(self, piece: bytes) -> None:
+    async def _pass_on(self, piece: bytes, *, is_last: bool = False) -> None:
         if self._stuffing is not None:
             piece = self._stuffing.feed(piece)
-        if piece[:1] in _BLANKS and not self._octets:
-            # No header begins like this: it would go on with our Received line. An empty line as Postfix puts there.
-            piece = b"\r\n" + piece
+        if not self._begun:
+            piece = self._beginning(piece, is_last=is_last)
         self.refusal = _BARE_NEWLINE if self._ends.refused else self._too_much(piece)
         if self.refusal is None and piece:
             if len(self._last) + len(piece) <= _AT_ONCE:
@@ -98,6 +112,19 @@ class Reception:
                 self._last = piece
         if self.refusal is not None:
             self._give_up()
+
+    def _beginning(self, piece: bytes, *, is_last: bool = False) -> bytes:
+        """Return the first octets of the body, below an empty line where no header begins like that.
+
+        They would go on with our Received line. Postfix puts an empty line there, too.
+        """
+        piece, self._front = self._front + piece, b""
+        undecided = _MAY_CONTINUE.fullmatch(piece) is not None
+        if undecided and len(piece) < _MOST_NULS and not is_last:
+            self._front = piece
+            return b""
+        self._begun = True
+        return b"\r\n" + piece if piece and (undecided or _CONTINUES.match(piece)) else piece
 
     def _give_up(self) -> None:
         self._transaction.abandon()
@@ -116,10 +143,13 @@ class Reception:
         self._seat.add_octets(octets)
         return None
 
-    def _fault_of_header(self, body: bytes) -> Reply | None:
-        block = headers.header_block(body)
+    async def _fault_of_header(self, body: bytes) -> Reply | None:
+        # A line more than the limit is enough to know: the header of a message without an empty line is all of it.
+        block = headers.header_block(body, 0, (self._settings.max_header_bytes or _HEADER_LOOK) + _LONGEST_NAME)
         fault = self._fault_of_block(block)
-        return fault and self._fault_of_block(headers.fields_only(block))  # looked at closely only when it matters
+        if fault is not None:  # looked at closely only when it matters
+            fault = self._fault_of_block(await headers.fields_only(block))
+        return fault
 
     def _fault_of_block(self, block: bytes) -> Reply | None:
         settings = self._settings

@@ -11,6 +11,7 @@ message is a ClientGone, and never cancels us.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -41,7 +42,7 @@ from relay.parameters import (
     value,
 )
 from relay.primary import NoReply, Transaction
-from relay.reception import FULL, TOO_LARGE, Reception
+from relay.reception import FULL, LARGE, TOO_LARGE, Reception
 
 INTERNAL = Reply.of(451, "4.3.0 Internal error, try again later")
 _GO_AHEAD = Reply.of(354, "End data with <CR><LF>.<CR><LF>")
@@ -301,7 +302,7 @@ class Session:
         envelope, staged = message.envelope, await self._stage(message)
         if staged is None or (not staged and relay.require_durable_copies and envelope.destinations):
             return _NOT_DURABLE
-        digest = headers.equality_digest(envelope.sender, body) if staged else ""
+        digest = await self._digest(envelope.sender, body) if staged else ""
         del body, message  # the primary may take ten minutes to answer
         return await self._finish(transaction, envelope, digest, staged=staged)
 
@@ -322,6 +323,12 @@ class Session:
         faults.reach("staged")
         metrics.stage_seconds.observe(self._channel.loop.time() - begun)
         return True
+
+    @staticmethod
+    async def _digest(sender: str, body: bytes) -> str:
+        if len(body) <= LARGE:
+            return headers.equality_digest(sender, body)
+        return await asyncio.to_thread(headers.equality_digest, sender, body)
 
     async def _finish(self, transaction: Transaction, envelope: Envelope, digest: str, *, staged: bool) -> Reply:
         """Send the held dot, and do with the copy what the primary's answer says."""
