@@ -31,6 +31,7 @@ from redis.exceptions import TimeoutError as NoAnswer
 
 from relay import embedded, envelope, ledger, limits, maillog, sealing
 from relay.check import probe_redis
+from relay.continuity import Continuity
 from relay.destinations import is_loopback
 from relay.envelope import Destination, printable
 from relay.processes import Child, ChildContext, Supervisor
@@ -126,8 +127,9 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = ()) -> int:
         settings = replace(settings, redis=settings.redis.at(url))
         _warn_of_lost_promises(settings, url)
         listening = [s for place in places for s in place.sockets] + ([listener] if listener else [])
+        continuity = Continuity(settings.backups, settings.state_dir)
+        _register(settings, continuity, role)
         if role.delivers:
-            _register(settings)
             children += [_holding([], listening, child) for child in _workers(settings, settings.backups, url)]
         tasks = _sweeping(settings, url) if role.delivers else {}
         if listener:
@@ -137,7 +139,7 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = ()) -> int:
         children += [_holding(p.sockets, listening, _relay(n, settings, p, url)) for n, p in enumerate(places)]
         children += [_holding([], listening, child) for child in extra]
         early.check()
-        roster = Roster(settings, _further(settings, url, listening)) if role.delivers else None
+        roster = Roster(settings, _further(settings, url, listening) if role.delivers else None, continuity)
         status_code = Supervisor(children, on_ready=lambda: _tell(settings, role), roster=roster).run()
         early.end()
         return status_code
@@ -307,17 +309,17 @@ def _warn_of_lost_promises(settings: Settings, url: str) -> None:
             maillog.notice("warning", text, about=finding.subject, finding=finding.text)
 
 
-def _register(settings: Settings) -> None:
-    """Make the backups known to the ledger."""
+def _register(settings: Settings, continuity: Continuity, role: Role) -> None:
+    """See whether the ledger is the one that we knew, before anybody delivers, and make the backups known to it."""
     try:
-        with (
-            sync_client(settings.redis, settings.redis.timeout_seconds, retries=0) as client,
-            client.pipeline() as pipe,
-        ):
-            ledger.register(pipe, settings.backups)
-            pipe.execute()
+        with sync_client(settings.redis, settings.redis.timeout_seconds, retries=0) as client:
+            if role.delivers:
+                with client.pipeline() as pipe:
+                    ledger.register(pipe, settings.backups)
+                    pipe.execute()
+            continuity.look(client)
     except RedisError as error:
-        if settings.spool.dir is None:
+        if settings.spool.dir is None and role.delivers:
             raise NoRedis(f"redis: {printable(str(error))}") from error
         maillog.notice("warning", "the ledger does not hear of the backups", reason=printable(str(error)))
 

@@ -28,6 +28,7 @@ from relay.watch import Watch
 
 _LARGE = 256 << 10  # bodies over this travel alone, on connections of their own
 _SPOOL_SECONDS = 30.0  # for one change in the spool: a disk that hangs is as good as full
+_FORGOT = "the ledger was emptied, or became an older one, between staging and release"
 _LATE_SECONDS = 60.0  # after a time-out, this long until what was on its way has come or never will
 
 
@@ -139,13 +140,15 @@ class Intake:
             return
         if not self._watch.is_down:
             try:
-                await self._small.submit("release", released)
+                is_new = await self._small.submit("release", released)
             except (RedisError, OSError, TimeoutError) as error:
                 self._watch.failed(error)
                 maillog.ledger_trouble(f"release {released.id}", error)
             else:
                 # Whatever its result: a repetition on another connection finds it done. A job too many does no harm.
                 self._dispatch(released)
+                if not is_new:
+                    self._repeat(lambda: self._look_for(released))
                 return
         if self._spool is not None:
             await self._noted(self._spool.note_release(released))
@@ -189,8 +192,15 @@ class Intake:
         except OSError as error:  # only a crash before Redis is back would need it
             maillog.spool_trouble("note", error)
 
+    async def _look_for(self, released: Released) -> None:
+        """Say it where the ledger has forgotten a message between its staging and its release."""
+        if await self._watch.has_forgotten() and not await self._watch.has(released.id):
+            metrics.copies_lost.inc()
+            maillog.notice("error", "copy lost", id=released.id, copies=",".join(released.destinations), reason=_FORGOT)
+
     async def _released_late(self, released: Released) -> None:
-        await self._small.submit("release", released)
+        if not await self._small.submit("release", released):
+            await self._look_for(released)
         # Whatever its result: the first try may have been done without our hearing of it.
         self._dispatch(released)
         if self._spool is not None:

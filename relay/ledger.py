@@ -35,6 +35,11 @@ HOLDERS = PREFIX + "holders:"  # hash id -> the worker that holds the lease, and
 FAILED = PREFIX + "failed:"  # zset id -> time failed
 FAILURE = PREFIX + "failure:"  # hash id -> CopyState of what failed
 DESTINATIONS = PREFIX + "destinations"  # hash name -> Destination, every one ever used
+# set of all destinations that a list is of, named by whatever puts something in a list; and "", once it is whole, which
+# a Redis that came back empty, or that an older version has filled, does not have. Until then no body is deleted.
+LISTS = PREFIX + "lists"
+KEPT = PREFIX + "kept"  # set of ids whose bodies would have been deleted, had LISTS been whole
+LEDGER = PREFIX + "ledger"  # hash: who this ledger is, and how far it has come; see continuity.py
 HEALTH = PREFIX + "health:"  # hash: the breaker as the worker sees it, and the operator's flush
 COUNTERS = PREFIX + "counters"  # hash name -> total
 OWNERS = PREFIX + "owners"  # hash owner -> "host state-dir process" of a relay process
@@ -50,13 +55,21 @@ Pipe = Any  # redis.client.Pipeline or redis.asyncio.client.Pipeline: both only 
 def _script(name: str) -> str:
     """Return a script without its comments and indentation; its lines keep the numbers that they have in the file.
 
-    It goes whole with every EVAL, and Redis makes a checksum of it each time.
+    It goes whole with every EVAL, and Redis makes a checksum of it each time. What must know all lists has lists.lua in
+    its first line, which is a comment in the file.
     """
+    lines = _lines(name)
+    if any("destinations()" in line for line in lines):
+        lines[0] = " ".join(line for line in _lines("lists") if line)
+    return "\n".join(lines)
+
+
+def _lines(name: str) -> list[str]:
     text = resources.files("relay").joinpath("lua", name + ".lua").read_text(encoding="utf-8")
-    lines = [line.strip() for line in text.splitlines()]
-    return "\n".join("" if line.startswith("--") else line for line in lines)
+    return ["" if line.lstrip().startswith("--") else line.strip() for line in text.splitlines()]
 
 
+_KNOWN = _script("known")
 _STAGE = _script("stage")
 _RELEASE = _script("release")
 _DISCARD = _script("discard")
@@ -187,6 +200,15 @@ def register(pipe: Pipe, destinations: Iterable[Destination]) -> None:
     definitions = {d.name: d.to_json() for d in destinations}
     if definitions:
         pipe.hset(DESTINATIONS, mapping=definitions)
+        pipe.sadd(LISTS, *definitions)
+
+
+def is_known(pipe: Pipe, identity: str, count: int, fresh: str, *, count_on: bool) -> None:
+    """Ask whether this is the ledger of that identity, no older than that count; one without any becomes ``fresh``.
+
+    Result: identity, count, what has become of it ("" for nothing), whether its index of lists is whole.
+    """
+    pipe.eval(_KNOWN, 0, identity, count, fresh, int(count_on))
 
 
 def stage(pipe: Pipe, messages: Sequence[Staged]) -> None:
@@ -294,13 +316,30 @@ def claim(pipe: Pipe, destination: str, job: str, worker: str, lease: float, ids
 def claimed(result: Sequence[Sequence[bytes]]) -> tuple[list[Claim], list[str]]:
     """Read claim's result: the claims, and the ids of failed copies that are busy and must be asked for again."""
     claims, later = [], []
-    for message_id, verdict, accepted, state, before in result:
+    for row in result:
+        if not row[0]:  # see heard
+            continue
+        message_id, verdict, accepted, state, before = row
         if verdict == b"later":
             later.append(message_id.decode())
         else:
             known, is_retried = CopyState.from_wire(state), verdict == b"retried"
             claims.append(Claim(message_id.decode(), float(accepted), known, is_retried, before.decode()))
     return claims, later
+
+
+class Heard(NamedTuple):
+    """How the ledger stood at a claim: who it is, how far it has come; what came before ``doubt`` may be repeated."""
+
+    identity: str
+    progress: int
+    doubt: float
+
+
+def heard(result: Sequence[Sequence[bytes]]) -> Heard:
+    """Read from claim's result how the ledger stands."""
+    _, identity, count, doubt = result[0]
+    return Heard(identity.decode(), int(count), float(doubt))
 
 
 def renew(pipe: Pipe, destination: str, until: float, ids: Sequence[str]) -> None:
@@ -415,6 +454,19 @@ def now(connection: Any) -> float:
     """Return Redis's own time, seconds since the epoch: the one clock that all hosts share."""
     seconds, micros = connection.time()
     return int(seconds) + int(micros) / 1e6
+
+
+class Change(NamedTuple):
+    """What the ledger last turned out to be: emptied, replaced, older; "" and 0 where it never did."""
+
+    cause: str
+    at: float
+
+
+def change(connection: Any) -> Change:
+    """Return what the ledger last turned out to be, and when."""
+    cause, at = connection.hmget(LEDGER, "cause", "doubt")
+    return Change((cause or b"").decode("ascii", "replace"), float(at or 0))
 
 
 def destinations(connection: Any) -> dict[str, Destination]:

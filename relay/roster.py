@@ -7,15 +7,17 @@ nothing: whoever works goes on. Whom another host's workers serve within seconds
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 from redis import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
-from relay import dispatch, ledger, maillog, named
+from relay import continuity, dispatch, ledger, maillog, named
+from relay.continuity import Continuity
 from relay.envelope import Destination
 from relay.processes import Child
 from relay.redis_clients import sync_client
@@ -29,9 +31,17 @@ _SECONDS = 1.0  # for Redis to answer: meanwhile the supervisor does nothing els
 class Roster:
     """Call it for the workers that there should be now, None when that cannot be found out."""
 
-    def __init__(self, settings: Settings, workers_for: Callable[[Destination], Sequence[Child]]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        workers_for: Callable[[Destination], Sequence[Child]] | None,
+        continuity: Continuity | None = None,
+    ) -> None:
+        """Without ``workers_for`` it only sees that the ledger is the one that we knew, as it does anyway."""
         self._settings = settings
         self._workers_for = workers_for
+        self._continuity = continuity or Continuity(settings.backups)
+        self._undefined: set[str] = set()  # told once
         self._named = named.remember(settings.state_dir, settings.backups)
         self._configured = {backup.name for backup in settings.backups}
         self._serving: dict[str, Sequence[Child]] = {}
@@ -40,12 +50,15 @@ class Roster:
     def __call__(self) -> Sequence[Child] | None:
         try:
             with sync_client(self._settings.redis, _SECONDS, retries=0) as client:
-                self._look(client)
+                with contextlib.suppress(ResponseError):  # full, or not to be written: that is told elsewhere
+                    self._continuity.look(client)
+                if self._workers_for:
+                    self._look(client, self._workers_for)
         except (RedisError, OSError):
             return None
         return [child for children in self._serving.values() for child in children]
 
-    def _look(self, client: Redis) -> None:
+    def _look(self, client: Redis, workers_for: Callable[[Destination], Sequence[Child]]) -> None:
         known = cast("list[bytes]", client.hkeys(ledger.DESTINATIONS))
         names = {name.decode() for name in known} - self._configured
         if not names:
@@ -58,24 +71,34 @@ class Roster:
             (seconds, _), *found = pipe.execute()
         for name, oldest, jobs in zip(sorted(names), found[::2], found[1::2], strict=True):
             age = seconds - oldest[0][1] if oldest else None
-            self._judge(client, name, age, jobs)
+            if self._judge(name, age, jobs):
+                self._begin(client, name, workers_for)
 
-    def _judge(self, client: Redis, name: str, age: float | None, jobs: int) -> None:
+    def _judge(self, name: str, age: float | None, jobs: int) -> bool:
+        """Say whether a worker must begin; one that is not needed any more ends."""
         is_needed = age is not None or jobs > 0
         if is_needed == (name in self._serving):
             self._looks.pop(name, None)
-            return
+            return False
         self._looks[name] = self._looks.get(name, 0) + 1
         if is_needed and ((age or 0) > _OLD or self._looks[name] >= _LOOKS):
-            self._begin(client, name)
-        elif not is_needed and self._looks[name] >= _LOOKS:
+            return True
+        if not is_needed and self._looks[name] >= _LOOKS:
             maillog.notice("info", "no copies are left: its worker ends", destination=name)
             del self._serving[name]
             del self._looks[name]
+        return False
 
-    def _begin(self, client: Redis, name: str) -> None:
+    def _begin(self, client: Redis, name: str, workers_for: Callable[[Destination], Sequence[Child]]) -> None:
         text: Any = client.hget(ledger.DESTINATIONS, name)
         if text is None:
+            return
+        destination = Destination.from_json(text)
+        if destination.port == continuity.NO_PORT:
+            if name not in self._undefined:
+                self._undefined.add(name)
+                words = "copies are left of a destination that nobody defines: add it as a backup, or queue move them"
+                maillog.notice("warning", words, destination=name, pending=client.zcard(ledger.PENDING + name))
             return
         maillog.notice(
             "warning",
@@ -83,7 +106,7 @@ class Roster:
             destination=name,
             pending=client.zcard(ledger.PENDING + name),
         )
-        self._serving[name] = self._workers_for(_with_password(Destination.from_json(text), self._named))
+        self._serving[name] = workers_for(_with_password(destination, self._named))
         self._looks.pop(name, None)
 
 

@@ -20,6 +20,7 @@ import uvloop
 from redis.exceptions import RedisError
 
 from relay import conversation, ledger, limits, maillog, passed, recovery, sealing
+from relay.continuity import Continuity
 from relay.credentials import Credentials
 from relay.dispatch import Dispatcher
 from relay.envelope import IdSource
@@ -157,8 +158,13 @@ class _Relay:
         self._dispatcher = Dispatcher(self._redis, processes=settings.smtp.process_count)
         self._pool = pool
         self._probe = async_client(server, seconds)
+        self._continuity = Continuity(settings.backups, settings.state_dir)
         self._watch = Watch(
-            self._probe, seconds=seconds, processes=settings.smtp.process_count, replicas=server.replicas
+            self._probe,
+            seconds=seconds,
+            processes=settings.smtp.process_count,
+            replicas=server.replicas,
+            continuity=self._continuity,
         )
         ids = IdSource()
         folder = settings.spool.dir
@@ -274,6 +280,8 @@ class _Relay:
             async with self._redis.pipeline(transaction=True) as pipe:
                 ledger.register(pipe, self._settings.backups)
                 await pipe.execute()
+            await asyncio.to_thread(self._continuity.register, self._jobs)
+            self._watch.is_stranger = False
             hold_seconds = self._settings.relay.uncertain_hold
             await asyncio.to_thread(recovery.take_over, self._jobs, me, self._front.ids.owner, hold_seconds)
         except (RedisError, OSError) as error:
@@ -284,7 +292,7 @@ class _Relay:
     async def _monitor(self) -> None:
         """Look how Redis is, and introduce us as soon as it answers."""
         while True:
-            if await self._watch.look() and not self._introductions.is_set():
+            if await self._watch.look() and (self._watch.is_stranger or not self._introductions.is_set()):
                 await self._introduce()
             await asyncio.sleep(_MONITOR_SECONDS)
 

@@ -34,6 +34,7 @@ from redis.exceptions import RedisError
 
 from relay import ledger, spool
 from relay.check import Finding, probe_redis
+from relay.continuity import warning
 from relay.occupancy import Seat
 from relay.redis_clients import sync_client
 from relay.sections import RedisSettings, Settings
@@ -44,6 +45,8 @@ _AT_ONCE = 32
 _LOOK_EVERY = 0.25  # seconds between two looks whether to stop
 _PORT_SECONDS = 3.0  # for a greeting on the relay's port
 _SPOOL = "spool"
+_LEDGER = "ledger"
+_TOLD_SECONDS = 86400.0  # for so long a ledger that has changed is a warning
 _SPOOLED = {"redis", "redis replicas"}  # trouble with these sends copies to the spool
 _ABOUT_FAILOVER = ("sentinel ", "replica ")  # mail goes on as long as the master does
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  (where to reach such a listener)
@@ -101,7 +104,7 @@ def serve(
 
 def readiness(settings: Settings, redis_url: str, *, relaying: bool) -> list[Finding]:
     """Look at all that taking a message and keeping its copies needs, now."""
-    findings = asyncio.run(probe_redis(settings, redis_url))
+    findings = asyncio.run(probe_redis(settings, redis_url)) + _ledger(settings.redis.at(redis_url))
     if relaying:
         patience = _PORT_SECONDS + settings.smtp.greeting_delay
         first = b"PROXY UNKNOWN\r\n" if settings.smtp.proxy_protocol else b""
@@ -120,7 +123,8 @@ def ready(findings: list[Finding]) -> Answer:
     warnings = [
         f
         for f in findings
-        if not f.ok and ((f.subject in _SPOOLED and can_spool) or f.subject.startswith(_ABOUT_FAILOVER))
+        if not f.ok
+        and ((f.subject in _SPOOLED and can_spool) or f.subject == _LEDGER or f.subject.startswith(_ABOUT_FAILOVER))
     ]
     reasons = [f for f in findings if not f.ok and f not in warnings]
     content = {
@@ -132,6 +136,19 @@ def ready(findings: list[Finding]) -> Answer:
     body = json.dumps(content, indent=2) + "\n"
     status = HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK
     return Answer(status, "application/json", body.encode())
+
+
+def _ledger(server: RedisSettings) -> list[Finding]:
+    """Say whether the ledger turned out lately to be another than it was; nothing where it does not answer."""
+    try:
+        with sync_client(server, server.timeout_seconds, retries=0) as client:
+            change = ledger.change(client)
+            ago = ledger.now(client) - change.at
+    except (RedisError, OSError):
+        return []
+    if not change.cause or ago > _TOLD_SECONDS:
+        return [Finding(_LEDGER, True, "is the one that was here before")]
+    return [Finding(_LEDGER, False, f"{warning(change.cause)} ({ago:.0f} s ago)")]
 
 
 def _port(host: str, port: int, patience: float, first: bytes = b"") -> Finding:
@@ -228,7 +245,7 @@ class LedgerCollector(Collector):
         self._server = server
 
     def collect(self) -> Iterator[Metric]:
-        rows = self._rows()
+        rows, changed_at = self._read()
         yield GaugeMetricFamily("smtpdup_redis_up", "Whether Redis answered this scrape", value=float(rows is not None))
         if rows is None:
             return  # no sample at all: zero would say that nothing waits
@@ -244,19 +261,21 @@ class LedgerCollector(Collector):
             for row in rows:
                 gauge.add_metric([row.destination], float(value(row)))
             yield gauge
+        text = "When the ledger last turned out to be empty, older or another one, seconds since the epoch; 0: never"
+        yield GaugeMetricFamily("smtpdup_ledger_changed_timestamp_seconds", text, value=changed_at)
         text = "Copies delivered since the ledger began"
         counter = CounterMetricFamily("smtpdup_delivered", text, labels=["destination"])
         for row in rows:
             counter.add_metric([row.destination], row.delivered)
         yield counter
 
-    def _rows(self) -> list[ledger.Summary] | None:
+    def _read(self) -> tuple[list[ledger.Summary] | None, float]:
         try:
             with sync_client(self._server, self._server.timeout_seconds, retries=0) as client:
-                return ledger.summary(client)
+                return ledger.summary(client), ledger.change(client).at
         except (RedisError, OSError) as error:
             logger.debug("no numbers from the ledger: {}", error)
-            return None
+            return None, 0.0
 
 
 # HTTP ---------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Whether Redis can be written to now: a circuit for when it is down, a level for when it is full.
 
 One look a second finds out what thousands of messages would else find out one by one, each at the price of
-``redis.timeout_seconds``. A failed write opens the circuit at once; only a look that could write closes it. Over
-75 % of ``maxmemory``, until it is under 70 %, bodies go elsewhere: a full Redis cannot even hand out a job.
+``redis.timeout_seconds``; also whether it is the ledger that we knew (continuity.py). A failed write opens the circuit
+at once; only a look that could write closes it. Over 75 % of ``maxmemory``, until it is under 70 %, bodies go
+elsewhere: a full Redis cannot even hand out a job.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from relay import ledger, limits, maillog, redis_clients
+from relay.continuity import Continuity
 
 _STOP_AT = 0.75  # of maxmemory
 _LAST_AT = 0.90  # beyond this not even what has no other place: nothing could be delivered any more, so nothing freed
 _GO_ON_AT = 0.70
 _IMPORT_AT = 0.60  # what was spooled waits until new mail has room again
 _CALM_SECONDS = 2.0
+_FORGOTTEN_SECONDS = 660.0  # for so long a message may be between its staging and its release
 _COST = 1.25  # octets of memory for an octet of a record: an allocator rounds up
 
 
@@ -30,8 +33,17 @@ class Watch:
     With ``replicas`` a Redis in trouble can be written to again only when so many replicas follow it.
     """
 
-    def __init__(self, connection: Redis, *, seconds: float, processes: int = 1, replicas: int = 0) -> None:
+    def __init__(
+        self,
+        connection: Redis,
+        *,
+        seconds: float,
+        processes: int = 1,
+        replicas: int = 0,
+        continuity: Continuity | None = None,
+    ) -> None:
         self._connection = connection
+        self._continuity = continuity or Continuity(())
         self._seconds = seconds
         self._processes = processes
         self._replicas = replicas
@@ -44,7 +56,9 @@ class Watch:
         self._flying = 0  # octets on their way
         self._landed = 0  # octets written since the last look
         self._over = False
+        self._changed_at = float("-inf")
         self.clock_offset = 0.0  # seconds that Redis's clock is ahead of ours
+        self.is_stranger = False  # the ledger must be told again where copies go
 
     @property
     def is_down(self) -> bool:
@@ -120,8 +134,9 @@ class Watch:
                     if self._replicas:
                         pipe.wait(self._replicas, round(self._seconds * 500))
                 pipe.time()
+                self._continuity.ask(pipe, count_on=self._landed > 0)
                 pipe.info("memory")
-                *needed, memory = await pipe.execute(raise_on_error=False)
+                *needed, known, memory = await pipe.execute(raise_on_error=False)
             for answer in needed:
                 if isinstance(answer, Exception):
                     raise answer
@@ -132,12 +147,30 @@ class Watch:
             return False
         seconds, micros = needed[-1]
         self.clock_offset = seconds + micros / 1e6 - (before + time.time()) / 2
+        self._recognise(known)
         self._take(memory)
         if self._trouble and failures == self._failures:
             self._trouble = ""
             self._is_own = False
             maillog.notice("info", "Redis can be written to again")
         return True
+
+    async def has_forgotten(self) -> bool:
+        """Say whether the ledger has lately turned out to be another than it was; looks now."""
+        return await self.look() and time.monotonic() - self._changed_at < _FORGOTTEN_SECONDS
+
+    async def has(self, message_id: str) -> bool:
+        """Say whether the ledger has a message's record. Raises RedisError."""
+        return bool(await self._connection.exists(ledger.MESSAGE + message_id))
+
+    def _recognise(self, known: Any) -> None:
+        """Take what the ledger says of itself; one that is full, or must not be written, says nothing."""
+        if isinstance(known, Exception):
+            return
+        identity = self._continuity.identity
+        self.is_stranger |= self._continuity.judge(known)
+        if identity and identity != self._continuity.identity:
+            self._changed_at = time.monotonic()
 
     def _take(self, memory: Any) -> None:
         """Take the figures; a Redis that keeps them from us is taken to have room."""

@@ -11,14 +11,16 @@ keeps its lease, not the job.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 
 from redis.exceptions import RedisError
 
 from relay import faults, ledger, maillog, metrics, wire
+from relay.continuity import warning
 from relay.envelope import BodyElsewhere, Destination, LockedRecord, MalformedRecord, printable
-from relay.ledger import Claim
+from relay.ledger import Claim, Heard
 from relay.pool import Pool
 from relay.redis_clients import async_client, sync_client
 from relay.settings import Settings
@@ -88,6 +90,8 @@ class Courier:
         self._background: set[asyncio.Task[None]] = set()
         self._draining = False
         self._jobs_in_hand = 0
+        self._heard: Heard | None = None  # how the ledger stood at the last claim
+        self._doubt = 0.0  # what was accepted or tried until then may have been delivered since
         self._clock_offset = 0.0  # seconds that Redis's clock is ahead of ours
 
     @property
@@ -197,6 +201,7 @@ class Courier:
                 (answer,) = await self._wires.ask(question)
                 claims, later = ledger.claimed(answer)
                 self._tell_of(claims)
+                await self._hear(ledger.heard(answer), claims)
                 claims = self._undelivered(claims)
                 await self._bodies.read_ahead([claim.id for claim in claims])
             except (RedisError, OSError) as error:
@@ -211,6 +216,24 @@ class Courier:
                     await self._outcomes.retry_later(later, _BUSY_RETRY)
                 return claims
         return []
+
+    async def _hear(self, heard: Heard, claims: Sequence[Claim]) -> None:
+        """Tell of each copy that may have been delivered once, where the ledger has turned out to be an older one."""
+        known, self._heard = self._heard, heard
+        self._doubt = max(self._doubt, heard.doubt)
+        if known and known.identity and (heard.identity != known.identity or heard.progress <= known.progress):
+            question = wire.Batch()
+            fresh = secrets.token_hex(8)
+            ledger.is_known(question, known.identity, known.progress + 1, fresh, count_on=False)
+            ((identity, count, cause, _),) = await self._wires.ask(question)
+            self._heard = Heard(identity.decode(), int(count), heard.doubt)
+            if cause:
+                maillog.notice("error", warning(cause.decode()), cause=cause.decode())
+                self._doubt = max(self._doubt, self._now())
+        for claim in claims:
+            last = claim.state.history[-1].at if claim.state.history else claim.accepted_at
+            if last < self._doubt:
+                maillog.repeated(claim.id, self._destination.name, "the ledger is an older one, or has changed")
 
     def _undelivered(self, claims: list[Claim]) -> list[Claim]:
         """Return the claims without those of copies that we have delivered, which a failover made forget it."""

@@ -18,6 +18,7 @@ from typing import cast
 from redis import Redis
 
 from relay import archive, dispatch, ledger, maillog, reading, recovery
+from relay.continuity import Continuity, forget_kept
 from relay.envelope import Destination
 from relay.ledger import Attempt
 from relay.settings import Settings
@@ -92,6 +93,7 @@ class Sweeper:
         if thorough is None:
             thorough = begun - self._memory.thorough_at >= _THOROUGH_SECONDS
         if repair:
+            self._complete(thorough=thorough)
             self._recover()
         for name, destination in ledger.destinations(self._connection).items():
             self._tick()
@@ -110,6 +112,20 @@ class Sweeper:
             self._memory.thorough_at = begun
         report.seconds = time.monotonic() - begun
         return report
+
+    def _complete(self, *, thorough: bool) -> None:
+        """Make every destination known that a list is of, before anything is judged by what is known."""
+        connection = self._connection
+        with connection.pipeline(transaction=False) as pipe:
+            pipe.sismember(ledger.LISTS, "")
+            pipe.hkeys(ledger.DESTINATIONS)
+            is_whole, known = pipe.execute()
+        wanted = {backup.name.encode() for backup in self._settings.backups}
+        if thorough or not is_whole or not wanted.issubset(known):
+            for name in Continuity(self._settings.backups, self._settings.state_dir).register(connection):
+                self._report.add("unknown destination", "", name, "registered")
+        if forgotten := forget_kept(connection):
+            self._report.add("body kept while lists were unknown", "", "", f"{forgotten} deleted")
 
     def _tidy(self, destination: Destination, found: live.Live, *, thorough: bool) -> None:
         name = destination.name

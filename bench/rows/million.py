@@ -20,7 +20,7 @@ from bench import ROOT, content
 from bench.course import Course, Stage
 from bench.results import Goal, Row
 from redis_servers import RedisServer
-from relay import dispatch, ledger
+from relay import continuity, dispatch, ledger
 from relay.envelope import Destination, Envelope, IdSource, Message, Recipient
 from relay.ledger import Released, Staged
 from relay.settings import load
@@ -45,7 +45,7 @@ def run(course: Course) -> Row:
         stage.stack.callback(server.stop)
         server.start()
         client = stage.stack.enter_context(server.client())
-        ledger.register(client, [Destination(name=_NAME, host="localhost", port=25)])
+        continuity.register(client, {}, {_NAME: Destination(name=_NAME, host="localhost", port=25).to_json()})
         messages = _messages()
         _cycle(client, messages, 20)
         empty = _cycle(client, messages, _BATCHES)

@@ -14,6 +14,7 @@ while i <= #ARGV do
   local score = string.format('%.6f', (accepted > 0 and accepted < now) and accepted or now)
   local new = 0
   redis.call('ZADD', notes, 'NX', time[1], id)
+  if count > 0 then redis.call('SADD', 'smtpdup:lists', unpack(ARGV, i, i + count - 1)) end
   for n = 0, count - 1 do
     local name = ARGV[i + n]
     if redis.call('ZADD', notes, 'NX', time[1], file .. ' ' .. name) == 1

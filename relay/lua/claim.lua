@@ -77,4 +77,8 @@ if #held > 0 then
   redis.call('ZADD', busy, unpack(leased))
   redis.call('HSET', holders, unpack(held))
 end
+-- How the ledger itself stands, see ledger.heard: first, and under no id.
+redis.call('HINCRBY', 'smtpdup:ledger', 'count', 1)
+local ledger = redis.call('HMGET', 'smtpdup:ledger', 'id', 'count', 'doubt')
+table.insert(result, 1, {'', ledger[1] or '', ledger[2], ledger[3] or '0'})
 return result

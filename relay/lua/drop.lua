@@ -4,7 +4,7 @@ local list, states = 'smtpdup:failed:' .. destination, 'smtpdup:failure:' .. des
 if ARGV[2] == '1' then
   list, states = 'smtpdup:pending:' .. destination, 'smtpdup:own:' .. destination
 end
-local others = redis.call('HKEYS', 'smtpdup:destinations')
+local names, whole = destinations()
 local count = 0
 for i = 3, #ARGV do
   local id = ARGV[i]
@@ -15,16 +15,7 @@ for i = 3, #ARGV do
       redis.call('HDEL', 'smtpdup:holders:' .. destination, id)
     end
     count = count + 1
-    local wanted = false
-    for _, other in ipairs(others) do
-      if redis.call('ZSCORE', 'smtpdup:pending:' .. other, id) or redis.call('ZSCORE', 'smtpdup:failed:' .. other, id) then
-        wanted = true
-        break
-      end
-    end
-    if not wanted then
-      redis.call('DEL', 'smtpdup:message:' .. id)
-    end
+    if not is_listed(names, id) then forget_body(id, whole) end
   end
 end
 return count

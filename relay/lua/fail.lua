@@ -22,6 +22,7 @@ if before then
   end
   state = head .. cjson.encode(a)
 end
+redis.call('SADD', 'smtpdup:lists', destination)
 local time = redis.call('TIME')
 redis.call('ZADD', 'smtpdup:failed:' .. destination, time[1] .. '.' .. string.format('%06d', time[2]), id)
 redis.call('HSET', 'smtpdup:failure:' .. destination, id, state)

@@ -6,6 +6,7 @@ local states = list == 'pending' and 'smtpdup:own:' or 'smtpdup:failure:'
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
 local stamp = time[1] .. '.' .. string.format('%06d', time[2])
+local names, whole = destinations()
 local result = {}
 for i = 4, #ARGV, 3 do
   local id, before, after = ARGV[i], ARGV[i + 1], ARGV[i + 2]
@@ -25,18 +26,13 @@ for i = 4, #ARGV, 3 do
       redis.call('HDEL', 'smtpdup:holders:' .. from, id)
     end
     if after ~= '-' then
+      redis.call('SADD', 'smtpdup:lists', to)
       redis.call('ZADD', 'smtpdup:' .. list .. ':' .. to, list == 'pending' and stamp or score, id)
       if after ~= '' then
         redis.call('HSET', states .. to, id, after)
       end
-    else
-      local wanted = false
-      for _, other in ipairs(redis.call('HKEYS', 'smtpdup:destinations')) do
-        wanted = wanted or redis.call('ZSCORE', 'smtpdup:pending:' .. other, id) or redis.call('ZSCORE', 'smtpdup:failed:' .. other, id)
-      end
-      if not wanted then
-        redis.call('DEL', 'smtpdup:message:' .. id)
-      end
+    elseif not is_listed(names, id) then
+      forget_body(id, whole)
     end
     done = 1
   end

@@ -1,13 +1,9 @@
 -- ARGV: ids. Deletes the bodies that nobody lists; returns how many.
-local destinations = redis.call('HKEYS', 'smtpdup:destinations')
+local names, whole = destinations()
 local count = 0
+if not whole then return 0 end
 for _, id in ipairs(ARGV) do
   local wanted = redis.call('ZSCORE', 'smtpdup:staged', id) or redis.call('ZSCORE', 'smtpdup:uncertain', id)
-  for _, name in ipairs(destinations) do
-    wanted = wanted or redis.call('ZSCORE', 'smtpdup:pending:' .. name, id) or redis.call('ZSCORE', 'smtpdup:failed:' .. name, id)
-  end
-  if not wanted then
-    count = count + redis.call('DEL', 'smtpdup:message:' .. id)
-  end
+  if not wanted and not is_listed(names, id) then count = count + forget_body(id, whole) end
 end
 return count

@@ -1,18 +1,12 @@
 -- ARGV: key of what this spool has brought in, then for each message: id, record. To be followed by release or hold
 -- in the same MULTI. What is noted as brought in, pending or failed has been here: it stays as it is.
 local time = redis.call('TIME')
-local others = redis.call('HKEYS', 'smtpdup:destinations')
+local names = destinations()
 local count = 0
 for i = 2, #ARGV, 2 do
   local id = ARGV[i]
   local new = redis.call('ZADD', ARGV[1], 'NX', time[1], id) == 1
-  for _, other in ipairs(others) do
-    if redis.call('ZSCORE', 'smtpdup:pending:' .. other, id) or redis.call('ZSCORE', 'smtpdup:failed:' .. other, id) then
-      new = false
-      break
-    end
-  end
-  if new then
+  if new and not is_listed(names, id) then
     redis.call('ZREM', 'smtpdup:uncertain', id)
     redis.call('HDEL', 'smtpdup:covered', id)
     redis.call('ZADD', 'smtpdup:staged', time[1], id)

@@ -7,12 +7,14 @@ redis.call('HDEL', 'smtpdup:covered', id)
 local time = redis.call('TIME')
 local now = time[1] .. '.' .. string.format('%06d', time[2])
 for i = 2, #ARGV, 2 do
+  redis.call('SADD', 'smtpdup:lists', ARGV[i])
   redis.call('ZADD', 'smtpdup:pending:' .. ARGV[i], now, id)
   if ARGV[i + 1] ~= '' then
     redis.call('HSET', 'smtpdup:own:' .. ARGV[i], id, ARGV[i + 1])
   end
 end
 if #ARGV == 1 then
-  redis.call('DEL', 'smtpdup:message:' .. id)
+  local names, whole = destinations()
+  if not is_listed(names, id) then forget_body(id, whole) end
 end
 return 1

@@ -15,7 +15,8 @@ if count < #ids then
   -- Asked for again: after a failover the others may be on their way to pending once more, and keep their bodies.
   lists = {'smtpdup:staged', 'smtpdup:uncertain'}
 end
-for _, other in ipairs(redis.call('HKEYS', 'smtpdup:destinations')) do
+local names, whole = destinations()
+for _, other in ipairs(names) do
   -- They have just left our own pending list, which may be long.
   if other ~= destination then lists[#lists + 1] = 'smtpdup:pending:' .. other end
   lists[#lists + 1] = 'smtpdup:failed:' .. other
@@ -30,7 +31,9 @@ for _, list in ipairs(lists) do
     ids = rest
   end
 end
-if #ids > 0 then
+if #ids > 0 and not whole then
+  redis.call('SADD', 'smtpdup:kept', unpack(ids))
+elseif #ids > 0 then
   for i, id in ipairs(ids) do ids[i] = 'smtpdup:message:' .. id end
   redis.call('DEL', unpack(ids))
 end

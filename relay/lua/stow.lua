@@ -1,7 +1,11 @@
 -- ARGV: id, record without its body. Only for what failed and is pending nowhere: nobody is about to read the body.
 local id = ARGV[1]
 local failed = false
-for _, name in ipairs(redis.call('HKEYS', 'smtpdup:destinations')) do
+local names, whole = destinations()
+if not whole then
+  return 0
+end
+for _, name in ipairs(names) do
   if redis.call('ZSCORE', 'smtpdup:pending:' .. name, id) then
     return 0
   end

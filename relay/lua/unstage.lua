@@ -2,7 +2,7 @@
 -- one), of messages that are, or were, in the spool.
 -- A stage that timed out may have been written all the same, even after the import: it must not come back one day
 -- as uncertain. What the import itself made uncertain is still noted as brought in, and stays.
-local others = redis.call('HKEYS', 'smtpdup:destinations')
+local names, whole = destinations()
 local count = 0
 for i = 3, #ARGV do
   local id = string.match(ARGV[i], '^[^%-]+')
@@ -15,13 +15,8 @@ for i = 3, #ARGV do
   end
   if gone > 0 then
     count = count + 1
-    local wanted = redis.call('ZSCORE', 'smtpdup:uncertain', id)
-    for _, other in ipairs(others) do
-      wanted = wanted or redis.call('ZSCORE', 'smtpdup:pending:' .. other, id)
-        or redis.call('ZSCORE', 'smtpdup:failed:' .. other, id)
-    end
-    if not wanted then
-      redis.call('DEL', 'smtpdup:message:' .. id)
+    if not redis.call('ZSCORE', 'smtpdup:uncertain', id) and not is_listed(names, id) then
+      forget_body(id, whole)
       redis.call('HDEL', 'smtpdup:covered', id)
     end
   end

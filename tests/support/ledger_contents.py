@@ -41,6 +41,7 @@ class Contents:
         self.destinations |= {d.name: d for d in destinations}
         with self.connection.pipeline() as pipe:
             ledger.register(pipe, destinations)
+            pipe.sadd(ledger.LISTS, "")  # these are all
             pipe.execute()
 
     def queue(self, name: str = "new") -> Queue:
