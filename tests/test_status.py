@@ -175,7 +175,7 @@ def test_ready_when_all_is_well(settings, redis_url):
     answer = status.ready(status.readiness(settings(), redis_url, relaying=True))
     body = json.loads(answer.body)
     assert (answer.status, body["ready"], body["reasons"]) == (200, True, [])
-    assert {check["subject"].split()[0] for check in body["checks"]} == {"redis", "relay", "spool"}
+    assert {check["subject"].split()[0] for check in body["checks"]} == {"redis", "ledger", "relay", "spool"}
 
 
 def test_every_reason_is_told(settings, redis_factory, tmp_path):
