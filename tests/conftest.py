@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,9 +25,34 @@ from redis_servers import RedisServer
 from relay import sealing
 from scripted_server import ScriptedServer
 
+# Files whose tests put the whole machine under load: never two of them at once.
+_DEMANDING = ("test_failover", "test_soak", "test_hosts", "test_overload", "test_power_loss")
+_SLOW = (*_DEMANDING, "test_crash_matrix", "test_outages", "test_postfix_crash", "test_isolation", "test_backup_leg")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sealed", action="store_true", help="all stored mail is sealed: storage.key_file for everybody")
+
+
+def pytest_configure() -> None:
+    """Have what tests start hear SIGHUP, whoever has started them: below nohup it is ignored, which is inherited."""
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)  # a handler is not inherited; we ourselves go on all the same
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Run more tests at once than there are cores: most of the time a test waits for a process or a deadline."""
+    return min(8, (os.cpu_count() or 1) + 1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that the end is not one worker's; what wants the machine goes one by one."""
+    slow = {name: place for place, name in enumerate(_SLOW)}
+    items.sort(key=lambda item: slow.get(item.path.stem, len(slow)))  # stable: else the order stays
+    for item in items:
+        if item.path.stem in _DEMANDING:
+            item.add_marker(pytest.mark.xdist_group("demanding"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,7 @@ import pytest
 from lifetime import tied
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 60
+SECONDS = 40
 
 
 @pytest.mark.timeout(400)
