@@ -18,7 +18,7 @@ from pathlib import Path
 
 from aiosmtpd.smtp import SMTP, Envelope, Session
 
-OLD_DOES_NOT_KNOW = ("nobody@example.com", "gone@example.com")
+OLD_DOES_NOT_KNOW = ("zoe@example.com", "gone@example.com")
 NEW_DEFERS_ONCE = ("dave@example.com",)
 NEW_DOES_NOT_KNOW = ("erin@example.com",)
 
@@ -39,7 +39,7 @@ class Server:
         self, _server: SMTP, _session: Session, envelope: Envelope, address: str, _options: list[str]
     ) -> str:
         if address in self.unknown:
-            return self._note([address], "550 5.1.1 No such mailbox")
+            return self._note([address], "550 5.1.1 Unknown")
         envelope.rcpt_tos.append(address)
         return "250 2.1.5 OK"
 
@@ -47,7 +47,7 @@ class Server:
         to = list(envelope.rcpt_tos)
         later = [a for a in to if a in self.deferred_once and a not in self._deferred]
         self._deferred.update(later)
-        reply = "451 4.7.1 Greylisted" if later else "250 2.0.0 Kept"
+        reply = "451 4.7.1 Greylisted" if later else "250 2.0.0 Ok"
         return self._note(to, reply, envelope.original_content or b"")
 
     def _note(self, recipients: list[str], reply: str, content: bytes = b"") -> str:
