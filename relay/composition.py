@@ -2,7 +2,7 @@
 
 The one place besides the commands that knows relay and workers alike. Whatever prevents a start (a port in
 use, a Redis that does not answer, a state folder that cannot be written) is a StartError of one line, and by
-then nothing runs. The metrics folder is made before anything imports prometheus-client, which looks once.
+then nothing runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,10 +40,10 @@ from relay.sections import SmtpSettings
 from relay.settings import Problem, Settings, SettingsError
 
 if TYPE_CHECKING:
+    from relay import tallies
     from relay.server import Place
     from workers.housekeeping import Task
 
-METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's
 _PATIENCE = 10.0  # seconds for a Redis that is being started beside us
 _SPOOL_PATIENCE = 2.0  # with a spool, mail need not wait for it
 _REPORT_EVERY = 3.0
@@ -104,7 +103,7 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = ()) -> int:
 
     Raises StartError, and SettingsError where systemd has bound other addresses than they name.
     """
-    maillog.configure(settings.log.level, settings.log.format, f"smtp-dup-{role.name}")
+    maillog.configure(settings.log.level, settings.log.format, f"smtp-dup-{role.name}", threads=False)
     try:
         sealing.use(settings.storage.key_file)
         envelope.bound(settings.smtp.max_message_bytes)
@@ -113,9 +112,10 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = ()) -> int:
     settings = _fitted(settings, role)
     early = EarlyStop()
     with ExitStack() as ends:
-        os.environ[METRICS_VARIABLE] = str(_metrics_folder(settings.state_dir, ends))
-        from relay import passed, server, status  # noqa: PLC0415  (after the variable is set)
+        _make_state_dir(settings.state_dir)
+        from relay import passed, server, status  # noqa: PLC0415
 
+        arena = _arena(f"smtp-dup-{role.name}")
         try:
             places = server.listen(settings) if role.relays else []
             listener = status.bind(settings)
@@ -127,19 +127,23 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = ()) -> int:
         settings = replace(settings, redis=settings.redis.at(url))
         _warn_of_lost_promises(settings, url)
         listening = [s for place in places for s in place.sockets] + ([listener] if listener else [])
+
+        def holding(child: Child, own: Sequence[socket.socket] = ()) -> Child:
+            return _counting(arena, _holding(own, listening, child))
+
         continuity = Continuity(settings.backups, settings.state_dir)
         _register(settings, continuity, role)
         if role.delivers:
-            children += [_holding([], listening, child) for child in _workers(settings, settings.backups, url)]
+            children += [holding(child) for child in _workers(settings, settings.backups, url)]
         tasks = _sweeping(settings, url) if role.delivers else {}
         if listener:
-            tasks["status"] = _status(settings, listener, url, places)
+            tasks["status"] = _status(settings, listener, url, places, arena)
         if tasks:
-            children.append(_holding([listener] if listener else [], listening, _housekeeping(settings, tasks)))
-        children += [_holding(p.sockets, listening, _relay(n, settings, p, url)) for n, p in enumerate(places)]
-        children += [_holding([], listening, child) for child in extra]
+            children.append(holding(_housekeeping(settings, tasks), [listener] if listener else []))
+        children += [holding(_relay(n, settings, p, url), p.sockets) for n, p in enumerate(places)]
+        children += [holding(child) for child in extra]
         early.check()
-        roster = Roster(settings, _further(settings, url, listening) if role.delivers else None, continuity)
+        roster = Roster(settings, _further(settings, url, holding) if role.delivers else None, continuity)
         status_code = Supervisor(children, on_ready=lambda: _tell(settings, role), roster=roster).run()
         early.end()
         return status_code
@@ -199,31 +203,37 @@ def _fitted(settings: Settings, role: Role) -> Settings:
     return replace(settings, smtp=replace(smtp, max_connections=fit.clients))
 
 
-def _metrics_folder(state_dir: Path, ends: ExitStack) -> Path:
-    """Make a folder for this run's metrics and remove those of runs that have ended; their locks tell."""
-    parent = state_dir.absolute() / "metrics"
+def _make_state_dir(folder: Path) -> None:
+    """Make the state folder, see that it can be written, and remove the metrics files that 0.1.0 left there."""
+    folder = folder.absolute()
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for old in parent.iterdir():
-            with suppress(OSError), ExitStack() as closing:  # taken: it runs
-                closing.callback(os.close, _lock(old))
-                shutil.rmtree(old, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(dir=parent))
-        ends.callback(shutil.rmtree, folder, ignore_errors=True)
-        ends.callback(os.close, _lock(folder))  # our forks share it, and so it lasts as long as any of them
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StartError(f"state_dir: {error.filename or parent}: {error.strerror}") from error
-    return folder
+        raise StartError(f"state_dir: {error.filename or folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StartError(f"state_dir: {folder} cannot be written")
+    with suppress(OSError):
+        for old in (folder / "metrics").iterdir():
+            with suppress(OSError), ExitStack() as closing:  # locked: one of those runs, on the same state folder
+                descriptor = os.open(old, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                closing.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(old, ignore_errors=True)
+        (folder / "metrics").rmdir()
 
 
-def _lock(folder: Path) -> int:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _arena(name: str) -> tallies.Arena | None:
+    """Return where all processes count, us among them; metrics are never a reason not to start."""
+    from relay import metrics, tallies  # noqa: F401, PLC0415  (what counts must be there before we take our place)
+
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+        arena = tallies.Arena()
+    except (OSError, ValueError) as error:
+        maillog.notice("warning", "no memory for the metrics: there are none", reason=str(error))
+        return None
+    arena.reserve(name)
+    arena.take(name)
+    return arena
 
 
 def _redis(settings: Settings, role: Role, ends: ExitStack) -> tuple[str, list[Child]]:
@@ -346,6 +356,20 @@ def _holding(own: Sequence[socket.socket], listening: Sequence[socket.socket], c
     return replace(child, run=run_apart)
 
 
+def _counting(arena: tallies.Arena | None, child: Child) -> Child:
+    """Have a child count where whoever had its name before has counted."""
+    run = child.run
+    if run is None or arena is None:
+        return child
+    arena.reserve(child.name)
+
+    def run_counted(context: ChildContext) -> int:
+        arena.take(context.name)
+        return run(context)
+
+    return replace(child, run=run_counted)
+
+
 def _relay(number: int, settings: Settings, place: Place, url: str) -> Child:
     def be_relay(context: ChildContext) -> int:
         from relay import server  # noqa: PLC0415
@@ -370,7 +394,7 @@ def _workers(settings: Settings, destinations: Sequence[Destination], url: str) 
             ledger.release_leases(connection, destination.name, dead)
 
         def be_worker(context: ChildContext) -> int:
-            maillog.configure(settings.log.level, settings.log.format, context.name)
+            maillog.configure(settings.log.level, settings.log.format, context.name, threads=True)
             return process.serve(
                 context,
                 destination=destination.name,
@@ -386,17 +410,17 @@ def _workers(settings: Settings, destinations: Sequence[Destination], url: str) 
 
 
 def _further(
-    settings: Settings, url: str, listening: Sequence[socket.socket]
+    settings: Settings, url: str, holding: Callable[[Child], Child]
 ) -> Callable[[Destination], Sequence[Child]]:
     """Return what makes the workers of a destination that is not in the settings."""
-    return lambda destination: [_holding([], listening, child) for child in _workers(settings, [destination], url)]
+    return lambda destination: [holding(child) for child in _workers(settings, [destination], url)]
 
 
 def _housekeeping(settings: Settings, tasks: Mapping[str, Task]) -> Child:
     from workers.housekeeping import housekeep  # noqa: PLC0415  (only where something is to be run)
 
     def be_housekeeping(context: ChildContext) -> int:
-        maillog.configure(settings.log.level, settings.log.format, context.name)
+        maillog.configure(settings.log.level, settings.log.format, context.name, threads=True)
         return housekeep(tasks)
 
     return Child("housekeeping", run=be_housekeeping, stage=_AROUND)
@@ -422,12 +446,13 @@ def _sweeping(settings: Settings, url: str) -> dict[str, Task]:
     return {"scheduler": schedule, "reconciler": reconcile}
 
 
-def _status(settings: Settings, listener: socket.socket, url: str, places: Sequence[Place]) -> Task:
-    from relay import status  # noqa: PLC0415  (after the variable is set)
+def _status(
+    settings: Settings, listener: socket.socket, url: str, places: Sequence[Place], arena: tallies.Arena | None
+) -> Task:
+    from relay import status  # noqa: PLC0415
 
-    folder = Path(os.environ[METRICS_VARIABLE])
     seat = places[0].seat if places else None
-    return lambda stop: status.serve(settings, listener, url, folder, stop, seat=seat)
+    return lambda stop: status.serve(settings, listener, url, arena, stop, seat=seat)
 
 
 def _queues(client: Redis, configured: Sequence[Destination]) -> Callable[[], list[str]]:

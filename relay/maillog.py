@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
+from relay import log_output
 from relay.envelope import Envelope, Reply, printable
 
 if TYPE_CHECKING:
@@ -28,18 +29,35 @@ _PLAIN = ("process", "_line", "_trace")  # of a record's extra: not fields of th
 Values = Mapping[str, Any]
 
 
-def configure(level: str = "info", style: str = "text", process: str = "smtp-dup") -> None:
-    """Send the log to stderr. ``style`` is "text" or "json" (one object a line)."""
+def configure(
+    level: str = "info", style: str = "text", process: str = "smtp-dup", *, threads: bool | None = None
+) -> None:
+    """Send the log to stderr. ``style`` is "text" or "json" (one object a line).
+
+    With ``threads`` nobody ever waits for it (log_output.py): whether it may have one. None is for commands that end.
+    """
     global _events  # noqa: PLW0603 - there is one log in a process
     logger.remove()
+    output = None
+    own = sys.stderr is sys.__stderr__ or sys.__stderr__ is None or isinstance(sys.stderr, log_output.Stream)
+    if threads is not None and own:
+        output = log_output.take_over(threads=threads)
+        sys.stderr = log_output.Stream(output)
     logger.configure(extra={"process": process})
     if style == "json":
         logger.add(_json_sink, level=level.upper(), format="{message}")
     else:
         logger.add(
-            sys.stderr, level=level.upper(), format=_text_format, colorize=False, backtrace=False, diagnose=False
+            _to_stderr, level=level.upper(), format=_text_format, colorize=False, backtrace=False, diagnose=False
         )
     _events = _Events(level, style, process)
+    if output is not None:
+        output.tell = _events.dropped
+
+
+def _to_stderr(text: str) -> None:
+    with suppress(OSError, ValueError, AttributeError):  # nobody reads it: no reason to fail a message
+        sys.stderr.write(text)
 
 
 class _Events:
@@ -55,8 +73,11 @@ class _Events:
 
     def write(self, level: str, event: str, fields: Values) -> None:
         if self._levels[level] >= self._lowest:
-            with suppress(OSError, ValueError):  # nobody reads it: no reason to fail a message
-                sys.stderr.write(self._compose(level, event, fields))
+            _to_stderr(self._compose(level, event, fields))
+
+    def dropped(self, count: int) -> str:
+        """Return the line that says how many are missing."""
+        return self._compose("WARNING", f"{count} log lines were dropped", {"reason": "nobody took them in time"})
 
     def _text(self, level: str, event: str, fields: Values) -> str:
         return f"{self._time()}{self._zone} {level: <7} {self._process} {_words(event, fields)}\n"
@@ -107,7 +128,7 @@ def _json_sink(message: LogMessage) -> None:
     if record["exception"]:
         fields["exception"] = str(record["exception"].value)
     when = record["time"].isoformat(timespec="milliseconds")
-    sys.stderr.write(_json_line(when, record["level"].name, record["message"], fields))
+    _to_stderr(_json_line(when, record["level"].name, record["message"], fields))
 
 
 def _json_line(when: str, level: str, event: str, fields: Values) -> str:

@@ -1,26 +1,14 @@
 """Every metric of smtp-dup, declared once with its help.
 
-Processes share them through prometheus-client's multiprocess files: PROMETHEUS_MULTIPROC_DIR must be set before
-this module is imported (the command does that). What the ledger knows (pending, oldest age, failed) is not
-counted here but read at scrape time, in status.py. Updating a metric never fails a message.
+Processes share them in memory (tallies.py). What the ledger knows (pending, oldest age, failed) is not counted here but
+read at scrape time, in status.py. Updating a metric never fails a message.
 """
-
-import os
 
 from prometheus_client import Counter, Histogram, values
 
-_process = os.getpid()
+from relay import log_output, tallies
 
-
-def _fork() -> None:
-    global _process  # noqa: PLW0603 - there is one in a process
-    _process = os.getpid()
-
-
-os.register_at_fork(after_in_child=_fork)
-if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-    # Its own way asks the kernel at every change which process this is, two dozen times a message.
-    values.ValueClass = values.MultiProcessValue(lambda: _process)  # type: ignore[no-untyped-call]
+values.ValueClass = tallies.Value  # before the first of them is made
 
 connections = Counter("smtpdup_connections_total", "Client connections taken")
 connections_refused = Counter("smtpdup_connections_refused_total", "Client connections turned away at once")
@@ -58,6 +46,10 @@ damaged_records = Counter(
     ["where"],
 )
 copies_lost = Counter("smtpdup_copies_lost_total", "Accepted messages whose copies could be written nowhere")
+log_lines_dropped = Counter(
+    "smtpdup_log_lines_dropped_total", "Log lines that standard error did not take in time, or refused"
+)
+log_output.on_drop = log_lines_dropped.inc
 deliveries = Counter(
     "smtpdup_deliveries_total",
     "Attempts to deliver a copy by result: delivered, deferred, failed, trouble (the server, not the message)",

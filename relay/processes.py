@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import select
 import signal
@@ -24,6 +25,8 @@ from dataclasses import dataclass, field
 from typing import NoReturn, Protocol
 
 from loguru import logger
+
+from relay import log_output
 
 EX_USAGE = 2  # our convention for bad settings
 _FIRST_PAUSE = 0.1  # seconds before a restart, doubling
@@ -298,6 +301,9 @@ class Supervisor:
 
     def _wait(self, until: float | None) -> None:
         """Wait for a signal, at most until a monotonic time, and act on those that came."""
+        if log_output.waits():  # there is no thread to write it
+            log_output.flush(0.0)
+            until = min(until or math.inf, time.monotonic() + _REPORT_EVERY / 10)
         timeout = None if until is None else max(0.0, until - time.monotonic())
         ready, _, _ = select.select([self._wakeup[0]], [], [], timeout)
         numbers = os.read(self._wakeup[0], 4096) if ready else b""
@@ -322,6 +328,7 @@ class Supervisor:
             self._kill_all()
             sys.stdout.flush()
             sys.stderr.flush()
+            log_output.flush()
             os._exit(128 + number)
         logger.info("{}: stopping, once more to kill", number.name)
         self._stop(number)
@@ -366,6 +373,7 @@ class Supervisor:
                 signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
                 sys.stdout.flush()
                 sys.stderr.flush()
+                log_output.flush()
             finally:  # a closed stdout must not change the status
                 os._exit(status & 0xFF)
 

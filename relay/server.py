@@ -129,7 +129,7 @@ async def _for_ever(task: Callable[[], Awaitable[None]]) -> None:
 
 def serve(context: ChildContext, settings: Settings, place: Place, redis_url: str) -> int:
     """Be one relay process until SIGTERM; the ``run`` of a supervisor's child. Returns the exit status."""
-    maillog.configure(settings.log.level, settings.log.format, context.name)
+    maillog.configure(settings.log.level, settings.log.format, context.name, threads=True)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_Relay(context, settings, place, redis_url).run())
     return 0

@@ -28,7 +28,6 @@ from loguru import logger
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from redis.exceptions import RedisError
 
@@ -38,6 +37,7 @@ from relay.continuity import warning
 from relay.occupancy import Seat
 from relay.redis_clients import sync_client
 from relay.sections import RedisSettings, Settings
+from relay.tallies import Arena
 
 _HEAD_LIMIT = 8192  # octets of request line and headers
 _SECONDS = 5.0  # for a request's head, and for each write of the answer
@@ -82,7 +82,7 @@ def serve(
     settings: Settings,
     listener: socket.socket,
     redis_url: str,
-    metrics_folder: Path,
+    arena: Arena | None,
     stop: threading.Event,
     *,
     seat: Seat | None = None,
@@ -92,7 +92,7 @@ def serve(
     answers = {
         "/healthz": lambda: Answer(HTTPStatus.OK, "text/plain; charset=utf-8", b"ok\n"),
         "/readyz": lambda: ready(readiness(settings, redis_url, relaying=seat is not None)),
-        "/metrics": lambda: metrics(metrics_folder, *collectors),
+        "/metrics": lambda: metrics(arena, *collectors),
     }
     with StatusServer(listener, answers) as server:
         while not stop.is_set():
@@ -184,12 +184,12 @@ def _spool(settings: Settings) -> list[Finding]:
 # /metrics -----------------------------------------------------------------------------------------------------
 
 
-def metrics(folder: Path, *others: Collector) -> Answer:
+def metrics(arena: Arena | None, *others: Collector) -> Answer:
     """Return the answer of /metrics: the sum over all processes, ended ones too, and what is so at this moment."""
     registry = CollectorRegistry()
-    MultiProcessCollector(registry, str(folder))  # type: ignore[no-untyped-call]
-    for collector in others:
-        registry.register(collector)
+    for collector in (arena, *others):
+        if collector is not None:
+            registry.register(collector)
     return Answer(HTTPStatus.OK, CONTENT_TYPE_LATEST, generate_latest(registry))
 
 

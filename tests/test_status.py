@@ -6,8 +6,6 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,12 +15,13 @@ import pytest
 import redis
 
 from reactions import Close
-from relay import ledger, spool, status
+from relay import ledger, metrics, spool, status
 from relay.envelope import Destination
 from relay.occupancy import Occupancy
 from relay.sections import RedisSettings
 from relay.settings import Settings, load
 from relay.status import LedgerCollector
+from relay.tallies import Arena
 from scripted_server import ScriptedServer
 from waiting import free_port, wait_until
 
@@ -159,7 +158,7 @@ def test_it_ends_when_told_and_leaves_the_port_to_the_next(settings, redis_url, 
     for listener in (first, first.dup()):
         port = listener.getsockname()[1]
         stop = threading.Event()
-        serving = threading.Thread(target=status.serve, args=(given, listener, redis_url, tmp_path, stop))
+        serving = threading.Thread(target=status.serve, args=(given, listener, redis_url, None, stop))
         serving.start()
         assert b" 200 " in talk(port, b"GET /healthz HTTP/1.0\r\n\r\n")
         stop.set()
@@ -217,18 +216,100 @@ def test_a_full_relay_is_not_ready(settings, scripted, redis_url):
 # /metrics
 
 
-def test_metrics_are_the_sum_of_the_processes(settings, redis_client, redis_url, tmp_path):
-    """Counters of every process are added up, ended ones too."""
-    folder = tmp_path / "metrics"
-    folder.mkdir()
-    script = "from relay import metrics\nmetrics.connections.inc(2)\n"
-    source = str(Path(ledger.__file__).parents[1])
-    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(folder), "PYTHONPATH": source}
-    for _ in range(2):
-        subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True)
-    text = status.metrics(folder, LedgerCollector(RedisSettings(redis_url, 5))).body.decode()
-    assert "smtpdup_connections_total 4.0" in text
+def in_processes(arena: Arena, *names: str) -> None:
+    """Count two connections in a process of each name, one after the other."""
+    for name in names:
+        arena.reserve(name)
+        pid = os.fork()
+        if pid == 0:
+            arena.take(name)
+            metrics.connections.inc(2)
+            metrics.deliveries.labels("new", "delivered").inc()
+            metrics.stage_seconds.observe(0.003)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_metrics_are_the_sum_of_the_processes(redis_url):
+    """Counters of every process are added up, ended ones too; who replaces one goes on where it was."""
+    arena = Arena()
+    in_processes(arena, "relay-1", "relay-2", "relay-2")
+    text = status.metrics(arena, LedgerCollector(RedisSettings(redis_url, 5))).body.decode()
+    assert "smtpdup_connections_total 6.0" in text
+    assert 'smtpdup_deliveries_total{destination="new",result="delivered"} 3.0' in text
+    assert 'smtpdup_stage_seconds_bucket{le="0.005"} 3.0' in text
+    assert "smtpdup_stage_seconds_count 3.0" in text
     assert "smtpdup_redis_up 1.0" in text
+    assert "smtpdup_metrics_unreadable 0.0" in text
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xff\xff\xff", b"\x07\0\0\0", b"\x28\0\0\0\0\0\0\0\xff\xff\xff\xff"])
+def test_a_process_whose_counters_make_no_sense(damage):
+    """It is left out and counted, the others are told, and its successor starts anew."""
+    arena = Arena()
+    in_processes(arena, "relay-1", "relay-2")
+    region = arena._of(0)
+    region[: len(damage)] = damage
+    text = status.metrics(arena).body.decode()
+    assert "smtpdup_connections_total 2.0" in text
+    assert "smtpdup_metrics_unreadable 1.0" in text
+    in_processes(arena, "relay-1")
+    assert "smtpdup_connections_total 4.0" in status.metrics(arena).body.decode()
+
+
+def test_no_room_for_a_metric_costs_nothing_else():
+    """More labels than a region holds, more processes than there are regions: what fits is told."""
+    arena = Arena(regions=1, size=8192)
+    for name in ("relay-1", "relay-2"):
+        arena.reserve(name)
+        pid = os.fork()
+        if pid == 0:
+            arena.take(name)
+            for n in range(1000):
+                metrics.deliveries.labels(f"backup-{n}", "delivered").inc()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert status.metrics(arena).status == 200
+
+
+def test_a_full_disk_ends_no_process_for_its_metrics(product, primary, backup, redis_url, small_disk):
+    """With the state folder's disk full and Redis well, mail goes through and no process dies."""
+    disk = small_disk(4)
+    settings = {"state_dir": str(disk / "state"), "spool.min_free": "1", "smtp.processes": "2"}
+    running = product(primary=primary.address, backups=[backup.address], redis_url=redis_url, settings=settings)
+    with (disk / "filler").open("wb", buffering=0) as filler:
+        try:
+            while filler.write(b"x" * 4096):
+                pass
+        except OSError:
+            pass
+    running.child("relay-1").kill()
+    for _ in range(30):
+        wait_until(lambda: try_send(running))
+    backup.wait_for(30)
+    assert running.metric("smtpdup_messages_total", result="accepted") == 30
+    assert not re.search(r"SIGBUS|status 1", running.log)
+    assert not (disk / "state" / "metrics").exists()
+
+
+def test_a_limit_of_file_size_ends_no_process(product, primary, backup, redis_url):
+    """The same where no file may grow at all."""
+    running = product(primary=primary.address, backups=[backup.address], redis_url=redis_url, start=False)
+    argv = running._argv
+    running._argv = lambda *words: ["sh", "-c", 'ulimit -f 0; exec "$@" 2>&1 | cat >/dev/null', "sh", *argv(*words)]
+    running.start(wait=False)
+    running._argv = argv
+    wait_until(lambda: try_send(running))
+    backup.wait_for(1)
+    assert running.metric("smtpdup_messages_total", result="accepted") == 1
+    assert running.get("/readyz")[0] in {200, 503}
+
+
+def try_send(running) -> bool:
+    try:
+        return running.send("a@example.com", "b@example.com").startswith("250")
+    except (OSError, AssertionError):
+        return False
 
 
 def test_metrics_tell_what_the_relay_processes_hold(tmp_path):
@@ -237,7 +318,7 @@ def test_metrics_tell_what_the_relay_processes_hold(tmp_path):
     for n in range(2):
         occupancy.seat(n).add_client(3)
         occupancy.seat(n).add_octets(1000)
-    text = status.metrics(tmp_path, status.SeatCollector(occupancy.seat(0))).body.decode()
+    text = status.metrics(None, status.SeatCollector(occupancy.seat(0))).body.decode()
     assert "smtpdup_clients 6.0" in text
     assert "smtpdup_in_flight_bytes 2000.0" in text
 
@@ -246,11 +327,11 @@ def test_metrics_tell_what_is_in_the_spool(tmp_path):
     """Files that wait and files set aside; a spool that was never used is empty."""
     folder = tmp_path / "spool"
     collector = status.SpoolCollector(folder)
-    assert "smtpdup_spool_messages 0.0" in status.metrics(tmp_path, collector).body.decode()
+    assert "smtpdup_spool_messages 0.0" in status.metrics(None, collector).body.decode()
     spool.prepare(folder)
     (spool.messages(folder) / "0000000000000000-100.ready").write_bytes(b"x" * 100)
     (folder / "corrupt" / "x").write_bytes(b"x")
-    text = status.metrics(tmp_path, collector).body.decode()
+    text = status.metrics(None, collector).body.decode()
     assert "smtpdup_spool_messages 1.0" in text
     assert "smtpdup_spool_bytes 100.0" in text
     assert "smtpdup_spool_corrupt 1.0" in text
@@ -268,7 +349,7 @@ def test_metrics_tell_what_the_ledger_knows(redis_client, redis_url, tmp_path):
         pipe.execute()
     samples = dict(
         line.rsplit(" ", 1)
-        for line in status.metrics(tmp_path, LedgerCollector(RedisSettings(redis_url, 5))).body.decode().splitlines()
+        for line in status.metrics(None, LedgerCollector(RedisSettings(redis_url, 5))).body.decode().splitlines()
         if line[:1] != "#"
     )
     assert float(samples['smtpdup_pending{destination="new"}']) == 2
@@ -281,7 +362,7 @@ def test_metrics_tell_what_the_ledger_knows(redis_client, redis_url, tmp_path):
 
 def test_without_redis_the_other_metrics_stay(tmp_path):
     """A Redis that is away shows as down, and nothing says that no copy waits."""
-    text = status.metrics(tmp_path, LedgerCollector(RedisSettings(f"unix://{tmp_path}/none.sock", 1))).body.decode()
+    text = status.metrics(None, LedgerCollector(RedisSettings(f"unix://{tmp_path}/none.sock", 1))).body.decode()
     assert "smtpdup_redis_up 0.0" in text
     assert "smtpdup_pending" not in text
 

@@ -1,0 +1,293 @@
+"""Standard error that nobody needs to read: log lines are dropped and counted, never waited for.
+
+A line goes out at once where that cannot block: a pipe or a terminal is opened anew, since O_NONBLOCK on the one that
+we were given would hold for everybody who shares it; a socket (journald's) has a flag for each write; a file takes
+lines, or refuses them. What does not go out at once is kept, up to a bound, and a thread writes it when that can be
+done. One that cannot be opened anew is the thread's from the first line. The supervisor forks, and so has no thread:
+it tries again whenever it wakes up. As soon as lines can be written again, one says how many are missing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import os
+import select
+import signal
+import socket
+import stat
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+_KEPT_OCTETS = 256 << 10
+_PIECE = 4096  # PIPE_BUF: a pipe takes it whole or not at all, so that lines of several processes do not mix
+_LOOK_SECONDS = 1.0
+_LAST_SECONDS = 1.0  # for what is kept when a process ends
+
+on_drop: Callable[[int], None] | None = None  # metrics.py counts
+
+
+class Output:
+    """A descriptor for lines. ``threads``: whether a thread may wait for it."""
+
+    def __init__(self, descriptor: int = 2, *, threads: bool = True) -> None:
+        self.threads = threads
+        self.tell: Callable[[int], str] = "{} log lines were dropped\n".format
+        self.dropped = 0  # and not yet told
+        self._refused = False  # the last one
+        self._descriptor = descriptor
+        self._send, self._polled = _never_blocking(descriptor)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what is kept and who writes it: after a fork that is another process's."""
+        self.dropped = 0
+        self._kept: deque[bytes] = deque()
+        self._octets = 0
+        self._lock = threading.Lock()
+        self._more = threading.Condition(self._lock)
+        self._thread: threading.Thread | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether something is kept that could not be written yet."""
+        return bool(self._kept or self.dropped)
+
+    def write(self, text: str) -> None:
+        """Write whole lines, or keep them, or drop them. Never waits, never raises."""
+        data = text.encode("utf-8", "backslashreplace")
+        with self._lock:
+            if self._kept and self._thread is None:
+                self._write_kept()
+            if not self._kept and self._is_at_once and self._catch_up():
+                data = self._attempt(data)
+            if data:
+                self._keep(data)
+
+    def flush(self, seconds: float = 0.0) -> None:
+        """Wait so long, at most, until nothing is kept any more."""
+        deadline = time.monotonic() + seconds
+        while self.waits:
+            with self._lock:
+                if self._thread is None:
+                    self._write_kept()
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(0.01)
+
+    # With the lock
+
+    @property
+    def _is_at_once(self) -> bool:
+        return self._send is not None or not self.threads
+
+    def _attempt(self, data: bytes, *, is_line: bool = True) -> bytes:
+        """Write without waiting; returns what is left to write. What is refused is dropped."""
+        while data:
+            try:
+                if self._send is not None:
+                    data = data[self._send(data) :]
+                elif _takes(self._descriptor):
+                    data = data[os.write(self._descriptor, data[:_PIECE]) :]
+                else:
+                    return data
+            except (BlockingIOError, InterruptedError):
+                return data
+            except OSError:  # nobody reads it any more, the disk is full, it was closed
+                self._refused = True
+                if is_line:
+                    self._drop(data)
+                return b""
+            self._refused = False
+        return data
+
+    def _catch_up(self) -> bool:
+        """Say how many lines are missing, if any. False: that cannot be written now."""
+        count = self.dropped
+        if not count:
+            return True
+        notice = self.tell(count).encode("utf-8", "backslashreplace")
+        rest = self._attempt(notice, is_line=False)
+        if len(rest) == len(notice):
+            return False
+        if not rest and self._refused:
+            return True  # as the line will be
+        self.dropped = 0
+        if rest:
+            self._kept.append(rest)
+            self._octets += len(rest)
+        return not rest
+
+    def _keep(self, data: bytes) -> None:
+        if self._octets + len(data) > _KEPT_OCTETS:
+            self._drop(data)
+            return
+        self._kept.append(data)
+        self._octets += len(data)
+        if not self.threads:
+            return
+        if self._thread is None:
+            self._begin()
+        else:
+            self._more.notify()
+
+    def _write_kept(self) -> None:
+        while self._kept:
+            data = self._kept[0]
+            rest = self._attempt(data)
+            if rest:
+                self._octets -= len(data) - len(rest)
+                self._kept[0] = rest
+                return
+            self._octets -= len(data)
+            self._kept.popleft()
+        self._catch_up()
+
+    def _drop(self, data: bytes) -> None:
+        count = max(1, data.count(b"\n"))
+        self.dropped += count
+        if on_drop is not None:
+            with contextlib.suppress(Exception):
+                on_drop(count)
+
+    def _begin(self) -> None:
+        # A signal is for the main thread, which may wait for it with sigwait: this one has them all blocked.
+        thread = threading.Thread(target=self._run, name="log", daemon=True)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            thread.start()
+        except RuntimeError:  # no thread can be had: tried again with the next line
+            return
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self._thread = thread
+
+    # In the thread
+
+    def _run(self) -> None:
+        me = threading.current_thread()
+        while True:
+            with self._lock:
+                if self._thread is not None and self._thread is not me:
+                    return
+                if self._send is not None:
+                    self._write_kept()
+                    if not self._kept and (self._refused or not self.dropped):
+                        self._thread = None  # from here on lines go out at once again
+                        return
+                    data = b""
+                else:
+                    # A notice that is refused in its turn would make another.
+                    while not self._kept and (self._refused or not self.dropped):
+                        self._more.wait()
+                    if self.dropped and not self._refused and self._octets < _KEPT_OCTETS // 2:
+                        count, self.dropped = self.dropped, 0
+                        self._kept.append(self.tell(count).encode("utf-8", "backslashreplace"))
+                        self._octets += len(self._kept[-1])
+                    data = self._kept[0]
+            if self._send is not None:
+                _wait_for_room(self._polled)
+                continue
+            try:
+                written = os.write(self._descriptor, data[:_PIECE])  # may take for ever: then only this thread waits
+            except OSError:
+                with self._lock:
+                    self._refused = True
+                    self._octets -= len(data)
+                    self._kept.popleft()
+                    self._drop(data)
+                time.sleep(0.01)
+                continue
+            with self._lock:
+                self._refused = False
+                self._octets -= written
+                if rest := data[written:]:
+                    self._kept[0] = rest
+                else:
+                    self._kept.popleft()
+
+
+class Stream(io.TextIOBase):
+    """What stands for sys.stderr: whoever writes there does not wait either."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__()
+        self._output = output
+
+    def write(self, text: str) -> int:
+        if text:
+            self._output.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._output.flush()
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return 2
+
+
+_output: Output | None = None
+
+
+def take_over(*, threads: bool) -> Output:
+    """Return the output of this process's standard error."""
+    global _output  # noqa: PLW0603 - there is one in a process
+    if _output is None:
+        _output = Output(2)
+        atexit.register(flush, _LAST_SECONDS)
+    _output.threads = threads
+    return _output
+
+
+def waits() -> bool:
+    """Whether lines are kept that could not be written yet."""
+    return _output is not None and _output.waits
+
+
+def flush(seconds: float = _LAST_SECONDS) -> None:
+    """Write what is kept, waiting so long at most."""
+    if _output is not None:
+        _output.flush(seconds)
+
+
+def _restart() -> None:
+    if _output is not None:
+        _output.restart()
+
+
+os.register_at_fork(after_in_child=_restart)
+
+
+def _never_blocking(descriptor: int) -> tuple[Callable[[bytes], int] | None, int]:
+    """Return what writes without waiting, and what to ask for room; None where only a thread can do it."""
+    try:
+        kind = os.fstat(descriptor).st_mode
+        if stat.S_ISSOCK(kind):
+            sock = socket.socket(fileno=os.dup(descriptor))
+            return lambda data: sock.send(data, socket.MSG_DONTWAIT), descriptor
+        if stat.S_ISREG(kind):
+            return lambda data: os.write(descriptor, data), descriptor
+        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        again = os.open(f"/proc/self/fd/{descriptor}", flags)
+    except OSError:  # closed, another user's, nobody reads it, or no Linux
+        return None, descriptor
+    return lambda data: os.write(again, data[:_PIECE]), again
+
+
+def _takes(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return bool(poll.poll(0))
+
+
+def _wait_for_room(descriptor: int) -> None:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    if any(mask & ~select.POLLOUT for _, mask in poll.poll(round(_LOOK_SECONDS * 1000))):
+        time.sleep(0.05)  # an error is told by the next attempt

@@ -1,0 +1,200 @@
+"""Counters of several processes in memory that they share: no file, so that no disk can end a message with SIGBUS.
+
+An Arena is made before the first fork and has a region for each process to come. A process writes only in its own and
+who tells the metrics reads all. Whoever replaces a process goes on in its region: what was counted stays, and nothing
+is left of the dead. A region that makes no sense is skipped and counted; one that is full, or that there is not, costs
+its metrics and nothing else: changing a value never fails.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+
+_REGIONS = 256
+_SIZE = 128 << 10
+_HEAD = 8  # octets: how many are used, and what makes that a multiple of eight
+_length = struct.Struct("=I")
+
+
+class Arena(Collector):
+    """The regions; a collector of what is in them."""
+
+    def __init__(self, regions: int = _REGIONS, size: int = _SIZE) -> None:
+        """Make empty regions. Raises OSError without memory; what is not written takes none."""
+        self._size = size
+        self._memory = memoryview(mmap.mmap(-1, regions * size))
+        self._numbers: dict[str, int] = {}
+        self._most = regions
+
+    def reserve(self, name: str) -> None:
+        """Give a process of this name a region; to be called before it is forked."""
+        if name not in self._numbers and len(self._numbers) < self._most:
+            self._numbers[name] = len(self._numbers)
+
+    def take(self, name: str) -> None:
+        """Count in the region of this name from now on, from where its last process was."""
+        number = self._numbers.get(name)
+        if number is not None:
+            _bind(_Region(self._of(number)))
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the sums over all regions."""
+        metrics: dict[str, Metric] = {}
+        unreadable = 0
+        for number in range(len(self._numbers)):
+            try:
+                entries = list(_entries(self._of(number)))
+            except ValueError:
+                unreadable += 1
+                continue
+            for key, value in entries:
+                kind, metric, name, labels, text = key
+                if metric not in metrics:
+                    metrics[metric] = Metric(metric, text, kind)
+                metrics[metric].add_sample(name, labels, value)  # type: ignore[arg-type]  # as it does itself
+        yield from MultiProcessCollector._accumulate_metrics(metrics, True)  # type: ignore[no-untyped-call]  # noqa: SLF001 - sums buckets
+        text = "Processes whose counters make no sense and are left out"
+        yield GaugeMetricFamily("smtpdup_metrics_unreadable", text, value=unreadable)
+
+    def _of(self, number: int) -> memoryview:
+        return self._memory[number * self._size : (number + 1) * self._size]
+
+
+def _entries(memory: memoryview) -> Iterator[tuple[tuple[str, str, str, tuple[tuple[str, str], ...], str], float]]:
+    """Yield the keys and values of a region. Raises ValueError when it makes no sense."""
+    for key, at in _positions(memory):
+        try:
+            kind, metric, name, labels, text = json.loads(key)
+            found = (str(kind), str(metric), str(name), tuple(sorted(labels.items())), str(text))
+        except (TypeError, AttributeError) as error:
+            raise ValueError("no key of ours") from error
+        yield found, memory[at : at + 8].cast("d")[0]
+
+
+def _positions(memory: memoryview) -> Iterator[tuple[bytes, int]]:
+    """Yield the keys of a region and where their values are. Raises ValueError when it makes no sense."""
+    (used,) = _length.unpack_from(memory)
+    if used > len(memory) or used % 8:
+        raise ValueError("more is used than there is")
+    at = _HEAD
+    while at < used:
+        (size,) = _length.unpack_from(memory, at)
+        value = at + _padded(size)
+        if not size or value + 8 > used:
+            raise ValueError("an entry ends behind the last one")
+        yield bytes(memory[at + 4 : at + 4 + size]), value
+        at = value + 8
+
+
+def _padded(size: int) -> int:
+    return (4 + size + 7) & ~7
+
+
+class _Region:
+    """The region of this process."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self._memory = memory
+        try:
+            self._places = dict(_positions(memory))
+        except ValueError:  # nobody can say what a predecessor counted
+            self._places = {}
+            _length.pack_into(memory, 0, 0)
+        (used,) = _length.unpack_from(memory)
+        self._used = max(_HEAD, used)
+
+    def place(self, key: bytes) -> memoryview[float] | None:
+        """Return where a value is, made if need be; None when there is no room."""
+        at = self._places.get(key)
+        if at is None:
+            at = self._used + _padded(len(key))
+            if at + 8 > len(self._memory):
+                return None
+            self._memory[self._used + 4 : self._used + 4 + len(key)] = key
+            _length.pack_into(self._memory, self._used, len(key))
+            self._memory[at : at + 8] = bytes(8)
+            self._used = at + 8
+            _length.pack_into(self._memory, 0, self._used)  # last: who reads finds it whole
+            self._places[key] = at
+        return self._memory[at : at + 8].cast("d")
+
+
+_region: _Region | None = None
+_values: list[Value] = []
+_lock = threading.Lock()
+
+
+class Value:
+    """What prometheus-client keeps a number in."""
+
+    _multiprocess = True
+
+    def __init__(
+        self,
+        typ: str,
+        metric_name: str,
+        name: str,
+        labelnames: Sequence[str],
+        labelvalues: Sequence[str],
+        help_text: str,
+        **_: Any,
+    ) -> None:
+        labels = dict(zip(labelnames, labelvalues, strict=True))
+        self._key = json.dumps([typ, metric_name, name, labels, help_text], sort_keys=True).encode()
+        self._value = 0.0
+        self._place: memoryview[float] | None = None
+        with _lock:
+            _values.append(self)
+            self._settle()
+
+    def _settle(self) -> None:
+        self._place = _region.place(self._key) if _region is not None else None
+        self._value = self._place[0] if self._place is not None else 0.0
+
+    def inc(self, amount: float) -> None:
+        with _lock:
+            self._value += amount
+            if self._place is not None:
+                self._place[0] = self._value
+
+    def set(self, value: float, timestamp: float | None = None) -> None:
+        with _lock:
+            self._value = value
+            if self._place is not None:
+                self._place[0] = value
+
+    def get(self) -> float:
+        return self._value
+
+    def set_exemplar(self, exemplar: Any) -> None:
+        """Keep none."""
+
+    def get_exemplar(self) -> None:
+        """Return none."""
+
+
+def _bind(region: _Region | None) -> None:
+    global _region  # noqa: PLW0603 - there is one in a process
+    with _lock:
+        _region = region
+        for value in _values:
+            value._settle()  # noqa: SLF001
+
+
+def _forked() -> None:
+    global _lock  # noqa: PLW0603
+    _lock = threading.Lock()
+    _bind(None)  # the region is our parent's
+
+
+os.register_at_fork(after_in_child=_forked)
