@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import relay
+from dialogue import Unexpected
 from product import Product
 from reactions import Close
 from relay.command import commands
@@ -475,3 +476,83 @@ def test_a_backup_that_was_removed_is_drained(product, primary, scripted):
     wait_until(lambda: instance.summary()["pending"] == 0, message=lambda: instance.log[-4000:])
     assert [m.recipients for m in old.messages] == [["to@example.com"]]
     assert "no backup any more" in instance.log
+
+
+# One message that waits, many that are dropped, a retry that is waited for
+
+
+@pytest.fixture
+def deferring(product: Callable[..., Product], primary: ScriptedServer, backup: ScriptedServer) -> Product:
+    """A product whose backup `new` defers three messages: two to one domain, one to another."""
+    for user in ("one@a.example", "two@a.example", "three@b.example"):
+        backup.replies[f"RCPT TO:<{user}>"] = "450 4.2.0 later"
+    instance = product(primary=primary.address, files={
+        "settings.toml": f'[[backup]]\nname = "new"\nurl = "{backup.address}"\n'
+    })  # fmt: skip
+    instance.send("from@example.com", "one@a.example")
+    instance.send("other@example.com", "two@a.example")
+    instance.send("from@example.com", "three@b.example")
+    wait_until(lambda: instance.summary()["retrying"] == 3, message=lambda: instance.log[-4000:])
+    return instance
+
+
+def test_one_that_waits_is_shown(deferring):
+    """What is owed to whom, where it came from, and each attempt; an id that does not wait is status 1."""
+    row = next(row for row in deferring.json("queue", "list") if row["recipients"] == ["one@a.example"])
+    (shown,) = deferring.json("queue", "show", row["id"])
+    assert shown.items() >= row.items()
+    assert shown["client_address"] == "127.0.0.1"
+    assert [attempt["reply"] for attempt in shown["history"]] == ["450 4.2.0 later"]
+    assert "450 4.2.0 later" in deferring.run("queue", "show", row["id"]).stdout
+    done = deferring.run("queue", "show", "nope")
+    assert (done.returncode, lines(done.stderr)) == (1, ["smtp-dup: does not wait: nope"])
+
+
+def test_what_waits_is_dropped_by_filter(deferring):
+    """Every filter must match; a dry run changes nothing; without a word of agreement nothing goes."""
+    assert deferring.run("queue", "drop").returncode == 2
+    assert deferring.run("queue", "drop", "x", "--all").returncode == 2
+    assert deferring.run("queue", "drop", "--older-than", "soon").returncode == 2
+    assert deferring.run("queue", "drop", "nope", "--yes").returncode == 1
+    assert deferring.json("queue", "drop", "--older-than", "1h", "--yes") == [{"would_drop": 0, "bytes": 0}]
+    (row,) = deferring.json("queue", "drop", "--to", "@A.example", "--from", "from@example.com", "--dry-run")
+    assert row["would_drop"] == 1
+    done = deferring.run("queue", "drop", "--to", "@a.example", input="y\n")
+    assert (done.returncode, lines(done.stderr)) == (2, ["smtp-dup: nobody to ask: say --yes"])
+    assert "[y/N]" in on_terminal(deferring, "queue", "drop", "--to", "@a.example", answer="n\n")
+    assert deferring.summary()["pending"] == 3
+    assert deferring.json("queue", "drop", "--to", "@a.example", "--yes") == [{"dropped": 2}]
+    assert [row["recipients"] for row in deferring.json("queue", "list")] == [["three@b.example"]]
+    assert "1 copy dropped" in on_terminal(deferring, "queue", "drop", "--all", answer="y\n")
+    assert deferring.summary()["pending"] == 0
+
+
+def test_a_retry_says_what_became_of_it(refusing, backup):
+    """With --wait: failed again is status 1, with the reply; delivered is 0."""
+    (row,) = refusing.json("failed", "list")
+    backup.replies["RCPT TO:<bad@example.com>"] = "550 5.1.1 still not"
+    done = refusing.run("failed", "retry", row["id"], "--wait", "--json")
+    assert done.returncode == 1
+    count, outcome = map(json.loads, lines(done.stdout))
+    assert count == {"retried": 1}
+    assert outcome == {
+        "id": row["id"], "destination": row["destination"], "outcome": "failed", "reply": "550 5.1.1 still not"
+    }  # fmt: skip
+    backup.replies.clear()
+    done = refusing.run("failed", "retry", "--all", "--wait")
+    assert done.returncode == 0
+    assert "delivered" in done.stdout
+
+
+def test_uncertain_messages_are_listed(product, scripted, backup):
+    """The primary goes away at the dot: the message is in no queue yet, and `queue list --uncertain` has it."""
+    primary = scripted({".": Close()})
+    instance = product(primary=primary.address, backups=[backup.address])
+    with pytest.raises(Unexpected, match=r"451 4\.4\.2"):
+        instance.send("from@example.com", "to@example.com")
+    (row,) = wait_until(lambda: instance.json("queue", "list", "--uncertain"))
+    assert (row["sender"], row["recipients"]) == ("from@example.com", ["to@example.com"])
+    assert row["copied_at"] > row["received_at"] + 3000
+    assert row["id"] in instance.run("queue", "list", "--uncertain").stdout
+    assert instance.json("queue", "list") == []
+    assert instance.run("queue", "list", "--uncertain", "--destination", backup.address).returncode == 2

@@ -16,7 +16,8 @@ from redis import Redis
 
 from relay import dispatch, ledger, maillog, reading
 from relay.envelope import Destination, Envelope
-from relay.ledger import CopyState, Move
+from relay.ledger import Attempt, CopyState, Move
+from relay.reading import UnknownId
 from workers import failed, live
 
 _PAGE = 500
@@ -42,6 +43,26 @@ class WaitingCopy:
 
 
 @dataclass(frozen=True, slots=True)
+class WaitingDetail(WaitingCopy):
+    """A pending copy with where its message came from and what was said at each attempt, oldest first."""
+
+    client_address: str
+    history: tuple[Attempt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UncertainMessage:
+    """A message whose fate at the primary is unknown; at ``copied_at`` its copies go out all the same."""
+
+    id: str
+    sender: str
+    recipients: tuple[str, ...]
+    size: int
+    received_at: float
+    copied_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Moved:
     """What a move did, in copies. ``covered`` were dropped: the new destination had a copy for the same recipients."""
 
@@ -60,6 +81,53 @@ def listing(connection: Redis, destination: str | None = None) -> Iterator[Waiti
         health = _Health.read(connection, target.name)
         for page in reading.pages(connection, ledger.PENDING + target.name, size=_PAGE):
             yield from _rows(connection, target, health, page)
+
+
+def show(connection: Redis, message_id: str) -> list[WaitingDetail]:
+    """Return a message's pending copies, one per destination where it waits. Raises UnknownId."""
+    found: list[WaitingDetail] = []
+    for target in reading.destinations(connection):
+        at = connection.zscore(ledger.PENDING + target.name, message_id)
+        if at is not None:
+            health = _Health.read(connection, target.name)
+            (row,) = _rows(connection, target, health, [(message_id, at)])
+            state = CopyState.from_wire(connection.hget(ledger.OWN + target.name, message_id))
+            (envelope,) = reading.envelopes(connection, [message_id])
+            fields = {name: getattr(row, name) for name in WaitingCopy.__slots__}
+            found.append(
+                WaitingDetail(
+                    **fields, client_address=envelope.client_address if envelope else "", history=state.history
+                )
+            )
+    if not found:
+        raise UnknownId(f"does not wait: {message_id}")
+    return found
+
+
+def uncertain(connection: Redis) -> Iterator[UncertainMessage]:
+    """Yield the messages whose fate at the primary is unknown, the next to be copied first."""
+    for page in reading.pages(connection, ledger.UNCERTAIN, size=_PAGE):
+        ids = [message_id for message_id, _ in page]
+        for (message_id, at), envelope in zip(page, reading.envelopes(connection, ids), strict=True):
+            yield UncertainMessage(
+                id=message_id,
+                sender=envelope.sender if envelope else "",
+                recipients=tuple(r.address for r in envelope.recipients) if envelope else (),
+                size=envelope.size if envelope else 0,
+                received_at=envelope.received_at if envelope else 0.0,
+                copied_at=at,
+            )
+
+
+def drop(connection: Redis, destination: str, ids: Sequence[str]) -> int:
+    """Forget pending copies for good. Returns how many. One that is being delivered may still arrive."""
+    count = 0
+    for start in range(0, len(ids), _BATCH):
+        with connection.pipeline(transaction=True) as pipe:
+            ledger.drop(pipe, destination, ids[start : start + _BATCH], pending=True)
+            count += int(pipe.execute()[0])
+    live.forget_useless(connection, destination)
+    return count
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -178,6 +178,41 @@ def retry(connection: Redis, ids: Collection[str] | None, destination: str | Non
             forget_jobs(pipe, queue, before)
             count += pipe.execute()[-2]
     return count
+
+
+def attempts(
+    connection: Redis, ids: Collection[str] | None, destination: str | None = None
+) -> dict[tuple[str, str], int]:
+    """Return how often each failed copy was tried, by destination and id. Raises UnknownId, UnknownDestination."""
+    found: dict[tuple[str, str], int] = {}
+    for target, batch in _selected(connection, ids, destination):
+        states = cast("list[bytes | None]", connection.hmget(ledger.FAILURE + target.name, batch))
+        for message_id, state in zip(batch, states, strict=True):
+            found[target.name, message_id] = CopyState.from_wire(state).attempts
+    return found
+
+
+def fates(
+    connection: Redis, copies: Sequence[tuple[str, str]], before: Mapping[tuple[str, str], int]
+) -> list[tuple[str, str]]:
+    """Return for each copy what became of its retry (delivered, failed, deferred, "" for not yet) and the reply."""
+    with connection.pipeline(transaction=True) as pipe:
+        for destination, message_id in copies:
+            pipe.zscore(ledger.FAILED + destination, message_id)
+            pipe.hget(ledger.FAILURE + destination, message_id)
+            pipe.zscore(ledger.PENDING + destination, message_id)
+            pipe.hget(ledger.OWN + destination, message_id)
+        answers = pipe.execute()
+    found = []
+    for copy, (is_failed, failure, waits, own) in zip(copies, zip(*[iter(answers)] * 4, strict=True), strict=True):
+        state = CopyState.from_wire(failure if is_failed is not None else own)
+        if is_failed is None and waits is None:
+            found.append(("delivered", ""))
+        elif state.attempts > before[copy]:
+            found.append(("deferred" if is_failed is None else "failed", state.last_reply))
+        else:
+            found.append(("", state.last_reply))
+    return found
 
 
 def drop(connection: Redis, ids: Collection[str] | None, destination: str | None = None) -> int:

@@ -17,7 +17,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from relay import __version__
-from relay.command.completion import DESTINATION, FAILED_ID, TOPIC, Names
+from relay.command.completion import DESTINATION, FAILED_ID, TOPIC, WAITING_ID, Names
 from relay.command.exit_status import IN_A_LINE
 from relay.command.flags import SETTINGS_FLAGS, Given
 from relay.command.output import Output
@@ -143,6 +143,9 @@ JSON = _option("--json", "as_json", is_flag=True, help="one JSON object a line")
 WIDE = _option("--wide", is_flag=True, help="a line for each row, however long")
 _DESTINATION = _option("--destination", metavar="NAME", type=Names(DESTINATION), help="only this one")
 _ALL = _option("--all", "everything", is_flag=True, help="every one, or every one of --destination")
+_ALL_THAT_WAITS = _option("--all", "everything", is_flag=True, help="everything that waits, everywhere")
+_UNCERTAIN = _option("--uncertain", is_flag=True, help="rather messages that the primary may not have")
+_WAIT = _option("--wait", is_flag=True, help="say what becomes of each, within a minute")
 _YES = _option("--yes", is_flag=True, help="do not ask")
 _DRY_RUN = _option("--dry-run", is_flag=True, help="say what would be done; change nothing")
 
@@ -203,8 +206,16 @@ def _group(text: str, commands: dict[str, Word | Group], params: Sequence[click.
 
 _QUEUE: dict[str, Word | Group] = {
     "summary": _word("numbers for each backup", "queue:summary"),
-    "list": _word("the copies that wait", "queue:listing", _DESTINATION),
+    "list": _word("the copies that wait", "queue:listing", _DESTINATION, _UNCERTAIN),
+    "show": _word("one message that waits and its history", "queue:show", _argument("ID", Names(WAITING_ID))),
     "flush": _word("try all that waits now", "queue:flush", _DESTINATION),
+    "drop": _word(
+        "forget copies that wait, for good", "queue:drop", _ids(Names(WAITING_ID)), _ALL_THAT_WAITS, _DESTINATION,
+        _option("--older-than", metavar="TIME", help="received longer ago: 90s, 5m, 1h, 5d"),
+        _option("--from", "sender", metavar="ADDRESS", help="of this sender, or of @domain"),
+        _option("--to", "recipient", metavar="ADDRESS", help="to this recipient, or @domain"),
+        _DRY_RUN, _YES,
+    ),
     "verify": _word("compare the ledger with RQ and repair what disagrees", "queue:verify", _DRY_RUN),
     "move": _word(
         "give one backup's copies to another", "queue:move",
@@ -216,7 +227,7 @@ _QUEUE: dict[str, Word | Group] = {
 _FAILED: dict[str, Word | Group] = {
     "list": _word("the failed copies", "failed:listing", _DESTINATION),
     "show": _word("one failed message and its history", "failed:show", _argument("ID", Names(FAILED_ID))),
-    "retry": _word("try failed copies again, now", "failed:retry", _ids(Names(FAILED_ID)), _ALL, _DESTINATION),
+    "retry": _word("try failed copies again, now", "failed:retry", _ids(Names(FAILED_ID)), _ALL, _DESTINATION, _WAIT),
     "drop": _word("forget failed copies for good", "failed:drop", _ids(Names(FAILED_ID)), _ALL, _DESTINATION, _YES),
     "export": _word("write a failed message as .eml", "failed:export", _argument("ID", Names(FAILED_ID)), output=False),
 }

@@ -6,6 +6,9 @@ Message content is written by ``export`` only.
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from redis import Redis
 
@@ -13,7 +16,7 @@ from relay import ledger
 from relay.command import prompt
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, Misuse
-from relay.command.output import Column, Output, address, as_object, moment
+from relay.command.output import GREEN, RED, YELLOW, Column, Output, address, as_object, moment
 from relay.settings import Settings
 from workers import failed
 
@@ -63,13 +66,66 @@ def show(settings: Settings, out: Output, id: str) -> int:  # noqa: A002 - as th
     return WELL
 
 
-def retry(settings: Settings, out: Output, ids: tuple[str, ...], everything: bool, destination: str | None) -> int:
-    """Have failed copies tried again."""
+def retry(
+    settings: Settings, out: Output, ids: tuple[str, ...], everything: bool, destination: str | None, wait: bool
+) -> int:
+    """Have failed copies tried again; with ``wait`` say what became of each, and no unless all are delivered."""
     wanted = _wanted(ids, everything)
     with ledger_of(settings) as connection:
+        before = failed.attempts(connection, wanted, destination) if wait else {}
         count = failed.retry(connection, wanted, destination)
-    out.count("retried", count, "{} will be tried again now.")
-    return WELL
+        out.count("retried", count, "{} will be tried again now.")
+        if not wait:
+            return WELL
+        sys.stdout.flush()
+        found: list[Outcome] = []
+        out.rows(_keep(found, _outcomes(connection, before)), _OUTCOMES, nothing="")
+    return WELL if all(outcome.outcome == "delivered" for outcome in found) else NO
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a copy that was tried again."""
+
+    id: str
+    destination: str
+    outcome: str
+    reply: str
+
+
+_COLOURS = {"delivered": GREEN, "failed": RED}
+_OUTCOMES = [
+    Column("id", lambda r: r.id),
+    Column("destination", lambda r: r.destination),
+    Column("outcome", lambda r: r.outcome, colour=lambda r: _COLOURS.get(r.outcome, YELLOW)),
+    Column("reply", lambda r: r.reply or "-", detail=True),
+]
+_WAIT_SECONDS = 60.0
+_LOOK_EVERY = 0.2
+_BATCH = 500  # copies asked about at once
+
+
+def _keep(found: list[Outcome], outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
+    for outcome in outcomes:
+        found.append(outcome)
+        yield outcome
+
+
+def _outcomes(connection: Redis, before: dict[tuple[str, str], int]) -> Iterator[Outcome]:
+    """Yield what became of copies, each once its attempt has ended, or when the patience has."""
+    end = time.monotonic() + _WAIT_SECONDS
+    rest = dict(before)
+    while rest:
+        keys = list(rest)
+        for start in range(0, len(keys), _BATCH):
+            batch = keys[start : start + _BATCH]
+            for key, (outcome, reply) in zip(batch, failed.fates(connection, batch, rest), strict=True):
+                is_over = time.monotonic() > end
+                if outcome or is_over:
+                    del rest[key]
+                    yield Outcome(key[1], key[0], outcome or "not tried yet", reply)
+        if rest:
+            time.sleep(_LOOK_EVERY)
 
 
 def drop(

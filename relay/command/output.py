@@ -173,15 +173,20 @@ class _Table:
             text = cells[n] if n == head[-1] and not self._columns[n].numbers else self._aligned(n, cells[n])
             parts.append(self._paint(text, colour(row)) if colour else text)
         line = _GAP.join(parts).rstrip()
-        if self._width and sum(self._widths[n] for n in head) > self._width:
+        if len(head) == 1 and 0 < self._width < self._widths[head[0]]:
             yield from fold(line, self._width)  # one column alone
         else:
             yield line
+        if not rest:
+            return
         details = [f"{self._columns[n].title} {cells[n]}".lstrip() for n in rest if cells[n] not in {"", "-"}]
         yield from _details(details, self._width)
 
     def _aligned(self, n: int, text: str, width: int | None = None) -> str:
-        blanks = " " * ((self._widths[n] if width is None else width) - cells_of(text))
+        width = self._widths[n] if width is None else width
+        if text.isascii():
+            return text.rjust(width) if self._columns[n].numbers else text.ljust(width)
+        blanks = " " * (width - cells_of(text))
         return blanks + text if self._columns[n].numbers else text + blanks
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 from relay.command.exit_status import Misuse
 
@@ -14,3 +15,18 @@ def ask(question: str) -> bool:
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
     return sys.stdin.readline().strip().lower() in {"y", "yes"}
+
+
+_MANY = 100  # more than this is not agreed to with one letter
+
+
+def ask_for(count: int, action: str, lines: Iterable[str]) -> bool:
+    """Ask before something is done to so many copies: above a hundred the number must be typed. Raises Misuse."""
+    if count > _MANY and sys.stdin and sys.stdin.isatty():
+        sys.stderr.writelines(f"{line}\n" for line in lines)
+        sys.stderr.write(f"{action}? Type the number: ")
+        sys.stderr.flush()
+        return sys.stdin.readline().strip() == str(count)
+    if sys.stdin and sys.stdin.isatty():
+        sys.stderr.writelines(f"{line}\n" for line in lines)
+    return ask(f"{action}?")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from relay import ledger, spool
+from relay.command import prompt
 from relay.command.connection import ledger_of
-from relay.command.exit_status import WELL, CannotSay, Misuse, Trouble
+from relay.command.exit_status import NO, WELL, CannotSay, Misuse, Trouble
+from relay.command.filters import Filter
 from relay.command.output import GREEN, YELLOW, Column, Output, address, as_object, moment, span
 from relay.settings import Settings
-from workers import backlog, reconcile
+from relay.text import printable
+from workers import backlog
+from workers.backlog import WaitingCopy
 
 _SUMMARY = [
     Column("destination", lambda r: r.destination),
@@ -29,6 +33,14 @@ _WAITING = [
     Column("tries", lambda r: str(r.attempts), numbers=True),
     Column("next try", lambda r: moment(r.next_attempt_at)),
     Column("last reply", lambda r: r.last_reply or "-", detail=True),
+]
+_UNCERTAIN = [
+    Column("id", lambda r: r.id),
+    Column("sender", lambda r: address(r.sender), detail=True),
+    Column("recipients", lambda r: ", ".join(r.recipients), detail=True),
+    Column("size", lambda r: str(r.size), numbers=True),
+    Column("received", lambda r: moment(r.received_at)),
+    Column("copied at", lambda r: moment(r.copied_at)),
 ]
 _FINDINGS = [
     Column("finding", lambda f: f.finding),
@@ -82,11 +94,98 @@ def _spool_summary(settings: Settings, out: Output) -> None:
         out.line(f"Half written at a crash, never acknowledged: {found.unfinished} files in {where}.")
 
 
-def listing(settings: Settings, out: Output, destination: str | None) -> int:
-    """Show the copies that wait."""
+def listing(settings: Settings, out: Output, destination: str | None, uncertain: bool) -> int:
+    """Show the copies that wait, or the messages whose fate at the primary is unknown."""
+    if uncertain and destination:
+        raise Misuse("an uncertain message has no destination yet: --uncertain or --destination, not both")
     with ledger_of(settings) as connection:
+        if uncertain:
+            out.rows(backlog.uncertain(connection), _UNCERTAIN, nothing="Nothing is uncertain.")
+            return WELL
         out.rows(backlog.listing(connection, destination), _WAITING, nothing="Nothing waits.")
     return WELL
+
+
+def show(settings: Settings, out: Output, id: str) -> int:  # noqa: A002 - as the argument is called
+    """Show a message that waits: each of its copies and what was said at each attempt."""
+    with ledger_of(settings) as connection:
+        details = backlog.show(connection, id)
+    for number, detail in enumerate(details):
+        if out.as_json:
+            history = [{"at": at, "reply": reply} for at, reply in detail.history]
+            out.object({**as_object(detail), "history": history})
+            continue
+        if number:
+            out.line("")
+        out.pairs(
+            (
+                ("id", detail.id),
+                ("destination", detail.destination),
+                ("sender", address(detail.sender)),
+                ("recipients", ", ".join(detail.recipients)),
+                ("size", f"{detail.size} bytes"),
+                ("received", f"{moment(detail.received_at)} from {detail.client_address or 'unknown'}"),
+                ("next try", moment(detail.next_attempt_at) if detail.next_attempt_at else "now"),
+                ("attempts", str(detail.attempts)),
+                *(("", f"{moment(at)}  {reply}") for at, reply in detail.history),
+            )
+        )
+    return WELL
+
+
+_EXAMPLES = 5  # shown before copies are dropped
+
+
+def drop(
+    settings: Settings,
+    out: Output,
+    ids: tuple[str, ...],
+    everything: bool,
+    dry_run: bool,
+    yes: bool,
+    destination: str | None,
+    **filters: str | None,
+) -> int:
+    """Forget copies that wait: those that match every filter, after a question."""
+    chosen = Filter.read(ids, destination=destination, **filters)
+    if (chosen.is_empty and not everything) or (ids and everything):
+        raise Misuse("give ids or a filter (--destination, --older-than, --from, --to), or --all")
+    with ledger_of(settings) as connection:
+        clock = ledger.now(connection)
+        rows = [row for row in backlog.listing(connection, destination) if chosen.takes(row, clock)]
+        if missing := set(ids).difference(row.id for row in rows):
+            raise Trouble(f"does not wait: {', '.join(sorted(missing))}")
+        if dry_run or not rows:
+            return _would_drop(out, rows)
+        if not yes and not prompt.ask_for(len(rows), f"Drop {_copies(len(rows))} that wait, for good", _lines(rows)):
+            return NO
+        count = 0
+        for name in dict.fromkeys(row.destination for row in rows):
+            count += backlog.drop(connection, name, [row.id for row in rows if row.destination == name])
+    out.count("dropped", count, "{} dropped.")
+    return WELL
+
+
+def _would_drop(out: Output, rows: list[WaitingCopy]) -> int:
+    if out.as_json:
+        out.object({"would_drop": len(rows), "bytes": sum(row.size for row in rows)})
+        return WELL
+    out.line(f"{_copies(len(rows))} would be dropped, {sum(row.size for row in rows)} bytes.")
+    for line in _lines(rows):
+        out.line(line)
+    return WELL
+
+
+def _copies(count: int) -> str:
+    return "1 copy" if count == 1 else f"{count} copies"
+
+
+def _lines(rows: list[WaitingCopy]) -> list[str]:
+    shown = [
+        printable(f"  {row.id}  {row.destination}  {address(row.sender)} to {', '.join(row.recipients)}")
+        for row in rows[:_EXAMPLES]
+    ]
+    return [*shown, *([f"  and {len(rows) - _EXAMPLES} more"] if len(rows) > _EXAMPLES else [])]
 
 
 def flush(settings: Settings, out: Output, destination: str | None) -> int:
@@ -115,6 +214,8 @@ def move(settings: Settings, out: Output, source: str, target: str) -> int:
 
 def verify(settings: Settings, out: Output, dry_run: bool) -> int:
     """Compare the ledger with RQ, repair what disagrees, and show it."""
+    from workers import reconcile  # noqa: PLC0415  (0.1 s, which the listings do not take)
+
     with ledger_of(settings) as connection:
         report = reconcile.verify(connection, settings, repair=not dry_run)
     out.rows(report.findings, _FINDINGS, nothing="Everything is as it should be.")
