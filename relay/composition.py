@@ -79,6 +79,9 @@ class EarlyStop:
 
     def __init__(self) -> None:
         self._came = False
+        # Whoever started us may have them ignored (nohup, `&` in a script) or blocked, and we inherit that.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD})
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 

@@ -120,7 +120,10 @@ class Supervisor:
     roster: Callable[[], Sequence[Child] | None] | None = None
     _slots: list[_Slot] = field(init=False, default_factory=list)
     _wakeup: tuple[int, int] = field(init=False, default=(-1, -1))
-    _at_terminal: bool = field(init=False, default_factory=lambda: os.isatty(0))
+    # Under nohup the end of the terminal is not ours.
+    _at_terminal: bool = field(
+        init=False, default_factory=lambda: os.isatty(0) and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    )
     _stopping: signal.Signals | None = field(init=False, default=None)
     _status: int = field(init=False, default=0)
     _next_look: float = field(init=False, default=0.0)  # monotonic
@@ -289,8 +292,7 @@ class Supervisor:
             os.set_blocking(descriptor, False)
         signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
         # The handlers do nothing: Python writes each signal's number to the pipe, and _wait reads it there.
-        wanted = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]  # nohup
-        return {number: signal.signal(number, _ignore) for number in wanted}
+        return {number: signal.signal(number, _ignore) for number in _SIGNALS}
 
     def _restore_signals(self, before: Mapping[signal.Signals, object]) -> None:
         for number, handler in before.items():

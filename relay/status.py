@@ -3,12 +3,14 @@
 /healthz says that this process lives, /readyz whether mail can be taken and kept (200, or 503 with the reasons),
 /metrics what the processes counted and what ledger and spool hold at that moment. A Redis that is away is a
 warning in /readyz where a spool keeps the copies, else a reason, and takes only the ledger's numbers from /metrics.
-A request has a bounded head and a deadline, and at most so many are served at once: others are hung up on.
+A request has a bounded head and a deadline, and at most so many are served at once: for one more, the one that has been
+silent for longest is hung up on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import os
@@ -31,7 +33,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 from redis.exceptions import RedisError
 
-from relay import ledger, spool
+from relay import ledger, limits, spool
 from relay.check import Finding, probe_redis
 from relay.continuity import warning
 from relay.occupancy import Seat
@@ -291,10 +293,27 @@ class StatusServer(ThreadingHTTPServer):
         self.socket = listener
         self.answers = answers
         self._slots = threading.BoundedSemaphore(_AT_ONCE)
+        self._open: dict[Any, bool] = {}  # oldest first; whether an answer is being made
+        self._lock = threading.Lock()
+
+    def get_request(self) -> tuple[Any, Any]:
+        try:
+            return super().get_request()
+        except OSError as error:
+            if limits.is_own(error) and not isinstance(error, BlockingIOError):
+                time.sleep(_LOOK_EVERY)  # no descriptor: whoever waits goes on waiting, and we do not spin
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._slots.acquire(blocking=False):
-            super().process_request(request, client_address)
+        """Serve one more. Where there is no place, whoever has been silent for longest makes it."""
+        if self._slots.acquire(blocking=False) or (self._hang_up() and self._slots.acquire(timeout=_LOOK_EVERY)):
+            with self._lock:
+                self._open[request] = False
+            try:
+                super().process_request(request, client_address)
+            except RuntimeError:  # no thread can be had
+                self._leave(request)
+                raise
         else:
             self.shutdown_request(request)
 
@@ -302,7 +321,32 @@ class StatusServer(ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._slots.release()
+            self._leave(request)
+
+    def answer(self, request: Any, find: Callable[[], Answer]) -> Answer:
+        """Make an answer; meanwhile this client is not the one that is hung up on, if there is another."""
+        with self._lock:
+            self._open[request] = True
+        try:
+            return find()
+        finally:
+            with self._lock:
+                self._open[request] = False
+
+    def _leave(self, request: Any) -> None:
+        with self._lock:
+            self._open.pop(request, None)
+        self._slots.release()
+
+    def _hang_up(self) -> bool:
+        with self._lock:
+            idle = [request for request, is_busy in self._open.items() if not is_busy]
+            request = next(iter(idle or self._open), None)
+            if request is not None:
+                self._open[request] = True  # once is enough
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)  # its thread finds the end, and closes
+        return request is not None
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002, RUF100
         if not isinstance(sys.exc_info()[1], OSError):  # a client that went away is nothing to tell
@@ -348,7 +392,11 @@ class _Request(BaseHTTPRequestHandler):
     def _respond(self, *, body: bool) -> None:
         self.connection.settimeout(_SECONDS)
         find = self.server.answers.get(re.split(r"[?#]", self.path, maxsplit=1)[0])
-        answer = find() if find else Answer(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"not found\n")
+        answer = (
+            self.server.answer(self.connection, find)
+            if find
+            else Answer(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"not found\n")
+        )
         self.send_response(answer.status)
         self.send_header("Content-Type", answer.content_type)
         self.send_header("Content-Length", str(len(answer.body)))

@@ -10,6 +10,7 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 import termios
 import threading
 import time
@@ -190,3 +191,29 @@ def test_standard_error_that_is_closed(product: Make, primary: ScriptedServer, b
         assert Path(f"/proc/{child}/fd/2").readlink() == Path("/dev/null")
     house.process.send_signal(signal.SIGTERM)
     assert house.wait() == 0
+
+
+def test_signals_that_were_ignored_or_blocked_by_who_started_us(
+    product: Make, primary: ScriptedServer, backup: ScriptedServer
+) -> None:
+    """Under nohup, in the background of a script, or below a parent that blocks them: reload and stop work."""
+    house = product(primary=primary.address, backups=[backup.address], start=False)
+    launcher = (
+        "import os, signal, sys\n"
+        "numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}\n"
+        "for number in numbers:\n"
+        "    signal.signal(number, signal.SIG_IGN)\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, numbers)\n"
+        "os.execvp(sys.argv[1], sys.argv[1:])\n"
+    )
+    argv = house._argv
+    house._argv = lambda *words: [sys.executable, "-c", launcher, *argv(*words)]  # type: ignore[method-assign]
+    house.start()
+    house._argv = argv  # type: ignore[method-assign]
+    assert house.process is not None
+    house.process.send_signal(signal.SIGHUP)
+    house.wait_for_log("certificate and users reloaded")
+    dead = house.child("relay-1")
+    dead.kill()
+    wait_until(lambda: house.child("relay-1").pid != dead.pid)
+    assert house.stop() == 0

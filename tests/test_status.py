@@ -121,6 +121,22 @@ def test_so_many_silent_clients_do_not_keep_others_out(serve, monkeypatch):
         client.close()
 
 
+def test_silent_clients_never_take_an_answer_away(serve):
+    """However many strangers stay silent, half way or done: each question is answered at once."""
+    port = serve({"/healthz": alive})
+    held = []
+    for n in range(5 * status._AT_ONCE):
+        held.append(socket.create_connection(("127.0.0.1", port)))
+        if n % 2:
+            held[-1].sendall(b"GET /hea")
+        if n % 8 == 0:
+            begun = time.monotonic()
+            assert b" 200 " in talk(port, b"GET /healthz HTTP/1.0\r\n\r\n")
+            assert time.monotonic() - begun < status._SECONDS / 2
+    for client in held:
+        client.close()
+
+
 def try_talk(port: int, request: bytes = b"GET /healthz HTTP/1.0\r\n\r\n") -> bytes:
     try:
         return talk(port, request)
