@@ -63,13 +63,13 @@ class Option:
 
 
 SECTIONS = {
-    "smtp": "The port that clients talk to.",
-    "relay": "The primary server, whose answers the client hears, and the plain list of backups.",
+    "smtp": "The server that clients connect to.",
+    "relay": "The primary server, whose replies the client gets, and the plain list of backups.",
     "redis": "Where copies wait. It must have appendonly yes, appendfsync always, maxmemory-policy noeviction.",
     "spool": "Files for the copies that Redis cannot take: it is down, full or slow.",
     "storage": "How mail is stored, in Redis, in the spool and on the failed list.",
-    "retry": "The schedule of a copy that a backup answered with 4xx.",
-    "failed": "Copies that a backup refused, or that were given up.",
+    "retry": "When a copy is tried again that a backup deferred (4xx).",
+    "failed": "Copies that a backup refused or that were not delivered in time.",
     "status": "HTTP with /healthz, /readyz and /metrics.",
     "log": "One line per event, on standard error.",
     "workers": "The processes that deliver to the backups.",
@@ -84,27 +84,32 @@ OPTIONS: tuple[Option, ...] = (
            "Where to listen: host:port, :port for all interfaces, [::1]:port; several with commas.", "--listen"),
     Option("smtp.domain", HOST_NAME, "localhost", "", "Our name in the greeting, in EHLO and in Received lines."),
     Option("smtp.processes", integer(0, 1024), 0, "processes", "Relay processes on the port. 0: one for each core."),
-    Option("smtp.max_connections", integer(1), 1000, "connections", "Clients at once, over all processes."),
-    Option("smtp.max_message_bytes", size(), "100M", "bytes", "The largest message. 0: whatever the primary takes."),
-    Option("smtp.max_recipients", integer(1), 1000, "recipients", "Recipients of one message."),
+    Option("smtp.max_connections", integer(1), 1000, "connections",
+           "Simultaneous client connections, over all processes."),
+    Option("smtp.max_message_bytes", size(), "100M", "bytes",
+           "The largest message accepted. 0: whatever the primary accepts."),
+    Option("smtp.max_recipients", integer(1), 1000, "recipients", "Recipients of one message, at most."),
     Option("smtp.max_bytes_in_flight", size(), "512M", "bytes",
-           "Messages in memory at once, over all processes; who would exceed that hears 452."),
-    Option("smtp.max_hops", integer(1, 1000), 50, "Received lines", "More than this is a mail loop."),
+           "Message data in memory at once, over all processes; beyond this, messages get 452."),
+    Option("smtp.max_hops", integer(1, 1000), 50, "Received lines",
+           "A message with more Received lines than this is refused as a mail loop."),
     Option("smtp.max_line_bytes", size(), 0, "bytes", "The longest line of a message. 0: no limit."),
-    Option("smtp.max_headers", integer(1), 1000, "header fields", "In one message."),
-    Option("smtp.max_header_bytes", size(), "1M", "bytes", "All header fields of a message together."),
+    Option("smtp.max_headers", integer(1), 1000, "header fields", "Header fields in one message, at most."),
+    Option("smtp.max_header_bytes", size(), "1M", "bytes", "Size of all header fields of a message together, at most."),
     Option("smtp.max_connections_per_client", integer(0), 0, "connections",
-           "At once from one address, over all processes. 0: no limit. Set one where strangers may connect."),
+           "Simultaneous connections from one address, over all processes. 0: no limit. Set one if strangers can "
+           "connect."),
     Option("smtp.min_data_rate", size(), 500, "bytes per second",
-           "A client whose message comes in more slowly, in all, is sent away. 0: any rate."),
+           "A client that sends its message more slowly than this on average is disconnected. 0: any rate."),
     Option("smtp.bare_newline", choice("normalise", "refuse", normalize="normalise", reject="refuse"), "normalise", "",
-           "A CR or LF by itself in a message. normalise: it becomes CRLF, safely dot-stuffed (as Postfix 3.9 does). "
+           "A bare CR or LF in a message. normalise: it becomes CRLF, safely dot-stuffed (as Postfix 3.9 does). "
            "refuse: the message is refused with 550 5.6.11."),
     Option("smtp.allowed_networks", NETWORKS, ["127.0.0.0/8", "::1/128"], "",
-           "Who may send mail without logging in. Others are turned away, or, with users_file, must log in."),
+           "Clients that may send mail without logging in. Others are refused or, with users_file, must log in."),
     Option("smtp.allowed_domains", DOMAINS, [], "", "Recipient domains that are relayed. Empty: every domain."),
     Option("smtp.users_file", PATH, "", "",
-           "Users who may log in (AUTH PLAIN, LOGIN) and send mail from anywhere: lines name:hash, the hash from "
+           "File of users who may log in (AUTH PLAIN, LOGIN) and send mail from anywhere: lines name:hash, the hash "
+           "from "
            "`smtp-dup hash-password`. Read again on SIGHUP."),
     Option("smtp.auth_without_tls", BOOLEAN, False, "", "Let users log in without TLS, their passwords in the clear."),
     Option("smtp.tls", choice("none", "may", "encrypt"), "may", "",
@@ -114,21 +119,23 @@ OPTIONS: tuple[Option, ...] = (
     Option("smtp.listen_tls", listening(may_be_off=True), "", "",
            "Where to listen for TLS from the first byte (usually :465), written like listen."),
     Option("smtp.xforward_networks", NETWORKS_OR_NONE, ["127.0.0.0/8", "::1/128"], "",
-           "Clients that are believed when they say by XFORWARD or XCLIENT whose mail it is. Empty: nobody."),
+           "Clients whose XFORWARD and XCLIENT commands are trusted. Empty: none."),
     Option("smtp.proxy_protocol", BOOLEAN, False, "",
            "Every connection begins with a PROXY header (version 1 or 2), as load balancers send it."),
     Option("smtp.proxy_networks", NETWORKS, ["127.0.0.0/8", "::1/128"], "",
-           "With proxy_protocol: where the load balancers are. Others are turned away."),
-    Option("smtp.idle_timeout", duration(), "5m", "seconds", "A client silent for so long is sent away with 421."),
+           "With proxy_protocol: the addresses of the load balancers. Connections from others are closed."),
+    Option("smtp.idle_timeout", duration(), "5m", "seconds",
+           "A client that is silent for this long is disconnected with 421."),
     Option("smtp.lease_idle_timeout", duration(), "1m", "seconds",
-           "The same for a client that is within a transaction, and so holds a connection to the primary."),
+           "The same for a client in a transaction, which occupies a connection to the primary."),
     Option("smtp.greeting_delay", duration(zero=True), 0, "seconds",
-           "Wait before the greeting; who talks first is sent away. 0: none."),
+           "Wait before the greeting; a client that sends anything before it is disconnected. 0: no wait."),
     Option("relay.destination_primary", DESTINATION, "", "",
-           "The server that answers: host:port, or smtp://, smtps:// or lmtp://user:password@host:port (special "
+           "The server whose replies the client gets: host:port, or smtp://, smtps:// or "
+           "lmtp://user:password@host:port (special "
            "characters percent-encoded), with ?tls=none|opportunistic|encrypt|verify, ca_file=/path, "
-           "tls_certificate=/path and tls_key=/path (ours, where a server asks for one), and "
-           "password_from=env:NAME or file:/path. Default ports: 25, 465, 24. Must be given.", "--primary"),
+           "tls_certificate=/path and tls_key=/path (client certificate, if the server asks for one), and "
+           "password_from=env:NAME or file:/path. Default ports: 25, 465, 24. Required.", "--primary"),
     Option("relay.destination_backups", DESTINATIONS, [], "",
            "The servers that get a copy, each written like the primary, with name= in front for one with a name; in a "
            "variable comma-separated. A variable or flag replaces this list and every [[backup]] below.",
@@ -138,11 +145,13 @@ OPTIONS: tuple[Option, ...] = (
     Option("relay.final_timeout_seconds", duration(), 600, "seconds",
            "Longest wait for the answer to the whole message (RFC 5321 4.5.3.2.6), here and at the backups."),
     Option("relay.require_durable_copies", BOOLEAN, False, "",
-           "When neither Redis nor the spool can be written: false, the primary's answer stands and the lost copy "
-           "is logged and counted; true, the client hears 451 before the primary has the message."),
+           "If neither Redis nor the spool can be written: false, the primary's reply stands, and the lost copy is "
+           "logged "
+           "and counted; true, the client gets 451 before the primary has the message."),
     Option("relay.uncertain_hold", duration(), "1h", "seconds",
-           "A message whose fate at the primary is unknown waits so long for the client's second try, then it is "
-           "copied all the same."),
+           "If it is unknown whether the primary accepted a message, its copy waits this long for the client to send "
+           "the "
+           "message again; then it is delivered anyway."),
     Option("redis.url", REDIS_URL, "", "",
            "redis://[:password@]host:6379/0, rediss://... or unix:///path. Empty: `smtp-dup up` starts its own.",
            "--redis"),
@@ -151,48 +160,55 @@ OPTIONS: tuple[Option, ...] = (
            "Sentinels that say which Redis is the master now: host:26379, or redis(s)://[user:]password@host:26379 for "
            "one that wants a password or TLS. redis.url then gives only user, password, database and TLS "
            "(redis://user:password@/0, rediss://...?ssl_ca_certs=/path), not a host."),
-    Option("redis.service", TEXT, "mymaster", "", "What the Sentinels call this Redis."),
+    Option("redis.service", TEXT, "mymaster", "", "The name that the Sentinels have for this Redis."),
     Option("redis.replicas", integer(0, 100), 0, "replicas",
-           "So many replicas must have a copy before it counts; else it goes to the spool too. 0: a failover can lose "
-           "what was just accepted."),
+           "Number of replicas that must have a copy before it counts as stored; otherwise it goes to the spool, "
+           "too. 0: a "
+           "failover can lose what was just accepted."),
     Option("spool.dir", PATH, "<state_dir>/spool", "",
            'Folder of the spool, on a disk that outlives a restart. "none": no spool; relay.require_durable_copies '
            "must then be true."),
-    Option("spool.min_free", size(), "1G", "bytes", "The spool stops growing when the disk has less than this left."),
+    Option("spool.min_free", size(), "1G", "bytes",
+           "The spool stops growing when the disk has less free space than this."),
     Option("storage.key_file", PATH, "", "",
-           "Seal stored mail, envelope and body, with the first key of this file; the others open what they sealed. "
-           "`smtp-dup new-key FILE` makes it, or puts a new key in front. Relay and workers need the same keys. Read "
+           "Encrypt stored mail, envelope and body, with the first key of this file; the other keys decrypt older "
+           "mail. "
+           "`smtp-dup new-key FILE` creates it, or adds a new key at the front. Relay and workers need the same "
+           "keys. Read "
            "again on SIGHUP."),
-    Option("retry.first", duration(), "1m", "seconds", "Wait before the second try; it doubles from then on."),
-    Option("retry.longest", duration(), "1h", "seconds", "The longest wait between two tries."),
+    Option("retry.first", duration(), "1m", "seconds",
+           "Wait before the second attempt; it doubles after each further one."),
+    Option("retry.longest", duration(), "1h", "seconds", "The longest wait between two attempts."),
     Option("retry.give_up", duration(), "5d", "seconds",
-           "This long after the message was accepted its copy goes to the failed list."),
-    Option("failed.ttl", duration(), "30d", "seconds", "How long a failed copy is kept."),
+           "A copy that is still not delivered this long after its message was accepted goes to the failed list."),
+    Option("failed.ttl", duration(), "30d", "seconds", "How long a failed copy is kept before it is deleted."),
     Option("failed.max_bytes", size(), "1G", "bytes", "Failed copies beyond this are moved from Redis to the disk."),
     Option("status.listen", listening(may_be_off=True, several=False), "127.0.0.1:8025", "",
            'Where to listen. "off": not at all.'),
     Option("log.level", choice("debug", "info", "warning", "error"), "info", "", "debug, info, warning or error."),
     Option("log.format", choice("text", "json"), "text", "", "text for people, json for machines."),
     Option("workers.processes", integer(1, 1024), 1, "processes", "Worker processes for each backup."),
-    Option("workers.batch", integer(1, 10_000), 100, "copies", "Copies in one job."),
+    Option("workers.batch", integer(1, 10_000), 100, "copies", "Copies in one job, at most."),
     Option("workers.connections", integer(0, 10_000), 0, "connections",
-           "To one backup, from one worker process, at most. 0: 20, and up to 40 where a round trip takes over 20 ms."),
+           "Connections from one worker process to one backup, at most. 0: 20, and up to 40 if a round trip takes "
+           "over 20 ms."),
     Option("workers.sweep", duration(), "1m", "seconds",
            "How often the reconciler compares the ledger with RQ's jobs. A copy that no job would deliver gets a new "
            "one at its second sweep."),
 )
 
 BACKUP_FIELDS: tuple[Option, ...] = (
-    Option("url", DESTINATION, "new.example.com:25", "", "host:port or a URL, as for the primary. Must be given."),
-    Option("name", TEXT, "new", "", "What listings, queues and metrics call it. Default: host:port."),
+    Option("url", DESTINATION, "new.example.com:25", "", "host:port or a URL, as for the primary. Required."),
+    Option("name", TEXT, "new", "", "Its name in listings, queues and metrics. Default: host:port."),
     Option("domains", DOMAINS, [], "", "Only recipients in these domains are copied. Empty: all."),
     Option("sender", choice("keep", "null"), "keep", "", "null: copies carry the null sender, so nothing can bounce."),
-    Option("soft_bounce", BOOLEAN, False, "", "Treat a refusal (5xx) as temporary, so that it is tried again."),
+    Option("soft_bounce", BOOLEAN, False, "", "Treat refusals (5xx) as temporary: the copy is tried again."),
     Option("connections", integer(0, 10_000), 0, "connections", "Default: workers.connections."),
     Option("tls", choice("none", "opportunistic", "encrypt", "verify"), "opportunistic", "",
            "none, opportunistic, encrypt, or verify (the certificate too). With a password, encrypt is the default."),
-    Option("ca_file", TEXT, "", "", "PEM file of the authorities that verify trusts. Empty: the system's."),
-    Option("tls_certificate", TEXT, "", "", "PEM file of our certificate, for a server that asks for one."),
+    Option("ca_file", TEXT, "", "",
+           "PEM file of the certificate authorities to trust with verify. Empty: the system's."),
+    Option("tls_certificate", TEXT, "", "", "PEM file of the client certificate, for a server that asks for one."),
     Option("tls_key", TEXT, "", "", "PEM file of its key. Default: the certificate's file."),
     Option("password_from", TEXT, "", "", "env:NAME or file:/path instead of a password in the URL."),
 )
@@ -210,7 +226,8 @@ _HEAD = """\
 #
 # smtp-dup reads the first folder of . and /etc/smtp-dup/ in which a settings.toml or a config.yaml sets anything,
 # or only the file given by --config FILE or SMTP_DUP_CONFIG. Then come variables (SMTP_DUP_SMTP_LISTEN or
-# SMTP_DUP_SMTP__LISTEN; an empty one counts as not set), then flags. `smtp-dup check` shows what holds and why.
+# SMTP_DUP_SMTP__LISTEN; an empty one counts as not set), then flags. `smtp-dup check` shows each value
+# and where it comes from.
 #
 # Durations: 30 (seconds), 90s, 5m, 1h, 5d. Sizes: 1024 (bytes), 64K, 10M, 1G.
 """
@@ -237,7 +254,7 @@ def render() -> str:
             section = head
             lines += [f"\n# {SECTIONS[section]}", f"[{section}]", ""]
         lines += [*_explained(option, variable=True), f"# {name} = {_as_toml(option.default)}", ""]
-    lines += ["", "# A backup with options of its own, as often as there are such backups.", "# [[backup]]"]
+    lines += ["", "# A backup with options of its own. Repeat the table for each such backup.", "# [[backup]]"]
     for field in BACKUP_FIELDS:
         lines += [*_explained(field, variable=False), f"# {field.key} = {_as_toml(field.default)}"]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
