@@ -248,7 +248,7 @@ ROOT = _group(
             settings="", output=False,
         ),
         "new-key": _word(
-            "write a key for storage.key_file: to FILE, or to standard output", "credentials:new_key",
+            "write a key for storage.key_file, to FILE or to the screen", "credentials:new_key",
             click.Argument(["file"], metavar="[FILE]", required=False, type=click.Path(dir_okay=False)),
             settings="", output=False,
         ),
