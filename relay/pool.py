@@ -62,6 +62,11 @@ class Pool:
         return self._limit
 
     @property
+    def room(self) -> int:
+        """How many connections may be in use now: the limit, or less where the server has named its own."""
+        return self._room()
+
+    @property
     def in_use(self) -> int:
         return self._out
 

@@ -305,7 +305,7 @@ async def test_a_delivery_that_breaks_off_behind_the_dot_is_logged(
         monkeypatch.setattr(made._rounds, "_read", broken)
         with suppress(RuntimeError):
             await made.deliver("job", [message_id])
-        await until(lambda: made._runners == set())
+        await until(lambda: len(made._runners) == 0)
     assert repeated == [f"{message_id} its delivery was broken off"]
     assert len(backup.messages) == 1
 

@@ -80,10 +80,11 @@ class Batches:
         if not (batch.work and batch.under_way):
             batch.turned.set()
 
-    def put_back(self, batch: Batch, copy: Copy) -> None:
-        """Have a copy tried again, without an attempt being counted."""
+    def put_back(self, batch: Batch, copy: Copy, *, last: bool = False) -> None:
+        """Have a copy tried again, without an attempt being counted; ``last``, behind all others."""
         if not batch.is_over:
-            batch.work.appendleft(copy)
+            (batch.work.append if last else batch.work.appendleft)(copy)
+            batch.turned.set()
         elif copy.is_touched:
             self.interrupt(batch, copy)
         else:

@@ -1,19 +1,22 @@
 """The courier of one backup: claims the copies of jobs, delivers several at once, sees to every outcome.
 
-Lives in one event loop for the whole life of a worker process, with its pool of kept connections. Its runners, at
-most as many as the breaker's window allows, take copy after copy from whichever job has some left (batches.py) to
-the server (rounds.py). Delivery trouble never raises: a copy is settled, deferred, failed, or given back untried
-while the server is in trouble, with its job, of which one is taken for each probe. Told to drain, it gives back what
-it has not tried. What still waits for a slow reply when the rest of a job is done (a final dot may take ten minutes)
-keeps its lease, not the job.
+Lives in one event loop for the whole life of a worker process, with its pool of kept connections. Its runners
+(runners.py) take copy after copy from whichever job has some left (batches.py) to the server (rounds.py). Delivery
+trouble never raises: a copy is settled, deferred, failed, or given back untried while the server is in trouble, with
+its job, of which one is taken for each probe. A probe is never the same copy again where there is another; when the
+server seems to refuse everything, it is one of the whole backlog that is least like what was refused. Told to drain, it
+gives back what it has not tried. What still waits for a slow reply when the rest of a job is done (a final dot may take
+ten minutes) keeps its lease, not the job.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import secrets
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 
 from redis.exceptions import RedisError
 
@@ -31,14 +34,17 @@ from workers.health import Health
 from workers.jobs import Interrupted
 from workers.outbox import Outbox
 from workers.outcomes import Outcomes
+from workers.refusals import Refusals
 from workers.retry import Breaker, Width
 from workers.rounds import Rounds
+from workers.runners import SLOW, Runner, Runners
 
 _LEASE = 60.0
 _RENEW = 15.0
-_STRAGGLER = 30.0  # seconds that a job waits for its last copies
+_STRAGGLER = SLOW + 1.0  # seconds that a job waits for its last copies, as the next job does for it
 _LONGEST_PROBE = 60.0
 _BULK_SECONDS = 30.0
+_SAMPLE, _NEWEST = 30, 10  # copies of the whole backlog, for one that is unlike what was refused
 _IN_HAND = 10  # copies that a connection delivers of what is in hand at once: the last ones leave others idle
 _BUSY_RETRY = 5.0  # seconds until a requeued copy is asked for again that is being delivered just now
 
@@ -73,6 +79,8 @@ class Courier:
         )
         self._batches = Batches(self._outcomes, self._spawn)
         self._held = self._batches.held
+        self._refusals = Refusals()
+        self._runners = Runners(self._pool, self._batches, self._breaker, run=self._go_on)
         self._rounds = Rounds(
             destination,
             settings.relay,
@@ -81,10 +89,10 @@ class Courier:
             self._batches,
             self._breaker,
             self._width,
-            hire=self._hire,
+            self._refusals,
+            hire=self._runners.hire,
             is_held_up=lambda: self._is_held_up,
         )
-        self._runners: set[asyncio.Task[None]] = set()
         self._is_probing = False
         self._claiming = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
@@ -110,11 +118,12 @@ class Courier:
 
     @property
     def _is_held_up(self) -> bool:
-        return self._breaker.is_open or self._outbox.is_late or self._draining
+        return self._breaker.is_open or self._breaker.is_in_doubt or self._outbox.is_late or self._draining
 
     async def start(self) -> None:
         """Begin to renew leases and to report our health."""
         self._spawn(self._renew())
+        self._spawn(self._runners.watch())
         self._spawn(self._outbox.follow())
         self._spawn(self._health.watch(self._breaker))
 
@@ -153,16 +162,7 @@ class Courier:
         faults.reach("job fetched")
         batch = self._batches.open(job_id, await self._claim(job_id, ids))
         try:
-            while batch.work and not self._draining:
-                if self._is_waiting_for_probe and not batch.under_way:
-                    break  # nobody holds copies for a server that is away: an operator may want to move them
-                if self._is_held_up:
-                    await self._wait_for_turn(batch)
-                else:
-                    self._hire()
-                    batch.turned.clear()
-                    await batch.turned.wait()
-            await self._dismiss(batch)
+            await self._see_through(batch)
         finally:
             self._batches.close(batch)
         untried = [item for item in batch.work if isinstance(item, Claim) or not item.is_touched]
@@ -178,6 +178,24 @@ class Courier:
         if untried:
             self._held.difference_update(item.id for item in untried)
             raise Interrupted
+
+    async def _see_through(self, batch: Batch) -> None:
+        """Have a batch's copies tried, as far as that can be now; then it is over for its job."""
+        while not self._draining:
+            if not batch.work:
+                if not await self._is_put_back(batch):
+                    break
+            elif self._is_waiting_for_probe:
+                break  # nobody holds copies for a server that is away: an operator may want to move them
+            elif self._is_held_up:
+                await self._wait_for_turn(batch)
+            else:
+                self._runners.hire()
+                batch.turned.clear()
+                await batch.turned.wait()
+        if batch.work or self._draining:
+            await self._wait_while(batch, lambda: batch.under_way > 0)
+        batch.is_over = batch.under_way > 0  # what takes too long goes on as a straggler, without the job
 
     async def _claim(self, job_id: str, ids: list[str]) -> list[Claim]:
         """Take the leases and fetch the small bodies, as often as it takes Redis to answer."""
@@ -251,30 +269,16 @@ class Courier:
             if claim.before:
                 maillog.repeated(claim.id, self._destination.name, f"worker {claim.before} had it in hand")
 
-    def _hire(self) -> None:
-        """Have as many runners as the window allows and the work needs."""
-        missing = self._breaker.window - len(self._runners)
-        for _ in range(min(missing, self._batches.copies_left) if missing > 0 else 0):
-            task = asyncio.create_task(self._run())
-            self._runners.add(task)
-            task.add_done_callback(self._leave)
-
-    async def _run(self) -> None:
-        while not self._is_held_up and len(self._runners) <= self._breaker.window:
+    async def _go_on(self, runner: Runner) -> None:
+        """Try copy after copy, as a runner does."""
+        while not self._is_held_up and self._runners.has_turn(runner):
             batch = self._batches.next()
             if batch is None:
                 break
-            await self._next(batch)
-            self._hire()
+            await self._next(batch, runner)
+            self._runners.hire()
 
-    def _leave(self, task: asyncio.Task[None]) -> None:
-        """Let a runner go; what it leaves undone is seen to by the jobs."""
-        self._runners.discard(task)
-        self._batches.wake()
-        if not task.cancelled() and (fault := task.exception()) is not None:
-            maillog.task_failed("delivery", fault)
-
-    async def _next(self, batch: Batch) -> None:
+    async def _next(self, batch: Batch, runner: Runner, *, is_look: bool = False) -> None:
         """Try a batch's next copy, and those whose transactions follow on the same connection."""
         item = self._batches.begin(batch)
         try:
@@ -285,35 +289,78 @@ class Courier:
         if copy is None:
             self._batches.end(batch, item.id)
         else:
-            await self._rounds.make(batch, copy)
+            await self._rounds.make(batch, copy, runner, is_look=is_look)
 
     async def _wait_for_turn(self, batch: Batch) -> None:
         """Wait for the breaker to close or the outbox to catch up; be the probe when one is due."""
-        if self._breaker.is_open and self._breaker.seconds_to_probe == 0 and not self._is_probing:
+        breaker = self._breaker
+        is_due = breaker.is_in_doubt or (breaker.is_open and breaker.seconds_to_probe == 0)
+        if is_due and not (self._is_probing or self._outbox.is_late):
             self._is_probing = True
             try:
-                await self._next(batch)
+                await self._probe(batch)
             finally:
                 self._is_probing = False
             return
         self._health.turned.clear()
-        seconds = min(1.0, self._breaker.seconds_to_probe or 0.1) if self._breaker.is_open else 0.1
-        try:
+        seconds = min(1.0, breaker.seconds_to_probe or 0.1) if breaker.is_open else 0.1
+        with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._health.turned.wait()
-        except TimeoutError:
-            pass
 
-    async def _dismiss(self, batch: Batch) -> None:
-        """Wait for what is under way; what takes too long goes on as a straggler, without the job."""
+    async def _probe(self, batch: Batch) -> None:
+        """Try one copy alone: the one that tells most about the server. One that hangs is not waited for."""
+        breaker = self._breaker
+        if breaker.is_in_doubt or breaker.is_refusing or all(self._rounds.has_met_trouble(i.id) for i in batch.work):
+            await self._draw(batch)
+        if not batch.work:
+            return
+        likeness = [(self._likeness(item), random.random()) for item in batch.work]
+        chosen = likeness.index(min(likeness))
+        item = batch.work[chosen]
+        del batch.work[chosen]
+        batch.work.appendleft(item)
+        probe = self._runners.employ(lambda runner: self._next(batch, runner, is_look=True))
+        _, hangs = await asyncio.wait({probe}, timeout=SLOW)
+        if hangs and breaker.is_open:
+            breaker.opens(breaker.reason)
+
+    async def _draw(self, batch: Batch) -> None:
+        """Add copies to a batch from the whole backlog: its own may all be like what was refused."""
+        question = wire.Batch()
+        key = ledger.PENDING + self._destination.name
+        question.add(("ZRANDMEMBER", key, _SAMPLE))
+        question.add(("ZREVRANGE", key, 0, _NEWEST - 1))  # where nearly all others wait for their next try
         try:
+            drawn, newest = await self._wires.ask(question)
+        except (RedisError, OSError) as error:
+            maillog.ledger_trouble("looking for a probe", error)
+            return
+        found: list[str] = [message_id.decode() for message_id in (*drawn, *newest)]
+        ids = [message_id for message_id in found if message_id not in self._held]
+        batch.work.extend(await self._claim(batch.job, ids))
+
+    def _likeness(self, item: Claim | Copy) -> int:
+        """Return how little a copy would tell about the server."""
+        message = item.message if isinstance(item, Copy) else self._bodies.at_hand(item.id)
+        likeness = 8 * self._rounds.has_met_trouble(item.id)
+        if message is None:  # a large one
+            return likeness + 3
+        return likeness + self._refusals.likeness(message.envelope, tried=item.state.attempts > 0)
+
+    async def _is_put_back(self, batch: Batch) -> bool:
+        """Wait for what is under way; says whether some of it is to be tried again."""
+        await self._wait_while(batch, lambda: batch.under_way > 0 and not batch.work)
+        return bool(batch.work)
+
+    @staticmethod
+    async def _wait_while(batch: Batch, condition: Callable[[], bool]) -> None:
+        """Wait while this is so, but no longer than for a straggler."""
+        with suppress(TimeoutError):
             async with asyncio.timeout(_STRAGGLER):
-                while batch.under_way:
+                while condition():
                     batch.turned.clear()
                     await batch.turned.wait()
-        except TimeoutError:
-            pass
-        batch.is_over = bool(batch.under_way)
 
     async def _load(self, batch: Batch, claim: Claim) -> Copy | None:
         """Return the copy to deliver, None when there is nothing left to deliver."""

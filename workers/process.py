@@ -32,6 +32,7 @@ from workers.worker import DeliveryWorker
 
 T = TypeVar("T")
 _STOP = {signal.SIGTERM, signal.SIGINT}
+_LAST_WORD_SECONDS = 2.0  # for the log, when the process has to end
 _NICENESS = 10  # mail that comes in goes first: copies can wait for a processor, clients should not
 
 
@@ -96,8 +97,13 @@ class CourierThread:
             self.loop.run_forever()
         finally:
             if not self._closing:  # the main thread may be waiting for it, for ever
-                logger.critical("the courier's loop has ended")
-                os._exit(1)
+                # Nor is the log waited for: another thread may have it, and wait for this one.
+                told = threading.Thread(target=logger.critical, args=("the courier's loop has ended",), daemon=True)
+                try:
+                    told.start()
+                    told.join(_LAST_WORD_SECONDS)
+                finally:
+                    os._exit(1)
 
 
 def connector(server: RedisSettings, timeout: float = 10.0) -> Callable[[], Redis]:

@@ -30,6 +30,7 @@ class Outcome:
     """What was said: for each recipient index that was asked about its reply, or the one reply that counts for all."""
 
     replies: dict[int, Reply] = field(default_factory=dict)
+    is_begun: bool = False  # MAIL was answered with a yes
     sent: bool = False  # the dot is out
     round_trip: float | None = None  # seconds until MAIL was answered; None when it had to wait for another dot
 
@@ -147,6 +148,7 @@ async def _ask(
     if begun is None and not asked.told:
         outcome.round_trip = time.monotonic() - started
     accepted = []
+    outcome.is_begun = reply_to_mail.is_positive
     if not reply_to_mail.is_positive:
         outcome.replies.update((i, reply_to_mail) for i, _ in asked.recipients)
     for i, command in asked.recipients if reply_to_mail.is_positive or pipelining else ():
