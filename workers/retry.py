@@ -165,6 +165,8 @@ class Breaker:
             self._most = _SAME_ABOUT_IT if _ABOUT_IT.fullmatch(kind) else _SAME_REFUSALS
         self._refused += 1
         self._looks += is_look
+        if self._refused >= self._most // 2:
+            self.window = 1  # or what is under way by the time that it is in doubt would all be refused as well
         if self.is_refusing or (self.is_in_doubt and self._looks >= _LOOKS):
             self.is_refusing = True
             self.opens(f"refuses every message: {reply.text}")
