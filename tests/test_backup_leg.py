@@ -200,7 +200,7 @@ def test_backup_that_refuses_everything_is_paused(pair: Product, backup: Scripte
             client.mail("a@example.com", f"b{number}@example.com", data=b"x\r\n")
     wait_until(lambda: pair.summary()["state"] == "paused", 20, "not paused")
     row = pair.summary()
-    assert row["failed"] == 20
+    assert 20 <= row["failed"] <= 25  # and one for each probe
     assert "relaying denied" in row["reason"]
     backup.replies.clear()
     assert pair.run("queue", "flush").returncode == 0

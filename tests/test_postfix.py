@@ -184,7 +184,7 @@ def test_backup_denies_relaying(site: Site) -> None:
     assert "554 5.7.1" in row["reason"]
     assert "Relay access denied" in row["reason"]
     assert row["failed"] + row["pending"] == len(mails)
-    assert row["failed"] == 20
+    assert 20 <= row["failed"] <= 25  # and one for each probe
     reconfigure(site.new, virtual_mailbox_domains=" ".join(DOMAINS))
     assert site.product.run("queue", "flush").returncode == 0
     assert site.product.run("failed", "retry", "--all").returncode == 0

@@ -182,13 +182,14 @@ class Breaker:
     def opens(self, reason: str) -> None:
         """Note trouble with the server: nothing is tried before the next probe."""
         now = self.clock()
+        longest = _LONGEST_PROBE if self.is_refusing else self.longest  # each of those probes costs a copy
         if not self.is_open:
             self.opened_at = now
-            self._pause = min(_FIRST_PROBE, self.longest)
+            self._pause = min(_FIRST_PROBE, longest)
         elif now < self.probe_at:
             return  # another transaction of before
         else:
-            self._pause = min(self._pause * 2, self.longest)
+            self._pause = min(self._pause * 2, longest)
         self.reason = reason
         self.window = 1
         self.probe_at = now + self._pause * random.uniform(1 - _JITTER, 1 + _JITTER)
