@@ -33,7 +33,7 @@ from relay.check import probe_redis
 from relay.continuity import Continuity
 from relay.destinations import is_loopback
 from relay.envelope import Destination, printable
-from relay.processes import Child, ChildContext, Supervisor
+from relay.processes import Child, ChildContext, Supervisor, Vitals
 from relay.redis_clients import sync_client
 from relay.roster import Roster
 from relay.sections import SmtpSettings
@@ -138,16 +138,19 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = ()) -> int:
         _register(settings, continuity, role)
         if role.delivers:
             children += [holding(child) for child in _workers(settings, settings.backups, url)]
+        vitals = Vitals()
         tasks = _sweeping(settings, url) if role.delivers else {}
         if listener:
-            tasks["status"] = _status(settings, listener, url, places, arena)
+            tasks["status"] = _status(
+                settings, listener, url, places, arena, vitals, "relay-" if role.relays else "worker-"
+            )
         if tasks:
             children.append(holding(_housekeeping(settings, tasks), [listener] if listener else []))
         children += [holding(_relay(n, settings, p, url), p.sockets) for n, p in enumerate(places)]
         children += [holding(child) for child in extra]
         early.check()
         roster = Roster(settings, _further(settings, url, holding) if role.delivers else None, continuity)
-        status_code = Supervisor(children, on_ready=lambda: _tell(settings, role), roster=roster).run()
+        status_code = Supervisor(children, on_ready=lambda: _tell(settings, role), roster=roster, vitals=vitals).run()
         early.end()
         return status_code
 
@@ -450,12 +453,20 @@ def _sweeping(settings: Settings, url: str) -> dict[str, Task]:
 
 
 def _status(
-    settings: Settings, listener: socket.socket, url: str, places: Sequence[Place], arena: tallies.Arena | None
+    settings: Settings,
+    listener: socket.socket,
+    url: str,
+    places: Sequence[Place],
+    arena: tallies.Arena | None,
+    vitals: Vitals,
+    prefix: str,
 ) -> Task:
     from relay import status  # noqa: PLC0415
 
     seat = places[0].seat if places else None
-    return lambda stop: status.serve(settings, listener, url, arena, stop, seat=seat)
+    return lambda stop: status.serve(
+        settings, listener, url, arena, stop, seat=seat, failing=lambda: vitals.failing(prefix)
+    )
 
 
 def _queues(client: Redis, configured: Sequence[Destination]) -> Callable[[], list[str]]:

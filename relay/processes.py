@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import math
+import mmap
 import os
 import select
 import signal
@@ -32,6 +34,7 @@ EX_USAGE = 2  # our convention for bad settings
 _FIRST_PAUSE = 0.1  # seconds before a restart, doubling
 _LONGEST_PAUSE = 10.0
 _HEALTHY = 10.0  # a child that lived for so long starts again with the first pause
+_IN_A_LOOP = 3  # deaths in a row of a child that lived for less
 _ROSTER_EVERY = 3.0  # seconds between two looks at who else is needed
 _REPORT_EVERY = 10.0  # seconds between the lines that say who is still waited for
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
@@ -69,6 +72,33 @@ class Child:
             raise ValueError(f"child {self.name}: either run or launch")
 
 
+class Vitals:
+    """Which children die again and again, told by the supervisor in memory that all its forks share."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 1 << 16)
+
+    def tell(self, slots: Iterable[_Slot]) -> None:
+        told = {s.child.name: (s.process is not None, s.started) for s in slots if s.deaths >= _IN_A_LOOP}
+        text = json.dumps(told).encode()
+        if len(text) + 4 <= len(self._memory):
+            self._memory[:4] = bytes(4)
+            self._memory[4 : 4 + len(text)] = text
+            self._memory[:4] = len(text).to_bytes(4, "big")
+
+    def failing(self, prefix: str) -> list[str]:
+        """Return the children with such names that have died several times in a row, and have not lived long since."""
+        size = int.from_bytes(self._memory[:4], "big")
+        try:
+            told = json.loads(self._memory[4 : 4 + size] or b"{}")
+        except ValueError:  # it is being written
+            return []
+        now = time.monotonic()
+        return sorted(
+            n for n, (up, since) in told.items() if n.startswith(prefix) and (not up or now - since < _HEALTHY)
+        )
+
+
 class _Process(Protocol):
     @property
     def pid(self) -> int: ...
@@ -101,6 +131,7 @@ class _Slot:
     started: float = 0.0  # monotonic
     due: float | None = None  # monotonic; None: not to be started
     pause: float = _FIRST_PAUSE
+    deaths: int = 0  # in a row, each soon after its start
     is_temporary: bool = False  # from the roster
     is_leaving: bool = False  # told to stop, since the roster has it no more
 
@@ -118,6 +149,7 @@ class Supervisor:
     drain_seconds: float = 900.0  # longer than the 10 minutes for which a server may answer a final dot
     on_ready: Callable[[], None] | None = None
     roster: Callable[[], Sequence[Child] | None] | None = None
+    vitals: Vitals | None = None
     _slots: list[_Slot] = field(init=False, default_factory=list)
     _wakeup: tuple[int, int] = field(init=False, default=(-1, -1))
     # Under nohup the end of the terminal is not ours.
@@ -159,6 +191,8 @@ class Supervisor:
             self._reap()
             self._call_the_roster()
             self._start_due()
+            if self.vitals:
+                self.vitals.tell(self._slots)
 
     def _call_the_roster(self) -> None:
         """Make places for the further children that are needed now, and stop those that are not."""
@@ -229,6 +263,7 @@ class Supervisor:
     @staticmethod
     def _plan_restart(slot: _Slot, lived: float) -> float:
         pause = _FIRST_PAUSE if lived >= _HEALTHY else slot.pause
+        slot.deaths = 0 if lived >= _HEALTHY else slot.deaths + 1
         slot.due = time.monotonic() + pause
         slot.pause = min(pause * 2, _LONGEST_PAUSE)
         return pause

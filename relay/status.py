@@ -1,6 +1,7 @@
 """Status over HTTP, a task of the housekeeping process: /healthz, /readyz and /metrics.
 
-/healthz says that this process lives, /readyz whether mail can be taken and kept (200, or 503 with the reasons),
+/healthz says that this process lives and no relay dies in a loop, /readyz whether mail can be taken and kept (200, or
+503 with the reasons),
 /metrics what the processes counted and what ledger and spool hold at that moment. A Redis that is away is a
 warning in /readyz where a spool keeps the copies, else a reason, and takes only the ledger's numbers from /metrics.
 A request has a bounded head and a deadline, and at most so many are served at once: for one more, the one that has been
@@ -20,7 +21,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -88,17 +89,26 @@ def serve(
     stop: threading.Event,
     *,
     seat: Seat | None = None,
+    failing: Callable[[], list[str]] = list,
 ) -> None:
-    """Answer until ``stop``. With a relay's ``seat`` its port is watched too."""
+    """Answer until ``stop``. With a relay's ``seat`` its port is watched too; ``failing`` names who dies in a loop."""
     collectors = [LedgerCollector(settings.redis.at(redis_url)), *_relay_collectors(settings, seat)]
     answers = {
-        "/healthz": lambda: Answer(HTTPStatus.OK, "text/plain; charset=utf-8", b"ok\n"),
+        "/healthz": lambda: healthy(failing()),
         "/readyz": lambda: ready(readiness(settings, redis_url, relaying=seat is not None)),
         "/metrics": lambda: metrics(arena, *collectors),
     }
     with StatusServer(listener, answers) as server:
         while not stop.is_set():
             server.handle_request()  # or nothing, for a while
+
+
+def healthy(failing: Sequence[str]) -> Answer:
+    """Return the answer of /healthz: 503 while processes die again and again."""
+    if not failing:
+        return Answer(HTTPStatus.OK, "text/plain; charset=utf-8", b"ok\n")
+    text = f"{', '.join(failing)}: ended again and again, soon after the start; the log says how\n"
+    return Answer(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain; charset=utf-8", text.encode())
 
 
 # /readyz ------------------------------------------------------------------------------------------------------

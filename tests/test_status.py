@@ -410,3 +410,24 @@ def test_product_messages_are_counted(product, primary, backup):
     assert running.metric("smtpdup_pending") == 0
     with redis.Redis.from_url(running.redis_url) as client:
         assert client.ping()
+
+
+def test_a_relay_that_dies_in_a_loop_is_not_healthy(product, primary, backup):
+    """Liveness says 503 and who it is while a relay process dies again and again; a worker's death changes nothing."""
+    running = product(primary=primary.address, backups=[backup.address])
+    dead: set[int] = set()
+
+    def kill(name: str) -> bool:
+        child = running.child(name)
+        if child.pid not in dead:
+            dead.add(child.pid)
+            child.kill()
+        return len(dead) >= 4
+
+    wait_until(lambda: kill(f"worker-{backup.address}-1"))
+    assert running.get("/healthz")[0] == 200
+    dead.clear()
+    wait_until(lambda: kill("relay-1"))
+    wait_until(lambda: running.get("/healthz")[0] == 503)
+    assert running.get("/healthz")[1].startswith("relay-1: ")
+    wait_until(lambda: running.get("/healthz")[0] == 200)
