@@ -51,7 +51,7 @@ async def test_several_that_hang_at_the_dot(contents: Contents, redis_url: str, 
     async with at_work(redis_url, backup) as work:
         work.add(hang[:3] + good[:20] + hang[3:] + good[20:])
         await until(lambda: len(arrived(backup)) == len(good), 40, lambda: f"{len(arrived(backup))} came")
-        assert backup.open_connections <= 20
+        assert backup.open_connections <= 20 + len(hang)  # a silent one does not see that we have closed
     assert len({m.wire for m in backup.messages if "hang" not in m.sender}) == len(good)
 
 
