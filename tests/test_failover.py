@@ -56,6 +56,7 @@ def started(
         "redis.replicas": "1",
         "redis.timeout_seconds": "2",
         "retry.first": "1",
+        "workers.sweep": "5",
         **more,
     }
     return product(primary=primary.address, backups=[backup.address], settings=settings)
@@ -93,7 +94,7 @@ def fail_over(it: Product, sentinels: SentinelSet, how: str, first: int) -> set[
 
     def goes_on(count: int) -> None:
         before = len(sender.accepted)
-        wait_until(lambda: len(sender.accepted) > before + count, 60, lambda: f"mail has stopped:\n{it.log[-3000:]}")
+        wait_until(lambda: len(sender.accepted) > before + count, 150, lambda: f"mail has stopped:\n{it.log[-3000:]}")
 
     try:
         goes_on(300)
