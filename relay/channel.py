@@ -198,6 +198,10 @@ class Channel(SMTP):
         self.waited = self.loop.time() - begun
         return chunk
 
+    async def pause(self, seconds: float) -> None:
+        """Wait, but not for a client that has gone."""
+        await asyncio.wait([self._lost], timeout=seconds)
+
     async def _let_others(self) -> None:
         """Let the others have their turn: what a client has sent at once may be a hundred thousand commands."""
         self._in_a_row += 1

@@ -70,6 +70,7 @@ class Conversation:
             pass
         finally:
             session.forget()
+            session.log_the_rest()
             try:
                 await channel.close()
             finally:
@@ -183,7 +184,7 @@ _COMMANDS: Mapping[bytes, _Command] = {
     b"VRFY": Conversation._vrfy,
     b"HELP": Conversation._help,
 }
-_IDLE = (b"HELO", b"EHLO", b"RSET", b"NOOP", b"VRFY", b"HELP", b"XFORWARD", b"XCLIENT")
+_IDLE = (b"HELO", b"EHLO", b"RSET", b"NOOP", b"VRFY", b"HELP", b"XFORWARD", b"XCLIENT", b"AUTH", b"STARTTLS")
 _UNIMPLEMENTED = (b"EXPN", b"SEND", b"SOML", b"SAML", b"TURN", b"ETRN")
 _OTHER_PROTOCOLS = (b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"CONNECT")  # a browser made to talk to us
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from relay.credentials import Credentials
 from relay.envelope import IdSource
+from relay.guesses import Guesses
 from relay.intake import Intake
 from relay.occupancy import Seat
 from relay.primary import Primary
@@ -32,6 +33,7 @@ class Front:
     seat: Seat
     credentials: Credentials = field(default_factory=Credentials)
     conversations: set[Stoppable] = field(default_factory=set)
+    guesses: Guesses = field(default_factory=Guesses)
     stopping: bool = False
     most_clients: int = sys.maxsize  # of this process, by its descriptors
 

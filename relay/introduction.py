@@ -21,6 +21,7 @@ from relay.identity import BadAttribute, Identity
 from relay.parameters import MAIL_EXTENSIONS, SyntaxProblem, offers
 from relay.proxy import BadHeader, read_header
 from relay.sections import within
+from relay.users import Busy
 
 AUTH_LINE = 12288  # octets; RFC 4954 4
 _PROXY_SECONDS = 5.0
@@ -34,6 +35,7 @@ _TALKATIVE = Reply.of(554, "5.5.0 You talked before the greeting")
 _TLS_FIRST = Reply.of(530, "5.7.0 Must issue a STARTTLS command first")
 _AUTH_FIRST = Reply.of(530, "5.7.0 Authentication required")
 _STRANGER = Reply.of(554, "5.7.1 Client address not allowed")
+_NOT_NOW = Reply.of(421, "4.7.0 Temporary authentication failure, try again later")
 _WRONG = Reply.of(535, "5.7.8 Authentication credentials invalid")
 
 
@@ -283,19 +285,45 @@ class Introduction:
         if ask is None:
             return Reply.of(504, "5.5.4 Unrecognized authentication type")
         name, password = await ask(initial.strip())
-        if await users.check(name, password):
-            self.user = name
-            self._failures = 0
-            metrics.logins.labels("accepted").inc()
-            maillog.logged_in(self.address, name)
-            return Reply.of(235, "2.7.0 Authentication successful")
+        right = await self._is_right(name, password)
+        if right is None:
+            return _NOT_NOW
+        if self._channel.is_gone:
+            raise ClientGone
+        return self._logged_in(name) if right else await self._turned_away(name)
+
+    def _logged_in(self, name: str) -> Reply:
+        self.user = name
+        self._failures = 0
+        metrics.logins.labels("accepted").inc()
+        maillog.logged_in(self.address, name)
+        return Reply.of(235, "2.7.0 Authentication successful")
+
+    async def _turned_away(self, name: str) -> Reply:
+        """Answer a wrong password, after a while. Raises SyntaxProblem."""
         self._failures += 1
+        self._front.guesses.add(identity.household(self.address))
         metrics.logins.labels("refused").inc()
         maillog.login_refused(self.address, name)
-        await asyncio.sleep(_FAILURE_PAUSE)
+        await self._channel.pause(_FAILURE_PAUSE)
         if self._failures >= _FAILURES:
             return Reply.of(421, "4.7.0 Too many failed logins, goodbye")
         raise SyntaxProblem(_WRONG.code, *_WRONG.lines)
+
+    async def _is_right(self, name: str, password: str) -> bool | None:
+        """Say whether a password is right; None: nobody has looked at it, since there are too many (RFC 4954 6)."""
+        users = self._front.credentials.users
+        if users is None:
+            return None
+        with contextlib.suppress(Busy):
+            if not self._front.guesses.are_too_many(identity.household(self.address)):
+                return await users.check(name, password, lambda: not self._channel.is_gone)
+            if users.remembers(name, password):
+                return True
+        metrics.logins.labels("refused").inc()
+        maillog.login_refused(self.address, name, "too many at once, or too many wrong ones from this address")
+        await self._channel.pause(_FAILURE_PAUSE)
+        return None
 
     async def _plain(self, initial: str) -> tuple[str, str]:
         parts = (await self._response(initial, "")).split("\0")

@@ -180,6 +180,11 @@ def command_refused(client: str, command: str, reply: Reply) -> None:
     _event("INFO", "command refused", client=client, command=command, reply=reply.text)
 
 
+def commands_refused(client: str, count: int) -> None:
+    """So many more were refused on one connection than there are lines for."""
+    _event("INFO", "more commands refused", client=client, count=count)
+
+
 def tls_failed(client: str, reason: str) -> None:
     """A client and we did not come to terms about TLS."""
     _event("INFO", "tls failed", client=client, reason=reason)
@@ -195,9 +200,9 @@ def logged_in(client: str, user: str) -> None:
     _event("INFO", "logged in", client=client, user=user)
 
 
-def login_refused(client: str, user: str) -> None:
-    """A name and a password that do not belong together, or to nobody."""
-    _event("WARNING", "login refused", client=client, user=user)
+def login_refused(client: str, user: str, reason: str = "") -> None:
+    """A name and a password that do not belong together, or to nobody; with a reason, they were not looked at."""
+    _event("WARNING", "login refused", client=client, user=user, **({"reason": reason} if reason else {}))
 
 
 def uncertain(envelope: Envelope, hold_seconds: float, reason: str) -> None:

@@ -44,6 +44,7 @@ from relay.parameters import (
 from relay.primary import NoReply, Transaction
 from relay.reception import FULL, LARGE, TOO_LARGE, Reception
 
+_ENTRY = 200  # octets that the parts of one address take besides their text
 INTERNAL = Reply.of(451, "4.3.0 Internal error, try again later")
 _GO_AHEAD = Reply.of(354, "End data with <CR><LF>.<CR><LF>")
 _HELLO_FIRST = Reply.of(503, "5.5.1 HELO or EHLO first")
@@ -70,6 +71,7 @@ class Session:
         self._identity: Identity = ()
         self._reception: Reception | None = None
         self._message_id = ""
+        self._counted = 0  # octets of the envelope, as counted in our seat
         self.is_lost = False  # nobody knows where the next command begins
         self.in_data = False
 
@@ -99,6 +101,8 @@ class Session:
             self._reception.close()
             self._reception = None
         self._recipients = []
+        self._front.seat.add_octets(-self._counted)
+        self._counted = 0
         self.in_data = self._manners.refused = False
         self._client.end_transaction()
 
@@ -115,12 +119,11 @@ class Session:
         check(given, MAIL_EXTENSIONS, client.offered)
         size = declared_size(given)
         if (refusal := client.objection()) is not None:
-            maillog.command_refused(client.address, "MAIL", refusal)
-            return refusal
+            return self._refused("MAIL", refusal)
         if self._settings.max_message_bytes and size > self._settings.max_message_bytes:
-            return TOO_LARGE
+            return self._refused("MAIL", TOO_LARGE)
         if self._front.seat.octets + size > self._settings.max_bytes_in_flight:
-            return FULL
+            return self._refused("MAIL", FULL)
 
         def commands(available: Mapping[str, str]) -> list[bytes]:
             mail = command_line("MAIL FROM", sender, carried(given, MAIL_EXTENSIONS, available))
@@ -130,7 +133,9 @@ class Session:
         self._transaction, reply = await self._front.primary.begin(commands, self._identity)
         self._manners.refused = self._transaction is None
         if self._manners.refused:
-            maillog.command_refused(client.address, "MAIL", reply)
+            self._refused("MAIL", reply)
+        else:
+            self._count(len(argument))
         self._sender, self._parameters, self._recipients = sender, given, []
         return reply
 
@@ -146,17 +151,40 @@ class Session:
             reply = Reply.of(554, "5.7.1 Relaying to this domain is not allowed")
         elif len(self._recipients) >= self._most_recipients:
             reply = Reply.of(452, "4.5.3 Too many recipients")
-            self._manners.exceed()
+        elif self._front.seat.octets + len(argument) > self._settings.max_bytes_in_flight:
+            reply = FULL
         else:
             reply = await transaction.rcpt(
                 command_line("RCPT TO", address, carried(given, RCPT_EXTENSIONS, transaction.extensions))
             )
             if reply.is_positive:
                 self._recipients.append(recipient)
+                self._count(len(argument))
         metrics.recipients.labels(metrics.reply_class(reply.code)).inc()
         if not reply.is_positive:
-            maillog.command_refused(self._client.address, f"RCPT <{address}>", reply)
+            self._manners.exceed()
+            self._log_refused(f"RCPT <{address}>", reply)
         return reply
+
+    def _count(self, octets: int) -> None:
+        """Count what an envelope takes in memory, roughly, with what keeps the text."""
+        self._counted += octets + _ENTRY
+        self._front.seat.add_octets(octets + _ENTRY)
+
+    def _refused(self, command: str, reply: Reply) -> Reply:
+        """Count a command that was to bring a message and does not."""
+        self._manners.idle()
+        self._log_refused(command, reply)
+        return reply
+
+    def _log_refused(self, command: str, reply: Reply) -> None:
+        if self._manners.may_be_logged():
+            maillog.command_refused(self._client.address, command, reply)
+
+    def log_the_rest(self) -> None:
+        """Say how many refusals have no line of their own."""
+        if count := self._manners.unlogged():
+            maillog.commands_refused(self._client.address, count)
 
     def _recipient(self, argument: str) -> Recipient:
         """Read what RCPT names. Raises SyntaxProblem."""
@@ -253,6 +281,8 @@ class Session:
         if isinstance(opened, Reply):
             return opened
         if not is_last and opened.refusal is None:
+            if not size:
+                self._manners.idle()
             return Reply.of(250, f"2.0.0 {size} octets received")
         try:
             return await self._conclude(opened)
@@ -268,13 +298,13 @@ class Session:
         full = self._front.seat.octets > self._settings.max_bytes_in_flight
         if full or not self._recipients:
             await transaction.withdraw()
+            self._manners.idle()
             return FULL if self._recipients else _NO_RECIPIENTS
         reply = await transaction.data()
         if reply.code != 354:
             self.forget()
             self._manners.refused = True
-            maillog.command_refused(self._client.address, "DATA", reply)
-            return reply
+            return self._refused("DATA", reply)
         self.in_data = True
         self._message_id = self._front.ids.next()
         self._reception = Reception(self._settings, self._front.seat, transaction, self._trace(), stuffed=stuffed)
@@ -290,7 +320,6 @@ class Session:
 
     async def _conclude(self, reception: Reception) -> Reply:
         """The end of a message: make the copies durable, then give the primary its dot and the client its answer."""
-        self._manners.bring_a_message()
         body = await reception.complete()
         message = Message(self._envelope(len(body)), body)
         transaction, relay = self._transaction, self._front.settings.relay
@@ -354,6 +383,8 @@ class Session:
             elif envelope.destinations:
                 metrics.copies_lost.inc()
                 maillog.copy_lost(envelope)
+            self._manners.bring_a_message()
+            self.log_the_rest()
             metrics.bytes_accepted.inc(envelope.size)
             maillog.accepted(envelope, reply, seconds, late=self._channel.is_gone)
         else:

@@ -14,15 +14,20 @@ import hashlib
 import hmac
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 _LN, _R, _P = 14, 8, 1  # 16 MiB and some 50 ms
 _LONGEST = 1024  # octets of a password
 _AT_ONCE = 4  # checks that run at the same time; each has its 16 MiB
+_MOST_WAITING = 60  # for their turn: some seconds of work
 _REMEMBERED = 1000
 _PHC = re.compile(r"\$scrypt\$ln=(\d{1,2}),r=(\d{1,2}),p=(\d{1,2})\$([A-Za-z0-9+/]{8,86})\$([A-Za-z0-9+/]{22,86})")
+
+
+class Busy(Exception):
+    """Too many passwords wait to be checked."""
 
 
 class _Hash(NamedTuple):
@@ -55,6 +60,7 @@ class Users:
         self._key = os.urandom(32)  # what is remembered of a password is of no use outside this process
         self._remembered: dict[bytes, None] = {}
         self._room = asyncio.Semaphore(_AT_ONCE)
+        self._waiting = 0
 
     @classmethod
     def read(cls, path: Path) -> Users:
@@ -79,25 +85,43 @@ class Users:
     def __len__(self) -> int:
         return len(self._hashes)
 
-    async def check(self, name: str, password: str) -> bool:
-        """Say whether this is the user's password."""
+    async def check(self, name: str, password: str, wanted: Callable[[], bool] = lambda: True) -> bool:
+        """Say whether this is the user's password; nobody looks when it is not ``wanted`` any more. Raises Busy."""
         known = self._hashes.get(name)
         secret = password.encode("utf-8", "surrogateescape")
         if len(secret) > _LONGEST:
             return False
-        mark = hmac.digest(
-            self._key, b"%d:%s:%s" % (len(name), name.encode("utf-8", "surrogateescape"), secret), "sha256"
-        )
+        mark = self._mark(name, secret)
         if mark in self._remembered:
             return True
-        async with self._room:
+        if self._waiting >= _MOST_WAITING:
+            raise Busy
+        self._waiting += 1
+        try:
+            await self._room.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            if not wanted():
+                return False
             right = await asyncio.to_thread((known or _NOBODY).matches, secret)
+        finally:
+            self._room.release()
         if known is None or not right:
             return False
         if len(self._remembered) >= _REMEMBERED:
             self._remembered.clear()
         self._remembered[mark] = None
         return True
+
+    def remembers(self, name: str, password: str) -> bool:
+        """Say whether this is a password that was right before, which takes no work."""
+        return self._mark(name, password.encode("utf-8", "surrogateescape")) in self._remembered
+
+    def _mark(self, name: str, secret: bytes) -> bytes:
+        return hmac.digest(
+            self._key, b"%d:%s:%s" % (len(name), name.encode("utf-8", "surrogateescape"), secret), "sha256"
+        )
 
 
 def _scrypt(password: bytes, ln: int, r: int, p: int, salt: bytes, size: int) -> bytes:

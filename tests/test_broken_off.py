@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import random
 import socket
 import ssl
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -204,3 +207,60 @@ def test_a_thousand_resets(
     begun = time.monotonic()
     assert house.stop() == 0
     assert time.monotonic() - begun < 15
+
+
+WORDS = [
+    HELLO, b"MAIL FROM:<half@example.com>\r\n", b"RCPT TO:<b@example.com>\r\n", b"DATA\r\n",
+    b"Subject: x\r\n\r\ntext\r\n", b"BDAT 5\r\n12345", b"BDAT 100000\r\n12",
+    b"STARTTLS\r\n", b"\x16\x03\x01\x02\x00\x01", b"RSET\r\n", b"QUIT\r\n",
+    b"AUTH PLAIN AGFubgB3cm9uZw==\r\n", b"AUTH LOGIN\r\n", b"YW5u\r\n", b"XCLIENT ADDR=192.0.2.7\r\n", b"NOOP\r\n",
+    b"XFORWARD NAME=x\r\n", b"\0", b"\r\n", b"x" * 5000,
+]  # fmt: skip
+
+
+def break_off(port: int, times: int, seed: int) -> None:
+    """Say something, read or not, and go, at any octet of it and in any way."""
+    chance = random.Random(seed)
+    for _ in range(times):
+        said = b"".join(chance.choices(WORDS, k=chance.randrange(9)))
+        said = said[: chance.randrange(len(said) + 1)] if chance.random() < 0.3 else said
+        client = socket.create_connection(("127.0.0.1", port))
+        with contextlib.suppress(OSError):
+            client.settimeout(0.02)
+            if chance.random() < 0.5:
+                client.recv(1000)
+            client.sendall(said)
+            if chance.random() < 0.3:
+                client.recv(chance.choice([1, 1000]))
+            elif chance.random() < 0.3:
+                time.sleep(chance.random() / 500)
+        go(client, chance.choice(["reset", "reset", "close", "half-close"]))
+
+
+def test_thousands_of_broken_sessions(
+    product: Make, chunking: ScriptedServer, backup: ScriptedServer, options: dict[str, str]
+) -> None:
+    """Whatever they say and wherever they go: no place, memory or connection is left, and a stop takes seconds."""
+    house = product(primary=chunking.address, backups=[backup.address], settings={**options, "log.level": "debug"})
+    relay = house.child("relay-1")
+    times = int(os.environ.get("BROKEN_SESSIONS", "3000")) // 6
+    sizes = []
+    for _ in range(2):  # the first makes what is made once
+        seed = random.randrange(1 << 30)
+        threads = [threading.Thread(target=break_off, args=(house.smtp_port, times // 2, seed + n)) for n in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        wait_until(lambda: house.metric("smtpdup_clients") == 0, 20, f"places are not free, seed {seed}")
+        sizes.append(_resident(relay.pid))
+    assert sizes[1] < sizes[0] + 30_000_000
+    assert "session error" not in house.log
+    assert house.send("a@example.com", "b@example.com").startswith("250")
+    begun = time.monotonic()
+    assert house.stop() == 0
+    assert time.monotonic() - begun < 15
+
+
+def _resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
