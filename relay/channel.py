@@ -23,8 +23,8 @@ _HANDSHAKE_SECONDS = 30.0
 _GOODBYE_SECONDS = 5.0  # for the client's side of a close: TLS ends with a word from both
 _TIMEOUT = Reply.of(421, "4.4.2 Timeout while waiting for you")
 _GONE = "the client has gone"
-_MOST_IN_A_ROW = 32  # commands of one client, a millisecond's work; then it is the others' turn
 _MOST_HELD = 100  # replies; then it is seen whether the client reads them
+_MOST_IN_A_ROW = _MOST_HELD + 1  # commands of one client, a few milliseconds' work; then it is the others' turn
 _TLS_ERRORS = (ssl.SSLError, ConnectionError, TimeoutError, OSError)
 
 
@@ -88,8 +88,7 @@ class Channel(SMTP):
     def _end(self, conversation: asyncio.Task[None]) -> None:
         if self._watchdog is not None:
             self._watchdog.cancel()
-        if not self._lost.done():
-            self.abort()
+        self._hang_up()
         if not conversation.cancelled():
             conversation.result()  # what a conversation raises goes to the loop's handler
 
@@ -103,6 +102,11 @@ class Channel(SMTP):
     def is_deaf(self) -> bool:
         """Whether the client has not read what we say for some seconds."""
         return self.loop.time() >= self._deaf_at - self._write_seconds + _GOODBYE_SECONDS
+
+    @property
+    def is_securing(self) -> bool:
+        """Whether TLS is being negotiated."""
+        return self._handshake is not None
 
     async def push(self, reply: Reply) -> None:  # type: ignore[override]  # a Reply instead of text
         """Write a reply. That the client has gone is found out at the next read.
@@ -205,8 +209,8 @@ class Channel(SMTP):
     async def _let_others(self) -> None:
         """Let the others have their turn: what a client has sent at once may be a hundred thousand commands."""
         self._in_a_row += 1
-        if self._in_a_row >= _MOST_IN_A_ROW:
-            self._in_a_row = 0
+        if self._in_a_row > _MOST_IN_A_ROW:
+            self._in_a_row = 1
             await asyncio.sleep(0)
 
     # --- TLS --------------------------------------------------------------------------------------------------

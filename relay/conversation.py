@@ -81,7 +81,7 @@ class Conversation:
     def stop(self, *, impatient: bool) -> None:
         """End an idle conversation now; one in a transaction after it, or, impatient, before its DATA."""
         session, channel = self._session, self._channel
-        if channel.is_deaf:
+        if channel.is_deaf or channel.is_securing:
             channel.abort()
         elif channel.waiting and (not session.in_transaction or (impatient and not session.in_data)):
             channel.dismiss(_SHUTDOWN)

@@ -209,6 +209,39 @@ def test_a_thousand_resets(
     assert time.monotonic() - begun < 15
 
 
+@both_loops
+async def test_gone_in_a_proxy_header(chunking: ScriptedServer, redis_url: str) -> None:
+    """A load balancer that goes within its header, or behind it, leaves nothing."""
+    header = b"PROXY TCP4 127.0.0.1 127.0.0.1 50000 25\r\n"
+    async with front(settings_of(chunking.address, {"smtp.proxy_protocol": "true"}), redis_url) as (made, port):
+        stages = [b"", header[:20], header, header + RCPT, b"\r\n\r\n\x00\r\nQUIT\n\x21\x11", b"EHLO x\r\n"]
+        ways = ("reset", "close", "half-close")
+        await asyncio.gather(*(asyncio.to_thread(run_through, port, stages * 30, 0, way, 1) for way in ways))
+        await until(lambda: not made.conversations, 15, lambda: f"{len(made.conversations)} are still there")
+        assert (made.seat.clients, made.seat.octets, made.primary.pool.in_use) == (0, 0, 0)
+
+
+def test_a_stop_waits_for_nobody_who_does_nothing(
+    product: Make, chunking: ScriptedServer, backup: ScriptedServer, options: dict[str, str]
+) -> None:
+    """A client that has stopped in a handshake, and one that never reads our replies: a stop takes seconds."""
+    house = product(primary=chunking.address, backups=[backup.address], settings=options)
+    stuck = socket.create_connection(("127.0.0.1", house.smtp_port))
+    stuck.recv(100)
+    stuck.sendall(STAGES["a piece of a handshake"])
+    deaf = socket.socket()
+    deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    deaf.connect(("127.0.0.1", house.smtp_port))
+    deaf.settimeout(1)
+    with contextlib.suppress(TimeoutError):
+        deaf.sendall(RCPT + b"BDAT 1\r\nx" * 500_000)  # until it is not read from any more
+    begun = time.monotonic()
+    assert house.stop(60) == 0
+    assert time.monotonic() - begun < 20
+    stuck.close()
+    deaf.close()
+
+
 WORDS = [
     HELLO, b"MAIL FROM:<half@example.com>\r\n", b"RCPT TO:<b@example.com>\r\n", b"DATA\r\n",
     b"Subject: x\r\n\r\ntext\r\n", b"BDAT 5\r\n12345", b"BDAT 100000\r\n12",
