@@ -24,7 +24,7 @@ _GOODBYE_SECONDS = 5.0  # for the client's side of a close: TLS ends with a word
 _TIMEOUT = Reply.of(421, "4.4.2 Timeout while waiting for you")
 _GONE = "the client has gone"
 _MOST_HELD = 100  # replies; then it is seen whether the client reads them
-_MOST_IN_A_ROW = _MOST_HELD + 1  # commands of one client, a few milliseconds' work; then it is the others' turn
+_MOST_IN_A_ROW = 3 * (_MOST_HELD + 1)  # commands of one client, some milliseconds' work; then it is the others' turn
 _TLS_ERRORS = (ssl.SSLError, ConnectionError, TimeoutError, OSError)
 
 
