@@ -116,6 +116,7 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = ()) -> int:
     early = EarlyStop()
     with ExitStack() as ends:
         _make_state_dir(settings.state_dir)
+        _take(settings.state_dir, role, ends)
         from relay import passed, server, status  # noqa: PLC0415
 
         arena = _arena(f"smtp-dup-{role.name}")
@@ -226,6 +227,31 @@ def _make_state_dir(folder: Path) -> None:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(old, ignore_errors=True)
         (folder / "metrics").rmdir()
+
+
+def _take(state_dir: Path, role: Role, ends: ExitStack) -> None:
+    """Take the state folder for what this role does, whatever Redis is used: relay and workers may share one.
+
+    Two relays would take each other's mail for that of dead ones. The lock is a process's, not inherited by what it
+    forks: children that drain when their supervisor is dead keep nobody from starting.
+    """
+    for part in [name for name, is_ours in (("relay", role.relays), ("workers", role.delivers)) if is_ours]:
+        path = state_dir.absolute() / f"{part}.lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            ends.callback(os.close, descriptor)
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+        except BlockingIOError as error:
+            owner = path.read_text("ascii", "replace").strip() or "unknown"
+            raise StartError(
+                f"another smtp-dup (process {owner}) uses the state folder {state_dir} for its {part}: "
+                "give each a state_dir of its own"
+            ) from error
+        except OSError as error:  # read-only, full, or a network file system without locks
+            raise StartError(f"state_dir: {path}: {error.strerror}") from error
 
 
 def _arena(name: str) -> tallies.Arena | None:

@@ -117,6 +117,11 @@ class Dispatcher:
             loop = asyncio.get_running_loop()
             self._timers[destination] = loop.call_later(self._windows[destination], self._start, destination)
 
+    async def put(self, destination: str, ids: Sequence[str]) -> None:
+        """Write jobs for these at once. Raises RedisError, OSError; it may have been done all the same."""
+        for start in range(0, len(ids), _BATCH):
+            await self._write(destination, ids[start : start + _BATCH])
+
     async def drain(self) -> None:
         """Write what waits; gives up quietly when Redis is away (the reconciler takes over)."""
         with contextlib.suppress(TimeoutError):

@@ -3,7 +3,8 @@
 It listens on a unix socket only, in a folder that nobody else can enter, and answers a write after it is on
 stable storage (appendfsync always). It dies with the process that started it and loses nothing by that.
 Everything that can go wrong before it answers is an EmbeddedError of one line: no server program installed,
-the state folder in use by another instance, a server that ends at once (with the last line of its log).
+the state folder in use by another instance, a log that is not whole, a server that ends at once (with the last words of
+its log).
 """
 
 from __future__ import annotations
@@ -166,6 +167,7 @@ def start(state_dir: Path) -> EmbeddedRedis:
         if path.parent != folder(state_dir):
             _make_private(path.parent)
             logger.info("the path of {} is too long for a socket: Redis listens on {}", state_dir, path)
+        _see_that_it_is_whole(folder(state_dir))
         if zeros := aof.cut_zeros(folder(state_dir)):
             logger.warning("{} zeros cut off the end of the log of Redis: a power cut left a write unfinished", zeros)
         parent = os.getpid()
@@ -251,6 +253,11 @@ def _make_private(directory: Path) -> None:
         raise EmbeddedError(f"cannot use {directory}: {error.strerror}") from error
 
 
+def _see_that_it_is_whole(data: Path) -> None:
+    if objection := aof.objection(data):
+        raise EmbeddedError(objection)
+
+
 def _wait_for_flock(descriptor: int, state_dir: Path) -> None:
     deadline = time.monotonic() + _CLOSING_SECONDS
     while True:
@@ -281,4 +288,9 @@ def _last_log_line(state_dir: Path) -> str:
         lines = (folder(state_dir) / "redis.log").read_text("utf-8", "replace").splitlines()
     except OSError:
         return "no log"
+    begun = max((n for n, line in enumerate(lines) if "just started" in line), default=0)
+    told = [line.partition(" # ")[2].strip() for line in lines[begun:] if " # " in line and "WARNING" not in line]
+    # What is wrong comes first, then what that made it give up.
+    if told := [line for line in told if line]:
+        return "; ".join(told[-2:])
     return next((line.strip() for line in reversed(lines) if line.strip()), "an empty log")

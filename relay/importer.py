@@ -16,13 +16,14 @@ import contextlib
 import math
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import OutOfMemoryError, RedisError
 
 from relay import ledger, maillog, metrics, shares
@@ -151,7 +152,7 @@ class Importer:
                 await self._execute(partial(ledger.release, messages=accepted))
             if refused:
                 await self._execute(partial(ledger.discard, ids=refused))
-            self._dispatch(accepted)
+            await self._dispatch(accepted)
             await asyncio.to_thread(self._shelf.delete, [e.name for e in page])
 
     async def _import(self, entries: Sequence[Entry], backup: str = "", seconds: float = math.inf) -> bool:
@@ -245,8 +246,9 @@ class Importer:
         for name, files in shares.left(due).items():
             await asyncio.to_thread(self._shelf.put_by, name, files)
         await self._write(due, held)
-        # Also for what had been brought in before: nothing says that we lived long enough then to make its job.
-        self._dispatch([s.released for s in due])
+        # Also for what had been brought in before: nothing says that we lived long enough then to make its job. And
+        # before the file goes: a successor of ours sees nothing else of it.
+        await self._dispatch([s.released for s in due])
         names = [s.admitted.file for s in due] + [m.entry.name for m in held]
         await asyncio.to_thread(self._shelf.delete, names, backup)
         self._tell(due, held)
@@ -293,10 +295,16 @@ class Importer:
             commands(pipe)
             await pipe.execute()
 
-    def _dispatch(self, released: Sequence[Released]) -> None:
+    async def _dispatch(self, released: Sequence[Released]) -> None:
+        ids: defaultdict[str, list[str]] = defaultdict(list)
         for message in released:
             for destination in message.destinations:
-                self._dispatcher.add(destination, message.id)
+                ids[destination].append(message.id)
+        try:
+            for destination, those in ids.items():
+                await self._dispatcher.put(destination, those)
+        except OSError as error:  # not the spool's: Redis is asked again as soon as it is well
+            raise NoConnection(str(error)) from error
 
 
 def _pages(items: Sequence[T]) -> list[Sequence[T]]:

@@ -25,6 +25,7 @@ _GRACE = 60.0  # seconds past its deadline before a staged message counts as lef
 _BATCH = 100
 _SET_ASIDE = 3600.0
 _COLLECTED = 5.0  # seconds before the newest copy; well over a dispatcher's window
+_LOOKED_AT = 50_000  # newest copies of a backup: what others have taken while the dead one's successor was started
 
 
 class Share(NamedTuple):
@@ -69,17 +70,33 @@ def take_over(connection: Redis, place: str, owner: str, hold_seconds: float) ->
 def _dispatch_last(connection: Redis, dead: set[str]) -> None:
     """Make jobs for what dead processes released last: they collect ids for a moment before they make a job of them.
 
-    Whatever has a job already is in two then, which does no harm: it is claimed once.
+    Whatever has a job already is in two then, which does no harm: it is claimed once. Each one's last moments count
+    from its own newest copy: others have gone on, perhaps for as long as it took to start us.
     """
     for name in ledger.destinations(connection):
-        newest = cast("list[tuple[bytes, float]]", connection.zrange(ledger.PENDING + name, -1, -1, withscores=True))
-        since = newest[0][1] - _COLLECTED if newest else 0.0
-        found = cast("list[bytes]", connection.zrangebyscore(ledger.PENDING + name, since, "+inf"))
-        ids = [message_id for message_id in map(bytes.decode, found) if owner_of(message_id) in dead]
+        ids = _last_of(connection, name, dead)
         for start in range(0, len(ids), _BATCH):
             with connection.pipeline(transaction=True) as pipe:
                 dispatch.enqueue(pipe, dispatch.queue(connection, name), name, ids[start : start + _BATCH])
                 pipe.execute()
+
+
+def _last_of(connection: Redis, name: str, dead: set[str]) -> list[str]:
+    """Return the newest pending copies of each of these processes, the oldest first."""
+    newest: dict[str, float] = {}
+    found: dict[str, None] = {}
+    for start in range(0, _LOOKED_AT, reading.PAGE):
+        page = cast(
+            "list[tuple[bytes, float]]",
+            connection.zrange(ledger.PENDING + name, start, start + reading.PAGE - 1, desc=True, withscores=True),
+        )
+        for message_id, at in ((member.decode(), score) for member, score in page):
+            owner = owner_of(message_id)
+            if owner in dead and at >= newest.setdefault(owner, at) - _COLLECTED:
+                found[message_id] = None
+        if len(page) < reading.PAGE or (len(newest) == len(dead) and page[-1][1] < min(newest.values()) - _COLLECTED):
+            break
+    return list(reversed(found))
 
 
 def hold_overdue(connection: Redis, hold_seconds: float) -> list[str]:

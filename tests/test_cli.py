@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import struct
@@ -414,6 +415,27 @@ def test_relay_and_workers_apart(product, primary, backup, redis_factory):
         assert workers.stop() == 0
     assert relay.get("/readyz")[0] == 200
     assert relay.stop() == 0
+
+
+@pytest.mark.parametrize(("first", "second"), [("relay", "relay"), ("workers", "workers"), ("up", "relay")])
+def test_two_on_one_state_folder_are_refused(product, primary, backup, redis_factory, first, second):
+    """They would take each other's mail for that of dead ones, whatever their Redis; later the second may start."""
+    url = redis_factory().url
+    one = product(command=first, primary=primary.address, backups=[backup.address], redis_url=url)
+    other = one.sibling(second)
+    other.settings["smtp.listen"] = "127.0.0.1:0"
+    other.start(wait=False)
+    assert other.wait() == 1
+    part = "workers" if second == "workers" else "relay"
+    assert re.search(
+        rf"another smtp-dup \(process {one.process.pid}\) uses the state folder \S+ for its {part}", other.log
+    )
+    one.process.kill()
+    one.kill()
+    again = one.sibling(second)
+    again.smtp_port, again.settings["smtp.listen"] = one.smtp_port, one.settings["smtp.listen"]
+    with again:
+        assert again.stop() == 0
 
 
 def test_a_redis_that_forgets_is_named_at_the_start(product, primary, redis_factory):

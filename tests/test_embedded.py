@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import redis
 
 from redis_servers import RedisServer
-from relay import embedded
+from relay import aof, embedded
 from relay.embedded import EmbeddedError
 from waiting import wait_until
 
@@ -267,6 +268,87 @@ def test_a_server_that_ends_at_once_is_reported_with_its_last_words(tmp_path, st
     log.write_bytes(b"*this is no command\r\n" * 10)
     process = embedded.start(tmp_path)
     with pytest.raises(EmbeddedError, match=r"Redis ended with status 1: .*[Bb]ad file format"):
+        embedded.wait_ready(tmp_path, 20, process)
+    embedded.stop(process)
+
+
+def _manifest(data: Path, text: str) -> None:
+    (data / "appendonlydir/appendonly.aof.manifest").write_text(text)
+
+
+def _lines(data: Path) -> list[str]:
+    return (data / "appendonlydir/appendonly.aof.manifest").read_text().splitlines(keepends=True)
+
+
+def _flat(data: Path) -> None:
+    for path in (data / "appendonlydir").iterdir():
+        path.rename(data / path.name)
+    (data / "appendonlydir").rmdir()
+
+
+def _snapshot(data: Path) -> None:
+    next(data.glob("appendonlydir/*.incr.aof")).rename(data / "dump.rdb")
+    shutil.rmtree(data / "appendonlydir")
+
+
+UNWHOLE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no manifest": (lambda data: (data / "appendonlydir/appendonly.aof.manifest").unlink(), "manifest is missing"),
+    "an empty manifest": (lambda data: _manifest(data, ""), "empty or damaged"),
+    "a manifest cut in a line": (lambda data: _manifest(data, "".join(_lines(data))[:-9]), "empty or damaged"),
+    "a manifest cut after a line": (lambda data: _manifest(data, _lines(data)[0]), "does not name .*incr.aof"),
+    "a manifest without its base": (lambda data: _manifest(data, _lines(data)[-1]), "does not name .*base.rdb"),
+    "a manifest of zeros": (lambda data: _manifest(data, "\0" * 80), "empty or damaged"),
+    "a base that is gone": (lambda data: next(data.glob("*/*.base.rdb")).unlink(), "base.rdb, which is missing"),
+    "a log that is gone": (lambda data: next(data.glob("*/*.incr.aof")).unlink(), "incr.aof, which is missing"),
+    "another folder name": (lambda data: (data / "appendonlydir").rename(data / "aof"), "manifest is missing"),
+    "a folder too high": (lambda data: (data / "appendonlydir").rename(data.parent / "appendonlydir"), "is missing"),
+    "files without their folder": (_flat, "manifest is missing"),
+    "a snapshot alone": (_snapshot, "dump.rdb has data"),
+}
+
+
+@pytest.mark.parametrize("what", UNWHOLE)
+def test_nothing_starts_empty_beside_data(tmp_path, start, what):
+    """A log that is not whole is refused in one line that says what to do, and stays as it is."""
+    process = start(tmp_path)
+    with client(tmp_path) as connection:
+        connection.set("key", "value" * 100)
+    embedded.stop(process)
+    spoil, words = UNWHOLE[what]
+    spoil(embedded.folder(tmp_path))
+    before = {path: path.stat().st_size for path in tmp_path.rglob("*") if path.suffix in {".aof", ".rdb", ".manifest"}}
+    with pytest.raises(EmbeddedError, match=rf"{words}.*(move what is in|bring back)") as error:
+        embedded.start(tmp_path)
+    assert "\n" not in str(error.value)
+    assert before == {path: path.stat().st_size for path in before}
+    assert aof.objection(tmp_path / "elsewhere" / "redis") == ""
+
+
+def test_what_redis_leaves_behind_by_itself_is_whole(tmp_path, start):
+    """Killed at its first start, or at the end of a rewrite, it has files that no manifest names as yet."""
+    data = embedded.folder(tmp_path)
+    embedded.stop(start(tmp_path))
+    (data / "appendonlydir/appendonly.aof.manifest").unlink()
+    process = start(tmp_path)
+    with client(tmp_path) as connection:
+        connection.set("key", "value" * 100)
+    embedded.stop(process)
+    (base,) = data.glob("appendonlydir/*.base.rdb")
+    (base.parent / "appendonly.aof.7.base.rdb").write_bytes(base.read_bytes() * 10)
+    (base.parent / "appendonly.aof.7.incr.aof").touch()
+    (base.parent / "temp-rewriteaof-bg-1.aof").write_bytes(b"*1")
+    start(tmp_path)
+    with client(tmp_path) as connection:
+        assert connection.get("key") == "value" * 100
+
+
+def test_a_log_of_a_newer_redis_is_said_in_its_words(tmp_path, start):
+    """The reason, not only what it led to."""
+    embedded.stop(start(tmp_path))
+    (base,) = embedded.folder(tmp_path).glob("appendonlydir/*.base.rdb")
+    base.write_bytes(base.read_bytes()[:6] + b"999" + base.read_bytes()[9:])
+    process = embedded.start(tmp_path)
+    with pytest.raises(EmbeddedError, match="version 999"):
         embedded.wait_ready(tmp_path, 20, process)
     embedded.stop(process)
 

@@ -168,6 +168,24 @@ async def test_due_messages_get_jobs(place: Place) -> None:
     assert place.staged() == place.uncertain() == place.names() == []
 
 
+async def test_a_file_goes_when_its_job_is_written(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An importer that is cut off in between leaves the file, from which its successor makes the job."""
+    message_id = await place.spooled(place.message("one"))
+
+    async def cut_off(*_: object) -> None:
+        raise redis.ConnectionError("in between")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Dispatcher, "put", cut_off)
+        async with place.importing():
+            await until(lambda: place.ledger.pending_ids() == [message_id])
+    assert place.names() != []
+    assert place.ledger.queued() == {}
+    await place.imported()
+    assert list(place.ledger.queued().values()) == [[message_id]]
+    assert place.names() == []
+
+
 async def test_a_crash_before_the_file_is_gone(place: Place) -> None:
     """What has come in is not brought in again, pending or delivered; its job is made again, which does no harm."""
     pending = await place.spooled(place.message("pending"))

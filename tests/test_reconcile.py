@@ -194,6 +194,22 @@ def test_jobs_that_are_not_ours_hold_nothing(contents: Contents) -> None:
     assert _sweep_twice(contents).counts == {"no job": 4}
 
 
+# What a dead process had not yet made jobs of
+
+
+def test_what_a_dead_relay_released_last_gets_jobs_however_long_its_successor_took(contents: Contents) -> None:
+    """Others have gone on meanwhile: its last moments count from its own newest copy, among thousands of theirs."""
+    dead, living = IdSource(), IdSource()
+    early = contents.pending(message_id=dead.next(), age=500)
+    last = [contents.pending(message_id=dead.next(), age=303 - n) for n in range(3)]
+    clock = ledger.now(contents.connection)
+    contents.connection.zadd(ledger.PENDING + "new", {living.next(): clock - n / 100 for n in range(25_000)})
+    contents.connection.hset(ledger.OWNERS, dead.owner, "here relay-1")
+    recovery.take_over(contents.connection, "here relay-1", IdSource().owner, 60)
+    assert list(contents.queued().values()) == [last]
+    assert early not in last
+
+
 # Staged and uncertain messages
 
 
