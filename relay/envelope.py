@@ -51,6 +51,8 @@ _to_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would ma
 _LONE_DOT = re.compile(rb"\n\.[\r\n]")
 _LONE_DOT_ANYHOW = re.compile(rb"\r\.[\r\n]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_LINE_END = re.compile(r"[\x00\r\n]")
+_NO_TEXTS = {"port", "connections", "soft_bounce", "domains"}  # fields of a destination
 _UNFOLDS = 64 << 20  # octets that a compressed body may have in any case
 _REPLY_LINE_LIMIT = 512  # RFC 5321 4.5.3.1.5
 
@@ -442,10 +444,10 @@ def _any_text(value: object) -> str:
 
 
 def _text(value: object) -> str:
-    """Return an address or a parameter of an envelope: a control character would end the command."""
+    """Return an address or a parameter of an envelope: a line end would end the command."""
     text = _any_text(value)
-    if _CONTROL.search(text):
-        raise TypeError("a control character in a command")
+    if _LINE_END.search(text):
+        raise TypeError("a line end in a command")
     return text
 
 
@@ -527,7 +529,27 @@ class Destination:
 
     @classmethod
     def from_json(cls, data: str | bytes) -> Destination:
-        record = json.loads(data)
-        record["domains"] = tuple(record.get("domains", ()))
-        known = {k: v for k, v in record.items() if k in cls.__slots__}
-        return cls(**known)
+        """Read the stored form. Raises ValueError for what is no destination."""
+        try:
+            record = json.loads(data)
+            record["domains"] = _texts(record.get("domains", []))
+            known = {k: v for k, v in record.items() if k in cls.__slots__ and k != "password"}
+            found = cls(**known)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"unreadable destination: {printable(str(error))}") from error
+        texts = [value for key, value in known.items() if key not in _NO_TEXTS]
+        fine = (
+            is_destination_name(found.name)
+            and all(isinstance(value, str) and not _CONTROL.search(value) for value in texts)
+            and type(found.port) is int
+            and 0 < found.port < 65536
+            and found.scheme in {"smtp", "smtps", "lmtp"}
+            and found.tls in {"none", "opportunistic", "encrypt", "verify"}
+            and found.sender in {"keep", "null"}
+            and type(found.connections) is int
+            and found.connections >= 0
+            and type(found.soft_bounce) is bool
+        )
+        if not fine:
+            raise ValueError("unreadable destination: a field has not the form that it should")
+        return found

@@ -15,11 +15,12 @@ would leave the transaction half done. Not for Redis Cluster: scripts name keys 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any, NamedTuple
 
+from relay import ids, maillog
 from relay.envelope import Destination
 
 PREFIX = "smtpdup:"
@@ -472,7 +473,30 @@ def change(connection: Any) -> Change:
 def destinations(connection: Any) -> dict[str, Destination]:
     """Return every destination ever used, by name."""
     found = connection.hgetall(DESTINATIONS)
-    return {name.decode(): Destination.from_json(text) for name, text in sorted(found.items())}
+    return dict(_defined(sorted(found.items())))
+
+
+def _defined(found: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[str, Destination]]:
+    """Yield the destinations that are some: whoever can write to Redis can write anything there."""
+    for name, definition in found:
+        try:
+            destination = Destination.from_json(definition)
+        except ValueError as error:
+            _tell(name, str(error))
+            continue
+        if destination.name == ids.text(name):
+            yield destination.name, destination
+        else:
+            _tell(name, f"it defines {destination.name}")
+
+
+_told: set[bytes] = set()
+
+
+def _tell(name: bytes, reason: str) -> None:
+    if name not in _told:
+        _told.add(name)
+        maillog.notice("error", "no destination", destination=ids.text(name), reason=reason)
 
 
 def owners(connection: Any, destination: str, ids: Sequence[str], *, failed: bool = False) -> list[str]:
@@ -483,7 +507,7 @@ def owners(connection: Any, destination: str, ids: Sequence[str], *, failed: boo
 
 def summary(connection: Any) -> list[Summary]:
     """Return one Summary per destination that is or was used."""
-    names = sorted(name.decode() for name in connection.hkeys(DESTINATIONS))
+    names = sorted(ids.names(connection.hkeys(DESTINATIONS)))
     pipe = connection.pipeline(transaction=False)
     pipe.time()
     pipe.hgetall(COUNTERS)
@@ -506,9 +530,14 @@ def summary(connection: Any) -> list[Summary]:
                 oldest_age_s=round(max(0.0, clock - oldest[0][1]), 1) if oldest else 0.0,
                 retrying=retrying,
                 failed=failed,
-                delivered=int(counters.get(f"delivered:{name}".encode(), 0)),
-                state=health.get(b"state", b"ok").decode(),
-                reason=health.get(b"reason", b"").decode(),
+                delivered=_count(counters.get(f"delivered:{name}".encode())),
+                state=ids.text(health.get(b"state", b"ok")),
+                reason=ids.text(health.get(b"reason", b"")),
             )
         )
     return rows
+
+
+def _count(value: bytes | None) -> int:
+    """Read a counter; one that is none counts nothing."""
+    return int(value) if value and value.isdigit() and len(value) < 20 else 0

@@ -13,9 +13,11 @@ from typing import Any, cast
 
 from relay import ledger
 from relay.envelope import Destination, Envelope, LockedRecord, MalformedRecord, Message
+from relay.ids import is_id, is_job_id, text
 from relay.ledger import CopyState
 
 PAGE = 1000
+_MESSAGES = (ledger.PENDING, ledger.FAILED, ledger.STAGED, ledger.UNCERTAIN)
 _HEADS = (4 << 10, 64 << 10, 1 << 20, -1)  # octets of a record to look for its envelope in; nearly always the first
 _CHUNK = 4 << 20  # octets read at once: Redis is not held up by a large message
 
@@ -43,15 +45,19 @@ def destinations(connection: Any, name: str | None = None) -> list[Destination]:
 
 
 def pages(connection: Any, key: str, *, until: float = math.inf, size: int = PAGE) -> Iterator[list[tuple[str, float]]]:
-    """Yield the members of a sorted set with their scores, lowest first, up to a score."""
+    """Yield the members of a list of messages or jobs with their scores, lowest first, up to a score."""
     low, seen = "-inf", set[bytes]()
+    is_valid = is_id if key.startswith(_MESSAGES) else is_job_id
     while True:
         found = _scored(connection, key, low, until, size + len(seen))
-        page = [(member.decode(), score) for member, score in found if member not in seen]
-        if not page:
+        fresh = [(member, score) for member, score in found if member not in seen]
+        if not fresh:
             return
-        yield page
-        last = page[-1][1]
+        # What has not the form of an id is none, whoever listed it: it must not become a key, a file or a job.
+        page = [(name, score) for member, score in fresh if is_valid(name := text(member))]
+        if page:
+            yield page
+        last = fresh[-1][1]
         seen = set()
         for member, score in reversed(found):
             if score != last:

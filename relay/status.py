@@ -34,13 +34,14 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 from redis.exceptions import RedisError
 
-from relay import ledger, limits, spool
+from relay import archive, ledger, limits, spool
 from relay.check import Finding, probe_redis
 from relay.continuity import warning
 from relay.occupancy import Seat
 from relay.redis_clients import sync_client
 from relay.sections import RedisSettings, Settings
 from relay.tallies import Arena
+from relay.watch import STOP_AT
 
 _HEAD_LIMIT = 8192  # octets of request line and headers
 _SECONDS = 5.0  # for a request's head, and for each write of the answer
@@ -49,8 +50,9 @@ _LOOK_EVERY = 0.25  # seconds between two looks whether to stop
 _PORT_SECONDS = 3.0  # for a greeting on the relay's port
 _SPOOL = "spool"
 _LEDGER = "ledger"
+_MEMORY = "redis memory"
 _TOLD_SECONDS = 86400.0  # for so long a ledger that has changed is a warning
-_SPOOLED = {"redis", "redis replicas"}  # trouble with these sends copies to the spool
+_SPOOLED = {"redis", "redis replicas", _MEMORY}  # trouble with these sends copies to the spool
 _ABOUT_FAILOVER = ("sentinel ", "replica ")  # mail goes on as long as the master does
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  (where to reach such a listener)
 
@@ -116,13 +118,34 @@ def healthy(failing: Sequence[str]) -> Answer:
 
 def readiness(settings: Settings, redis_url: str, *, relaying: bool) -> list[Finding]:
     """Look at all that taking a message and keeping its copies needs, now."""
-    findings = asyncio.run(probe_redis(settings, redis_url)) + _ledger(settings.redis.at(redis_url))
+    findings = asyncio.run(probe_redis(settings, redis_url))
+    if all(finding.ok for finding in findings):
+        findings += _memory(settings, redis_url)
+    findings += _ledger(settings.redis.at(redis_url))
     if relaying:
         patience = _PORT_SECONDS + settings.smtp.greeting_delay
         first = b"PROXY UNKNOWN\r\n" if settings.smtp.proxy_protocol else b""
         findings += [_port(host, port, patience, first) for host, port in settings.smtp.addresses]
         findings += _spool(settings)
     return findings
+
+
+def _memory(settings: Settings, redis_url: str) -> list[Finding]:
+    """Say how full Redis is: nothing where it has no bound."""
+    try:
+        with sync_client(settings.redis.at(redis_url), settings.redis.timeout_seconds, retries=0) as client:
+            used, limit = archive.memory(client)
+            failed = sum(row.failed for row in ledger.summary(client)) if limit else 0
+    except (RedisError, OSError) as error:
+        return [Finding(_MEMORY, False, f"cannot be asked: {error}")]
+    if not limit:
+        return []
+    text = f"{used / limit:.0%} of maxmemory is used"
+    if used <= STOP_AT * limit:
+        return [Finding(_MEMORY, True, text)]
+    text += ": new copies go to the spool. Raise maxmemory, or let the backups take what waits"
+    text += f"; {failed} failed copies: failed retry, failed drop" if failed else ""
+    return [Finding(_MEMORY, False, text)]
 
 
 def ready(findings: list[Finding]) -> Answer:

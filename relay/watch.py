@@ -18,7 +18,7 @@ from redis.exceptions import RedisError, ResponseError
 from relay import ledger, limits, maillog, redis_clients
 from relay.continuity import Continuity
 
-_STOP_AT = 0.75  # of maxmemory
+STOP_AT = 0.75  # of maxmemory
 _LAST_AT = 0.90  # beyond this not even what has no other place: nothing could be delivered any more, so nothing freed
 _GO_ON_AT = 0.70
 _IMPORT_AT = 0.60  # what was spooled waits until new mail has room again
@@ -73,9 +73,9 @@ class Watch:
         """Say why a record of this size should not go to Redis now; "" when it should."""
         if self._trouble:
             return self._trouble
-        if self._limit and (self._over or self._level(octets) > _STOP_AT * self._limit):
+        if self._limit and (self._over or self._level(octets) > STOP_AT * self._limit):
             self._over = True
-            return f"Redis has less than {1 - _STOP_AT:.0%} of its maxmemory left"
+            return f"Redis has less than {1 - STOP_AT:.0%} of its maxmemory left"
         return ""
 
     def may_squeeze_in(self, octets: int) -> bool:

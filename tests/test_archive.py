@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import redis
 
 from ledger_contents import Contents, settings
-from relay import archive, ledger, reading
-from relay.envelope import BodyElsewhere
+from redis_servers import RedisServer
+from relay import archive, ledger, private, reading
+from relay.envelope import BodyElsewhere, Message
 from scripted_server import ScriptedServer
 from workers import failed
 from workers.courier import Courier
@@ -52,7 +55,7 @@ def test_the_oldest_bodies_move(contents: Contents, tmp_path: Path) -> None:
     assert there == sorted(there)
     assert report.counts["failed.max_bytes exceeded"] == there.count(False)
     assert [failed.show(contents.connection, i) for i in ids] == before
-    assert [failed.export(contents.connection, i) for i in ids] == mail
+    assert [failed.export(contents.connection, i, archive.folder(tmp_path)) for i in ids] == mail
     assert (archive.folder(tmp_path) / ids[0]).stat().st_mode & 0o777 == 0o600
 
 
@@ -69,7 +72,7 @@ def test_retry_brings_the_body_back(contents: Contents, tmp_path: Path) -> None:
     """`failed retry` needs no file on the worker's host: the body is in Redis again before the job."""
     ids = make_failed(contents, 3)
     assert len(list(archive.move_excess(contents.connection, tmp_path, 0))) == 3
-    failed.retry(contents.connection, ids)
+    failed.retry(contents.connection, ids, folder=tmp_path)
     assert all(in_redis(contents, i) for i in ids)
 
 
@@ -79,15 +82,16 @@ async def test_requeue_on_this_host_reads_the_file(
     """A Requeue in rq-dashboard brings no body back: the courier reads the file."""
     server = scripted()
     (message_id,) = make_failed(contents, 1)
-    list(archive.move_excess(contents.connection, tmp_path, 0))
+    folder = archive.folder(tmp_path)
+    list(archive.move_excess(contents.connection, folder, 0))
     state = ledger.CopyState.from_wire(contents.connection.hget(ledger.FAILURE + "new", message_id))
-    courier = Courier(settings(), server.destination("new"), "worker", redis_url)
+    courier = Courier(settings(state_dir=str(tmp_path)), server.destination("new"), "worker", redis_url)
     await courier.start()
     await courier.deliver(state.job, [message_id])
     await courier.drain()
     assert server.messages[0].header("Subject") == "0"
-    assert archive.forget_delivered(contents.connection, tmp_path) == [message_id]
-    assert not list(tmp_path.iterdir())
+    assert archive.forget_delivered(contents.connection, folder) == [message_id]
+    assert not list(folder.iterdir())
 
 
 async def test_requeue_without_the_file_fails_again(
@@ -107,4 +111,90 @@ async def test_requeue_without_the_file_fails_again(
     assert "run failed retry there" in detail.reply
     assert not server.messages
     (tmp_path / "b").rename(tmp_path / "a")
-    assert b"Subject: 0" in failed.export(contents.connection, message_id)
+    assert b"Subject: 0" in failed.export(contents.connection, message_id, tmp_path / "a")
+
+
+FOREIGN = ("../../../tmp/x", "/etc/passwd", ".", "..", "a/b", "0123456789ABCDEF", "0123456789abcdef0", "\x1b", "\udcff")
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_no_listed_id_names_a_file(contents: Contents, tmp_path: Path, name: str) -> None:
+    """Whoever can write to Redis writes no file of ours: only a message's own id is the name of one."""
+    connection = contents.connection
+    (message_id,) = make_failed(contents, 1)
+    octets = name.encode("utf-8", "surrogateescape")
+    record = connection.get(ledger.MESSAGE + message_id)
+    connection.set(ledger.MESSAGE.encode() + octets, record.replace(message_id.encode(), octets))
+    connection.zadd(ledger.FAILED + "new", {octets: 1.0})
+    connection.hset(ledger.FAILURE + "new", octets, ledger.CopyState().to_wire())
+    state = tmp_path / "state"
+    Sweeper(connection, settings(state_dir=str(state), failed_max_bytes="0")).sweep()
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+    assert [p.name for p in archive.folder(state).iterdir()] == [message_id]
+
+
+def test_what_redis_names_is_no_file(contents: Contents, tmp_path: Path) -> None:
+    """A record that says that its body is in some file is not answered with that file, nor with a link's."""
+    connection = contents.connection
+    folder = archive.folder(tmp_path / "state")
+    secret = tmp_path / "secret"
+    one, two, three, four = make_failed(contents, 4)
+    records = {i: connection.get(ledger.MESSAGE + i) for i in (one, two, three, four)}
+    secret.write_bytes(records[one])
+    for message_id, record in records.items():
+        stub = Message.stub(record, socket.gethostname(), str(secret))
+        connection.set(ledger.MESSAGE + message_id, stub)
+    private.folder(folder)
+    (folder / two).symlink_to(secret)
+    (folder / three).write_bytes(records[one])  # another's
+    os.mkfifo(folder / four)
+    stubs = {i: connection.get(ledger.MESSAGE + i) for i in records}
+    failed.retry(connection, list(records), folder=folder)
+    assert {i: connection.get(ledger.MESSAGE + i) for i in records} == stubs
+    for message_id in records:
+        with pytest.raises(BodyElsewhere):
+            failed.export(connection, message_id, folder)
+
+
+def test_a_damaged_file_does_not_come_back(contents: Contents, tmp_path: Path) -> None:
+    """Whatever has become of a file, only the message's own record comes back from it."""
+    ids = make_failed(contents, 8)
+    assert len(list(archive.move_excess(contents.connection, tmp_path, 0))) == 8
+    for number, message_id in enumerate(ids):
+        record = bytearray((tmp_path / message_id).read_bytes())
+        if number % 2:
+            record[number * len(record) // 9] ^= 4
+        else:
+            record = record[: number * len(record) // 9] or record + b"\0"
+        (tmp_path / message_id).write_bytes(record)
+    failed.retry(contents.connection, ids, folder=tmp_path)
+    assert not any(in_redis(contents, i) for i in ids)
+
+
+def test_a_foreign_file_is_not_deleted(contents: Contents, tmp_path: Path) -> None:
+    """What an operator keeps beside the bodies stays."""
+    (tmp_path / "README").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "0123456789abcdef").write_text("of a message that is gone")
+    assert archive.forget_delivered(contents.connection, tmp_path) == ["0123456789abcdef"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README", "folder"]
+
+
+def test_bodies_leave_a_redis_that_fills_up(tmp_path: Path, redis_factory: Callable[..., RedisServer]) -> None:
+    """Failed bodies leave before new mail would go to the spool, and a retry of all brings back what has room."""
+    server = redis_factory(maxmemory="24mb")
+    with redis.Redis.from_url(server.url) as connection:
+        contents = Contents(connection, "new")
+        count = 0
+        while archive.memory(connection)[0] < 0.8 * (24 << 20):
+            contents.fail(contents.pending(body=b"Subject: x\r\n\r\n" + os.urandom(50_000).hex().encode() + b"\r\n"))
+            count += 1
+        sweeper = Sweeper(connection, settings(state_dir=str(tmp_path), failed_max_bytes="10G"))
+        moved = sweeper.relieve()
+        assert 0 < moved < count
+        used, limit = archive.memory(connection)
+        assert used < 0.55 * limit
+        assert failed.retry(connection, None, folder=archive.folder(tmp_path)) == count
+        used, limit = archive.memory(connection)
+        assert used < 0.62 * limit
+        assert any(not in_redis(contents, copy.id) for copy in failed.listing(connection))

@@ -84,7 +84,7 @@ def test_a_copy_without_a_body_is_listed_all_the_same(contents: Contents) -> Non
 
 def test_listing_is_complete_while_copies_leave(contents: Contents) -> None:
     """Copies that are delivered while the list is read do not make it skip others."""
-    ids = [f"id{n:014}" for n in range(1200)]
+    ids = [f"1d{n:014}" for n in range(1200)]
     contents.connection.zadd(ledger.PENDING + "new", {i: float(n) for n, i in enumerate(ids)})
     rows = backlog.listing(contents.connection)
     seen = [next(rows).id for _ in range(10)]

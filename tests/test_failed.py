@@ -140,7 +140,7 @@ def test_listing_without_indices_means_all_that_the_destination_wants(contents: 
 
 def test_listing_is_complete_beyond_a_page(contents: Contents) -> None:
     """A list longer than a page is shown once and whole, equal times included."""
-    ids = {f"id{n:014}" for n in range(1300)}
+    ids = {f"1d{n:014}" for n in range(1300)}
     contents.connection.zadd(ledger.FAILED + "new", {i: 1000.0 + n // 700 for n, i in enumerate(sorted(ids))})
     rows = [row.id for row in failed.listing(contents.connection)]
     assert len(rows) == 1300

@@ -496,7 +496,7 @@ def test_it_sweeps_until_it_is_stopped(redis_server: RedisServer, contents: Cont
 
 def test_live_reads_every_page_of_a_long_queue(contents: Contents) -> None:
     """A queue longer than a page is seen whole."""
-    ids = [f"id{n:014}" for n in range(2300)]
+    ids = [f"1d{n:014}" for n in range(2300)]
     for message_id in ids:
         contents.enqueue(message_id)
     found = live.read(contents.connection, "new")

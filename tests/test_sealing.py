@@ -245,17 +245,18 @@ def test_bodies_move_and_come_back_sealed(redis_client: redis.Redis, tmp_path: P
     mail = failed.export(redis_client, message_id)
     shown = failed.show(redis_client, message_id)
     record = redis_client.get(ledger.MESSAGE + message_id)
+    folder = archive.folder(tmp_path)
     sealing.use(None)
     Sweeper(redis_client, settings(state_dir=str(tmp_path), failed_max_bytes="0")).sweep()
-    assert (archive.folder(tmp_path) / message_id).read_bytes() == record
+    assert (folder / message_id).read_bytes() == record
     with pytest.raises(LockedRecord):
-        failed.export(redis_client, message_id)
+        failed.export(redis_client, message_id, folder)
     assert failed.show(redis_client, message_id)[0].reply == shown[0].reply
     sealing.use(keys)
-    assert failed.export(redis_client, message_id) == mail
+    assert failed.export(redis_client, message_id, folder) == mail
     assert failed.show(redis_client, message_id) == shown
     sealing.use(None)
-    assert failed.retry(redis_client, [message_id]) == 1
+    assert failed.retry(redis_client, [message_id], folder=folder) == 1
     assert redis_client.get(ledger.MESSAGE + message_id) == record
 
 

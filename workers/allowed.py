@@ -16,7 +16,7 @@ from rq.executions import Execution
 from rq.job import Job, JobStatus
 from rq.results import Result
 
-from workers import jobs
+from workers import jobs, live
 
 _ARGUMENTS = 2  # destination and ids
 
@@ -25,6 +25,10 @@ class DeliveryJob(Job):
     """A job that can call the functions of workers.jobs that are meant for it, and nothing else."""
 
     def restore(self, raw_data: Any) -> None:
+        try:
+            live.unfolded(raw_data.get(b"data", b""))
+        except ValueError:  # RQ would unfold as much as there is
+            raw_data = {**raw_data, b"data": b""}
         super().restore(raw_data)
         self._success_callback_name = self._failure_callback_name = self._stopped_callback_name = None
         self.webhooks = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 from redis.asyncio import Redis
@@ -25,7 +26,9 @@ _TURNS = 2  # fetched alone at once: the first are on their way to the server wh
 class Bodies:
     """Fetches messages for one worker process."""
 
-    def __init__(self, wires: Wires, bulk: Redis) -> None:
+    def __init__(self, wires: Wires, bulk: Redis, folder: Path | None = None) -> None:
+        """``folder`` has the bodies that were moved out of Redis on this host."""
+        self._folder = folder
         self._wires = wires
         self._bulk = bulk
         self._turns = asyncio.Semaphore(_TURNS)
@@ -57,7 +60,7 @@ class Bodies:
             async with self._turns:
                 # A view: a slice of it, the body, is no copy.
                 record = cast("bytes | None", await fetch(self._bulk, ledger.MESSAGE + message_id))
-            message = None if record is None else _unpacked(message_id, record)
+                message = None if record is None else await self._unpacked(message_id, record)
         return message
 
     def at_hand(self, message_id: str) -> Message | None:
@@ -77,11 +80,11 @@ class Bodies:
             for message_id, record in zip(ids, cast("list[bytes | None]", records), strict=True):
                 with contextlib.suppress(BodyElsewhere, MalformedRecord):  # told when its turn comes
                     if record is not None:
-                        self._ahead[message_id] = _unpacked(message_id, record)
+                        self._ahead[message_id] = Message.unpack(record, message_id)
 
-
-def _unpacked(message_id: str, record: bytes) -> Message:
-    try:
-        return Message.unpack(record, message_id)
-    except BodyElsewhere as place:
-        return Message.unpack(archive.fetch(place), message_id)
+    async def _unpacked(self, message_id: str, record: bytes) -> Message:
+        try:
+            return Message.unpack(record, message_id)
+        except BodyElsewhere as place:
+            found = await asyncio.to_thread(archive.fetch, place, message_id, self._folder)
+            return Message.unpack(found, message_id)

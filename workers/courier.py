@@ -20,7 +20,7 @@ from contextlib import suppress
 
 from redis.exceptions import RedisError
 
-from relay import faults, ledger, maillog, metrics, wire
+from relay import archive, faults, ledger, maillog, metrics, wire
 from relay.continuity import warning
 from relay.envelope import BodyElsewhere, Destination, LockedRecord, MalformedRecord, printable
 from relay.ledger import Claim, Heard
@@ -65,7 +65,7 @@ class Courier:
             destination, jobs, self._outbox, settings.retry, failed_ttl=settings.failed.ttl, now=self._now
         )
         self._wires = wire.Wires(self._redis)
-        self._bodies = Bodies(self._wires, self._bulk)
+        self._bodies = Bodies(self._wires, self._bulk, archive.folder(settings.state_dir))
         self._width = Width(destination.connections)
         self._pool = Pool(
             destination,

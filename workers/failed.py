@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, cast
 
 from redis import Redis
@@ -162,15 +163,18 @@ def show(connection: Redis, message_id: str) -> list[FailedDetail]:
     return found
 
 
-def retry(connection: Redis, ids: Collection[str] | None, destination: str | None = None) -> int:
+def retry(
+    connection: Redis, ids: Collection[str] | None, destination: str | None = None, folder: Path | None = None
+) -> int:
     """Have failed copies tried again now, those with these ids or all (None). Returns how many.
 
     As Requeue in rq-dashboard, for many at once: they leave in jobs of a hundred. Each stays in the failed list
-    until its job runs. Raises UnknownId, UnknownDestination.
+    until its job runs. Bodies in files in ``folder`` come back into Redis while it has room; the others
+    are read there by the workers of this host. Raises UnknownId, UnknownDestination.
     """
     count = 0
     for target, batch in _selected(connection, ids, destination):
-        archive.restore(connection, batch)
+        archive.restore(connection, batch, folder)
         queue = dispatch.queue(connection, target.name)
         before = ledger.owners(connection, target.name, batch, failed=True)
         with connection.pipeline(transaction=True) as pipe:
@@ -223,7 +227,7 @@ def drop(connection: Redis, ids: Collection[str] | None, destination: str | None
     return sum(_drop(connection, target.name, batch) for target, batch in _selected(connection, ids, destination))
 
 
-def export(connection: Redis, message_id: str) -> bytes:
+def export(connection: Redis, message_id: str, folder: Path | None = None) -> bytes:
     """Return a message as it was before SMTP stuffed its dots, with our Received line.
 
     Raises UnknownId, and BodyElsewhere when its body was moved to a file on another host.
@@ -231,7 +235,7 @@ def export(connection: Redis, message_id: str) -> bytes:
     try:
         body = reading.message(connection, message_id).body
     except BodyElsewhere as place:
-        body = Message.unpack(archive.fetch(place), message_id).body
+        body = Message.unpack(archive.fetch(place, message_id, folder), message_id).body
     return re.sub(rb"(\A|\r\n)\.", rb"\1", body)  # RFC 5321 4.5.2; only CRLF ends a line
 
 

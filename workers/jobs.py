@@ -15,7 +15,12 @@ from typing import Protocol
 
 from rq import get_current_job
 
+from relay.ids import are_ids
+
 ALLOWED = frozenset({"deliver"})  # all that a job may call here
+
+
+_MOST = 10_000  # copies in a job: what workers.batch allows
 
 
 class Refused(RuntimeError):
@@ -72,7 +77,7 @@ def deliver(destination: str, ids: list[str]) -> Future[None]:
     (bound,) = _bound
     if destination != bound.destination:
         raise Refused(f"this worker serves {bound.destination}, not {destination!r}")
-    if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
-        raise Refused("ids must be a list of strings")
+    if not are_ids(ids) or not 0 < len(ids) <= _MOST:
+        raise Refused(f"ids must be a list of message ids, at most {_MOST}")
     job = get_current_job()
     return asyncio.run_coroutine_threadsafe(bound.courier.deliver(job.id if job else "", ids), bound.loop)

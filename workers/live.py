@@ -19,7 +19,9 @@ from rq import Queue
 from rq.worker import BaseWorker
 
 from relay import dispatch, ledger, reading
+from relay.ids import are_ids
 
+_LONGEST = 1 << 20  # octets of the call of a job
 _PAGE = 1000
 _JOB = "rq:job:"
 _EXECUTION = "rq:execution:"
@@ -130,14 +132,22 @@ def _add(connection: Redis, live: Live, jobs: Sequence[str]) -> int:
 def _ids(data: bytes | None) -> list[str]:
     """Read the call of a job: zlib over JSON ``[function, instance, arguments, keywords]``."""
     try:
-        function, _, (_, ids), _ = json.loads(zlib.decompress(data or b""))
-    except (ValueError, TypeError, zlib.error):
+        function, _, (_, ids), _ = json.loads(unfolded(data or b""))
+    except (ValueError, TypeError, RecursionError):
         return []
-    return ids if function == dispatch.FUNCTION and _are_ids(ids) else []
+    return ids if function == dispatch.FUNCTION and are_ids(ids) else []
 
 
-def _are_ids(ids: Any) -> bool:
-    return isinstance(ids, list) and set(map(type, ids)) <= {str}
+def unfolded(data: bytes) -> bytes:
+    """Return the call of a job; no more is made of it than one of ours can have. Raises ValueError."""
+    unfolding = zlib.decompressobj()
+    try:
+        call = unfolding.decompress(data, _LONGEST)
+    except zlib.error as error:
+        raise ValueError("it cannot be unfolded") from error
+    if not unfolding.eof:
+        raise ValueError("it is cut off, or too long")
+    return call
 
 
 def _dead(connection: Redis, started: Sequence[str]) -> set[str]:

@@ -15,7 +15,7 @@ from loguru import logger
 from redis import Redis
 from redis.exceptions import RedisError
 
-from relay import ledger, maillog
+from relay import archive, ledger, maillog
 from relay.settings import Settings
 from workers.sweep import Finding, Report, Sweeper
 
@@ -27,6 +27,7 @@ _FIRST = 5.0
 _LEASE = 200  # seconds of the lock, more than any pause
 _RENEW = 15.0
 _KEPT = 100  # findings that a regular sweep keeps for its report
+_LOOK = 5.0  # seconds between two looks at the memory of Redis
 _PAUSE = 5.0  # seconds between the two sweeps of a verification
 
 
@@ -45,7 +46,7 @@ def keep_reconciling(
     lock = _Lock(connection, name, stop)
     sweeper = Sweeper(connection, settings, lock.renew)
     pause = min(_FIRST, every)
-    while not stop.wait(pause):
+    while not _wait(connection, sweeper, lock, stop, pause):
         pause = every
         try:
             lock.take()
@@ -66,6 +67,26 @@ def keep_reconciling(
         logger.warning("reconciler: its lock ends by itself: {}", error)
 
 
+def _wait(connection: Redis, sweeper: Sweeper, lock: _Lock, stop: threading.Event, seconds: float) -> bool:
+    """Wait until the next sweep; returns whether to stop. A Redis that fills up meanwhile is relieved at once."""
+    until = time.monotonic() + seconds
+    is_worth_it = lock.is_ours
+    while (left := until - time.monotonic()) > 0:
+        if stop.wait(min(left, _LOOK)):
+            return True
+        if not is_worth_it or until - time.monotonic() <= 0:
+            continue
+        try:
+            if archive.is_pressed(connection):
+                moved = sweeper.relieve()
+                maillog.notice("info", "Redis is filling up: failed bodies moved to disk", count=moved)
+                is_worth_it = moved > 0  # or there are none left that could
+            lock.renew()
+        except (_Interrupted, RedisError):
+            is_worth_it = False  # the next sweep finds out why
+    return stop.is_set()
+
+
 class _Lock:
     """The lease of the process that sweeps. Two may hold it for a moment when it changes hands, which does no harm."""
 
@@ -75,10 +96,16 @@ class _Lock:
         self._stop = stop
         self._renewed = float("-inf")
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether it was ours when it was last looked at, and not for too long ago."""
+        return time.monotonic() - self._renewed < _LEASE
+
     def take(self) -> None:
         """Take the lock or renew it. Raises _Interrupted when another process has it."""
         if not self._connection.set(ledger.RECONCILER, self._name, nx=True, ex=_LEASE):
             if self._connection.get(ledger.RECONCILER) != self._name.encode():
+                self._renewed = float("-inf")
                 raise _Interrupted
             self._connection.expire(ledger.RECONCILER, _LEASE)
         self._renewed = time.monotonic()

@@ -139,14 +139,21 @@ class Sweeper:
             fewer = merging.merge(self._connection, name, found.queued_jobs, self._tick)
             self._report.add("many small jobs", "", name, f"{fewer} jobs fewer")
 
+    def relieve(self) -> int:
+        """Move failed bodies to disk now if Redis is filling up. Returns how many. Raises RedisError."""
+        self._report = Report(0)
+        self._move_bodies()
+        return self._report.counts["failed body moved"]
+
     def _move_bodies(self) -> None:
-        """Keep the bodies of failed copies in Redis within failed.max_bytes."""
+        """Keep the bodies of failed copies in Redis within failed.max_bytes, and out of it while it is filling up."""
         where = archive.folder(self._settings.state_dir)
+        reason = "failed body moved" if archive.is_pressed(self._connection) else "failed.max_bytes exceeded"
         try:
             for message_id, path in archive.move_excess(
                 self._connection, where, self._settings.failed.max_bytes, self._tick
             ):
-                self._report.add("failed.max_bytes exceeded", message_id, "", f"body moved to {path}")
+                self._report.add(reason, message_id, "", f"body moved to {path}")
             archive.forget_delivered(self._connection, where)
         except OSError as error:
             maillog.notice("error", "failed bodies cannot be moved", folder=str(where), reason=str(error))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from redis import Redis
 
-from relay import ledger
+from relay import archive, ledger
 from relay.command import prompt
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, Misuse
@@ -73,7 +73,7 @@ def retry(
     wanted = _wanted(ids, everything)
     with ledger_of(settings) as connection:
         before = failed.attempts(connection, wanted, destination) if wait else {}
-        count = failed.retry(connection, wanted, destination)
+        count = failed.retry(connection, wanted, destination, archive.folder(settings.state_dir))
         out.count("retried", count, "{} will be tried again now.")
         if not wait:
             return WELL
@@ -145,7 +145,7 @@ def export(settings: Settings, id: str) -> int:  # noqa: A002 - as the argument 
     """Write a failed message to standard output, byte for byte."""
     with ledger_of(settings) as connection:
         failed.show(connection, id)  # or it is not failed
-        content = failed.export(connection, id)
+        content = failed.export(connection, id, archive.folder(settings.state_dir))
     sys.stdout.buffer.write(content)
     sys.stdout.buffer.flush()
     return WELL

@@ -1,0 +1,94 @@
+"""Folders and files of ours: opened by their names alone, below a folder that is nobody else's, and no link followed.
+
+A folder that others may write to is closed to them; one that belongs to another user is refused. A file that another
+user put there is theirs: it is left where it is. Both are a Foreign, an OSError whose text says whose it is. Root's are
+as good as ours; when we are root, so are those of whoever owns the state folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from pathlib import Path
+
+from relay import maillog
+
+_trusted = {0}
+
+
+class Foreign(OSError):
+    """A folder or file that belongs to another user, or is no file at all."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        super().__init__(errno.EPERM, text, str(path))
+
+
+def trust(state_dir: Path) -> None:
+    """Take the owner of the state folder for one of us, when we are root: a command may be run as root."""
+    if os.geteuid() == 0 and state_dir.is_dir():
+        _trusted.add(state_dir.stat().st_uid)
+
+
+def is_ours(uid: int) -> bool:
+    """Say whether what this user owns may be believed."""
+    return uid == os.geteuid() or uid in _trusted
+
+
+def folder(path: Path) -> None:
+    """Make a folder that is open to nobody else, or close it. Raises Foreign, OSError."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.stat()
+    if not is_ours(found.st_uid):
+        raise Foreign(path, f"it belongs to user {found.st_uid}: chown it to the user of this service, or name another")
+    # Group and others may be let in by a mount that root owns; who else owns it is closed to them.
+    if found.st_mode & 0o022 and (found.st_uid != 0 or os.geteuid() == 0):
+        path.chmod(found.st_mode & 0o7700)
+        mode = f"{found.st_mode & 0o7777:04o}"
+        maillog.notice("warning", "a folder that others could write to is closed", folder=path, mode=mode)
+    elif found.st_mode & 0o002:
+        raise Foreign(path, "everybody may write to it: chmod 700")
+
+
+def read(where: Path, name: str, size: int | None = None) -> bytes:
+    """Return what is in a file of ours below a folder. Raises Foreign, OSError, FileNotFoundError.
+
+    With ``size`` at most one octet more is read: what is longer is not what it says.
+    """
+    if not name or "/" in name or "\0" in name or name in {".", ".."}:
+        raise Foreign(where, "no name of a file")
+    directory = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise Foreign(where / name, "it is a symbolic link") from error
+        raise
+    finally:
+        os.close(directory)
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise Foreign(where / name, "it is no file")
+        if not is_ours(found.st_uid):
+            raise Foreign(where / name, f"it belongs to user {found.st_uid}")
+        return file.read() if size is None else file.read(size + 1)
+
+
+def write(where: Path, name: str, data: bytes) -> None:
+    """Put a file into a folder of ours, on stable storage. Raises OSError."""
+    directory = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    temporary = f"{name}.tmp"
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=directory)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(temporary, flags, 0o600, dir_fd=directory), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+        os.fsync(directory)
+    finally:
+        os.close(directory)
