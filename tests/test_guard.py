@@ -95,3 +95,24 @@ def test_no_other_site_acts_for_who_has_it(headers: dict[str, str], method: str)
 def test_no_change_by_get(path: str) -> None:
     """An image on some page is a GET: it changes nothing."""
     assert ask(path, **RIGHT) == 405
+
+
+def test_guessing_is_slow_and_in_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ten wrong passwords of an address, and it is turned away for a minute, with a line; others are not."""
+
+    def app(_environ: Any, start_response: Any) -> list[bytes]:
+        start_response("200 OK", [])
+        return [b"shown"]
+
+    one = guard.Guard(app, "admin", "secret", None)
+
+    def try_from(address: str, headers: dict[str, str]) -> int:
+        said: list[str] = []
+        environ = {"PATH_INFO": "/", "REQUEST_METHOD": "GET", "REMOTE_ADDR": address, **headers}
+        one(environ, lambda status, _headers: said.append(status))
+        return int(said[0][:3])
+
+    assert [try_from("192.0.2.1", _basic(b"admin:%d" % n)) for n in range(12)] == [401] * 10 + [429] * 2
+    assert try_from("192.0.2.1", RIGHT) == 429
+    assert try_from("192.0.2.2", RIGHT) == 200
+    assert capsys.readouterr().err.count("10 wrong passwords from '192.0.2.1'") == 1
