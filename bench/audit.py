@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from bench import numbered
 from bench.disturbances import Disturbance
-from relay.envelope import made_at
+from relay.mail.ids import made_at
 
 _EXPLAIN = ("may repeat", "uncertain", "uncertain copied", "requeued")
 _FAULTS = ("copy lost", "body missing", "session error", "task failed", "outcomes lost", "unreadable message")

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from product import Product
+from support.product import Product
 
 _STARTED = re.compile(rb'"event": "(\S+) started as process (\d+)"')
 _PATIENCE = 30.0

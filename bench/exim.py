@@ -12,8 +12,8 @@ import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 
-from lifetime import Daemon
-from waiting import free_port, wait_until
+from support.lifetime import Daemon
+from support.waiting import free_port, wait_until
 
 _CONFIGURATION = """
 exim_path = {program}

@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bench import programs
-from lifetime import tied
-from waiting import free_port, wait_until
+from support.lifetime import tied
+from support.waiting import free_port, wait_until
 
 _PLUGIN = """
 exports.hook_connect = (next, connection) => {{ connection.relaying = true; next(); }};

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from relay import embedded
+from relay.redisio import embedded
 
 _FSYNCS = 100
 

@@ -26,10 +26,10 @@ from bench import ROOT, programs
 from bench.audit import Arrivals
 from bench.numbered import message
 from bench.results import Goal
-from lifetime import tied
-from product import Product
-from relay import ledger
-from waiting import free_port, wait_until
+from relay.ledger import keys
+from support.lifetime import tied
+from support.product import Product
+from support.waiting import free_port, wait_until
 
 _AS_SHIPPED = {"smtp.processes": "0", "log.level": "warning", "log.format": "text", "spool.min_free": "1G"}
 _EXTRA = 600  # octets for a copy that does not compress
@@ -133,7 +133,7 @@ class Outage:
         pipe.flush()
 
     def _wait_for_pending(self, count: int) -> None:
-        key = ledger.PENDING + self._backup
+        key = keys.PENDING + self._backup
         wait_until(lambda: self._client.zcard(key) == count, 1800, lambda: f"{self._client.zcard(key)} pending", 0.05)
 
     def _memory(self) -> int:

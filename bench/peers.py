@@ -14,13 +14,13 @@ from pathlib import Path
 
 import redis
 
-import postfix_instance
 from bench import exim, haraka, programs, usage
-from load import SmtpSink
-from postfix_instance import PostfixInstance
-from product import Product
-from relay import ledger
-from waiting import free_port
+from relay.ledger import keys
+from support import postfix_instance
+from support.load import SmtpSink
+from support.postfix_instance import PostfixInstance
+from support.product import Product
+from support.waiting import free_port
 
 # `up` as an operator has it: the harness's own choices undone.
 _AS_SHIPPED = {"smtp.processes": "0", "log.level": "info", "log.format": "text", "spool.min_free": "1G"}
@@ -92,16 +92,16 @@ def smtp_dup(
 def _pending(client: redis.Redis, names: list[str]) -> int:
     with client.pipeline(transaction=False) as pipe:
         for name in names:
-            pipe.zcard(ledger.PENDING + name)
+            pipe.zcard(keys.PENDING + name)
         return sum(pipe.execute())
 
 
 def _faults(client: redis.Redis, product: Product, names: list[str]) -> list[str]:
     with client.pipeline(transaction=False) as pipe:
-        pipe.zcard(ledger.STAGED)
-        pipe.zcard(ledger.UNCERTAIN)
+        pipe.zcard(keys.STAGED)
+        pipe.zcard(keys.UNCERTAIN)
         for name in names:
-            pipe.zcard(ledger.FAILED + name)
+            pipe.zcard(keys.FAILED + name)
         staged, uncertain, *failed = pipe.execute()
     found = {
         "staged": staged,

@@ -9,8 +9,8 @@ import sys
 from contextlib import ExitStack
 
 from bench import ROOT
-from lifetime import tied
-from waiting import wait_until
+from support.lifetime import tied
+from support.waiting import wait_until
 
 
 def start(stack: ExitStack, module: str, *words: str, port: int, told: bool = False) -> subprocess.Popen[bytes]:

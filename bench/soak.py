@@ -28,9 +28,10 @@ import redis
 
 from bench import audit, programs
 from bench.disturbances import Disturbance, Disturber, Server
-from product import Product
-from relay import ledger, spool
-from waiting import free_port
+from relay.ledger import changes, keys
+from relay.spool import writer
+from support.product import Product
+from support.waiting import free_port
 
 SETTINGS = {
     "smtp.processes": "2",
@@ -41,7 +42,7 @@ SETTINGS = {
     "relay.final_timeout_seconds": "8",
     "relay.uncertain_hold": "3",
     "redis.timeout_seconds": "2",
-    "workers.sweep": "5",
+    "workers.upkeep.sweep": "5",
 }
 _CALM_SECONDS = (10.0, 5.0)  # until what was disturbed is past, and of mail after that
 # What a copy may take that has lost its job and whose lease has not ended: that, and what two sweeps and a retry take.
@@ -166,10 +167,10 @@ class Soak:
         found = Counter(f"{row['finding']}: {row['action']}" for row in self.product.json("queue", "verify"))
         faults += [f"queue verify found something at the end: {count} {what}" for what, count in found.items()]
         with redis.Redis.from_url(self.product.redis_url) as connection:
-            bodies = {key.decode().removeprefix(ledger.MESSAGE) for key in connection.scan_iter(ledger.MESSAGE + "*")}
+            bodies = {key.decode().removeprefix(keys.MESSAGE) for key in connection.scan_iter(keys.MESSAGE + "*")}
         bodies -= {str(row["id"]) for row in self.failed}
         faults += [f"{len(bodies)} bodies that nobody lists: {' '.join(sorted(bodies)[:10])}"] if bodies else []
-        corrupt = spool.summary(self.product.state_dir / "spool").corrupt
+        corrupt = writer.summary(self.product.state_dir / "spool").corrupt
         halves = "half-written files, whose clients got no 2xx, are set aside in the spool"
         self.findings.update({halves: corrupt} if corrupt else {})
         if (status := self.product.stop()) != 0:
@@ -180,12 +181,12 @@ class Soak:
         """Return what is not yet where it belongs."""
         try:
             with redis.Redis.from_url(self.product.redis_url) as connection:
-                left = {f"pending for {row.destination}": row.pending for row in ledger.summary(connection)}
-                left["staged"] = connection.zcard(ledger.STAGED)
-                left["uncertain"] = connection.zcard(ledger.UNCERTAIN)
+                left = {f"pending for {row.destination}": row.pending for row in changes.summary(connection)}
+                left["staged"] = connection.zcard(keys.STAGED)
+                left["uncertain"] = connection.zcard(keys.UNCERTAIN)
         except redis.RedisError as error:
             return {f"Redis: {error}": 1}
-        left["in the spool"] = spool.summary(self.product.state_dir / "spool").messages
+        left["in the spool"] = writer.summary(self.product.state_dir / "spool").messages
         return {name: count for name, count in left.items() if count}
 
 

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import load
+from support import load
 
 
 @dataclass(frozen=True, slots=True)

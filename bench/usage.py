@@ -10,7 +10,7 @@ from typing import Self
 
 import psutil
 
-from product import Product
+from support.product import Product
 
 MB = 1e6
 

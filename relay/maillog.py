@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from loguru import logger
 
 from relay import log_output
-from relay.envelope import Envelope, Reply, printable
+from relay.mail.envelope import Envelope
+from relay.mail.reply import Reply
+from relay.mail.text import printable
 
 if TYPE_CHECKING:
     from loguru import Message as LogMessage

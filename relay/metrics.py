@@ -6,9 +6,9 @@ read at scrape time, in status.py. Updating a metric never fails a message.
 
 from prometheus_client import Counter, Histogram, values
 
-from relay import log_output, tallies
+from relay import log_output, metric_store
 
-values.ValueClass = tallies.Value  # before the first of them is made
+values.ValueClass = metric_store.Value  # before the first of them is made
 
 connections = Counter("smtpdup_connections_total", "Client connections taken")
 connections_refused = Counter("smtpdup_connections_refused_total", "Client connections turned away at once")

@@ -14,16 +14,14 @@ from typing import Any
 import pytest
 import redis
 
-import exim_instance
-import load
-import postfix_instance
-from certificates import Certificate
-from load import SmtpSink
-from postfix_instance import PostfixInstance
-from product import Product
-from redis_servers import RedisServer
-from relay import sealing
-from scripted_server import ScriptedServer
+from relay.mail import encryption
+from support import exim_instance, load, postfix_instance
+from support.certificates import Certificate
+from support.load import SmtpSink
+from support.postfix_instance import PostfixInstance
+from support.product import Product
+from support.redis_servers import RedisServer
+from support.scripted_server import ScriptedServer
 
 # Files whose tests put the whole machine under load: never two of them at once.
 _DEMANDING = ("test_failover", "test_soak", "test_hosts", "test_overload", "test_power_loss")
@@ -60,10 +58,10 @@ def sealed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """With --sealed a key file for the tests' own process and for every Product; without it nothing."""
     if request.config.getoption("--sealed"):
         path = tmp_path_factory.mktemp("keys") / "keys"
-        sealing.add_key(path)
-        sealing.use(path)
+        encryption.add_key(path)
+        encryption.use(path)
     yield
-    sealing.use(None)
+    encryption.use(None)
 
 
 @pytest.fixture(scope="session")

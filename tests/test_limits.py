@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from redis.exceptions import ConnectionError as NoConnection
 
-from dialogue import Dialogue
-from product import Product
-from redis_servers import RedisServer
 from relay import limits
-from relay.spool import Spool
-from scripted_server import ScriptedServer
-from waiting import wait_until
+from relay.spool.writer import Spool
+from support.dialogue import Dialogue
+from support.product import Product
+from support.redis_servers import RedisServer
+from support.scripted_server import ScriptedServer
+from support.waiting import wait_until
 
 Make = Callable[..., Product]
 

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import pytest
 
-from lifetime import tied
-from product import Product
 from relay import log_output
 from relay.log_output import Output
-from scripted_server import ScriptedServer
-from waiting import wait_until
+from support.lifetime import tied
+from support.product import Product
+from support.scripted_server import ScriptedServer
+from support.waiting import wait_until
 
 Make = Callable[..., Product]
 LINE = "x" * 199 + "\n"

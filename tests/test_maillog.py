@@ -11,7 +11,7 @@ import pytest
 from loguru import logger
 
 from relay import maillog
-from relay.envelope import Reply
+from relay.mail.reply import Reply
 
 # Ends of lines of every sort, terminal sequences (C0 and C1), text that runs backwards, and octets that are no UTF-8.
 FOUL = "x\r\n2026-01-01T00:00:00.000+00:00 INFO relay-1 accepted id=1\u2028\x85\x1b[2J\x9b31m\u202e\x07\udcff\0y"

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from rq import get_current_job
 
-from relay.ids import are_ids
+from relay.mail.ids import are_ids
 
 ALLOWED = frozenset({"deliver"})  # all that a job may call here
 

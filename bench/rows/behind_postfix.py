@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import postfix_instance
 from bench import content, peers
 from bench.course import Course
 from bench.peers import Peer
 from bench.results import Row
 from bench.rows import throughput
 from bench.source import Load
-from postfix_instance import PostfixInstance
+from support import postfix_instance
+from support.postfix_instance import PostfixInstance
 
 _BEHIND, _ALONE = "Postfix, then smtp-dup", "Postfix straight to the primary"
 

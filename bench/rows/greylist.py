@@ -9,7 +9,7 @@ from bench import client, content, peers, programs
 from bench.client import Stream
 from bench.course import Course
 from bench.results import Curve, Goal, Row, percentile
-from waiting import free_port
+from support.waiting import free_port
 
 _PATIENCE = 120.0
 

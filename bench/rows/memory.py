@@ -9,7 +9,7 @@ from bench import client, content, peers, usage
 from bench.course import Course, Stage
 from bench.peers import Peer
 from bench.results import Goal, Row
-from waiting import wait_until
+from support.waiting import wait_until
 
 _GATHER = 20.0  # seconds for which clients wait for each other before they end their message
 _PER_OCTET, _BASE = 2.5, 80e6

@@ -19,12 +19,15 @@ import redis
 from bench import ROOT, content
 from bench.course import Course, Stage
 from bench.results import Goal, Row
-from redis_servers import RedisServer
-from relay import continuity, dispatch, ledger
-from relay.envelope import Destination, Envelope, IdSource, Message, Recipient
-from relay.ledger import Released, Staged
-from relay.settings import load
-from workers.sweep import Sweeper
+from relay.config.loader import load
+from relay.ledger import changes, continuity, keys, rq_jobs
+from relay.ledger.changes import Released, Staged
+from relay.mail.destination import Destination
+from relay.mail.envelope import Envelope, Recipient
+from relay.mail.ids import IdSource
+from relay.mail.record import Message
+from support.redis_servers import RedisServer
+from workers.upkeep.sweep import Sweeper
 
 _NAME = "new"
 _BODY = 512  # octets; what is in a body changes nothing here
@@ -59,7 +62,7 @@ def run(course: Course) -> Row:
         stage.step("queue summary")
         _sweep(stage, row, client, server, count)
         stage.step("sweeps of the reconciler")
-        left = client.zcard(ledger.PENDING + _NAME)
+        left = client.zcard(keys.PENDING + _NAME)
         if left != count:
             stage.fault(f"{left} copies are pending, not {count}")
     return row
@@ -101,10 +104,10 @@ def _cycle(client: redis.Redis, messages: Iterator[Staged], batches: int) -> dic
     Redis's clock runs on while another process has its core: the lower quartile of many short parts counts.
     """
     acts: dict[str, Callable[[Any, list[Staged]], None]] = {
-        "stage": ledger.stage,
-        "release": lambda pipe, batch: ledger.release(pipe, _released(batch)),
-        "claim": lambda pipe, batch: ledger.claim(pipe, _NAME, "job", "worker", 60, [m.id for m in batch]),
-        "settle": lambda pipe, batch: ledger.settle(pipe, _NAME, [m.id for m in batch]),
+        "stage": changes.stage,
+        "release": lambda pipe, batch: changes.release(pipe, _released(batch)),
+        "claim": lambda pipe, batch: changes.claim(pipe, _NAME, "job", "worker", 60, [m.id for m in batch]),
+        "settle": lambda pipe, batch: changes.settle(pipe, _NAME, [m.id for m in batch]),
     }
     each = max(1, batches // _PARTS)
     costs: dict[str, list[tuple[float, float]]] = {phase: [] for phase in _PHASES}
@@ -133,16 +136,16 @@ def _fill(client: redis.Redis, messages: Iterator[Staged], count: int, row: Row)
     jobs: list[list[str]] = []
     for start in range(0, count, _FILL):
         batch = _take(messages, min(_FILL, count - start))
-        _transaction(client, lambda pipe, batch=batch: ledger.stage(pipe, batch))  # type: ignore[misc]
-        _transaction(client, lambda pipe, batch=batch: ledger.release(pipe, _released(batch)))  # type: ignore[misc]
+        _transaction(client, lambda pipe, batch=batch: changes.stage(pipe, batch))  # type: ignore[misc]
+        _transaction(client, lambda pipe, batch=batch: changes.release(pipe, _released(batch)))  # type: ignore[misc]
         ids = [m.id for m in batch]
         jobs += [ids[n : n + _JOB] for n in range(0, len(ids), _JOB)]
     copies = client.info("memory")["used_memory"]
-    queue = dispatch.queue(client, _NAME)
+    queue = rq_jobs.queue(client, _NAME)
     for start in range(0, len(jobs), _FILL):
         with client.pipeline(transaction=True) as pipe:
             for ids in jobs[start : start + _FILL]:
-                dispatch.enqueue(pipe, queue, _NAME, ids)
+                rq_jobs.enqueue(pipe, queue, _NAME, ids)
             pipe.execute()
     after = client.info("memory")["used_memory"]
     octets = sum(map(len, next(messages).record))
@@ -180,7 +183,7 @@ def _compare(row: Row, empty: dict[str, tuple[float, float]], full: dict[str, tu
 def _summary(row: Row, client: redis.Redis, count: int) -> None:
     client.config_resetstat()
     begun = time.perf_counter()
-    (found,) = ledger.summary(client)
+    (found,) = changes.summary(client)
     waited = 1000 * (time.perf_counter() - begun)
     spent = sum(s["usec"] for name, s in client.info("commandstats").items() if "config" not in name) / 1000
     if found.pending != count:

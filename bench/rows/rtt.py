@@ -8,7 +8,7 @@ from bench.peers import Peer
 from bench.results import Goal, Row
 from bench.rows import throughput
 from bench.source import Load
-from waiting import free_port
+from support.waiting import free_port
 
 _MS = 100
 

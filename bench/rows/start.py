@@ -8,7 +8,7 @@ import time
 from bench import peers
 from bench.course import Course
 from bench.results import Goal, Row
-from product import Product
+from support.product import Product
 
 _PATIENCE = 60.0
 

@@ -17,7 +17,7 @@ import sys
 import urllib.error
 import urllib.request
 
-from relay.settings import SettingsError, load
+from relay.config.loader import SettingsError, load
 
 _SECONDS = 8.0
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  (where such a listener is found)

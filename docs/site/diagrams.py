@@ -8,6 +8,7 @@ the reader's system; they are narrow, so that a phone shows their words in a rea
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -184,12 +185,43 @@ def bars(title: str, rows: list[tuple[str, list[float]]]) -> Picture:
     return p
 
 
+_ROOMS = {  # what each room is for; their floors are the contract in pyproject.toml
+    "relay.command": "the command smtp-dup",
+    "relay.demo": "smtp-dup demo",
+    "relay.daemon": "processes, supervisor",
+    "relay.server": "one relay process",
+    "relay.monitoring": "health, metrics, probes",
+    "workers": "delivery of the copies",
+    "relay.smtpd": "the client's side, MAIL to dot",
+    "relay.spool": "messages as files",
+    "relay.ledger": "every key, every change of a copy",
+    "relay.redisio": "Redis as a server",
+    "relay.client": "the other servers' side",
+    "relay.config": "options, settings",
+    "relay.mail": "values: reply, envelope, record",
+}
+
+
+def rooms() -> Picture:
+    """The packages, floor by floor: each imports only what is below it."""
+    contracts = tomllib.loads((PAGES.parent / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    floors = [layer.split(" | ") for layer in contracts["contracts"][0]["layers"]]
+    p = Picture(480, 54 * len(floors) + 8, "The rooms of smtp-dup; each imports only what is below it")
+    for number, floor in enumerate(floors):
+        width = 464 / len(floor)
+        for place, name in enumerate(floor):
+            look = "frame" if name.startswith("workers") else "box"
+            p.box(8 + place * width, 8 + 54 * number, width - 8 * (len(floor) > 1), 44, name, _ROOMS[name], look=look)
+    return p
+
+
 def pictures() -> dict[str, str]:
     """Return every picture by its file's name."""
     rows = measured()
     return {
         "overview.svg": str(overview()),
         "phases.svg": str(phases()),
+        "rooms.svg": str(rooms()),
         "throughput.svg": str(bars("Messages a second", [(name, rates) for name, rates, _ in rows])),
         "processor-time.svg": str(bars("Milliseconds a message", [(name, times) for name, _, times in rows])),
     }

@@ -1,4 +1,4 @@
-"""The tables of docs/configuration.md and docs/environment.md, and the manual page, written from relay/options.py.
+"""The tables of docs/configuration.md and docs/environment.md, and the manual page, from relay/config/options.py.
 
 `python docs/site/reference.py` writes them anew, the tables between the two comments that mark each; a test fails while
 they differ. Everything else on these pages is written by hand. The manual page is in docs/site/smtp-dup.1, from where
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from relay.command import manual
-from relay.options import BACKUP_FIELDS, OPTIONS, SECTIONS, Option
+from relay.config.options import BACKUP_FIELDS, OPTIONS, SECTIONS, Option
 
 PAGES = Path(__file__).parents[1]
 MANUAL = Path(__file__).with_name("smtp-dup.1")
@@ -65,7 +65,7 @@ TABLES = {"options": options, "backup-fields": backup_fields, "variables": varia
 
 
 def renew(page: str) -> str:
-    """Return a page with each of its tables as relay/options.py has it now."""
+    """Return a page with each of its tables as relay/config/options.py has it now."""
     for name, table in TABLES.items():
         begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
         text = "\n".join((begin, *table(), "", end))

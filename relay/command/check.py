@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 
-from relay import embedded, ledger, maillog
-from relay.check import Finding, probe_all
+from relay import maillog
 from relay.command.connection import ledger_of
 from relay.command.exit_status import CANNOT_SAY, NO, WELL, CannotSay, Trouble
 from relay.command.output import GREEN, RED, Column, Output, as_object
-from relay.settings import Settings, describe
+from relay.config.loader import Settings, describe
+from relay.ledger import changes
+from relay.monitoring.probes import Finding, probe_all
+from relay.redisio import embedded
 
 _SETTINGS = [
     Column("option", lambda r: r.key),
@@ -66,7 +68,7 @@ def _left_behind(settings: Settings) -> Iterator[Finding]:
         return
     configured = {backup.name for backup in settings.backups}
     with ledger_of(settings) as connection:
-        rows = ledger.summary(connection)
+        rows = changes.summary(connection)
     for row in rows:
         if row.destination not in configured and (row.pending or row.failed):
             left = f"no backup any more, but {row.pending} copies wait and {row.failed} have failed"

@@ -185,19 +185,20 @@ def _look(given: Given, what: str, add: Callable[[str], Any]) -> None:
         if what == DESTINATION:
             for backup in settings.backups:
                 add(backup.name)
-        from relay import embedded, ledger  # noqa: PLC0415  (redis-py: 0.1 s, which other completions do not take)
-        from relay.redis_clients import sync_client  # noqa: PLC0415
+        from relay.ledger import keys as ledger_keys  # noqa: PLC0415  (redis-py: 0.1 s, which other completions do not take)
+        from relay.redisio import embedded  # noqa: PLC0415  (redis-py: 0.1 s, which other completions do not take)
+        from relay.redisio.clients import sync_client  # noqa: PLC0415  (redis-py)
 
         server = settings.redis if settings.redis.url else settings.redis.at(embedded.url(settings.state_dir))
         if not settings.redis.url and not embedded.socket_path(settings.state_dir).exists():
             return
         with sync_client(server, _ANSWER_SECONDS, retries=0) as connection:
-            destinations = [name.decode() for name in connection.hkeys(ledger.DESTINATIONS)]
+            destinations = [name.decode() for name in connection.hkeys(ledger_keys.DESTINATIONS)]
             if what == DESTINATION:
                 for name in sorted(destinations):
                     add(name)
                 return
-            key = ledger.FAILED if what == FAILED_ID else ledger.PENDING
+            key = ledger_keys.FAILED if what == FAILED_ID else ledger_keys.PENDING
             for message_id in _ids(connection, [key + name for name in destinations]):
                 add(message_id)
 

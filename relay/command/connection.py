@@ -13,12 +13,14 @@ from redis.exceptions import AuthenticationError, BusyLoadingError
 from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import TimeoutError as NoAnswer
 
-from relay import embedded, maillog, sealing
+from relay import maillog
 from relay.command.exit_status import CannotSay, Trouble
-from relay.envelope import bound
-from relay.redis_clients import sync_client
-from relay.settings import Settings
-from relay.text import printable
+from relay.config.loader import Settings
+from relay.mail import encryption
+from relay.mail.record import bound
+from relay.mail.text import printable
+from relay.redisio import embedded
+from relay.redisio.clients import sync_client
 
 _PATIENCE = 30.0  # seconds for one answer, once it has answered at all: an operator can wait for a busy one
 
@@ -28,9 +30,9 @@ def ledger_of(settings: Settings) -> Iterator[Redis]:
     """Connect to the Redis with the ledger, ready to read what is stored there. Raises CannotSay, Trouble."""
     maillog.configure("warning")  # a command's words are its output
     try:
-        sealing.use(settings.storage.key_file)
+        encryption.use(settings.storage.key_file)
         bound(settings.smtp.max_message_bytes)
-    except sealing.BadKeyFile as error:
+    except encryption.BadKeyFile as error:
         raise Trouble(f"storage.key_file: {error}") from error
     server = settings.redis if settings.redis.url else settings.redis.at(embedded.url(settings.state_dir))
     try:

@@ -6,10 +6,10 @@ import getpass
 import sys
 from pathlib import Path
 
-from relay import sealing
 from relay.command.exit_status import WELL, Trouble
-from relay.text import printable
-from relay.users import hash_password as hashed
+from relay.mail import encryption
+from relay.mail.text import printable
+from relay.smtpd.passwords import hash_password as hashed
 
 
 def hash_password() -> int:
@@ -29,11 +29,11 @@ def hash_password() -> int:
 def new_key(file: str | None) -> int:
     """Write a new key to a file, in front of those in it, or to standard output."""
     if file is None:
-        sys.stdout.write(sealing.new_key() + "\n")
+        sys.stdout.write(encryption.new_key() + "\n")
         return WELL
     try:
-        ids = sealing.add_key(Path(file))
-    except sealing.BadKeyFile as error:
+        ids = encryption.add_key(Path(file))
+    except encryption.BadKeyFile as error:
         raise Trouble(str(error)) from error
     sys.stdout.write(f"key {ids[0]} seals from the next start or SIGHUP; {len(ids)} in {printable(file)}\n")
     return WELL

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from redis import Redis
 
-from relay import archive, ledger
 from relay.command import prompt
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, Misuse
 from relay.command.output import GREEN, RED, YELLOW, Column, Output, address, as_object, moment
-from relay.settings import Settings
-from workers import failed
+from relay.config.loader import Settings
+from relay.ledger import archive, changes
+from workers.queues import failed
 
 _FAILED = [
     Column("id", lambda r: r.id),
@@ -159,7 +159,7 @@ def _wanted(ids: tuple[str, ...], everything: bool) -> list[str] | None:
 
 
 def _is_sure(connection: Redis, ids: list[str] | None, destination: str | None) -> bool:
-    rows = [r for r in ledger.summary(connection) if destination in {None, r.destination}]
+    rows = [r for r in changes.summary(connection) if destination in {None, r.destination}]
     what = f"{len(ids)} failed message(s)" if ids else f"{sum(r.failed for r in rows)} failed copies, all there are"
     of = f" of {destination}" if destination else ""
     return prompt.ask(f"Drop {what}{of} for good?")

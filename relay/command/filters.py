@@ -6,8 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from relay.command.exit_status import Misuse
-from relay.kinds import duration
-from workers.backlog import WaitingCopy
+from relay.config.types import duration
+from workers.queues.backlog import WaitingCopy
 
 
 @dataclass(frozen=True, slots=True)

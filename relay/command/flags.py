@@ -1,4 +1,4 @@
-"""The settings on the command line: every option of relay/options.py, and every field of a [[backup]], is a flag.
+"""The settings on the command line: each option of relay/config/options.py, each field of a [[backup]], is a flag.
 
 All commands that read settings share these flags, before and after the command's name; the later one wins, and the
 values of a list add up. They are not in the help of each command: `smtp-dup help settings` has them once.
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from relay.kinds import PATH, Kind
-from relay.options import BACKUP_FIELDS, BACKUP_FLAGS, BY_KEY, OPTIONS
-from relay.text import printable
+from relay.config.options import BACKUP_FIELDS, BACKUP_FLAGS, BY_KEY, OPTIONS
+from relay.config.types import PATH, OptionType
+from relay.mail.text import printable
 
 if TYPE_CHECKING:
-    from relay.settings import Settings
+    from relay.config.loader import Settings
 
 _FIELDS = {field.key: field for field in BACKUP_FIELDS}
 _OF_BACKUP = re.compile(r"backup\[(.+)\]\.(\w+)")
@@ -35,7 +35,7 @@ class Given:
 
     def settings(self, *, require_primary: bool) -> Settings:
         """Load the settings. Raises SettingsError with every problem there is."""
-        from relay.settings import Problem, SettingsError, load  # noqa: PLC0415  (`--help` and `version` take a third less)
+        from relay.config.loader import Problem, SettingsError, load  # noqa: PLC0415  (`--help` and `version` take a third less)
 
         problems = [Problem(*problem) for problem in self.problems]
         try:
@@ -82,7 +82,7 @@ class KindType(click.ParamType[str]):
 
     name = "text"
 
-    def __init__(self, kind: Kind | None = None) -> None:
+    def __init__(self, kind: OptionType | None = None) -> None:
         self._kind = kind
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -93,7 +93,7 @@ class KindType(click.ParamType[str]):
         ]
 
 
-def _flag(names: tuple[str, ...], metavar: str, kind: Kind | None, text: str, note: Any) -> click.Option:
+def _flag(names: tuple[str, ...], metavar: str, kind: OptionType | None, text: str, note: Any) -> click.Option:
     def take(ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> None:
         given = ctx.find_object(Given)
         for value in values if given else ():

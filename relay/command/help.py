@@ -11,7 +11,7 @@ from relay import __version__
 from relay.command import commands, manual
 from relay.command.exit_status import WELL, Misuse
 from relay.command.output import terminal_width
-from relay.options import BACKUP_FIELDS, BACKUP_FLAGS, OPTIONS, SECTIONS, Option
+from relay.config.options import BACKUP_FIELDS, BACKUP_FLAGS, OPTIONS, SECTIONS, Option
 
 _HEAD = """\
 Every setting is a flag of every command that has settings. A flag wins over a

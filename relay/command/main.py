@@ -15,7 +15,7 @@ from typing import NoReturn
 import click
 
 from relay.command import commands, exit_status
-from relay.text import printable
+from relay.mail.text import printable
 
 
 def run(words: Sequence[str]) -> int:
@@ -76,13 +76,13 @@ def _told(error: Exception) -> tuple[int, list[str]] | None:
 
 # Looked for among the modules that are there: who raises one has imported it, and the others take too long.
 _RAISED = (
-    ("relay.settings", "SettingsError", exit_status.USAGE),
-    ("relay.composition", "NoRedis", exit_status.CANNOT_SAY),
-    ("relay.composition", "StartError", exit_status.NO),
-    ("relay.embedded", "EmbeddedError", exit_status.NO),
-    ("relay.envelope", "BodyElsewhere", exit_status.NO),
-    ("relay.envelope", "MalformedRecord", exit_status.NO),
-    ("relay.reading", "Unknown", exit_status.NO),
+    ("relay.config.loader", "SettingsError", exit_status.USAGE),
+    ("relay.daemon.services", "NoRedis", exit_status.CANNOT_SAY),
+    ("relay.daemon.services", "StartError", exit_status.NO),
+    ("relay.redisio.embedded", "EmbeddedError", exit_status.NO),
+    ("relay.mail.record", "BodyElsewhere", exit_status.NO),
+    ("relay.mail.record", "MalformedRecord", exit_status.NO),
+    ("relay.ledger.queries", "Unknown", exit_status.NO),
     ("redis.exceptions", "RedisError", exit_status.CANNOT_SAY),
 )
 

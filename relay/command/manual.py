@@ -12,7 +12,7 @@ import click
 from relay import __version__
 from relay.command import commands
 from relay.command.exit_status import MEANINGS
-from relay.options import BACKUP_FIELDS, BACKUP_FLAGS, OPTIONS, SECTIONS, Option
+from relay.config.options import BACKUP_FIELDS, BACKUP_FLAGS, OPTIONS, SECTIONS, Option
 
 _DESCRIPTION = """\
 smtp-dup stands between an MTA and two or more mail servers. Each message goes inline to the primary, whose replies are

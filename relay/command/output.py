@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
-from relay.text import printable
+from relay.mail.text import printable
 
 _PAGE = 500  # rows whose widths are looked at together; the ledger is read in as many
 _GAP = "  "

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from relay import ledger, spool
 from relay.command import prompt
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, CannotSay, Misuse, Trouble
 from relay.command.filters import Filter
 from relay.command.output import GREEN, YELLOW, Column, Output, address, as_object, moment, span
-from relay.settings import Settings
-from relay.text import printable
-from workers import backlog
-from workers.backlog import WaitingCopy
+from relay.config.loader import Settings
+from relay.ledger import changes
+from relay.mail.text import printable
+from relay.spool import writer
+from workers.queues import backlog
+from workers.queues.backlog import WaitingCopy
 
 _SUMMARY = [
     Column("destination", lambda r: r.destination),
@@ -54,7 +55,7 @@ def summary(settings: Settings, out: Output) -> int:
     """Show one line for each destination, and this host's spool, also while Redis is away."""
     try:
         with ledger_of(settings) as connection:
-            rows = ledger.summary(connection)
+            rows = changes.summary(connection)
     except CannotSay:
         _spool_summary(settings, out)
         raise
@@ -70,9 +71,9 @@ def summary(settings: Settings, out: Output) -> int:
     return WELL
 
 
-def _spool(settings: Settings) -> spool.Summary:
+def _spool(settings: Settings) -> writer.Summary:
     try:
-        return spool.summary(settings.spool.dir)
+        return writer.summary(settings.spool.dir)
     except OSError as error:
         raise Trouble(f"the spool cannot be read: {error}") from error
 
@@ -151,7 +152,7 @@ def drop(
     if (chosen.is_empty and not everything) or (ids and everything):
         raise Misuse("give ids or a filter (--destination, --older-than, --from, --to), or --all")
     with ledger_of(settings) as connection:
-        clock = ledger.now(connection)
+        clock = changes.now(connection)
         rows = [row for row in backlog.listing(connection, destination) if chosen.takes(row, clock)]
         if missing := set(ids).difference(row.id for row in rows):
             raise Trouble(f"does not wait: {', '.join(sorted(missing))}")
@@ -214,9 +215,9 @@ def move(settings: Settings, out: Output, source: str, target: str) -> int:
 
 def verify(settings: Settings, out: Output, dry_run: bool) -> int:
     """Compare the ledger with RQ, repair what disagrees, and show it."""
-    from workers import reconcile  # noqa: PLC0415  (0.1 s, which the listings do not take)
+    from workers.upkeep import reconciler  # noqa: PLC0415  (0.1 s, which the listings do not take)
 
     with ledger_of(settings) as connection:
-        report = reconcile.verify(connection, settings, repair=not dry_run)
+        report = reconciler.verify(connection, settings, repair=not dry_run)
     out.rows(report.findings, _FINDINGS, nothing="Everything is as it should be.")
     return WELL

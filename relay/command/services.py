@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from relay import composition
-from relay.settings import Settings
+from relay.config.loader import Settings
+from relay.daemon import services
 
 
 def up(settings: Settings) -> int:
     """Run relay and workers, and a Redis unless the settings name one."""
-    return composition.run(settings, composition.UP)
+    return services.run(settings, services.UP)
 
 
 def relay(settings: Settings) -> int:
     """Run the relay."""
-    return composition.run(settings, composition.RELAY)
+    return services.run(settings, services.RELAY)
 
 
 def workers(settings: Settings) -> int:
     """Run the delivery to the backups."""
-    return composition.run(settings, composition.WORKERS)
+    return services.run(settings, services.WORKERS)
 
 
 def demo() -> int:
     """Run the demo until Ctrl-C."""
-    from relay import demo as show  # noqa: PLC0415  (its servers: nothing that `up` needs in its memory)
+    from relay.demo import main  # noqa: PLC0415  (its servers: nothing that `up` needs in its memory)
 
-    return show.run()
+    return main.run()

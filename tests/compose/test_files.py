@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-import documents
-from compose_stack import ROOT
-from relay.options import OPTIONS
-from relay.settings import load
+from relay.config.loader import load
+from relay.config.options import OPTIONS
+from support import documents
+from support.compose_stack import ROOT
 
 
 def test_compose_passes_every_option_on() -> None:

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import compose_stack
-import documents
-from compose_stack import ROOT, docker, named, outside, send
-from scripted_server import ScriptedServer
-from waiting import free_port, wait_until
+from support import compose_stack, documents
+from support.compose_stack import ROOT, docker, named, outside, send
+from support.scripted_server import ScriptedServer
+from support.waiting import free_port, wait_until
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(900)]
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-import compose_stack
-from compose_stack import Stack, outside
-from scripted_server import ScriptedServer
-from sender import Sender
-from waiting import wait_until
+from support import compose_stack
+from support.compose_stack import Stack, outside
+from support.scripted_server import ScriptedServer
+from support.sender import Sender
+from support.waiting import wait_until
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(900)]
 

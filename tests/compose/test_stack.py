@@ -13,11 +13,11 @@ from contextlib import ExitStack
 
 import pytest
 
-import compose_stack
-from compose_stack import Stack, named, outside
-from reactions import Gate
-from scripted_server import ScriptedServer
-from waiting import wait_until
+from support import compose_stack
+from support.compose_stack import Stack, named, outside
+from support.reactions import Gate
+from support.scripted_server import ScriptedServer
+from support.waiting import wait_until
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(900)]
 

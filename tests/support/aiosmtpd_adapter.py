@@ -19,10 +19,10 @@ import pytest
 from aiosmtpd import controller
 from aiosmtpd.testing.statuscodes import StatusCode
 
-from in_process import front, settings_of
-from relay.users import hash_password
-from scripted_server import ScriptedServer
-from waiting import PATIENCE, free_port
+from relay.smtpd.passwords import hash_password
+from support.in_process import front, settings_of
+from support.scripted_server import ScriptedServer
+from support.waiting import PATIENCE, free_port
 
 # Its conftest takes one function of each; neither package is needed for that.
 _resources = ModuleType("pkg_resources")

@@ -21,8 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scripted_server import ScriptedServer, Transaction
-from waiting import free_port, wait_until
+from support.scripted_server import ScriptedServer, Transaction
+from support.waiting import free_port, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 _FILES = ("compose.yaml", "Dockerfile", ".dockerignore", "pyproject.toml", "README.md", "LICENSE.md")

@@ -10,11 +10,11 @@ import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from reactions import Close, Delay, Gate, HalfClose, Moment, Reaction, Reset, Silence, Trickle, wire
-from recorded import Connection, Transaction
+from support.reactions import Close, Delay, Gate, HalfClose, Moment, Reaction, Reset, Silence, Trickle, wire
+from support.recorded import Connection, Transaction
 
 if TYPE_CHECKING:
-    from scripted_server import ScriptedServer
+    from support.scripted_server import ScriptedServer
 
 
 class _Gone(Exception):

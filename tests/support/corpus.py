@@ -18,9 +18,9 @@ from email.message import EmailMessage
 from pathlib import Path
 from typing import Any
 
-from dialogue import Dialogue
-from postfix_instance import PostfixInstance
-from waiting import PATIENCE
+from support.dialogue import Dialogue
+from support.postfix_instance import PostfixInstance
+from support.waiting import PATIENCE
 
 _HEADER = re.compile(rb"[!-9;-~]+[ \t]*:")
 

@@ -8,7 +8,7 @@ import socket
 import ssl
 from typing import Self
 
-from waiting import PATIENCE
+from support.waiting import PATIENCE
 
 
 class Unexpected(AssertionError):

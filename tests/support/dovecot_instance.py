@@ -17,9 +17,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
-from dialogue import Dialogue, Unexpected
-from lifetime import Daemon
-from waiting import free_port, wait_until
+from support.dialogue import Dialogue, Unexpected
+from support.lifetime import Daemon
+from support.waiting import free_port, wait_until
 
 # Debian leaves it out of the PATH of an ordinary user.
 _PROGRAM = shutil.which("dovecot") or shutil.which("dovecot", path="/usr/sbin")

@@ -16,9 +16,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
-import debian
-from lifetime import Daemon
-from waiting import PATIENCE, free_port, wait_until
+from support import debian
+from support.lifetime import Daemon
+from support.waiting import PATIENCE, free_port, wait_until
 
 _PACKAGES = ("exim4-daemon-light", "libidn12", "libgnutls-dane0", "libnsl2")
 _USER = 58_999  # of nobody else, in the namespace only

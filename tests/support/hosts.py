@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Self
 
-from dialogue import Dialogue, Unexpected
-from product import Child, Product
-from waiting import wait_until
+from support.dialogue import Dialogue, Unexpected
+from support.product import Child, Product
+from support.waiting import wait_until
 
 _PORT, _STATUS_PORT = 2525, 8025
 

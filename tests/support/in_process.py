@@ -7,19 +7,19 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 
-from relay import conversation
-from relay.credentials import Credentials
-from relay.dispatch import Dispatcher
-from relay.envelope import IdSource
-from relay.front import Front
-from relay.intake import Intake
-from relay.occupancy import Occupancy
-from relay.pool import Pool
-from relay.primary import Primary
-from relay.redis_clients import async_client
-from relay.sections import RedisSettings
-from relay.settings import Settings, load
-from relay.watch import Watch
+from relay.client.pool import Pool
+from relay.config.loader import Settings, load
+from relay.config.model import RedisSettings
+from relay.ledger.monitor import Monitor
+from relay.ledger.rq_jobs import Dispatcher
+from relay.mail.ids import IdSource
+from relay.redisio.clients import async_client
+from relay.smtpd import commands
+from relay.smtpd.context import Context
+from relay.smtpd.credentials import Credentials
+from relay.smtpd.primary import Primary
+from relay.smtpd.shared_counters import SharedCounters
+from relay.smtpd.staging import Staging
 
 
 def settings_of(primary: str, settings: Mapping[str, str] | None = None) -> Settings:
@@ -29,17 +29,17 @@ def settings_of(primary: str, settings: Mapping[str, str] | None = None) -> Sett
 
 
 @asynccontextmanager
-async def front(settings: Settings, redis_url: str, *, tls: bool = False) -> AsyncIterator[tuple[Front, int]]:
+async def front(settings: Settings, redis_url: str, *, tls: bool = False) -> AsyncIterator[tuple[Context, int]]:
     """Serve clients on the port that is yielded, as one relay process does; with ``tls`` from the first octet."""
     assert settings.primary is not None
     pool = Pool(settings.primary, local_hostname="localhost", connect_timeout=5, limit=100)
     ledger, bulk = async_client(RedisSettings(redis_url, 5), 5), async_client(RedisSettings(redis_url, 5), 5)
-    watch = Watch(ledger, seconds=5, processes=1)
-    intake = Intake(
+    watch = Monitor(ledger, seconds=5, processes=1)
+    intake = Staging(
         ledger, bulk, Dispatcher(ledger), watch, stage_seconds=5, deadline_seconds=630, hold_seconds=3600, spool=None
     )
-    seat = Occupancy(1).seat(0)
-    made = Front(
+    seat = SharedCounters(1).seat(0)
+    made = Context(
         settings=settings,
         primary=Primary(settings.primary, pool, timeout=settings.relay.timeout_seconds, final_timeout=600),
         intake=intake,
@@ -48,7 +48,7 @@ async def front(settings: Settings, redis_url: str, *, tls: bool = False) -> Asy
         credentials=Credentials.load(settings.smtp),
     )
     loop = asyncio.get_running_loop()
-    listener = await loop.create_server(partial(conversation.take, made, tls=tls), "127.0.0.1", 0)
+    listener = await loop.create_server(partial(commands.take, made, tls=tls), "127.0.0.1", 0)
     try:
         yield made, listener.sockets[0].getsockname()[1]
     finally:

@@ -10,11 +10,15 @@ import redis
 from rq import Queue
 from rq.job import JobStatus
 
-from relay import dispatch, ledger, reading
-from relay.envelope import Destination, Envelope, IdSource, Message, Recipient
-from relay.ledger import Claim, CopyState, Released, Staged
-from relay.settings import Settings, load
-from workers import failed
+from relay.config.loader import Settings, load
+from relay.ledger import changes, keys, queries, registry, rq_jobs
+from relay.ledger.changes import Claim, Released, Staged
+from relay.ledger.copy_state import CopyState
+from relay.mail.destination import Destination
+from relay.mail.envelope import Envelope, Recipient
+from relay.mail.ids import IdSource
+from relay.mail.record import Message
+from workers.queues import failed
 
 DAY = 86400.0
 BODY = b"Received: from a\r\nSubject: hello\r\nMessage-ID: <%s@test>\r\n\r\n..dots\r\ntext\r\n"
@@ -40,12 +44,12 @@ class Contents:
     def register(self, *destinations: Destination) -> None:
         self.destinations |= {d.name: d for d in destinations}
         with self.connection.pipeline() as pipe:
-            ledger.register(pipe, destinations)
-            pipe.sadd(ledger.LISTS, "")  # these are all
+            registry.register(pipe, destinations)
+            pipe.sadd(changes.LISTS, "")  # these are all
             pipe.execute()
 
     def queue(self, name: str = "new") -> Queue:
-        return dispatch.queue(self.connection, name)
+        return rq_jobs.queue(self.connection, name)
 
     # Life of a message
 
@@ -65,13 +69,13 @@ class Contents:
             id=message_id,
             sender=sender,
             recipients=tuple(Recipient(r) for r in recipients or ("a@test",)),
-            received_at=ledger.now(self.connection),
+            received_at=changes.now(self.connection),
             size=len(body),
             destinations=tuple(to),
         )
         with self.connection.pipeline() as pipe:
-            ledger.stage(
-                pipe, [Staged(message_id, Message(envelope, body).packed(), ledger.now(self.connection) + deadline)]
+            changes.stage(
+                pipe, [Staged(message_id, Message(envelope, body).packed(), changes.now(self.connection) + deadline)]
             )
             pipe.execute()
         return message_id
@@ -80,24 +84,24 @@ class Contents:
         """Have a message accepted so many seconds ago, without a job."""
         message_id = self.staged(*recipients, to=to, **more)
         with self.connection.pipeline() as pipe:
-            ledger.release(pipe, [Released(message_id, tuple(to))])
+            changes.release(pipe, [Released(message_id, tuple(to))])
             assert pipe.execute() == [[1]]
         for name in to:
-            self.connection.zadd(ledger.PENDING + name, {message_id: ledger.now(self.connection) - age})
+            self.connection.zadd(keys.PENDING + name, {message_id: changes.now(self.connection) - age})
         return message_id
 
     def enqueue(self, *ids: str, to: str = "new") -> str:
         """Write a job for copies, as the relay does. Returns its id."""
         with self.connection.pipeline() as pipe:
-            job = dispatch.enqueue(pipe, self.queue(to), to, ids)
+            job = rq_jobs.enqueue(pipe, self.queue(to), to, ids)
             pipe.execute()
         return job
 
     def claim(self, job: str, *ids: str, to: str = "new", lease: float = 60.0, worker: str = "worker") -> list[Claim]:
         """Claim copies as the worker that runs this job."""
         with self.connection.pipeline() as pipe:
-            ledger.claim(pipe, to, job, worker, lease, ids)
-            return ledger.claimed(pipe.execute()[0])[0]
+            changes.claim(pipe, to, job, worker, lease, ids)
+            return changes.claimed(pipe.execute()[0])[0]
 
     def fail(
         self,
@@ -111,13 +115,13 @@ class Contents:
         attempts: int = 0,
     ) -> CopyState:
         """Have a pending copy fail, so many seconds ago."""
-        (envelope,) = reading.envelopes(self.connection, [message_id])
-        state = CopyState(owed=owed, attempts=attempts).tried(ledger.now(self.connection), reply)
+        (envelope,) = queries.envelopes(self.connection, [message_id])
+        state = CopyState(owed=owed, attempts=attempts).tried(changes.now(self.connection), reply)
         with self.connection.pipeline() as pipe:
             state = failed.add_failure(pipe, self.queue(to), to, message_id, state, remains, reply, 30 * DAY, envelope)
             pipe.execute()
         if ago:
-            self.connection.zadd(ledger.FAILED + to, {message_id: ledger.now(self.connection) - ago})
+            self.connection.zadd(keys.FAILED + to, {message_id: changes.now(self.connection) - ago})
         return state
 
     def failed(self, *recipients: str, to: str = "new", **more: Any) -> str:
@@ -127,35 +131,35 @@ class Contents:
 
     def defer(self, *ids: str, to: str = "new", seconds: float = 300.0, owed: tuple[int, ...] | None = None) -> str:
         """Have copies deferred together. Returns the scheduled job."""
-        job = dispatch.create(self.queue(to), to, ids, JobStatus.SCHEDULED)
-        clock = ledger.now(self.connection)
+        job = rq_jobs.create(self.queue(to), to, ids, JobStatus.SCHEDULED)
+        clock = changes.now(self.connection)
         state = CopyState(job=job.id, owed=owed, since=clock).tried(clock, "451 4.7.1 later")
         with self.connection.pipeline() as pipe:
-            ledger.defer(pipe, to, dict.fromkeys(ids, state))
-            dispatch.schedule(pipe, self.queue(to), job, datetime.fromtimestamp(clock + seconds, UTC))
+            changes.defer(pipe, to, dict.fromkeys(ids, state))
+            rq_jobs.schedule(pipe, self.queue(to), job, datetime.fromtimestamp(clock + seconds, UTC))
             pipe.execute()
         return job.id
 
     def pause(self, name: str = "new", reason: str = "connection refused", probe_in: float = 30.0) -> None:
         """Have the courier of a destination say that its server is in trouble."""
-        clock = ledger.now(self.connection)
+        clock = changes.now(self.connection)
         health = {"state": "paused", "reason": reason, "probe_at": clock + probe_in, "since": clock - 60}
-        self.connection.hset(ledger.HEALTH + name, mapping=health)
+        self.connection.hset(keys.HEALTH + name, mapping=health)
 
     # Questions
 
     def pending_ids(self, name: str = "new") -> list[str]:
-        return [i.decode() for i in self.connection.zrange(ledger.PENDING + name, 0, -1)]
+        return [i.decode() for i in self.connection.zrange(keys.PENDING + name, 0, -1)]
 
     def failed_ids(self, name: str = "new") -> list[str]:
-        return [i.decode() for i in self.connection.zrange(ledger.FAILED + name, 0, -1)]
+        return [i.decode() for i in self.connection.zrange(keys.FAILED + name, 0, -1)]
 
     def state(self, message_id: str, to: str = "new", *, failure: bool = False) -> CopyState:
-        key = (ledger.FAILURE if failure else ledger.OWN) + to
+        key = (keys.FAILURE if failure else keys.OWN) + to
         return CopyState.from_wire(self.connection.hget(key, message_id))
 
     def has_body(self, message_id: str) -> bool:
-        return bool(self.connection.exists(ledger.MESSAGE + message_id))
+        return bool(self.connection.exists(keys.MESSAGE + message_id))
 
     def queued(self, name: str = "new") -> Mapping[str, list[str]]:
         """Return the ids in each queued job."""

@@ -13,7 +13,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from waiting import PATIENCE
+from support.waiting import PATIENCE
 
 # Not a preexec_fn: a test run has threads, and running Python between fork and exec is not safe then.
 _LAUNCHER = (

@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import Self
 
-from dialogue import Dialogue, Unexpected
-from lifetime import Daemon
-from waiting import PATIENCE, free_port, wait_until
+from support.dialogue import Dialogue, Unexpected
+from support.lifetime import Daemon
+from support.waiting import PATIENCE, free_port, wait_until
 
 
 def unavailable() -> str:

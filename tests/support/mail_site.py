@@ -16,13 +16,13 @@ from typing import Any, Protocol
 
 import redis
 
-import stored
-from corpus import Mail
-from postfix_instance import PostfixInstance
-from product import Product
-from relay import ledger
-from stored import Stored
-from waiting import wait_until
+from relay.ledger import keys
+from support import stored_mail
+from support.corpus import Mail
+from support.postfix_instance import PostfixInstance
+from support.product import Product
+from support.stored_mail import Stored
+from support.waiting import wait_until
 
 MakeProduct = Callable[..., Product]
 StartPostfix = Callable[[PostfixInstance], PostfixInstance]
@@ -96,7 +96,7 @@ def deliver_all(site: Site, mails: list[Mail]) -> None:
     """Flush the front until its queue is empty, and wait until everything has arrived."""
     flush_all(site.front)
     for store in (site.old, site.new):
-        stored.wait_for(store, mails)
+        stored_mail.wait_for(store, mails)
     site.wait_settled()
 
 
@@ -121,7 +121,7 @@ def verify(site: Site, timeout: float = 60) -> dict[str, str]:
         rows = [row for row in site.product.json("queue", "verify") if row["finding"] == "uncertain"]
         became.update({row["id"]: row["action"] for row in rows})
         with redis.Redis.from_url(site.product.redis_url) as connection:
-            return not connection.zcard(ledger.UNCERTAIN) and not site.product.summary()["pending"]
+            return not connection.zcard(keys.UNCERTAIN) and not site.product.summary()["pending"]
 
     wait_until(is_over, timeout, lambda: f"still uncertain:\n{site.product.log[-3000:]}")
     # The housekeeping process may have been faster than the command.

@@ -21,11 +21,11 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from product import Product
-from reactions import Close
-from relay import sealing
-from scripted_server import ScriptedServer
-from waiting import free_port, wait_until
+from relay.mail import encryption
+from support.product import Product
+from support.reactions import Close
+from support.scripted_server import ScriptedServer
+from support.waiting import free_port, wait_until
 
 SETTINGS_FILE = '[[backup]]\nname = "new"\nurl = "{}"\n'
 KINDS = ("pending", "deferred", "failed", "uncertain", "spooled")
@@ -59,7 +59,7 @@ class Site:
         )
         if sealed:
             self.product.state_dir.mkdir()
-            sealing.add_key(self.product.state_dir / "keys")
+            encryption.add_key(self.product.state_dir / "keys")
             self.product.settings["storage.key_file"] = str(self.product.state_dir / "keys")
         self.owed: list[Owed] = []
 

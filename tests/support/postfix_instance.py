@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from lifetime import Daemon
-from waiting import PATIENCE, free_port, wait_until
+from support.lifetime import Daemon
+from support.waiting import PATIENCE, free_port, wait_until
 
 _SERVICES = """
 127.0.0.1:{port} inet n - n - - smtpd

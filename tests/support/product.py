@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import relay
-from dialogue import Dialogue, Unexpected
-from lifetime import tied
-from relay import embedded, sealing
-from waiting import PATIENCE, free_port, wait_until
+from relay.mail import encryption
+from relay.redisio import embedded
+from support.dialogue import Dialogue, Unexpected
+from support.lifetime import tied
+from support.waiting import PATIENCE, free_port, wait_until
 
 _DEFAULTS = {
     "smtp.processes": "1",
@@ -81,7 +82,7 @@ class Product:
             "relay.destination_primary": primary,
             "relay.destination_backups": ",".join(backups),
             "redis.url": redis_url,
-            "storage.key_file": str(ring.path) if (ring := sealing.ring()) else "",
+            "storage.key_file": str(ring.path) if (ring := encryption.ring()) else "",
             **(settings or {}),
         }
         self.log_file = directory / f"{command}.log"

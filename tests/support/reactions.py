@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from waiting import PATIENCE
+from support.waiting import PATIENCE
 
 if TYPE_CHECKING:
-    from recorded import Connection
+    from support.recorded import Connection
 
 Reaction: TypeAlias = (
     "str | bytes | Close | HalfClose | Reset | Silence | Delay | Trickle | Gate | tuple[Any, ...] | list[Any] "

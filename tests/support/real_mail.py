@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from importlib.metadata import files
 from pathlib import Path
 
-import debian
+from support import debian
 
 _FIELD = re.compile(rb"[!-9;-~]+[ \t]*:")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import redis
 
-from lifetime import tied
-from relay import embedded
-from waiting import PATIENCE
+from relay.redisio import embedded
+from support.lifetime import tied
+from support.waiting import PATIENCE
 
 
 class RedisServer:

@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Self, TypeVar
 
-from conversation import Conversation
-from reactions import Moment, Reaction
-from recorded import Connection, Transaction
-from relay.envelope import Destination
-from waiting import PATIENCE
+from relay.mail.destination import Destination
+from support.conversation import Conversation
+from support.reactions import Moment, Reaction
+from support.recorded import Connection, Transaction
+from support.waiting import PATIENCE
 
 T = TypeVar("T")
 

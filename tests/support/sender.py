@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterable
 
-from dialogue import Dialogue, Unexpected
+from support.dialogue import Dialogue, Unexpected
 
 
 class Sender:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import redis
 
-from lifetime import tied
-from relay import embedded
-from waiting import free_port, wait_until
+from relay.redisio import embedded
+from support.lifetime import tied
+from support.waiting import free_port, wait_until
 
 SERVICE = "post"
 _DOWN_MS = 1000  # until a Sentinel calls a silent server down

@@ -7,11 +7,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from ledger_contents import settings
-from reactions import Moment, Reaction
-from scripted_server import ScriptedServer
-from waiting import until
-from workers.courier import Courier
+from support.ledger_contents import settings
+from support.reactions import Moment, Reaction
+from support.scripted_server import ScriptedServer
+from support.waiting import until
+from workers.delivery.courier import Courier
 from workers.jobs import Interrupted
 
 

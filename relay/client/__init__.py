@@ -1,0 +1,1 @@
+"""The side of other servers: connections to them, their replies, and the pool that keeps them."""

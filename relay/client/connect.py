@@ -1,0 +1,259 @@
+"""Opens a session with a server: TCP, greeting, EHLO, TLS, AUTH, each with its own deadline and its own name.
+
+aiosmtplib does the handshake; then a Connection takes its transport over. Whatever goes wrong is a ConnectFailed whose
+``stage`` says where: that is the server's trouble, never a message's. Nothing secret is in its text.
+
+TLS by ``destination.tls``: none; opportunistic (if offered, without looking at the certificate, and in plain text when
+it does not come about, as Postfix's "may"); encrypt (or fail, certificate not looked at); verify (or fail). The scheme
+smtps is TLS from the first octet. A password is sent without TLS only where ``tls`` is "none".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import aiosmtplib
+
+from relay.client.connection import (
+    ClientError,
+    ConnectFailed,
+    Connection,
+    ConnectionGone,
+    DeadlinePassed,
+    MalformedReply,
+)
+from relay.client.reply_parser import safe_text
+from relay.mail.destination import Destination
+from relay.mail.reply import Reply
+
+__all__ = [
+    "ClientError",
+    "ConnectFailed",
+    "Connection",
+    "ConnectionGone",
+    "DeadlinePassed",
+    "MalformedReply",
+    "connect",
+]
+
+
+class _TLSFailed(ConnectFailed):
+    """STARTTLS was agreed on and the handshake failed; plain text may be worth a try."""
+
+
+async def connect(
+    destination: Destination,
+    *,
+    local_hostname: str,
+    timeout: float,
+    tls_context: ssl.SSLContext | None = None,
+) -> Connection:
+    """Open a session, ready for MAIL; ``timeout`` is for each step. Raises ConnectFailed."""
+    start_tls = destination.scheme != "smtps" and destination.tls != "none"
+    try:
+        return await _open(destination, local_hostname, timeout, tls_context, start_tls=start_tls)
+    except _TLSFailed:
+        if destination.tls != "opportunistic" or destination.username:
+            raise
+    return await _open(destination, local_hostname, timeout, tls_context, start_tls=False)
+
+
+async def _open(
+    destination: Destination, local_hostname: str, timeout: float, context: ssl.SSLContext | None, *, start_tls: bool
+) -> Connection:
+    implicit_tls = destination.scheme == "smtps"
+    if context is None and (implicit_tls or start_tls):
+        with _stage("TLS"):
+            context = await _context(destination)
+    with _stage("connect"):
+        connected = await _dial(destination, timeout)
+    smtp = aiosmtplib.SMTP(
+        hostname=destination.host,
+        local_hostname=local_hostname,
+        sock=connected,
+        use_tls=implicit_tls,
+        start_tls=False,
+        tls_context=context,
+        timeout=timeout,
+    )
+    protocol = None
+    try:
+        with _stage("greeting"):
+            await smtp.connect()
+        protocol = smtp.protocol
+        extensions = await _hello(smtp, destination)
+        if start_tls and await _start_tls(smtp, destination, offered="STARTTLS" in extensions):
+            extensions = await _hello(smtp, destination)  # RFC 3207 4.2: forget what was said before TLS
+        if destination.username:
+            await _log_in(smtp, destination)
+        return _take_over(smtp, destination, extensions, local_hostname)
+    except BaseException:
+        smtp.close()
+        if protocol is not None and protocol.transport is not None:
+            # Its close waits for a server that may never answer: TLS wants to be shut down by both.
+            cast("asyncio.Transport", protocol.transport).abort()
+        raise
+
+
+def _take_over(
+    smtp: aiosmtplib.SMTP, destination: Destination, extensions: dict[str, str], hostname: str
+) -> Connection:
+    if smtp.transport is None or not smtp.is_connected:
+        raise ConnectFailed("the server closed the connection", stage="EHLO")
+    return Connection(destination, cast("asyncio.Transport", smtp.transport), extensions, hostname)
+
+
+async def _dial(destination: Destination, timeout: float) -> socket.socket:
+    """Connect to the first address that answers; each may take its share of the time that is left."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    try:  # an address needs no resolver, and no thread for it
+        found = socket.getaddrinfo(
+            destination.host, destination.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+        )
+    except socket.gaierror:
+        async with asyncio.timeout(timeout):
+            found = await loop.getaddrinfo(destination.host, destination.port, type=socket.SOCK_STREAM)
+    problem: Exception = OSError("no address")
+    for number, (family, kind, protocol, _, address) in enumerate(found):
+        connected = socket.socket(family, kind, protocol)
+        try:
+            connected.setblocking(False)
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            async with asyncio.timeout_at(loop.time() + (deadline - loop.time()) / (len(found) - number)):
+                await loop.sock_connect(connected, address)
+        except OSError as error:
+            connected.close()
+            problem = error
+        except BaseException:
+            connected.close()
+            raise
+        else:
+            return connected
+    raise problem
+
+
+async def _hello(smtp: aiosmtplib.SMTP, destination: Destination) -> dict[str, str]:
+    """Say EHLO (LHLO for LMTP, HELO to an old server) and return the extensions."""
+    verb = "LHLO" if destination.scheme == "lmtp" else "EHLO"
+    name = (smtp.local_hostname or "localhost").encode("ascii")
+    with _stage(verb):
+        response = await smtp.execute_command(verb.encode("ascii"), name)
+        if response.code in (500, 502) and verb == "EHLO":
+            await smtp.helo()
+            return {}
+        if response.code != 250:
+            raise aiosmtplib.SMTPHeloError(response.code, response.message)
+    smtp.last_ehlo_response = response  # parses it; also what its starttls and login look at
+    return {keyword.upper(): parameters for keyword, parameters in smtp.esmtp_extensions.items()}
+
+
+async def _start_tls(smtp: aiosmtplib.SMTP, destination: Destination, *, offered: bool) -> bool:
+    """Negotiate TLS; False means that the session goes on in plain text, which only "opportunistic" allows."""
+    optional = destination.tls == "opportunistic"
+    if not offered:
+        if optional:
+            return False
+        raise ConnectFailed("the server does not offer STARTTLS", stage="STARTTLS")
+    # A net below the deadlines of its reply and its handshake: the loop's own does not reach a connection lost before.
+    seconds = None if smtp.timeout is None else 3 * smtp.timeout
+    try:
+        with _stage("STARTTLS"):
+            async with asyncio.timeout(seconds):
+                await smtp.starttls()
+    except ConnectFailed as error:
+        if error.reply is None:
+            raise _TLSFailed(error.reason, stage="TLS") from error
+        if optional and smtp.is_connected:
+            return False
+        raise
+    return True
+
+
+async def _log_in(smtp: aiosmtplib.SMTP, destination: Destination) -> None:
+    with _stage("AUTH"):
+        if destination.tls != "none" and smtp.get_transport_info("sslcontext") is None:
+            raise ConnectFailed("no password is sent without TLS", stage="AUTH")
+        await smtp.login(destination.username, destination.password)
+
+
+@contextmanager
+def _stage(stage: str) -> Iterator[None]:
+    """Turn whatever a step raises into a ConnectFailed of this stage."""
+    try:
+        yield
+    except ConnectFailed:
+        raise
+    except aiosmtplib.SMTPResponseException as error:
+        if error.code < 0:  # aiosmtplib's mark for octets that are no reply
+            raise ConnectFailed("not an SMTP reply", stage=stage) from error
+        raise ConnectFailed("refused", stage=stage, reply=_reply(error.code, error.message)) from error
+    except (OSError, aiosmtplib.SMTPException, ValueError) as error:
+        cause = error.__cause__
+        if isinstance(error, aiosmtplib.SMTPConnectError) and not isinstance(cause, aiosmtplib.SMTPException):
+            stage = "TLS"  # the socket was connected before, so this is the handshake of smtps, before any greeting
+        raise ConnectFailed(_why(error if isinstance(error, TimeoutError) else cause or error), stage=stage) from error
+
+
+def _why(error: BaseException) -> str:
+    """Say in a few words what happened, without addresses or the library's own phrases."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate not accepted: {error.verify_message}"
+    if isinstance(error, TimeoutError) or (isinstance(error, ConnectionAbortedError) and not error.errno):
+        return "no answer in time"  # the second is asyncio's word for it in a TLS handshake
+    if isinstance(error, ssl.SSLError):
+        return f"TLS handshake failed: {error.reason or 'connection closed'}"
+    if isinstance(error, socket.gaierror):
+        return f"cannot resolve the name: {error.strerror}"
+    if isinstance(error, aiosmtplib.SMTPServerDisconnected):
+        return "the server closed the connection"
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return str(error) or type(error).__name__
+
+
+def _reply(code: int, message: str) -> Reply:
+    return Reply(code, tuple(safe_text(line.encode("utf-8", "surrogateescape")) for line in message.split("\n")))
+
+
+async def _context(destination: Destination) -> ssl.SSLContext:
+    """Return the TLS context for a destination; made once, and again when one of its files changes."""
+    files = (destination.ca_file, destination.tls_certificate, destination.tls_key)
+    if destination.tls != "verify" and not any(files):
+        return _made(destination.tls, files, ())
+    return await asyncio.to_thread(_of_files, destination.tls, files)
+
+
+def _of_files(tls: str, files: tuple[str, str, str]) -> ssl.SSLContext:
+    return _made(tls, files, tuple(Path(file).stat().st_mtime_ns if file else 0 for file in files))
+
+
+@functools.lru_cache(maxsize=64)
+def _made(tls: str, files: tuple[str, str, str], _changed: tuple[int, ...]) -> ssl.SSLContext:
+    ca_file, certificate, key = files
+    if tls == "verify":
+        context = ssl.create_default_context(cafile=ca_file or None)
+    else:
+        context = _unverified(strict=tls == "encrypt")
+    if certificate:
+        context.load_cert_chain(certificate, key or None, password="")  # with None it would prompt for one
+    return context
+
+
+def _unverified(*, strict: bool) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    if not strict:  # old servers are the ones that people move away from, and weak TLS is better than none
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")
+        context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
+    return context

@@ -1,0 +1,406 @@
+"""One session with a server, past its handshake: pipelined commands, replies in order, a body that is streamed.
+
+An asyncio.Protocol of our own, because aiosmtplib has neither pipelining nor a body that can be left open before its
+dot. What the server says without being asked is kept (``early_reply``) and never taken for the answer to a later
+command. Everything that can go wrong is a ClientError with the stage and, where the server said something, its reply:
+
+    ClientError
+      ConnectFailed         TCP, greeting, EHLO, TLS or AUTH did not succeed (see client.connect)
+      ConnectionGone        the server closed, or spoke out of turn, before it gave the reply that it owed
+      DeadlinePassed        no reply, or no room to write, in time
+      MalformedReply        what came is no SMTP reply
+      PoolExhausted         all connections are in use (see pool)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+from relay.client.reply_parser import ReplyParser
+from relay.mail.destination import Destination
+from relay.mail.reply import Reply
+
+_WRITE_HIGH = 256 * 1024  # octets buffered in the transport before a writer waits
+_MAX_UNASKED = 100  # replies to nothing before we hang up
+_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
+
+
+class ClientError(Exception):
+    """Trouble with the server. ``stage`` says during what; ``reply`` is the server's own word, if there was one."""
+
+    def __init__(self, text: str, *, stage: str, reply: Reply | None = None) -> None:
+        super().__init__(f"{stage}: {text}" + (f" ({reply.text})" if reply else ""))
+        self.reason = text
+        self.stage = stage
+        self.reply = reply
+
+
+class ConnectFailed(ClientError):
+    """No session came about: stage is connect, greeting, EHLO, STARTTLS, TLS or AUTH."""
+
+
+class ConnectionGone(ClientError):
+    """The reply that is owed will not come."""
+
+
+class DeadlinePassed(ClientError):
+    """The server was silent for too long. The connection is out of step and good for nothing but ``close``."""
+
+
+class MalformedReply(ClientError):
+    """The server does not speak SMTP; the connection has been closed."""
+
+
+class Connection(asyncio.Protocol):
+    """A session past its handshake. Made by ``connect``; used by one task at a time.
+
+    Each line given to ``send`` owes one reply, and ``reply`` returns them in that order. After a 354 the caller says
+    ``begin_data``, writes the body and ends it with ``end_body``; after the last reply to the dot, ``end_data``.
+    """
+
+    __slots__ = (
+        "_deadline",
+        "_drain",
+        "_extra",
+        "_fault",
+        "_is_ahead",
+        "_loop",
+        "_lost",
+        "_owed",
+        "_parser",
+        "_patience",
+        "_paused",
+        "_ready",
+        "_timer",
+        "_torn",
+        "_transport",
+        "_unasked",
+        "_waiter",
+        "created",
+        "destination",
+        "extensions",
+        "hostname",
+        "in_data",
+        "introduced",
+        "is_dirty",
+        "last_used",
+        "transactions",
+    )
+
+    def __init__(
+        self,
+        destination: Destination,
+        transport: asyncio.Transport,
+        extensions: Mapping[str, str],
+        hostname: str = "localhost",
+    ) -> None:
+        """Take over a transport whose handshake is done. ``extensions``: EHLO keyword in capitals -> parameters.
+
+        ``hostname`` is the name that it was greeted with.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._transport = transport
+        self.destination = destination
+        self.extensions = extensions
+        self.hostname = hostname
+        self.created = self.last_used = self._loop.time()
+        self.transactions = 0  # MAIL commands sent
+        self.in_data = False  # what is written now is body text, so nothing but the dot or a close may follow
+        self.is_dirty = False  # a MAIL was sent and neither its dot answered nor a RSET sent
+        self._is_ahead = False  # the next MAIL was sent behind the dot
+        self.introduced = b""  # the XCLIENT command that holds on it
+        self._owed: deque[bytes] = deque()  # verbs whose replies have not come
+        self._ready: deque[Reply] = deque()  # replies that came before they were awaited
+        self._waiter: asyncio.Future[Reply] | None = None
+        self._drain: asyncio.Future[None] | None = None
+        self._deadline = self._patience = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._paused = self._lost = self._torn = False
+        self._fault: str = ""  # why the server's octets are no reply
+        self._unasked: Reply | None = None
+        self._extra = 0  # unasked replies so far
+        self._parser = ReplyParser()
+        transport.set_write_buffer_limits(high=_WRITE_HIGH)
+        transport.set_protocol(self)
+
+    @property
+    def is_open(self) -> bool:
+        return not self._lost and not self._transport.is_closing()
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether a new transaction may start: open, in step, and nothing heard that was not asked for."""
+        return not (
+            self._owed
+            or self._ready
+            or self.in_data
+            or self._unasked
+            or not self._parser.is_between
+            or not self.is_open
+        )
+
+    @property
+    def is_encrypted(self) -> bool:
+        return self._transport.get_extra_info("ssl_object") is not None
+
+    @property
+    def replies_owed(self) -> int:
+        """Replies that ``reply`` has still to return."""
+        return len(self._owed) + len(self._ready)
+
+    @property
+    def early_reply(self) -> Reply | None:
+        """What the server said unasked: a 552 or 421 before our dot, a 421 while idle."""
+        return self._unasked
+
+    async def command(self, line: bytes, *, timeout: float) -> Reply:
+        """Send one line (without CRLF) and return its reply."""
+        self.send(line)
+        return await self.reply(timeout=timeout)
+
+    def send(self, *lines: bytes) -> None:
+        """Send lines (each without CRLF) in one write; each owes a reply. Raises ConnectionGone, ValueError."""
+        _check(lines)
+        if self.in_data and lines != (b".",):
+            # It would be taken for body text, and the next dot would end a message of two transactions.
+            raise RuntimeError("only the dot may be sent in the DATA phase")
+        self._speak(lines[0])
+        self._owe(lines)
+        self.last_used = self._loop.time()
+        self._transport.write(b"\r\n".join((*lines, b"")))
+
+    async def reply(self, *, timeout: float) -> Reply:
+        """Return the next reply that is owed. Raises ConnectionGone, DeadlinePassed, MalformedReply."""
+        if self._ready:
+            return self._ready.popleft()
+        if not self._owed or self._waiter is not None:
+            raise RuntimeError("no reply is owed" if not self._owed else "another task awaits the reply")
+        if self._lost or self._fault:
+            raise self._gone(self._owed[0])
+        self._waiter = self._loop.create_future()
+        self._arm(timeout)
+        try:
+            return await self._waiter
+        finally:
+            self._waiter = None
+
+    def begin_data(self) -> None:
+        """Note that the server said 354: from now on it reads body text."""
+        self.in_data = True
+
+    def end_data(self) -> None:
+        """Note that the dot has been answered: the server reads commands again."""
+        self.in_data = False
+        self.is_dirty, self._is_ahead = self._is_ahead, False
+
+    async def write_body(self, chunk: bytes | memoryview, *, timeout: float) -> None:
+        """Write body text as it is, at most ``timeout`` seconds for each 256 KiB. The chunk must not change afterwards.
+
+        Returns early, with part of it unwritten, when the server speaks first (look at ``early_reply``). Raises
+        ConnectionGone (whose ``reply`` is that early reply) and DeadlinePassed.
+        """
+        self._speak(b"body")
+        self._torn = True  # until all of it is with the transport; a dot after half a chunk would end half a message
+        size = len(chunk)
+        if size <= _WRITE_HIGH:
+            self._transport.write(chunk)
+            if self._paused or self._transport.is_closing():
+                await self._drained(timeout)
+        else:
+            view = memoryview(chunk)
+            for start in range(0, size, _WRITE_HIGH):
+                if self._unasked:
+                    return
+                self._transport.write(view[start : start + _WRITE_HIGH])
+                if self._paused or self._transport.is_closing():
+                    await self._drained(timeout)
+        self._torn = False
+
+    def end_body(self, last: bytes | memoryview = b"", *, replies: int = 1, then: Sequence[bytes] = ()) -> None:
+        """Write the last of the body and the end-of-data line at once; LMTP owes a reply for each recipient.
+
+        ``then`` are the commands that begin the next transaction, for a server with PIPELINING: RFC 2920 3.1 has the
+        content be the first "command" of a group.
+        """
+        if not self.in_data:
+            raise RuntimeError("no DATA phase to end")
+        _check(then)
+        self._speak(b".")
+        self._owed.extend((b".",) * replies)
+        if then:
+            self._owe(then)
+            self._is_ahead = True
+        self._transport.writelines((last, b".\r\n", *(line + b"\r\n" for line in then)))
+
+    async def quit(self, timeout: float = 2.0) -> None:
+        """Take leave politely where the state allows it, then close. Raises nothing but CancelledError."""
+        try:
+            if not self.in_data:
+                self.send(b"QUIT")
+                while self.replies_owed:
+                    await self.reply(timeout=timeout)
+        except (ClientError, RuntimeError):
+            pass
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close at once and drop what the transport has not sent yet."""
+        self._transport.abort()
+
+    # -- what asyncio calls --
+
+    def data_received(self, data: bytes) -> None:
+        if self._fault:
+            return
+        try:
+            for reply in self._parser.feed(data):
+                self._deliver(reply)
+        except ValueError as error:
+            self._malformed(str(error))
+
+    def eof_received(self) -> None:
+        """Count a reply that the server broke off; returning None closes the transport."""
+        if self._fault:
+            return
+        try:
+            reply = self._parser.finish()
+        except ValueError as error:
+            self._malformed(str(error))
+        else:
+            if reply is not None:
+                self._deliver(reply)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None and not self._lost:
+            self._read_remains()
+        self.eof_received()
+        self._lost = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(self._gone(self._owed[0]))
+        self._wake_writer()
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._wake_writer()
+
+    # -- reading --
+
+    def _deliver(self, reply: Reply) -> None:
+        if not self._owed:
+            self._extra += 1
+            self._unasked = self._unasked or reply
+            if self._extra > _MAX_UNASKED:
+                self._malformed("a flood of replies to nothing")
+            self._wake_writer()
+            return
+        self._owed.popleft()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(reply)
+            self._waiter = None
+        else:
+            self._ready.append(reply)
+
+    def _malformed(self, why: str) -> None:
+        self._fault = why
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(self._gone(self._owed[0]))
+        self._transport.abort()
+
+    def _read_remains(self) -> None:
+        """Read what the kernel still holds after a failed write: a server that refuses a body says why, then closes.
+
+        The transport stops reading at EPIPE, but closes its socket only after connection_lost. Not for TLS, where
+        what is left cannot be decrypted without the transport.
+        """
+        if self.is_encrypted or not (self._owed or self.in_data):
+            return
+        with suppress(OSError, ValueError):
+            descriptor = os.dup(self._transport.get_extra_info("socket").fileno())
+            with socket.socket(fileno=descriptor) as copy:
+                while data := copy.recv(65536, socket.MSG_DONTWAIT):
+                    self.data_received(data)
+
+    # -- waiting --
+
+    def _owe(self, lines: Sequence[bytes]) -> None:
+        """Note commands whose replies are to come."""
+        for line in lines:
+            verb = line[:4].upper()
+            self._owed.append(verb)
+            if verb == b"MAIL":
+                self.transactions += 1
+                self.is_dirty = True
+            elif verb == b"RSET":
+                self.is_dirty = False
+
+    def _speak(self, line: bytes) -> None:
+        """Raise unless the server can be expected to read and answer."""
+        if self._unasked or self._fault or self._torn or not self.is_open:
+            raise self._gone(line[:4])
+
+    def _gone(self, verb: bytes) -> ClientError:
+        if self._fault:
+            return MalformedReply(self._fault, stage=_stage(verb))
+        text = "the connection was closed"
+        if self.is_open:
+            text = "the server spoke out of turn" if self._unasked else "the body was not written in full"
+        return ConnectionGone(text, stage=_stage(verb), reply=self._unasked)
+
+    async def _drained(self, timeout: float) -> None:
+        self._drain = self._loop.create_future()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._drain
+        except TimeoutError:
+            raise DeadlinePassed(f"no room to write for {timeout:g} s", stage="message body") from None
+        finally:
+            self._drain = None
+        if self._lost:
+            raise self._gone(b"body")
+
+    def _wake_writer(self) -> None:
+        if self._drain is not None and not self._drain.done():
+            self._drain.set_result(None)
+
+    def _arm(self, timeout: float) -> None:
+        """Set the deadline. One timer serves many replies: it is moved only when it would fire too late."""
+        self._patience = timeout
+        self._deadline = when = self._loop.time() + timeout
+        if self._timer is None or when < self._timer.when():
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(when, self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        if self._waiter is None or self._waiter.done():
+            return
+        if self._deadline > self._loop.time():
+            self._timer = self._loop.call_at(self._deadline, self._expire)
+        else:
+            text = f"no reply within {self._patience:g} s"
+            self._waiter.set_exception(DeadlinePassed(text, stage=_stage(self._owed[0])))
+
+
+def _check(lines: Sequence[bytes]) -> None:
+    for line in lines:
+        if _CONTROL.search(line):
+            raise ValueError("control character in an SMTP command")
+
+
+def _stage(verb: bytes) -> str:
+    """Name the stage for people."""
+    return "end of data" if verb == b"." else "message body" if verb == b"body" else verb.decode("ascii", "replace")

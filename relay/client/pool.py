@@ -1,0 +1,285 @@
+"""Kept-open connections to one destination, and the bound on how many there are.
+
+The connection used last is leased first, so that the rest grow old and are closed with a QUIT. A kept one that died
+or was spoken to by its server is dropped unseen. Who comes when all are in use waits in line, and gets a PoolExhausted
+at its deadline. A server that greets with 421 while others of ours are in use has named its limit: wait for one of
+those. Whoever leases must give back, whatever happened: a connection out of step is closed here, never used again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from contextlib import suppress
+
+from relay.client.connect import ClientError, ConnectFailed, Connection, connect
+from relay.mail.destination import Destination
+from relay.mail.reply import Reply
+
+_CEILING_SECONDS = 30.0  # how long a server's "421 too many connections" is believed
+
+
+class PoolExhausted(ClientError):
+    """All connections are in use; ``reply`` is the server's, when it is the one who limits them."""
+
+
+class Pool:
+    """Leases connections of one event loop. ``limit`` bounds those in use and those kept, together."""
+
+    def __init__(
+        self,
+        destination: Destination,
+        *,
+        local_hostname: str,
+        connect_timeout: float,
+        limit: int,
+        max_idle: int | None = None,
+        idle_seconds: float = 60.0,
+        max_transactions: int = 1000,
+        tls_context: ssl.SSLContext | None = None,
+    ) -> None:
+        """Make an empty pool. ``connect_timeout`` is for each step of a handshake; ``max_idle`` None: all are kept."""
+        self.destination = destination
+        self._local_hostname = local_hostname
+        self._connect_timeout = connect_timeout
+        self._limit = max(1, limit)
+        self._max_idle = max_idle
+        self._idle_seconds = idle_seconds
+        self._max_transactions = max_transactions
+        self._tls_context = tls_context
+        self._idle: list[Connection] = []  # by last_used, the newest at the end
+        self._leased: set[Connection] = set()
+        self._out = 0  # slots taken: leased, or on the way to it
+        self._waiters: deque[asyncio.Future[None]] = deque()  # a result is a slot that has been taken for the waiter
+        self._ceiling: tuple[int, float] | None = None  # the server's own limit, and until when it is believed
+        self._refusal: Reply | None = None  # the 421 that said so
+        self._reaper: asyncio.TimerHandle | None = None
+        self._goodbyes: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    @property
+    def limit(self) -> int:
+        return self._limit
+
+    @property
+    def room(self) -> int:
+        """How many connections may be in use now: the limit, or less where the server has named its own."""
+        return self._room()
+
+    @property
+    def in_use(self) -> int:
+        return self._out
+
+    @property
+    def idle(self) -> int:
+        return len(self._idle)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiters)
+
+    def set_limit(self, limit: int) -> None:
+        """Change the limit now; what is leased above it is closed when it comes back."""
+        self._limit = max(1, limit)
+        while self._idle and self._out + len(self._idle) > self._limit:
+            self._say_goodbye(self._idle.pop(0))
+        self._wake()
+
+    async def lease(self, *, timeout: float | None = None, fresh: bool = False) -> Connection:
+        """Return a connection in step and without a transaction; None waits for ``connect_timeout`` at most.
+
+        ``fresh`` passes over the kept ones, for the caller whose kept one has just turned out to be dead. Raises
+        PoolExhausted, and ConnectFailed from a new connection's handshake, which the timeout does not bound.
+        """
+        deadline = asyncio.get_running_loop().time() + (self._connect_timeout if timeout is None else timeout)
+        if self._closed or self._waiters or self._out >= self._room():
+            await self._wait(deadline, first=False)
+        else:
+            self._out += 1
+        while True:
+            try:
+                connection = None if fresh else await self._kept()
+                if connection is None:
+                    connection = await self._connect()
+            except ConnectFailed as error:
+                others = self._out - 1
+                if error.reply is None or error.reply.code != 421 or not others:
+                    self._free()
+                    raise
+                self._refusal = error.reply
+                self._ceiling = (others, asyncio.get_running_loop().time() + _CEILING_SECONDS)
+                self._free()
+                await self._wait(deadline, first=True)
+                fresh = False  # what comes back now is as good as new
+            except BaseException:
+                self._free()
+                raise
+            else:
+                self._leased.add(connection)
+                return connection
+
+    def can_go_on(self, connection: Connection) -> bool:
+        """Say whether a leased connection may carry another transaction before it is given back."""
+        return connection.transactions < self._max_transactions and self._out <= self._room() and not self._closed
+
+    def give_back(self, connection: Connection) -> None:
+        """Take a connection back, whatever its state: kept when it can be used again, else closed. Never raises."""
+        if connection not in self._leased:
+            connection.close()
+            return
+        self._leased.discard(connection)
+        if not connection.is_usable:
+            connection.close()
+        elif (
+            self._closed
+            or self._out + len(self._idle) > self._limit
+            or connection.transactions >= self._max_transactions
+            or (self._max_idle is not None and len(self._idle) >= self._max_idle and not self._waiters)
+        ):
+            self._say_goodbye(connection)
+        else:
+            self._keep(connection)
+        self._free()
+
+    async def close(self) -> None:
+        """Close the kept connections with a QUIT; those in use are closed when they come back."""
+        self._closed = True
+        if self._reaper is not None:
+            self._reaper.cancel()
+            self._reaper = None
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_exception(self._closing())
+        while self._idle:
+            self._say_goodbye(self._idle.pop())
+        if self._goodbyes:
+            await asyncio.wait(self._goodbyes)
+
+    # -- connections --
+
+    async def _kept(self) -> Connection | None:
+        """Return the kept connection used last that is still good."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.last_used + self._idle_seconds < asyncio.get_running_loop().time():
+                self._say_goodbye(connection)
+                continue
+            try:
+                while connection.replies_owed:  # to the RSET of give_back, and mostly here already
+                    reply = await connection.reply(timeout=self._connect_timeout)
+                    if not reply.is_positive:
+                        connection.close()
+            except ClientError:
+                pass
+            except BaseException:
+                connection.close()
+                raise
+            if connection.is_usable:
+                return connection
+            connection.close()
+        return None
+
+    async def _connect(self) -> Connection:
+        # Passed over or not, the kept ones count: the oldest makes room.
+        while self._idle and self._out + len(self._idle) > self._room():
+            self._say_goodbye(self._idle.pop(0))
+        connection = await connect(
+            self.destination,
+            local_hostname=self._local_hostname,
+            timeout=self._connect_timeout,
+            tls_context=self._tls_context,
+        )
+        if self._closed:
+            connection.close()
+            raise self._closing()
+        return connection
+
+    def _keep(self, connection: Connection) -> None:
+        if connection.is_dirty:
+            try:
+                connection.send(b"RSET")  # its reply is read by the next lease, so that nobody waits for it
+            except ClientError:
+                connection.close()
+                return
+        loop = asyncio.get_running_loop()
+        connection.last_used = loop.time()
+        self._idle.append(connection)
+        if self._reaper is None:
+            self._reaper = loop.call_later(self._idle_seconds, self._reap)
+
+    def _reap(self) -> None:
+        """Close what has been idle for too long; come back when the next one will be."""
+        loop = asyncio.get_running_loop()
+        self._reaper = None
+        now = loop.time()
+        while self._idle and self._idle[0].last_used + self._idle_seconds <= now + 0.01:
+            self._say_goodbye(self._idle.pop(0))
+        if self._idle:
+            self._reaper = loop.call_at(self._idle[0].last_used + self._idle_seconds, self._reap)
+
+    def _say_goodbye(self, connection: Connection) -> None:
+        if not connection.is_open:
+            connection.close()
+            return
+        task = asyncio.get_running_loop().create_task(connection.quit())
+        self._goodbyes.add(task)
+        task.add_done_callback(self._goodbyes.discard)
+
+    # -- slots --
+
+    def _room(self) -> int:
+        """How many connections may be in use now."""
+        if self._ceiling is None:
+            return self._limit
+        ceiling, until = self._ceiling
+        if asyncio.get_running_loop().time() >= until:
+            self._ceiling = None
+            return self._limit
+        return min(self._limit, ceiling)
+
+    async def _wait(self, deadline: float, *, first: bool) -> None:
+        """Wait in line for a slot. Cancelled or not, a slot that was granted is taken or passed on."""
+        if self._closed:
+            raise self._closing()
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[None] = loop.create_future()
+        if first:
+            self._waiters.appendleft(waiter)
+        else:
+            self._waiters.append(waiter)
+        self._wake()  # the server's limit may have been forgotten since
+        timer = loop.call_at(deadline, self._expire, waiter)
+        try:
+            await waiter
+        except BaseException:
+            if not waiter.done() or waiter.cancelled() or waiter.exception() is not None:
+                with suppress(ValueError):
+                    self._waiters.remove(waiter)
+            else:
+                self._free()
+            raise
+        finally:
+            timer.cancel()
+
+    def _expire(self, waiter: asyncio.Future[None]) -> None:
+        if not waiter.done():
+            refusal = self._refusal if self._ceiling is not None else None
+            waiter.set_exception(
+                PoolExhausted(f"all {self._out} connections are in use", stage="connect", reply=refusal)
+            )
+
+    def _free(self) -> None:
+        self._out -= 1
+        self._wake()
+
+    def _wake(self) -> None:
+        while self._waiters and self._out < self._room():
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                self._out += 1
+                waiter.set_result(None)
+
+    def _closing(self) -> ClientError:
+        return ClientError("the pool is closed", stage="connect")

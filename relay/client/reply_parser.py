@@ -1,0 +1,102 @@
+"""Octets from a server -> replies, however they are cut into packets.
+
+Linear in what is fed, and bounded: a reply is at most 100 lines and 64 KiB, of each line 512 octets are kept. What is
+no reply raises ValueError, after which the parser is of no more use. A reply that the server broke off after its code
+("250-", then the end of the stream) counts: the code was said and the rest would have been text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from relay.mail.reply import Reply
+from relay.mail.text import printable
+
+_LINE_KEPT = 512 - len("250 \r\n")  # RFC 5321 4.5.3.1.5: what we keep, not what we accept
+_MAX_LINES = 100
+_MAX_REPLY = 64 * 1024  # octets; no honest reply comes near
+_MARKS = (b" ", b"-", b"")
+
+
+class ReplyParser:
+    """Collects one server's replies."""
+
+    __slots__ = ("_code", "_lines", "_size", "_tail")
+
+    def __init__(self) -> None:
+        self._tail = bytearray()  # a line without its end yet
+        self._code = b""  # of the multi-line reply being read
+        self._lines: list[str] = []
+        self._size = 0
+
+    @property
+    def is_between(self) -> bool:
+        """Whether no part of a reply is waiting for its rest."""
+        return not (self._tail or self._lines)
+
+    def feed(self, data: bytes) -> Iterator[Reply]:
+        """Yield the replies that are complete with these octets. Raises ValueError, after those before the fault."""
+        if (reply := self._single(data)) is not None:
+            yield reply
+            return
+        if self._tail:
+            self._tail += data
+            if b"\n" not in data:  # only the new octets are looked at: many tiny packets stay linear
+                if len(self._tail) > _MAX_REPLY:
+                    raise ValueError("a line without an end")
+                return
+            data = bytes(self._tail)
+            self._tail.clear()
+        *lines, rest = data.split(b"\n")
+        self._tail += rest
+        for line in lines:
+            reply = self._line(line)
+            if reply is not None:
+                yield reply
+        if len(rest) > _MAX_REPLY:
+            raise ValueError("a line without an end")
+
+    def finish(self) -> Reply | None:
+        """Return the reply that the end of the stream broke off, if its code was complete. Raises ValueError."""
+        reply = None
+        if len(self._tail) >= 3:
+            reply = self._line(bytes(self._tail))
+        self._tail.clear()
+        if reply is None and self._lines:
+            reply, self._lines = Reply(int(self._code), tuple(self._lines)), []
+        return reply
+
+    def _single(self, data: bytes) -> Reply | None:
+        """Read what nearly all packets are: one reply of one plain line, whole."""
+        if data[3:4] != b" " or data[-2:] != b"\r\n" or len(data) > _LINE_KEPT or not self.is_between:
+            return None
+        code, text = data[:3], data[4:-2]
+        if not code.isdigit() or not text.isascii() or not (words := text.decode("ascii")).isprintable():
+            return None
+        return Reply(int(code), (words,))
+
+    def _line(self, line: bytes) -> Reply | None:
+        if line.endswith(b"\r"):
+            line = line[:-1]
+        code, mark = line[:3], line[3:4]
+        if len(code) != 3 or not code.isdigit() or mark not in _MARKS:
+            raise ValueError("not a reply line")
+        text = safe_text(line[4:])
+        if not self._lines and mark != b"-":
+            return Reply(int(code), (text,))
+        if self._lines and code != self._code:
+            raise ValueError("two codes in one reply")
+        self._code = code
+        self._lines.append(text)
+        self._size += len(line)
+        if len(self._lines) > _MAX_LINES or self._size > _MAX_REPLY:
+            raise ValueError("too long a reply")
+        if mark == b"-":
+            return None
+        lines, self._lines, self._size = self._lines, [], 0
+        return Reply(int(code), tuple(lines))
+
+
+def safe_text(text: bytes) -> str:
+    """Return a reply's text as it may be shown and passed on: valid UTF-8 stays, all else is escaped, 512 are kept."""
+    return printable(text[:_LINE_KEPT].decode("utf-8", "backslashreplace"))

@@ -1,0 +1,91 @@
+"""Tells another server whose mail it is: XFORWARD (for its log) and XCLIENT (for its access rules).
+
+A server that does not want to know is told nothing; nothing here fails a message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from relay.client.connection import ClientError, Connection
+from relay.mail.addresses import is_loopback
+from relay.mail.origin import Identity
+from relay.mail.reply import Reply
+
+_NOT_TAKEN = (500, 501, 502, 503, 504, 550)  # of XCLIENT itself; other refusals are of the client that it names
+_LINE = 510  # octets of a command without CRLF
+
+
+class NotIntroduced(ClientError):
+    """The server knows this connection as another client's, and it cannot be made this one's."""
+
+
+def xforward(identity: Identity, connection: Connection) -> list[bytes]:
+    """Return the XFORWARD commands for this server, none where it does not offer it. They hold for one transaction."""
+    return [] if connection.introduced else _commands("XFORWARD", identity, connection.extensions)
+
+
+def _xclient(identity: Identity, extensions: Mapping[str, str]) -> list[bytes]:
+    """Return the XCLIENT command for this server, if it grants that.
+
+    Never with a loopback address: the server would take the client for a program of its own and trust it.
+    """
+    address = dict(identity).get("ADDR", "")
+    return _commands("XCLIENT", identity, extensions)[:1] if address and not is_loopback(address) else []
+
+
+def _commands(verb: str, identity: Identity, extensions: Mapping[str, str]) -> list[bytes]:
+    offered = extensions.get(verb, "").upper().split()
+    lines: list[str] = []
+    for name, value in identity:
+        if name not in offered:
+            continue
+        text = f"IPv6:{value}" if name == "ADDR" and ":" in value else value
+        word = f"{name}={_encoded(text)}"
+        if lines and len(lines[-1]) + 1 + len(word) <= _LINE:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"{verb} {word}")
+    return [line.encode("ascii") for line in lines]
+
+
+def _encoded(value: str) -> str:
+    octets = value.encode("utf-8", "surrogateescape")
+    return "".join(chr(o) if 32 < o < 127 and o not in b"+=" else f"+{o:02X}" for o in octets)
+
+
+def is_introduced(connection: Connection, identity: Identity) -> bool:
+    """Say whether ``introduce`` would have nothing to say."""
+    return _introduction(connection, identity) == connection.introduced
+
+
+def _introduction(connection: Connection, identity: Identity) -> bytes:
+    if not identity or connection.destination.username:
+        return b""
+    lines = _xclient(identity, connection.extensions)
+    return lines[0] if lines else b""
+
+
+async def introduce(connection: Connection, identity: Identity, *, timeout: float) -> Reply | None:
+    """Tell a server that grants XCLIENT who the client is, and greet it anew; once for each change on a connection.
+
+    Returns None, or the reply with which the server turns this client away. Raises ClientError, NotIntroduced.
+    """
+    wanted = _introduction(connection, identity)
+    if wanted == connection.introduced:
+        return None
+    if not wanted:
+        raise NotIntroduced("the connection was another client's", stage="XCLIENT")
+    reply = await connection.command(wanted, timeout=timeout)
+    if not reply.is_positive:
+        if connection.introduced or reply.code == 421:
+            raise NotIntroduced("XCLIENT was refused", stage="XCLIENT", reply=reply)
+        return None if reply.code in _NOT_TAKEN else reply
+    connection.introduced = wanted
+    hello = b"LHLO " if connection.destination.scheme == "lmtp" else b"EHLO "
+    reply = await connection.command(hello + connection.hostname.encode("ascii", "replace"), timeout=timeout)
+    if not reply.is_positive:
+        raise ClientError("EHLO after XCLIENT was refused", stage="XCLIENT", reply=reply)
+    words = [line.partition(" ") for line in reply.lines[1:]]
+    connection.extensions = {keyword.upper(): parameters.strip() for keyword, _, parameters in words}
+    return None

@@ -1,0 +1,1 @@
+"""The settings: every option once, files, variables and flags to one frozen Settings."""

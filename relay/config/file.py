@@ -1,0 +1,103 @@
+"""A settings file, TOML or YAML, as plain dicts, with the line of each key.
+
+The only importer of dynaconf, which here does one thing: it reads the file. It is large, so settings.py imports this
+module only when there is a file. One that is no use is Unreadable, whose text has no secret.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dynaconf import Dynaconf
+from dynaconf.loaders import toml_loader, yaml_loader
+from dynaconf.vendor.ruamel.yaml import YAMLError
+from dynaconf.vendor.ruamel.yaml.constructor import DuplicateKeyError
+
+from relay.config.options import SECTIONS
+from relay.mail.text import printable
+
+
+class Unreadable(Exception):
+    """A file that cannot be read, or is not what its name says; the text is one line."""
+
+
+class FileContent(NamedTuple):
+    """What one file sets, and where."""
+
+    data: dict[str, Any]
+    lines: dict[str, int]  # of each key, "section.key" or "backup[0].field"
+
+
+def read(path: Path) -> FileContent:
+    """Read a TOML or YAML file by way of dynaconf. Raises Unreadable."""
+    if path.suffix not in {".toml", ".yaml", ".yml"}:
+        raise Unreadable("expected a file that ends in .toml, .yaml or .yml")
+    # The loader is called by itself: Dynaconf(settings_files=...) would also read settings.local.toml, includes
+    # and hooks, and cast "@format {env[...]}". No folder is searched and no variable read.
+    box = Dynaconf(
+        settings_files=[], loaders=[], core_loaders=[], preload=[], includes=[], environments=False, load_dotenv=False,
+        auto_cast=False, merge_enabled=True, dotted_lookup=False, envvar_prefix=False, sysenv_fallback=False,
+    )  # fmt: skip
+    try:
+        text = path.read_text(encoding="utf-8")
+        before = set(box.as_dict())
+        loader = toml_loader if path.suffix == ".toml" else yaml_loader
+        loader.load(box, filename=str(path.absolute()), silent=False)
+        data = {key: value for key, value in box.as_dict().items() if key not in before}
+        loaded = {key for source, keys in box.loaded_by_loaders.items() if source.identifier == str(path.absolute())
+                  for key in keys}  # fmt: skip
+    except OSError as error:
+        raise Unreadable(f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise Unreadable("is not UTF-8") from None
+    except (ValueError, YAMLError, DuplicateKeyError) as error:
+        raise Unreadable(f"cannot be read: {_syntax(error)}") from None
+    except (AttributeError, TypeError):  # a list or a lone word where sections are expected
+        raise Unreadable("expected sections with options") from None
+    data |= dict.fromkeys(sorted(loaded - set(data)), True)  # dynaconf's own switches are unknown options here
+    lowered = {str(key).lower(): _lower(value) for key, value in data.items()}
+    told = {key: value for key, value in lowered.items() if value or key not in {*SECTIONS, "backup"}}
+    return FileContent(told, dict(_lines(text, path.suffix)))
+
+
+def _lower(value: Any) -> Any:
+    """Return plain dicts with lower-case keys, at every depth."""
+    if isinstance(value, dict):
+        return {str(key).lower(): _lower(item) for key, item in value.items()}
+    return [_lower(item) for item in value] if isinstance(value, list) else value
+
+
+def _syntax(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return printable(str(error).partition("\n")[0])
+    text = (getattr(error, "problem", "") or "not YAML").partition(" with value")[0]  # which may be a secret
+    return f"{printable(text)} (at line {mark.line + 1}, column {mark.column + 1})"
+
+
+def _lines(text: str, suffix: str) -> Iterator[tuple[str, int]]:
+    """Yield each key and its line. Good enough for messages: it does not follow multi-line values."""
+    section, tables = "", -1
+    for number, line in enumerate(text.lower().splitlines(), 1):
+        if suffix == ".toml":
+            header = re.match(r"\s*(\[\[?)\s*\"?([\w.-]+)", line)
+            key = re.match(r"\s*\"?([\w.-]+)\"?\s*=", line)
+            starts_table = bool(header) and header[1] == "[[" if header else False
+            name = header[2] if header else ""
+        else:
+            header = re.match(r"(\")?([\w.-]+)\"?\s*:", line)
+            starts_table = section.startswith("backup") and bool(re.match(r"\s*-", line))
+            key = re.match(r"\s+(?:-\s+)?\"?([\w.-]+)\"?\s*:", line)
+            name = header[2] if header else "backup"
+        if starts_table:
+            tables += 1
+            section = f"{name}[{tables}]"
+            yield section, number
+        elif header:
+            section = name
+            yield section, number
+        if key:
+            yield (f"{section}.{key[1]}" if section else key[1]), number

@@ -1,0 +1,413 @@
+"""Settings: a file, then SMTP_DUP_* variables, then flags -> one frozen Settings.
+
+What may be set follows from the table in options.py. A wrong setting never stops at the first: SettingsError carries
+every problem, one line each, with the place that it came from and without any secret.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from relay.config.destinations import conflicts, is_loopback, is_own_address, read_destination, resolve_password
+from relay.config.model import PARTS, Settings, Shown, describe
+from relay.config.options import BACKUP_FIELDS, BACKUP_FLAGS, BY_KEY, ENV_PREFIX, OPTIONS, SECTIONS, Option, render
+from relay.config.types import listen_addresses
+from relay.mail.addresses import Network
+from relay.mail.destination import Destination
+from relay.mail.text import printable
+
+if TYPE_CHECKING:
+    from relay.config.file import FileContent
+
+__all__ = [
+    "OPTIONS",
+    "Option",
+    "Problem",
+    "Settings",
+    "SettingsError",
+    "Shown",
+    "describe",
+    "load",
+    "render",
+    "resolve_password",
+]
+
+DIRECTORIES = (Path(), Path("/etc/smtp-dup"))
+FILE_NAMES = ("settings.toml", "config.yaml")
+CONFIG_VARIABLE = ENV_PREFIX + "CONFIG"
+DEFAULTS_VARIABLE = ENV_PREFIX + "DEFAULTS"  # a package's own defaults, as the container image has; below every file
+_OURS = (CONFIG_VARIABLE, DEFAULTS_VARIABLE)
+# Kubernetes puts these into every container beside a service that is called smtp-dup...; they are not ours.
+_KUBERNETES = re.compile(r"SMTP_DUP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
+# A field of one backup as a flag gives it, and a backup with its name in front; a host has no "=".
+_OF_BACKUP = re.compile(r"backup\[(.*)\]\.(\w+)")
+_NAMED = re.compile(r"([\w.:\-\[\]]+)=(.*)", re.DOTALL)
+_BARE_LINE = re.compile(rf"\s*(\[({'|'.join(SECTIONS)})\]\s*)?(#.*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong: the key (or variable, or field), where it stands, what was expected."""
+
+    key: str
+    where: str
+    text: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.where, self.key, self.text) if part)
+
+
+class SettingsError(Exception):
+    """The settings cannot be used; ``problems`` are all the reasons, one line each."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+# Loading ------------------------------------------------------------------------------------------------------
+
+
+class _Given(NamedTuple):
+    value: Any
+    origin: str
+
+
+def load(
+    flags: Mapping[str, str] | None = None,
+    environ: Mapping[str, str] | None = None,
+    directories: Sequence[Path] = DIRECTORIES,
+    *,
+    require_primary: bool = True,
+) -> Settings:
+    """Read the settings. Raises SettingsError with every problem there is.
+
+    ``flags`` maps a key to its text, lists comma-separated; the key "config" names the only file to read, and
+    "backup[NAME].FIELD" is about one backup, wherever that is defined.
+    """
+    return _Loader(dict(flags or {}), os.environ if environ is None else environ).load(directories, require_primary)
+
+
+class _Loader:
+    """One run of load(): what was given so far, and what is wrong with it."""
+
+    def __init__(self, flags: dict[str, str], environ: Mapping[str, str]) -> None:
+        self.flags = flags
+        self.environ = environ
+        self.given: dict[str, _Given] = {}
+        self.tables: list[tuple[Any, dict[str, str]]] = []  # [[backup]]: its fields, and where each stands
+        self.of_backups: dict[str, dict[str, str]] = {}  # name -> fields that flags give
+        self.problems: list[Problem] = []
+        self.strange_variables: list[str] = []
+        self.connections = 0  # workers.connections, which a backup has unless it says otherwise
+        self.file_failed = False  # what seems to be missing may stand there
+
+    def load(self, directories: Sequence[Path], require_primary: bool) -> Settings:
+        self._layer_defaults()
+        self._layer_file(directories)
+        self._layer_environment()
+        self._layer_flags()
+        self._check_variables()
+        values = self._values()
+        primary, backups = self._destinations(values)
+        if require_primary and not values["relay.destination_primary"]:
+            self._primary_is_missing()
+        self._check_together(values)
+        if self.problems:
+            raise SettingsError(self.problems)
+        sections: dict[str, Any] = {
+            name: kind(**{f.name: values[f"{name}.{f.name}"] for f in fields(kind)}) for name, kind in PARTS.items()
+        }
+        origins = {key: given.origin for key, given in self.given.items()}
+        origins |= {f"backup[{n}]": where[""] for n, (_, where) in enumerate(self.tables, 1)}
+        return Settings(**sections, state_dir=values["state_dir"], primary=primary, backups=backups, origins=origins)
+
+    def _primary_is_missing(self) -> None:
+        option = BY_KEY["relay.destination_primary"]
+        if not self.file_failed and not any(problem.key == option.key for problem in self.problems):
+            self._wrong(option.key, f"must be given: {option.flag} host:port, or {option.variables[0]}")
+
+    def _wrong(self, key: str, text: str, where: str | None = None) -> None:
+        if where is None:
+            where = self.given[key].origin if key in self.given else ""
+        self.problems.append(Problem(key, where, text))
+
+    # The layers, the later one wins
+
+    def _layer_defaults(self) -> None:
+        if named := self.environ.get(DEFAULTS_VARIABLE, ""):
+            try:
+                self._take_file(Path(named), _read(Path(named)))
+            except SettingsError as error:
+                self.problems += error.problems
+
+    def _layer_file(self, directories: Sequence[Path]) -> None:
+        named = self.flags.pop("config", "") or self.environ.get(CONFIG_VARIABLE, "")
+        candidates = [[Path(named)]] if named else [[folder / name for name in FILE_NAMES] for folder in directories]
+        for paths in candidates:
+            try:
+                # A file without a single setting, as the one of a fresh checkout, is as good as none.
+                present = [path for path in paths if named or (_is_there(path) and not _is_bare(path))]
+                files = [(path, content) for path in present if (content := _read(path)).data or named]
+            except SettingsError as error:
+                self.problems += error.problems
+                self.file_failed = True
+                return
+            if len(files) > 1:
+                self._wrong("", f"{files[1][0]} sets options too; keep one of the two files", str(files[0][0]))
+            if files:
+                self._take_file(files[0][0], files[0][1])
+                return
+
+    def _take_file(self, path: Path, content: FileContent) -> None:
+        def where(key: str) -> str:
+            line = content.lines.get(key)
+            return f"{path}:{line}" if line else str(path)
+
+        for section, body in content.data.items():
+            if section == "backup":
+                if not isinstance(body, list):
+                    self._wrong("backup", "expected [[backup]] tables, each with url = ...", where("backup"))
+                    continue
+                for n, table in enumerate(body):
+                    names = ["", *table] if isinstance(table, dict) else [""]
+                    self.tables.append((table, {f: where(f"backup[{n}].{f}" if f else f"backup[{n}]") for f in names}))
+            elif isinstance(body, dict) and section not in BY_KEY:
+                for name, value in body.items():
+                    self._take(f"{section}.{name}", value, where(f"{section}.{name}"))
+                if not body and section not in SECTIONS:
+                    self._unknown(section, [*SECTIONS, "backup"], where(section))
+            elif section in SECTIONS:
+                self._wrong(section, "expected a section with options", where(section))
+            else:
+                self._take(section, body, where(section))
+
+    def _take(self, key: str, value: Any, origin: str) -> None:
+        if key not in BY_KEY:
+            self._unknown(key, [*BY_KEY, "backup"], origin)
+        elif value is not None:
+            self.given[key] = _Given(value, origin)
+
+    def _unknown(self, name: str, known: Iterable[str], where: str, what: str = "option", within: str = "") -> None:
+        names = list(known)
+        meant = re.sub(r"(?i)(port|host|bind)$", "LISTEN" if name.isupper() else "listen", name)  # as others call it
+        near = [meant] if meant in names else difflib.get_close_matches(name, names, 1)
+        self._wrong(within + printable(name), f"unknown {what}" + (f"; did you mean {near[0]}?" if near else ""), where)
+
+    def _layer_environment(self) -> None:
+        ours = {name: option.key for option in OPTIONS for name in option.variables}
+        set_by: dict[str, str] = {}
+        for name, value in sorted(self.environ.items()):
+            if not name.startswith(ENV_PREFIX) or name in _OURS or not value.strip():
+                continue
+            if name not in ours:
+                if not _is_from_kubernetes(name, value):
+                    self.strange_variables.append(name)
+                continue
+            key = ours[name]
+            if key in set_by and self.environ[set_by[key]] != value:
+                self._wrong(name, f"{set_by[key]} says something else; set one of them", "environment")
+            set_by[key] = name
+            self._override(key, value, name)
+
+    def _layer_flags(self) -> None:
+        for key, value in self.flags.items():
+            if of_backup := _OF_BACKUP.fullmatch(key):
+                self.of_backups.setdefault(of_backup[1], {})[of_backup[2]] = value
+            else:
+                self._override(key, value, BY_KEY[key].flag)
+
+    def _check_variables(self) -> None:
+        """Name the SMTP_DUP_ variables that are no option, but for those that hold a password (env:NAME)."""
+        given = [str(given.value) for given in self.given.values()] + [str(table) for table, _ in self.tables]
+        passwords = {name for text in given for name in re.findall(r"\benv:(\w+)", text)}
+        for name in self.strange_variables:
+            if name not in passwords:
+                known = [*(option.variables["__" in name] for option in OPTIONS), CONFIG_VARIABLE]
+                self._unknown(name, known, "environment", "variable")
+
+    def _override(self, key: str, value: str, origin: str) -> None:
+        self.given[key] = _Given(value, origin)
+        if key == "relay.destination_backups":
+            self.tables.clear()  # who names the backups in a variable or a flag means these and no others
+
+    # From what was given to values
+
+    def _values(self) -> dict[str, Any]:
+        """Read every option; one that cannot be read is a problem and stands at its default."""
+        values: dict[str, Any] = {}
+        for option in OPTIONS:
+            if option.key in self.given:
+                try:
+                    values[option.key] = option.kind.read(self.given[option.key].value)
+                except ValueError as error:
+                    self._wrong(option.key, str(error))
+            values.setdefault(option.key, option.kind.read(option.default))
+        if values["state_dir"] is None:
+            values["state_dir"] = default_state_dir(self.environ)
+        if values["redis.sentinels"] and not values["redis.url"]:
+            values["redis.url"] = "redis://"
+        written = self.given.get("spool.dir", _Given(BY_KEY["spool.dir"].default, "")).value
+        if isinstance(written, str) and written.startswith("<state_dir>"):
+            values["spool.dir"] = Path(str(values["state_dir"]) + written.removeprefix("<state_dir>"))
+        return values
+
+    def _destinations(self, values: dict[str, Any]) -> tuple[Destination | None, tuple[Destination, ...]]:
+        primary = None
+        connections = self.connections = values["workers.connections"]
+        if text := values["relay.destination_primary"]:
+            primary, faults = read_destination(text, {}, environ=self.environ, connections=connections)
+            for _, fault in faults:
+                self._wrong("relay.destination_primary", fault)
+        backups: list[tuple[Destination, str, str]] = []  # with key and origin
+        key = "relay.destination_backups"
+        for n, text in enumerate(values[key], 1):
+            label = f"{key}[{n}]" if len(values[key]) > 1 else key
+            named = _NAMED.fullmatch(text)
+            fields = {"name": named[1]} if named else {}
+            if backup := self._backup(label, named[2] if named else text, fields, {"": self.given[key].origin}):
+                backups.append((backup, label, self.given[key].origin))
+        for n, (table, where) in enumerate(self.tables, 1):
+            if backup := self._backup_table(f"backup[{n}]", table, where):
+                backups.append((backup, f"backup[{n}]", where[""]))
+        for name, field in [(name, field) for name, given in self.of_backups.items() for field in given]:
+            self._unknown(name, [b.name for b, _, _ in backups], BACKUP_FLAGS[field], "backup")
+        found = tuple(backup for backup, _, _ in backups)
+        for index, text in conflicts(primary, found, _own_addresses(values)):
+            if index < 0:
+                self._wrong("relay.destination_primary", text)
+            else:
+                self._wrong(backups[index][1], text, backups[index][2])
+        return primary, found
+
+    def _backup_table(self, label: str, table: Any, where: dict[str, str]) -> Destination | None:
+        known = [field.key for field in BACKUP_FIELDS]
+        if not isinstance(table, dict):
+            self._wrong(label, "expected a table with url = ...", where[""])
+            return None
+        for name in table:
+            if name not in known:
+                self._unknown(name, known, where[name], "field of [[backup]]", f"{label}.")
+        rest = {name: value for name, value in table.items() if name in known and name != "url"}
+        url = table.get("url")
+        if not isinstance(url, str) or not url.strip():
+            self._wrong(f"{label}.url", "expected host:port or a URL", where.get("url", where[""]))
+            return None
+        return self._backup(label, url.strip(), rest, where)
+
+    def _backup(self, label: str, url: str, fields: Mapping[str, Any], where: Mapping[str, str]) -> Destination | None:
+        """Read one backup, with what flags say of it: they go by the name that it has without them."""
+        connections = self.connections
+        backup, faults = read_destination(url, fields, environ=self.environ, connections=connections)
+        name = str(fields.get("name") or (backup.name if backup else url))
+        if given := self.of_backups.pop(name, {}):
+            where = {**where, **{field: BACKUP_FLAGS[field] for field in given}}
+            fields = {**fields, **{field: value for field, value in given.items() if field != "url"}}
+            url = given.get("url", url)
+            backup, faults = read_destination(url, fields, environ=self.environ, connections=connections)
+        for field, fault in faults:
+            place = field or "url"
+            is_apart = label.startswith("backup[") or place in where  # a text has no fields with places of their own
+            self._wrong(f"{label}.{place}" if is_apart else label, fault, where.get(place, where[""]))
+        return backup
+
+    def _check_together(self, values: dict[str, Any]) -> None:
+        """Check the options that must agree with each other."""
+        first, longest, give_up = (values[f"retry.{name}"] for name in ("first", "longest", "give_up"))
+        if first > longest:
+            self._wrong("retry.first", "expected no more than retry.longest")
+        if longest > give_up:
+            self._wrong("retry.longest", "expected no more than retry.give_up")
+        if values["spool.dir"] is None and not values["relay.require_durable_copies"]:
+            self._wrong("spool.dir", "without a spool relay.require_durable_copies must be true")
+        if values["redis.sentinels"] and values["redis.url"].startswith("unix:"):
+            self._wrong("redis.url", "with redis.sentinels it must be redis:// or rediss://")
+        if values["redis.replicas"] and not values["redis.url"]:
+            self._wrong("redis.replicas", "the embedded Redis has none; set redis.url or redis.sentinels")
+        for host, port in listen_addresses(values["status.listen"]):
+            if is_own_address(host or "127.0.0.1", port, _own_addresses(values)):
+                self._wrong("status.listen", "is the same address as smtp.listen")
+        self._check_door(values)
+
+    def _check_door(self, values: dict[str, Any]) -> None:
+        """Check what clients meet: TLS that can be had, and no open relay."""
+        for host, port in listen_addresses(values["smtp.listen_tls"]):
+            if is_own_address(host or "127.0.0.1", port, listen_addresses(values["smtp.listen"])):
+                self._wrong("smtp.listen_tls", "is the same address as smtp.listen")
+        if values["smtp.tls_certificate"] is None:
+            for key, asks in (("smtp.tls", "encrypt"), ("smtp.listen_tls", values["smtp.listen_tls"] or None)):
+                if values[key] == asks:
+                    self._wrong(key, "needs smtp.tls_certificate")
+            if values["smtp.tls_key"] is not None:
+                self._wrong("smtp.tls_key", "has a meaning only with smtp.tls_certificate")
+        public = values["smtp.proxy_protocol"] or any(not is_loopback(host) for host, _ in _own_addresses(values))
+        if public and not values["smtp.allowed_domains"]:
+            everybody = ", ".join(str(n) for n in values["smtp.allowed_networks"] if _is_everybody(n))
+            if everybody:
+                self._wrong("smtp.allowed_networks", OPEN_RELAY.format(everybody))
+
+
+OPEN_RELAY = (
+    "{} lets everybody send mail to everywhere, an open relay: name your clients' networks, or set "
+    "smtp.allowed_domains; who logs in (smtp.users_file) is let in from anywhere without this"
+)
+
+
+def _own_addresses(values: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+    return listen_addresses(values["smtp.listen"]) + listen_addresses(values["smtp.listen_tls"])
+
+
+def _is_everybody(network: Network) -> bool:
+    """Say whether a network is no one's: more than anybody was ever given."""
+    return network.prefixlen < (8 if network.version == 4 else 16) and not network.is_private
+
+
+def default_state_dir(environ: Mapping[str, str]) -> Path:
+    """Return the folder for our data where nobody named one."""
+    if given := environ.get("STATE_DIRECTORY"):
+        return Path(given.partition(":")[0]).absolute()  # systemd may list several
+    if os.geteuid() == 0:
+        return Path("/var/lib/smtp-dup")
+    home = environ.get("XDG_STATE_HOME") or Path(environ.get("HOME") or "/var/tmp", ".local/state")  # noqa: S108
+    return Path(home, "smtp-dup").absolute()
+
+
+def _is_from_kubernetes(name: str, value: str) -> bool:
+    return bool(_KUBERNETES.fullmatch(name)) or (name.endswith("_PORT") and "://" in value)
+
+
+# The file -----------------------------------------------------------------------------------------------------
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # a folder that we may not enter: reading the file will say so
+        return True
+    return True
+
+
+def _is_bare(path: Path) -> bool:
+    """Say whether a TOML file has nothing but comments and our sections' headings: it is told without dynaconf."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):  # reading it again will say so
+        return False
+    return path.suffix == ".toml" and all(_BARE_LINE.fullmatch(line) for line in lines)
+
+
+def _read(path: Path) -> FileContent:
+    from relay.config import file  # noqa: PLC0415  (dynaconf: 6 MB in every process, also without any file)
+
+    try:
+        return file.read(path)
+    except file.Unreadable as error:
+        raise SettingsError([Problem("", str(path), str(error))]) from None

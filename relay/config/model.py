@@ -1,0 +1,259 @@
+"""The Settings as the rest of the program sees them, one frozen part for each section, and how they are shown.
+
+Seconds are float, sizes are bytes, everything is checked: whoever holds a Settings asks nothing more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from relay.config.options import OPTIONS
+from relay.config.types import PATH, listen_addresses, mask, sentinel_url
+from relay.mail.addresses import Network, within
+from relay.mail.destination import Destination
+
+
+@dataclass(frozen=True, slots=True)
+class SmtpSettings:
+    """What clients meet."""
+
+    listen: str
+    domain: str
+    processes: int
+    max_connections: int
+    max_message_bytes: int
+    max_recipients: int
+    max_bytes_in_flight: int
+    max_hops: int
+    max_line_bytes: int
+    max_headers: int
+    max_header_bytes: int
+    max_connections_per_client: int
+    min_data_rate: int
+    bare_newline: str
+    allowed_networks: tuple[Network, ...]
+    allowed_domains: tuple[str, ...]
+    users_file: Path | None
+    auth_without_tls: bool
+    tls: str
+    tls_certificate: Path | None
+    tls_key: Path | None
+    listen_tls: str
+    xforward_networks: tuple[Network, ...]
+    proxy_protocol: bool
+    proxy_networks: tuple[Network, ...]
+    idle_timeout: float
+    lease_idle_timeout: float
+    greeting_delay: float
+
+    @property
+    def addresses(self) -> tuple[tuple[str, int], ...]:
+        """(host, port) of each listening socket; the host "" stands for all interfaces."""
+        return listen_addresses(self.listen)
+
+    @property
+    def tls_addresses(self) -> tuple[tuple[str, int], ...]:
+        """(host, port) of each listening socket with TLS from the first octet."""
+        return listen_addresses(self.listen_tls)
+
+    @property
+    def offers_tls(self) -> bool:
+        """Whether a certificate has a use."""
+        return self.tls_certificate is not None and (self.tls != "none" or bool(self.listen_tls))
+
+    def allows(self, address: str) -> bool:
+        """Say whether a client with this IP address may send mail without logging in."""
+        return within(address, self.allowed_networks)
+
+    @property
+    def process_count(self) -> int:
+        """``processes``, or as many as there are cores for us."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return self.processes or cores or 1
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class RelaySettings:
+    """The destinations are kept as they were written, passwords included: use Settings.primary and .backups."""
+
+    destination_primary: str
+    destination_backups: tuple[str, ...]
+    timeout_seconds: float
+    final_timeout_seconds: float
+    require_durable_copies: bool
+    uncertain_hold: float
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class RedisSettings:
+    """Where copies wait; the URLs may hold passwords, so they are not in repr."""
+
+    url: str  # "": the embedded one, which only `up` starts; with Sentinels its host means nothing
+    timeout_seconds: float
+    sentinels: tuple[str, ...] = ()  # as they were written
+    service: str = "mymaster"
+    replicas: int = 0
+
+    @property
+    def sentinel_urls(self) -> tuple[str, ...]:
+        return tuple(sentinel_url(text) for text in self.sentinels)
+
+    @property
+    def sentinel_addresses(self) -> tuple[str, ...]:
+        """host:port of each Sentinel, without its password."""
+        return tuple(
+            mask(text).partition("://")[2].rpartition("@")[2].partition("/")[0].partition("?")[0]
+            for text in self.sentinel_urls
+        )
+
+    @property
+    def shown(self) -> str:
+        """What a person reads: the URL without its password, or the service and its Sentinels."""
+        if self.sentinels:
+            return f"{self.service} of the Sentinels {', '.join(self.sentinel_addresses)}"
+        return mask(self.url)
+
+    def at(self, url: str) -> RedisSettings:
+        """Return the same with another URL: the embedded Redis has one that no setting names."""
+        return replace(self, url=url) if url else self
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolSettings:
+    """Where copies go that Redis cannot take."""
+
+    dir: Path | None  # None: no spool
+    min_free: int
+
+
+@dataclass(frozen=True, slots=True)
+class StorageSettings:
+    """How copies are stored, wherever they are."""
+
+    key_file: Path | None  # None: as they are
+
+
+@dataclass(frozen=True, slots=True)
+class RetrySettings:
+    """The schedule of a deferred copy, in seconds."""
+
+    first: float
+    longest: float
+    give_up: float
+
+
+@dataclass(frozen=True, slots=True)
+class FailedSettings:
+    """How long and how much of the failed list is kept."""
+
+    ttl: float
+    max_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatusSettings:
+    """Health and metrics over HTTP."""
+
+    listen: str  # "": off
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        return listen_addresses(self.listen)[0] if self.listen else None
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """The log lines."""
+
+    level: str
+    format: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersSettings:
+    """The delivering processes."""
+
+    processes: int
+    batch: int
+    connections: int
+    sweep: float
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All settings, in seconds and bytes; ``origins`` says for each key that was set where it came from."""
+
+    smtp: SmtpSettings
+    relay: RelaySettings
+    redis: RedisSettings
+    spool: SpoolSettings
+    storage: StorageSettings
+    retry: RetrySettings
+    failed: FailedSettings
+    status: StatusSettings
+    log: LogSettings
+    workers: WorkersSettings
+    state_dir: Path
+    primary: Destination | None
+    backups: tuple[Destination, ...]
+    origins: Mapping[str, str]
+
+    def value(self, key: str) -> Any:
+        """Return the value of a dotted key."""
+        found: Any = self
+        for part in key.split("."):
+            found = getattr(found, part)
+        return found
+
+
+PARTS: dict[str, type] = {
+    "smtp": SmtpSettings,
+    "relay": RelaySettings,
+    "redis": RedisSettings,
+    "spool": SpoolSettings,
+    "storage": StorageSettings,
+    "retry": RetrySettings,
+    "failed": FailedSettings,
+    "status": StatusSettings,
+    "log": LogSettings,
+    "workers": WorkersSettings,
+}
+
+
+class Shown(NamedTuple):
+    """One option as `smtp-dup check` shows it."""
+
+    key: str
+    value: str
+    default: str
+    origin: str
+
+
+def describe(settings: Settings) -> list[Shown]:
+    """Return every option with its value, its default and where the value came from; secrets are masked."""
+    rows = []
+    for option in OPTIONS:
+        default = option.default if option.kind is PATH else option.kind.show(option.kind.read(option.default))
+        value = option.kind.show(settings.value(option.key))
+        rows.append(Shown(option.key, value, default, settings.origins.get(option.key, "default")))
+    tables = [key for key in settings.origins if key.startswith("backup[")]
+    for key, backup in zip(tables, settings.backups[len(settings.relay.destination_backups) :], strict=True):
+        rows.append(Shown(f"backup.{backup.name}", _in_words(backup), "", settings.origins[key]))
+    return rows
+
+
+def _in_words(backup: Destination) -> str:
+    user = f"{backup.username}:***@" if backup.username else ""
+    words = [f"{backup.scheme}://{user}{backup.address}", f"tls={backup.tls}", f"sender={backup.sender}"]
+    words += [f"connections={backup.connections}"]
+    words += ["soft_bounce"] * backup.soft_bounce
+    words += [
+        f"{name}={value}"
+        for name in ("ca_file", "tls_certificate", "password_from")
+        if (value := getattr(backup, name))
+    ]
+    return " ".join([*words, *(f"domains={','.join(backup.domains)}" for _ in backup.domains[:1])])

@@ -1,0 +1,264 @@
+"""Every option once: its key, its kind, its default, what it means; and settings.toml written from that.
+
+Nothing here reads a file or the environment. `python -m relay.config.options > settings.toml` writes the file anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+from relay.config.types import (
+    BOOLEAN,
+    DESTINATION,
+    DESTINATIONS,
+    DOMAINS,
+    HOST_NAME,
+    NETWORKS,
+    NETWORKS_OR_NONE,
+    PATH,
+    REDIS_URL,
+    SENTINELS,
+    TEXT,
+    OptionType,
+    choice,
+    duration,
+    integer,
+    listening,
+    size,
+)
+
+ENV_PREFIX = "SMTP_DUP_"
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option: ``default`` is written as in settings.toml; ``unit`` is "" where the kind has none."""
+
+    key: str
+    kind: OptionType
+    default: Any
+    unit: str
+    help: str
+    short_flag: str = ""
+
+    @property
+    def flag(self) -> str:
+        return self.short_flag or "--" + self.key.replace(".", "-").replace("_", "-")
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Every spelling: the short one, and the one that follows from the key."""
+        return tuple(dict.fromkeys((self.flag, "--" + self.key.replace(".", "-").replace("_", "-"))))
+
+    @property
+    def variables(self) -> tuple[str, str]:
+        """The plain variable, and the one in dynaconf's style."""
+        upper = self.key.upper()
+        return ENV_PREFIX + upper.replace(".", "_"), ENV_PREFIX + upper.replace(".", "__")
+
+
+SECTIONS = {
+    "smtp": "The server that clients connect to.",
+    "relay": "The primary server, whose replies the client gets, and the plain list of backups.",
+    "redis": "Where copies wait. It must have appendonly yes, appendfsync always, maxmemory-policy noeviction.",
+    "spool": "Files for the copies that Redis cannot take: it is down, full or slow.",
+    "storage": "How mail is stored, in Redis, in the spool and on the failed list.",
+    "retry": "When a copy is tried again that a backup deferred (4xx).",
+    "failed": "Copies that a backup refused or that were not delivered in time.",
+    "status": "HTTP with /healthz, /readyz and /metrics.",
+    "log": "One line per event, on standard error.",
+    "workers": "The processes that deliver to the backups.",
+}
+
+# fmt: off
+OPTIONS: tuple[Option, ...] = (
+    Option("state_dir", PATH, "", "",
+           "Folder for the spool and the embedded Redis. Default: $STATE_DIRECTORY (systemd sets it), else "
+           "/var/lib/smtp-dup for root, else ~/.local/state/smtp-dup."),
+    Option("smtp.listen", listening(may_be_off=False), "127.0.0.1:2525", "",
+           "Where to listen: host:port, :port for all interfaces, [::1]:port; several with commas.", "--listen"),
+    Option("smtp.domain", HOST_NAME, "localhost", "", "Our name in the greeting, in EHLO and in Received lines."),
+    Option("smtp.processes", integer(0, 1024), 0, "processes", "Relay processes on the port. 0: one for each core."),
+    Option("smtp.max_connections", integer(1), 1000, "connections",
+           "Simultaneous client connections, over all processes."),
+    Option("smtp.max_message_bytes", size(), "100M", "bytes",
+           "The largest message accepted. 0: whatever the primary accepts."),
+    Option("smtp.max_recipients", integer(1), 1000, "recipients", "Recipients of one message, at most."),
+    Option("smtp.max_bytes_in_flight", size(), "512M", "bytes",
+           "Message data in memory at once, over all processes; beyond this, messages get 452."),
+    Option("smtp.max_hops", integer(1, 1000), 50, "Received lines",
+           "A message with more Received lines than this is refused as a mail loop."),
+    Option("smtp.max_line_bytes", size(), 0, "bytes", "The longest line of a message. 0: no limit."),
+    Option("smtp.max_headers", integer(1), 1000, "header fields", "Header fields in one message, at most."),
+    Option("smtp.max_header_bytes", size(), "1M", "bytes", "Size of all header fields of a message together, at most."),
+    Option("smtp.max_connections_per_client", integer(0), 0, "connections",
+           "Simultaneous connections from one address, over all processes. 0: no limit. Set one if strangers can "
+           "connect."),
+    Option("smtp.min_data_rate", size(), 500, "bytes per second",
+           "A client that sends its message more slowly than this on average is disconnected. 0: any rate."),
+    Option("smtp.bare_newline", choice("normalise", "refuse", normalize="normalise", reject="refuse"), "normalise", "",
+           "A bare CR or LF in a message. normalise: it becomes CRLF, safely dot-stuffed (as Postfix 3.9 does). "
+           "refuse: the message is refused with 550 5.6.11."),
+    Option("smtp.allowed_networks", NETWORKS, ["127.0.0.0/8", "::1/128"], "",
+           "Clients that may send mail without logging in. Others are refused or, with users_file, must log in."),
+    Option("smtp.allowed_domains", DOMAINS, [], "", "Recipient domains that are relayed. Empty: every domain."),
+    Option("smtp.users_file", PATH, "", "",
+           "File of users who may log in (AUTH PLAIN, LOGIN) and send mail from anywhere: lines name:hash, the hash "
+           "from "
+           "`smtp-dup hash-password`. Read again on SIGHUP."),
+    Option("smtp.auth_without_tls", BOOLEAN, False, "", "Let users log in without TLS, their passwords in the clear."),
+    Option("smtp.tls", choice("none", "may", "encrypt"), "may", "",
+           "none: no STARTTLS. may: clients can use STARTTLS, if there is a certificate. encrypt: they must."),
+    Option("smtp.tls_certificate", PATH, "", "", "PEM file of our certificate and its chain. Read again on SIGHUP."),
+    Option("smtp.tls_key", PATH, "", "", "PEM file of its key. Default: the certificate's file."),
+    Option("smtp.listen_tls", listening(may_be_off=True), "", "",
+           "Where to listen for TLS from the first byte (usually :465), written like listen."),
+    Option("smtp.xforward_networks", NETWORKS_OR_NONE, ["127.0.0.0/8", "::1/128"], "",
+           "Clients whose XFORWARD and XCLIENT commands are trusted. Empty: none."),
+    Option("smtp.proxy_protocol", BOOLEAN, False, "",
+           "Every connection begins with a PROXY header (version 1 or 2), as load balancers send it."),
+    Option("smtp.proxy_networks", NETWORKS, ["127.0.0.0/8", "::1/128"], "",
+           "With proxy_protocol: the addresses of the load balancers. Connections from others are closed."),
+    Option("smtp.idle_timeout", duration(), "5m", "seconds",
+           "A client that is silent for this long is disconnected with 421."),
+    Option("smtp.lease_idle_timeout", duration(), "1m", "seconds",
+           "The same for a client in a transaction, which occupies a connection to the primary."),
+    Option("smtp.greeting_delay", duration(zero=True), 0, "seconds",
+           "Wait before the greeting; a client that sends anything before it is disconnected. 0: no wait."),
+    Option("relay.destination_primary", DESTINATION, "", "",
+           "The server whose replies the client gets: host:port, or smtp://, smtps:// or "
+           "lmtp://user:password@host:port (special "
+           "characters percent-encoded), with ?tls=none|opportunistic|encrypt|verify, ca_file=/path, "
+           "tls_certificate=/path and tls_key=/path (client certificate, if the server asks for one), and "
+           "password_from=env:NAME or file:/path. Default ports: 25, 465, 24. Required.", "--primary"),
+    Option("relay.destination_backups", DESTINATIONS, [], "",
+           "The servers that get a copy, each written like the primary, with name= in front for one with a name; in a "
+           "variable comma-separated. A variable or flag replaces this list and every [[backup]] below.",
+           "--backup"),
+    Option("relay.timeout_seconds", duration(), 10, "seconds",
+           "Longest wait for the primary at connect, greeting, EHLO, TLS, AUTH, MAIL, RCPT and DATA."),
+    Option("relay.final_timeout_seconds", duration(), 600, "seconds",
+           "Longest wait for the answer to the whole message (RFC 5321 4.5.3.2.6), here and at the backups."),
+    Option("relay.require_durable_copies", BOOLEAN, False, "",
+           "If neither Redis nor the spool can be written: false, the primary's reply stands, and the lost copy is "
+           "logged "
+           "and counted; true, the client gets 451 before the primary has the message."),
+    Option("relay.uncertain_hold", duration(), "1h", "seconds",
+           "If it is unknown whether the primary accepted a message, its copy waits this long for the client to send "
+           "the "
+           "message again; then it is delivered anyway."),
+    Option("redis.url", REDIS_URL, "", "",
+           "redis://[:password@]host:6379/0, rediss://... or unix:///path. Empty: `smtp-dup up` starts its own.",
+           "--redis"),
+    Option("redis.timeout_seconds", duration(), 5, "seconds", "A write slower than this goes to the spool."),
+    Option("redis.sentinels", SENTINELS, [], "",
+           "Sentinels that say which Redis is the master now: host:26379, or redis(s)://[user:]password@host:26379 for "
+           "one that wants a password or TLS. redis.url then gives only user, password, database and TLS "
+           "(redis://user:password@/0, rediss://...?ssl_ca_certs=/path), not a host."),
+    Option("redis.service", TEXT, "mymaster", "", "The name that the Sentinels have for this Redis."),
+    Option("redis.replicas", integer(0, 100), 0, "replicas",
+           "Number of replicas that must have a copy before it counts as stored; otherwise it goes to the spool, "
+           "too. 0: a "
+           "failover can lose what was just accepted."),
+    Option("spool.dir", PATH, "<state_dir>/spool", "",
+           'Folder of the spool, on a disk that outlives a restart. "none": no spool; relay.require_durable_copies '
+           "must then be true."),
+    Option("spool.min_free", size(), "1G", "bytes",
+           "The spool stops growing when the disk has less free space than this."),
+    Option("storage.key_file", PATH, "", "",
+           "Encrypt stored mail, envelope and body, with the first key of this file; the other keys decrypt older "
+           "mail. "
+           "`smtp-dup new-key FILE` creates it, or adds a new key at the front. Relay and workers need the same "
+           "keys. Read "
+           "again on SIGHUP."),
+    Option("retry.first", duration(), "1m", "seconds",
+           "Wait before the second attempt; it doubles after each further one."),
+    Option("retry.longest", duration(), "1h", "seconds", "The longest wait between two attempts."),
+    Option("retry.give_up", duration(), "5d", "seconds",
+           "A copy that is still not delivered this long after its message was accepted goes to the failed list."),
+    Option("failed.ttl", duration(), "30d", "seconds", "How long a failed copy is kept before it is deleted."),
+    Option("failed.max_bytes", size(), "1G", "bytes", "Failed copies beyond this are moved from Redis to the disk."),
+    Option("status.listen", listening(may_be_off=True, several=False), "127.0.0.1:8025", "",
+           'Where to listen. "off": not at all.'),
+    Option("log.level", choice("debug", "info", "warning", "error"), "info", "", "debug, info, warning or error."),
+    Option("log.format", choice("text", "json"), "text", "", "text for people, json for machines."),
+    Option("workers.processes", integer(1, 1024), 1, "processes", "Worker processes for each backup."),
+    Option("workers.batch", integer(1, 10_000), 100, "copies", "Copies in one job, at most."),
+    Option("workers.connections", integer(0, 10_000), 0, "connections",
+           "Connections from one worker process to one backup, at most. 0: 20, and up to 40 if a round trip takes "
+           "over 20 ms."),
+    Option("workers.upkeep.sweep", duration(), "1m", "seconds",
+           "How often the reconciler compares the ledger with RQ's jobs. A copy that no job would deliver gets a new "
+           "one at its second sweep."),
+)
+
+BACKUP_FIELDS: tuple[Option, ...] = (
+    Option("url", DESTINATION, "new.example.com:25", "", "host:port or a URL, as for the primary. Required."),
+    Option("name", TEXT, "new", "", "Its name in listings, queues and metrics. Default: host:port."),
+    Option("domains", DOMAINS, [], "", "Only recipients in these domains are copied. Empty: all."),
+    Option("sender", choice("keep", "null"), "keep", "", "null: copies carry the null sender, so nothing can bounce."),
+    Option("soft_bounce", BOOLEAN, False, "", "Treat refusals (5xx) as temporary: the copy is tried again."),
+    Option("connections", integer(0, 10_000), 0, "connections", "Default: workers.connections."),
+    Option("tls", choice("none", "opportunistic", "encrypt", "verify"), "opportunistic", "",
+           "none, opportunistic, encrypt, or verify (the certificate too). With a password, encrypt is the default."),
+    Option("ca_file", TEXT, "", "",
+           "PEM file of the certificate authorities to trust with verify. Empty: the system's."),
+    Option("tls_certificate", TEXT, "", "", "PEM file of the client certificate, for a server that asks for one."),
+    Option("tls_key", TEXT, "", "", "PEM file of its key. Default: the certificate's file."),
+    Option("password_from", TEXT, "", "", "env:NAME or file:/path instead of a password in the URL."),
+)
+# fmt: on
+
+BY_KEY = {option.key: option for option in OPTIONS}
+# A field of [[backup]] is a flag, too, whose value is NAME=VALUE: of the backup of this name, wherever that is defined.
+BACKUP_FLAGS = {field.key: "--backup-" + field.key.replace("_", "-") for field in BACKUP_FIELDS}
+
+
+# settings.toml ------------------------------------------------------------------------------------------------
+
+_HEAD = """\
+# smtp-dup: every option at its default value. Remove the # in front of what you change.
+#
+# smtp-dup reads the first folder of . and /etc/smtp-dup/ in which a settings.toml or a config.yaml sets anything,
+# or only the file given by --config FILE or SMTP_DUP_CONFIG. Then come variables (SMTP_DUP_SMTP_LISTEN or
+# SMTP_DUP_SMTP__LISTEN; an empty one counts as not set), then flags. `smtp-dup check` shows each value
+# and where it comes from.
+#
+# Durations: 30 (seconds), 90s, 5m, 1h, 5d. Sizes: 1024 (bytes), 64K, 10M, 1G.
+"""
+
+
+def _as_toml(value: object) -> str:
+    return json.dumps(value)  # TOML's strings, numbers, booleans and lists of them are written like JSON's
+
+
+def _explained(option: Option, *, variable: bool) -> list[str]:
+    unit = f" Unit: {option.unit}." if option.unit else ""
+    name = f" ({option.variables[0]}, {option.flag})" if variable else ""
+    return textwrap.wrap(option.help + unit + name, 116, initial_indent="# ", subsequent_indent="# ",
+                         break_on_hyphens=False)  # fmt: skip
+
+
+def render() -> str:
+    """Return the commented settings.toml, in which every option stands at its default, commented out."""
+    lines = [_HEAD]
+    section = ""
+    for option in OPTIONS:
+        head, dot, name = option.key.rpartition(".")
+        if dot and head != section:
+            section = head
+            lines += [f"\n# {SECTIONS[section]}", f"[{section}]", ""]
+        lines += [*_explained(option, variable=True), f"# {name} = {_as_toml(option.default)}", ""]
+    lines += ["", "# A backup with options of its own. Repeat the table for each such backup.", "# [[backup]]"]
+    for field in BACKUP_FIELDS:
+        lines += [*_explained(field, variable=False), f"# {field.key} = {_as_toml(field.default)}"]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(render())

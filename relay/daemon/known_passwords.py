@@ -1,0 +1,47 @@
+"""The servers with a password that these settings have named: the ledger alone is not believed about them.
+
+Whoever can write to Redis can define a destination at an address of theirs, with any file or variable that we can
+read as its password. So such a reference is followed only where the settings here have named just this destination,
+now or earlier: ``<state_dir>/named.json`` keeps what they had. A file that is missing or makes no sense has named
+nothing; one that cannot be written is told, and then only what is named now counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from relay import maillog
+from relay.mail.destination import Destination
+
+_KEPT = 1000
+
+
+def remember(state_dir: Path, destinations: Iterable[Destination]) -> frozenset[str]:
+    """Note these destinations, and return the stored forms of all that have been noted."""
+    path = state_dir.absolute() / "named.json"
+    old: list[str] = []
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        old = [Destination.from_json(text).to_json() for text in json.loads(path.read_text("utf-8"))]
+    new = [d.to_json() for d in destinations if d.password_from]
+    kept = list(dict.fromkeys([*old, *new]))[-_KEPT:]
+    if kept != old:
+        try:
+            _write(path, json.dumps(kept, indent=1))
+        except OSError as error:
+            maillog.notice("warning", "servers with a password cannot be noted", file=str(path), reason=str(error))
+    return frozenset(kept)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    with os.fdopen(os.open(temporary, flags, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)

@@ -1,0 +1,125 @@
+"""The workers that no setting asks for: a destination that is no backup any more is served while it has copies.
+
+Its copies may come at any time: from a spool, from another host's relay, by `queue move` or `failed retry`. So the
+supervisor asks every few seconds, with one connection and one round trip or two. A Redis that does not answer changes
+nothing: whoever works goes on. Whom another host's workers serve within seconds is left to them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from redis import Redis
+from redis.exceptions import RedisError, ResponseError
+
+from relay import maillog
+from relay.config.loader import Settings, resolve_password
+from relay.daemon import known_passwords
+from relay.daemon.supervisor import Child
+from relay.ledger import continuity, keys, rq_jobs
+from relay.ledger.continuity import Continuity
+from relay.mail.destination import Destination
+from relay.redisio.clients import sync_client
+
+_OLD = 5.0  # seconds that a copy has been pending for when nobody seems to serve it
+_LOOKS = 2  # so many in a row must agree before a worker starts for a job alone, and before one ends
+_SECONDS = 1.0  # for Redis to answer: meanwhile the supervisor does nothing else
+
+
+class RetiredDestinations:
+    """Call it for the workers that there should be now, None when that cannot be found out."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        workers_for: Callable[[Destination], Sequence[Child]] | None,
+        continuity: Continuity | None = None,
+    ) -> None:
+        """Without ``workers_for`` it only sees that the ledger is the one that we knew, as it does anyway."""
+        self._settings = settings
+        self._workers_for = workers_for
+        self._continuity = continuity or Continuity(settings.backups)
+        self._undefined: set[str] = set()  # told once
+        self._named = known_passwords.remember(settings.state_dir, settings.backups)
+        self._configured = {backup.name for backup in settings.backups}
+        self._serving: dict[str, Sequence[Child]] = {}
+        self._looks: dict[str, int] = {}  # in a row that spoke for a change
+
+    def __call__(self) -> Sequence[Child] | None:
+        try:
+            with sync_client(self._settings.redis, _SECONDS, retries=0) as client:
+                with contextlib.suppress(ResponseError):  # full, or not to be written: that is told elsewhere
+                    self._continuity.look(client)
+                if self._workers_for:
+                    self._look(client, self._workers_for)
+        except (RedisError, OSError):
+            return None
+        return [child for children in self._serving.values() for child in children]
+
+    def _look(self, client: Redis, workers_for: Callable[[Destination], Sequence[Child]]) -> None:
+        known = cast("list[bytes]", client.hkeys(keys.DESTINATIONS))
+        names = {name.decode() for name in known} - self._configured
+        if not names:
+            return
+        with client.pipeline(transaction=False) as pipe:
+            pipe.time()
+            for name in sorted(names):
+                pipe.zrange(keys.PENDING + name, 0, 0, withscores=True)
+                pipe.llen(rq_jobs.queue(client, name).key)
+            (seconds, _), *found = pipe.execute()
+        for name, oldest, jobs in zip(sorted(names), found[::2], found[1::2], strict=True):
+            age = seconds - oldest[0][1] if oldest else None
+            if self._judge(name, age, jobs):
+                self._begin(client, name, workers_for)
+
+    def _judge(self, name: str, age: float | None, jobs: int) -> bool:
+        """Say whether a worker must begin; one that is not needed any more ends."""
+        is_needed = age is not None or jobs > 0
+        if is_needed == (name in self._serving):
+            self._looks.pop(name, None)
+            return False
+        self._looks[name] = self._looks.get(name, 0) + 1
+        if is_needed and ((age or 0) > _OLD or self._looks[name] >= _LOOKS):
+            return True
+        if not is_needed and self._looks[name] >= _LOOKS:
+            maillog.notice("info", "no copies are left: its worker ends", destination=name)
+            del self._serving[name]
+            del self._looks[name]
+        return False
+
+    def _begin(self, client: Redis, name: str, workers_for: Callable[[Destination], Sequence[Child]]) -> None:
+        text: Any = client.hget(keys.DESTINATIONS, name)
+        if text is None:
+            return
+        destination = Destination.from_json(text)
+        if destination.port == continuity.NO_PORT:
+            if name not in self._undefined:
+                self._undefined.add(name)
+                words = "copies are left of a destination that nobody defines: add it as a backup, or queue move them"
+                maillog.notice("warning", words, destination=name, pending=client.zcard(keys.PENDING + name))
+            return
+        maillog.notice(
+            "warning",
+            "no backup any more, but copies are left: a worker serves it until there are none",
+            destination=name,
+            pending=client.zcard(keys.PENDING + name),
+        )
+        self._serving[name] = workers_for(_with_password(destination, self._named))
+        self._looks.pop(name, None)
+
+
+def _with_password(destination: Destination, known: frozenset[str]) -> Destination:
+    """Resolve the password of a destination from the ledger, which only has the reference; see named.py."""
+    if destination.password_from and destination.to_json() not in known:
+        text = "its password is not looked up: these settings have never named it; add it as a backup to deliver"
+        maillog.notice("warning", text, destination=destination.name, password_from=destination.password_from)
+    elif destination.password_from:
+        try:
+            return replace(destination, password=resolve_password(destination.password_from, os.environ))
+        except ValueError as error:
+            maillog.notice("warning", "password_from", destination=destination.name, reason=str(error))
+    return destination

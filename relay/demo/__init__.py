@@ -1,0 +1,1 @@
+"""`smtp-dup demo`: the product with two mail servers of its own."""

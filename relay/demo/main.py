@@ -1,0 +1,119 @@
+"""`smtp-dup demo`: the whole product with two mail servers of its own, a handful of messages, and what became of each.
+
+Everything lives in a temporary folder that goes with it. Nobody's settings are read, no file or variable. The log
+is in that folder, so that the terminal belongs to the display; when something fails, its end is shown.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from relay.child import ChildContext
+from relay.config.loader import load
+from relay.daemon import services
+from relay.daemon.supervisor import Child
+from relay.demo import servers
+from relay.demo.setup import Stage, free_port
+from relay.redisio import embedded
+
+_SMTP_PORT = 2525
+_STATUS_PORT = 8025
+_LOG_LINES = 20
+_TRIES = 5  # to find ports that stay free until they are ours
+
+
+def run() -> int:
+    """Run the demo until Ctrl-C. Returns the exit status."""
+    say = sys.stdout.write
+    services.EarlyStop()  # however we are told to go, the folder goes too
+    with _folder() as folder, _listener() as old, _listener() as new:
+        say("Starting Redis, the relay, a worker, and two mail servers to play the old and the new one ...\n")
+        for tries_left in reversed(range(_TRIES)):
+            stage = _set(folder, old, new)
+            if stage.smtp[1] != _SMTP_PORT:
+                say(f"Port {_SMTP_PORT} is taken, so the demo uses {stage.smtp[1]}.\n")
+            sys.stdout.flush()
+            try:
+                with _stderr_into(stage.log):
+                    status = services.run(stage.settings, services.UP, extra=_children(stage, old, new))
+                break
+            except services.StartError:
+                # Between our look and the bind somebody else, another demo perhaps, may have taken a port.
+                if not tries_left or stage.has_its_ports:
+                    raise
+        if status:
+            sys.stderr.write("The demo failed. The end of its log:\n")
+            sys.stderr.writelines(stage.log.read_text("utf-8", "replace").splitlines(keepends=True)[-_LOG_LINES:])
+    say("\nStopped. Everything is gone, the temporary folder too.\n")
+    return status
+
+
+def _children(stage: Stage, old: socket.socket, new: socket.socket) -> list[Child]:
+    def be_servers(_: ChildContext) -> int:
+        return servers.serve({"old": old, "new": new}, stage.seen)
+
+    def be_display(_: ChildContext) -> int:
+        from relay.demo import display  # noqa: PLC0415  (rich)
+
+        return display.show(stage)
+
+    # The servers outlive the worker; the display ends by itself, and everything else stays.
+    return [Child("servers", run=be_servers, stage=3), Child("display", run=be_display, stage=0, restart=False)]
+
+
+def _set(folder: Path, old: socket.socket, new: socket.socket) -> Stage:
+    smtp = free_port(_SMTP_PORT)
+    status = free_port(_STATUS_PORT)
+    old_address, new_address = (f"127.0.0.1:{s.getsockname()[1]}" for s in (old, new))
+    flags = {
+        "state_dir": str(folder),
+        "smtp.listen": f"127.0.0.1:{smtp}",
+        "smtp.processes": "1",
+        "relay.destination_primary": old_address,
+        "status.listen": f"127.0.0.1:{status}",
+        "spool.min_free": "1M",
+        "retry.first": "1",
+        "retry.longest": "10",
+    }
+    # A name for the backup takes a table, and so a file.
+    file = folder / "settings.toml"
+    file.write_text(f'[[backup]]\nname = "new"\nurl = "{new_address}"\n')
+    settings = load({**flags, "config": str(file)}, environ={}, directories=())
+    return Stage(settings, folder, ("127.0.0.1", smtp), f"http://127.0.0.1:{status}", old_address, new_address)
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="smtp-dup-demo-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        socket_folder = embedded.socket_path(folder).parent  # elsewhere, where the folder's path is too long for it
+        shutil.rmtree(socket_folder, ignore_errors=True)
+
+
+def _listener() -> socket.socket:
+    return socket.create_server(("127.0.0.1", 0))
+
+
+@contextmanager
+def _stderr_into(log: Path) -> Iterator[None]:
+    """Send standard error, ours and our children's, to a file."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(terminal, 2)
+        os.close(terminal)

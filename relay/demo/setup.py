@@ -1,0 +1,78 @@
+"""Where `smtp-dup demo` plays: its folder, its ports, and the commands that find it from elsewhere."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from relay.config.loader import Settings, SettingsError, load
+from relay.daemon import services
+from relay.redisio import embedded
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where the demo plays."""
+
+    settings: Settings
+    folder: Path
+    smtp: tuple[str, int]
+    status: str
+    old: str
+    new: str
+
+    @property
+    def has_its_ports(self) -> bool:
+        """Whether its ports are free for it."""
+        ports = (self.smtp[1], int(self.status.rpartition(":")[2]))
+        return all(free_port(port) == port for port in ports)
+
+    @property
+    def seen(self) -> Path:
+        """What the two servers did; see demo_servers."""
+        return self.folder / "seen.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "smtp-dup.log"
+
+    @property
+    def redis_url(self) -> str:
+        return embedded.url(self.folder)
+
+
+def free_port(wanted: int) -> int:
+    """Return this port if it is free, else another that is. Raises StartError."""
+    for port in (wanted, 0):
+        try:
+            with socket.create_server(("127.0.0.1", port)) as probe:
+                return int(probe.getsockname()[1])
+        except OSError:
+            continue
+    raise services.StartError("there is no free port on 127.0.0.1")
+
+
+def command_line(stage: Stage, words: str) -> str:
+    """Return a command of ours for copy and paste: it finds this demo from any folder, whatever settings are there."""
+    program = Path(sys.argv[0])
+    on_path = shutil.which(program.name)
+    if program.name != "smtp-dup":
+        name = [sys.executable, "-m", "relay.command"]
+    elif on_path and Path(on_path).samefile(program):
+        name = [program.name]
+    else:
+        name = [str(program.absolute())]
+    return shlex.join([*name, *words.split(), "--state-dir", str(stage.folder), *_redis_flag(stage)])
+
+
+def _redis_flag(stage: Stage) -> list[str]:
+    """Return the flag that a `failed retry` must have on a machine whose settings name another Redis."""
+    try:
+        elsewhere = load(require_primary=False).redis.url
+    except SettingsError:
+        elsewhere = "?"
+    return ["--redis-url", stage.redis_url] if elsewhere else []

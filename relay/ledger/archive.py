@@ -1,0 +1,167 @@
+"""The bodies of failed copies that Redis need not hold: they move to files, the oldest first.
+
+Beyond failed.max_bytes, and before Redis is so full that new mail would go to the spool. A file has the whole record;
+Redis keeps the record without its body, which names the host and the file, so that listings stay complete on every
+host. What it names is for people: a file is opened by the message's id below our own folder, and is that message's
+record or nothing. A retry brings the body back while there is room, else whoever delivers reads the file. It is written
+and synced before Redis forgets the body, and deleted only when Redis has no such message any more. Trouble with the
+disk moves nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+from redis import Redis
+from redis.exceptions import ResponseError
+
+from relay import private_files
+from relay.ledger import changes, keys, queries, registry
+from relay.mail.envelope import MalformedRecord
+from relay.mail.ids import is_id
+from relay.mail.record import BodyElsewhere, LockedRecord, Message
+
+_SETTLED = 0.9  # moved until this part of the limit is left, so that the next failure moves nothing
+_PAGE = 500
+_PRESSED, _RELIEVED = 0.55, 0.45  # of maxmemory: from where bodies leave, and down to where. At 0.6 no spool comes in
+_ROOM = 0.58  # of maxmemory: up to where a retry brings bodies back
+_COST = 1.25  # octets of memory for an octet of a record
+
+
+def folder(state_dir: Path) -> Path:
+    """Return the folder of the moved bodies."""
+    return state_dir.absolute() / "failed"
+
+
+def fetch(place: BodyElsewhere, message_id: str, where: Path | None) -> bytes:
+    """Return the whole record of a moved body. Raises BodyElsewhere when its file is not in this folder of ours."""
+    if where is None or not is_id(message_id):
+        raise place
+    try:
+        record = private_files.read(where, message_id)
+        with contextlib.suppress(LockedRecord):  # whoever delivers it may have the key
+            Message.unpack(record, message_id)
+    except (OSError, MalformedRecord, BodyElsewhere) as error:
+        raise place from error
+    return record
+
+
+def restore(connection: Redis, ids: Sequence[str], where: Path | None) -> list[str]:
+    """Bring bodies back into Redis that are in files here, while it has room. Returns the ids of those that are not."""
+    missing = []
+    room = _room(connection)
+    for message_id in ids:
+        record = cast("bytes | None", connection.get(keys.MESSAGE + message_id))
+        try:
+            if record is not None:
+                Message.unpack(record, message_id)
+        except BodyElsewhere as place:
+            try:
+                found = fetch(place, message_id, where)
+            except BodyElsewhere:
+                missing.append(message_id)
+                continue
+            room -= _COST * len(found)
+            if room < 0:
+                break  # the rest is read where it lies
+            # XX: what an operator has dropped meanwhile stays dropped.
+            connection.set(keys.MESSAGE + message_id, found, xx=True)
+        except MalformedRecord:
+            pass  # found and told where it is delivered or shown
+    return missing
+
+
+def memory(connection: Redis) -> tuple[int, int]:
+    """Return how much memory Redis uses, and its maxmemory, 0 for none or where it does not say."""
+    try:
+        found = cast("dict[str, int]", connection.info("memory"))
+    except ResponseError:
+        return 0, 0
+    return int(found.get("used_memory", 0)), int(found.get("maxmemory", 0))
+
+
+def _room(connection: Redis) -> float:
+    used, limit = memory(connection)
+    return _ROOM * limit - used if limit else math.inf
+
+
+def is_pressed(connection: Redis) -> bool:
+    """Say whether Redis is so full that failed bodies have to leave."""
+    used, limit = memory(connection)
+    return bool(limit) and used > _PRESSED * limit
+
+
+def _pressure(connection: Redis) -> float:
+    """Return how many octets of records have to leave Redis."""
+    used, limit = memory(connection)
+    return (used - _RELIEVED * limit) / _COST if limit and used > _PRESSED * limit else 0.0
+
+
+def move_excess(
+    connection: Redis, where: Path, limit: int, tick: Callable[[], object] = lambda: None
+) -> Iterator[tuple[str, str]]:
+    """Move bodies of failed copies to files: while they have more than ``limit`` octets together, or Redis is full.
+
+    Yields (id, file). What is pending somewhere as well stays. Raises RedisError, OSError.
+    """
+    sizes: dict[str, tuple[float, int]] = {}  # id -> (when it failed first, octets)
+    for name in registry.destinations(connection):
+        for page in queries.pages(connection, keys.FAILED + name, size=_PAGE):
+            tick()
+            with connection.pipeline(transaction=False) as pipe:
+                for message_id, _ in page:
+                    pipe.strlen(keys.MESSAGE + message_id)
+                lengths = pipe.execute()
+            for (message_id, at), length in zip(page, lengths, strict=True):
+                if is_id(message_id):  # or it would be the name of a file
+                    before = sizes.get(message_id, (at, 0))[0]
+                    sizes[message_id] = (min(at, before), length)
+    total = sum(length for _, length in sizes.values())
+    goal = min(limit * _SETTLED if total > limit else total, total - _pressure(connection))
+    for message_id in sorted(sizes, key=lambda i: sizes[i][0]):
+        if total <= goal:
+            break
+        tick()
+        left = _move(connection, where, message_id)
+        if left is not None:
+            total -= sizes[message_id][1] - left
+            yield message_id, str(where / message_id)
+
+
+def forget_delivered(connection: Redis, where: Path) -> list[str]:
+    """Delete the files of messages that Redis does not know any more. Returns their ids."""
+    gone = []
+    for path in sorted(where.iterdir()) if where.is_dir() else ():
+        message_id = path.name.removesuffix(".tmp")
+        if is_id(message_id) and not connection.exists(keys.MESSAGE + message_id):  # else it is no file of ours
+            path.unlink()
+            gone.append(path.name)
+    return gone
+
+
+def _move(connection: Redis, where: Path, message_id: str) -> int | None:
+    """Move one body; returns what Redis still holds of it, None when it stays."""
+    record = cast("bytes | None", connection.get(keys.MESSAGE + message_id))
+    if record is None:
+        return None
+    try:
+        with contextlib.suppress(LockedRecord):  # as good as any: it is moved as it is
+            Message.unpack(record, message_id)
+        stub = Message.stub(record, socket.gethostname(), str(where / message_id))
+    except (BodyElsewhere, MalformedRecord):
+        return None
+    if len(stub) >= len(record):
+        return None
+    private_files.folder(where)
+    private_files.write(where, message_id, record)
+    with connection.pipeline(transaction=True) as pipe:
+        changes.stow(pipe, message_id, stub)
+        if not pipe.execute()[0]:
+            (where / message_id).unlink()  # it is wanted again, or gone
+            return None
+    return len(stub)

@@ -1,0 +1,205 @@
+"""Whether the ledger is the one that we knew, and knows all that its lists are of.
+
+Redis may come back empty (a lost volume, FLUSHALL), or older (a restored backup, a replica that was behind). A ledger
+has an identity and a count that only grows; each process remembers both, and the supervisor keeps them in the state
+folder, so that a start finds out as well. A ledger that is not the one we knew is said, once, in the log, in /readyz
+and as a metric, and gets a new identity: what was accepted before that may be repeated, and is logged so.
+
+Registration is repeated whenever the index of lists is not whole, and once an hour: every list is looked for by its
+key, and one of a destination that nobody has defined any more is served again as the state folder, or its own name,
+defines it. What can be defined by neither is listed all the same, with port 0; `queue move` gives its copies away.
+A state folder that cannot be read or written remembers nothing; that is told where it cannot be written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from redis import Redis
+
+from relay import maillog
+from relay.ledger import changes, keys
+from relay.ledger.changes import Pipe
+from relay.mail.destination import Destination
+
+_SAID = {
+    "emptied": "the ledger in Redis is gone: copies accepted before are lost, unless they are in the spool or Redis is "
+    "given its data back",
+    "replaced": "the ledger in Redis is another than before: copies accepted before are lost, unless Redis is given "
+    "its data back; what is in it now may go out again",
+    "older": "the ledger in Redis is older than it was: copies accepted since are lost, those delivered since go out "
+    "again, logged as may repeat",
+}
+_SCANNED = 1000  # keys at once
+_SERVER = re.compile(r"\[?([\w.:-]+?)\]?:(\d{1,5})")  # a destination's name where nobody has named it
+_NAME = re.compile(r"[A-Za-z0-9._:\[\]-]{1,100}")
+NO_PORT = 0  # of a destination that nobody can define
+
+
+def warning(cause: str) -> str:
+    """Return what is said of a ledger that has changed."""
+    return _SAID.get(cause, _SAID["replaced"])
+
+
+class Continuity:
+    """What one process knows of the ledger. With ``state_dir`` it goes on with what was known at the last start."""
+
+    def __init__(self, destinations: Sequence[Destination], state_dir: Path | None = None) -> None:
+        self._configured = {d.name: d.to_json() for d in destinations}
+        self._path = state_dir.absolute() / "ledger.json" if state_dir else None
+        self._identity, self._count = "", 0
+        self._defined: dict[str, str] = {}  # what was ever known, by name
+        self._written = ""
+        self._is_told = False  # that the state folder takes nothing
+        if self._path:
+            self._read(self._path)
+        self._defined |= self._configured
+
+    @property
+    def identity(self) -> str:
+        """The ledger's, as it was last seen; "" before."""
+        return self._identity
+
+    # Asking, in one command of a pipeline
+
+    def ask(self, pipe: Pipe, *, count_on: bool) -> None:
+        """Add the question to a pipeline; ``count_on`` where something has been written since the last one."""
+        changes.is_known(pipe, self._identity, self._count, secrets.token_hex(8), count_on=count_on)
+
+    def judge(self, answer: Sequence[Any]) -> bool:
+        """Take the answer, and say what has become of the ledger. Returns whether it must be told the destinations."""
+        identity, count, cause, is_whole = answer
+        changed = self._identity != identity.decode()
+        self._identity, self._count = identity.decode(), int(count)
+        if cause:
+            maillog.notice("error", warning(cause.decode()), cause=cause.decode())
+        return changed or not is_whole
+
+    # All of it, for who has a connection and time
+
+    def look(self, connection: Redis) -> bool:
+        """Ask, tell the ledger the destinations where it must be, remember. Returns whether it had to be told.
+
+        Raises RedisError.
+        """
+        with connection.pipeline(transaction=False) as pipe:
+            self.ask(pipe, count_on=True)
+            pipe.hgetall(keys.DESTINATIONS)
+            answer, known = pipe.execute()
+        must = self.judge(answer) or any(name.encode() not in known for name in self._configured)
+        self._defined |= {_text(name): _text(text) for name, text in known.items()}
+        if must:
+            register(connection, self._defined, self._configured)
+        self._write()
+        return must
+
+    def register(self, connection: Redis) -> list[str]:
+        """Tell the ledger the destinations. Returns those that nobody had defined. Raises RedisError."""
+        return register(connection, self._defined, self._configured)
+
+    # In the state folder
+
+    def _read(self, path: Path) -> None:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            found = json.loads(path.read_text("utf-8"))
+            self._identity, self._count = str(found["identity"]), int(found["count"])
+            self._defined = {name: str(text) for name, text in found["destinations"].items()}
+
+    def _write(self) -> None:
+        if self._path is None:
+            return
+        found = {"identity": self._identity, "count": self._count, "destinations": self._defined}
+        text = json.dumps(found, indent=1)
+        if text == self._written:
+            return
+        temporary = self._path.with_suffix(f".{os.getpid()}")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            temporary.write_text(text, "utf-8")
+            temporary.chmod(0o600)
+            temporary.rename(self._path)
+        except OSError as error:
+            if not self._is_told:
+                reason = f"the ledger cannot be remembered: {error.strerror}"
+                maillog.notice("warning", reason, file=str(self._path))
+            self._is_told = True
+        else:
+            self._written, self._is_told = text, False
+
+
+def register(connection: Redis, defined: Mapping[str, str], configured: Mapping[str, str] | None = None) -> list[str]:
+    """Define what is configured, and every destination that a list is of. Returns those that nobody had defined.
+
+    May be repeated, and be done by several processes at once. Raises RedisError.
+    """
+    named = set(_listed(connection))
+    with connection.pipeline(transaction=True) as pipe:
+        pipe.hkeys(keys.DESTINATIONS)
+        pipe.smembers(changes.LISTS)
+        known, indexed = cast("tuple[list[bytes], set[bytes]]", pipe.execute())
+    named |= {_text(name) for name in (*known, *indexed)} | set(configured or ())
+    there = {_text(name) for name in known}
+    missing = sorted(name for name in named - there if _NAME.fullmatch(name))
+    with connection.pipeline(transaction=True) as pipe:
+        for name in missing:
+            pipe.hsetnx(keys.DESTINATIONS, name, _definition(name, defined))
+        if configured:
+            pipe.hset(keys.DESTINATIONS, mapping=cast("Mapping[Any, Any]", configured))
+        # Last: from now on it counts as whole.
+        pipe.sadd(changes.LISTS, *(name.encode("utf-8", "surrogateescape") for name in named), b"")
+        pipe.execute()
+    found = [name for name in missing if name not in (configured or ())]
+    for name in found:
+        how = "as before" if name in defined else "by its name" if _by_its_name(name).port else "queue move its copies"
+        maillog.notice("warning", "copies of a destination that the ledger did not know", destination=name, defined=how)
+    return found
+
+
+def forget_kept(connection: Redis) -> int:
+    """Delete the bodies that were kept while the index of lists was not whole and that nobody lists. Raises RedisError.
+
+    Returns how many.
+    """
+    count = 0
+    while ids := cast("list[bytes]", connection.srandmember(changes.KEPT, _SCANNED)):
+        with connection.pipeline(transaction=True) as pipe:
+            pipe.sismember(changes.LISTS, "")
+            changes.purge(pipe, [message_id.decode() for message_id in ids])
+            is_whole, purged = pipe.execute()
+        if not is_whole:
+            break
+        connection.srem(changes.KEPT, *ids)
+        count += purged
+    return count
+
+
+def _listed(connection: Redis) -> Iterable[str]:
+    """Yield the destinations that have a list, as their keys say."""
+    for key in connection.scan_iter(match=keys.PREFIX + "[pf]*", count=_SCANNED):
+        text = _text(cast("bytes", key))
+        for kind in (keys.PENDING, keys.FAILED):
+            if text.startswith(kind):
+                yield text.removeprefix(kind)
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
+
+
+def _definition(name: str, defined: Mapping[str, str]) -> str:
+    """Return the stored form of a destination: as it was, or as its name says."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+        return Destination.from_json(defined[name]).to_json()
+    return _by_its_name(name).to_json()
+
+
+def _by_its_name(name: str) -> Destination:
+    found = _SERVER.fullmatch(name)
+    return Destination(name, found[1], int(found[2])) if found else Destination(name, "", NO_PORT)

@@ -1,0 +1,22 @@
+"""Every Redis key of the ledger: a wire format. Other modules of the ledger add, read and remove what is below them."""
+
+from __future__ import annotations
+
+PREFIX = "smtpdup:"
+MESSAGE = PREFIX + "message:"  # string: the packed Message
+STAGED = PREFIX + "staged"  # zset id -> the owner's deadline
+UNCERTAIN = PREFIX + "uncertain"  # zset id -> when its copies go out all the same
+TWINS = PREFIX + "twins"  # hash digest -> ids of uncertain messages, separated by spaces
+COVERED = PREFIX + "covered"  # hash uncertain id -> JSON list of addresses that a twin has served
+PENDING = PREFIX + "pending:"  # zset id -> time accepted (or retried by an operator)
+OWN = PREFIX + "own:"  # hash id -> CopyState, only copies with a history
+BUSY = PREFIX + "busy:"  # zset id -> end of the lease
+HOLDERS = PREFIX + "holders:"  # hash id -> the worker that holds the lease, and perhaps whom it took that over from
+FAILED = PREFIX + "failed:"  # zset id -> time failed
+FAILURE = PREFIX + "failure:"  # hash id -> CopyState of what failed
+DESTINATIONS = PREFIX + "destinations"  # hash name -> Destination, every one ever used
+HEALTH = PREFIX + "health:"  # hash: the breaker as the worker sees it, and the operator's flush
+COUNTERS = PREFIX + "counters"  # hash name -> total
+OWNERS = PREFIX + "owners"  # hash owner -> "host state-dir process" of a relay process
+RECONCILER = PREFIX + "reconciler"  # lock of the reconciler
+IMPORTED = PREFIX + "imported:"  # zset id, or "file backup" -> when: came from one spool, its file may still be there

@@ -1,0 +1,48 @@
+"""The destinations that the ledger knows: every one ever used, so that what is pending for it is delivered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from relay import maillog
+from relay.ledger.changes import LISTS, Pipe
+from relay.ledger.keys import DESTINATIONS
+from relay.mail import ids
+from relay.mail.destination import Destination
+
+_told: set[bytes] = set()  # names that the log has been told of
+
+
+def register(pipe: Pipe, destinations: Iterable[Destination]) -> None:
+    """Note destinations, so that whatever is pending for them is drained for ever after."""
+    definitions = {d.name: d.to_json() for d in destinations}
+    if definitions:
+        pipe.hset(DESTINATIONS, mapping=definitions)
+        pipe.sadd(LISTS, *definitions)
+
+
+def destinations(connection: Any) -> dict[str, Destination]:
+    """Return every destination ever used, by name."""
+    found = connection.hgetall(DESTINATIONS)
+    return dict(_defined(sorted(found.items())))
+
+
+def _defined(found: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[str, Destination]]:
+    """Yield the destinations that are some: whoever can write to Redis can write anything there."""
+    for name, definition in found:
+        try:
+            destination = Destination.from_json(definition)
+        except ValueError as error:
+            _tell(name, str(error))
+            continue
+        if destination.name == ids.text(name):
+            yield destination.name, destination
+        else:
+            _tell(name, f"it defines {destination.name}")
+
+
+def _tell(name: bytes, reason: str) -> None:
+    if name not in _told:
+        _told.add(name)
+        maillog.notice("error", "no destination", destination=ids.text(name), reason=reason)

@@ -1,0 +1,174 @@
+"""Copies as RQ jobs: one queue per backup, one job for many copies, only ids in its arguments.
+
+The relay turns what it released into jobs through a Dispatcher, off the critical path: a job that cannot
+be written now is tried again, and what a dying process leaves behind is pending in the ledger, where the
+reconciler finds it. Queue name, function name and serializer are a wire format between versions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import redis.asyncio
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import Queue
+from rq.job import Job, JobStatus, Retry
+from rq.serializers import JSONSerializer
+
+from relay import maillog
+from relay.redisio.pipeline import CommandBatch, Pipelines
+
+FUNCTION = "workers.jobs.deliver"
+JOB_OPTIONS: dict[str, Any] = {
+    "timeout": -1,  # deadlines are per transaction
+    "result_ttl": 0,
+    "failure_ttl": -1,
+    "ttl": None,
+}
+# What RQ would ask for with every queue object made: only whether commands are there that our scripts need anyway.
+_SERVER_VERSION = (6, 2, 0)
+_BATCH = 100
+_WINDOW = 0.02  # seconds for each process; while the workers keep up, a copy waits no longer for company
+_LONGEST_WINDOW = 0.5
+_LONG_WINDOW = 0.25  # when the queue is longer than a few jobs, waiting costs nobody anything
+_FEW = 3
+_DRAIN_SECONDS = 5.0
+
+
+def queue(connection: Redis, destination: str) -> Queue:
+    """Return the RQ queue of a backup."""
+    found = Queue(f"backup-{destination}", connection=connection, serializer=JSONSerializer)
+    found.redis_server_version = _SERVER_VERSION
+    return found
+
+
+def description(destination: str, ids: Sequence[str]) -> str:
+    """Return what rq-dashboard shows for a job that waits: never an address, never content."""
+    return f"{len(ids)} message{'' if len(ids) == 1 else 's'} to {destination}, first {ids[0]}"
+
+
+def enqueue(pipe: Any, target: Queue, destination: str, ids: Sequence[str], *, at_front: bool = False) -> str:
+    """Add one job for these copies to a pipeline; returns its id.
+
+    Retry is only a net under an unexpected end of the job; delivery trouble never raises there.
+    """
+    data = Queue.prepare_data(
+        FUNCTION,
+        args=[destination, list(ids)],
+        description=description(destination, ids),
+        retry=Retry(max=3),
+        at_front=at_front,
+        **JOB_OPTIONS,
+    )
+    (job,) = target.enqueue_many([data], pipeline=pipe)
+    return str(job.id)
+
+
+def create(target: Queue, destination: str, ids: Sequence[str], status: JobStatus, job_id: str | None = None) -> Job:
+    """Return a job that is not yet saved: for the scheduled and the failed registries."""
+    return target.create_job(
+        FUNCTION,
+        args=[destination, list(ids)],
+        description=description(destination, ids),
+        status=status,
+        retry=Retry(max=3),
+        job_id=job_id,
+        **JOB_OPTIONS,
+    )
+
+
+def schedule(pipe: Any, target: Queue, job: Job, when: datetime) -> None:
+    """Add a job to the scheduled registry of its queue."""
+    target.schedule_job(job, when, pipeline=pipe)
+
+
+# RQ adds its commands to a pipeline and asks nothing: this one is never connected.
+_OFFLINE = Redis()
+
+
+class Dispatcher:
+    """Collects released ids of one process and turns them into one job per backup and window."""
+
+    def __init__(self, connection: redis.asyncio.Redis, *, processes: int = 1) -> None:
+        """Write through this client. ``processes``: so many relays make jobs for the same workers."""
+        self._wires = Pipelines(connection)
+        self._window = min(_LONGEST_WINDOW, _WINDOW * processes)
+        # By name, as they come: the spool may hold copies for a backup that is no longer configured.
+        self._waiting: defaultdict[str, list[str]] = defaultdict(list)
+        self._windows: defaultdict[str, float] = defaultdict(lambda: self._window)
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._flights: dict[str, asyncio.Task[None]] = {}
+
+    def add(self, destination: str, message_id: str) -> None:
+        """Take a released id; its job is written within the window."""
+        waiting = self._waiting[destination]
+        waiting.append(message_id)
+        if destination in self._flights:
+            return
+        if len(waiting) >= _BATCH:
+            self._start(destination)
+        elif destination not in self._timers:
+            loop = asyncio.get_running_loop()
+            self._timers[destination] = loop.call_later(self._windows[destination], self._start, destination)
+
+    async def put(self, destination: str, ids: Sequence[str]) -> None:
+        """Write jobs for these at once. Raises RedisError, OSError; it may have been done all the same."""
+        for start in range(0, len(ids), _BATCH):
+            await self._write(destination, ids[start : start + _BATCH])
+
+    async def drain(self) -> None:
+        """Write what waits; gives up quietly when Redis is away (the reconciler takes over)."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_SECONDS):
+                while self._timers or self._flights:  # what came during a flight has a timer only behind it
+                    for destination in list(self._timers):
+                        self._start(destination)
+                    await asyncio.wait(self._flights.values())
+
+    def _start(self, destination: str) -> None:
+        timer = self._timers.pop(destination, None)
+        if timer:
+            timer.cancel()
+        if destination not in self._flights and self._waiting[destination]:
+            self._flights[destination] = asyncio.get_running_loop().create_task(self._flush(destination))
+
+    async def _flush(self, destination: str) -> None:
+        try:
+            waiting = self._waiting[destination]
+            while waiting:
+                batch = waiting[:_BATCH]
+                try:
+                    length = await self._write(destination, batch)
+                except (RedisError, OSError) as error:
+                    maillog.dispatch_delayed(destination, len(waiting), error)
+                    await asyncio.sleep(1)
+                    continue
+                except Exception as error:  # the border: a fault of ours must not end it, nor go round in silence
+                    maillog.task_failed(f"jobs for {destination}", error)
+                    await asyncio.sleep(1)
+                    continue
+                del waiting[: len(batch)]
+                self._windows[destination] = max(self._window, _LONG_WINDOW if length > _FEW else 0)
+                if len(waiting) < _BATCH:
+                    break
+        finally:
+            del self._flights[destination]
+            if self._waiting[destination]:
+                loop = asyncio.get_running_loop()
+                self._timers[destination] = loop.call_later(self._windows[destination], self._start, destination)
+
+    async def _write(self, destination: str, ids: Sequence[str]) -> int:
+        """Write one job; returns the length of the queue."""
+        target = queue(_OFFLINE, destination)
+        job = _OFFLINE.pipeline()
+        enqueue(job, target, destination, ids)
+        batch = CommandBatch()
+        batch.transaction([*(arguments for arguments, _ in job.command_stack), ("LLEN", target.key)])
+        (answer,) = await self._wires.ask(batch)
+        return int(answer[-1])

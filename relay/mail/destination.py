@@ -1,0 +1,87 @@
+"""A server that mail is delivered to, and its stored form. Frozen; nothing here does I/O."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+
+from relay.mail.envelope import Recipient
+from relay.mail.ids import is_destination_name
+from relay.mail.stored import texts
+from relay.mail.text import printable
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_NO_TEXTS = {"port", "connections", "soft_bounce", "domains"}  # fields of a destination
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """A server that we deliver to: the primary or a backup.
+
+    ``name`` labels it everywhere (settings, queue, metrics); it never holds user information. ``password`` is
+    the secret itself and is kept out of ``repr`` and of the stored form; ``password_from`` is a reference
+    (``env:NAME``, ``file:/path``) that a later process resolves.
+    """
+
+    name: str
+    host: str
+    port: int
+    scheme: str = "smtp"  # smtp, smtps or lmtp
+    tls: str = "opportunistic"  # none, opportunistic, encrypt, verify (smtps: TLS from the first byte)
+    username: str = ""
+    password: str = field(default="", repr=False)
+    password_from: str = ""
+    domains: tuple[str, ...] = ()  # only recipients in these domains are copied; empty: all
+    sender: str = "keep"  # or "null": copies carry the null sender
+    soft_bounce: bool = False
+    connections: int = 0  # at most this many at once, per worker process; 0: see workers.delivery.retry.Width
+    ca_file: str = ""
+    tls_certificate: str = ""  # ours, for a server that asks for one
+    tls_key: str = ""
+
+    @property
+    def address(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+    @property
+    def queue_name(self) -> str:
+        """The RQ queue of this backup."""
+        return f"backup-{self.name}"
+
+    def wants(self, recipient: Recipient) -> bool:
+        """Say whether a copy for this recipient goes to this backup."""
+        return not self.domains or recipient.domain in self.domains
+
+    def to_json(self) -> str:
+        """Return the stored form, without the password."""
+        names = [s for s in self.__slots__ if s != "password"]
+        return json.dumps({s: getattr(self, s) for s in names}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, data: str | bytes) -> Destination:
+        """Read the stored form. Raises ValueError for what is no destination."""
+        try:
+            record = json.loads(data)
+            record["domains"] = texts(record.get("domains", []))
+            known = {k: v for k, v in record.items() if k in cls.__slots__ and k != "password"}
+            found = cls(**known)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"unreadable destination: {printable(str(error))}") from error
+        words = [value for key, value in known.items() if key not in _NO_TEXTS]
+        fine = (
+            is_destination_name(found.name)
+            and all(isinstance(value, str) and not _CONTROL.search(value) for value in words)
+            and type(found.port) is int
+            and 0 < found.port < 65536
+            and found.scheme in {"smtp", "smtps", "lmtp"}
+            and found.tls in {"none", "opportunistic", "encrypt", "verify"}
+            and found.sender in {"keep", "null"}
+            and type(found.connections) is int
+            and found.connections >= 0
+            and type(found.soft_bounce) is bool
+        )
+        if not fine:
+            raise ValueError("unreadable destination: a field has not the form that it should")
+        return found

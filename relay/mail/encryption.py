@@ -1,0 +1,258 @@
+"""Encryption at rest: with ``storage.key_file`` every stored message is sealed, envelope and body, wherever it lies.
+
+The file has a key a line, ``<id>:<key>``, as `smtp-dup new-key` writes it: the first seals, all of them open; with the
+word ``plain`` in front none seals. The id is a hash of the key, so a damaged line shows at the start. A process has one
+keyring, set before it stores or reads anything; without one nothing is sealed, and no cipher is even imported.
+
+Each record has a key of its own, made from ours, the message's id and a random salt (HMAC-SHA256), so that AES-256-GCM
+never sees a nonce twice and a record opens under its own id only. A key that is not here is a MissingKey, whose text
+is for the operator; what was changed or belongs to another message is Forged. A file that is no use is a BadKeyFile.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import os
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+_KEY_OCTETS = 32
+_ID_OCTETS = 4
+_SALT_OCTETS = 16
+_HEAD, _BODY = bytes(12), bytes(11) + b"\1"  # nonces: each key seals one envelope and one body, ever
+_PURPOSE = b"smtp-dup record 2\0"
+
+Cut = tuple[bytes, bytes]  # what stands in front of the body (key id, salt, sealed envelope), and the sealed body
+
+
+class MissingKey(LookupError):
+    """A record's key is not in our key file; the text says which, and what to do."""
+
+
+class Forged(ValueError):
+    """A sealed record that was changed, cut off or put under another message's id."""
+
+
+class BadKeyFile(ValueError):
+    """A key file that cannot be used; the text is one line without any key."""
+
+
+class _Key(NamedTuple):
+    id: bytes
+    secret: bytes
+
+    @classmethod
+    def of(cls, secret: bytes) -> _Key:
+        return cls(hashlib.sha256(b"smtp-dup key id\0" + secret).digest()[:_ID_OCTETS], secret)
+
+    @property
+    def line(self) -> str:
+        return f"{self.id.hex()}:{base64.b64encode(self.secret).decode('ascii')}"
+
+
+class Keyring:
+    """The keys of one file, by their ids; the first one seals."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read_at: tuple[int, ...] = ()
+        self._keys: dict[bytes, bytes] = {}
+        self.first: _Key | None = None  # None: nothing is sealed any more
+        self.read()
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of the keys, in the order of the file."""
+        return [key_id.hex() for key_id in self._keys]
+
+    def read(self) -> None:
+        """Read the file (again). Raises BadKeyFile, and then nothing has changed."""
+        found = _read(self.path)
+        self._read_at = found.state
+        self._keys = {key.id: key.secret for key in found.keys}
+        self.first = found.keys[0] if found.seals else None
+
+    @property
+    def words(self) -> str:
+        """What it does, for the log and `check`."""
+        others = [key_id for key_id in self.ids if self.first is None or key_id != self.first.id.hex()]
+        sealing = f"sealed with key {self.first.id.hex()}" if self.first else "stored as it is"
+        return sealing + (f"; {', '.join(others)} can be opened" if others else "")
+
+    def find(self, key_id: bytes) -> bytes:
+        """Return a key. One that is new in the file is found there, without a restart. Raises MissingKey."""
+        if key_id not in self._keys:
+            try:
+                if _state(self.path.stat()) != self._read_at:
+                    self.read()
+            except (BadKeyFile, OSError) as error:
+                raise MissingKey(f"sealed with key {key_id.hex()}, and storage.key_file: {error}") from error
+        if key_id not in self._keys:
+            raise MissingKey(f"sealed with key {key_id.hex()}, which is not in {self.path}: put it back there")
+        return self._keys[key_id]
+
+
+_ring: Keyring | None = None
+
+
+def use(path: Path | None) -> None:
+    """Seal and open with the keys of this file from now on, in this process; None: seal nothing. Raises BadKeyFile."""
+    global _ring  # noqa: PLW0603 - one for each process: what is stored passes through many hands
+    _ring = None if path is None else Keyring(path)
+
+
+def ring() -> Keyring | None:
+    """Return this process's keys, None where there are none."""
+    return _ring
+
+
+def is_on() -> bool:
+    """Say whether what is stored from now on is sealed."""
+    return _ring is not None and _ring.first is not None
+
+
+def reload() -> None:
+    """Read the key file again. Raises BadKeyFile, and then the keys stay as they are."""
+    if _ring is not None:
+        _ring.read()
+
+
+# Records ------------------------------------------------------------------------------------------------------
+
+
+def seal(message_id: str, flags: int, envelope: bytes, body: bytes) -> Cut:
+    """Seal a message; only while it ``is_on``."""
+    if _ring is None or _ring.first is None:
+        raise RuntimeError("there is no key to seal with")
+    key, salt, owner = _ring.first, os.urandom(_SALT_OCTETS), message_id.encode("ascii", "surrogateescape")
+    cipher = _cipher(key.secret, salt, owner)
+    front = key.id + salt + cipher.encrypt(_HEAD, envelope, owner)
+    return front, cipher.encrypt(_BODY, body, owner + bytes([flags]))
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The envelope of a sealed message, and how its body is opened."""
+
+    envelope: bytes
+    body: Callable[[bytes, int], bytes]  # of the sealed body and the record's flags. Raises Forged
+
+
+def open_front(message_id: str, front: bytes) -> Opened:
+    """Open what stands in front of a body. Raises MissingKey, Forged."""
+    key_id, salt = front[:_ID_OCTETS], front[_ID_OCTETS : _ID_OCTETS + _SALT_OCTETS]
+    if len(salt) < _SALT_OCTETS:
+        raise Forged("truncated")
+    if _ring is None:
+        raise MissingKey(f"sealed with key {key_id.hex()}, and storage.key_file is not set: name the file that has it")
+    from cryptography.exceptions import InvalidTag  # noqa: PLC0415  (storage.key_file alone needs it)
+
+    owner = message_id.encode("ascii", "surrogateescape")
+    cipher = _cipher(_ring.find(key_id), salt, owner)
+
+    def opened(nonce: bytes, sealed: bytes, context: bytes) -> bytes:
+        try:
+            return cipher.decrypt(nonce, sealed, context)
+        except (InvalidTag, ValueError) as error:
+            raise Forged(f"it is not what was sealed as {message_id} with key {key_id.hex()}") from error
+
+    envelope = opened(_HEAD, front[_ID_OCTETS + _SALT_OCTETS :], owner)
+    return Opened(envelope, lambda sealed, flags: opened(_BODY, sealed, owner + bytes([flags])))
+
+
+def _cipher(secret: bytes, salt: bytes, owner: bytes) -> AESGCM:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # noqa: PLC0415  (storage.key_file alone needs it)
+
+    return AESGCM(hmac.digest(secret, _PURPOSE + salt + owner, "sha256"))
+
+
+# The file -----------------------------------------------------------------------------------------------------
+
+
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+class _File(NamedTuple):
+    keys: list[_Key]
+    seals: bool
+    state: tuple[int, ...]
+
+
+def _read(path: Path) -> _File:
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            found = os.fstat(file.fileno())
+            # A file of root's that the service's group may read is how Kubernetes and packages hand out secrets.
+            if not stat.S_ISREG(found.st_mode):
+                raise BadKeyFile(f"{path} is no regular file")
+            if found.st_mode & (0o027 if found.st_uid == 0 else 0o077):
+                raise BadKeyFile(f"{path} is open to others (mode {found.st_mode & 0o777:04o}): chmod 600")
+            text = file.read(1 << 20)
+    except OSError as error:
+        raise BadKeyFile(f"{path} cannot be read: {error.strerror}") from error
+    keys: list[_Key] = []
+    seals = True
+    for number, line in enumerate(text.decode("ascii", "replace").splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        if line.strip() == "plain" and seals and not keys:
+            seals = False
+            continue
+        key = _read_line(line.strip())
+        if key is None or key in keys:
+            raise BadKeyFile(f"{path}:{number}: expected another key as `smtp-dup new-key` writes it")
+        keys.append(key)
+    if not keys:
+        raise BadKeyFile(f"{path} has no key: `smtp-dup new-key` makes one")
+    return _File(keys, seals, _state(found))
+
+
+def _read_line(line: str) -> _Key | None:
+    name, _, text = line.partition(":")
+    try:
+        key = _Key.of(base64.b64decode(text, validate=True))
+    except (binascii.Error, ValueError):
+        return None
+    return key if len(key.secret) == _KEY_OCTETS and hmac.compare_digest(key.id.hex(), name) else None
+
+
+def new_key() -> str:
+    """Return the line of a new key."""
+    return _Key.of(os.urandom(_KEY_OCTETS)).line
+
+
+def add_key(path: Path) -> Sequence[str]:
+    """Put a new key in front of those in a file, which is made if there is none. Returns the ids. Raises BadKeyFile.
+
+    The file is replaced as a whole; it stays its owner's, and readable for nobody else than before.
+    """
+    try:
+        before = path.stat() if path.exists() else None
+        text = ""
+        if before is not None:
+            _read(path)
+            text = path.read_text("ascii")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            if before is not None:
+                if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+                    os.fchown(file.fileno(), before.st_uid, before.st_gid)
+                os.fchmod(file.fileno(), before.st_mode & 0o777)
+            file.write(f"{new_key()}\n{text}")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError as error:
+        raise BadKeyFile(f"{error.filename or path} cannot be written: {error.strerror}") from error
+    return Keyring(path).ids

@@ -1,0 +1,128 @@
+"""An envelope with its recipients, and its stored form. Frozen; nothing here does I/O."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from relay.mail.ids import is_destination_name, is_id
+from relay.mail.stored import any_text, line, number, texts
+from relay.mail.text import printable
+
+if TYPE_CHECKING:
+    from relay.mail.destination import Destination
+
+_to_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make one at every call
+
+
+class MalformedRecord(ValueError):
+    """A stored message that this version cannot read; it is set aside, never dropped."""
+
+
+class Recipient(NamedTuple):
+    """One accepted RCPT: the address without angle brackets, and its ESMTP parameters as they came."""
+
+    address: str
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def domain(self) -> str:
+        return self.address.rpartition("@")[2].lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """Who a message is from, for whom, and where it came from.
+
+    Addresses are str with surrogateescape, so that bytes that are no UTF-8 survive; the null sender is "".
+    ``received_at`` is seconds since the epoch. ``size`` counts the octets of the body in wire form.
+    ``digest`` names equal mail ("" when there is no Message-ID); see the ledger's uncertain messages.
+    """
+
+    id: str
+    sender: str
+    recipients: tuple[Recipient, ...]
+    received_at: float
+    size: int
+    parameters: tuple[str, ...] = ()  # of MAIL: BODY=8BITMIME, SMTPUTF8, RET=..., ENVID=...
+    client_address: str = ""
+    client_helo: str = ""
+    digest: str = ""
+    destinations: tuple[str, ...] = ()  # names of the backups that get a copy
+    identity: tuple[tuple[str, str], ...] = ()  # XFORWARD attributes of the real client, to pass on
+    # Which recipients a backup was promised, by index, where that is not all of them. None: an old record, without it.
+    promised: tuple[tuple[str, tuple[int, ...]], ...] | None = None
+
+    def to_json(self) -> bytes:
+        """Return the wire form, version 1."""
+        record: dict[str, Any] = {
+            "id": self.id,
+            "from": self.sender,
+            "to": [[r.address, *r.parameters] for r in self.recipients],
+            "at": round(self.received_at, 3),
+            "size": self.size,
+        }
+        optional = (
+            ("mail", self.parameters),
+            ("addr", self.client_address),
+            ("helo", self.client_helo),
+            ("digest", self.digest),
+            ("dest", self.destinations),
+            ("xf", self.identity),
+        )
+        record |= {key: value for key, value in optional if value}
+        if self.promised is not None:
+            record["for"] = dict(self.promised)
+        return _to_json(record).encode("ascii")
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Envelope:
+        """Read the wire form. Raises MalformedRecord."""
+        try:
+            record = json.loads(data)
+            envelope = cls(
+                id=record["id"],
+                sender=line(record["from"]),
+                recipients=tuple(Recipient(line(to[0]), texts(to[1:])) for to in record["to"]),
+                received_at=number(record["at"]),
+                size=record["size"],
+                parameters=texts(record.get("mail", [])),
+                client_address=any_text(record.get("addr", "")),
+                client_helo=any_text(record.get("helo", "")),
+                digest=any_text(record.get("digest", "")),
+                destinations=texts(record.get("dest", [])),
+                identity=tuple((any_text(name), any_text(value)) for name, value in record.get("xf", [])),
+                promised=_promised(record["for"], len(record["to"])) if "for" in record else None,
+            )
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+            raise MalformedRecord(f"unreadable envelope: {printable(str(error))}") from error
+        if not is_id(envelope.id) or type(envelope.size) is not int or envelope.size < 0:
+            raise MalformedRecord("unreadable envelope: no id or no size")
+        if not all(map(is_destination_name, envelope.destinations)):
+            raise MalformedRecord("unreadable envelope: the name of a backup is none")
+        return envelope
+
+    def owed_to(self, destination: Destination) -> tuple[int, ...]:
+        """Return the indices of the recipients that a destination was promised a copy for, at acceptance.
+
+        Settings of today do not count: what was promised is kept whatever has become of them. Only an old record says
+        nothing of it; then the filter of today stands for the one of then, and where it would leave nobody, everybody
+        is owed: a copy too many beats a loss. A destination that the envelope does not name has copies that were moved
+        to it, with a state of their own where not everybody is owed.
+        """
+        everybody = tuple(range(len(self.recipients)))
+        if self.promised is None:
+            return tuple(i for i in everybody if destination.wants(self.recipients[i])) or everybody
+        return dict(self.promised).get(destination.name, everybody)
+
+    @property
+    def wants_smtputf8(self) -> bool:
+        return "SMTPUTF8" in (p.upper() for p in self.parameters)
+
+
+def _promised(record: dict[str, list[int]], recipients: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    promised = tuple((name, tuple(indices)) for name, indices in record.items())
+    if not all(indices and all(type(i) is int and 0 <= i < recipients for i in indices) for _, indices in promised):
+        raise ValueError("a copy is promised to recipients that it does not have")
+    return promised

@@ -1,0 +1,54 @@
+"""An SMTP reply as a value."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from relay.mail.text import printable
+
+_REPLY_LINE_LIMIT = 512  # RFC 5321 4.5.3.1.5
+
+
+class Reply(NamedTuple):
+    """One SMTP reply: a code and its text lines without code and CRLF (RFC 5321 4.2)."""
+
+    code: int
+    lines: tuple[str, ...]
+
+    @classmethod
+    def of(cls, code: int, *lines: str) -> Reply:
+        """Make a reply of our own."""
+        return cls(code, lines or ("",))
+
+    @property
+    def is_positive(self) -> bool:
+        return 200 <= self.code < 300
+
+    @property
+    def is_temporary(self) -> bool:
+        """Everything that is neither 2xx, 354 nor 5xx: the unknown counts as temporary."""
+        return not self.is_positive and not self.is_permanent and self.code != 354
+
+    @property
+    def is_permanent(self) -> bool:
+        return 500 <= self.code < 600
+
+    @property
+    def text(self) -> str:
+        """The reply on one line, code first, for logs and listings."""
+        return printable(f"{self.code} {' '.join(self.lines)}".rstrip())
+
+    @property
+    def wire(self) -> bytes:
+        """The reply as sent, each line printable and at most 512 octets with its CRLF."""
+        if len(self.lines) == 1:
+            (text,) = self.lines
+            if text.isascii() and text.isprintable():
+                return f"{self.code:03d} {text[: _REPLY_LINE_LIMIT - 6]}\r\n".encode("ascii")
+        last = len(self.lines) - 1
+        return b"".join(
+            b"%03d%s" % (self.code, b" " if i == last else b"-")
+            + printable(line).encode("utf-8", "backslashreplace")[: _REPLY_LINE_LIMIT - 6]
+            + b"\r\n"
+            for i, line in enumerate(self.lines)
+        )

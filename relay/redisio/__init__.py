@@ -1,0 +1,1 @@
+"""Redis as a server: clients, pipelines, whether it can be written, and the embedded one."""

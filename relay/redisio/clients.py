@@ -1,0 +1,359 @@
+"""Every Redis client of smtp-dup is made here: by URL, or by asking Sentinels which server is the master now.
+
+With Sentinels a connection belongs to the master that it was made to. Each pool asks again every second while it is
+used, so that a kept connection to a master of yesterday is dropped even when nothing failed on it: such a server may
+be alive, and take writes that nobody will ever see. A server that answers READONLY is one, also from within a script.
+A confirmed client's transaction counts only when ``redis.replicas`` replicas have it: else TooFewReplicas, which like
+any RedisError says "do not rely on it", not "it was not done". Trouble is a RedisError, never anything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import redis.asyncio
+import redis.asyncio.sentinel
+import redis.sentinel
+from redis.asyncio.client import Pipeline as AsyncPipeline
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.connection import parse_url
+from redis.exceptions import ConnectionError as NoConnection
+from redis.exceptions import ReadOnlyError, RedisError
+from redis.retry import Retry
+
+from relay import maillog
+from relay.config.model import RedisSettings
+
+PROBE = "smtpdup:probe"  # string, soon gone: can anything be written?
+
+_ASK_SECONDS = 1.0  # between two questions of a pool in use
+_RESTED_SECONDS = 0.5  # a pool that asked so much later than it might have may have missed a failover
+_FAILED_SECONDS = 5.0  # when no Sentinel answered: a question may have cost its whole time
+_SENTINEL_SECONDS = 1.0  # for one Sentinel's answer; then the next is asked
+_CONFIRM_SECONDS = 1.0
+
+
+class TooFewReplicas(RedisError):
+    """A write is in the master and in too few replicas: a failover may lose it."""
+
+
+def sync_client(server: RedisSettings, seconds: float, *, retries: int = 1) -> redis.Redis:
+    """Return a blocking client: every answer within the time, and so many silent reconnects."""
+    limits: dict[str, Any] = {
+        "socket_timeout": seconds,
+        "socket_connect_timeout": seconds,
+        "retry": Retry(NoBackoff(), retries),
+    }
+    if not server.sentinels:
+        return redis.Redis.from_url(server.url, **limits)
+    return redis.Redis.from_pool(_Pool(server.service, _Sentinels(server, seconds), **_options(server), **limits))
+
+
+def async_client(
+    server: RedisSettings, seconds: float, *, retries: int = 1, confirmed: bool = False, decode: bool = False
+) -> redis.asyncio.Redis:
+    """Return an async client under the same rules. ``confirmed``: its transactions wait for ``redis.replicas``."""
+    limits: dict[str, Any] = {
+        "socket_timeout": seconds,
+        "socket_connect_timeout": seconds,
+        "retry": AsyncRetry(NoBackoff(), retries),
+        "decode_responses": decode,
+    }
+    kind = _Confirmed if confirmed and server.replicas else redis.asyncio.Redis
+    if server.sentinels:
+        pool = _AsyncPool(server.service, _AsyncSentinels(server, seconds), **_options(server), **limits)
+        client = kind.from_pool(pool)
+    else:
+        client = kind.from_url(server.url, **limits)
+    if isinstance(client, _Confirmed):
+        client.replicas = server.replicas
+        # A large body takes its time to the replicas, too.
+        client.patience = min(seconds / 2, _CONFIRM_SECONDS) if seconds <= server.timeout_seconds else seconds / 2
+    return client
+
+
+def sentinel_clients(server: RedisSettings, seconds: float) -> list[tuple[str, redis.asyncio.Redis]]:
+    """Return an async client of each Sentinel and its address, to ask them what they think."""
+    limits: dict[str, Any] = {
+        "socket_timeout": seconds,
+        "socket_connect_timeout": seconds,
+        "retry": AsyncRetry(NoBackoff(), 0),
+    }
+    return [
+        (address, redis.asyncio.Redis.from_url(url, decode_responses=True, **limits))
+        for address, url in zip(server.sentinel_addresses, server.sentinel_urls, strict=True)
+    ]
+
+
+def master_of(client: redis.Redis) -> object:
+    """Return the master that a client knows, None where no Sentinel names one."""
+    return getattr(client.connection_pool, "master_address", None)
+
+
+async def find_master(client: redis.asyncio.Redis) -> object:
+    """Ask for the master of a client; None where no Sentinel names one. Raises RedisError."""
+    pool = client.connection_pool
+    return await pool.get_master_address() if isinstance(pool, _AsyncPool) else None  # type: ignore[no-untyped-call]
+
+
+def _options(server: RedisSettings) -> dict[str, Any]:
+    """Return what the URL says beside the host: user, password, database, TLS."""
+    found: dict[str, Any] = parse_url(server.url or "redis://")  # type: ignore[no-untyped-call]
+    kind = found.pop("connection_class", None)
+    for name in ("host", "port", "path"):
+        found.pop(name, None)
+    return {**found, "ssl": kind is not None}
+
+
+# Who is the master? -------------------------------------------------------------------------------------------
+
+_told: dict[tuple[str, ...], Any] = {}  # the master as last told by this process; its pools all find out
+
+
+def _tell(server: RedisSettings, master: tuple[str, int]) -> None:
+    before = _told.get(server.sentinels)
+    _told[server.sentinels] = master
+    if before not in {None, master}:
+        maillog.notice(
+            "warning",
+            "Redis has another master: what the old one told to no replica is gone, and may be done again",
+            was=f"{before[0]}:{before[1]}",
+            now=f"{master[0]}:{master[1]}",
+        )
+
+
+def _is_past(server: RedisSettings, address: Any) -> bool:
+    """Say whether this process has heard of another master since it asked for this one."""
+    return bool(_told.get(server.sentinels) != address)
+
+
+def _nobody(server: RedisSettings, error: RedisError) -> NoConnection:
+    """Return what is told when no Sentinel names a master; redis-py's own text is a page of objects."""
+    why = "" if isinstance(error, NoConnection) else f" ({error})"  # else a Sentinel has refused us
+    return NoConnection(f"none of the {len(server.sentinels)} Sentinels names a master of {server.service} now{why}")
+
+
+def _sentinel_limits(seconds: float) -> dict[str, Any]:
+    patience = min(seconds, _SENTINEL_SECONDS)
+    return {"socket_timeout": patience, "socket_connect_timeout": patience}
+
+
+class _Sentinels(redis.sentinel.Sentinel):
+    """The Sentinels of one pool, each with its own credentials."""
+
+    def __init__(self, server: RedisSettings, seconds: float) -> None:
+        super().__init__([])  # type: ignore[no-untyped-call]
+        self.server = server
+        limits = _sentinel_limits(seconds)
+        self.sentinels = [redis.Redis.from_url(u, retry=Retry(NoBackoff(), 0), **limits) for u in server.sentinel_urls]
+
+    def discover_master(self, service_name: str) -> tuple[str, int]:
+        try:
+            master: tuple[str, int] = super().discover_master(service_name)  # type: ignore[no-untyped-call]
+        except RedisError as error:
+            raise _nobody(self.server, error) from error
+        _tell(self.server, master)
+        return master
+
+
+class _AsyncSentinels(redis.asyncio.sentinel.Sentinel):
+    """The same for an async pool."""
+
+    def __init__(self, server: RedisSettings, seconds: float) -> None:
+        super().__init__([])  # type: ignore[no-untyped-call]
+        self.server = server
+        limits = _sentinel_limits(seconds)
+        self.sentinels = [
+            redis.asyncio.Redis.from_url(u, retry=AsyncRetry(NoBackoff(), 0), **limits) for u in server.sentinel_urls
+        ]
+
+    async def discover_master(self, service_name: str) -> tuple[str, int]:
+        try:
+            master: tuple[str, int] = await super().discover_master(service_name)
+        except RedisError as error:
+            raise _nobody(self.server, error) from error
+        _tell(self.server, master)
+        return master
+
+
+# Connections to the master ------------------------------------------------------------------------------------
+
+
+def _is_demoted(response: object) -> bool:
+    """Say whether a script within a MULTI was answered READONLY: redis-py looks only at the reply as a whole."""
+    return isinstance(response, list) and any(isinstance(part, ReadOnlyError) for part in response)
+
+
+class _Follows:
+    """A connection that is over when its server turns out to be a replica, or no master any more once it is made.
+
+    A server that hangs takes connections, and answers the first word minutes later as if nothing had been.
+    """
+
+    def connect_to(self, address: Any) -> None:
+        super().connect_to(address)  # type: ignore[misc]
+        if _is_past(self.connection_pool.sentinel_manager.server, address):  # type: ignore[attr-defined]
+            self.disconnect()  # type: ignore[attr-defined]
+            raise NoConnection("there is another master meanwhile")
+
+    def read_response(self, *args: Any, **options: Any) -> Any:
+        response = super().read_response(*args, **options)  # type: ignore[misc]
+        if _is_demoted(response):
+            self.disconnect()  # type: ignore[attr-defined]
+            raise NoConnection("the master has become a replica")
+        return response
+
+
+class _AsyncFollows:
+    """The same for an async connection."""
+
+    async def connect_to(self, address: Any) -> None:
+        await super().connect_to(address)  # type: ignore[misc]
+        if _is_past(self.connection_pool.sentinel_manager.server, address):  # type: ignore[attr-defined]
+            await self.disconnect()  # type: ignore[attr-defined]
+            raise NoConnection("there is another master meanwhile")
+
+    async def read_response(self, *args: Any, **options: Any) -> Any:
+        response = await super().read_response(*args, **options)  # type: ignore[misc]
+        if _is_demoted(response):
+            await self.disconnect()  # type: ignore[attr-defined]
+            raise NoConnection("the master has become a replica")
+        return response
+
+
+class _Plain(_Follows, redis.sentinel.SentinelManagedConnection):
+    pass
+
+
+class _Tls(_Follows, redis.sentinel.SentinelManagedSSLConnection):
+    pass
+
+
+class _AsyncPlain(_AsyncFollows, redis.asyncio.sentinel.SentinelManagedConnection):
+    pass
+
+
+class _AsyncTls(_AsyncFollows, redis.asyncio.sentinel.SentinelManagedSSLConnection):
+    pass
+
+
+class _Pool(redis.sentinel.SentinelConnectionPool):
+    """A pool whose kept connections are the present master's."""
+
+    def __init__(self, service: str, sentinels: _Sentinels, *, ssl: bool, **options: Any) -> None:
+        super().__init__(service, sentinels, connection_class=_Tls if ssl else _Plain, **options)  # type: ignore[no-untyped-call]
+        self._ask_at = 0.0
+
+    def get_connection(self, command_name: str | None = None, *_: Any, **__: Any) -> Any:
+        if time.monotonic() >= self._ask_at:
+            self._ask_at = time.monotonic() + _ASK_SECONDS
+            try:
+                self.get_master_address()  # type: ignore[no-untyped-call]  # drops what is kept to another
+            except RedisError:  # nobody knows better just now
+                self._ask_at = time.monotonic() + _FAILED_SECONDS
+        return super().get_connection()
+
+    def disconnect(self, inuse_connections: bool = True) -> None:
+        super().disconnect(inuse_connections)
+        if inuse_connections:
+            for client in self.sentinel_manager.sentinels:
+                client.connection_pool.disconnect()
+
+
+class _AsyncPool(redis.asyncio.sentinel.SentinelConnectionPool):
+    """The same for async clients; only after a rest somebody waits for the answer."""
+
+    def __init__(self, service: str, sentinels: _AsyncSentinels, *, ssl: bool, **options: Any) -> None:
+        kind = _AsyncTls if ssl else _AsyncPlain
+        super().__init__(service, sentinels, connection_class=kind, **options)  # type: ignore[no-untyped-call]
+        self._ask_at = 0.0
+        self._asking: asyncio.Task[None] | None = None
+        self._rested = False
+
+    async def get_connection(self, command_name: str | None = None, *_: Any, **__: Any) -> Any:
+        late = time.monotonic() - self._ask_at
+        if self._asking is None and late >= 0:
+            self._rested = late >= _RESTED_SECONDS
+            self._asking = asyncio.get_running_loop().create_task(self._ask())
+        if self._asking is not None and self._rested:
+            await asyncio.shield(self._asking)
+        return await super().get_connection()  # type: ignore[no-untyped-call]
+
+    async def release(self, connection: Any) -> None:
+        if self.master_address != (connection.host, connection.port):
+            await connection.disconnect(nowait=True)  # to wait can fail, and the connection stays the pool's
+        await super().release(connection)
+
+    async def disconnect(self, inuse_connections: bool = True) -> None:
+        await super().disconnect(inuse_connections)
+        if inuse_connections:
+            if self._asking:
+                self._asking.cancel()
+            for client in self.sentinel_manager.sentinels:
+                await client.connection_pool.disconnect()
+
+    async def _ask(self) -> None:
+        pause = _ASK_SECONDS
+        try:
+            await self.get_master_address()  # type: ignore[no-untyped-call]
+        except RedisError:
+            pause = _FAILED_SECONDS
+        finally:
+            self._ask_at = time.monotonic() + pause
+            self._asking = None
+
+
+# Confirmed by replicas ----------------------------------------------------------------------------------------
+
+
+class _Confirmed(redis.asyncio.Redis):
+    """A client whose transactions count only when so many replicas have them."""
+
+    replicas = 0
+    patience = _CONFIRM_SECONDS
+
+    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> AsyncPipeline:
+        if not transaction:
+            return super().pipeline(transaction, shard_hint)
+        made = _ConfirmedPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+        made.replicas, made.patience = self.replicas, self.patience
+        return made
+
+
+class _ConfirmedPipeline(AsyncPipeline):
+    """A MULTI, and WAIT on the same connection: one round trip more for a whole group."""
+
+    replicas = 0
+    patience = _CONFIRM_SECONDS
+
+    async def _execute_transaction(self, connection: Any, commands: Any, raise_on_error: Any) -> list[Any]:
+        # WAIT is about the last write of this connection, and a repetition may write nothing: then nothing would be
+        # waited for. With a write of its own it covers all that came before, also what another connection wrote.
+        mark: Any = (("SET", PROBE, "", "EX", 60), {})
+        answers = await super()._execute_transaction(connection, [*commands, mark], raise_on_error)
+        await connection.send_command("WAIT", self.replicas, round(self.patience * 1000))
+        check(await connection.read_response(), self.replicas)
+        return list(answers[:-1])
+
+
+def confirmation(client: redis.asyncio.Redis) -> tuple[tuple[Any, ...], ...]:
+    """Return the commands that must follow writes sent without a transaction, the last one's answer for ``check``."""
+    if not isinstance(client, _Confirmed):
+        return ()
+    return ("SET", PROBE, "", "EX", 60), ("WAIT", client.replicas, round(client.patience * 1000))
+
+
+def check(answer: object, replicas: int) -> None:
+    """Read the answer to WAIT. Raises TooFewReplicas."""
+    if isinstance(answer, Exception):
+        raise answer
+    if not isinstance(answer, int) or answer < replicas:
+        raise TooFewReplicas(f"{answer} of {replicas} replicas have it")
+
+
+def probe(pipe: Any) -> None:
+    """Write something that matters to nobody."""
+    pipe.set(PROBE, "", ex=60)

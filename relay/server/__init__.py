@@ -1,0 +1,1 @@
+"""One relay process: its listening sockets and its life cycle."""

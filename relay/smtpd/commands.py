@@ -1,0 +1,195 @@
+"""One client's conversation: its command lines in, the replies out, one after the other until either side has enough.
+
+A line is read, looked up in the table at the end, and answered: by the Introduction where it says who the client is,
+by the Session where it is about mail. Replies leave from here, but for those in the middle of a command (354, 334,
+the 220 before TLS). What is not foreseen becomes 451. A client that hangs up never cancels us: it shows as the end
+of input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+
+from relay import maillog, metrics
+from relay.mail.reply import Reply
+from relay.smtpd.context import Context
+from relay.smtpd.end_of_data import ClientGone
+from relay.smtpd.error_limits import ErrorLimits
+from relay.smtpd.peer import AUTH_LINE, Peer
+from relay.smtpd.protocol import ClientProtocol
+from relay.smtpd.syntax import LINE_LIMIT, SyntaxProblem, argument_text, nothing_after, split_command
+from relay.smtpd.transaction import INTERNAL, MailTransaction
+
+_OK = Reply.of(250, "2.0.0 Ok")
+_NESTED = Reply.of(503, "5.5.1 Not within a mail transaction")
+_TOO_MANY_ERRORS = Reply.of(421, "4.7.0 Too many errors, goodbye")
+_SHUTDOWN = Reply.of(421, "4.3.2 Service shutting down, try again later")
+
+
+def take(front: Context, *, tls: bool = False) -> ClientProtocol:
+    """Make the protocol of a client's connection, whose conversation it begins; with ``tls`` by the handshake."""
+    smtp = front.settings.smtp
+    seconds = min(smtp.idle_timeout, smtp.lease_idle_timeout)
+    return ClientProtocol(lambda channel: CommandLoop(front, channel).converse(implicit_tls=tls), write_seconds=seconds)
+
+
+class CommandLoop:
+    """The conversation with one client."""
+
+    def __init__(self, front: Context, channel: ClientProtocol) -> None:
+        self._front = front
+        self._channel = channel
+        self._client = Peer(front, channel)
+        self._manners = ErrorLimits()
+        self._session = MailTransaction(front, channel, self._client, self._manners)
+        self._crlf_only = front.settings.smtp.bare_newline == "refuse"
+        self._over = False  # after the next reply
+
+    # --- the loop ---------------------------------------------------------------------------------------------
+
+    async def converse(self, *, implicit_tls: bool) -> None:
+        """Be there for this client until it leaves."""
+        front, channel, session = self._front, self._channel, self._session
+        front.conversations.add(self)
+        front.seat.add_client(1)
+        try:
+            greeting = await self._client.arrive(implicit_tls=implicit_tls)
+            if greeting is None:
+                return
+            await channel.push(greeting)
+            while (line := await channel.read_line(session.patience, AUTH_LINE)) is not None:
+                reply = await self._answer(line)
+                if reply is not None:
+                    await channel.push(reply)
+                    if self._over or session.is_lost or reply.code == 421:
+                        break
+                if front.stopping and not session.in_transaction:
+                    await channel.push(_SHUTDOWN)
+                    break
+        except ClientGone:
+            pass
+        finally:
+            session.forget()
+            session.log_the_rest()
+            try:
+                await channel.close()
+            finally:
+                self._client.leave()
+                front.conversations.discard(self)
+                front.seat.add_client(-1)
+
+    def stop(self, *, impatient: bool) -> None:
+        """End an idle conversation now; one in a transaction after it, or, impatient, before its DATA."""
+        session, channel = self._session, self._channel
+        if channel.is_deaf or channel.is_securing:
+            channel.abort()
+        elif channel.waiting and (not session.in_transaction or (impatient and not session.in_data)):
+            channel.dismiss(_SHUTDOWN)
+
+    async def _answer(self, line: bytes) -> Reply | None:
+        """Return the reply to one command, None when it has been given: where the unforeseen becomes a reply."""
+        try:
+            command, argument = self._read(line)
+            reply = await command(self, argument)
+        except SyntaxProblem as problem:
+            self._manners.bad += 1
+            reply = problem.reply
+        except ClientGone:
+            raise
+        except Exception as error:
+            maillog.session_error(self._client.address, error)
+            metrics.session_errors.inc()
+            self._session.forget()
+            return INTERNAL
+        return _TOO_MANY_ERRORS if self._manners.are_unbearable else reply
+
+    def _read(self, line: bytes) -> tuple[_Command, str]:
+        """Return the command of a line, and its argument. Raises SyntaxProblem."""
+        verb, argument = split_command(line)
+        command = _COMMANDS.get(verb)
+        if not line or (len(line) > LINE_LIMIT and verb != b"AUTH"):
+            raise SyntaxProblem(500, "5.5.2 Line too long")
+        if command is None:
+            raise _unknown(verb)
+        text = argument_text(argument)
+        if self._crlf_only and not line.endswith(b"\r\n"):
+            raise SyntaxProblem(500, "5.5.2 A command must end with CRLF")
+        if verb in _IDLE:
+            self._manners.idle()
+        return command, text
+
+    # --- commands ---------------------------------------------------------------------------------------------
+
+    async def _hello(self, name: str, *, extended: bool) -> Reply:
+        reply = await self._client.hello(name, extended=extended)
+        self._session.forget()
+        return reply
+
+    async def _introduce(self, argument: str, command: Callable[[Peer, str], Awaitable[Reply | None]]) -> Reply | None:
+        """Take what may only come between messages: STARTTLS, AUTH, XFORWARD, XCLIENT."""
+        if self._session.in_transaction:
+            return self._manners.out_of_order(_NESTED)
+        return await command(self._client, argument)
+
+    async def _noop(self, _: str) -> Reply:
+        return _OK
+
+    async def _rset(self, argument: str) -> Reply:
+        nothing_after("RSET", argument)
+        self._session.forget()
+        return _OK
+
+    async def _quit(self, argument: str) -> Reply:
+        nothing_after("QUIT", argument)
+        self._over = True
+        return Reply.of(221, "2.0.0 Bye")
+
+    async def _vrfy(self, argument: str) -> Reply:
+        if not argument:
+            raise SyntaxProblem(501, "5.5.4 Syntax: VRFY address")
+        return Reply.of(252, "2.1.5 Cannot verify, but will pass the message on")
+
+    async def _help(self, _: str) -> Reply:
+        return Reply.of(214, "2.0.0 " + " ".join(verb.decode() for verb in _COMMANDS))
+
+
+_Command = Callable[[CommandLoop, str], Awaitable[Reply | None]]
+
+
+def _between(command: Callable[[Peer, str], Awaitable[Reply | None]]) -> _Command:
+    return lambda conversation, argument: conversation._introduce(argument, command)
+
+
+def _mailing(command: Callable[[MailTransaction, str], Awaitable[Reply]]) -> _Command:
+    return lambda conversation, argument: command(conversation._session, argument)
+
+
+# ruff: noqa: SLF001 - the table belongs to the class
+_COMMANDS: Mapping[bytes, _Command] = {
+    b"HELO": lambda conversation, name: conversation._hello(name, extended=False),
+    b"EHLO": lambda conversation, name: conversation._hello(name, extended=True),
+    b"STARTTLS": _between(Peer.starttls),
+    b"AUTH": _between(Peer.auth),
+    b"XFORWARD": _between(Peer.xforward),
+    b"XCLIENT": _between(Peer.xclient),
+    b"MAIL": _mailing(MailTransaction.mail),
+    b"RCPT": _mailing(MailTransaction.rcpt),
+    b"DATA": _mailing(MailTransaction.data),
+    b"BDAT": _mailing(MailTransaction.bdat),
+    b"RSET": CommandLoop._rset,
+    b"NOOP": CommandLoop._noop,
+    b"QUIT": CommandLoop._quit,
+    b"VRFY": CommandLoop._vrfy,
+    b"HELP": CommandLoop._help,
+}
+_IDLE = (b"HELO", b"EHLO", b"RSET", b"NOOP", b"VRFY", b"HELP", b"XFORWARD", b"XCLIENT", b"AUTH", b"STARTTLS")
+_UNIMPLEMENTED = (b"EXPN", b"SEND", b"SOML", b"SAML", b"TURN", b"ETRN")
+_OTHER_PROTOCOLS = (b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"CONNECT")  # a browser made to talk to us
+
+
+def _unknown(verb: bytes) -> SyntaxProblem:
+    if verb in _OTHER_PROTOCOLS:
+        return SyntaxProblem(421, "4.7.0 This is SMTP, goodbye")
+    if verb in _UNIMPLEMENTED:
+        return SyntaxProblem(502, "5.5.1 Command not implemented")
+    return SyntaxProblem(500, "5.5.2 Command not recognized")

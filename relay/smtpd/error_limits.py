@@ -1,0 +1,72 @@
+"""A client's manners: what it got wrong so far, and when that is enough.
+
+Twenty commands that make no sense end a conversation. What a client could not know better, since it pipelines, is not
+counted at first; what merely brings no message forward is, once there is very much of it (smtpd_junk_command_limit is
+Postfix's word for it), and at a slow pace it is forgiven. A message that is accepted wipes the slate. The log has so
+many lines about one client and message; then one line says how many more there were.
+"""
+
+from __future__ import annotations
+
+import time
+
+from relay.mail.reply import Reply
+
+_BAD_LIMIT = 20  # commands that make no sense, then goodbye
+_IDLE_LIMIT = 100  # commands that bring no message; from then on each is one that makes no sense
+_FORGIVEN = 5.0  # seconds, after which one of those is forgotten: who asks now and then how we are may go on for ever
+_EXCESS_LIMIT = 1000  # refused recipients, and commands behind a refused one; a client may send all it has at once
+_LINES = 100  # of the log
+
+
+class ErrorLimits:
+    """The count of one client's mistakes."""
+
+    __slots__ = ("_excess", "_idle", "_idle_at", "_lines", "bad", "refused")
+
+    def __init__(self) -> None:
+        self.bad = 0  # commands that made no sense
+        self._idle = 0.0  # commands since the last message
+        self._idle_at = 0.0
+        self._excess = 0  # refused recipients since then, and what was pipelined behind a refusal
+        self._lines = 0  # that the log has, or would have
+        self.refused = False  # the last MAIL, or what followed: a pipelining client goes on all the same
+
+    @property
+    def are_unbearable(self) -> bool:
+        return self.bad >= _BAD_LIMIT
+
+    def out_of_order(self, reply: Reply) -> Reply:
+        """Count a command in the wrong place, but for long not what a pipelining client could not know better."""
+        if self.refused:
+            self.exceed()
+        else:
+            self.bad += 1
+        return reply
+
+    def idle(self) -> None:
+        """Count a command that brings no message."""
+        now = time.monotonic()
+        self._idle = max(0.0, self._idle - (now - self._idle_at) / _FORGIVEN) + 1
+        self._idle_at = now
+        self.bad += self._idle > _IDLE_LIMIT
+
+    def exceed(self) -> None:
+        """Count a refused recipient, or a command behind one that was refused."""
+        self._excess += 1
+        self.bad += self._excess > _EXCESS_LIMIT
+
+    def bring_a_message(self) -> None:
+        """Begin to count afresh."""
+        self._idle = 0.0
+        self._excess = 0
+
+    def may_be_logged(self) -> bool:
+        """Count a line of the log about this client; says whether it is written."""
+        self._lines += 1
+        return self._lines <= _LINES
+
+    def unlogged(self) -> int:
+        """Return how many lines were not written, and begin afresh."""
+        lines, self._lines = self._lines, 0
+        return max(0, lines - _LINES)

@@ -1,0 +1,362 @@
+"""Who the client is, and what it may do: from the connection to HELO, EHLO, STARTTLS, AUTH, XFORWARD and XCLIENT.
+
+Whoever comes from an allowed network or has logged in may send mail; everybody else hears no, at once where there is
+no way to log in. A password is asked for under TLS only, unless the settings say otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import ssl
+
+from relay import maillog, metrics
+from relay.mail import addresses
+from relay.mail import origin as mail_origin
+from relay.mail.addresses import within
+from relay.mail.esmtp import MAIL_EXTENSIONS
+from relay.mail.origin import Identity
+from relay.mail.reply import Reply
+from relay.smtpd import xclient as smtpd_xclient
+from relay.smtpd.context import Context
+from relay.smtpd.end_of_data import ClientGone
+from relay.smtpd.passwords import Busy
+from relay.smtpd.protocol import ClientProtocol
+from relay.smtpd.proxy_protocol import BadHeader, read_header
+from relay.smtpd.syntax import SyntaxProblem, offers
+from relay.smtpd.xclient import BadAttribute
+
+AUTH_LINE = 12288  # octets; RFC 4954 4
+_PROXY_SECONDS = 5.0
+_FAILURES = 5  # wrong passwords, then goodbye
+_FAILURE_PAUSE = 1.0  # seconds before the reply to each
+
+_SHUTDOWN = Reply.of(421, "4.3.2 Service shutting down, try again later")
+_CROWDED = Reply.of(421, "4.3.2 Too many connections, try again later")
+_CROWD = Reply.of(421, "4.7.0 Too many connections from your address, try again later")
+_TALKATIVE = Reply.of(554, "5.5.0 You talked before the greeting")
+_TLS_FIRST = Reply.of(530, "5.7.0 Must issue a STARTTLS command first")
+_AUTH_FIRST = Reply.of(530, "5.7.0 Authentication required")
+_STRANGER = Reply.of(554, "5.7.1 Client address not allowed")
+_NOT_NOW = Reply.of(421, "4.7.0 Temporary authentication failure, try again later")
+_WRONG = Reply.of(535, "5.7.8 Authentication credentials invalid")
+
+
+class Peer:
+    """What one client has told of itself, and shown."""
+
+    def __init__(self, front: Context, channel: ClientProtocol) -> None:
+        self._front = front
+        self._settings = front.settings.smtp
+        self._channel = channel
+        self._take_for(*channel.peer)
+        self._may_forward = False
+        self._counted = ""  # the address under which we are counted
+        self.helo = ""
+        self.extended = False
+        self.offered: frozenset[str] = frozenset()
+        self.user = ""
+        self._failures = 0
+        self._given_helo = ""  # by XCLIENT, in place of what HELO says
+        self._origin: Identity = ()  # by XCLIENT or PROXY
+        self._forwarded: dict[str, str] = {}  # by XFORWARD, for the next message
+
+    def _take_for(self, address: str, port: int) -> None:
+        """Take the client for who it says, or is said, to be."""
+        self.address, self.port = address, port
+        # No address is nobody's: whoever has reset the connection by the time that we take it has none any more, and
+        # what it sent before can still be read.
+        self._is_local = addresses.is_loopback(address)
+        self._is_allowed = self._settings.allows(address)
+
+    # --- the connection ---------------------------------------------------------------------------------------
+
+    async def arrive(self, *, implicit_tls: bool) -> Reply | None:
+        """Go as far as the greeting; returns it, or None when the client has been turned away."""
+        channel = self._channel
+        if self._settings.proxy_protocol and not await self._read_proxy_header():
+            return None
+        refusal = self._unwelcome()
+        if refusal is not None:
+            metrics.connections_refused.inc()
+            if not implicit_tls:
+                channel.dismiss(refusal)
+            return None
+        metrics.connections.inc()
+        if implicit_tls:
+            context = self._front.credentials.tls
+            if context is None or not await self._secure(context, keep=True):
+                return None
+        if self._settings.greeting_delay and not await self._kept_silent():
+            channel.dismiss(_TALKATIVE)
+            return None
+        return self.greeting
+
+    @property
+    def greeting(self) -> Reply:
+        return Reply.of(220, f"{self._settings.domain} ESMTP smtp-dup")
+
+    def leave(self) -> None:
+        """Count the client no more."""
+        if self._counted:
+            self._front.seat.count_address(self._counted, -1)
+            self._counted = ""
+
+    async def _read_proxy_header(self) -> bool:
+        if not within(self.address, self._settings.proxy_networks):
+            maillog.command_refused(self.address, "PROXY", _STRANGER)
+            return False
+        try:
+            async with asyncio.timeout(_PROXY_SECONDS):
+                origin = await read_header(self._channel.inbox)
+        except (BadHeader, TimeoutError) as error:
+            maillog.proxy_failed(self.address, str(error) or "no PROXY header in time")
+            return False
+        if origin is not None:
+            self._take_for(*origin)
+        return True
+
+    def _unwelcome(self) -> Reply | None:
+        front, settings = self._front, self._settings
+        if front.stopping:
+            return _SHUTDOWN
+        if front.is_crowded:
+            return _CROWDED
+        if settings.max_connections_per_client:
+            self._counted = addresses.network_prefix(self.address)
+            front.seat.count_address(self._counted, 1)
+            if front.seat.connections_of(self._counted) > settings.max_connections_per_client:
+                maillog.command_refused(self.address, "connect", _CROWD)
+                return _CROWD
+        self._may_forward = within(self.address, settings.xforward_networks)
+        if not self._is_trusted and front.credentials.users is None and not self._may_forward:
+            maillog.command_refused(self.address, "connect", _STRANGER)
+            return _STRANGER
+        return None
+
+    async def _secure(self, context: ssl.SSLContext, first: Reply | None = None, *, keep: bool = False) -> bool:
+        """Negotiate TLS, after which nothing holds that was said before it (RFC 3207 4.2)."""
+        reason = await self._channel.start_tls(context, first, keep=keep)
+        if reason:
+            maillog.tls_failed(self.address, reason)
+        self.helo, self.extended, self.offered, self.user, self._forwarded = "", False, frozenset(), "", {}
+        return not reason
+
+    async def _kept_silent(self) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.greeting_delay):
+                # Whatever comes now came too early, the end of input too.
+                await self._channel.inbox.read(1)
+                return False
+        return True
+
+    # --- what it may do ---------------------------------------------------------------------------------------
+
+    @property
+    def _is_trusted(self) -> bool:
+        return self._is_allowed or bool(self.user)
+
+    def objection(self) -> Reply | None:
+        """Return why this client may not send mail, if so."""
+        if self._needs_tls:
+            return _TLS_FIRST
+        if not self._is_trusted:
+            return _STRANGER if self._front.credentials.users is None else _AUTH_FIRST
+        return None
+
+    @property
+    def _needs_tls(self) -> bool:
+        return self._settings.tls == "encrypt" and not self._channel.tls
+
+    @property
+    def _offers_auth(self) -> bool:
+        safe = self._channel.tls or self._settings.auth_without_tls
+        return self._front.credentials.users is not None and safe and not self.user
+
+    @property
+    def _offers_tls(self) -> bool:
+        return self._front.credentials.tls is not None and self._settings.tls != "none" and not self._channel.tls
+
+    def identity(self) -> Identity:
+        """Return whose mail it is, for the servers behind us."""
+        if self._forwarded:
+            return tuple((name, value) for name, value in self._forwarded.items() if value)
+        if self._is_local and not self._origin:
+            return ()
+        return self._origin or mail_origin.of_client(self.address, self.port, self.helo, extended=self.extended)
+
+    @property
+    def is_spoken_for(self) -> bool:
+        """Whether somebody else has said who it is, so that its address does not tell."""
+        return bool(self._forwarded or self._origin)
+
+    def end_transaction(self) -> None:
+        """Forget what was said for one message only."""
+        self._forwarded = {}
+
+    # --- commands ---------------------------------------------------------------------------------------------
+
+    async def hello(self, name: str, *, extended: bool) -> Reply:
+        """HELO, EHLO."""
+        if not name or len(name) > 255:
+            raise SyntaxProblem(501, f"5.5.4 Syntax: {'EHLO' if extended else 'HELO'} hostname")
+        lines, self.offered = await self._offers() if extended else ((), frozenset())
+        self.helo, self.extended = self._given_helo or name, extended
+        return Reply.of(250, self._settings.domain, *lines)
+
+    async def _offers(self) -> tuple[tuple[str, ...], frozenset[str]]:
+        """Return the lines of EHLO and the extensions they name."""
+        primary = self._front.primary
+        announced = await primary.announced()
+        verified = primary.destination.tls == "verify"
+        lines, offered = offers(announced, self._settings.max_message_bytes, tls=self._channel.tls, verified=verified)
+        ours = []
+        if self._offers_tls:
+            ours.append("STARTTLS")
+        if self._offers_auth:
+            ours.append("AUTH PLAIN LOGIN")
+        if self._may_forward:
+            ours += [f"XFORWARD {' '.join(smtpd_xclient.XFORWARD)}", f"XCLIENT {' '.join(smtpd_xclient.XCLIENT)}"]
+        if self._front.credentials.users is not None:
+            offered |= {"AUTH"}
+        if primary.extensions is None:
+            # Not announced, but not refused for good either: some clients ask for what they did not see (a proxy of
+            # Postfix does), and what the primary takes is known when it is back.
+            offered |= frozenset(MAIL_EXTENSIONS.values())
+        return (*lines, *ours), offered
+
+    async def starttls(self, argument: str) -> Reply | None:
+        if argument:
+            raise SyntaxProblem(501, "5.5.4 Syntax: STARTTLS")
+        if self._channel.tls:
+            return Reply.of(503, "5.5.1 TLS is already active")
+        context = self._front.credentials.tls
+        if context is None or not self._offers_tls:
+            return Reply.of(502, "5.5.1 STARTTLS is not offered")
+        await self._secure(context, Reply.of(220, "2.0.0 Ready to start TLS"))
+        return None
+
+    async def xforward(self, argument: str) -> Reply:
+        if not self._may_forward:
+            return Reply.of(550, "5.7.0 XFORWARD is not for you")
+        if self._needs_tls:
+            return _TLS_FIRST
+        try:
+            self._forwarded |= smtpd_xclient.read_attributes(argument, smtpd_xclient.XFORWARD)
+        except BadAttribute as problem:
+            raise SyntaxProblem(501, f"5.5.4 XFORWARD: {problem}") from problem
+        return Reply.of(250, "2.0.0 Ok")
+
+    async def xclient(self, argument: str) -> Reply:
+        """Take the client for the one that is named; then all begins anew, with another greeting."""
+        if not self._may_forward:
+            return Reply.of(550, "5.7.0 XCLIENT is not for you")
+        if self._needs_tls:
+            return _TLS_FIRST
+        try:
+            given = smtpd_xclient.read_attributes(argument, smtpd_xclient.XCLIENT)
+        except BadAttribute as problem:
+            raise SyntaxProblem(501, f"5.5.4 XCLIENT: {problem}") from problem
+        if "ADDR" in given:
+            self._take_for(given["ADDR"] or "unknown", 0)
+        self.port = int(given.get("PORT", "") or self.port)
+        self._given_helo = given.get("HELO", self._given_helo)
+        self.user = given.get("LOGIN", self.user)
+        self.helo, self.extended, self.offered, self._forwarded = "", False, frozenset(), {}
+        known = dict(self._origin) | {name: value for name, value in given.items() if name in smtpd_xclient.XFORWARD}
+        self._origin = tuple((name, value) for name, value in known.items() if value)
+        return self.greeting
+
+    # --- AUTH (RFC 4954) --------------------------------------------------------------------------------------
+
+    async def auth(self, argument: str) -> Reply:
+        users = self._front.credentials.users
+        if self._needs_tls:
+            return _TLS_FIRST
+        if users is None:
+            return Reply.of(502, "5.5.1 AUTH is not offered")
+        if self.user:
+            return Reply.of(503, "5.5.1 Already authenticated")
+        if not self.extended:
+            return Reply.of(503, "5.5.1 EHLO first")
+        if not self._offers_auth:
+            return Reply.of(538, "5.7.11 Encryption required for requested authentication mechanism")
+        if not argument:
+            raise SyntaxProblem(501, "5.5.4 Syntax: AUTH mechanism")
+        mechanism, _, initial = argument.partition(" ")
+        ask = {"PLAIN": self._plain, "LOGIN": self._login}.get(mechanism.upper())
+        if ask is None:
+            return Reply.of(504, "5.5.4 Unrecognized authentication type")
+        name, password = await ask(initial.strip())
+        right = await self._is_right(name, password)
+        if right is None:
+            return _NOT_NOW
+        if self._channel.is_gone:
+            raise ClientGone
+        return self._logged_in(name) if right else await self._turned_away(name)
+
+    def _logged_in(self, name: str) -> Reply:
+        self.user = name
+        self._failures = 0
+        metrics.logins.labels("accepted").inc()
+        maillog.logged_in(self.address, name)
+        return Reply.of(235, "2.7.0 Authentication successful")
+
+    async def _turned_away(self, name: str) -> Reply:
+        """Answer a wrong password, after a while. Raises SyntaxProblem."""
+        self._failures += 1
+        self._front.guesses.add(addresses.network_prefix(self.address))
+        metrics.logins.labels("refused").inc()
+        maillog.login_refused(self.address, name)
+        await self._channel.pause(_FAILURE_PAUSE)
+        if self._failures >= _FAILURES:
+            return Reply.of(421, "4.7.0 Too many failed logins, goodbye")
+        raise SyntaxProblem(_WRONG.code, *_WRONG.lines)
+
+    async def _is_right(self, name: str, password: str) -> bool | None:
+        """Say whether a password is right; None: nobody has looked at it, since there are too many (RFC 4954 6)."""
+        users = self._front.credentials.users
+        if users is None:
+            return None
+        with contextlib.suppress(Busy):
+            if not self._front.guesses.are_too_many(addresses.network_prefix(self.address)):
+                return await users.check(name, password, lambda: not self._channel.is_gone)
+            if users.remembers(name, password):
+                return True
+        metrics.logins.labels("refused").inc()
+        maillog.login_refused(self.address, name, "too many at once, or too many wrong ones from this address")
+        await self._channel.pause(_FAILURE_PAUSE)
+        return None
+
+    async def _plain(self, initial: str) -> tuple[str, str]:
+        parts = (await self._response(initial, "")).split("\0")
+        if len(parts) != 3 or not parts[1]:
+            raise SyntaxProblem(501, "5.5.2 Malformed PLAIN response")
+        authorized, name, password = parts
+        # To act for somebody else is for nobody; the check will fail.
+        return (name if authorized in ("", name) else ""), password
+
+    async def _login(self, initial: str) -> tuple[str, str]:
+        name = await self._response(initial, "VXNlcm5hbWU6")  # "Username:"
+        return name, await self._response("", "UGFzc3dvcmQ6")  # "Password:"
+
+    async def _response(self, initial: str, challenge: str) -> str:
+        """Return a response, decoded: the one that came with AUTH, or the one to our challenge."""
+        if not initial:
+            await self._channel.push(Reply.of(334, challenge))
+            line = await self._channel.read_line(self._settings.idle_timeout, AUTH_LINE)
+            if line is None:
+                raise ClientGone
+            if not line:
+                raise SyntaxProblem(500, "5.5.6 Authentication exchange line is too long")
+            initial = line.rstrip(b"\r\n").decode("ascii", "replace")
+            if initial == "*":
+                raise SyntaxProblem(501, "5.7.0 Authentication cancelled")
+        elif initial == "=":
+            initial = ""  # an empty initial response
+        try:
+            return base64.b64decode(initial, validate=True).decode("utf-8")
+        except (binascii.Error, ValueError):
+            raise SyntaxProblem(501, "5.5.2 Cannot decode the response") from None

@@ -1,0 +1,330 @@
+"""The primary leg: one mail transaction on the primary for one of the client's.
+
+The primary's replies are the client's. What goes wrong between us and it (no connection, no reply in
+time, a refusal that is about us and not about the message) becomes one temporary reply here and nowhere
+else. After the primary's 354 there are two ends only: the dot, or a close. A connection closed in that
+state is never used again: what came next would be text of the message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from relay import faultpoints, maillog, metrics
+from relay.client.connection import ClientError, Connection, ConnectionGone
+from relay.client.pool import Pool
+from relay.client.xforward import NotIntroduced, introduce, xforward
+from relay.mail.destination import Destination
+from relay.mail.origin import Identity
+from relay.mail.reply import Reply
+
+_BODY_SECONDS = 180.0  # RFC 5321 4.5.3.2.5, for one chunk
+_ABOUT_US = (530, 534, 535, 538)  # the server wants us to authenticate: RFC 4954 6
+_PROBE_PAUSE = 1.0
+
+# What may be announced while the primary has not yet answered an EHLO.
+SAFE_MINIMUM: Mapping[str, str] = {}
+
+
+class NoReply(Exception):
+    """The dot was sent and no reply came: the primary may have the message."""
+
+
+def for_client(reply: Reply) -> Reply:
+    """Return what the client hears of a primary's reply to MAIL, RCPT or DATA."""
+    if reply.code == 421:
+        return Reply(451, reply.lines)
+    if reply.code in _ABOUT_US or not 200 <= reply.code < 600 or 300 <= reply.code < 400:
+        return Reply.of(451, "4.3.5 The primary server does not accept mail from this relay")
+    return reply
+
+
+def for_client_at_end(reply: Reply) -> Reply:
+    """Return what the client hears of a primary's reply to the message itself."""
+    if reply.code == 421:
+        return Reply(451, reply.lines)
+    if not (reply.is_positive or 400 <= reply.code < 600):
+        return Reply.of(451, "4.3.0 Unexpected reply of the primary server")
+    return for_client(reply)
+
+
+class Primary:
+    """The primary as a place: its pool of connections, and what it last announced."""
+
+    def __init__(self, destination: Destination, pool: Pool, *, timeout: float, final_timeout: float) -> None:
+        self.destination = destination
+        self.pool = pool
+        self.timeout = timeout
+        self.final_timeout = final_timeout
+        # LMTP answers the dot for each recipient and SMTP once: with two of them the client could not be told.
+        self.most_recipients = 1 if destination.scheme == "lmtp" else sys.maxsize
+        self.extensions: Mapping[str, str] | None = None
+        self._probe: asyncio.Task[None] | None = None
+        self._probed_at = -_PROBE_PAUSE
+
+    async def announced(self) -> Mapping[str, str]:
+        """Return the extensions of the primary's last EHLO; asks for them once, and not twice a second."""
+        if self.extensions is None:
+            if self._probe is None and time.monotonic() - self._probed_at >= _PROBE_PAUSE:
+                self._probe = asyncio.get_running_loop().create_task(self._ask())
+            if self._probe is not None:
+                await asyncio.wait([self._probe])
+        return SAFE_MINIMUM if self.extensions is None else self.extensions
+
+    async def begin(
+        self, build: Callable[[Mapping[str, str]], Sequence[bytes]], identity: Identity = ()
+    ) -> tuple[PrimaryTransaction | None, Reply]:
+        """Send MAIL, as ``build`` makes it for the extensions of the connection that serves (two nodes may differ).
+
+        What ``build`` returns behind MAIL leaves with it: commands that the transaction will be asked for next. Returns
+        the transaction, or None with the reply that refuses it. What ``build`` raises passes through. The primary is
+        told first who the client is, where it wants to know.
+
+        A kept connection that turns out to be dead before it answered anything is replaced unseen.
+        """
+        while True:
+            try:
+                connection = await self.pool.lease(timeout=self.timeout)
+            except ClientError as error:
+                return None, self._unavailable(error)
+            reused = connection.transactions > 0
+            try:
+                if identity or connection.introduced:
+                    ahead, reply = await self._introduced_mail(connection, build, identity)
+                else:
+                    self.extensions = connection.extensions
+                    mail, *ahead = build(connection.extensions)
+                    connection.send(mail, *ahead)
+                    reply = await connection.reply(timeout=self.timeout)
+            except ClientError as error:
+                connection.close()
+                self.pool.give_back(connection)
+                if reused and isinstance(error, ConnectionGone | NotIntroduced):
+                    continue
+                return None, self._unavailable(error)
+            except BaseException:
+                self.pool.give_back(connection)  # closed there, unless nothing was sent
+                raise
+            if reply.code == 421 and reused:
+                connection.close()
+                self.pool.give_back(connection)
+                continue
+            if reply.is_positive:
+                return PrimaryTransaction(self, connection, ahead), reply
+            try:
+                if reply.code == 421 or reply.code in _ABOUT_US:
+                    connection.close()
+                else:
+                    await self.take_back(connection)
+            finally:
+                self.pool.give_back(connection)
+            return None, for_client(reply)
+
+    async def _introduced_mail(
+        self, connection: Connection, build: Callable[[Mapping[str, str]], Sequence[bytes]], identity: Identity
+    ) -> tuple[list[bytes], Reply]:
+        turned_away = await introduce(connection, identity, timeout=self.timeout)
+        if turned_away is not None:
+            return [], turned_away
+        self.extensions = connection.extensions
+        mail, *ahead = build(connection.extensions)
+        forward = xforward(identity, connection)
+        if "PIPELINING" in connection.extensions:
+            connection.send(*forward, mail, *ahead)
+            for _ in forward:  # whatever it says to them: they are for its log
+                await connection.reply(timeout=self.timeout)
+            return ahead, await connection.reply(timeout=self.timeout)
+        for line in forward:
+            await connection.command(line, timeout=self.timeout)
+        return ahead, await connection.command(mail, timeout=self.timeout)
+
+    async def take_back(self, connection: Connection) -> None:
+        """Hear the replies to commands that were sent ahead and came to nothing; it must not be in a DATA phase then.
+
+        A server that says 354 where there is no recipient (RFC 2920 3.1 lets it) is closed, and so is one that is slow
+        to say so often no: our client waits meanwhile. Raises nothing of its own.
+        """
+        deadline = time.monotonic() + self.timeout
+        try:
+            while connection.replies_owed:
+                reply = await connection.reply(timeout=max(0.0, deadline - time.monotonic()))
+                if reply.code < 400 or reply.code == 421:
+                    connection.close()
+        except ClientError:
+            connection.close()
+
+    def _unavailable(self, error: ClientError) -> Reply:
+        self.trouble(error.stage, error)
+        if error.reply is not None and error.reply.code in (421, 450, 451, 452):
+            return Reply(451, error.reply.lines)
+        return Reply.of(451, "4.4.1 The primary server is not available, try again later")
+
+    async def _ask(self) -> None:
+        try:
+            connection = await self.pool.lease(timeout=self.timeout)
+        except ClientError as error:
+            self.trouble(error.stage, error)
+        else:
+            self.extensions = connection.extensions
+            self.pool.give_back(connection)
+        finally:
+            self._probed_at = time.monotonic()
+            self._probe = None
+
+    def trouble(self, stage: str, error: BaseException) -> None:
+        metrics.primary_trouble.labels(stage).inc()
+        maillog.primary_trouble(self.destination.address, stage, str(error) or type(error).__name__)
+
+
+class PrimaryTransaction:
+    """One transaction on a leased connection, from MAIL to its end."""
+
+    def __init__(self, primary: Primary, connection: Connection, ahead: Iterable[bytes] = ()) -> None:
+        """``ahead`` are commands that left behind MAIL: they must be the next ones asked for."""
+        self._primary = primary
+        self._connection: Connection | None = connection
+        self._ahead = deque(ahead)
+        self._last = b""  # of the body, to leave with the dot
+        self.extensions = connection.extensions
+
+    async def rcpt(self, command: bytes) -> Reply:
+        """Send RCPT; the reply is for the client."""
+        return await self._command(command, "RCPT")
+
+    async def data(self) -> Reply:
+        """Send DATA. Only after 354 may ``write`` follow; any other reply ends the transaction."""
+        reply = await self._command(b"DATA", "DATA")
+        if reply.code == 354 and self._connection is not None:
+            self._connection.begin_data()
+            return reply
+        if reply.is_positive:  # it took nothing, and nobody knows what it takes the next octets for
+            self.abandon()
+            return Reply.of(451, "4.3.0 Unexpected reply of the primary server")
+        self.end()
+        return reply if reply.code != 354 else _lost()
+
+    async def withdraw(self) -> None:
+        """Have a DATA that was sent ahead forgotten. A server that goes into the DATA phase for it is closed.
+
+        The transaction is open as without it, and as good as one whose server has closed.
+        """
+        connection = self._connection
+        if connection is None or not self._ahead:
+            return
+        self._ahead.clear()
+        try:
+            await self._primary.take_back(connection)
+        except BaseException:
+            self.abandon()
+            raise
+        if not connection.is_open:
+            self.abandon()
+
+    async def write(self, chunks: Sequence[bytes]) -> Reply | None:
+        """Pass chunks of the body on; a reply that comes before our dot ends the transaction and is returned."""
+        connection = self._connection
+        if connection is None:
+            return _lost()
+        try:
+            for chunk in chunks:
+                await connection.write_body(chunk, timeout=_BODY_SECONDS)
+        except ClientError as error:
+            early = connection.early_reply
+            if early is None:
+                self._primary.trouble("body", error)
+            self.abandon()
+            return _early(early) if early is not None else _lost()
+        if connection.early_reply is not None:
+            early = connection.early_reply
+            self.abandon()
+            return _early(early)
+        return None
+
+    def hold(self, last: bytes) -> None:
+        """Keep the end of the body for ``finish``: one write, and one wake-up of the primary, less."""
+        self._last = last
+
+    async def finish(self) -> Reply:
+        """Send what is held of the body, and the dot; returns the reply for the client. Raises NoReply.
+
+        The connection is looked at first: lost before the dot, the message cannot have been accepted.
+        """
+        connection = self._connection
+        if connection is None:
+            return _lost()
+        try:
+            connection.end_body(self._last)
+        except ClientError as error:
+            self.abandon()
+            return _early(error.reply) if error.reply is not None else _lost()
+        faultpoints.reach("dot sent")
+        try:
+            reply = await connection.reply(timeout=self._primary.final_timeout)
+        except ClientError as error:
+            self.abandon()
+            if error.reply is not None:
+                # It spoke before it had read the dot: a refusal.
+                return _early(error.reply)
+            self._primary.trouble("dot", error)
+            raise NoReply(str(error)) from error
+        except BaseException:
+            self.abandon()
+            raise
+        connection.end_data()
+        self.end()
+        return for_client_at_end(reply)
+
+    def end(self) -> None:
+        """End the transaction; the connection is kept when its state allows."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._primary.pool.give_back(connection)
+
+    def abandon(self) -> None:
+        """End the transaction with a close: the only way out of DATA besides the dot."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+            self._primary.pool.give_back(connection)
+
+    async def _command(self, command: bytes, stage: str) -> Reply:
+        connection = self._connection
+        if connection is None:
+            return _lost()
+        try:
+            self._send(connection, command)
+            reply = await connection.reply(timeout=self._primary.timeout)
+        except ClientError as error:
+            self._primary.trouble(stage, error)
+            self.abandon()
+            return _lost()
+        except BaseException:
+            self.abandon()
+            raise
+        if reply.code == 421:
+            self.abandon()
+        if stage == "DATA" and reply.code == 354:
+            return reply
+        return for_client(reply)
+
+    def _send(self, connection: Connection, command: bytes) -> None:
+        """Send a command, unless it went ahead."""
+        if not self._ahead:
+            connection.send(command)
+        elif self._ahead.popleft() != command:
+            raise RuntimeError("another command was sent ahead")
+
+
+def _lost() -> Reply:
+    return Reply.of(451, "4.4.2 Lost the connection to the primary server, try again later")
+
+
+def _early(reply: Reply) -> Reply:
+    # The primary closes after such a reply; a permanent one is about this message all the same (552).
+    if reply.is_positive:
+        return _lost()
+    return for_client_at_end(reply)

@@ -1,0 +1,46 @@
+"""The PROXY protocol of load balancers, versions 1 and 2: the first octets of a connection say who the client is.
+
+aiosmtpd reads the header; here it becomes an address. A connection that does not begin with a whole and true header
+is a BadHeader, and is closed without a word.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+from typing import NamedTuple
+
+from aiosmtpd.proxy_protocol import AF, V2_CMD, AsyncReader, get_proxy
+
+from relay.mail.addresses import plain_address
+
+# Its lines would stand in our log as they came; what matters is in ours.
+logging.getLogger("mail.debug").addHandler(logging.NullHandler())
+logging.getLogger("mail.debug").propagate = False
+
+
+class BadHeader(ValueError):
+    """No PROXY header, or one that says nonsense."""
+
+
+class Origin(NamedTuple):
+    """Where the proxy says that a connection comes from."""
+
+    address: str
+    port: int
+
+
+async def read_header(reader: AsyncReader) -> Origin | None:
+    """Read the header; None when the proxy speaks for itself (a health check). Raises BadHeader."""
+    try:
+        header = await get_proxy(reader)
+    except (asyncio.IncompleteReadError, ConnectionError) as error:
+        raise BadHeader("no PROXY header") from error
+    if not header.valid:
+        raise BadHeader(header.error or "no PROXY header")
+    if header.command == V2_CMD.LOCAL or header.family not in (AF.INET, AF.INET6):
+        return None
+    if not isinstance(header.src_addr, ipaddress.IPv4Address | ipaddress.IPv6Address):
+        raise BadHeader("no address in the PROXY header")
+    return Origin(plain_address(header.src_addr), header.src_port or 0)

@@ -1,0 +1,165 @@
+"""The syntax of command lines, above all of MAIL and RCPT: a path and its ESMTP parameters (RFC 5321 4.1.1, 4.1.2).
+
+Paths and parameters are carried as they came: no case folding, no rewriting of odd local parts. What
+does not parse raises SyntaxProblem with the reply to give.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+from relay.mail.esmtp import value
+from relay.mail.reply import Reply
+from relay.mail.text import printable
+
+# A quoted local part may hold ">" and spaces; a source route is part of the path.
+_PATH = re.compile(r' *(?:<((?:"(?:[^"\\]|\\.)*"|[^<>" ])*)>|((?:"(?:[^"\\]|\\.)*"|[^<>" ])+))(?: +(.*))?$')
+_PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^\x00-\x20=\x7f][^\x00-\x20\x7f]*))?$")
+
+LINE_LIMIT = 4096  # octets of a command line; RFC 5321 4.5.3.1.4 with room for ORCPT and ENVID
+_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
+_SIZE = re.compile(r"[0-9]{1,20}")  # RFC 1870 3
+_CHUNK = re.compile(r" *([0-9]{1,20})(?: +(LAST))? *", re.IGNORECASE | re.ASCII)
+_WORD = re.IGNORECASE | re.ASCII  # without ASCII a long s is an S
+
+# What a value looks like; "" is no value. The rest, xtext above all, is the primary's to judge: programs get that
+# wrong, and what goes through without us must go through with us.
+_VALUES: Mapping[str, re.Pattern[str]] = {
+    "SIZE": _SIZE,
+    "BODY": re.compile("7BIT|8BITMIME", _WORD),  # RFC 6152 2; BINARYMIME is not offered
+    "SMTPUTF8": re.compile(""),  # RFC 6531 3.4
+    "REQUIRETLS": re.compile(""),  # RFC 8689 2
+    "RET": re.compile("FULL|HDRS", _WORD),  # RFC 3461 4.3
+    "ENVID": re.compile(".+"),
+    "NOTIFY": re.compile("NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY)){0,2}", _WORD),  # 4.1
+    "ORCPT": re.compile("[^;]+;.+"),  # 4.2
+    "AUTH": re.compile(".+"),
+    "MT-PRIORITY": re.compile("0|-?[1-9]"),  # RFC 6710 4.2
+    "HOLDFOR": re.compile("[1-9][0-9]{0,8}"),  # RFC 4865 4.2
+    "HOLDUNTIL": re.compile("[0-9]{4}-.+"),
+}
+
+
+class SyntaxProblem(ValueError):
+    """A command that cannot be read; ``reply`` is what to answer."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.reply = Reply.of(code, text)
+
+
+def split_command(line: bytes) -> tuple[bytes, bytes]:
+    """Return the verb of a command line, in capitals, and what stands behind its blank."""
+    verb, _, argument = line.rstrip(b"\r\n").partition(b" ")
+    return verb.upper(), argument
+
+
+def argument_text(argument: bytes) -> str:
+    """Return an argument without blanks around it; no UTF-8 survives as surrogates. Raises SyntaxProblem."""
+    text = argument.decode("utf-8", "surrogateescape")
+    if not text.isprintable() and _CONTROL.search(argument):
+        raise SyntaxProblem(501, "5.5.2 Control character in a command")
+    return text.strip(" ")
+
+
+def parse_path(argument: str | None, keyword: str) -> tuple[str, tuple[str, ...]]:
+    """Read ``FROM:<path> parameters`` or ``TO:<path> parameters``. Raises SyntaxProblem.
+
+    Returns the path without angle brackets ("" for the null sender) and the parameters as they came.
+    """
+    syntax = f"5.5.4 Syntax: {'MAIL' if keyword == 'FROM' else 'RCPT'} {keyword}:<address>"
+    if argument is None or argument[: len(keyword) + 1].upper() != keyword + ":":
+        raise SyntaxProblem(501, syntax)
+    found = _PATH.match(argument, len(keyword) + 1)
+    if not found:
+        raise SyntaxProblem(501, syntax)
+    quoted, bare, rest = found.groups()
+    parameters = tuple(word for word in rest.split(" ") if word) if rest else ()
+    for parameter in parameters:
+        if not _PARAMETER.match(parameter):
+            raise SyntaxProblem(501, "5.5.4 Malformed parameter")
+    names = [p.partition("=")[0].upper() for p in parameters]
+    if len(set(names)) != len(names):
+        raise SyntaxProblem(501, "5.5.4 Repeated parameter")
+    return (quoted if quoted is not None else bare), parameters
+
+
+# What is announced with the primary's own parameters, where it announces it.
+_PASSED_ON = ("8BITMIME", "SMTPUTF8", "DSN", "CHUNKING", "MT-PRIORITY", "FUTURERELEASE")
+
+
+def offers(
+    announced: Mapping[str, str], size_limit: int, *, tls: bool = False, verified: bool = False
+) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Return our EHLO lines and the extensions whose parameters we take: what we carry of what the primary announces.
+
+    PIPELINING and ENHANCEDSTATUSCODES are ours. SIZE is the smaller limit; 0 and no number mean none. REQUIRETLS takes
+    TLS on both sides, and a primary whose certificate is verified (RFC 8689 4.2.1). AUTH is the parameter of MAIL.
+    """
+    limits = [n for n in (size_limit, _number(announced.get("SIZE", ""))) if n]
+    lines = ["PIPELINING", f"SIZE {min(limits)}" if limits else "SIZE"]
+    for name in _PASSED_ON:
+        if name in announced:
+            # Only these two have parameters; a server that gives others some is not taken at its word.
+            parameters = printable(announced[name]) if name in ("MT-PRIORITY", "FUTURERELEASE") else ""
+            lines.append(f"{name} {parameters}".rstrip())
+    if "REQUIRETLS" in announced and tls and verified:
+        lines.append("REQUIRETLS")
+    lines.append("ENHANCEDSTATUSCODES")
+    keywords = {line.partition(" ")[0] for line in lines}
+    return tuple(lines), frozenset(keywords | ({"AUTH"} & set(announced)))
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() else 0
+
+
+def check(parameters: Collection[str], extensions: Mapping[str, str], offered: Collection[str]) -> None:
+    """Raise SyntaxProblem for a parameter not offered (RFC 5321 4.1.1.11), or with a value that means nothing."""
+    for parameter in parameters:
+        name, _, text = parameter.partition("=")
+        name = name.upper()
+        if extensions.get(name, "") not in offered:
+            if name == "REQUIRETLS":
+                raise SyntaxProblem(550, "5.7.30 REQUIRETLS support required")  # RFC 8689 4.1
+            raise SyntaxProblem(555, f"5.5.4 Parameter {name[:32]} not recognized or not offered")
+        if not _VALUES[name].fullmatch(text):
+            raise SyntaxProblem(501, f"5.5.4 Bad value of {name}")
+    if value(parameters, "HOLDFOR") is not None and value(parameters, "HOLDUNTIL") is not None:
+        raise SyntaxProblem(501, "5.5.4 HOLDFOR or HOLDUNTIL, not both")  # RFC 4865 5
+
+
+def carried(parameters: Iterable[str], extensions: Mapping[str, str], available: Mapping[str, str]) -> list[str]:
+    """Return the parameters as this connection can take them.
+
+    SIZE, BODY=7BIT and AUTH (RFC 4954 5) say nothing that a server without the extension needs. Anything else that
+    it cannot take is never dropped: raises SyntaxProblem, temporary, since another node may be able to.
+    """
+    result = []
+    for parameter in parameters:
+        name, _, text = parameter.partition("=")
+        if extensions[name.upper()] in available:
+            result.append(parameter)
+        elif name.upper() not in ("SIZE", "AUTH") and text.upper() != "7BIT":
+            raise SyntaxProblem(451, f"4.3.0 The primary server does not take {name.upper()} at the moment")
+    return result
+
+
+def parse_chunk(argument: str) -> tuple[int, bool]:
+    """Read ``size [LAST]`` of BDAT (RFC 3030 2). Raises SyntaxProblem."""
+    found = _CHUNK.fullmatch(argument)
+    if not found:
+        raise SyntaxProblem(501, "5.5.4 Syntax: BDAT size [LAST]")
+    return int(found[1]), found[2] is not None
+
+
+def nothing_after(verb: str, argument: str) -> None:
+    """Raise SyntaxProblem for an argument of a command that takes none."""
+    if argument:
+        raise SyntaxProblem(501, f"5.5.4 Syntax: {verb}")
+
+
+def declared_size(parameters: Iterable[str]) -> int:
+    """Return the SIZE of a MAIL command, 0 without one."""
+    return int(value(parameters, "SIZE") or 0)

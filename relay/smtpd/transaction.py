@@ -1,0 +1,437 @@
+"""What a client's mail commands do: the whole flow of a message reads here, from ``mail`` to ``_finish``.
+
+    MAIL, RCPT -> the primary's replies are the client's; DATA -> the body streams on to the primary while it
+    comes, all but the end-of-data line; the copy is staged; the held dot goes out; by the primary's reply the
+    copy is released, discarded, or held as uncertain; the client hears that reply. BDAT is the same in chunks.
+
+The commands come from a Conversation, which gives their replies; who the client is is an Introduction's, what comes
+as a message a Reception's. Trouble becomes a Reply, or a SyntaxProblem with one; a client that hangs up in its
+message is a ClientGone, and never cancels us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import suppress
+
+from relay import faultpoints, maillog, metrics
+from relay.ledger.changes import Released
+from relay.mail import headers
+from relay.mail.envelope import Envelope, Recipient
+from relay.mail.esmtp import MAIL_EXTENSIONS, RCPT_EXTENSIONS, command_line, value
+from relay.mail.origin import Identity
+from relay.mail.record import Message
+from relay.mail.reply import Reply
+from relay.smtpd.body import FULL, LARGE, TOO_LARGE, IncomingBody
+from relay.smtpd.context import Context
+from relay.smtpd.end_of_data import ClientGone, EndOfData, Pace
+from relay.smtpd.error_limits import ErrorLimits
+from relay.smtpd.peer import Peer
+from relay.smtpd.primary import NoReply, PrimaryTransaction
+from relay.smtpd.protocol import ClientProtocol
+from relay.smtpd.staging import NotDurable
+from relay.smtpd.syntax import (
+    LINE_LIMIT,
+    SyntaxProblem,
+    argument_text,
+    carried,
+    check,
+    declared_size,
+    nothing_after,
+    parse_chunk,
+    parse_path,
+    split_command,
+)
+
+_ENTRY = 200  # octets that the parts of one address take besides their text
+INTERNAL = Reply.of(451, "4.3.0 Internal error, try again later")
+_GO_AHEAD = Reply.of(354, "End data with <CR><LF>.<CR><LF>")
+_HELLO_FIRST = Reply.of(503, "5.5.1 HELO or EHLO first")
+_MAIL_FIRST = Reply.of(503, "5.5.1 MAIL first")
+_NO_RECIPIENTS = Reply.of(554, "5.5.1 No valid recipients")
+_IN_CHUNKS = Reply.of(503, "5.5.1 This message comes by BDAT")
+_NO_ANSWER = Reply.of(451, "4.4.2 The primary server did not answer, try again later")
+_NOT_DURABLE = Reply.of(451, "4.3.1 The copy cannot be stored at the moment, try again later")
+
+
+class MailTransaction:
+    """The mail of one client, a transaction at a time."""
+
+    def __init__(self, front: Context, channel: ClientProtocol, client: Peer, manners: ErrorLimits) -> None:
+        self._front = front
+        self._settings = front.settings.smtp
+        self._channel = channel
+        self._client = client
+        self._manners = manners
+        self._transaction: PrimaryTransaction | None = None
+        self._sender = ""
+        self._parameters: tuple[str, ...] = ()
+        self._recipients: list[Recipient] = []
+        self._identity: Identity = ()
+        self._reception: IncomingBody | None = None
+        self._message_id = ""
+        self._counted = 0  # octets of the envelope, as counted in our seat
+        self.is_lost = False  # nobody knows where the next command begins
+        self.in_data = False
+
+    @property
+    def in_transaction(self) -> bool:
+        return self._transaction is not None
+
+    @property
+    def patience(self) -> float:
+        """How long the client may take for its next command."""
+        settings = self._settings
+        if self._transaction is None:
+            return settings.idle_timeout
+        if self._reception is None:
+            return settings.lease_idle_timeout
+        return min(settings.lease_idle_timeout, self._reception.pace.seconds)
+
+    def forget(self) -> None:
+        """End the transaction, if any, without a message; one whose body has begun by a close."""
+        transaction, self._transaction = self._transaction, None
+        if transaction is not None:
+            if self._reception is None:
+                transaction.end()
+            else:
+                transaction.abandon()
+        if self._reception is not None:
+            self._reception.close()
+            self._reception = None
+        self._recipients = []
+        self._front.seat.add_octets(-self._counted)
+        self._counted = 0
+        self.in_data = self._manners.refused = False
+        self._client.end_transaction()
+
+    # --- the envelope -----------------------------------------------------------------------------------------
+
+    async def mail(self, argument: str) -> Reply:
+        client = self._client
+        if not client.helo:
+            return self._manners.out_of_order(_HELLO_FIRST)
+        if self._transaction is not None:
+            return self._manners.out_of_order(Reply.of(503, "5.5.1 Nested MAIL command"))
+        self._manners.refused = True  # until it is not
+        sender, given = parse_path(argument, "FROM")
+        check(given, MAIL_EXTENSIONS, client.offered)
+        size = declared_size(given)
+        if (refusal := client.objection()) is not None:
+            return self._refused("MAIL", refusal)
+        if self._settings.max_message_bytes and size > self._settings.max_message_bytes:
+            return self._refused("MAIL", TOO_LARGE)
+        if self._front.seat.octets + size > self._settings.max_bytes_in_flight:
+            return self._refused("MAIL", FULL)
+
+        def commands(available: Mapping[str, str]) -> list[bytes]:
+            mail = command_line("MAIL FROM", sender, carried(given, MAIL_EXTENSIONS, available))
+            return [mail, *self._look_ahead(available)]
+
+        self._identity = client.identity()
+        self._transaction, reply = await self._front.primary.begin(commands, self._identity)
+        self._manners.refused = self._transaction is None
+        if self._manners.refused:
+            self._refused("MAIL", reply)
+        else:
+            self._count(len(argument))
+        self._sender, self._parameters, self._recipients = sender, given, []
+        return reply
+
+    async def rcpt(self, argument: str) -> Reply:
+        transaction = self._transaction
+        if transaction is None:
+            return self._manners.out_of_order(_MAIL_FIRST)
+        if self._reception is not None:
+            return self._manners.out_of_order(_IN_CHUNKS)
+        recipient = self._recipient(argument)
+        address, given = recipient
+        if not self._is_for_us(recipient):
+            reply = Reply.of(554, "5.7.1 Relaying to this domain is not allowed")
+        elif len(self._recipients) >= self._most_recipients:
+            reply = Reply.of(452, "4.5.3 Too many recipients")
+        elif self._front.seat.octets + len(argument) > self._settings.max_bytes_in_flight:
+            reply = FULL
+        else:
+            reply = await transaction.rcpt(
+                command_line("RCPT TO", address, carried(given, RCPT_EXTENSIONS, transaction.extensions))
+            )
+            if reply.is_positive:
+                self._recipients.append(recipient)
+                self._count(len(argument))
+        metrics.recipients.labels(metrics.reply_class(reply.code)).inc()
+        if not reply.is_positive:
+            self._manners.exceed()
+            self._log_refused(f"RCPT <{address}>", reply)
+        return reply
+
+    def _count(self, octets: int) -> None:
+        """Count what an envelope takes in memory, roughly, with what keeps the text."""
+        self._counted += octets + _ENTRY
+        self._front.seat.add_octets(octets + _ENTRY)
+
+    def _refused(self, command: str, reply: Reply) -> Reply:
+        """Count a command that was to bring a message and does not."""
+        self._manners.idle()
+        self._log_refused(command, reply)
+        return reply
+
+    def _log_refused(self, command: str, reply: Reply) -> None:
+        if self._manners.may_be_logged():
+            maillog.command_refused(self._client.address, command, reply)
+
+    def log_the_rest(self) -> None:
+        """Say how many refusals have no line of their own."""
+        if count := self._manners.unlogged():
+            maillog.commands_refused(self._client.address, count)
+
+    def _recipient(self, argument: str) -> Recipient:
+        """Read what RCPT names. Raises SyntaxProblem."""
+        address, given = parse_path(argument, "TO")
+        check(given, RCPT_EXTENSIONS, self._client.offered)
+        if not address:
+            raise SyntaxProblem(501, "5.1.3 A recipient needs an address")
+        return Recipient(address, given)
+
+    @property
+    def _most_recipients(self) -> int:
+        return min(self._settings.max_recipients, self._front.primary.most_recipients)
+
+    def _look_ahead(self, available: Mapping[str, str]) -> list[bytes]:
+        """Return what the client has sent behind its MAIL already, as it goes to a primary that takes it at once.
+
+        Each command's turn comes all the same, and by then the primary's reply is on its way: three round trips become
+        one. Only what we would pass on for certain goes ahead; at anything else we stop.
+        """
+        if self._channel.inbox.is_empty or "PIPELINING" not in available:
+            return []
+        commands: list[bytes] = []
+        with suppress(SyntaxProblem):  # to be told when its turn comes
+            for line in self._channel.inbox.lines_ahead():
+                verb, argument = split_command(line)
+                if len(line) > LINE_LIMIT or not line.endswith(b"\r\n"):
+                    break
+                if verb == b"DATA" and not argument and commands:
+                    commands.append(b"DATA")
+                    break
+                if verb != b"RCPT" or len(commands) >= self._most_recipients:
+                    break
+                recipient = self._recipient(argument_text(argument))
+                if not self._is_for_us(recipient):
+                    break
+                address, given = recipient
+                commands.append(command_line("RCPT TO", address, carried(given, RCPT_EXTENSIONS, available)))
+        return commands
+
+    def _is_for_us(self, recipient: Recipient) -> bool:
+        """Whether mail for this recipient is relayed; Postmaster needs no domain (RFC 5321 4.5.1).
+
+        A local part that holds a route would be sent on by a primary that trusts us: then we were an open relay.
+        """
+        allowed = self._settings.allowed_domains
+        if not allowed or recipient.address.lower() == "postmaster":
+            return True
+        local = recipient.address.rpartition("@")[0]
+        return recipient.domain in allowed and not any(mark in local for mark in "@%!")
+
+    # --- a message --------------------------------------------------------------------------------------------
+
+    async def data(self, argument: str) -> Reply:
+        nothing_after("DATA", argument)
+        if self._reception is not None:
+            return self._manners.out_of_order(_IN_CHUNKS)
+        opened = await self._open(stuffed=True)
+        if isinstance(opened, Reply):
+            return opened
+        try:
+            await self._channel.push(_GO_AHEAD)
+            finder = EndOfData()
+            while not finder.found:
+                await opened.take(finder.feed(await self._octets(opened.pace)))
+            if finder.rest:
+                self._channel.inbox.unread(finder.rest)
+            return await self._conclude(opened)
+        finally:
+            self.forget()
+
+    async def bdat(self, argument: str) -> Reply:
+        """Take one chunk (RFC 3030 2). Its octets are read whatever the answer is, or they would pass for commands."""
+        try:
+            size, is_last = parse_chunk(argument)
+        except SyntaxProblem:
+            self.is_lost = True
+            raise
+        opened: IncomingBody | Reply
+        if "CHUNKING" not in self._client.offered:
+            opened = self._manners.out_of_order(Reply.of(503, "5.5.1 CHUNKING was not offered"))
+        elif self._reception is not None:
+            opened = self._reception
+            opened.pace.count(0, self._channel.waited)  # between two chunks the clock runs on
+        else:
+            opened = await self._open(stuffed=False)
+        smtp = self._settings
+        pace = opened.pace if isinstance(opened, IncomingBody) else Pace(smtp.idle_timeout, smtp.min_data_rate)
+        left = size
+        while left:
+            piece = await self._octets(pace, left)
+            left -= len(piece)
+            if isinstance(opened, IncomingBody):
+                await opened.take(piece)
+        if isinstance(opened, Reply):
+            return opened
+        if not is_last and opened.refusal is None:
+            if not size:
+                self._manners.idle()
+            return Reply.of(250, f"2.0.0 {size} octets received")
+        try:
+            return await self._conclude(opened)
+        finally:
+            self.forget()
+            self._manners.refused = not is_last  # the other chunks may be on their way
+
+    async def _open(self, *, stuffed: bool) -> IncomingBody | Reply:
+        """Ask the primary for the body; returns who receives it, or the reply that there will be none."""
+        transaction = self._transaction
+        if transaction is None:
+            return self._manners.out_of_order(_MAIL_FIRST)
+        full = self._front.seat.octets > self._settings.max_bytes_in_flight
+        if full or not self._recipients:
+            await transaction.withdraw()
+            self._manners.idle()
+            return FULL if self._recipients else _NO_RECIPIENTS
+        reply = await transaction.data()
+        if reply.code != 354:
+            self.forget()
+            self._manners.refused = True
+            return self._refused("DATA", reply)
+        self.in_data = True
+        self._message_id = self._front.ids.next()
+        self._reception = IncomingBody(self._settings, self._front.seat, transaction, self._trace(), stuffed=stuffed)
+        return self._reception
+
+    async def _octets(self, pace: Pace, most: int = -1) -> bytes:
+        """Return what has come of a body, at most so many octets. Raises ClientGone."""
+        piece = await self._channel.read_chunk(pace.seconds, most)
+        if not piece:
+            raise ClientGone
+        pace.count(len(piece), self._channel.waited)
+        return piece
+
+    async def _conclude(self, reception: IncomingBody) -> Reply:
+        """The end of a message: make the copies durable, then give the primary its dot and the client its answer."""
+        body = await reception.complete()
+        message = Message(self._envelope(len(body)), body)
+        transaction, relay = self._transaction, self._front.settings.relay
+        if reception.refusal is not None or transaction is None:
+            refusal = reception.refusal or INTERNAL
+            metrics.messages.labels("own").inc()
+            maillog.refused(message.envelope, refusal)
+            return refusal
+        envelope, staged = message.envelope, await self._stage(message)
+        if staged is None or (not staged and relay.require_durable_copies and envelope.destinations):
+            return _NOT_DURABLE
+        digest = await self._digest(envelope.sender, body) if staged else ""
+        del body, message  # the primary may take ten minutes to answer
+        return await self._finish(transaction, envelope, digest, staged=staged)
+
+    async def _stage(self, message: Message) -> bool | None:
+        """Make the copies durable before the primary may accept. False: there are none, or nowhere to keep them.
+
+        None: for want of something of ours nobody knows whether they could be kept. The client comes again.
+        """
+        if not message.envelope.destinations:
+            return False
+        begun = self._channel.loop.time()
+        faultpoints.reach("before staging")
+        try:
+            await self._front.intake.stage(message)
+        except NotDurable as error:
+            maillog.not_durable(message.envelope, str(error))
+            return None if error.is_own else False
+        faultpoints.reach("staged")
+        metrics.stage_seconds.observe(self._channel.loop.time() - begun)
+        return True
+
+    @staticmethod
+    async def _digest(sender: str, body: bytes) -> str:
+        if len(body) <= LARGE:
+            return headers.equality_digest(sender, body)
+        return await asyncio.to_thread(headers.equality_digest, sender, body)
+
+    async def _finish(self, transaction: PrimaryTransaction, envelope: Envelope, digest: str, *, staged: bool) -> Reply:
+        """Send the held dot, and do with the copy what the primary's answer says."""
+        intake = self._front.intake
+        begun = self._channel.loop.time()
+        try:
+            reply = await transaction.finish()
+        except NoReply as trouble:
+            if staged:
+                intake.hold(envelope.id, digest)
+            metrics.messages.labels("uncertain").inc()
+            maillog.uncertain(envelope, self._front.settings.relay.uncertain_hold, str(trouble))
+            return _NO_ANSWER
+        seconds = self._channel.loop.time() - begun
+        faultpoints.reach("primary answered")
+        metrics.primary_seconds.observe(seconds)
+        metrics.messages.labels(metrics.reply_class(reply.code)).inc()
+        if reply.is_positive:
+            if staged:
+                addresses = tuple(r.address for r in envelope.recipients)
+                await intake.release(Released(envelope.id, envelope.destinations, digest, addresses))
+                faultpoints.reach("released")
+            elif envelope.destinations:
+                metrics.copies_lost.inc()
+                maillog.copy_lost(envelope)
+            self._manners.bring_a_message()
+            self.log_the_rest()
+            metrics.bytes_accepted.inc(envelope.size)
+            maillog.accepted(envelope, reply, seconds, late=self._channel.is_gone)
+        else:
+            if staged:
+                intake.discard(envelope.id)
+            maillog.refused(envelope, reply)
+        return reply
+
+    def _envelope(self, size: int) -> Envelope:
+        copies, promised = self._copies()
+        return Envelope(
+            id=self._message_id,
+            sender=self._sender,
+            recipients=tuple(self._recipients),
+            received_at=self._front.intake.now(),
+            size=size,
+            parameters=self._parameters,
+            client_address=self._client.address,
+            client_helo=self._client.helo,
+            destinations=copies,
+            identity=self._identity if self._client.is_spoken_for else (),
+            promised=promised,
+        )
+
+    def _copies(self) -> tuple[tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]:
+        """Decide, for good, which backups get a copy, and for which recipients where that is not for all."""
+        names, promised = [], []
+        for backup in self._front.settings.backups:
+            wanted = tuple(i for i, r in enumerate(self._recipients) if backup.wants(r)) if backup.domains else None
+            if wanted is None or wanted:
+                names.append(backup.name)
+            if wanted and len(wanted) < len(self._recipients):
+                promised.append((backup.name, wanted))
+        return tuple(names), tuple(promised)
+
+    def _trace(self) -> bytes:
+        client = self._client
+        protocol = headers.protocol_keyword(
+            extended=client.extended,
+            tls=self._channel.tls,
+            authenticated=bool(client.user),
+            utf8=value(self._parameters, "SMTPUTF8") is not None,
+        )
+        return headers.received_line(
+            helo=client.helo,
+            address=client.address,
+            domain=self._settings.domain,
+            protocol=protocol,
+            message_id=self._message_id,
+        )

@@ -1,0 +1,330 @@
+"""The importer: moves what is in the spool into the ledger, oldest first, under the same id, when Redis is back.
+
+One process per spool does it (a lock that dies with it). It touches only what no living process will touch again:
+released and held messages, and what dead processes left; a staged message of a dead one becomes uncertain. New
+mail goes first: it rests three times as long as each batch took, and stops while stages fail. While Redis is nearly
+full (see room.py), a message comes in for those backups that may have more, and waits in a folder for each of the
+others: linked there before it is gone from here, so that no share is ever nowhere.
+Every step may be cut off and repeated: each share is noted as brought in, in the script that brings it in, until its
+file is gone for good. What cannot be read is set aside in the spool's folder ``corrupt``, never deleted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as NoConnection
+from redis.exceptions import OutOfMemoryError, RedisError
+
+from relay import maillog, metrics
+from relay.ledger import changes, keys
+from relay.ledger.changes import Held, Released
+from relay.ledger.monitor import Monitor
+from relay.ledger.rq_jobs import Dispatcher
+from relay.mail.destination import Destination
+from relay.spool import shares
+from relay.spool.admission import Admission
+from relay.spool.files import Ahead, Loaded, SpoolFiles
+from relay.spool.shares import Share
+from relay.spool.writer import DISCARD, STAGED, Entry
+
+T = TypeVar("T")
+
+_LOOK_SECONDS = 1.0
+_SHORT_SECONDS = 0.1  # until a few copies, for which there was room, may have gone out again
+_BATCH = 100
+_BATCH_BYTES = 1 << 20  # Redis is not held up for longer than by a group of new mail
+_BATCH_PART = 0.02  # of maxmemory: a batch must fit into what is left when it is nearly full
+_SLICE_SECONDS = 2.0  # for one backup's backlog, until it is the others' turn
+_PAGE = 1000
+_SHARE = 3  # seconds of rest for each second of work
+_FORGET_AFTER = 60.0  # seconds; by then whatever was on its way to Redis has come or never will
+_TRIES = 3
+_SKIP_SECONDS = 600.0
+_TROUBLE_SECONDS = 10.0  # until a disk that refused is asked again
+
+
+class Importer:
+    """The import task of one relay process."""
+
+    def __init__(
+        self,
+        folder: Path,
+        connection: Redis,
+        dispatcher: Dispatcher,
+        watch: Monitor,
+        *,
+        destinations: Sequence[Destination],
+        hold_seconds: float,
+    ) -> None:
+        self._shelf = SpoolFiles(folder)
+        self._ahead = Ahead(self._shelf)
+        self._connection = connection
+        self._dispatcher = dispatcher
+        self._watch = watch
+        self._destinations = destinations
+        self._hold_seconds = hold_seconds
+        self._room = Admission(connection, watch)
+        self._known: set[str] | None = None  # backups that this spool may have copies for
+        self._stopping = asyncio.Event()
+        self._is_short = False  # of memory for what else could come in
+        self._told: set[str] = set()  # names of files that do not fit, told once
+        self._tries: Counter[str] = Counter()  # of batches that Redis refused, by their first file
+        self._skipped: dict[str, float] = {}  # what Redis refused, and when
+        self.passes = 0  # through all that there was
+        self.waits = 0  # for calm, or room
+
+    async def run(self) -> None:
+        """Wait for the lock, then import until ``stop``."""
+        lock = -1
+        try:
+            while not self._stopping.is_set():
+                try:
+                    if lock < 0:
+                        lock = await asyncio.to_thread(self._shelf.take_over)
+                    self._is_short = False
+                    if lock >= 0 and self._watch.is_calm:
+                        if await self._once():
+                            continue
+                    else:
+                        self.waits += 1
+                except OSError as error:
+                    maillog.spool_trouble("import", error)
+                    await self._rest(_TROUBLE_SECONDS)
+                except RedisError as error:
+                    self._watch.failed(error)
+                await self._rest(_SHORT_SECONDS if self._is_short else _LOOK_SECONDS)
+        finally:
+            if lock >= 0:
+                os.close(lock)
+
+    def stop(self) -> None:
+        """End after the batch in hand."""
+        self._stopping.set()
+
+    async def _rest(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), seconds)
+
+    # One pass ---------------------------------------------------------------------------------------------------
+
+    async def _once(self) -> bool:
+        """Bring in what there is and may come in. Returns whether there is more that may."""
+        found = await asyncio.to_thread(self._shelf.survey)
+        await self._introduce()
+        # First of all: what a stage that timed out has left in Redis must not become due by itself.
+        for page in _pages(found.ids):
+            await self._execute(partial(changes.unstage, spool=self._shelf.name, ids=page))
+        await self._settle_notes(found.notes)
+        await self._import(found.mail)
+        more = await self._import_backlogs()
+        await self._forget()
+        await asyncio.to_thread(self._shelf.bury, found.dead)
+        self.passes += 1
+        return more
+
+    async def _introduce(self) -> None:
+        """Make known where spooled copies go, as set up when they came: perhaps by a relay that never met Redis."""
+        if self._known is not None:
+            return
+        definitions = {d.name: d.to_json() for d in self._destinations}
+        known = await asyncio.to_thread(self._shelf.definitions, definitions)
+        async with self._connection.pipeline(transaction=True) as pipe:
+            for name, text in known.items():
+                pipe.hsetnx(keys.DESTINATIONS, name, text)
+            await pipe.execute()
+        self._known = set(known)
+
+    async def _settle_notes(self, notes: Sequence[Entry]) -> None:
+        """Do what a dead process was about to tell Redis."""
+        for page in _pages(notes):
+            accepted = await asyncio.to_thread(self._shelf.notes, page)
+            refused = [e.id for e in page if e.state == DISCARD]
+            if accepted:
+                await self._execute(partial(changes.release, messages=accepted))
+            if refused:
+                await self._execute(partial(changes.discard, ids=refused))
+            await self._dispatch(accepted)
+            await asyncio.to_thread(self._shelf.delete, [e.name for e in page])
+
+    async def _import(self, entries: Sequence[Entry], backup: str = "", seconds: float = math.inf) -> bool:
+        """Bring messages in, those of a backup's backlog where one is named. Returns whether the time was too short."""
+        deadline = time.monotonic() + seconds
+        for batch in _batches(entries, self._watch.part(_BATCH_PART, _BATCH_BYTES)):
+            while not await self._try(batch, backup):
+                if backup or self._stopping.is_set():
+                    return False
+                self.waits += 1
+                await self._rest(_SHORT_SECONDS if self._watch.is_calm else _LOOK_SECONDS)
+            if self._stopping.is_set():
+                break
+            if time.monotonic() > deadline:
+                return True
+        return False
+
+    async def _try(self, batch: Sequence[Entry], backup: str) -> bool:
+        """Bring in what has room. Returns whether they have had their turn; if not, there is no room or calm now."""
+        started = time.monotonic()
+        try:
+            levels = await self._room.levels({backup} if backup else self._known or (), _mean(batch))
+            fitting = self._fitting(batch, max(levels.values(), default=0.0))
+            if not levels or (backup and not fitting):
+                return False
+            await self._bring_in(fitting, levels, backup)
+            self._ahead.had_their_turn(backup, fitting)
+        except RedisError as error:
+            self._watch.failed(error)
+            # Between two tries it was seen to be well: one record that it does not take must not stop others.
+            self._tries[batch[0].name] += not isinstance(error, OutOfMemoryError)
+            if self._tries[batch[0].name] < _TRIES:
+                return False
+            await self._skip(batch, backup, error)
+        else:
+            # New mail goes first; but short of memory, what is spooled is the new mail.
+            share = _SHARE if self._watch.may_import() else 1
+            await self._rest(share * (time.monotonic() - started))
+        self._tries.pop(batch[0].name, None)
+        return True
+
+    async def _import_backlogs(self) -> bool:
+        """Go on with each backup's backlog for a moment; returns whether one has more that may come in now."""
+        more = False
+        for name in await asyncio.to_thread(self._shelf.backlogs):
+            if await self._room.levels({name}, 1):
+                entries = await asyncio.to_thread(self._ahead.of, name)
+                more |= await self._import(entries, name, _SLICE_SECONDS)
+        return more
+
+    async def _skip(self, batch: Sequence[Entry], backup: str, error: RedisError) -> None:
+        if len(batch) > 1:
+            for entry in batch:
+                await self._import([entry], backup)
+        else:
+            maillog.ledger_trouble(f"import of {batch[0].id}", error)
+            self._skipped[batch[0].name] = time.monotonic()
+
+    def _fitting(self, batch: Sequence[Entry], level: float) -> list[Entry]:
+        """Return those that may come in together."""
+        now = time.monotonic()
+        fitting: list[Entry] = []
+        octets = 0
+        for entry in batch:
+            if now - self._skipped.get(entry.name, -math.inf) < _SKIP_SECONDS:
+                continue
+            if self._watch.fits(octets + entry.size, level):
+                fitting.append(entry)
+                octets += entry.size
+            elif not self._watch.may_import():
+                self._is_short = True
+            elif entry.name not in self._told and not fitting:
+                self._told.add(entry.name)
+                maillog.notice(
+                    "warning", "a spooled message waits for more memory in Redis", id=entry.id, size=entry.size
+                )
+        return fitting
+
+    async def _bring_in(self, batch: Sequence[Entry], levels: Mapping[str, float], backup: str) -> None:
+        """Bring in what each backup may have now; the rest of a message goes to the backlogs of the others first."""
+        loaded = await asyncio.to_thread(self._shelf.load, batch, backup)
+        octets = sum(m.entry.size for m in loaded)
+        welcome = {name for name, level in levels.items() if self._watch.fits(octets, level)}
+        if backup and backup not in welcome:
+            return  # Redis has filled up this moment: what waits for a backup alone is nowhere else
+        due = [Share.of(m, welcome) for m in loaded if not m.held]
+        # What nobody is owed as yet waits for everybody's room.
+        held = [m for m in loaded if m.held] if self._watch.may_import() else []
+        if not due and not held:
+            return
+        for name, files in shares.left(due).items():
+            await asyncio.to_thread(self._shelf.put_by, name, files)
+        await self._write(due, held)
+        # Also for what had been brought in before: nothing says that we lived long enough then to make its job. And
+        # before the file goes: a successor of ours sees nothing else of it.
+        await self._dispatch([s.released for s in due])
+        names = [s.admitted.file for s in due] + [m.entry.name for m in held]
+        await asyncio.to_thread(self._shelf.delete, names, backup)
+        self._tell(due, held)
+
+    async def _write(self, due: Sequence[Share], held: Sequence[Loaded]) -> None:
+        def commands(pipe: Any) -> None:
+            if due:
+                changes.admit(pipe, self._shelf.name, [s.admitted for s in due])
+            if held:
+                changes.restage(pipe, self._shelf.name, [(m.entry.id, m.record) for m in held])
+                changes.hold(pipe, [Held(m.entry.id, m.released.digest, self._hold_seconds) for m in held])
+
+        landing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._watch.sent(sum(s.octets for s in due) + sum(len(m.record) for m in held), landing)
+        try:
+            await self._execute(commands)
+        finally:
+            landing.set_result(None)
+
+    def _tell(self, due: Sequence[Share], held: Sequence[Loaded]) -> None:
+        """Log and count what has come in."""
+        for m in held:
+            if m.entry.state == STAGED:
+                maillog.abandoned(m.entry.id, self._hold_seconds)
+        for released in [*(s.released for s in due), *(m.released for m in held)]:
+            if released.destinations:
+                metrics.unspooled.inc()
+                maillog.unspooled(released.id, released.destinations)
+
+    async def _forget(self) -> None:
+        """Strike the notes of what was brought in some time ago, once the files are gone for good."""
+        key = keys.IMPORTED + self._shelf.name
+        now = await self._connection.time()
+        while True:
+            reply = await self._connection.zrangebyscore(key, "-inf", now[0] - _FORGET_AFTER, start=0, num=_PAGE)
+            old = [i.decode() for i in cast("list[bytes]", reply)]
+            gone = await asyncio.to_thread(self._shelf.gone, old) if old else []
+            if not gone:
+                return
+            await self._execute(partial(changes.unstage, spool=self._shelf.name, ids=gone, strike=True))
+
+    async def _execute(self, commands: Callable[[Any], object]) -> None:
+        async with self._connection.pipeline(transaction=True) as pipe:
+            commands(pipe)
+            await pipe.execute()
+
+    async def _dispatch(self, released: Sequence[Released]) -> None:
+        ids: defaultdict[str, list[str]] = defaultdict(list)
+        for message in released:
+            for destination in message.destinations:
+                ids[destination].append(message.id)
+        try:
+            for destination, those in ids.items():
+                await self._dispatcher.put(destination, those)
+        except OSError as error:  # not the spool's: Redis is asked again as soon as it is well
+            raise NoConnection(str(error)) from error
+
+
+def _pages(items: Sequence[T]) -> list[Sequence[T]]:
+    return [items[i : i + _PAGE] for i in range(0, len(items), _PAGE)]
+
+
+def _mean(batch: Sequence[Entry]) -> int:
+    return sum(entry.size for entry in batch) // len(batch)
+
+
+def _batches(entries: Sequence[Entry], most: int) -> Iterator[list[Entry]]:
+    batch: list[Entry] = []
+    size = 0
+    for entry in entries:
+        if batch and (len(batch) >= _BATCH or size + entry.size > most):
+            yield batch
+            batch, size = [], 0
+        batch.append(entry)
+        size += entry.size
+    if batch:
+        yield batch

@@ -1,0 +1,343 @@
+"""The spool: messages as files while Redis is down, full or slow; importer.py moves them into the ledger.
+
+    messages/<id>-<octets>.tmp      half written
+    messages/<id>-<octets>.staged   the packed record, on stable storage before the primary sees the dot
+    messages/<id>-<octets>.ready    the primary accepted: its copies are due
+    messages/<id>-<octets>.held     no reply from the primary: uncertain
+    messages/<id>.release, .discard notes about a message in Redis, which Redis could not be told
+    backlog/<backup>/<id>-...ready  the same file (a hard link), once only that backup's copy is still to come in
+    owners/<owner>                  flock'd by the living relay process of that name, so that a SIGKILL frees it
+    corrupt/                        what cannot be read, set aside for a person
+    unfinished/                     half written when a process was killed: nobody was promised anything
+
+A change is a rename in one folder, durable after the fsync of that folder, which many changes share. A write
+that cannot be durable (disk full, ``min_free``, I/O error) raises OSError. Nothing here blocks the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote, unquote
+
+from relay.ledger.changes import Released
+from relay.mail.ids import is_id
+from relay.spool import locks
+
+TMP, STAGED, READY, HELD = "tmp", "staged", "ready", "held"
+RELEASE, DISCARD = "release", "discard"
+_FLIGHTS = 8  # groups being written at once: a journal commits together what waits for it
+_GROUP_BYTES = 1 << 20
+_STATES = {TMP, STAGED, READY, HELD}
+_NOTES = {RELEASE, DISCARD}
+
+
+class Entry(NamedTuple):
+    """One file of ``messages``; ``size`` is that of the record as its name tells it, 0 for a note."""
+
+    id: str
+    name: str
+    state: str
+    size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The spool at a glance. ``backlogs`` counts the copies of those backups that alone are waited for."""
+
+    messages: int = 0
+    bytes: int = 0
+    oldest_age_s: float = 0.0
+    corrupt: int = 0
+    unfinished: int = 0
+    backlogs: dict[str, int] = field(default_factory=dict)
+
+
+def messages(folder: Path) -> Path:
+    """Return the folder of the messages."""
+    return folder / "messages"
+
+
+def backlog(folder: Path, destination: str) -> Path:
+    """Return the folder of what waits for one backup alone."""
+    return folder / "backlog" / f"to-{quote(destination, safe='')}"
+
+
+def backlogs(folder: Path) -> list[str]:
+    """Return the backups that have, or had, such a folder. Raises OSError."""
+    return sorted(unquote(name.removeprefix("to-")) for name in names(folder / "backlog"))
+
+
+def names(folder: Path) -> list[str]:
+    """Return what is in a folder, in no order; nothing where there is none. Raises OSError."""
+    try:
+        with os.scandir(folder) as found:
+            return [file.name for file in found if not file.name.startswith(".")]
+    except FileNotFoundError:
+        return []
+
+
+def prepare(folder: Path) -> None:
+    """Make the folders, private to us. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for name in ("messages", "backlog", "owners", "corrupt", "unfinished"):
+        (folder / name).mkdir(exist_ok=True, mode=0o700)
+    for changed in (folder, folder.parent):
+        sync(changed)
+
+
+def sync(folder: Path) -> None:
+    """Put the names in a folder on stable storage. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def scan(folder: Path) -> list[Entry]:
+    """Return every file of ``messages``, oldest first: ids are ordered by time. Raises OSError."""
+    return sorted(entry_of(name) for name in names(messages(folder)))
+
+
+def entry_of(name: str) -> Entry:
+    """Read a file's name."""
+    stem, _, state = name.rpartition(".")
+    message_id, _, size = stem.partition("-")
+    is_size = size.isascii() and size.isdigit() and len(size) < 20
+    if is_id(message_id):
+        if state in _NOTES and not size:
+            return Entry(message_id, name, state)
+        if state == TMP or (state in _STATES and is_size):
+            return Entry(message_id, name, state, int(size) if is_size else 0)
+    return Entry(message_id, name, "")  # nobody of ours made it
+
+
+def summary(folder: Path | None) -> Summary:
+    """Count what is in a spool; one that is off or was never used is empty. Raises OSError."""
+    if folder is None:
+        return Summary()
+    waiting = {e: messages(folder) for e in scan(folder) if e.state in {STAGED, READY, HELD}}
+    counts: dict[str, int] = {}
+    for backup in backlogs(folder):
+        place = backlog(folder, backup)
+        entries = [entry_of(name) for name in names(place)]
+        if entries:
+            counts[backup] = len(entries)
+        # Two links to one file are one message: what several backups wait for is counted once.
+        waiting |= dict.fromkeys(entries, place)
+    age = 0.0
+    for entry in sorted(waiting):
+        with contextlib.suppress(FileNotFoundError):  # it has just been moved into the ledger
+            age = max(0.0, time.time() - (waiting[entry] / entry.name).stat().st_mtime)
+            break
+    corrupt, unfinished = (len(names(folder / name)) for name in ("corrupt", "unfinished"))
+    return Summary(len(waiting), sum(e.size for e in waiting), round(age, 1), corrupt, unfinished, counts)
+
+
+# One process's side -------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Change:
+    """Something to be done in a thread, and durable when ``done``."""
+
+    work: Callable[[], None]
+    size: int
+    done: asyncio.Future[None]
+
+
+class Spool:
+    """What one relay process writes. The folders are made at the first need, so that a bad disk stops nothing else."""
+
+    def __init__(self, folder: Path, owner: str, min_free: int = 0) -> None:
+        self._folder = folder
+        self._owner = owner
+        self._min_free = min_free
+        self._pool = ThreadPoolExecutor(_FLIGHTS, thread_name_prefix="spool")
+        self._opening = asyncio.Lock()
+        self._lock = -1
+        self._messages = -1
+        self._mine: dict[str, str] = {}  # id -> stem of its file; what the primary has not answered yet
+        self._noted: set[str] = set()
+        self._queue: list[_Change] = []
+        self._flights: set[asyncio.Task[None]] = set()
+        self._scheduled = False
+
+    async def open(self) -> None:
+        """Make the folders and take our owner's lock. Raises OSError."""
+        if self._messages < 0:
+            async with self._opening:
+                if self._messages < 0:
+                    await asyncio.get_running_loop().run_in_executor(self._pool, self._open)
+
+    async def close(self) -> None:
+        """Finish what is under way and give the lock back: what we leave is the importer's."""
+        while self._flights:
+            await asyncio.wait(self._flights)
+        await asyncio.get_running_loop().run_in_executor(self._pool, self._close)
+        self._pool.shutdown()
+
+    async def write(self, message_id: str, record: bytes) -> None:
+        """Put a packed message on stable storage. Raises OSError; whatever is left then, ``discard`` removes."""
+        await self.open()
+        self._mine[message_id] = stem = f"{message_id}-{len(record)}"
+        await self._change(lambda: self._put(stem, STAGED, record, self._min_free), len(record))
+
+    async def release(self, message_id: str) -> bool:
+        """Mark a message as accepted, durably. False: it is not here. Raises OSError."""
+        return await self._end(message_id, lambda stem: self._rename(stem, READY))
+
+    async def hold(self, message_id: str) -> bool:
+        """Mark a message as uncertain, durably. False: it is not here. Raises OSError."""
+        return await self._end(message_id, lambda stem: self._rename(stem, HELD))
+
+    async def discard(self, message_id: str) -> bool:
+        """Forget a message, durably. False: it is not here. Raises OSError."""
+        return await self._end(message_id, lambda stem: self._remove(f"{stem}.{TMP}", f"{stem}.{STAGED}"))
+
+    def has(self, message_id: str) -> bool:
+        """Say whether a message of ours, not yet released, held or discarded, may be here."""
+        return message_id in self._mine
+
+    async def note_release(self, released: Released) -> None:
+        """Note that a message staged in Redis was accepted, in case we die before Redis hears it. Raises OSError."""
+        await self._note(released.id, RELEASE, json.dumps(released._asdict()).encode("ascii"))
+
+    async def note_discard(self, message_id: str) -> None:
+        """Note that a message staged in Redis was refused. Raises OSError."""
+        await self._note(message_id, DISCARD, b"{}")
+
+    async def strike(self, message_id: str) -> None:
+        """Remove the notes about a message: Redis knows. Raises OSError."""
+        if message_id in self._noted:
+            await self._change(lambda: self._remove(f"{message_id}.{RELEASE}", f"{message_id}.{DISCARD}"))
+            self._noted.discard(message_id)
+
+    # In the loop
+
+    async def _end(self, message_id: str, work: Callable[[str], None]) -> bool:
+        stem = self._mine.get(message_id)
+        if stem is None:
+            return False
+        await self._change(lambda: work(stem))
+        self._mine.pop(message_id, None)
+        return True
+
+    async def _note(self, message_id: str, kind: str, text: bytes) -> None:
+        await self.open()
+        self._noted.add(message_id)
+        await self._change(lambda: self._put(message_id, kind, text, 0), len(text))
+
+    async def _change(self, work: Callable[[], None], size: int = 0) -> None:
+        """Do something in a thread, together with what others want done; it is durable at the end."""
+        loop = asyncio.get_running_loop()
+        change = _Change(work, size, loop.create_future())
+        self._queue.append(change)
+        if not self._scheduled and len(self._flights) < _FLIGHTS:
+            # At the end of this turn of the loop: what other sessions want in it goes along.
+            self._scheduled = True
+            loop.call_soon(self._take_off)
+        await change.done
+
+    def _take_off(self) -> None:
+        self._scheduled = False
+        while self._queue and len(self._flights) < _FLIGHTS:
+            size = count = 0
+            for change in self._queue:
+                if count and size + change.size > _GROUP_BYTES:
+                    break
+                size += change.size
+                count += 1
+            group, self._queue = self._queue[:count], self._queue[count:]
+            task = asyncio.get_running_loop().create_task(self._fly(group))
+            self._flights.add(task)
+            task.add_done_callback(self._land)
+
+    def _land(self, task: asyncio.Task[None]) -> None:
+        self._flights.discard(task)
+        self._take_off()
+
+    async def _fly(self, group: list[_Change]) -> None:
+        errors: list[OSError | None]
+        try:
+            errors = await asyncio.get_running_loop().run_in_executor(self._pool, self._do, group)
+        except Exception as error:  # no thread, no memory: whoever waits must hear of it
+            errors = [OSError(errno.ENOMEM, str(error) or "no memory")] * len(group)
+        for change, trouble in zip(group, errors, strict=True):
+            if change.done.done():
+                continue
+            if trouble is None:
+                change.done.set_result(None)
+            else:
+                change.done.set_exception(trouble)
+
+    # In a thread
+
+    def _do(self, group: list[_Change]) -> list[OSError | None]:
+        errors: list[OSError | None] = []
+        for change in group:
+            try:
+                change.work()
+                errors.append(None)
+            except OSError as error:
+                errors.append(error)
+        try:
+            os.fsync(self._messages)
+        except OSError as error:
+            return [error] * len(group)
+        return errors
+
+    def _open(self) -> None:
+        prepare(self._folder)
+        if self._lock < 0:
+            self._lock = locks.lock(self._folder, self._owner)
+        self._messages = os.open(messages(self._folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def _close(self) -> None:
+        for descriptor in (self._messages, self._lock):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._messages = self._lock = -1
+
+    def _put(self, stem: str, state: str, data: bytes, reserve: int) -> None:
+        if reserve:
+            disk = os.fstatvfs(self._messages)
+            if disk.f_bavail * disk.f_frsize - len(data) < reserve:
+                raise OSError(errno.ENOSPC, "less than spool.min_free would be left", str(self._folder))
+        temporary = f"{stem}.{TMP}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        descriptor = os.open(temporary, flags, 0o600, dir_fd=self._messages)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+        except OSError:
+            self._remove(temporary)
+            raise
+        finally:
+            os.close(descriptor)
+        os.rename(temporary, f"{stem}.{state}", src_dir_fd=self._messages, dst_dir_fd=self._messages)
+
+    def _rename(self, stem: str, state: str) -> None:
+        before, after = f"{stem}.{STAGED}", f"{stem}.{state}"
+        try:
+            os.rename(before, after, src_dir_fd=self._messages, dst_dir_fd=self._messages)
+        except FileNotFoundError:
+            # A repetition after a failed fsync: done, and perhaps moved into the ledger since.
+            return
+
+    def _remove(self, *names: str) -> None:
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=self._messages)

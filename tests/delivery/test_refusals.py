@@ -1,0 +1,224 @@
+"""A server that refuses some mail gets all the rest; one that refuses everything costs few copies, and is probed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import redis
+
+from relay.ledger import keys
+from relay.mail.reply import Reply
+from support.ledger_contents import Contents
+from support.reactions import Close, Moment, Reaction, Silence
+from support.scripted_server import ScriptedServer
+from support.waiting import until
+from support.working import arrived, at_the_dot, at_work, named
+from workers.delivery.retry import Breaker
+from workers.queues import failed
+
+UNKNOWN = "550 5.1.1 user unknown"
+DENIED = "554 5.7.1 relaying denied"
+
+
+@pytest.fixture
+def contents(redis_client: redis.Redis, backup: ScriptedServer) -> Contents:
+    made = Contents(redis_client, "new")
+    made.register(backup.destination("new"))
+    return made
+
+
+KINDS: dict[str, tuple[str, Callable[[str], dict[str, Reaction]]]] = {
+    "recipients": ("RCPT", lambda reply: {"RCPT": named("bad", reply)}),
+    "senders": ("MAIL", lambda reply: {"MAIL": named("bad", reply)}),
+    "messages": (".", lambda reply: {".": at_the_dot("bad", reply)}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reply", [UNKNOWN, DENIED, "550 no"])
+async def test_a_burst_of_refusals_holds_up_nobody(
+    contents: Contents, redis_url: str, backup: ScriptedServer, kind: str, reply: str
+) -> None:
+    """Sixty in a row that are refused, alike, are failed; what waits behind them arrives, without a pause."""
+    bad = [contents.pending(f"bad{n}@test", sender=f"bad{n}@test") for n in range(60)]
+    good = [contents.pending(f"good{n}@test", sender=f"s{n}@test") for n in range(150)]
+    backup.replies.update(KINDS[kind][1](reply))
+    async with at_work(redis_url, backup) as work:
+        work.add(bad + good)
+        await until(lambda: len(arrived(backup)) == len(good) and not contents.pending_ids())
+        assert sorted(contents.failed_ids()) == sorted(bad)
+    assert len(backup.messages) == len(good)
+
+
+@pytest.mark.parametrize("reply", [UNKNOWN, DENIED])
+async def test_a_retry_of_all_that_failed_holds_up_nobody(
+    contents: Contents, redis_url: str, redis_client: redis.Redis, backup: ScriptedServer, reply: str
+) -> None:
+    """An operator's retry of 150 copies that are still refused is over soon; new mail behind it does not wait."""
+    bad = [contents.failed(f"bad{n}@test") for n in range(150)]
+    backup.replies["RCPT"] = named("bad", reply)
+    async with at_work(redis_url, backup) as work:
+        work.add([contents.pending(f"known{n}@test") for n in range(30)])
+        await until(lambda: len(arrived(backup)) == 30)
+        assert failed.retry(redis_client, bad) == 150
+        for job, ids in contents.queued().items():
+            work.add(ids, job)
+        await until(lambda: len(contents.failed_ids()) < 150)
+        work.add([contents.pending(f"known{n}@test") for n in range(30)])
+        await until(lambda: len(backup.messages) == 60)
+
+
+async def test_everything_refused_costs_few_copies(contents: Contents, redis_url: str, backup: ScriptedServer) -> None:
+    """Relaying denied to all: twenty copies fail, then one for each probe; the first that is taken ends the pause."""
+    ids = [contents.pending(f"b{n}@test", sender=f"s{n}@test") for n in range(300)]
+    backup.replies["RCPT"] = DENIED
+    async with at_work(redis_url, backup) as work:
+        work.add(ids)
+        await until(lambda: not work.courier.accepting)
+        first = contents.failed_ids()
+        assert len(first) == 20
+        await until(lambda: len(contents.failed_ids()) > 21)  # each probe is another copy
+        assert len(contents.failed_ids()) < 25
+        backup.replies.clear()
+        await until(lambda: not contents.pending_ids())
+    assert len(backup.messages) + len(contents.failed_ids()) == len(ids)
+
+
+async def test_a_probe_is_unlike_what_was_refused(contents: Contents, redis_url: str, backup: ScriptedServer) -> None:
+    """A domain that the server does not take fills the queue: mail for another one is found behind it."""
+    bad = [contents.pending(f"b{n}@bad.test", sender=f"s{n}@test") for n in range(400)]
+    good = [contents.pending(f"g{n}@good.test") for n in range(10)]
+    backup.replies["RCPT"] = named("@bad.test", DENIED)
+    async with at_work(redis_url, backup) as work:
+        work.add(bad + good)
+        await until(lambda: len(arrived(backup)) == len(good), 20)
+        assert set(contents.failed_ids()) <= set(bad)
+
+
+async def test_a_server_that_answers_otherwise_is_not_paused(
+    contents: Contents, redis_url: str, backup: ScriptedServer
+) -> None:
+    """Deferrals of all kinds, as many as may be, stop nothing: they are about recipients."""
+    bad = [contents.pending(f"bad{n}@test") for n in range(150)]
+    good = [contents.pending(f"good{n}@test") for n in range(30)]
+    replies = ["450 4.2.0 greylisted", "452 4.2.2 mailbox full", "451 4.7.1 later", "450 no"]
+    backup.replies["RCPT"] = lambda moment: random.choice(replies) if "bad" in moment.line else None
+    async with at_work(redis_url, backup) as work:
+        work.add(bad + good)
+        await until(lambda: len(arrived(backup)) == len(good))
+        await until(lambda: sorted(contents.pending_ids()) == sorted(bad))
+        assert work.courier.accepting
+
+
+@pytest.mark.parametrize("command", ["MAIL", "RCPT", "DATA", "."])
+@pytest.mark.parametrize("reaction", [("421 4.3.2 not now", Close()), Close(), "530 5.7.0 log in first"])
+async def test_trouble_with_one_message_is_that_message_s(
+    contents: Contents, redis_url: str, backup: ScriptedServer, command: str, reaction: Reaction
+) -> None:
+    """One at which the server says 421, or closes, is deferred when others go through; all of those arrive."""
+    bad = contents.pending("a@test", sender="bad@test")
+    good = [contents.pending(f"good{n}@test") for n in range(60)]
+    backup.replies[command] = at_the_dot("bad", reaction) if command != "MAIL" else named("bad", reaction)
+    async with at_work(redis_url, backup) as work:
+        work.add([bad, *good])
+        await until(lambda: len(arrived(backup)) == len(good))
+        await until(lambda: redis_has_state(contents, bad))
+        await until(lambda: work.courier.accepting)
+        assert contents.state(bad).attempts >= 1
+    assert len(backup.messages) == len(good)
+
+
+def redis_has_state(contents: Contents, message_id: str) -> bool:
+    return bool(contents.connection.hexists(keys.OWN + "new", message_id)) and not contents.connection.zcard(
+        keys.BUSY + "new"
+    )
+
+
+async def test_refused_at_mail_and_closed(contents: Contents, redis_url: str, backup: ScriptedServer) -> None:
+    """A server that refuses a sender and closes has said no to that copy."""
+    bad = [contents.pending("a@test", sender="bad@test") for _ in range(3)]
+    backup.replies["MAIL"] = named("bad", ("550 5.7.1 not you", Close()))
+    async with at_work(redis_url, backup) as work:
+        work.add([*bad, contents.pending("good@test")])
+        await until(lambda: len(contents.failed_ids()) == 3 and not contents.pending_ids())
+    assert arrived(backup) == {"good@test"}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("lmtp", [False, True])
+async def test_any_mixture(contents: Contents, redis_url: str, backup: ScriptedServer, seed: int, lmtp: bool) -> None:
+    """Good and bad in any order: all good ones arrive once, soon; each bad one is failed or deferred."""
+    backup.lmtp = lmtp
+    chance = random.Random(seed)
+    kinds: dict[str, Reaction] = {
+        "gone": UNKNOWN,
+        "denied": DENIED,
+        "plain": "550 no such user here",
+        "full": "452 4.2.2 full",
+        "busy": ("421 4.3.2 not for you", Close()),
+        "shut": Close(),
+        "mute": Silence(),
+    }
+
+    def answer(moment: Moment) -> Reaction:
+        return next((reaction for kind, reaction in kinds.items() if kind in moment.line), None)
+
+    backup.replies["RCPT"] = answer
+    names = [chance.choice(["gone", "denied", "plain", "full"]) for _ in range(120)] + ["busy", "shut", "mute"]
+    names += ["good"] * 120
+    chance.shuffle(names)
+    if seed == 0:
+        names.sort(key=lambda name: name == "good")  # the bad ones first
+    ids = {contents.pending(f"{name}{n}@test", sender=f"s{n}@test"): name for n, name in enumerate(names)}
+    async with at_work(redis_url, backup, relay_timeout_seconds="2") as work:
+        work.add(list(ids))
+        await until(lambda: len(arrived(backup)) == 120, 30, lambda: str(len(arrived(backup))))
+
+        def ended() -> bool:
+            """Whether each bad one has: who meets trouble last of all may be taken for the server's."""
+            deferred = contents.connection.hkeys(keys.OWN + "new")
+            left = {ids[i] for i in contents.pending_ids() if i.encode() not in deferred}
+            return left <= {"busy", "shut", "mute"}
+
+        await until(ended, 30)
+        assert {ids[i] for i in contents.pending_ids()} <= {"full", "busy", "shut", "mute"}
+        assert {ids[i] for i in contents.failed_ids()} <= {"gone", "denied", "plain"}
+    assert len(backup.messages) == 120
+
+
+def refusal(text: str) -> Reply:
+    return Reply.of(int(text[:3]), text[4:])
+
+
+@pytest.mark.parametrize(
+    ("replies", "count"),
+    [
+        ([DENIED], 20),
+        ([UNKNOWN], 100),
+        (["550 <{n}@test>: no relay to you"], 20),
+        (["554 5.7.1 <{n}@test>: denied"], 20),
+        (["552 5.3.4 too big"], 100),
+        ([DENIED, UNKNOWN], 0),
+    ],
+)
+def test_how_many_refusals_it_takes(replies: list[str], count: int) -> None:
+    """The same reply, whatever address it quotes, again and again, the last times for what was chosen otherwise."""
+    breaker = Breaker(20)
+    for number in range(1, 300):
+        breaker.refuses(refusal(replies[number % len(replies)].format(n=number)), is_look=breaker.is_in_doubt)
+        if breaker.is_open:
+            break
+    assert (number if breaker.is_open else 0) == count
+
+
+def test_nobody_is_to_blame_without_a_look() -> None:
+    """However many are refused: while nothing else was tried, nothing is known of the server."""
+    breaker = Breaker(20)
+    for _ in range(500):
+        breaker.refuses(refusal(DENIED))
+    assert breaker.is_in_doubt
+    assert not breaker.is_open
+    breaker.took()
+    assert not breaker.is_in_doubt

@@ -1,0 +1,201 @@
+"""Failed copies beyond failed.max_bytes: their bodies are in files, everything else stays as it was."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import redis
+
+from relay import private_files
+from relay.ledger import archive, copy_state, keys, queries
+from relay.mail.record import BodyElsewhere, Message
+from support.ledger_contents import Contents, settings
+from support.redis_servers import RedisServer
+from support.scripted_server import ScriptedServer
+from workers.delivery.courier import Courier
+from workers.queues import failed
+from workers.upkeep.sweep import Sweeper
+
+
+def body(number: int) -> bytes:
+    return b"Subject: %d\r\n\r\n..dots\r\n%s\r\n" % (number, os.urandom(2000).hex().encode())
+
+
+@pytest.fixture
+def contents(redis_client: redis.Redis) -> Contents:
+    return Contents(redis_client, "new")
+
+
+def make_failed(contents: Contents, count: int) -> list[str]:
+    ids = [contents.pending(body=body(n)) for n in range(count)]
+    for message_id in ids:
+        contents.fail(message_id)
+    return ids
+
+
+def in_redis(contents: Contents, message_id: str) -> bool:
+    try:
+        queries.message(contents.connection, message_id)
+    except BodyElsewhere:
+        return False
+    return True
+
+
+def test_the_oldest_bodies_move(contents: Contents, tmp_path: Path) -> None:
+    """Beyond the limit bodies move to files, the oldest first; list, show and export tell the same as before."""
+    ids = make_failed(contents, 20)
+    before = [failed.show(contents.connection, i) for i in ids]
+    mail = [failed.export(contents.connection, i) for i in ids]
+    report = Sweeper(contents.connection, settings(state_dir=str(tmp_path), failed_max_bytes="30000")).sweep()
+    there = [in_redis(contents, i) for i in ids]
+    assert 0 < there.count(False) < 20
+    assert there == sorted(there)
+    assert report.counts["failed.max_bytes exceeded"] == there.count(False)
+    assert [failed.show(contents.connection, i) for i in ids] == before
+    assert [failed.export(contents.connection, i, archive.folder(tmp_path)) for i in ids] == mail
+    assert (archive.folder(tmp_path) / ids[0]).stat().st_mode & 0o777 == 0o600
+
+
+def test_what_is_pending_elsewhere_stays(redis_client: redis.Redis, tmp_path: Path) -> None:
+    """A body that another backup still waits for is not moved."""
+    contents = Contents(redis_client, "new", "other")
+    message_id = contents.pending(to=("new", "other"), body=body(0))
+    contents.fail(message_id)
+    assert not list(archive.move_excess(redis_client, tmp_path, 0))
+    assert in_redis(contents, message_id)
+
+
+def test_retry_brings_the_body_back(contents: Contents, tmp_path: Path) -> None:
+    """`failed retry` needs no file on the worker's host: the body is in Redis again before the job."""
+    ids = make_failed(contents, 3)
+    assert len(list(archive.move_excess(contents.connection, tmp_path, 0))) == 3
+    failed.retry(contents.connection, ids, folder=tmp_path)
+    assert all(in_redis(contents, i) for i in ids)
+
+
+async def test_requeue_on_this_host_reads_the_file(
+    contents: Contents, redis_url: str, tmp_path: Path, scripted: type[ScriptedServer]
+) -> None:
+    """A Requeue in rq-dashboard brings no body back: the courier reads the file."""
+    server = scripted()
+    (message_id,) = make_failed(contents, 1)
+    folder = archive.folder(tmp_path)
+    list(archive.move_excess(contents.connection, folder, 0))
+    state = copy_state.CopyState.from_wire(contents.connection.hget(keys.FAILURE + "new", message_id))
+    courier = Courier(settings(state_dir=str(tmp_path)), server.destination("new"), "worker", redis_url)
+    await courier.start()
+    await courier.deliver(state.job, [message_id])
+    await courier.drain()
+    assert server.messages[0].header("Subject") == "0"
+    assert archive.forget_delivered(contents.connection, folder) == [message_id]
+    assert not list(folder.iterdir())
+
+
+async def test_requeue_without_the_file_fails_again(
+    contents: Contents, redis_url: str, tmp_path: Path, scripted: type[ScriptedServer]
+) -> None:
+    """Where the file is not, the copy goes back to the failed list and says where it is; nothing is lost."""
+    server = scripted()
+    (message_id,) = make_failed(contents, 1)
+    list(archive.move_excess(contents.connection, tmp_path / "a", 0))
+    (tmp_path / "a").rename(tmp_path / "b")
+    state = copy_state.CopyState.from_wire(contents.connection.hget(keys.FAILURE + "new", message_id))
+    courier = Courier(settings(), server.destination("new"), "worker", redis_url)
+    await courier.start()
+    await courier.deliver(state.job, [message_id])
+    await courier.drain()
+    (detail,) = failed.show(contents.connection, message_id)
+    assert "run failed retry there" in detail.reply
+    assert not server.messages
+    (tmp_path / "b").rename(tmp_path / "a")
+    assert b"Subject: 0" in failed.export(contents.connection, message_id, tmp_path / "a")
+
+
+FOREIGN = ("../../../tmp/x", "/etc/passwd", ".", "..", "a/b", "0123456789ABCDEF", "0123456789abcdef0", "\x1b", "\udcff")
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_no_listed_id_names_a_file(contents: Contents, tmp_path: Path, name: str) -> None:
+    """Whoever can write to Redis writes no file of ours: only a message's own id is the name of one."""
+    connection = contents.connection
+    (message_id,) = make_failed(contents, 1)
+    octets = name.encode("utf-8", "surrogateescape")
+    record = connection.get(keys.MESSAGE + message_id)
+    connection.set(keys.MESSAGE.encode() + octets, record.replace(message_id.encode(), octets))
+    connection.zadd(keys.FAILED + "new", {octets: 1.0})
+    connection.hset(keys.FAILURE + "new", octets, copy_state.CopyState().to_wire())
+    state = tmp_path / "state"
+    Sweeper(connection, settings(state_dir=str(state), failed_max_bytes="0")).sweep()
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+    assert [p.name for p in archive.folder(state).iterdir()] == [message_id]
+
+
+def test_what_redis_names_is_no_file(contents: Contents, tmp_path: Path) -> None:
+    """A record that says that its body is in some file is not answered with that file, nor with a link's."""
+    connection = contents.connection
+    folder = archive.folder(tmp_path / "state")
+    secret = tmp_path / "secret"
+    one, two, three, four = make_failed(contents, 4)
+    records = {i: connection.get(keys.MESSAGE + i) for i in (one, two, three, four)}
+    secret.write_bytes(records[one])
+    for message_id, record in records.items():
+        stub = Message.stub(record, socket.gethostname(), str(secret))
+        connection.set(keys.MESSAGE + message_id, stub)
+    private_files.folder(folder)
+    (folder / two).symlink_to(secret)
+    (folder / three).write_bytes(records[one])  # another's
+    os.mkfifo(folder / four)
+    stubs = {i: connection.get(keys.MESSAGE + i) for i in records}
+    failed.retry(connection, list(records), folder=folder)
+    assert {i: connection.get(keys.MESSAGE + i) for i in records} == stubs
+    for message_id in records:
+        with pytest.raises(BodyElsewhere):
+            failed.export(connection, message_id, folder)
+
+
+def test_a_damaged_file_does_not_come_back(contents: Contents, tmp_path: Path) -> None:
+    """Whatever has become of a file, only the message's own record comes back from it."""
+    ids = make_failed(contents, 8)
+    assert len(list(archive.move_excess(contents.connection, tmp_path, 0))) == 8
+    for number, message_id in enumerate(ids):
+        record = bytearray((tmp_path / message_id).read_bytes())
+        if number % 2:
+            record[number * len(record) // 9] ^= 4
+        else:
+            record = record[: number * len(record) // 9] or record + b"\0"
+        (tmp_path / message_id).write_bytes(record)
+    failed.retry(contents.connection, ids, folder=tmp_path)
+    assert not any(in_redis(contents, i) for i in ids)
+
+
+def test_a_foreign_file_is_not_deleted(contents: Contents, tmp_path: Path) -> None:
+    """What an operator keeps beside the bodies stays."""
+    (tmp_path / "README").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "0123456789abcdef").write_text("of a message that is gone")
+    assert archive.forget_delivered(contents.connection, tmp_path) == ["0123456789abcdef"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README", "folder"]
+
+
+def test_bodies_leave_a_redis_that_fills_up(tmp_path: Path, redis_factory: Callable[..., RedisServer]) -> None:
+    """Failed bodies leave before new mail would go to the spool, and a retry of all brings back what has room."""
+    server = redis_factory(maxmemory="24mb")
+    with redis.Redis.from_url(server.url) as connection:
+        contents = Contents(connection, "new")
+        count = 0
+        while archive.memory(connection)[0] < 0.8 * (24 << 20):
+            contents.fail(contents.pending(body=b"Subject: x\r\n\r\n" + os.urandom(50_000).hex().encode() + b"\r\n"))
+            count += 1
+        sweeper = Sweeper(connection, settings(state_dir=str(tmp_path), failed_max_bytes="10G"))
+        moved = sweeper.relieve()
+        assert 0 < moved < count
+        used, limit = archive.memory(connection)
+        assert used < 0.55 * limit
+        assert failed.retry(connection, None, folder=archive.folder(tmp_path)) == count
+        used, limit = archive.memory(connection)
+        assert used < 0.62 * limit
+        assert any(not in_redis(contents, copy.id) for copy in failed.listing(connection))

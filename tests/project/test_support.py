@@ -1,0 +1,234 @@
+"""The test servers themselves: what they record is what was said, and their faults are the faults asked for."""
+
+from __future__ import annotations
+
+import smtplib
+from collections.abc import Callable
+
+import pytest
+
+from support.dialogue import AsyncDialogue, Dialogue, Unexpected, stuffed
+from support.load import smtp_source
+from support.postfix_instance import PostfixInstance
+from support.reactions import Close, Delay, Gate, HalfClose, Reset, Silence, Trickle
+from support.scripted_server import ScriptedServer
+from support.waiting import free_port, wait_until
+
+Scripted = Callable[..., ScriptedServer]
+
+
+def test_records_a_transaction_as_it_came(scripted: Scripted):
+    """Sender, recipients, parameters and the dot-stuffed body are kept as sent."""
+    server = scripted()
+    body = b"Received: from x\r\n\tby y\r\nSubject: a\r\n b\r\n\r\n.\r\n..two\r\n\xff\x00\r\n"
+    with Dialogue(server.port) as client:
+        assert "PIPELINING" in client.hello()
+        client.say("MAIL FROM:<a@example.com> BODY=8BITMIME", 250)
+        client.say('RCPT TO:<"b> c"@example.com> NOTIFY=NEVER', 250)
+        client.body(body)
+        client.quit()
+    (message,) = server.wait_for(1)
+    assert (message.sender, message.parameters) == ("a@example.com", ("BODY=8BITMIME",))
+    assert message.recipient_parameters == {'"b> c"@example.com': ("NOTIFY=NEVER",)}
+    assert message.body == body
+    assert message.wire + b".\r\n" == stuffed(body)
+    assert message.content == body[body.index(b"Subject") :]
+    assert message.header("subject") == "a b"
+    assert server.connections[0].verbs == ["EHLO", "MAIL", "RCPT", "DATA", "QUIT"]
+    server.wait_until(lambda: server.connections[0].closed == "quit")
+
+
+def test_an_empty_message_and_pipelining(scripted: Scripted):
+    """A lone dot right after DATA ends the message; commands sent ahead are answered in order."""
+    server = scripted()
+    with Dialogue(server.port) as client:
+        client.send("EHLO x", "MAIL FROM:<>", "RCPT TO:<b@example.com>", "DATA")
+        for code in (250, 250, 250, 354):
+            client.expect(code)
+        client.send(".", "MAIL FROM:<c@example.com>")
+        client.expect(250)
+        client.expect(250)
+    assert server.messages[0].wire == b""
+    assert server.messages[0].sender == ""
+    assert server.connections[0].pipelined
+
+
+def test_script_by_command(scripted: Scripted):
+    """The longest matching beginning counts; lists go by turn; callables see the line."""
+    server = scripted(
+        {
+            "RCPT TO:<bad@": "550 5.1.1 no\nsuch user",
+            "MAIL": ["451 4.3.0 later", None],
+            "NOOP": lambda moment: f"250 {len(moment.line)}",
+            ".": "552 5.2.2 full",
+        }
+    )
+    with Dialogue(server.port) as client:
+        client.hello()
+        client.say("MAIL FROM:<a@example.com>", "451 4.3.0")
+        client.say("MAIL FROM:<a@example.com>", 250)
+        assert client.say("RCPT TO:<bad@example.com>") == "550-5.1.1 no\n550 such user"
+        client.say("RCPT TO:<good@example.com>", 250)
+        client.say("NOOP 12345", "250 10")
+        client.body(b"x\r\n", 552)
+    (transaction,) = server.transactions
+    assert (transaction.recipients, transaction.refused) == (["good@example.com"], ["bad@example.com"])
+    assert not server.messages
+
+
+@pytest.mark.parametrize("end", [Close(), Reset(), (b"250-half\r\n", Close()), HalfClose()])
+def test_ends_at_the_dot(scripted: Scripted, end: object):
+    """Whatever way it ends after the dot, the client has no whole reply and the body is recorded."""
+    server = scripted({".": end})
+    with Dialogue(server.port) as client:
+        client.hello()
+        with pytest.raises((Unexpected, ConnectionError)):
+            client.mail("a@example.com", "b@example.com")
+    assert server.transactions[0].wire.endswith(b"text\r\n")
+
+
+def test_a_gate_holds_the_reply_until_it_is_opened(scripted: Scripted):
+    """Order of events without sleeping."""
+    gate = Gate()
+    server = scripted({".": (gate, None)})
+    with Dialogue(server.port) as client:
+        client.hello()
+        client.say("MAIL FROM:<a@example.com>", 250)
+        client.say("RCPT TO:<b@example.com>", 250)
+        client.send("DATA", "text", ".")
+        client.expect(354)
+        gate.wait()
+        assert not server.messages
+        gate.open()
+        client.expect(250)
+    assert len(server.messages) == 1
+
+
+def test_speaks_in_the_middle_of_data(scripted: Scripted):
+    """An early reply comes before the dot, and none after it."""
+    server = scripted(in_data=(10, ("552 5.3.4 too big", HalfClose())))
+    with Dialogue(server.port) as client:
+        client.hello()
+        client.say("MAIL FROM:<a@example.com>", 250)
+        client.say("RCPT TO:<b@example.com>", 250)
+        client.say("DATA", 354)
+        client.send("x" * 100)
+        client.expect(552)
+        assert client.is_closed()
+
+
+def test_silence_and_trickle_meet_the_clients_deadline(scripted: Scripted):
+    """A server that accepts and says nothing is seen as such."""
+    server = scripted({"CONNECT": [Silence(), Trickle("220 slow", 0.001)], "EHLO": Delay(0.001)})
+    with pytest.raises(Unexpected, match="no reply"):
+        Dialogue(server.port, timeout=0.1)
+    with Dialogue(server.port) as client:
+        assert client.greeting == "220 slow"
+
+
+def test_goes_down_and_comes_back_on_its_port(scripted: Scripted):
+    """A restart as a client sees it: connections end, are refused, work again."""
+    server = scripted()
+    with Dialogue(server.port) as client:
+        server.down()
+        assert client.is_closed()
+    with pytest.raises(ConnectionRefusedError):
+        Dialogue(server.port)
+    server.listen()
+    Dialogue(server.port).close()
+
+
+def test_too_many_connections_get_421(scripted: Scripted):
+    """The limit counts the open ones."""
+    server = scripted(max_connections=1)
+    with Dialogue(server.port), Dialogue(server.port, greeting=421) as second:
+        assert second.is_closed()
+
+
+def test_lmtp_answers_for_each_recipient(scripted: Scripted):
+    """After the dot there is one reply for every accepted recipient, in their order."""
+    server = scripted({".<c@example.com>": "452 4.2.2 full"}, lmtp=True)
+    with Dialogue(server.port) as client:
+        client.say("LHLO x", 250)
+        client.mail("a@example.com", "b@example.com", "c@example.com")
+        client.expect(452)
+    assert server.messages[0].replies == ["250 2.0.0 queued", "452 4.2.2 full"]
+
+
+def test_tls(scripted: Scripted, certificate):
+    """STARTTLS and TLS from the first byte, with a certificate for localhost."""
+    server = scripted(tls=certificate.server_context())
+    with smtplib.SMTP("127.0.0.1", server.port, timeout=10) as client:
+        client.starttls(context=certificate.client_context())
+        client.login("user", "secret") if client.has_extn("auth") else None
+        client.sendmail("a@example.com", ["b@example.com"], b"Subject: x\r\n\r\ntext\r\n")
+    assert server.connections[0].tls
+    server = scripted(tls=certificate.server_context(), implicit_tls=True)
+    with smtplib.SMTP_SSL("127.0.0.1", server.port, timeout=10, context=certificate.client_context()) as client:
+        client.sendmail("a@example.com", ["b@example.com"], b"Subject: x\r\n\r\ntext\r\n")
+    assert len(server.messages) == 1
+
+
+async def test_from_an_event_loop(scripted: Scripted):
+    """The same server serves tests that have a loop of their own."""
+    server = scripted(extensions=["CHUNKING", "AUTH PLAIN"])
+    async with await AsyncDialogue.open(server.port) as client:
+        await client.hello()
+        await client.say("AUTH PLAIN AHVzZXIAc2VjcmV0", 235)
+        await client.say("MAIL FROM:<a@example.com>", 250)
+        await client.say("RCPT TO:<b@example.com>", 250)
+        await client.raw(b"BDAT 3\r\n.x\r")
+        await client.expect(250)
+        await client.raw(b"BDAT 4 LAST\r\n\n.y\n")
+        await client.expect(250)
+    (message,) = await server.arrived(1)
+    assert message.wire == b"..x\r\n..y\n"
+    assert server.connections[0].login == ("user", "secret")
+
+
+def test_a_broken_script_fails_the_test():
+    """An error inside the server is not swallowed."""
+    server = ScriptedServer({"NOOP": object()}).start()
+    with Dialogue(server.port) as client:
+        client.send("NOOP")
+        assert client.is_closed()
+    with pytest.raises(AssertionError, match="no reaction"):
+        server.stop()
+
+
+@pytest.mark.postfix
+def test_a_postfix_store_keeps_what_it_gets(postfix):
+    """What is handed in is in the Maildir below the trace lines, and a front passes mail on to it."""
+    store = postfix(PostfixInstance.store())
+    front = postfix(PostfixInstance.front(store.port))
+    message = b"Subject: caf\xc3\xa9\r\n\r\n.\r\n" + b"x" * 3000 + b"\r\n\xff\r\n"
+    front.submit("a@example.org", ["b@example.com"], message)
+    (stored,) = store.wait_for(1)
+    assert stored.endswith(b"\n" + message.replace(b"\r\n", b"\n"))
+    wait_until(lambda: front.queue_empty() and store.queue_empty())
+
+
+@pytest.mark.postfix
+def test_a_postfix_front_keeps_what_cannot_be_sent(postfix):
+    """Mail for a dead relay stays in the queue and goes out after a flush."""
+    port = free_port()
+    front = postfix(PostfixInstance.front(port))
+    front.submit("a@example.org", ["b@example.com"], b"Subject: x\r\n\r\ntext\r\n")
+    wait_until(lambda: "status=deferred" in front.log)
+    assert len(front.queued()) == 1
+    with ScriptedServer(port=port) as server:
+        front.flush()
+        server.wait_for(1)
+        wait_until(front.queue_empty)
+
+
+@pytest.mark.postfix
+def test_sink_and_source(smtp_sink):
+    """The load programs count the same messages."""
+    sink = smtp_sink()
+    smtp_source(sink.port, count=50, sessions=5)
+    sink.wait_for(50)
+    keeping = smtp_sink(keep=True)
+    smtp_source(keeping.port, count=3, recipient="c@example.com")
+    keeping.wait_for(3)
+    wait_until(lambda: all(b"X-Rcpt-Args: <c@example.com>" in message for message in keeping.messages()))

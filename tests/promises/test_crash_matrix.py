@@ -1,0 +1,108 @@
+"""Kill anything anywhere: what got our 2xx is at the primary and at the backup, and every extra copy is explained."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import redis
+
+from relay import faultpoints
+from relay.config import loader
+from relay.ledger import changes
+from relay.spool import writer
+from support.product import Product
+from support.scripted_server import ScriptedServer
+from support.sender import Sender
+from support.waiting import wait_until
+from workers.upkeep.reconciler import reconcile
+
+RELAY_POINTS = ["before staging", "staged", "dot sent", "primary answered", "released"]
+WORKER_POINTS = ["job fetched", "backup answered", "before settle"]
+SETTINGS = {
+    "retry.first": "1",
+    "retry.longest": "2",
+    "relay.timeout_seconds": "5",
+    "relay.final_timeout_seconds": "10",
+    "relay.uncertain_hold": "1",
+    "redis.timeout_seconds": "2",
+    "smtp.processes": "1",
+}
+# A job takes many copies with it, so few jobs are fetched; the other points are passed once for each message or group.
+PASSES = {"job fetched": 1, "before settle": 2}
+CASES = [(point, victim) for point in RELAY_POINTS + WORKER_POINTS for victim in ("itself", "supervisor", "redis")]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(("point", "victim"), CASES)
+def test_killed_at(
+    product: Callable[..., Product],
+    primary: ScriptedServer,
+    backup: ScriptedServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    point: str,
+    victim: str,
+) -> None:
+    """SIGKILL of the process at this point, of everything, or of Redis under it: nothing is lost."""
+    reached = tmp_path / "reached"
+    monkeypatch.setenv(faultpoints.VARIABLE, f"{point}:{PASSES.get(point, 10)}:{reached}")
+    pair = product(primary=primary.address, backups=[backup.address], settings=SETTINGS)
+    sender = Sender(pair.smtp_port, range(60)).start()
+    wait_until(reached.exists, 30, f"nobody reached {point!r}")
+    kill(pair, victim)
+    if victim == "supervisor":
+        monkeypatch.delenv(faultpoints.VARIABLE)
+        pair.start()
+    accepted = sender.join()
+    assert accepted == set(range(60))
+    wait_until(lambda: drained(pair), 60, lambda: f"not drained: {pair.log[-6000:]}")
+
+    at_primary = Counter(int(m.header("Subject") or -1) for m in primary.messages)
+    at_backup = Counter(int(m.header("Subject") or -1) for m in backup.messages)
+    assert accepted <= set(at_primary)
+    assert accepted <= set(at_backup)
+    # A second copy has a second delivery by the primary as its reason, or a line in the log with its id.
+    log = pair.log
+    ids = {m.header("Subject"): m.wire.split(b" id ", 1)[1].split(b";", 1)[0].decode() for m in backup.messages}
+    for number, count in at_backup.items():
+        if count > at_primary[number]:
+            assert any(
+                ids[str(number)] in line and ("may repeat" in line or "uncertain" in line) for line in log.splitlines()
+            ), f"{number} came {count} times without a reason"
+
+
+def kill(pair: Product, victim: str) -> None:
+    """Kill the stopped process, or its neighbour; whoever lives on is let go."""
+    (stopped,) = wait_until(lambda: [child.pid for child in pair.children() if state(child.pid) == "T"])
+    if victim == "itself":
+        os.kill(stopped, signal.SIGKILL)
+    elif victim == "supervisor":
+        pair.kill()
+    else:
+        (server,) = pair.children("valkey-server|redis-server")
+        server.kill()
+        os.kill(stopped, signal.SIGCONT)
+
+
+def state(pid: int) -> str:
+    """Return a process's state letter."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
+
+
+def drained(pair: Product) -> bool:
+    """Say whether nothing is under way; sweeps first, as the reconciler does once a minute."""
+    try:
+        with redis.Redis.from_url(pair.redis_url) as connection:
+            reconcile(connection, loader.load(environ=pair.environment, directories=()), pause=0.5)
+            spooled = writer.summary(pair.state_dir / "spool").messages
+            return spooled == 0 and all(row.pending == 0 for row in changes.summary(connection))
+    except redis.RedisError:
+        return False  # it is being started again

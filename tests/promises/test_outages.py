@@ -1,0 +1,460 @@
+"""Redis down, hanging, full, and the disk too: the primary leg goes on, and every copy arrives once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import stat
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+import redis
+import redis.asyncio
+
+from relay.ledger import keys
+from relay.ledger.changes import Released
+from relay.ledger.monitor import Monitor
+from relay.ledger.rq_jobs import Dispatcher
+from relay.mail.envelope import Envelope, Recipient
+from relay.mail.ids import IdSource
+from relay.mail.record import Message
+from relay.smtpd import staging
+from relay.smtpd.staging import NotDurable, Staging
+from relay.spool import writer
+from relay.spool.writer import Spool
+from support.dialogue import Dialogue
+from support.ledger_contents import Contents
+from support.product import Product
+from support.redis_servers import RedisServer
+from support.scripted_server import ScriptedServer
+from support.sender import Sender
+from support.waiting import PATIENCE, until, wait_until
+
+SETTINGS = {
+    "retry.first": "1",
+    "retry.longest": "2",
+    "relay.timeout_seconds": "5",
+    "relay.final_timeout_seconds": "10",
+    "relay.uncertain_hold": "2",
+    "redis.timeout_seconds": "1",
+}
+
+
+# One process ----------------------------------------------------------------------------------------------------
+
+
+class Process:
+    """The durable side of one relay process, on a Redis of its own."""
+
+    def __init__(self, folder: Path, server: RedisServer, *, with_spool: bool = True, seconds: float = 0.5) -> None:
+        self.server = server
+        self.folder = folder
+        self.ids = IdSource()
+        self.async_client = redis.asyncio.Redis.from_url(server.url, socket_timeout=2, retry=None)
+        self.client = server.client()
+        self.watch = Monitor(self.async_client, seconds=0.5)
+        self.dispatcher = Dispatcher(self.async_client)
+        self.spool = Spool(folder, self.ids.owner) if with_spool else None
+        self.ledger = Contents(self.client)
+        self.intake = Staging(
+            self.async_client,
+            self.async_client,
+            self.dispatcher,
+            self.watch,
+            stage_seconds=seconds,
+            deadline_seconds=600,
+            hold_seconds=3600,
+            spool=self.spool,
+        )
+
+    def message(self, size: int = 10) -> Message:
+        body = os.urandom(size)
+        envelope = Envelope(self.ids.next(), "a@test", (Recipient("b@test"),), 0.0, len(body), destinations=("new",))
+        return Message(envelope, body)
+
+    async def stage(self, size: int = 10) -> Released:
+        message = self.message(size)
+        await self.intake.stage(message)
+        return Released(message.envelope.id, ("new",))
+
+    async def is_well(self) -> None:
+        """Look until Redis is seen to be well."""
+        async with asyncio.timeout(PATIENCE):
+            while self.watch.is_down:
+                await self.watch.look()
+
+    def names(self) -> list[str]:
+        return sorted(e.state for e in writer.scan(self.folder)) if writer.messages(self.folder).exists() else []
+
+    def staged(self) -> list[str]:
+        return [i.decode() for i in self.client.zrange(keys.STAGED, 0, -1)]
+
+    async def close(self) -> None:
+        await self.dispatcher.drain()
+        if self.spool:
+            await self.spool.close()
+        await self.async_client.aclose()
+        self.client.close()
+
+
+@pytest.fixture
+async def make(tmp_path: Path, redis_factory: Callable[..., RedisServer]) -> AsyncIterator[Callable[..., Process]]:
+    made: list[Process] = []
+
+    def start(*, with_spool: bool = True, seconds: float = 0.5, **options: str) -> Process:
+        server = redis_factory(**options)
+        made.append(Process(tmp_path / "spool", server, with_spool=with_spool, seconds=seconds))
+        return made[-1]
+
+    yield start
+    for process in made:
+        await process.close()
+
+
+async def test_only_the_first_waits_for_a_redis_that_hangs(make: Callable[..., Process]) -> None:
+    """One time-out opens the circuit; while it is open nobody waits; a look that could write closes it."""
+    process = make()
+    await process.watch.look()
+    process.server.pause()
+    await process.intake.release(await process.stage())
+    assert process.watch.is_down
+    begun = time.monotonic()
+    for _ in range(20):
+        await process.intake.release(await process.stage())
+    assert time.monotonic() - begun < 0.5
+    assert process.names() == ["ready"] * 21
+    await process.watch.look()
+    assert process.watch.is_down
+    process.server.resume()
+    await process.is_well()
+    await process.intake.release(await process.stage())
+    assert len(process.ledger.pending_ids()) == 1
+
+
+async def test_a_refusal_while_redis_hangs(make: Callable[..., Process], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message whose stage got no answer, and that the primary refused, is gone, however late it was written."""
+    monkeypatch.setattr(staging, "_LATE_SECONDS", 0.2)
+    process = make()
+    process.server.pause()
+    released = await process.stage()
+    process.intake.discard(released.id)
+    await until(lambda: process.names() == ["discard"])
+    process.server.resume()
+    await until(lambda: process.names() == [], timeout=30)
+    assert process.staged() == []
+    assert not process.ledger.has_body(released.id)
+
+
+async def test_an_acceptance_while_redis_hangs(make: Callable[..., Process]) -> None:
+    """What is staged in Redis and accepted is noted, so that a crash now costs no time, until Redis knows."""
+    process = make()
+    released = await process.stage()
+    process.server.pause()
+    await process.intake.release(released)
+    assert process.names() == ["release"]
+    process.server.resume()
+    await until(lambda: process.names() == [])
+    assert process.ledger.pending_ids() == [released.id]
+    await until(lambda: released.id in [i for ids in process.ledger.queued().values() for i in ids])
+
+
+async def test_uncertain_while_redis_is_down(make: Callable[..., Process]) -> None:
+    """No reply to the dot, and the message in the spool: it waits there as uncertain."""
+    process = make()
+    process.server.stop()
+    released = await process.stage()
+    process.intake.hold(released.id, "")
+    await until(lambda: process.names() == ["held"])
+
+
+async def test_a_stage_that_was_given_up_is_not_done_later(make: Callable[..., Process]) -> None:
+    """What has not left when its time is over stays here: only what is on its way is in doubt."""
+    process = make()
+    process.server.pause()
+    await asyncio.gather(*(process.stage() for _ in range(10)))  # two groups leave at most
+    late = [process.stage() for _ in range(10)]
+    await asyncio.gather(*late)
+    process.server.resume()
+    await process.is_well()
+    await process.intake.drain()
+    assert len(process.staged()) <= 10
+    assert process.names() == ["staged"] * 20
+
+
+async def test_nowhere_to_put_it(make: Callable[..., Process]) -> None:
+    """Without a spool, or with one that cannot be written, a Redis that is down is NotDurable, at once when known."""
+    process = make(with_spool=False)
+    process.server.stop()
+    for _ in range(2):
+        with pytest.raises(NotDurable, match=r"ConnectionError.*there is none"):
+            await process.stage()
+    assert process.watch.is_down
+
+
+async def test_the_spool_takes_what_a_full_redis_should_not(make: Callable[..., Process]) -> None:
+    """Over 75 % of maxmemory new bodies go to the spool, until it is under 70 %; own octets in flight count."""
+    process = make(maxmemory="16mb", seconds=PATIENCE)  # a disk may be busy
+    await process.watch.look()
+    stages = [asyncio.ensure_future(process.stage(1 << 20)) for _ in range(20)]
+    await asyncio.gather(*stages)
+    assert 4 <= len(process.staged()) <= 12
+    assert len(process.names()) == 20 - len(process.staged())
+    used = process.client.info("memory")["used_memory"]
+    assert used < 0.85 * (16 << 20)
+    await process.watch.look()
+    before = len(process.names())
+    await process.stage()
+    assert len(process.names()) == before + 1
+    for message_id in process.staged()[:4]:
+        process.intake.discard(message_id)
+    await until(lambda: len(process.staged()) <= 20 - before - 4)
+    await process.watch.look()
+    await process.stage()
+    assert len(process.names()) == before + 1
+
+
+async def test_a_full_redis_is_better_than_nothing(make: Callable[..., Process]) -> None:
+    """Where the spool cannot take it, some of the last quarter is used; what Redis needs to deliver stays free."""
+    process = make(with_spool=False, maxmemory="16mb")
+    await process.watch.look()
+    for _ in range(10):
+        await process.stage(1 << 20)
+    with pytest.raises(NotDurable):
+        await process.stage(2 << 20)
+
+
+async def test_a_redis_that_only_reads(make: Callable[..., Process]) -> None:
+    """One that answers but refuses writes is down: a look tries to write."""
+    process = make()
+    process.client.config_set("maxmemory", "1")
+    await process.stage()
+    assert process.names() == ["staged"]
+    await process.watch.look()
+    assert process.watch.is_down
+    process.client.config_set("maxmemory", "0")
+    await process.is_well()
+
+
+# The whole product ----------------------------------------------------------------------------------------------
+
+
+def numbers(server: ScriptedServer) -> Counter[int]:
+    return Counter(int(m.header("Subject") or -1) for m in server.messages)
+
+
+def all_arrive(relay: Product, backup: ScriptedServer, accepted: set[int]) -> None:
+    """Wait until every accepted message has come and the spool is empty."""
+
+    def done() -> bool:
+        if spooled(relay) == 0 and accepted <= set(numbers(backup)):
+            return True
+        # The reconciler, which else comes once a minute: RQ may lose a job when Redis is killed under it.
+        relay.run("queue", "verify")
+        return False
+
+    def missing() -> str:
+        return f"{spooled(relay)} spooled, missing {sorted(accepted - set(numbers(backup)))}\n{relay.log[-4000:]}"
+
+    wait_until(done, 60, missing)
+
+
+def each_once(relay: Product, backup: ScriptedServer, accepted: set[int]) -> None:
+    """Wait until every accepted message has come; then none may have come twice."""
+    all_arrive(relay, backup, accepted)
+    assert {number: count for number, count in numbers(backup).items() if count > 1} == {}
+
+
+def spooled(relay: Product) -> int:
+    return writer.summary(relay.state_dir / "spool").messages
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("outage", ["stop", "kill", "pause"])
+def test_redis_fails_under_traffic(
+    product: Callable[..., Product],
+    primary: ScriptedServer,
+    backup: ScriptedServer,
+    redis_factory: Callable[..., RedisServer],
+    outage: str,
+) -> None:
+    """The primary leg goes on and accepts all; when Redis is back each copy arrives once, and the spool is empty."""
+    server = redis_factory()
+    relay = product(primary=primary.address, backups=[backup.address], redis_url=server.url, settings=SETTINGS)
+    sender = Sender(relay.smtp_port, range(600), sessions=5).start()
+    wait_until(lambda: len(sender.accepted) > 100)
+    getattr(server, outage)()
+    assert sender.join() == set(range(600))
+    assert Counter(sender.attempts.values()) == {1: 600}
+    assert spooled(relay) > 100
+    assert relay.metric("smtpdup_spool_messages") > 100
+    if outage != "pause":
+        shown = relay.run("queue", "summary")
+        assert "This host's spool: " in shown.stdout
+        assert "no Redis" in shown.stderr
+    if outage == "pause":
+        server.resume()
+    else:
+        server.start()
+    each_once(relay, backup, sender.accepted)
+    assert relay.stop() == 0
+
+
+@pytest.mark.timeout(180)
+def test_the_relay_is_killed_while_redis_is_down(
+    product: Callable[..., Product],
+    primary: ScriptedServer,
+    backup: ScriptedServer,
+    redis_factory: Callable[..., RedisServer],
+) -> None:
+    """What got our 2xx is in the spool, and the relay that comes after it, with Redis still down, moves it in."""
+    server = redis_factory()
+    relay = product(primary=primary.address, backups=[backup.address], redis_url=server.url, settings=SETTINGS)
+    sender = Sender(relay.smtp_port, range(400), sessions=5).start()
+    wait_until(lambda: len(sender.accepted) > 50)
+    server.stop()
+    wait_until(lambda: spooled(relay) > 50)
+    relay.kill()
+    relay.start(wait=False)
+    assert sender.join() == set(range(400))
+    server.start()
+    all_arrive(relay, backup, sender.accepted)
+    for number, count in numbers(backup).items():
+        assert count <= numbers(primary)[number] or "may repeat" in relay.log or "uncertain" in relay.log
+
+
+@pytest.mark.timeout(120)
+def test_start_without_redis(
+    product: Callable[..., Product],
+    primary: ScriptedServer,
+    backup: ScriptedServer,
+    redis_factory: Callable[..., RedisServer],
+) -> None:
+    """With a spool, `up` and `relay` start while Redis is away; a stop then loses nothing either."""
+    server = redis_factory()
+    server.stop()
+    relay = product(
+        command="relay",
+        primary=primary.address,
+        backups=[backup.address],
+        redis_url=server.url,
+        settings=SETTINGS,
+        start=False,
+    ).start(wait=False)
+    relay.wait_for_log("relay started")
+    assert relay.send("a@example.com", "b@example.com").startswith("250")
+    assert relay.stop() == 0
+    assert spooled(relay) == 1
+    again = product(primary=primary.address, backups=[backup.address], redis_url=server.url, start=False)
+    again.settings |= {**SETTINGS, "state_dir": str(relay.state_dir)}
+    again.start(wait=False)
+    again.wait_for_log("relay started")
+    assert again.send("a@example.com", "c@example.com").startswith("250")
+    assert spooled(relay) == 2
+    server.start()
+    assert {m.recipients[0] for m in backup.wait_for(2, 60)} == {"b@example.com", "c@example.com"}
+    wait_until(lambda: spooled(relay) == 0)
+
+
+@pytest.mark.timeout(240)
+def test_a_backlog_of_ten_times_the_memory(
+    product: Callable[..., Product],
+    primary: ScriptedServer,
+    scripted: Callable[..., ScriptedServer],
+    redis_factory: Callable[..., RedisServer],
+) -> None:
+    """8 MB of Redis, a backup that is away, 80 MB of mail: the primary takes it all, and so does the backup later."""
+    server = redis_factory(maxmemory="8mb")
+    backup = scripted()
+    backup.down()
+    relay = product(primary=primary.address, backups=[backup.address], redis_url=server.url, settings=SETTINGS)
+    with Dialogue(relay.smtp_port) as client:
+        client.hello()
+        for number in range(400):
+            text = os.urandom(100_000).hex().encode()
+            lines = b"\r\n".join(text[i : i + 900] for i in range(0, len(text), 900))
+            client.mail("a@example.com", "b@example.com", data=b"Subject: %d\r\n\r\n%s\r\n" % (number, lines))
+        client.quit()
+    assert spooled(relay) > 300
+    assert server.client().info("memory")["used_memory"] < 0.9 * (8 << 20)
+    backup.listen()
+    relay.run("queue", "flush")
+    each_once(relay, backup, set(range(400)))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("required", [False, True])
+def test_redis_down_and_the_disk_full(
+    product: Callable[..., Product],
+    primary: ScriptedServer,
+    backup: ScriptedServer,
+    redis_factory: Callable[..., RedisServer],
+    small_disk: Callable[[int], Path],
+    required: bool,
+) -> None:
+    """relay.require_durable_copies decides: the primary's answer stands and the loss is logged, or it is 451."""
+    disk = small_disk(3)
+    server = redis_factory()
+    settings = {
+        **SETTINGS,
+        "spool.dir": str(disk / "spool"),
+        "spool.min_free": "1M",
+        "relay.require_durable_copies": str(required).lower(),
+    }
+    relay = product(primary=primary.address, backups=[backup.address], redis_url=server.url, settings=settings)
+    server.stop()
+    text = b"Subject: %d\r\n\r\n" + b"\r\n".join([os.urandom(30).hex().encode() for _ in range(3000)])
+    replies = []
+    with Dialogue(relay.smtp_port) as client:
+        client.hello()
+        for number in range(30):
+            for line in ("MAIL FROM:<a@example.com>", "RCPT TO:<b@example.com>"):
+                client.say(line, 250)
+            replies.append(client.body(text % number, "4" if number == 29 and required else ""))
+    kept = writer.summary(disk / "spool").messages
+    assert 3 < kept < 29
+    took = [reply for reply in replies if reply.startswith("250")]
+    if required:
+        assert len(took) == kept == len(primary.messages)
+        assert replies[-1].startswith("451 4.3.1")
+    else:
+        assert len(took) == 30 == len(primary.messages)
+        lost = [e for e in relay.events if e["event"] == "copy lost"]
+        assert len(lost) == 30 - kept
+        assert relay.metric("smtpdup_copies_lost_total") == 30 - kept
+        reasons = {e["id"]: e["reason"] for e in relay.events if e["event"] == "not durable"}
+        assert all("min_free" in reasons[e["id"]] for e in lost)
+    server.start()
+    backup.wait_for(kept)
+    wait_until(lambda: writer.summary(disk / "spool").messages == 0)
+
+
+@pytest.mark.timeout(120)
+def test_the_spool_of_killed_processes(
+    product: Callable[..., Product],
+    primary: ScriptedServer,
+    backup: ScriptedServer,
+    redis_factory: Callable[..., RedisServer],
+) -> None:
+    """Relay processes that are killed leave their spool to their successors, readable by nobody else."""
+    server = redis_factory()
+    relay = product(
+        primary=primary.address,
+        backups=[backup.address],
+        redis_url=server.url,
+        settings={**SETTINGS, "smtp.processes": "2"},
+    )
+    server.stop()
+    sender = Sender(relay.smtp_port, range(50), sessions=8).start()
+    assert sender.join() == set(range(50))
+    for path in (relay.state_dir / "spool").rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+    owners = [e for e in relay.events if e["event"] == "relay started"]
+    for event in owners:
+        os.kill(event["pid"], signal.SIGKILL)
+    server.start()
+    each_once(relay, backup, sender.accepted)
+    wait_until(lambda: len(list((relay.state_dir / "spool" / "owners").iterdir())) == 2)

@@ -1,0 +1,273 @@
+"""What a client has sent and nobody has read yet: lines and chunks are the same however the octets are cut."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relay.smtpd.read_buffer import BUFFER, ReadBuffer
+
+T = TypeVar("T")
+
+
+class Tap:
+    """Where the octets come from, as far as an Inbox knows it: it can be stopped, and then nothing may come."""
+
+    def __init__(self) -> None:
+        self.open = True
+        self.turns = 0
+        self.closing = False
+
+    def pause_reading(self) -> None:
+        assert self.open
+        self.open = False
+        self.turns += 1
+
+    def resume_reading(self) -> None:
+        assert not self.open
+        assert not self.closing
+        self.open = True
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+
+def in_loop(coroutine: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(asyncio.wait_for(coroutine, 20))
+
+
+def filled(*pieces: bytes, end: bool = False) -> ReadBuffer:
+    inbox = ReadBuffer(asyncio.get_running_loop())
+    for piece in pieces:
+        inbox.feed(piece)
+    if end:
+        inbox.end()
+    return inbox
+
+
+async def fed(inbox: ReadBuffer, pieces: list[bytes], tap: Tap | None = None) -> int:
+    """Feed an inbox piece by piece, each in a turn of the loop of its own, and the end; returns the most it kept."""
+    most = 0
+    for piece in pieces:
+        while tap is not None and not tap.open:
+            await asyncio.sleep(0)
+        inbox.feed(piece)
+        most = max(most, len(inbox._data))
+        await asyncio.sleep(0)
+    inbox.end()
+    return most
+
+
+@st.composite
+def cut(draw: st.DrawFn) -> tuple[bytes, list[bytes]]:
+    """Return octets with many line ends among them, whole and in pieces."""
+    data = draw(st.lists(st.sampled_from([b"\n", b"\r", b"\r\n", b".", b"x", b"NOOP\r\n"]), max_size=40).map(b"".join))
+    edges = [0, *sorted(draw(st.lists(st.integers(0, len(data)), max_size=12))), len(data)]
+    return data, [data[a:b] for a, b in itertools.pairwise(edges) if a < b]
+
+
+@settings(deadline=None)
+@given(cut())
+def test_lines(given_: tuple[bytes, list[bytes]]) -> None:
+    """Lines end at LF, and nowhere else; what has no end at the end of input is no line."""
+
+    async def read() -> list[bytes]:
+        inbox = filled()
+        feeding = asyncio.ensure_future(fed(inbox, given_[1]))
+        lines = []
+        while (line := await inbox.line()) is not None:
+            lines.append(line)
+        await feeding
+        return lines
+
+    assert in_loop(read()) == [line + b"\n" for line in given_[0].split(b"\n")[:-1]]
+
+
+@settings(deadline=None)
+@given(cut(), st.lists(st.sampled_from(["line", "read", "three", "unread", "look"]), max_size=30))
+def test_any_order(given_: tuple[bytes, list[bytes]], steps: list[str]) -> None:
+    """Lines, chunks, octets put back and looking ahead: nothing is lost, repeated, or out of order."""
+
+    async def read() -> bytes:
+        inbox = filled()
+        feeding = asyncio.ensure_future(fed(inbox, given_[1]))
+        got = b""
+        for step in steps:
+            if step == "line":
+                got += await inbox.line() or b""
+            elif step == "look":
+                ahead = list(inbox.lines_ahead())
+                assert inbox.has_line == bool(ahead)
+                assert all(line.endswith(b"\n") and line.count(b"\n") == 1 for line in ahead)
+                assert inbox.is_empty <= (not ahead)
+            else:
+                piece = await inbox.read(-1 if step == "read" else 3)
+                assert len(piece) <= 3 or step == "read"
+                if step == "unread":
+                    inbox.unread(piece)
+                else:
+                    got += piece
+        while piece := await inbox.read():
+            got += piece
+        await feeding
+        return got
+
+    assert in_loop(read()) == given_[0]
+
+
+@pytest.mark.parametrize("size", [BUFFER - 1, BUFFER, BUFFER + 1, 2 * BUFFER, 3 * BUFFER, 10 * BUFFER])
+@pytest.mark.parametrize("piece", [1 << 10, 1 << 16, 1 << 18, 1 << 30])
+def test_a_huge_line(size: int, piece: int) -> None:
+    """A line longer than the buffer is one empty line, however it comes, and the next one is whole; it is not kept."""
+
+    async def read() -> tuple[list[bytes | None], int]:
+        inbox, tap = filled(), Tap()
+        inbox.follow(tap)
+        data = b"x" * (size - 1) + b"\nNOOP\n"
+        feeding = asyncio.ensure_future(fed(inbox, [data[i : i + piece] for i in range(0, len(data), piece)], tap))
+        return [await inbox.line() for _ in range(3)], await feeding
+
+    lines, most = in_loop(read())
+    assert most <= BUFFER + 2 * min(piece, len(b"x" * size + b"NOOP\n"))
+    assert lines == [b"x" * (size - 1) + b"\n" if size <= BUFFER else b"", b"NOOP\n", None]
+
+
+def test_a_flood_is_stopped() -> None:
+    """What nobody reads stops at twice the buffer, and goes on when it has been read: all of it, in order."""
+
+    async def read() -> None:
+        inbox, tap = filled(), Tap()
+        inbox.follow(tap)
+        data = random.Random(1).randbytes(20 * BUFFER)
+        feeding = asyncio.ensure_future(fed(inbox, [data[i : i + 5000] for i in range(0, len(data), 5000)], tap))
+        for _ in range(200):
+            await asyncio.sleep(0)
+        assert not tap.open
+        assert not feeding.done()
+        got = b""
+        while piece := await inbox.read(700):
+            got += piece
+            assert len(inbox._data) <= 2 * BUFFER + 5000
+            await asyncio.sleep(0)  # it comes faster than it is read
+        assert got == data
+        assert tap.open
+        assert tap.turns > 10
+        await feeding
+
+    in_loop(read())
+
+
+def test_who_waits_has_it_go_on() -> None:
+    """Whoever waits for more than is here has the client read from again, though much is here: nothing stands still."""
+
+    async def read() -> None:
+        inbox, tap = filled(), Tap()
+        inbox.follow(tap)
+        inbox.feed(b"x" * (2 * BUFFER + 1))
+        assert not tap.open
+        waiting = asyncio.ensure_future(inbox.readexactly(2 * BUFFER + 2))
+        await asyncio.sleep(0)
+        assert tap.open
+        inbox.feed(b"y")
+        assert (await waiting)[-2:] == b"xy"
+
+    in_loop(read())
+
+
+def test_a_transport_that_closes_is_left_alone() -> None:
+    """A transport on its way out, or gone, is not told to read on; what it brought can be read."""
+
+    async def read() -> None:
+        for gone in (False, True):
+            inbox, tap = filled(), Tap()
+            inbox.follow(tap)
+            inbox.feed(b"x" * (2 * BUFFER) + b"\nlast\n")
+            assert not tap.open
+            tap.closing = True
+            if gone:
+                inbox.follow(None)
+                inbox.end()
+            assert await inbox.line() == b""
+            assert await inbox.line() == b"last\n"
+            assert not tap.open
+
+    in_loop(read())
+
+
+def test_the_end() -> None:
+    """At the end of input what is here is still read; then lines are None, chunks empty, and nothing comes behind."""
+
+    async def read() -> None:
+        inbox = filled(b"a\nb", end=True)
+        inbox.feed(b"c\n")
+        assert await inbox.line() == b"a\n"
+        assert await inbox.line() is None
+        assert await inbox.read() == b"b"
+        assert await inbox.read() == b""
+        assert await inbox.line() is None
+        with pytest.raises(asyncio.IncompleteReadError):
+            await inbox.readexactly(1)
+        with pytest.raises(asyncio.IncompleteReadError):
+            await inbox.readuntil(b"\n")
+
+    in_loop(read())
+
+
+def test_giving_up() -> None:
+    """Whoever gives up waiting leaves what has come, and what comes, to the next."""
+
+    async def read() -> None:
+        inbox = filled()
+        first = asyncio.ensure_future(inbox.line())
+        await asyncio.sleep(0)
+        inbox.feed(b"x")
+        await asyncio.sleep(0)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        inbox.feed(b"y\n")
+        assert await inbox.line() == b"xy\n"
+        second = asyncio.ensure_future(inbox.line())
+        await asyncio.sleep(0)
+        inbox.end()
+        assert await second is None
+
+    in_loop(read())
+
+
+def test_forgotten_while_waiting() -> None:
+    """What is forgotten cannot be read, and ends the waiting with the end."""
+
+    async def read() -> None:
+        inbox = filled(b"line\nhalf a li")
+        assert await inbox.line() == b"line\n"
+        waiting = asyncio.ensure_future(inbox.line())
+        await asyncio.sleep(0)
+        assert inbox.clear() == b"half a li"
+        inbox.end()
+        assert await waiting is None
+        assert inbox.is_empty
+
+    in_loop(read())
+
+
+def test_a_stream_for_headers() -> None:
+    """Exactly so many octets, or all up to a separator, and what is behind it stays; one without end is given up."""
+
+    async def read() -> None:
+        inbox = filled(b"PROX", b"Y TCP4\r", b"\nEHLO x\r\n")
+        assert await inbox.readexactly(5) == b"PROXY"
+        assert await inbox.readexactly(0) == b""
+        assert await inbox.readuntil() == b" TCP4\r\n"
+        assert list(inbox.lines_ahead()) == [b"EHLO x\r\n"]
+        with pytest.raises(asyncio.IncompleteReadError):
+            await filled(b"x" * (BUFFER + 1)).readuntil()
+
+    in_loop(read())

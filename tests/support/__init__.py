@@ -1,0 +1,1 @@
+"""What the tests share: real servers, clients and the product itself, each with a guaranteed end."""

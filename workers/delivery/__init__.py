@@ -1,0 +1,1 @@
+"""Delivery of copies to one backup: claim, connections, transactions, outcomes, retry policy."""

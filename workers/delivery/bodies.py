@@ -1,0 +1,91 @@
+"""The bodies of claimed copies: small ones fetched ahead in a few round trips, a large one when its turn comes.
+
+A large body travels on a connection of its own, so that it does not hold up leases and outcomes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from redis.asyncio import Redis
+
+from relay.ledger import archive, keys
+from relay.mail.envelope import MalformedRecord
+from relay.mail.record import BodyElsewhere, Message
+from relay.redisio.pipeline import CommandBatch, Pipelines
+from workers.delivery.large_fetch import fetch
+
+_LARGE = 256 << 10  # octets of a stored record
+_AT_ONCE = 4 << 20
+_TURNS = 2  # fetched alone at once: the first are on their way to the server while others come
+
+
+class Bodies:
+    """Fetches messages for one worker process."""
+
+    def __init__(self, wires: Pipelines, bulk: Redis, folder: Path | None = None) -> None:
+        """``folder`` has the bodies that were moved out of Redis on this host."""
+        self._folder = folder
+        self._wires = wires
+        self._bulk = bulk
+        self._turns = asyncio.Semaphore(_TURNS)
+        self._ahead: dict[str, Message] = {}
+
+    async def read_ahead(self, ids: Sequence[str]) -> None:
+        """Fetch the small ones of these. Raises RedisError."""
+        if not ids:
+            return
+        batch = CommandBatch()
+        for message_id in ids:
+            batch.add(("STRLEN", keys.MESSAGE + message_id))
+        sizes = await self._wires.ask(batch)
+        group: list[str] = []
+        total = 0
+        for message_id, size in zip(ids, sizes, strict=True):
+            if 0 < size <= _LARGE:
+                if total + size > _AT_ONCE:
+                    await self._fetch(group)
+                    group, total = [], 0
+                group.append(message_id)
+                total += size
+        await self._fetch(group)
+
+    async def take(self, message_id: str) -> Message | None:
+        """Return a message, None when there is none. Raises RedisError, BodyElsewhere, MalformedRecord."""
+        message = self._ahead.pop(message_id, None)
+        if message is None:
+            async with self._turns:
+                # A view: a slice of it, the body, is no copy.
+                record = cast("bytes | None", await fetch(self._bulk, keys.MESSAGE + message_id))
+                message = None if record is None else await self._unpacked(message_id, record)
+        return message
+
+    def at_hand(self, message_id: str) -> Message | None:
+        """Return a message that was fetched ahead, else None; ``take`` returns it all the same."""
+        return self._ahead.get(message_id)
+
+    def drop(self, ids: Sequence[str]) -> None:
+        """Forget what was fetched ahead and is not delivered now."""
+        for message_id in ids:
+            self._ahead.pop(message_id, None)
+
+    async def _fetch(self, ids: Sequence[str]) -> None:
+        if ids:
+            batch = CommandBatch()
+            batch.add(("MGET", *(keys.MESSAGE + message_id for message_id in ids)))
+            (records,) = await self._wires.ask(batch)
+            for message_id, record in zip(ids, cast("list[bytes | None]", records), strict=True):
+                with contextlib.suppress(BodyElsewhere, MalformedRecord):  # told when its turn comes
+                    if record is not None:
+                        self._ahead[message_id] = Message.unpack(record, message_id)
+
+    async def _unpacked(self, message_id: str, record: bytes) -> Message:
+        try:
+            return Message.unpack(record, message_id)
+        except BodyElsewhere as place:
+            found = await asyncio.to_thread(archive.fetch, place, message_id, self._folder)
+            return Message.unpack(found, message_id)

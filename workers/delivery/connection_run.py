@@ -1,0 +1,264 @@
+"""A courier's rounds: one connection, and the copies that go over it one transaction after the other.
+
+When all has gone smoothly for a while, the next copy's MAIL leaves behind the dot of the one before, its reply not yet
+here. What the server says is read into the copy, and into the breaker: a copy that met the server's trouble goes back
+untried, behind the others, one whose transaction broke off is deferred. So is one that meets trouble again, or for
+long, when the server has carried others through meanwhile: it is that copy's own. A connection that ends between two
+copies is nobody's fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from relay import maillog, metrics
+from relay.client.connection import ClientError, Connection, DeadlinePassed
+from relay.client.pool import Pool, PoolExhausted
+from relay.config.model import RelaySettings
+from relay.ledger.changes import Claim
+from relay.mail.destination import Destination
+from relay.mail.reply import Reply
+from workers.delivery.batches import Batch, Batches
+from workers.delivery.bodies import Bodies
+from workers.delivery.copy import Copy
+from workers.delivery.refusals import Refusals
+from workers.delivery.retry import Breaker, Width
+from workers.delivery.runners import Runner
+from workers.delivery.transaction import Group, Outcome, Unfit, can_follow, group, send
+
+_SMOOTH = 20  # copies taken one after the other, each soon, before the next one's MAIL is sent behind a dot
+_SOON = 2.0  # seconds that a transaction may take for that
+_SUSPECTS = 1000  # copies that met trouble of the server and are remembered
+
+
+@dataclass(slots=True)
+class _Trial:
+    """A copy on a connection; ``begun`` is what was sent behind the dot of the one before, ``following`` the next."""
+
+    batch: Batch
+    copy: Copy
+    runner: Runner
+    begun: Group | None = None
+    is_look: bool = False  # it was chosen to be unlike what was refused before
+    outcome: Outcome = field(default_factory=Outcome)
+    following: _Trial | None = None
+
+
+class ConnectionRuns:
+    """The rounds of one courier; each call of ``make`` is one, and several go on at once."""
+
+    def __init__(
+        self,
+        destination: Destination,
+        relay: RelaySettings,
+        pool: Pool,
+        bodies: Bodies,
+        batches: Batches,
+        breaker: Breaker,
+        width: Width,
+        refusals: Refusals,
+        *,
+        hire: Callable[[], None],
+        is_held_up: Callable[[], bool],
+    ) -> None:
+        """``hire`` is called when a copy has been seen to, ``is_held_up`` asked before the next one follows."""
+        self._destination = destination
+        self._relay = relay
+        self._pool = pool
+        self._bodies = bodies
+        self._batches = batches
+        self._breaker = breaker
+        self._width = width
+        self._refusals = refusals
+        self._hire = hire
+        self._is_held_up = is_held_up
+        self._smooth = 0  # copies taken soon, since there was anything else
+        self._suspects: dict[str, int] = {}  # copies that met trouble -> transactions carried through by then
+
+    async def make(self, batch: Batch, copy: Copy, runner: Runner, *, is_look: bool = False) -> None:
+        """Try a copy once, and others behind it: then each one's outcome is being written, or it is in its batch."""
+        trial = _Trial(batch, copy, runner, is_look=is_look)
+        try:
+            connection = await self._pool.lease(timeout=self._relay.timeout_seconds)
+        except PoolExhausted:
+            self._untried(trial)  # no trouble of the server's: those that hang have them all
+            return
+        except ClientError as error:
+            self._trouble()
+            if runner.is_outrun:
+                self._breaker.breaks(str(error))  # this connection, or address: others have worked meanwhile
+            else:
+                self._breaker.opens(str(error))
+            self._untried(trial)
+            return
+        except BaseException:
+            self._batches.end(trial.batch, trial.copy.id, broken=True)
+            raise
+        reused = connection.transactions > 0
+        following: _Trial | None = trial
+        try:
+            while following is not None:
+                trial = following
+                await self._transact(connection, trial, reused=reused)
+                self._batches.end(trial.batch, trial.copy.id)
+                following, reused = trial.following, True
+                if following is not None and not connection.is_open:
+                    self._untried(following)
+                    break
+                self._hire()
+        except BaseException:
+            connection.close()
+            if trial.outcome.sent:  # its lease is given up below, and what the server said is lost
+                maillog.repeated(trial.copy.id, self._destination.name, "its delivery was broken off")
+            while following is not None:
+                self._batches.end(following.batch, following.copy.id, broken=True)
+                following = following.following
+            raise
+        finally:
+            self._pool.give_back(connection)
+
+    async def _transact(self, connection: Connection, trial: _Trial, *, reused: bool) -> None:
+        """Carry out one transaction; the next one may begin behind its dot."""
+        runner = trial.runner
+
+        def let_go() -> None:
+            """Have what was begun behind a dot that is not answered tried elsewhere; none of its body has been sent."""
+            self._smooth = 0
+            if trial.following is not None:
+                following, trial.following = trial.following, None
+                self._untried(following)
+
+        def following() -> Group | None:
+            trial.following = None if runner.is_slow else self._follower(connection, runner)
+            return None if trial.following is None else trial.following.begun
+
+        runner.begins(connection, let_go)
+
+        try:
+            await send(
+                connection,
+                trial.copy.message,
+                list(trial.copy.owed),
+                trial.outcome,
+                timeout=self._relay.timeout_seconds,
+                final_timeout=self._relay.final_timeout_seconds,
+                begun=trial.begun,
+                following=following,
+            )
+        except Unfit as unfit:
+            trial.copy.refuse(unfit.reply)
+            self._batches.conclude(trial.batch, trial.copy)
+        except ClientError as error:
+            connection.close()
+            self._smooth = 0
+            self._broke_off(trial, error, reused=reused)
+        else:
+            if reused and trial.outcome.is_farewell:
+                connection.close()
+                self._batches.put_back(trial.batch, trial.copy)  # so many messages and no more on one connection
+                return
+            runner.ends()
+            is_smooth = trial.outcome.is_taken and self._breaker.clock() - runner.begun_at < _SOON
+            self._smooth = self._smooth + 1 if is_smooth else 0
+            if trial.following is not None and not trial.outcome.is_taken:
+                connection.close()  # a server that refuses before the dot and again at it: whose reply would be next?
+            self._read(trial)
+
+    def _follower(self, connection: Connection, runner: Runner) -> _Trial | None:
+        """Return what may be begun on a connection before its last dot is answered, and is at hand."""
+        batch = self._batches.next()
+        if batch is None or self._smooth < _SMOOTH or self._is_held_up() or not self._pool.can_go_on(connection):
+            return None
+        item = batch.work[0]
+        if not isinstance(item, Claim):
+            return None
+        message = self._bodies.at_hand(item.id)
+        if message is None or not can_follow(connection, message):
+            return None
+        copy = Copy.of(item, message, self._destination)
+        with suppress(Unfit):  # told when its turn comes
+            if copy.owed:
+                trial = _Trial(batch, copy, runner, group(connection, message, copy.owed))
+                self._batches.begin(batch)
+                self._bodies.drop([item.id])
+                return trial
+        return None
+
+    def _untried(self, trial: _Trial) -> None:
+        self._batches.put_back(trial.batch, trial.copy)
+        self._batches.end(trial.batch, trial.copy.id)
+
+    def _broke_off(self, trial: _Trial, error: ClientError, *, reused: bool) -> None:
+        """The connection did not carry the transaction through."""
+        batch, copy, outcome = trial.batch, trial.copy, trial.outcome
+        if trial.runner.gave_up:
+            error = DeadlinePassed("no reply for long, while others wait for a connection", stage=error.stage)
+        elif outcome.replies and not (outcome.is_begun or outcome.is_farewell):
+            self._read(trial)  # it refused MAIL, and closed
+            return
+        elif reused and (outcome.is_farewell or not (outcome.is_begun or error.reply or trial.runner.is_outrun)):
+            # A kept connection that the server had closed meanwhile, or has had enough of: nobody's fault.
+            self._batches.put_back(batch, copy)
+            return
+        self._trouble()
+        is_its_own = trial.runner.gave_up or trial.runner.is_outrun
+        if not outcome.replies and not is_its_own:
+            is_its_own = self._is_known(copy)
+            if not is_its_own:
+                self._breaker.opens(str(error))
+                self._batches.put_back(batch, copy, last=True)
+                return
+        if not is_its_own:
+            self._breaker.breaks(str(error))
+        if outcome.sent:
+            maillog.repeated(copy.id, self._destination.name, str(error))
+        elif error.reply is not None and error.reply.is_permanent:
+            copy.read(outcome, soft_bounce=self._destination.soft_bounce)  # it refused the body before its end
+        copy.defer(Reply.of(451, f"4.4.2 {error}"))
+        self._batches.conclude(batch, copy)
+
+    def _read(self, trial: _Trial) -> None:
+        """Read what the server said of a transaction that it carried through."""
+        batch, copy, outcome = trial.batch, trial.copy, trial.outcome
+        if outcome.round_trip is not None:
+            self._width.note(outcome.round_trip)
+            self._breaker.limit = self._width.now
+        server = copy.read(outcome, soft_bounce=self._destination.soft_bounce)
+        if server is not None:
+            self._trouble()
+            if self._is_known(copy):
+                copy.defer(server)
+            else:
+                self._breaker.opens(server.text)
+        elif copy.is_refused:
+            # It was answered about itself: what this says of the server is found out with other mail.
+            self._refusals.refused(copy, outcome)
+            self._breaker.refuses(next(iter(copy.never.values())), is_look=trial.is_look)
+        else:
+            if copy.taken:
+                self._breaker.took()
+                self._refusals.took(copy, outcome)
+            self._breaker.works()
+        if copy.owed:  # the server is in trouble, or there were too many recipients for one transaction
+            self._batches.put_back(batch, copy, last=server is not None)
+        else:
+            self._batches.conclude(batch, copy)
+
+    def _is_known(self, copy: Copy) -> bool:
+        """Say whether a copy that meets trouble has met it before, and others were carried through since."""
+        before = self._suspects.pop(copy.id, None)
+        if before is not None and before < self._breaker.carried:
+            return True
+        self._suspects[copy.id] = self._breaker.carried
+        if len(self._suspects) > _SUSPECTS:
+            del self._suspects[next(iter(self._suspects))]
+        return False
+
+    def has_met_trouble(self, message_id: str) -> bool:
+        """Say whether a copy was tried when the server was in trouble, and may be the cause."""
+        return message_id in self._suspects
+
+    def _trouble(self) -> None:
+        metrics.deliveries.labels(self._destination.name, "trouble").inc()

@@ -1,0 +1,190 @@
+"""Outcomes on their way to the ledger, group-committed: what copies have come to while Redis was busy leaves together.
+
+An outcome that cannot be written is tried again until it is: a Redis restart in the middle of a batch repeats no
+delivery. Futures resolve when Redis has answered. While the oldest outcome waits for more than a second,
+``is_late`` tells the courier to start no new copy. Under Sentinels a failover can lose what was answered: what was
+settled lately is remembered, and settled again at the new master.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import redis.asyncio
+from redis import Redis
+from redis.exceptions import RedisError
+
+from relay import faultpoints, maillog
+from relay.ledger import changes as ledger_changes
+from relay.ledger import keys
+from relay.ledger.changes import Claim
+from relay.redisio import clients
+from relay.redisio.pipeline import CommandBatch, Pipelines
+
+_LATE = 1.0
+_STUCK = 60.0
+_LONGEST_PAUSE = 2.0
+_FOLLOW_SECONDS = 0.5
+_AFTERMATH_SECONDS, _AGAIN_SECONDS = 60.0, 5.0
+_REMEMBERED_SECONDS = 300.0  # a failover takes as long as the Sentinels wait, and their election
+_REMEMBERED = 50_000
+_PAGE = 1000
+
+Change = Callable[[Any], object]
+
+
+class Outbox:
+    """The outcomes of one worker process."""
+
+    def __init__(
+        self,
+        connection: redis.asyncio.Redis,
+        jobs: Redis,
+        destination: str,
+        *,
+        now: Callable[[], float] = time.time,
+        remembers: bool = False,
+    ) -> None:
+        """Take an async client for what concerns only the ledger, a blocking one for what also makes RQ jobs.
+
+        ``now`` is Redis's clock; ``remembers`` what is settled, for the case of a failover.
+        """
+        self._connection = connection
+        self._wires = Pipelines(connection)
+        self._jobs = jobs
+        self._destination = destination
+        self._settled: list[str] = []
+        self._changes: list[Change] = []
+        self._waiters: list[asyncio.Future[None]] = []
+        self._flight: asyncio.Task[None] | None = None
+        self._oldest: float | None = None
+        self._now = now
+        self._remembers = remembers
+        self._lately: dict[str, float] = {}  # id -> when it was settled, the oldest first
+
+    @property
+    def is_late(self) -> bool:
+        """Whether an outcome has been waiting for more than a second."""
+        return self._oldest is not None and time.monotonic() - self._oldest > _LATE
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether an outcome has been waiting for so long that a drain should not wait for it."""
+        return self._oldest is not None and time.monotonic() - self._oldest > _STUCK
+
+    def settle(self, message_id: str) -> asyncio.Future[None]:
+        """Note a delivered copy."""
+        self._settled.append(message_id)
+        return self._submitted()
+
+    def write(self, change: Change) -> asyncio.Future[None]:
+        """Note a change that makes an RQ job too; called in a thread with a pipeline in MULTI, again if that fails."""
+        self._changes.append(change)
+        return self._submitted()
+
+    def has_settled(self, claim: Claim) -> bool:
+        """Say whether this very copy was settled here: Redis has it as pending because a failover lost that."""
+        settled_at = self._lately.get(claim.id)
+        return settled_at is not None and claim.accepted_at <= settled_at  # else it is another's, moved here since
+
+    async def follow(self) -> None:
+        """See to it that a new master knows what was settled at the old one; runs until cancelled."""
+        master = None
+        until = again_at = 0.0  # a write on its way can reach the old master even then, until the Sentinels demote it
+        while self._remembers:
+            await asyncio.sleep(_FOLLOW_SECONDS)
+            if master is not None and not self._lately:
+                continue
+            try:
+                present = await clients.find_master(self._connection)
+            except (RedisError, OSError):
+                continue
+            now = time.monotonic()
+            if master not in {None, present}:
+                until, again_at = now + _AFTERMATH_SECONDS, now
+            if again_at <= now < until:
+                await self._until_written(self._settle_again)
+                again_at = now + _AGAIN_SECONDS
+            master = present
+
+    async def _settle_again(self) -> None:
+        ids = list(self._lately)
+        for start in range(0, len(ids), _PAGE):
+            page = ids[start : start + _PAGE]
+            scores = await self._connection.zmscore(keys.PENDING + self._destination, page)
+            pairs = zip(page, scores, strict=True)
+            lost = [i for i, score in pairs if score is not None and float(score) <= self._lately.get(i, 0.0)]
+            for message_id in lost:
+                maillog.repeated(message_id, self._destination, "a failover lost that it was delivered")
+            if lost:
+                await self._settle(lost)
+
+    def _remember(self, ids: list[str]) -> None:
+        if self._remembers:
+            now = self._now()
+            self._lately.update(dict.fromkeys(ids, now))
+            while self._lately and (
+                len(self._lately) > _REMEMBERED or next(iter(self._lately.values())) < now - _REMEMBERED_SECONDS
+            ):
+                del self._lately[next(iter(self._lately))]
+
+    def _submitted(self) -> asyncio.Future[None]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        self._waiters.append(future)
+        if self._oldest is None:
+            self._oldest = time.monotonic()
+        if self._flight is None:
+            self._flight = loop.create_task(self._fly())
+        return future
+
+    async def _fly(self) -> None:
+        try:
+            while self._waiters:
+                await asyncio.sleep(0)  # the end of this turn of the loop: what else has an outcome in it goes along
+                settled, self._settled = self._settled, []
+                changes, self._changes = self._changes, []
+                waiters, self._waiters = self._waiters, []
+                begun = self._oldest
+                if settled:
+                    await self._until_written(lambda ids=settled: self._settle(ids))  # type: ignore[misc]
+                if changes:
+                    await self._until_written(lambda c=changes: asyncio.to_thread(self._change, c))  # type: ignore[misc]
+                for waiter in waiters:
+                    if not waiter.done():
+                        waiter.set_result(None)
+                if self._oldest == begun:
+                    self._oldest = time.monotonic() if self._waiters else None
+        finally:
+            self._flight = None
+
+    async def _settle(self, ids: list[str]) -> None:
+        faultpoints.reach("before settle")
+        batch = CommandBatch()
+        for start in range(0, len(ids), _PAGE):  # one script takes some 8,000
+            ledger_changes.settle(batch, self._destination, ids[start : start + _PAGE])
+        await self._wires.ask(batch)
+        self._remember(ids)
+
+    def _change(self, changes: list[Change]) -> None:
+        with self._jobs.pipeline(transaction=True) as pipe:
+            for change in changes:
+                change(pipe)
+            pipe.execute()
+
+    async def _until_written(self, write: Callable[[], Any]) -> None:
+        pause = 0.05
+        while True:
+            try:
+                await write()
+            except (RedisError, OSError) as error:
+                maillog.ledger_trouble("outcomes wait for Redis", error)
+            except Exception as error:  # the border: whoever waits for these would wait in silence, for ever
+                maillog.task_failed(f"outcomes for {self._destination}", error)
+            else:
+                return
+            await asyncio.sleep(pause)
+            pause = min(_LONGEST_PAUSE, pause * 2)

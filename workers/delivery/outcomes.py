@@ -1,0 +1,167 @@
+"""What becomes of copies: settled, deferred or failed, as changes of the ledger and as RQ jobs.
+
+All copies that one job defers leave it together, as one scheduled job; a copy that fails becomes a failed job
+of its own, for inspection and requeue. Nothing here fails: the outbox writes until Redis has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from redis import Redis
+from rq.job import JobStatus
+
+from relay import maillog, metrics
+from relay.config.model import RetrySettings
+from relay.ledger import changes, rq_jobs
+from relay.ledger.changes import Claim
+from relay.ledger.copy_state import CopyState
+from relay.mail.destination import Destination
+from relay.mail.envelope import Envelope
+from relay.mail.reply import Reply
+from workers.delivery.copy import Copy, begun
+from workers.delivery.outbox import Outbox
+from workers.delivery.retry import next_delay
+from workers.queues import failed
+
+_INTERRUPTED = Reply.of(451, "4.3.2 the worker was stopped between two recipients")
+_SOON = 1.0
+
+
+class Outcomes:
+    """Turns copies into outcomes, for one destination."""
+
+    def __init__(
+        self,
+        destination: Destination,
+        jobs: Redis,
+        outbox: Outbox,
+        retry: RetrySettings,
+        *,
+        failed_ttl: float,
+        now: Callable[[], float],
+    ) -> None:
+        self._name = destination.name
+        self._jobs = jobs
+        self._queue = rq_jobs.queue(jobs, destination.name)
+        self._outbox = outbox
+        self._retry = retry
+        self._failed_ttl = failed_ttl
+        self._delivered = metrics.deliveries.labels(self._name, "delivered")
+        self._age = metrics.delivery_age_seconds.labels(self._name)
+        self._now = now
+
+    def conclude(self, copy: Copy, job: str) -> tuple[asyncio.Future[None] | None, tuple[CopyState, float] | None]:
+        """Write what became of a copy whose recipients all have an answer.
+
+        Returns the future of what is being written, and for a copy with recipients still owed its state and the
+        seconds to its next try: the caller hands those to ``defer``, together with others.
+        """
+        name, now = self._name, self._now()
+        state, attempts = copy.state, copy.state.attempts + 1
+        deferred, written = None, None
+        if copy.later:
+            reply = copy.said(copy.later)
+            state = state.tried(now, reply)
+            delay = next_delay(self._retry, state.tries, now - state.since)
+            if delay is None:
+                copy.never.update(copy.later)
+                copy.later = {}
+            else:
+                deferred = (replace(state, owed=tuple(sorted(copy.later)), job=job), delay)
+                metrics.deliveries.labels(name, "deferred").inc()
+                maillog.deferred(copy.id, name, len(copy.later), attempts, reply, delay)
+        if copy.taken:
+            age = now - copy.message.envelope.received_at
+            self._delivered.inc()
+            self._age.observe(max(0.0, age))
+            maillog.delivered(copy.id, name, copy.taken, attempts, age)
+        if copy.never:
+            reply = copy.said(copy.never)
+            failure = replace(copy.state.tried(now, reply), owed=tuple(sorted(copy.never)))
+            written = self._fail(copy.id, failure, deferred[0] if deferred else None, reply, copy.message.envelope)
+            metrics.deliveries.labels(name, "failed").inc()
+            maillog.failed(copy.id, name, len(copy.never), attempts, reply)
+        elif deferred is None:
+            written = self._outbox.settle(copy.id)
+        return written, deferred
+
+    def interrupted(self, copy: Copy, job: str) -> tuple[asyncio.Future[None] | None, tuple[CopyState, float] | None]:
+        """Conclude a copy of which only some recipients were asked when we were told to stop."""
+        copy.defer(_INTERRUPTED)
+        return self.conclude(copy, job)
+
+    async def defer(self, states: dict[str, tuple[CopyState, float]]) -> None:
+        """Schedule one job for copies that are tried again, at the earliest time of any."""
+        job = rq_jobs.create(self._queue, self._name, list(states), JobStatus.SCHEDULED)
+        owned = {message_id: replace(state, job=job.id) for message_id, (state, _) in states.items()}
+        when = datetime.fromtimestamp(self._now() + min(delay for _, delay in states.values()), UTC)
+
+        def change(pipe: object) -> None:
+            changes.defer(pipe, self._name, owned)
+            rq_jobs.schedule(pipe, self._queue, job, when)
+
+        await self._outbox.write(change)
+
+    async def again_soon(self, copy: Copy) -> None:
+        """Give an untried copy a job of its own, when the one it came with is over."""
+        owed = tuple(copy.owed) if copy.state.owed is not None else None
+        await self.defer({copy.id: (replace(copy.state, owed=owed), _SOON)})
+
+    async def requeued(self, job: str, ids: Sequence[str]) -> list[str]:
+        """Return those of these copies that are failed, too, and to be retried by this job. Raises RedisError."""
+        owners = await asyncio.to_thread(changes.owners, self._jobs, self._name, ids, failed=True)
+        return [message_id for message_id, owner in zip(ids, owners, strict=True) if owner == job]
+
+    async def retry_later(self, ids: Sequence[str], seconds: float) -> None:
+        """Ask again for failed copies that an operator requeued while they are delivered to other recipients."""
+        if not ids:
+            return
+        job = rq_jobs.create(self._queue, self._name, ids, JobStatus.SCHEDULED)
+        when = datetime.fromtimestamp(self._now() + seconds, UTC)
+
+        def change(pipe: object) -> None:
+            failed.adopt(pipe, self._name, ids, job.id)
+            rq_jobs.schedule(pipe, self._queue, job, when)
+
+        await self._outbox.write(change)
+
+    def postpone(
+        self, claim: Claim, job: str, reply: str
+    ) -> tuple[asyncio.Future[None] | None, tuple[CopyState, float] | None]:
+        """Defer a copy that cannot be tried here as yet; returns what ``conclude`` does."""
+        now = self._now()
+        state = begun(claim).tried(now, reply)
+        delay = next_delay(self._retry, state.tries, now - state.since)
+        if delay is None:
+            return self.fail(claim, reply), None
+        metrics.deliveries.labels(self._name, "deferred").inc()
+        maillog.deferred(claim.id, self._name, len(state.owed or ()), state.attempts, reply, delay)
+        return None, (replace(state, job=job), delay)
+
+    def fail(self, claim: Claim, reply: str) -> asyncio.Future[None]:
+        """Put a copy (back) on the failed list that cannot be tried here."""
+        maillog.failed(claim.id, self._name, len(claim.state.owed or ()), claim.state.attempts, reply)
+        return self._fail(claim.id, claim.state.tried(self._now(), reply), None, reply, None)
+
+    def forget(self, message_id: str) -> asyncio.Future[None]:
+        """Remove a pending copy whose body is gone."""
+        maillog.body_missing(message_id, self._name)
+        return self._outbox.write(lambda pipe: changes.drop(pipe, self._name, [message_id], pending=True))
+
+    async def give_back(self, ids: Sequence[str]) -> None:
+        """Give leases back untried."""
+        await self._outbox.write(lambda pipe: changes.unlease(pipe, self._name, ids))
+
+    def _fail(
+        self, message_id: str, failure: CopyState, remains: CopyState | None, reply: str, envelope: Envelope | None
+    ) -> asyncio.Future[None]:
+        name, ttl = self._name, self._failed_ttl
+
+        def change(pipe: object) -> None:
+            failed.add_failure(pipe, self._queue, name, message_id, failure, remains, reply, ttl, envelope)
+
+        return self._outbox.write(change)

@@ -1,0 +1,236 @@
+"""One copy in one SMTP or LMTP transaction with a backup: what each recipient's answer was.
+
+MAIL, RCPT and DATA leave in one packet where the server offers PIPELINING, perhaps behind the dot of the transaction
+before, and every reply is looked at. A copy that the server cannot represent (8-bit, SMTPUTF8, size) is refused here,
+with a reason that says what to change; a body is never converted. Trouble on the connection raises its ClientError;
+``sent`` on the Outcome so far tells whether the dot was out by then.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from relay.client.connection import ClientError, Connection
+from relay.client.xforward import introduce, is_introduced, xforward
+from relay.mail.destination import Destination
+from relay.mail.envelope import Envelope, Recipient
+from relay.mail.esmtp import MAIL_EXTENSIONS, command_line, value
+from relay.mail.origin import of_envelope
+from relay.mail.record import Message
+from relay.mail.reply import Reply
+
+_BODY_SECONDS = 180.0
+_AT_ONCE = 64 << 10  # octets of a body that leaves in one write with its dot
+# RFC 3461 4.2, RFC 6533 3; one that a server may refuse is no reason to lose the copy.
+_ORCPT = re.compile(r"ORCPT=[\w.-]+;(?:[!-*,-<>-~]|[^\x00-\x7f]|\+[0-9A-F]{2})+", re.IGNORECASE)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What was said: for each recipient index that was asked about its reply, or the one reply that counts for all."""
+
+    replies: dict[int, Reply] = field(default_factory=dict)
+    is_begun: bool = False  # MAIL was answered with a yes
+    sent: bool = False  # the dot is out
+    round_trip: float | None = None  # seconds until MAIL was answered; None when it had to wait for another dot
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether the dot is out and every reply is a yes."""
+        return self.sent and all(reply.is_positive for reply in self.replies.values())
+
+    @property
+    def is_farewell(self) -> bool:
+        """Whether the server wanted no transaction on this connection."""
+        return not self.sent and bool(self.replies) and all(reply.code == 421 for reply in self.replies.values())
+
+
+class Unfit(Exception):
+    """This server cannot take this copy as it is; ``reply`` says why, as a 5xx of our own."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.reply = Reply.of(554, text)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The commands that begin a copy's transaction with one server: DATA is last (RFC 2920 3.1)."""
+
+    told: list[bytes]
+    mail: bytes
+    recipients: list[tuple[int, bytes]]
+
+    @property
+    def lines(self) -> list[bytes]:
+        return [*self.told, self.mail, *(command for _, command in self.recipients), b"DATA"]
+
+
+def group(connection: Connection, message: Message, owed: Sequence[int]) -> Group:
+    """Return what begins a copy's transaction for the recipients with these indices. Raises Unfit."""
+    envelope = message.envelope
+    return Group(
+        xforward(of_envelope(envelope), connection),
+        mail_command(envelope, connection.destination, connection),
+        [(i, rcpt_command(envelope.recipients[i], connection)) for i in owed],
+    )
+
+
+def can_follow(connection: Connection, message: Message) -> bool:
+    """Say whether a transaction may begin behind a dot: the server offers PIPELINING and need not be told XCLIENT."""
+    return "PIPELINING" in connection.extensions and is_introduced(connection, of_envelope(message.envelope))
+
+
+async def send(
+    connection: Connection,
+    message: Message,
+    owed: Sequence[int],
+    outcome: Outcome,
+    *,
+    timeout: float,
+    final_timeout: float,
+    begun: Group | None = None,
+    following: Callable[[], Group | None] = lambda: None,
+) -> None:
+    """Send a copy to the recipients with these indices; fills ``outcome``. Raises ClientError, Unfit.
+
+    ``begun`` has been sent already, behind the dot before; what ``following`` returns is sent behind this one.
+    """
+    if begun is None:
+        turned_away = await introduce(connection, of_envelope(message.envelope), timeout=timeout)
+        if turned_away is not None:
+            outcome.replies.update(dict.fromkeys(owed, turned_away))
+            return
+    accepted = await _ask(connection, begun, begun or group(connection, message, owed), outcome, timeout)
+    if accepted is None:
+        return
+    connection.begin_data()
+    if not accepted:
+        # Every recipient was refused and it says 354 all the same (RFC 2920 3.1): an empty message, refused at its dot.
+        connection.end_body()
+        await connection.reply(timeout=timeout)
+        connection.end_data()
+        return
+    body = message.body
+    if len(body) > _AT_ONCE:
+        await connection.write_body(body, timeout=_BODY_SECONDS)
+        body = b""
+        early = connection.early_reply
+        if early is not None:
+            outcome.replies.update(dict.fromkeys(accepted, early))
+            raise ClientError("the server spoke before the end of the message", stage="message body", reply=early)
+    lmtp = connection.destination.scheme == "lmtp"
+    then = following()
+    connection.end_body(body, replies=len(accepted) if lmtp else 1, then=then.lines if then else ())
+    outcome.sent = True
+    for i in accepted if lmtp else ():
+        outcome.replies[i] = await connection.reply(timeout=final_timeout)
+    if not lmtp:
+        outcome.replies.update(dict.fromkeys(accepted, await connection.reply(timeout=final_timeout)))
+    connection.end_data()
+
+
+async def _ask(
+    connection: Connection, begun: Group | None, asked: Group, outcome: Outcome, timeout: float
+) -> list[int] | None:
+    """Send XFORWARD, MAIL, RCPT and DATA; returns the recipients accepted once DATA has got its 354, else None."""
+    pipelining = begun is not None or "PIPELINING" in connection.extensions
+    if pipelining and begun is None:
+        connection.send(*asked.lines)
+
+    async def answer(command: bytes) -> Reply:
+        return await (connection.reply(timeout=timeout) if pipelining else connection.command(command, timeout=timeout))
+
+    for command in asked.told:
+        await answer(command)  # whatever it says to them: they are for its log
+    started = time.monotonic()
+    reply_to_mail = await answer(asked.mail)
+    if begun is None and not asked.told:
+        outcome.round_trip = time.monotonic() - started
+    accepted = []
+    outcome.is_begun = reply_to_mail.is_positive
+    if not reply_to_mail.is_positive:
+        outcome.replies.update((i, reply_to_mail) for i, _ in asked.recipients)
+    for i, command in asked.recipients if reply_to_mail.is_positive or pipelining else ():
+        reply = await answer(command)
+        if reply_to_mail.is_positive:
+            outcome.replies[i] = reply
+            if reply.is_positive:
+                accepted.append(i)
+    if not accepted and not pipelining:
+        return None
+    return _go(await answer(b"DATA"), accepted, outcome)
+
+
+def _go(reply: Reply, accepted: list[int], outcome: Outcome) -> list[int] | None:
+    """Read the reply to DATA: what ``_ask`` returns."""
+    if reply.code == 354:
+        return accepted
+    if reply.code < 400:  # out of step, or no SMTP server: not a yes to the message
+        for i in accepted:
+            del outcome.replies[i]
+        raise ClientError(f"the server answered DATA with {reply.code}", stage="DATA")
+    outcome.replies.update(dict.fromkeys(accepted, reply))
+    return None
+
+
+def mail_command(envelope: Envelope, destination: Destination, connection: Connection) -> bytes:
+    """Return MAIL for this server. Raises Unfit."""
+    extensions = connection.extensions
+    parameters = []
+    if value(envelope.parameters, "SMTPUTF8") is not None:
+        if "SMTPUTF8" not in extensions:
+            raise Unfit("5.6.7 the backup does not offer SMTPUTF8, which this message needs: enable it there")
+        parameters.append("SMTPUTF8")
+    body = value(envelope.parameters, "BODY")
+    if body is not None and body.upper() != "7BIT":
+        if "8BITMIME" not in extensions:
+            raise Unfit("5.6.3 the backup does not offer 8BITMIME, which this message needs: enable it there")
+        parameters.append(f"BODY={body}")
+    if value(envelope.parameters, "REQUIRETLS") is not None:
+        if "REQUIRETLS" not in extensions or destination.tls != "verify":
+            raise Unfit(
+                "5.7.30 the message must travel with REQUIRETLS: offer it there, and set tls = verify for it here"
+            )
+        parameters.append("REQUIRETLS")
+    if "SIZE" in extensions:
+        limit = extensions["SIZE"].strip()
+        if limit.isascii() and limit.isdigit() and 0 < int(limit) < envelope.size:
+            raise Unfit(f"5.3.4 the message has {envelope.size} octets, the backup takes {limit}: raise its size limit")
+        parameters.append(f"SIZE={envelope.size}")
+    if envelope.parameters:
+        parameters += [p for p in _optional(envelope) if MAIL_EXTENSIONS[p.partition("=")[0]] in extensions]
+    sender = "" if destination.sender == "null" else envelope.sender
+    return command_line("MAIL FROM", sender, parameters)
+
+
+def _optional(envelope: Envelope) -> Iterator[str]:
+    """Yield what is said where it is understood and else left out; how long to hold the copy, while that lies ahead."""
+    now = time.time()
+    for name in ("AUTH", "MT-PRIORITY", "HOLDFOR", "HOLDUNTIL"):
+        text = value(envelope.parameters, name)
+        if text is None:
+            continue
+        if name == "HOLDFOR":
+            left = int(envelope.received_at + int(text) - now) if text.isdigit() else 0
+            text = str(left) if left > 0 else ""
+        elif name == "HOLDUNTIL":
+            try:
+                due = datetime.fromisoformat(text.upper())
+            except ValueError:
+                continue
+            text = text if due.tzinfo is not None and due.timestamp() > now else ""
+        if text:
+            yield f"{name}={text}"
+
+
+def rcpt_command(recipient: Recipient, connection: Connection) -> bytes:
+    """Return RCPT for this server; where DSN is offered nobody is ever notified about a copy."""
+    if "DSN" not in connection.extensions:
+        return command_line("RCPT TO", recipient.address, [])
+    kept = [p for p in recipient.parameters if _ORCPT.fullmatch(p)]
+    return command_line("RCPT TO", recipient.address, ["NOTIFY=NEVER", *kept])

@@ -1,0 +1,1 @@
+"""The backlog and the failed list as data, for operators."""

@@ -1,0 +1,306 @@
+"""The backlog: what waits for each backup, as an operator sees it, and what they can do about it.
+
+Copies are listed by age, in pages and without their bodies. ``flush`` is `postqueue -f`: everything is due now.
+``move`` gives the copies of one destination to another; what is being delivered at that moment stays, and so
+does what the other has a copy of its own waiting for, and a second call moves the rest. A destination that is
+not in the ledger raises UnknownDestination.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from redis import Redis
+
+from relay import maillog
+from relay.ledger import changes, keys, queries, rq_jobs
+from relay.ledger.changes import Move
+from relay.ledger.copy_state import Attempt, CopyState
+from relay.ledger.queries import UnknownId
+from relay.mail.destination import Destination
+from relay.mail.envelope import Envelope
+from workers.queues import failed
+from workers.rqworker import live_jobs
+
+_PAGE = 500
+_BATCH = 100  # copies moved in one transaction, and in one job there
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingCopy:
+    """One pending copy: the recipients that are owed it. Times are seconds since the epoch.
+
+    ``next_attempt_at`` is None when it is due now or under way.
+    """
+
+    id: str
+    destination: str
+    sender: str
+    recipients: tuple[str, ...]
+    size: int
+    received_at: float
+    attempts: int
+    next_attempt_at: float | None
+    last_reply: str
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingDetail(WaitingCopy):
+    """A pending copy with where its message came from and what was said at each attempt, oldest first."""
+
+    client_address: str
+    history: tuple[Attempt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UncertainMessage:
+    """A message whose fate at the primary is unknown; at ``copied_at`` its copies go out all the same."""
+
+    id: str
+    sender: str
+    recipients: tuple[str, ...]
+    size: int
+    received_at: float
+    copied_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What a move did, in copies. ``covered`` were dropped: the new destination had a copy for the same recipients."""
+
+    pending: int
+    failed: int
+    covered: int
+    left: int  # being delivered, or waiting there already
+
+
+# --- listing --------------------------------------------------------------------------------------------------
+
+
+def listing(connection: Redis, destination: str | None = None) -> Iterator[WaitingCopy]:
+    """Yield the pending copies, per destination, the oldest first. Raises UnknownDestination."""
+    for target in queries.destinations(connection, destination):
+        health = _Health.read(connection, target.name)
+        for page in queries.pages(connection, keys.PENDING + target.name, size=_PAGE):
+            yield from _rows(connection, target, health, page)
+
+
+def show(connection: Redis, message_id: str) -> list[WaitingDetail]:
+    """Return a message's pending copies, one per destination where it waits. Raises UnknownId."""
+    found: list[WaitingDetail] = []
+    for target in queries.destinations(connection):
+        at = connection.zscore(keys.PENDING + target.name, message_id)
+        if at is not None:
+            health = _Health.read(connection, target.name)
+            (row,) = _rows(connection, target, health, [(message_id, at)])
+            state = CopyState.from_wire(connection.hget(keys.OWN + target.name, message_id))
+            (envelope,) = queries.envelopes(connection, [message_id])
+            fields = {name: getattr(row, name) for name in WaitingCopy.__slots__}
+            found.append(
+                WaitingDetail(
+                    **fields, client_address=envelope.client_address if envelope else "", history=state.history
+                )
+            )
+    if not found:
+        raise UnknownId(f"does not wait: {message_id}")
+    return found
+
+
+def uncertain(connection: Redis) -> Iterator[UncertainMessage]:
+    """Yield the messages whose fate at the primary is unknown, the next to be copied first."""
+    for page in queries.pages(connection, keys.UNCERTAIN, size=_PAGE):
+        ids = [message_id for message_id, _ in page]
+        for (message_id, at), envelope in zip(page, queries.envelopes(connection, ids), strict=True):
+            yield UncertainMessage(
+                id=message_id,
+                sender=envelope.sender if envelope else "",
+                recipients=tuple(r.address for r in envelope.recipients) if envelope else (),
+                size=envelope.size if envelope else 0,
+                received_at=envelope.received_at if envelope else 0.0,
+                copied_at=at,
+            )
+
+
+def drop(connection: Redis, destination: str, ids: Sequence[str]) -> int:
+    """Forget pending copies for good. Returns how many. One that is being delivered may still arrive."""
+    count = 0
+    for start in range(0, len(ids), _BATCH):
+        with connection.pipeline(transaction=True) as pipe:
+            changes.drop(pipe, destination, ids[start : start + _BATCH], pending=True)
+            count += int(pipe.execute()[0])
+    live_jobs.forget_useless(connection, destination)
+    return count
+
+
+@dataclass(frozen=True, slots=True)
+class _Health:
+    """What the courier tells of a destination: empty unless it is paused."""
+
+    reason: str = ""
+    probe_at: float | None = None
+
+    @classmethod
+    def read(cls, connection: Redis, destination: str) -> _Health:
+        fields = cast("dict[bytes, bytes]", connection.hgetall(keys.HEALTH + destination))
+        if fields.get(b"state") != b"paused":
+            return cls()
+        probe = fields.get(b"probe_at")
+        return cls(fields.get(b"reason", b"").decode(), float(probe) if probe else None)
+
+
+def _rows(
+    connection: Redis, target: Destination, health: _Health, page: Sequence[tuple[str, float]]
+) -> Iterator[WaitingCopy]:
+    ids = [message_id for message_id, _ in page]
+    data = cast("list[bytes | None]", connection.hmget(keys.OWN + target.name, ids))
+    states = [CopyState.from_wire(d) for d in data]
+    scheduled = rq_jobs.queue(connection, target.name).scheduled_job_registry.key
+    times = connection.zmscore(scheduled, [state.job for state in states])
+    clock = changes.now(connection)
+    for (message_id, accepted), state, at, envelope in zip(
+        page, states, times, queries.envelopes(connection, ids), strict=True
+    ):
+        due = at if at is not None and at > clock else None
+        yield WaitingCopy(
+            id=message_id,
+            destination=target.name,
+            sender=envelope.sender if envelope else "",
+            recipients=queries.addressees(envelope, target, state),
+            size=envelope.size if envelope else 0,
+            received_at=envelope.received_at if envelope else accepted,
+            attempts=state.attempts,
+            next_attempt_at=due or health.probe_at,
+            last_reply=state.last_reply or health.reason,
+        )
+
+
+# --- flush ----------------------------------------------------------------------------------------------------
+
+
+def flush(connection: Redis, destination: str | None = None) -> int:
+    """Make everything that waits due now, and have paused destinations probed. Returns how many copies wait.
+
+    Raises UnknownDestination.
+    """
+    waiting = 0
+    for target in queries.destinations(connection, destination):
+        key = rq_jobs.queue(connection, target.name).scheduled_job_registry.key
+        clock = int(changes.now(connection))
+        # As many rounds as there are jobs now: what is deferred meanwhile waits for its own time.
+        for _ in range(0, connection.zcard(key), queries.PAGE):
+            later = connection.zrangebyscore(key, f"({clock}", "+inf", start=0, num=queries.PAGE)
+            if not later:
+                break
+            connection.zadd(key, dict.fromkeys(cast("list[bytes]", later), clock), xx=True)
+        connection.hincrby(keys.HEALTH + target.name, "flush", 1)
+        waiting += connection.zcard(keys.PENDING + target.name)
+    return waiting
+
+
+# --- move -----------------------------------------------------------------------------------------------------
+
+
+def move(connection: Redis, source: str, target: str) -> Moved:
+    """Give the pending and failed copies of one destination to another, for the same recipients.
+
+    They are tried there at once, with a fresh clock; failed ones are listed there. Who gets another copy of
+    the same message there anyway is not sent a second one. Raises UnknownDestination, ValueError.
+    """
+    if source == target:
+        raise ValueError("a destination cannot be moved to itself")
+    (old,), (new,) = queries.destinations(connection, source), queries.destinations(connection, target)
+    mover = _Mover(connection, old, new)
+    mover.move(failed_ones=False)
+    mover.move(failed_ones=True)
+    live_jobs.forget_useless(connection, old.name)
+    return Moved(mover.pending, mover.failed, mover.covered, mover.left)
+
+
+class _Mover:
+    """Moves the copies of one destination to another and counts them."""
+
+    def __init__(self, connection: Redis, old: Destination, new: Destination) -> None:
+        self._connection = connection
+        self._old, self._new = old, new
+        self._queues = rq_jobs.queue(connection, old.name), rq_jobs.queue(connection, new.name)
+        self.pending = self.failed = self.covered = self.left = 0
+
+    def move(self, *, failed_ones: bool) -> None:
+        key = (keys.FAILED if failed_ones else keys.PENDING) + self._old.name
+        states = (keys.FAILURE if failed_ones else keys.OWN) + self._old.name
+        for page in queries.pages(self._connection, key, size=_BATCH):
+            ids = [message_id for message_id, _ in page]
+            before = cast("list[bytes | None]", self._connection.hmget(states, ids))
+            found = queries.envelopes(self._connection, ids)
+            if failed_ones:
+                self._move_failed(ids, before, found)
+            else:
+                self._move_pending(ids, before, found)
+
+    def _move_pending(
+        self, ids: Sequence[str], before: Sequence[bytes | None], found: Sequence[Envelope | None]
+    ) -> None:
+        with self._connection.pipeline(transaction=True) as pipe:
+            job = rq_jobs.enqueue(pipe, self._queues[1], self._new.name, ids)
+            moves = []
+            for message_id, data, envelope in zip(ids, before, found, strict=True):
+                state = self._state(CopyState.from_wire(data), envelope)
+                if state is None:
+                    after = None
+                elif state == CopyState():
+                    after = ""
+                else:
+                    after = replace(state, job=job, tries=0, since=0.0).to_wire()
+                moves.append(Move(message_id, data.decode() if data else "", after))
+            changes.move(pipe, self._old.name, self._new.name, moves)
+            done = pipe.execute()[-1]
+        self.pending += self._count(moves, done)
+
+    def _move_failed(
+        self, ids: Sequence[str], before: Sequence[bytes | None], found: Sequence[Envelope | None]
+    ) -> None:
+        states = [CopyState.from_wire(data) for data in before]
+        with self._connection.pipeline(transaction=True) as pipe:
+            moves = []
+            for message_id, data, state, envelope in zip(ids, before, states, found, strict=True):
+                after = self._state(state, envelope)
+                if after is not None:
+                    after = failed.relist(pipe, self._queues[1], self._new.name, message_id, after, envelope)
+                moves.append(Move(message_id, data.decode() if data else "", after.to_wire() if after else None))
+            failed.forget_jobs(pipe, self._queues[0], [state.job for state in states])
+            changes.move(pipe, self._old.name, self._new.name, moves, failed=True)
+            done = pipe.execute()[-1]
+        self.failed += self._count(moves, done)
+
+    def _state(self, state: CopyState, envelope: Envelope | None) -> CopyState | None:
+        """Return a copy's state at the new destination, None when nobody is owed it there."""
+        if envelope is None:
+            return state
+        owed = envelope.owed_to(self._old) if state.owed is None else state.owed
+        if self._new.name in envelope.destinations:
+            covered = self._covered(envelope)
+            owed = tuple(i for i in owed if i not in covered)
+        if not owed:
+            return None
+        # With an old record everybody is written down: what it owes would be asked of today's filter again.
+        is_all = owed == envelope.owed_to(self._new) and (envelope.promised is not None or not self._new.domains)
+        return replace(state, owed=None if is_all else owed)
+
+    def _covered(self, envelope: Envelope) -> tuple[int, ...]:
+        """Return who gets the new destination's own copy; of an old record only who surely does."""
+        covered = envelope.owed_to(self._new)
+        if envelope.promised is None:
+            covered = tuple(i for i in covered if self._new.wants(envelope.recipients[i]))
+        return covered
+
+    def _count(self, moves: Sequence[Move], done: Sequence[Any]) -> int:
+        gone = [m for m, is_gone in zip(moves, done, strict=True) if is_gone]
+        for m in gone:
+            if m.after is not None:
+                maillog.moved(m.id, self._old.name, self._new.name)
+        covered = sum(m.after is None for m in gone)
+        self.covered += covered
+        self.left += len(moves) - len(gone)
+        return len(gone) - covered

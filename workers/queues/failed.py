@@ -1,0 +1,337 @@
+"""The failed list: copies that a backup refused for good or that were given up, kept for an operator.
+
+Each failed copy is an RQ job of its own, so that rq-dashboard shows the reply and its Requeue retries the copy;
+what is true is in the ledger, whose claim moves a copy back only for the job that owns it. Deleting the job in
+the dashboard hides the copy there and nothing else. Ids that are not in the list raise UnknownId before
+anything is changed; what leaves the list meanwhile is passed over.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+from redis import Redis
+from rq import Queue
+from rq.job import Job, JobStatus
+
+from relay import maillog
+from relay.ledger import archive, changes, keys, queries, rq_jobs
+from relay.ledger.copy_state import Attempt, CopyState
+from relay.ledger.queries import UnknownId
+from relay.mail import encryption
+from relay.mail.destination import Destination
+from relay.mail.envelope import Envelope
+from relay.mail.record import BodyElsewhere, Message
+from relay.mail.text import printable
+from workers.rqworker import live_jobs
+
+_BATCH = 100  # copies in the job of a retry
+_PAGE = 500
+_FOR_EVER = -1  # to RQ: until the ledger's entry goes, and the job with it
+_NAMED = 3  # recipients in the description of a failed job
+_DAY = 86400  # a failed job outlives its ledger entry, whose end is the one that is logged
+
+# KEYS: the failed registry. ARGV: jobs. A job that somebody has just requeued is not in it and stays.
+_FORGET_JOBS = """
+local count = 0
+for _, job in ipairs(ARGV) do
+  if redis.call('ZREM', KEYS[1], job) == 1 then
+    redis.call('DEL', 'rq:job:' .. job, 'rq:job:' .. job .. ':dependents', 'rq:job:' .. job .. ':dependencies',
+      'rq:results:' .. job, 'rq:executions:' .. job)
+    count = count + 1
+  end
+end
+return count
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class FailedCopy:
+    """One failed copy: those recipients that failed, and the last reply. Times are seconds since the epoch."""
+
+    id: str
+    destination: str
+    sender: str
+    recipients: tuple[str, ...]
+    size: int
+    reply: str
+    attempts: int
+    failed_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class FailedDetail(FailedCopy):
+    """A failed copy with where its message came from and what was said at each attempt, oldest first."""
+
+    received_at: float
+    client_address: str
+    history: tuple[Attempt, ...]
+
+
+# --- for the courier: these add commands to a pipeline in MULTI -----------------------------------------------
+
+
+def add_failure(
+    pipe: Any,
+    queue: Queue,
+    destination: str,
+    message_id: str,
+    failure: CopyState,
+    remains: CopyState | None,
+    reply: str,
+    ttl: float,
+    envelope: Envelope | None = None,
+) -> CopyState:
+    """Move a copy, or the recipients in ``failure.owed``, to the failed list, with a failed job of its own.
+
+    Returns the failure's state with that job. The job's id follows from the copy and the attempt, so that a MULTI
+    whose answer was lost can be repeated. ``ttl`` in seconds. What ``envelope`` says is in the job's description.
+    """
+    owned = replace(failure, job=_job_id(destination, message_id, failure.attempts))
+    changes.fail(pipe, destination, message_id, owned, remains)
+    _list_job(pipe, queue, _job(queue, destination, message_id, owned, envelope), reply, int(ttl) + _DAY)
+    return owned
+
+
+def adopt(pipe: Any, destination: str, ids: Collection[str], job: str) -> None:
+    """Make a job the owner of failed copies: it retries them when it runs. Result: how many there are."""
+    changes.reassign(pipe, destination, job, dict.fromkeys(ids), failed=True)
+
+
+def relist(
+    pipe: Any, queue: Queue, destination: str, message_id: str, failure: CopyState, envelope: Envelope | None
+) -> CopyState:
+    """Add a failed job for a copy that moves to another destination's failed list. Returns its state with that job."""
+    owned = replace(failure, job=_job_id(destination, message_id, failure.attempts))
+    _list_job(pipe, queue, _job(queue, destination, message_id, owned, envelope), failure.last_reply, _FOR_EVER)
+    return owned
+
+
+def _job_id(destination: str, message_id: str, attempts: int) -> str:
+    return f"{message_id}-{zlib.crc32(destination.encode()):08x}-{attempts}"
+
+
+def _job(queue: Queue, destination: str, message_id: str, failure: CopyState, envelope: Envelope | None) -> Job:
+    """Return the failed job of a copy: as old as its message, and ended when the copy failed."""
+    job = rq_jobs.create(queue, destination, [message_id], JobStatus.FAILED, failure.job)
+    if failure.history:
+        job.ended_at = datetime.fromtimestamp(failure.history[-1].at, UTC)
+    if envelope is not None:
+        job.created_at = datetime.fromtimestamp(envelope.received_at, UTC)
+        job.description = _describe(destination, failure, envelope)
+    return job
+
+
+def _describe(destination: str, failure: CopyState, envelope: Envelope) -> str:
+    """Return what rq-dashboard shows of a failed copy. RQ stores it as it is: where mail is sealed, no address."""
+    size = f"{envelope.size / 1024:,.1f} KB"
+    if encryption.is_on():
+        return f"1 message to {destination}, {size}"
+    indices = range(len(envelope.recipients)) if failure.owed is None else failure.owed
+    addresses = [f"<{envelope.recipients[i].address}>" for i in indices if i < len(envelope.recipients)]
+    more = f" and {len(addresses) - _NAMED} more" if len(addresses) > _NAMED else ""
+    return printable(f"<{envelope.sender}> to {', '.join(addresses[:_NAMED])}{more}, {size}")
+
+
+def _list_job(pipe: Any, queue: Queue, job: Job, reply: str, ttl: int) -> None:
+    queue.failed_job_registry.add(job, ttl=ttl, exc_string=printable(reply), pipeline=pipe)
+    job.save(pipeline=pipe)  # with the reply, which the registry leaves out
+    pipe.sadd(Queue.redis_queues_keys, queue.key)
+
+
+# --- for the operator -----------------------------------------------------------------------------------------
+
+
+def listing(connection: Redis, destination: str | None = None) -> Iterator[FailedCopy]:
+    """Yield the failed copies, per destination, the oldest failure first. Raises UnknownDestination."""
+    for target in queries.destinations(connection, destination):
+        for page in queries.pages(connection, keys.FAILED + target.name, size=_PAGE):
+            for detail in _details(connection, target, page):
+                yield FailedCopy(**{name: getattr(detail, name) for name in FailedCopy.__slots__})
+
+
+def show(connection: Redis, message_id: str) -> list[FailedDetail]:
+    """Return a message's failed copies, one per destination where it failed. Raises UnknownId."""
+    found: list[FailedDetail] = []
+    for target in queries.destinations(connection):
+        at = connection.zscore(keys.FAILED + target.name, message_id)
+        if at is not None:
+            found += _details(connection, target, [(message_id, at)])
+    if not found:
+        raise UnknownId(f"not in the failed list: {message_id}")
+    return found
+
+
+def retry(
+    connection: Redis, ids: Collection[str] | None, destination: str | None = None, folder: Path | None = None
+) -> int:
+    """Have failed copies tried again now, those with these ids or all (None). Returns how many.
+
+    As Requeue in rq-dashboard, for many at once: they leave in jobs of a hundred. Each stays in the failed list
+    until its job runs. Bodies in files in ``folder`` come back into Redis while it has room; the others
+    are read there by the workers of this host. Raises UnknownId, UnknownDestination.
+    """
+    count = 0
+    for target, batch in _selected(connection, ids, destination):
+        archive.restore(connection, batch, folder)
+        queue = rq_jobs.queue(connection, target.name)
+        before = changes.owners(connection, target.name, batch, failed=True)
+        with connection.pipeline(transaction=True) as pipe:
+            adopt(pipe, target.name, batch, rq_jobs.enqueue(pipe, queue, target.name, batch))
+            forget_jobs(pipe, queue, before)
+            count += pipe.execute()[-2]
+    return count
+
+
+def attempts(
+    connection: Redis, ids: Collection[str] | None, destination: str | None = None
+) -> dict[tuple[str, str], int]:
+    """Return how often each failed copy was tried, by destination and id. Raises UnknownId, UnknownDestination."""
+    found: dict[tuple[str, str], int] = {}
+    for target, batch in _selected(connection, ids, destination):
+        states = cast("list[bytes | None]", connection.hmget(keys.FAILURE + target.name, batch))
+        for message_id, state in zip(batch, states, strict=True):
+            found[target.name, message_id] = CopyState.from_wire(state).attempts
+    return found
+
+
+def fates(
+    connection: Redis, copies: Sequence[tuple[str, str]], before: Mapping[tuple[str, str], int]
+) -> list[tuple[str, str]]:
+    """Return for each copy what became of its retry (delivered, failed, deferred, "" for not yet) and the reply."""
+    with connection.pipeline(transaction=True) as pipe:
+        for destination, message_id in copies:
+            pipe.zscore(keys.FAILED + destination, message_id)
+            pipe.hget(keys.FAILURE + destination, message_id)
+            pipe.zscore(keys.PENDING + destination, message_id)
+            pipe.hget(keys.OWN + destination, message_id)
+        answers = pipe.execute()
+    found = []
+    for copy, (is_failed, failure, waits, own) in zip(copies, zip(*[iter(answers)] * 4, strict=True), strict=True):
+        state = CopyState.from_wire(failure if is_failed is not None else own)
+        if is_failed is None and waits is None:
+            found.append(("delivered", ""))
+        elif state.attempts > before[copy]:
+            found.append(("deferred" if is_failed is None else "failed", state.last_reply))
+        else:
+            found.append(("", state.last_reply))
+    return found
+
+
+def drop(connection: Redis, ids: Collection[str] | None, destination: str | None = None) -> int:
+    """Forget failed copies for good, those with these ids or all (None). Returns how many.
+
+    Raises UnknownId, UnknownDestination.
+    """
+    return sum(_drop(connection, target.name, batch) for target, batch in _selected(connection, ids, destination))
+
+
+def export(connection: Redis, message_id: str, folder: Path | None = None) -> bytes:
+    """Return a message as it was before SMTP stuffed its dots, with our Received line.
+
+    Raises UnknownId, and BodyElsewhere when its body was moved to a file on another host.
+    """
+    try:
+        body = queries.message(connection, message_id).body
+    except BodyElsewhere as place:
+        body = Message.unpack(archive.fetch(place, message_id, folder), message_id).body
+    return re.sub(rb"(\A|\r\n)\.", rb"\1", body)  # RFC 5321 4.5.2; only CRLF ends a line
+
+
+# --- for the reconciler ---------------------------------------------------------------------------------------
+
+
+def expire(connection: Redis, destination: str, ttl: float) -> list[str]:
+    """Drop what failed longer than ``ttl`` seconds ago, with a log line each. Returns the ids."""
+    before = changes.now(connection) - ttl
+    gone: list[str] = []
+    for page in queries.pages(connection, keys.FAILED + destination, until=before, size=_BATCH):
+        ids = [message_id for message_id, _ in page]
+        _drop(connection, destination, ids)
+        for message_id in ids:
+            maillog.failure_expired(message_id, destination, ttl)
+        gone += ids
+    return gone
+
+
+def forget_stray_jobs(connection: Redis, destination: str, tick: Callable[[], object] = lambda: None) -> list[str]:
+    """Delete failed jobs that own no failed copy, so that a Requeue would do nothing. Returns their ids."""
+    queue = rq_jobs.queue(connection, destination)
+    gone: list[str] = []
+    for page in queries.pages(connection, queue.failed_job_registry.key, size=_PAGE):
+        tick()
+        jobs = [job for job, _ in page]
+        held = live_jobs.calls(connection, jobs)
+        ids = sorted({message_id for call in held for message_id in call})
+        owners = dict(zip(ids, changes.owners(connection, destination, ids, failed=True), strict=True))
+        stray = [job for job, call in zip(jobs, held, strict=True) if all(owners[i] != job for i in call)]
+        if stray:
+            with connection.pipeline(transaction=True) as pipe:
+                forget_jobs(pipe, queue, stray)
+                pipe.execute()
+        gone += stray
+    return gone
+
+
+def forget_jobs(pipe: Any, queue: Queue, jobs: Sequence[str]) -> None:
+    """Delete failed jobs whose copies are dropped, or owned by another job now. Result: how many."""
+    pipe.eval(_FORGET_JOBS, 1, queue.failed_job_registry.key, *(job for job in dict.fromkeys(jobs) if job))
+
+
+def _drop(connection: Redis, destination: str, ids: Sequence[str]) -> int:
+    queue = rq_jobs.queue(connection, destination)
+    jobs = changes.owners(connection, destination, ids, failed=True)
+    with connection.pipeline(transaction=True) as pipe:
+        changes.drop(pipe, destination, ids)
+        forget_jobs(pipe, queue, jobs)
+        return int(pipe.execute()[0])
+
+
+def _selected(
+    connection: Redis, ids: Collection[str] | None, destination: str | None
+) -> Iterator[tuple[Destination, list[str]]]:
+    """Yield failed copies in batches. With ids all of them are looked for first. Raises UnknownId."""
+    targets = queries.destinations(connection, destination)
+    if ids is None:
+        for target in targets:
+            for page in queries.pages(connection, keys.FAILED + target.name, size=_BATCH):
+                yield target, [message_id for message_id, _ in page]
+        return
+    wanted = list(dict.fromkeys(ids))
+    present: list[tuple[Destination, list[str]]] = []
+    for target in targets:
+        scores = connection.zmscore(keys.FAILED + target.name, wanted) if wanted else []
+        present.append((target, [i for i, score in zip(wanted, scores, strict=True) if score is not None]))
+    if missing := set(wanted).difference(*(found for _, found in present)):
+        where = f" of {destination}" if destination else ""
+        raise UnknownId(f"not in the failed list{where}: {', '.join(i for i in wanted if i in missing)}")
+    for target, found in present:
+        for start in range(0, len(found), _BATCH):
+            yield target, found[start : start + _BATCH]
+
+
+def _details(connection: Redis, target: Destination, page: Sequence[tuple[str, float]]) -> Iterator[FailedDetail]:
+    ids = [message_id for message_id, _ in page]
+    states = cast("list[bytes | None]", connection.hmget(keys.FAILURE + target.name, ids))
+    found = queries.envelopes(connection, ids)
+    for (message_id, at), data, envelope in zip(page, states, found, strict=True):
+        state = CopyState.from_wire(data)
+        yield FailedDetail(
+            id=message_id,
+            destination=target.name,
+            sender=envelope.sender if envelope else "",
+            recipients=queries.addressees(envelope, target, state),
+            size=envelope.size if envelope else 0,
+            reply=state.last_reply,
+            attempts=state.attempts,
+            failed_at=at,
+            received_at=envelope.received_at if envelope else 0.0,
+            client_address=envelope.client_address if envelope else "",
+            history=state.history,
+        )

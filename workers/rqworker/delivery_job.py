@@ -1,0 +1,83 @@
+"""The job class of the workers: it calls what may be called, and nothing else.
+
+Whoever can write to Redis can forge a job; RQ would call any importable function by name, as the job itself or
+as one of its callbacks. A job that asks for anything but ``workers.jobs.deliver`` raises Refused when it is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, cast
+
+from redis.client import Pipeline
+from rq.exceptions import DeserializationError
+from rq.executions import Execution
+from rq.job import Job, JobStatus
+from rq.results import Result
+
+from workers import jobs
+from workers.rqworker import live_jobs
+
+_ARGUMENTS = 2  # destination and ids
+
+
+class DeliveryJob(Job):
+    """A job that can call the functions of workers.jobs that are meant for it, and nothing else."""
+
+    def restore(self, raw_data: Any) -> None:
+        try:
+            live_jobs.unfolded(raw_data.get(b"data", b""))
+        except ValueError:  # RQ would unfold as much as there is
+            raw_data = {**raw_data, b"data": b""}
+        super().restore(raw_data)
+        self._success_callback_name = self._failure_callback_name = self._stopped_callback_name = None
+        self.webhooks = []
+
+    def function(self) -> Callable[..., Future[None]]:
+        """Return what to call. Raises Refused."""
+        try:
+            name, instance = self.func_name or "", self.instance
+        except DeserializationError as error:
+            raise jobs.Refused("unreadable call") from error
+        module, _, function = name.rpartition(".")
+        if module != jobs.__name__ or function not in jobs.ALLOWED or instance is not None:
+            raise jobs.Refused(f"only {jobs.__name__} may be called, not {name!r}")
+        return cast("Callable[..., Future[None]]", getattr(jobs, function))
+
+    @property
+    def copies(self) -> int:
+        """How many copies it is about; 0 when that cannot be read."""
+        try:
+            return len(self.args[1])
+        except (DeserializationError, IndexError, TypeError):
+            return 0
+
+    def perform(self) -> Future[None]:
+        """Begin it: the future is that of what was called. Raises Refused, and whatever the call does."""
+        begun = cast("Future[None]", super().perform())
+        self._result = None  # nothing is returned
+        return begun
+
+    def _execute(self) -> Future[None]:
+        function = self.function()
+        if self.kwargs or len(self.args) != _ARGUMENTS:
+            raise jobs.Refused("wrong arguments")
+        return function(*self.args)
+
+    @property
+    def is_forgotten_when_done(self) -> bool:
+        """Nothing is kept of it and nothing hangs on it, so that its end is one transaction."""
+        return self.result_ttl == 0 and not (
+            self.group_id or self.has_rate_limit or self.repeats_left or self._dependency_ids
+        )
+
+    def forget(self, pipeline: Pipeline) -> None:
+        """Delete all keys of it that can exist while it runs."""
+        results: str = Result.get_key(self.id)  # type: ignore[no-untyped-call]
+        pipeline.delete(self.key, self.dependents_key, self.dependencies_key, results, self.execution_registry.key)
+
+    def record_failure(self, reason: str, pipeline: Pipeline, worker: str, execution: Execution) -> None:
+        """Put it into the failed registry, where rq-dashboard shows it."""
+        self.set_status(JobStatus.FAILED, pipeline=pipeline)
+        self._handle_failure(reason, pipeline, worker, execution.id, execution.created_at, self.ended_at)

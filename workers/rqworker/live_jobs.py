@@ -1,0 +1,167 @@
+"""What RQ has in hand for a backup: which copies are in jobs that are queued, scheduled or being run.
+
+Read in pages and without Job objects: only the call of each job, which holds ids. The order of reading is that in
+which a job moves (scheduled, queued, popped, started), the queue from its end, so that a job that moves meanwhile is
+seen. What is created meanwhile is not: the reconciler asks twice. Jobs that are not ours or cannot be read
+hold nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from redis import Redis
+from rq import Queue
+from rq.worker import BaseWorker
+
+from relay.ledger import keys as ledger_keys
+from relay.ledger import queries, rq_jobs
+from relay.mail.ids import are_ids
+
+_LONGEST = 1 << 20  # octets of the call of a job
+_PAGE = 1000
+_JOB = "rq:job:"
+_EXECUTION = "rq:execution:"
+
+
+@dataclass(slots=True)
+class Live:
+    """The copies in jobs of one backup. ``dead`` and ``popped`` are left-overs, or will be if they stay."""
+
+    queued_jobs: int = 0
+    queued_ids: int = 0
+    popped: list[str] = field(default_factory=list)  # jobs between the queue and a worker
+    dead: set[str] = field(default_factory=set)  # workers that are gone with a job started; "" is nameless
+    _jobs: dict[str, str] = field(default_factory=dict)  # id -> a job that holds it
+    _more: set[tuple[str, str]] = field(default_factory=set)  # (id, job) when several hold it
+
+    def add(self, job: str, ids: Sequence[str]) -> None:
+        """Note that a job holds these copies."""
+        if self._jobs.keys().isdisjoint(ids):  # a backlog's, nearly always: a hundred at once
+            self._jobs.update(dict.fromkeys(ids, job))
+            return
+        for message_id in ids:
+            if self._jobs.setdefault(message_id, job) != job:
+                self._more.add((message_id, job))
+
+    def covers(self, message_id: str, owner: str) -> bool:
+        """Say whether a job will deliver this copy: its owner, or any job when it has none."""
+        job = self._jobs.get(message_id)
+        return job is not None and (not owner or job == owner or (message_id, owner) in self._more)
+
+    def uncovered(self, ids: Iterable[str]) -> list[str]:
+        """Return those of copies without an owner that no job will deliver."""
+        return [message_id for message_id in ids if message_id not in self._jobs]
+
+
+def read(connection: Redis, destination: str) -> Live:
+    """Read what RQ has in hand for a backup."""
+    queue = rq_jobs.queue(connection, destination)
+    live = Live()
+    for page in queries.pages(connection, queue.scheduled_job_registry.key):
+        _add(connection, live, [job for job, _ in page])
+    for jobs in queued(connection, queue):
+        live.queued_jobs += len(jobs)
+        live.queued_ids += _add(connection, live, jobs)
+    live.popped = _texts(connection.lrange(queue.intermediate_queue_key, 0, -1))
+    _add(connection, live, live.popped)
+    started = _texts(connection.zrange(queue.started_job_registry.key, 0, -1))
+    _add(connection, live, [entry.partition(":")[0] for entry in started])
+    live.dead = _dead(connection, started)
+    return live
+
+
+def queued(connection: Redis, queue: Queue) -> Iterator[list[str]]:
+    """Yield the ids of queued jobs in pages, from the end: workers take from the front, which shifts nothing then."""
+    last = -1
+    while jobs := _texts(connection.lrange(queue.key, last - _PAGE + 1, last)):
+        yield jobs
+        last -= _PAGE
+
+
+def calls(connection: Redis, jobs: Sequence[str]) -> list[list[str]]:
+    """Return the ids that jobs hold."""
+    if not jobs:
+        return []
+    with connection.pipeline(transaction=False) as pipe:
+        for job in jobs:
+            pipe.hget(_JOB + job, "data")
+        return [_ids(data) for data in pipe.execute()]
+
+
+def forget_useless(connection: Redis, destination: str) -> int:
+    """Delete queued and scheduled jobs whose copies are neither pending nor failed any more. Returns how many."""
+    queue = rq_jobs.queue(connection, destination)
+    scheduled = queue.scheduled_job_registry.key
+    count = 0
+    lists = list(queued(connection, queue))
+    lists += [[job for job, _ in page] for page in queries.pages(connection, scheduled)]
+    for jobs in lists:
+        held = zip(jobs, calls(connection, jobs), strict=True)
+        useless = [job for job, ids in held if not _waits(connection, destination, ids)]
+        with connection.pipeline(transaction=True) as pipe:
+            for job in useless:
+                pipe.lrem(queue.key, -1, job)
+                pipe.zrem(scheduled, job)
+                pipe.delete(_JOB + job)
+            pipe.execute()
+        count += len(useless)
+    return count
+
+
+def _texts(entries: Any) -> list[str]:
+    return [entry.decode() for entry in entries]
+
+
+def _waits(connection: Redis, destination: str, ids: list[str]) -> bool:
+    keys = (ledger_keys.PENDING, ledger_keys.FAILED)
+    return bool(ids) and any(s is not None for key in keys for s in connection.zmscore(key + destination, ids))
+
+
+def _add(connection: Redis, live: Live, jobs: Sequence[str]) -> int:
+    count = 0
+    for job, ids in zip(jobs, calls(connection, jobs), strict=True):
+        live.add(job, ids)
+        count += len(ids)
+    return count
+
+
+def _ids(data: bytes | None) -> list[str]:
+    """Read the call of a job: zlib over JSON ``[function, instance, arguments, keywords]``."""
+    try:
+        function, _, (_, ids), _ = json.loads(unfolded(data or b""))
+    except (ValueError, TypeError, RecursionError):
+        return []
+    return ids if function == rq_jobs.FUNCTION and are_ids(ids) else []
+
+
+def unfolded(data: bytes) -> bytes:
+    """Return the call of a job; no more is made of it than one of ours can have. Raises ValueError."""
+    unfolding = zlib.decompressobj()
+    try:
+        call = unfolding.decompress(data, _LONGEST)
+    except zlib.error as error:
+        raise ValueError("it cannot be unfolded") from error
+    if not unfolding.eof:
+        raise ValueError("it is cut off, or too long")
+    return call
+
+
+def _dead(connection: Redis, started: Sequence[str]) -> set[str]:
+    """Return the workers of started jobs that have not been heard of for two minutes: their key is gone by then."""
+    if not started:
+        return set()
+    with connection.pipeline(transaction=False) as pipe:
+        for entry in started:
+            pipe.hget(_EXECUTION + entry, "worker_name")
+            pipe.hget(_JOB + entry.partition(":")[0], "worker_name")
+        names = pipe.execute()
+        workers = {(execution or job or b"").decode() for execution, job in zip(names[::2], names[1::2], strict=True)}
+        ordered = sorted(workers)
+        for name in ordered:
+            pipe.exists(BaseWorker.redis_worker_namespace_prefix + name)
+        return {name for name, is_there in zip(ordered, pipe.execute(), strict=True) if not is_there}

@@ -1,0 +1,368 @@
+"""The DeliveryWorker: one process, one queue, one destination; RQ's jobs on the outside, an event loop within.
+
+The main thread takes a job, and with it those that wait behind it while the courier has room, and waits for the
+courier, which lives in an event loop in a thread of its own for the life of the process. Jobs taken together begin
+and end in one transaction each: a job alone costs more than ten copies. Signals only set a flag. Redis going away is
+survived in place: what was in hand at that moment is put back or written later. Overridden from RQ is all that would
+end the worker (time-outs, unknown exceptions), call an abandoned job failed, or cost a round trip and a sync per job.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from types import FrameType
+from typing import Any, cast
+
+from loguru import logger
+from redis import Redis
+from redis.client import Pipeline
+from redis.exceptions import RedisError
+from rq.executions import Execution
+from rq.job import Job
+from rq.serializers import JSONSerializer
+from rq.utils import as_text, now
+from rq.worker import SimpleWorker, WorkerStatus
+from rq.worker_registration import clean_worker_registry, register
+
+from relay.redisio.clients import master_of
+from workers import jobs
+from workers.rqworker.delivery_job import DeliveryJob
+from workers.rqworker.revival import BORN, PLACE, born, place, revive
+
+_POLL_SECONDS = 1  # how long a pop blocks, and so how late a stop is seen when idle
+_NOT_ACCEPTING_SECONDS = 0.1  # between two looks at a courier that takes nothing
+_BEAT_SECONDS = 15.0
+_WORKER_TTL = 60  # RQ adds 60: a worker without a beat for 2 minutes is gone
+_EXECUTION_TTL = 420  # RQ's own for jobs without a time limit
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between tries while Redis is away
+_TOGETHER = 20  # jobs taken at once
+_GIVE_UP_SECONDS = 10.0  # once told to stop, how long to wait for a Redis that is away
+
+
+class DeliveryWorker(SimpleWorker):
+    """Works one queue until ``stopping``.
+
+    ``accepts`` says whether to take jobs now, ``room`` how many copies, beyond a first job's, to take at once.
+    """
+
+    job_class = DeliveryJob
+    log_result_lifespan = False
+
+    def __init__(self, queue: str, *, connection: Redis, name: str, accepts: Callable[[], bool] = lambda: True) -> None:
+        logging.getLogger("rq.worker").setLevel(logging.WARNING)  # RQ has several lines per job at info
+        super().__init__([queue], name=name, connection=connection, serializer=JSONSerializer, worker_ttl=_WORKER_TTL)
+        self.stopping = False
+        self.accepts = accepts
+        self.room: Callable[[], int] = lambda: 0
+        self.queue = self.queues[0]
+        self._place, self._born = place(), born(os.getpid())
+        self._running: list[tuple[Job, Execution]] = []
+        self._beating = threading.Lock()  # a beat must not bring an execution back that has just ended
+        self._ended = threading.Event()
+        self._behind = 0  # jobs in the queue, when it was last seen
+        self._master: object = None  # with Sentinels
+        self._in_doubt = False  # a command failed: it may or may not have been executed
+        self._pause = _FIRST_PAUSE
+        self._give_up_at = 0.0
+
+    # The loop
+
+    def work(self, burst: bool = False, *_args: Any, max_jobs: int | None = None, **_kwargs: Any) -> bool:
+        """Work until told to stop; with ``burst`` until the queue is empty. Returns whether a job was done."""
+        done = 0
+        heart = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
+        heart.start()
+        try:
+            while not self.stopping and (max_jobs is None or done < max_jobs):
+                try:
+                    worked = self._step(wait=not burst, most=_TOGETHER if max_jobs is None else max_jobs - done)
+                except RedisError as error:
+                    self._outlast(error)
+                    continue
+                done += worked
+                if burst and not worked:
+                    break
+        finally:
+            self._ended.set()
+            heart.join()
+            self._end()
+        return bool(done)
+
+    def _step(self, *, wait: bool, most: int) -> int:
+        """Take and run a job, or at most so many together; returns how many."""
+        if self.birth_date is None:
+            self.register_birth()
+        if (master := master_of(self.connection)) != self._master:
+            # Another master may have as started what was over at the old one: nobody else would ever end it.
+            self._in_doubt = self._in_doubt or self._master is not None
+            self._master = master
+        if self._in_doubt:
+            self._put_back()
+        if self.should_run_maintenance_tasks:
+            self.run_maintenance_tasks()
+        if not self.accepts():
+            time.sleep(_NOT_ACCEPTING_SECONDS)
+            return 0
+        job = self.take(wait=wait)
+        if self._pause > _FIRST_PAUSE:
+            logger.info("worker {}: Redis is back", self.name)
+            self._pause = _FIRST_PAUSE
+        if job is None:
+            return 0
+        taken = [job, *self._take_company(job, most)]
+        self.execute_jobs(taken)
+        return len(taken)
+
+    def _outlast(self, error: RedisError) -> None:
+        """Wait a little for a Redis that is away; what was in hand may be anywhere, see _put_back."""
+        self._in_doubt = True
+        if self._pause == _FIRST_PAUSE:
+            logger.warning("worker {}: Redis: {}", self.name, error)
+        time.sleep(self._pause)
+        self._pause = min(self._pause * 2, _LONGEST_PAUSE)
+
+    def take(self, *, wait: bool) -> DeliveryJob | None:
+        """Pop a job into the intermediate list, waiting up to a second, and read it; the unreadable is set aside."""
+        here, there = self.queue.key, self.queue.intermediate_queue_key
+        while popped := (
+            self.connection.blmove(here, there, _POLL_SECONDS) if wait else self.connection.lmove(here, there)
+        ):
+            if self.stopping:  # it came with the signal: leave it to the next worker
+                self._put_back()
+                return None
+            for job in self._read([as_text(cast("Any", popped))]):
+                return job
+        return None
+
+    def _take_company(self, first: DeliveryJob, most: int) -> list[DeliveryJob]:
+        """Pop what waits behind a job, as far as the courier has room for more copies."""
+        count = min(most, _TOGETHER, self.room() // max(1, first.copies), self._behind + 1) - 1
+        if count < 1 or self.stopping:
+            return []
+        with self.connection.pipeline(transaction=False) as pipeline:
+            for _ in range(count):
+                pipeline.lmove(self.queue.key, self.queue.intermediate_queue_key)
+            popped = [as_text(job_id) for job_id in pipeline.execute() if job_id]
+        return self._read(popped)
+
+    def _read(self, ids: Sequence[str]) -> list[DeliveryJob]:
+        """Read popped jobs, and how many wait behind them."""
+        if not ids:
+            return []
+        with self.connection.pipeline(transaction=False) as pipeline:
+            pipeline.llen(self.queue.key)
+            for job_id in ids:
+                pipeline.hgetall(DeliveryJob.key_for(job_id))
+            self._behind, *records = pipeline.execute()
+        found = [self._restored(job_id, record) for job_id, record in zip(ids, records, strict=True)]
+        return [job for job in found if job is not None]
+
+    def _restored(self, job_id: str, record: Mapping[bytes, bytes]) -> DeliveryJob | None:
+        job = DeliveryJob(job_id, connection=self.connection, serializer=self.serializer)
+        try:
+            if record:  # else it was deleted while it waited
+                job.restore(record)
+                return job
+        except Exception as error:  # a forged or damaged record; its copies are in the ledger and get a new job
+            logger.error("worker {}: job {} is unreadable and set aside: {}", self.name, job_id, error)
+        self.connection.lrem(self.queue.intermediate_queue_key, 1, job_id)
+        return None
+
+    def execute_jobs(self, taken: Sequence[DeliveryJob]) -> None:
+        """Run jobs at the same time, and write the end of each, which waits for Redis if it must."""
+        executions = self._begin(*taken)
+        done: list[tuple[DeliveryJob, Execution]] = []
+        interrupted = False
+        running = [(job, execution, self._perform(job)) for job, execution in zip(taken, executions, strict=True)]
+        for job, execution, performed in running:
+            try:
+                performed.result()
+            except jobs.Interrupted:
+                interrupted = True
+            except jobs.Refused as error:
+                logger.error("worker {}: job {} refused: {}", self.name, job.id, error)
+                self._until_written(partial(self._fail, job, execution, f"refused: {error}", retry=False))
+            except Exception as error:  # the border: a fault of ours must not end the worker
+                logger.exception("worker {}: job {} failed", self.name, job.id)
+                reason = f"{type(error).__name__}: {error}"
+                self._until_written(partial(self._fail, job, execution, reason, retry=True))
+            else:
+                done.append((job, execution))
+        if done:
+            self._until_written(partial(self._succeed, done))
+        if interrupted:  # all others have been written, so that only those go back
+            self._until_written(self._put_back)
+        with self._beating:
+            self._running = []
+        self.executions.clear()
+
+    @staticmethod
+    def _perform(job: DeliveryJob) -> Future[None]:
+        """Hand a job to the courier; what it raises before that is in the future too."""
+        try:
+            return job.perform()
+        except Exception as error:
+            refused: Future[None] = Future()
+            refused.set_exception(error)
+            return refused
+
+    # A job's states, each one transaction
+
+    def _begin(self, *taken: DeliveryJob) -> list[Execution]:
+        with self.connection.pipeline() as pipeline:
+            executions = []
+            for job in taken:
+                executions.append(Execution.create(job, _EXECUTION_TTL, pipeline=pipeline, worker_name=self.name))
+                job.prepare_for_execution(self.name, pipeline=pipeline)
+                pipeline.persist(job.key)
+                pipeline.lrem(self.queue.intermediate_queue_key, 1, job.id)
+            self.set_state(WorkerStatus.BUSY, pipeline=pipeline)
+            pipeline.execute()
+        self.executions.update((execution.id, execution) for execution in executions)
+        self._running = list(zip(taken, executions, strict=True))
+        return executions
+
+    def _succeed(self, done: list[tuple[DeliveryJob, Execution]]) -> None:
+        for job, execution in [ended for ended in done if not ended[0].is_forgotten_when_done]:
+            job.ended_at = now()
+            self.handle_job_success(job, self.queue, self.queue.started_job_registry, execution)
+            done.remove((job, execution))
+        with self._beating, self.connection.pipeline() as pipeline:
+            for job, execution in done:
+                job.ended_at = now()
+                job.forget(pipeline)
+                self._count(job, execution, pipeline, "successful_job_count")
+            pipeline.execute()
+            self._running = [pair for pair in self._running if pair not in done]
+
+    def _fail(self, job: DeliveryJob, execution: Execution, reason: str, *, retry: bool) -> None:
+        job.ended_at = now()
+        left = job.retries_left
+        try:
+            with self._beating, self.connection.pipeline() as pipeline:
+                if retry and job.should_retry:
+                    job.retry(self.queue, pipeline)
+                else:
+                    job.record_failure(reason, pipeline, self.name, execution)
+                self._count(job, execution, pipeline, "failed_job_count")
+                pipeline.execute()
+                self._running.remove((job, execution))
+        except RedisError:
+            job.retries_left = left
+            raise
+
+    def _count(self, job: Job, execution: Execution, pipeline: Pipeline, counter: str) -> None:
+        execution.delete(job, pipeline)
+        pipeline.hincrby(self.key, counter, 1)
+        if job.started_at and job.ended_at:
+            self.increment_total_working_time(job.ended_at - job.started_at, pipeline)
+        self.set_state(WorkerStatus.IDLE, pipeline=pipeline)
+
+    def _put_back(self) -> None:
+        """Put what is ours, started or popped, back to the front of the queue."""
+        with self._beating:
+            again = revive(self.connection, self.queue, self.name)
+            self._running = []
+        self._in_doubt = False
+        if again:
+            logger.info("worker {}: back to the queue: {}", self.name, ", ".join(again))
+
+    def _until_written(self, write: Callable[[], None]) -> None:
+        """Repeat a write, which must allow it, until Redis has taken it; after a stop, for some seconds only."""
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                write()
+            except RedisError as error:
+                if pause == _FIRST_PAUSE:
+                    logger.warning("worker {}: a job's end waits for Redis: {}", self.name, error)
+                if self._gives_up():
+                    raise
+                time.sleep(pause)
+                pause = min(pause * 2, _LONGEST_PAUSE)
+            else:
+                return
+
+    def _gives_up(self) -> bool:
+        if not self.stopping:
+            return False
+        self._give_up_at = self._give_up_at or time.monotonic() + _GIVE_UP_SECONDS
+        return time.monotonic() >= self._give_up_at
+
+    # Life signs
+
+    def _beat_on(self) -> None:
+        delay = _BEAT_SECONDS
+        while not self._ended.wait(delay):
+            try:
+                self.beat()
+                delay = _BEAT_SECONDS
+            except RedisError:  # the main thread logs it
+                delay = 1.0
+
+    def beat(self) -> None:
+        """Renew the worker and the execution, so that nobody takes a job that waits for hours as abandoned."""
+        if self.birth_date is None:
+            return
+        with self._beating, self.connection.pipeline() as pipeline:
+            self.heartbeat(pipeline=pipeline)
+            for job, execution in self._running:
+                execution.heartbeat(job.started_job_registry, _EXECUTION_TTL, pipeline=pipeline)
+                pipeline.sadd(self.executions_key, execution.composite_key)
+            if pipeline.execute()[0]:  # a new field: the worker's key was gone
+                self._register()
+
+    def register_birth(self) -> None:
+        """Register under a name that nobody had before."""
+        self.birth_date = self.last_heartbeat = now()
+        self._register()
+        self.set_state(WorkerStatus.IDLE)
+
+    def _register(self) -> None:
+        with self.connection.pipeline() as pipeline:
+            pipeline.hset(self.key, mapping={**self.serialize(), PLACE: self._place, BORN: self._born})
+            pipeline.expire(self.key, self.worker_ttl + 60)
+            register(self, pipeline)
+            pipeline.execute()
+
+    def _end(self) -> None:
+        try:
+            if self._in_doubt:
+                self._put_back()
+            self.register_death()  # type: ignore[no-untyped-call]
+        except RedisError as error:
+            logger.warning("worker {}: Redis: {}; the next worker puts its job back", self.name, error)
+
+    # What RQ must not do
+
+    @property
+    def connection_timeout(self) -> int:
+        """Seconds after which a silent Redis counts as gone: a pop's second and time for a slow disk."""
+        return _POLL_SECONDS + 9
+
+    def run_maintenance_tasks(self) -> None:
+        self.clean_registries()
+
+    def clean_registries(self) -> None:
+        """Trim what has expired; RQ's own also calls started jobs failed, which are the reconciler's."""
+        self.queue.failed_job_registry.cleanup()
+        self.queue.finished_job_registry.cleanup()
+        clean_worker_registry(self.queue)
+        self.last_cleaned_at = now()  # type: ignore[assignment]  # RQ only says None
+
+    def request_stop(self, signum: int = 0, frame: FrameType | None = None) -> None:
+        """Handle a signal: after the job in hand it is over. RQ's own talks to Redis from the handler.
+
+        Only a second SIGINT ends at once: service managers send SIGTERM to us and to the supervisor, which
+        passes it on, and the supervisor kills when it is told twice.
+        """
+        if self.stopping and signum == signal.SIGINT:
+            os._exit(128 + signum)
+        self.stopping = True

@@ -1,0 +1,191 @@
+"""A worker process: the courier in its event loop's thread, the DeliveryWorker in the main thread.
+
+Wiring only: put back what predecessors had in hand, start the courier, work, drain. It ends with 0 after a stop
+signal and with 1 when the loop's thread ends by itself, so that the supervisor starts another. A Redis that is
+away at the start is waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import uvloop
+from loguru import logger
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import Queue
+from rq.serializers import JSONSerializer
+
+from relay.child import ChildContext
+from relay.config.model import RedisSettings
+from relay.redisio.clients import sync_client
+from workers import jobs
+from workers.jobs import Courier
+from workers.rqworker.revival import dead_here, forget, revive, worker_name
+from workers.rqworker.worker import DeliveryWorker
+
+T = TypeVar("T")
+_STOP = {signal.SIGTERM, signal.SIGINT}
+_LAST_WORD_SECONDS = 2.0  # for the log, when the process has to end
+_NICENESS = 10  # mail that comes in goes first: copies can wait for a processor, clients should not
+
+
+class CourierThread:
+    """The courier's event loop in a thread for life. Stop signals reach it through a pipe and start the drain."""
+
+    def __init__(self) -> None:
+        self.loop = uvloop.new_event_loop()
+        self._closing = False
+        self._drain: asyncio.Task[None] | None = None
+        self._courier: Courier | None = None
+        self._thread = threading.Thread(target=self._run, name="courier", daemon=True)
+        self._wakeup = os.pipe()
+        for descriptor in self._wakeup:
+            os.set_blocking(descriptor, False)
+
+    def start(self, make: Callable[[], Courier]) -> Courier:
+        """Start the loop and the courier in it. The main thread's signals are watched from now on."""
+        self._thread.start()
+        signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
+        self._courier = self.call(self._start(make))
+        return self._courier
+
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the loop and wait for it."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    def finish(self) -> None:
+        """Drain the courier, if that has not begun, wait for it and end the loop."""
+        self.call(self._drained())
+        self._closing = True
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        signal.set_wakeup_fd(-1)
+        for descriptor in self._wakeup:
+            os.close(descriptor)
+        self.loop.close()
+
+    async def _start(self, make: Callable[[], Courier]) -> Courier:
+        self.loop.add_reader(self._wakeup[0], self._on_signal)
+        courier = make()
+        await courier.start()
+        return courier
+
+    def _on_signal(self) -> None:
+        numbers = os.read(self._wakeup[0], 4096)
+        if any(n in _STOP for n in numbers) and self._courier:
+            self._begin_drain(self._courier)
+
+    def _begin_drain(self, courier: Courier) -> asyncio.Task[None]:
+        if self._drain is None:
+            self._drain = self.loop.create_task(courier.drain())
+        return self._drain
+
+    async def _drained(self) -> None:
+        if self._courier:
+            await self._begin_drain(self._courier)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        try:
+            self.loop.run_forever()
+        finally:
+            if not self._closing:  # the main thread may be waiting for it, for ever
+                # Nor is the log waited for: another thread may have it, and wait for this one.
+                told = threading.Thread(target=logger.critical, args=("the courier's loop has ended",), daemon=True)
+                try:
+                    told.start()
+                    told.join(_LAST_WORD_SECONDS)
+                finally:
+                    os._exit(1)
+
+
+def connector(server: RedisSettings, timeout: float = 10.0) -> Callable[[], Redis]:
+    """Return what makes a worker's client: one without retries, since a pop repeated blindly strands a job."""
+    return lambda: sync_client(server, timeout, retries=0)
+
+
+def serve(
+    context: ChildContext,
+    *,
+    destination: str,
+    queue_name: str,
+    connect: Callable[[], Redis],
+    make_courier: Callable[[str], Courier],
+    on_dead: Callable[[Redis, str], None] | None = None,
+) -> int:
+    """Be a worker until a stop signal; the ``run`` of a supervisor's child. Returns the exit status.
+
+    ``connect`` makes a synchronous client, see ``connector``. ``make_courier`` gets the worker's name and is
+    called in the courier's loop. ``on_dead`` gets the name of each dead predecessor before its jobs go back
+    to the queue, to give back its leases in the ledger.
+    """
+    os.nice(_NICENESS)
+    name = worker_name(destination, context.instance)
+    thread = CourierThread()
+    worker: DeliveryWorker | None = None
+    early: list[int] = []
+
+    def on_signal(number: int, _frame: object) -> None:
+        if worker is None:
+            early.append(number)
+        else:
+            worker.request_stop(number)
+
+    for number in _STOP:
+        signal.signal(number, on_signal)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    connection = connect()
+    pause = 0.05
+    while not early:
+        try:
+            predecessor = context.predecessor and worker_name(destination, context.predecessor)
+            revive_predecessors(connection, queue_name, predecessor, on_dead)
+            worker = DeliveryWorker(queue_name, connection=connection, name=name)
+            break
+        except (RedisError, OSError) as error:
+            logger.warning("worker {}: waiting for Redis: {}", name, error)
+            time.sleep(pause)
+            pause = min(pause * 2, 2.0)
+    if worker is None:
+        return 0
+    courier = thread.start(lambda: make_courier(name))
+    worker.accepts = lambda: courier.accepting
+    worker.room = lambda: courier.room
+    if early:
+        worker.stopping = True
+    jobs.bind(destination, courier, thread.loop)
+    logger.info("worker {} serves {}", name, queue_name)
+    try:
+        worker.work()
+    finally:
+        thread.finish()
+        jobs.unbind()
+    return 0
+
+
+def revive_predecessors(
+    connection: Redis,
+    queue_name: str,
+    predecessor: str | None,
+    on_dead: Callable[[Redis, str], None] | None = None,
+) -> list[str]:
+    """Put back what dead workers of this place had in hand: the predecessor's first, then all that are gone."""
+    queue = Queue(queue_name, connection=connection, serializer=JSONSerializer)
+    dead = [predecessor] if predecessor else []
+    dead += [name for name in dead_here(connection, queue) if name != predecessor]
+    again: list[str] = []
+    for name in dead:
+        if on_dead:  # first: a neighbour that takes its job must find the copies free, or the job is over for nothing
+            on_dead(connection, name)
+        again += (jobs_again := revive(connection, queue, name))
+        if jobs_again:
+            logger.warning("worker {} died; back to the queue: {}", name, ", ".join(jobs_again))
+    forget(connection, queue, dead)
+    return again

@@ -1,0 +1,1 @@
+"""What keeps the ledger and RQ in step: the reconciler and its sweeps."""

@@ -1,0 +1,147 @@
+"""The reconciler: a sweep a minute, by one process of all hosts, and `queue verify` at an operator's word.
+
+The lock is a lease under a stable name, so that the reconciler that is started again goes on at once; when its
+host is gone, another's takes over after some minutes. It only saves work: two sweeps at once do no harm. Redis
+going away ends a sweep and nothing else.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from loguru import logger
+from redis import Redis
+from redis.exceptions import RedisError
+
+from relay import maillog
+from relay.config.loader import Settings
+from relay.ledger import archive, keys
+from workers.upkeep.sweep import Finding, Report, Sweeper
+
+__all__ = ["Finding", "Report", "keep_reconciling", "reconcile", "verify"]
+
+_EVERY = 60.0  # seconds between sweeps
+_LONGEST = 120.0
+_FIRST = 5.0
+_LEASE = 200  # seconds of the lock, more than any pause
+_RENEW = 15.0
+_KEPT = 100  # findings that a regular sweep keeps for its report
+_LOOK = 5.0  # seconds between two looks at the memory of Redis
+_PAUSE = 5.0  # seconds between the two sweeps of a verification
+
+
+class _Interrupted(Exception):
+    """Told to stop, or another process leads now."""
+
+
+def keep_reconciling(
+    connect: Callable[[], Redis], settings: Settings, name: str, stop: threading.Event, *, every: float = _EVERY
+) -> None:
+    """Sweep every so many seconds until ``stop``, while no other process does.
+
+    ``name`` is the lock's and must be the same after a restart.
+    """
+    connection = connect()
+    lock = _Lock(connection, name, stop)
+    sweeper = Sweeper(connection, settings, lock.renew)
+    pause = min(_FIRST, every)
+    while not _wait(connection, sweeper, lock, stop, pause):
+        pause = every
+        try:
+            lock.take()
+            report = sweeper.sweep(kept=_KEPT)
+            _tell(report)
+            pause = max(every, min(_LONGEST, 4 * report.seconds))  # millions of copies: a fifth of the time at most
+        except _Interrupted:
+            continue
+        except RedisError as error:
+            maillog.ledger_trouble("reconciler", error)
+            pause = min(_FIRST, every)
+        except Exception:  # what one record does to us must not end the housekeeping
+            logger.exception("a sweep of the reconciler failed")
+    try:
+        lock.give_back()
+        connection.close()
+    except RedisError as error:
+        logger.warning("reconciler: its lock ends by itself: {}", error)
+
+
+def _wait(connection: Redis, sweeper: Sweeper, lock: _Lock, stop: threading.Event, seconds: float) -> bool:
+    """Wait until the next sweep; returns whether to stop. A Redis that fills up meanwhile is relieved at once."""
+    until = time.monotonic() + seconds
+    is_worth_it = lock.is_ours
+    while (left := until - time.monotonic()) > 0:
+        if stop.wait(min(left, _LOOK)):
+            return True
+        if not is_worth_it or until - time.monotonic() <= 0:
+            continue
+        try:
+            if archive.is_pressed(connection):
+                moved = sweeper.relieve()
+                maillog.notice("info", "Redis is filling up: failed bodies moved to disk", count=moved)
+                is_worth_it = moved > 0  # or there are none left that could
+            lock.renew()
+        except (_Interrupted, RedisError):
+            is_worth_it = False  # the next sweep finds out why
+    return stop.is_set()
+
+
+class _Lock:
+    """The lease of the process that sweeps. Two may hold it for a moment when it changes hands, which does no harm."""
+
+    def __init__(self, connection: Redis, name: str, stop: threading.Event) -> None:
+        self._connection = connection
+        self._name = name
+        self._stop = stop
+        self._renewed = float("-inf")
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it was ours when it was last looked at, and not for too long ago."""
+        return time.monotonic() - self._renewed < _LEASE
+
+    def take(self) -> None:
+        """Take the lock or renew it. Raises _Interrupted when another process has it."""
+        if not self._connection.set(keys.RECONCILER, self._name, nx=True, ex=_LEASE):
+            if self._connection.get(keys.RECONCILER) != self._name.encode():
+                self._renewed = float("-inf")
+                raise _Interrupted
+            self._connection.expire(keys.RECONCILER, _LEASE)
+        self._renewed = time.monotonic()
+
+    def renew(self) -> None:
+        """Renew it now and then. Raises _Interrupted when it is lost, and when we are told to stop."""
+        if self._stop.is_set():
+            raise _Interrupted
+        if time.monotonic() - self._renewed > _RENEW:
+            self.take()
+
+    def give_back(self) -> None:
+        if self._connection.get(keys.RECONCILER) == self._name.encode():
+            self._connection.delete(keys.RECONCILER)
+
+
+def reconcile(connection: Redis, settings: Settings, pause: float = _PAUSE) -> Report:
+    """Sweep twice, so many seconds apart, and repair at the second. Raises RedisError."""
+    sweeper = Sweeper(connection, settings)
+    sweeper.sweep(repair=False, thorough=False)
+    time.sleep(pause)
+    return sweeper.sweep(thorough=True)
+
+
+def verify(connection: Redis, settings: Settings, *, repair: bool = True, pause: float = _PAUSE) -> Report:
+    """Compare ledger and RQ for `queue verify`; ``findings`` are its rows. Raises RedisError.
+
+    Without ``repair`` nothing is changed, and a copy just on its way into a job may be among the findings.
+    """
+    if repair:
+        return reconcile(connection, settings, pause)
+    return Sweeper(connection, settings).sweep(repair=False, thorough=True)
+
+
+def _tell(report: Report) -> None:
+    if report.counts:
+        found = ", ".join(f"{count} {finding}" for finding, count in sorted(report.counts.items()))
+        maillog.notice("info", "reconciled", found=found, seconds=round(report.seconds, 2))

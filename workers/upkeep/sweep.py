@@ -1,0 +1,311 @@
+"""One sweep of the reconciler: what the ledger holds against what RQ would deliver.
+
+A copy that is pending, not leased and in no live job at two sweeps gets a new job. Also what no job does: messages
+left behind by dead relay processes, copies that are too old for a paused destination, failed ones past
+``failed.ttl``, and what RQ leaves behind. Stateless but for the suspects of the last sweep; in small steps that
+may be repeated, and that two processes may do at once. A sweep that Redis interrupts is begun again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import cast
+
+from redis import Redis
+
+from relay import maillog
+from relay.config.loader import Settings
+from relay.ledger import archive, changes, queries, recovery, registry, rq_jobs
+from relay.ledger import keys as ledger_keys
+from relay.ledger.continuity import Continuity, forget_kept
+from relay.ledger.copy_state import Attempt
+from relay.mail.destination import Destination
+from workers.queues import failed
+from workers.rqworker import live_jobs
+from workers.rqworker.revival import revive
+from workers.upkeep import merge_jobs, orphan_bodies
+
+_SETTLED_SECONDS = 10.0  # what is pending for less is on its way into a job
+_THOROUGH_SECONDS = 3600.0  # between two looks at what changes slowly
+_PAGE = 2000  # pending copies looked at in one step; Redis takes a few milliseconds for it
+_BATCH = 100
+_GIVE_UP_AT_ONCE = 5000  # copies in one sweep
+_CLAIM_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was not as it should be, and what was done about it."""
+
+    finding: str
+    id: str
+    destination: str
+    action: str
+
+    def as_row(self) -> dict[str, str]:
+        """Return what `queue verify --json` prints."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class Report:
+    """A sweep's result: how many of each finding, and the findings themselves as far as they are kept."""
+
+    kept: float = math.inf
+    counts: Counter[str] = field(default_factory=Counter)
+    findings: list[Finding] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, finding: str, message_id: str, destination: str, action: str) -> None:
+        self.counts[finding] += 1
+        if len(self.findings) < self.kept:
+            self.findings.append(Finding(finding, message_id, destination, action))
+
+
+@dataclass(slots=True)
+class _Memory:
+    """What the next sweep must know of this one."""
+
+    suspects: dict[str, set[str]] = field(default_factory=dict)  # destination -> ids without a live job
+    popped: dict[str, set[str]] = field(default_factory=dict)  # destination -> jobs between queue and worker
+    uncertain: set[str] = field(default_factory=set)  # whose digests were looked at
+    thorough_at: float = -math.inf
+
+
+class Sweeper:
+    """Sweeps. ``tick`` is called between the steps and may raise to end a sweep."""
+
+    def __init__(self, connection: Redis, settings: Settings, tick: Callable[[], object] = lambda: None) -> None:
+        self._connection = connection
+        self._settings = settings
+        self._tick = tick
+        self._memory = _Memory()
+        self._report = Report()
+
+    def sweep(self, *, repair: bool = True, thorough: bool | None = None, kept: float = math.inf) -> Report:
+        """Look at everything once. Raises RedisError.
+
+        Without ``repair`` only the suspects are noted and reported, nothing is changed. ``thorough`` (None: once
+        an hour) also checks every body, the bodies that nobody lists and the failed jobs of RQ.
+        """
+        begun = time.monotonic()
+        self._report = report = Report(kept)
+        if thorough is None:
+            thorough = begun - self._memory.thorough_at >= _THOROUGH_SECONDS
+        if repair:
+            self._complete(thorough=thorough)
+            self._recover()
+        for name, destination in registry.destinations(self._connection).items():
+            self._tick()
+            found = live_jobs.read(self._connection, name)
+            self._put_back(name, found, repair=repair)
+            self._requeue(name, found, repair=repair)
+            if thorough:
+                self._check_bodies(name, repair=repair)
+            if repair:
+                self._tidy(destination, found, thorough=thorough)
+        if repair:
+            self._move_bodies()
+        if thorough:
+            for message_id, action in orphan_bodies.bodies(self._connection, self._tick, remove=repair):
+                report.add("body that nobody lists", message_id, "", action)
+            self._memory.thorough_at = begun
+        report.seconds = time.monotonic() - begun
+        return report
+
+    def _complete(self, *, thorough: bool) -> None:
+        """Make every destination known that a list is of, before anything is judged by what is known."""
+        connection = self._connection
+        with connection.pipeline(transaction=False) as pipe:
+            pipe.sismember(changes.LISTS, "")
+            pipe.hkeys(ledger_keys.DESTINATIONS)
+            is_whole, known = pipe.execute()
+        wanted = {backup.name.encode() for backup in self._settings.backups}
+        if thorough or not is_whole or not wanted.issubset(known):
+            for name in Continuity(self._settings.backups, self._settings.state_dir).register(connection):
+                self._report.add("unknown destination", "", name, "registered")
+        if forgotten := forget_kept(connection):
+            self._report.add("body kept while lists were unknown", "", "", f"{forgotten} deleted")
+
+    def _tidy(self, destination: Destination, found: live_jobs.Live, *, thorough: bool) -> None:
+        name = destination.name
+        self._give_up(destination)
+        for message_id in failed.expire(self._connection, name, self._settings.failed.ttl):
+            self._report.add("failed copy expired", message_id, name, "dropped")
+        if thorough:
+            for job in failed.forget_stray_jobs(self._connection, name, self._tick):
+                self._report.add("stray failed job", job, name, "deleted")
+        if merge_jobs.is_worth_it(found.queued_jobs, found.queued_ids):
+            fewer = merge_jobs.merge(self._connection, name, found.queued_jobs, self._tick)
+            self._report.add("many small jobs", "", name, f"{fewer} jobs fewer")
+
+    def relieve(self) -> int:
+        """Move failed bodies to disk now if Redis is filling up. Returns how many. Raises RedisError."""
+        self._report = Report(0)
+        self._move_bodies()
+        return self._report.counts["failed body moved"]
+
+    def _move_bodies(self) -> None:
+        """Keep the bodies of failed copies in Redis within failed.max_bytes, and out of it while it is filling up."""
+        where = archive.folder(self._settings.state_dir)
+        reason = "failed body moved" if archive.is_pressed(self._connection) else "failed.max_bytes exceeded"
+        try:
+            for message_id, path in archive.move_excess(
+                self._connection, where, self._settings.failed.max_bytes, self._tick
+            ):
+                self._report.add(reason, message_id, "", f"body moved to {path}")
+            archive.forget_delivered(self._connection, where)
+        except OSError as error:
+            maillog.notice("error", "failed bodies cannot be moved", folder=str(where), reason=str(error))
+
+    # --- staged and uncertain messages ----------------------------------------------------------------------------
+
+    def _recover(self) -> None:
+        relay = self._settings.relay
+        for message_id in recovery.hold_overdue(self._connection, relay.uncertain_hold):
+            self._report.add("left staged", message_id, "", "held as uncertain")
+        recovery.note_twins(self._connection, self._memory.uncertain)
+        for message in recovery.copy_due(self._connection, self._settings.backups):
+            for name, share in message.shares.items():
+                self._report.add("uncertain", message.id, name, f"copied for {len(share.owed)} recipients")
+            if not message.shares:
+                self._report.add("uncertain", message.id, "", "covered by a twin")
+
+    # --- copies without a job -------------------------------------------------------------------------------------
+
+    def _requeue(self, name: str, found: live_jobs.Live, *, repair: bool) -> None:
+        suspects = self._suspects(name, found)
+        before = self._memory.suspects.get(name, set())
+        lost = {message_id: owner for message_id, owner in suspects.items() if message_id in before}
+        self._memory.suspects[name] = set(suspects)
+        if not repair:
+            for message_id in suspects:
+                self._report.add("no job", message_id, name, "none")
+            return
+        ids = list(lost)
+        for start in range(0, len(ids), _BATCH):
+            self._tick()
+            batch = ids[start : start + _BATCH]
+            self._new_job(name, self._with_body(name, batch, repair=True), lost)
+        self._memory.suspects[name].difference_update(lost)
+
+    def _suspects(self, name: str, found: live_jobs.Live) -> dict[str, str]:
+        """Return the pending copies that are neither leased nor in a live job, with the job that owned them."""
+        connection = self._connection
+        clock = changes.now(connection)
+        has_owners = bool(connection.hlen(ledger_keys.OWN + name))
+        leased = cast("list[bytes]", connection.zrangebyscore(ledger_keys.BUSY + name, clock, "+inf"))
+        busy = {message_id.decode() for message_id in leased}
+        suspects: dict[str, str] = {}
+        for page in queries.pages(connection, ledger_keys.PENDING + name, until=clock - _SETTLED_SECONDS, size=_PAGE):
+            self._tick()
+            ids = [message_id for message_id, _ in page if message_id not in busy]
+            if has_owners:
+                pairs = zip(ids, changes.owners(connection, name, ids), strict=True)
+                suspects |= {i: owner for i, owner in pairs if not found.covers(i, owner)}
+            else:
+                suspects |= dict.fromkeys(found.uncovered(ids), "")
+        return suspects
+
+    def _new_job(self, name: str, ids: Sequence[str], owners: dict[str, str]) -> None:
+        if not ids:
+            return
+        with self._connection.pipeline(transaction=True) as pipe:
+            job = rq_jobs.enqueue(pipe, rq_jobs.queue(self._connection, name), name, ids)
+            changes.reassign(pipe, name, job, {i: owners[i] for i in ids if owners[i]})
+            pipe.execute()
+        for message_id in ids:
+            maillog.requeued(message_id, name, job)
+            self._report.add("no job", message_id, name, f"queued as {job}")
+
+    def _with_body(self, name: str, ids: Sequence[str], *, repair: bool) -> list[str]:
+        """Return those that have a body; the others are removed."""
+        keys = [ledger_keys.MESSAGE + message_id for message_id in ids]
+        if not keys or self._connection.exists(*keys) == len(keys):
+            return list(ids)
+        with self._connection.pipeline(transaction=False) as pipe:
+            for key in keys:
+                pipe.exists(key)
+            present = pipe.execute()
+        for message_id, is_there in zip(ids, present, strict=True):
+            if not is_there:
+                self._body_missing(name, message_id, repair=repair)
+        return [message_id for message_id, is_there in zip(ids, present, strict=True) if is_there]
+
+    def _body_missing(self, name: str, message_id: str, *, repair: bool) -> None:
+        if repair:
+            with self._connection.pipeline(transaction=True) as pipe:
+                changes.drop(pipe, name, [message_id], pending=True)
+                if not pipe.execute()[0]:
+                    return  # it has been delivered meanwhile
+            self._connection.hincrby(ledger_keys.COUNTERS, f"body_missing:{name}", 1)
+            maillog.body_missing(message_id, name)
+        elif self._connection.zscore(ledger_keys.PENDING + name, message_id) is None:
+            return
+        self._report.add("body missing", message_id, name, "removed" if repair else "none")
+
+    def _check_bodies(self, name: str, *, repair: bool) -> None:
+        for page in queries.pages(self._connection, ledger_keys.PENDING + name):
+            self._tick()
+            self._with_body(name, [message_id for message_id, _ in page], repair=repair)
+
+    # --- what RQ leaves behind ------------------------------------------------------------------------------------
+
+    def _put_back(self, name: str, found: live_jobs.Live, *, repair: bool) -> None:
+        """Queue the jobs of dead workers again, and those that stay between the queue and a worker."""
+        before = self._memory.popped.get(name, set())
+        self._memory.popped[name] = set(found.popped)
+        if not repair:
+            return
+        queue = rq_jobs.queue(self._connection, name)
+        dead = set(found.dead)
+        if before.intersection(found.popped):
+            dead.add("")
+        for worker in sorted(dead):
+            if worker:
+                changes.release_leases(self._connection, name, worker)
+            for job in revive(self._connection, queue, worker):
+                self._report.add("abandoned job", job, name, "queued again")
+
+    # --- copies that are too old ----------------------------------------------------------------------------------
+
+    def _give_up(self, destination: Destination) -> None:
+        """Fail what is pending for longer than retry.give_up while its destination is paused and nobody tries it."""
+        name = destination.name
+        health = cast("dict[bytes, bytes]", self._connection.hgetall(ledger_keys.HEALTH + name))
+        if health.get(b"state") != b"paused":
+            return
+        reply = f"given up while the destination was paused: {health.get(b'reason', b'').decode()}"
+        before = changes.now(self._connection) - self._settings.retry.give_up
+        done = 0
+        for page in queries.pages(self._connection, ledger_keys.PENDING + name, until=before, size=_BATCH):
+            self._tick()
+            self._fail(destination, [message_id for message_id, _ in page], reply)
+            done += len(page)
+            if done >= _GIVE_UP_AT_ONCE:
+                break
+
+    def _fail(self, destination: Destination, ids: Sequence[str], reply: str) -> None:
+        """Fail copies that nobody is delivering now: we take their leases first, each as the job that owns it."""
+        connection, name = self._connection, destination.name
+        with connection.pipeline(transaction=True) as pipe:
+            for message_id, owner in zip(ids, changes.owners(connection, name, ids), strict=True):
+                changes.claim(pipe, name, owner, "reconciler", _CLAIM_SECONDS, [message_id])
+            claims = [claim for result in pipe.execute() for claim in changes.claimed(result)[0]]
+        envelopes = queries.envelopes(connection, [claim.id for claim in claims])
+        clock = round(changes.now(connection), 3)
+        queue = rq_jobs.queue(connection, name)
+        ttl = self._settings.failed.ttl
+        with connection.pipeline(transaction=True) as pipe:
+            for claim, envelope in zip(claims, envelopes, strict=True):
+                failure = replace(claim.state, history=(*claim.state.history, Attempt(clock, reply)))
+                failed.add_failure(pipe, queue, name, claim.id, failure, None, reply, ttl, envelope)
+            pipe.execute()
+        for claim, envelope in zip(claims, envelopes, strict=True):
+            count = len(queries.addressees(envelope, destination, claim.state))
+            maillog.failed(claim.id, name, count, claim.state.attempts, reply)
+            self._report.add("given up", claim.id, name, "failed")
