@@ -42,7 +42,7 @@ SETTINGS = {
     "relay.final_timeout_seconds": "8",
     "relay.uncertain_hold": "3",
     "redis.timeout_seconds": "2",
-    "workers.upkeep.sweep": "5",
+    "workers.sweep": "5",
 }
 _CALM_SECONDS = (10.0, 5.0)  # until what was disturbed is past, and of mail after that
 # What a copy may take that has lost its job and whose lease has not ended: that, and what two sweeps and a retry take.

@@ -192,7 +192,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("workers.connections", integer(0, 10_000), 0, "connections",
            "Connections from one worker process to one backup, at most. 0: 20, and up to 40 if a round trip takes "
            "over 20 ms."),
-    Option("workers.upkeep.sweep", duration(), "1m", "seconds",
+    Option("workers.sweep", duration(), "1m", "seconds",
            "How often the reconciler compares the ledger with RQ's jobs. A copy that no job would deliver gets a new "
            "one at its second sweep."),
 )

@@ -57,7 +57,7 @@ def started(
         "redis.replicas": "1",
         "redis.timeout_seconds": "2",
         "retry.first": "1",
-        "workers.upkeep.sweep": "5",
+        "workers.sweep": "5",
         **more,
     }
     return product(primary=primary.address, backups=[backup.address], settings=settings)

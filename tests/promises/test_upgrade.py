@@ -28,7 +28,7 @@ def test_what_an_older_version_owes_arrives(
 ) -> None:
     """Pending, deferred, failed, uncertain and spooled mail: every recipient gets it once, as its client sent it."""
     # The state gets older every day: nothing of it may be given up or expire.
-    settings = {"retry.give_up": "30000d", "failed.ttl": "30000d", "retry.first": "1", "workers.upkeep.sweep": "1"}
+    settings = {"retry.give_up": "30000d", "failed.ttl": "30000d", "retry.first": "1", "workers.sweep": "1"}
     files = {"settings.toml": old_state.SETTINGS_FILE.format(backup.address)}
     it = product(start=False, primary=primary.address, settings=settings, files=files)
     owed = old_state.unpack(state, it.state_dir)
