@@ -19,7 +19,7 @@ DOORS = {
     "aiosmtplib": {"relay/client/connect.py"},
     "dynaconf": {"relay/config/file.py"},
 }
-_REASON = re.compile(r"# noqa: PLC0415  \(\w.+\)")
+_REASON = re.compile(r"# noqa: PLC0415  \(\S.+\)")
 
 
 def _imports(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:

@@ -23,8 +23,9 @@ from relay.config.loader import load
 from relay.ledger import changes, continuity, keys, rq_jobs
 from relay.ledger.changes import Released, Staged
 from relay.mail.destination import Destination
-from relay.mail.envelope import Envelope, Recipient
+from relay.mail.envelope import Envelope
 from relay.mail.ids import IdSource
+from relay.mail.recipient import Recipient
 from relay.mail.record import Message
 from support.redis_servers import RedisServer
 from workers.upkeep.sweep import Sweeper

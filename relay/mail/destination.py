@@ -6,8 +6,8 @@ import json
 import re
 from dataclasses import dataclass, field
 
-from relay.mail.envelope import Recipient
 from relay.mail.ids import is_destination_name
+from relay.mail.recipient import Recipient
 from relay.mail.stored import texts
 from relay.mail.text import printable
 

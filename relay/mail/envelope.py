@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
+from relay.mail.destination import Destination
 from relay.mail.ids import is_destination_name, is_id
+from relay.mail.recipient import Recipient
 from relay.mail.stored import any_text, line, number, texts
 from relay.mail.text import printable
-
-if TYPE_CHECKING:
-    from relay.mail.destination import Destination
 
 _to_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make one at every call
 
 
 class MalformedRecord(ValueError):
     """A stored message that this version cannot read; it is set aside, never dropped."""
-
-
-class Recipient(NamedTuple):
-    """One accepted RCPT: the address without angle brackets, and its ESMTP parameters as they came."""
-
-    address: str
-    parameters: tuple[str, ...] = ()
-
-    @property
-    def domain(self) -> str:
-        return self.address.rpartition("@")[2].lower()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,10 @@ from contextlib import suppress
 from relay import faultpoints, maillog, metrics
 from relay.ledger.changes import Released
 from relay.mail import headers
-from relay.mail.envelope import Envelope, Recipient
+from relay.mail.envelope import Envelope
 from relay.mail.esmtp import MAIL_EXTENSIONS, RCPT_EXTENSIONS, command_line, value
 from relay.mail.origin import Identity
+from relay.mail.recipient import Recipient
 from relay.mail.record import Message
 from relay.mail.reply import Reply
 from relay.smtpd.body import FULL, LARGE, TOO_LARGE, IncomingBody

@@ -11,7 +11,8 @@ import pytest
 
 from relay.client.connection import Connection
 from relay.mail.destination import Destination
-from relay.mail.envelope import Envelope, Recipient
+from relay.mail.envelope import Envelope
+from relay.mail.recipient import Recipient
 from support.product import Product
 from support.reactions import Trickle
 from support.scripted_server import EXTENSIONS, ScriptedServer

@@ -14,7 +14,8 @@ from relay.ledger import changes, continuity, keys, registry
 from relay.ledger.changes import Released, Staged
 from relay.ledger.continuity import Continuity
 from relay.mail.destination import Destination
-from relay.mail.envelope import Envelope, Recipient
+from relay.mail.envelope import Envelope
+from relay.mail.recipient import Recipient
 from relay.mail.record import Message
 from relay.redisio import embedded
 from support.ledger_contents import Contents, settings

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import pytest
 import zstandard
 
-from relay.mail.envelope import Envelope, MalformedRecord, Recipient
+from relay.mail.envelope import Envelope, MalformedRecord
 from relay.mail.ids import are_ids, is_destination_name, is_id
+from relay.mail.recipient import Recipient
 from relay.mail.record import BodyElsewhere, Message, bound
 
 ID = "0123456789abcdef"

@@ -17,8 +17,9 @@ import redis
 from relay.ledger import archive
 from relay.ledger import keys as ledger_keys
 from relay.mail import encryption
-from relay.mail.envelope import Envelope, MalformedRecord, Recipient
+from relay.mail.envelope import Envelope, MalformedRecord
 from relay.mail.ids import IdSource
+from relay.mail.recipient import Recipient
 from relay.mail.record import BodyElsewhere, LockedRecord, Message
 from relay.spool import writer
 from relay.spool.files import SpoolFiles

@@ -7,7 +7,8 @@ import os
 
 import pytest
 
-from relay.mail.envelope import Envelope, Recipient
+from relay.mail.envelope import Envelope
+from relay.mail.recipient import Recipient
 from relay.mail.record import Message
 
 LARGE = 1_000_000

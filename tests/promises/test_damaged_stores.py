@@ -9,8 +9,9 @@ import pytest
 import redis
 
 from relay.ledger import keys
-from relay.mail.envelope import Envelope, Recipient
+from relay.mail.envelope import Envelope
 from relay.mail.ids import IdSource
+from relay.mail.recipient import Recipient
 from relay.mail.record import Message
 from relay.spool import writer
 from relay.spool.files import SpoolFiles

@@ -19,8 +19,9 @@ from relay.ledger import keys
 from relay.ledger.changes import Released
 from relay.ledger.monitor import Monitor
 from relay.ledger.rq_jobs import Dispatcher
-from relay.mail.envelope import Envelope, Recipient
+from relay.mail.envelope import Envelope
 from relay.mail.ids import IdSource
+from relay.mail.recipient import Recipient
 from relay.mail.record import Message
 from relay.smtpd import staging
 from relay.smtpd.staging import NotDurable, Staging

@@ -12,7 +12,8 @@ import redis
 
 from relay.ledger import changes, keys, queries, recovery
 from relay.mail.destination import Destination
-from relay.mail.envelope import Envelope, MalformedRecord, Recipient
+from relay.mail.envelope import Envelope, MalformedRecord
+from relay.mail.recipient import Recipient
 from relay.mail.record import Message
 from support.ledger_contents import Contents
 from support.product import Product

@@ -21,8 +21,9 @@ from relay.ledger.copy_state import CopyState
 from relay.ledger.monitor import Monitor
 from relay.ledger.rq_jobs import Dispatcher
 from relay.mail.destination import Destination
-from relay.mail.envelope import Envelope, Recipient
+from relay.mail.envelope import Envelope
 from relay.mail.ids import IdSource
+from relay.mail.recipient import Recipient
 from relay.mail.record import Message
 from relay.spool import importer, writer
 from relay.spool.importer import Importer

@@ -15,8 +15,9 @@ from relay.ledger import changes, keys, queries, registry, rq_jobs
 from relay.ledger.changes import Claim, Released, Staged
 from relay.ledger.copy_state import CopyState
 from relay.mail.destination import Destination
-from relay.mail.envelope import Envelope, Recipient
+from relay.mail.envelope import Envelope
 from relay.mail.ids import IdSource
+from relay.mail.recipient import Recipient
 from relay.mail.record import Message
 from workers.queues import failed
 

@@ -17,9 +17,10 @@ from datetime import datetime
 from relay.client.connection import ClientError, Connection
 from relay.client.xforward import introduce, is_introduced, xforward
 from relay.mail.destination import Destination
-from relay.mail.envelope import Envelope, Recipient
+from relay.mail.envelope import Envelope
 from relay.mail.esmtp import MAIL_EXTENSIONS, command_line, value
 from relay.mail.origin import of_envelope
+from relay.mail.recipient import Recipient
 from relay.mail.record import Message
 from relay.mail.reply import Reply
 
