@@ -19,7 +19,7 @@ DOORS = {
     "aiosmtplib": {"relay/client/connect.py"},
     "dynaconf": {"relay/config/file.py"},
 }
-_REASON = re.compile(r"# noqa: PLC0415  \(\S.+\)")
+_REASON = re.compile(r"# noqa: [A-Z0-9, ]*PLC0415  \(\S.+\)")
 
 
 def _imports(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
