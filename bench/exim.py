@@ -12,7 +12,7 @@ import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 
-from support.lifetime import Daemon
+from support.child_processes import Daemon
 from support.waiting import free_port, wait_until
 
 _CONFIGURATION = """

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bench import programs
-from support.lifetime import tied
+from support.child_processes import tied
 from support.waiting import free_port, wait_until
 
 _PLUGIN = """

@@ -27,7 +27,7 @@ from bench.audit import Arrivals
 from bench.numbered import message
 from bench.results import Goal
 from relay.ledger import keys
-from support.lifetime import tied
+from support.child_processes import tied
 from support.product import Product
 from support.waiting import free_port, wait_until
 

@@ -9,7 +9,7 @@ import sys
 from contextlib import ExitStack
 
 from bench import ROOT
-from support.lifetime import tied
+from support.child_processes import tied
 from support.waiting import wait_until
 
 

@@ -24,7 +24,7 @@ from support.redis_servers import RedisServer
 from support.scripted_server import ScriptedServer
 
 # Files whose tests put the whole machine under load: never two of them at once.
-_DEMANDING = ("test_failover", "test_soak", "test_hosts", "test_overload", "test_power_loss")
+_DEMANDING = ("test_failover", "test_soak", "test_several_hosts", "test_overload", "test_power_loss")
 _SLOW = (*_DEMANDING, "test_crash_matrix", "test_outages", "test_postfix_crash", "test_isolation", "test_backup_leg")
 
 

@@ -21,7 +21,7 @@ import pytest
 
 from relay import log_output
 from relay.log_output import Output
-from support.lifetime import tied
+from support.child_processes import tied
 from support.product import Product
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until

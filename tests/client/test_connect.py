@@ -15,7 +15,7 @@ import pytest
 from relay.client.connect import ConnectFailed, Connection, ConnectionGone, connect
 from relay.mail.reply import Reply
 from support.certificates import Certificate
-from support.loops import at_end, both_loops
+from support.event_loops import at_end, both_loops
 from support.reactions import Close, Gate, Reset, Silence
 from support.scripted_server import ScriptedServer
 from support.waiting import free_port, until

@@ -11,7 +11,7 @@ import pytest
 
 from relay.client.connect import Connection, ConnectionGone, DeadlinePassed, MalformedReply, connect
 from relay.mail.reply import Reply
-from support.loops import at_end, both_loops
+from support.event_loops import at_end, both_loops
 from support.reactions import Close, Gate, HalfClose, Reset, Silence, Trickle
 from support.scripted_server import ScriptedServer
 from support.waiting import until

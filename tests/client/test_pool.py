@@ -11,7 +11,7 @@ import pytest
 from relay.client.connect import ClientError, ConnectFailed, Connection
 from relay.client.pool import Pool, PoolExhausted
 from relay.mail.reply import Reply
-from support.loops import at_end, both_loops
+from support.event_loops import at_end, both_loops
 from support.reactions import Close, Gate, Silence
 from support.scripted_server import ScriptedServer
 from support.waiting import until

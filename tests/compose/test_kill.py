@@ -14,8 +14,8 @@ import pytest
 
 from support import compose_stack
 from support.compose_stack import Stack, outside
+from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
-from support.sender import Sender
 from support.waiting import wait_until
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(900)]

@@ -9,9 +9,9 @@ import redis
 
 from support.ledger_contents import Contents
 from support.reactions import Moment, Reaction, Silence, Trickle
+from support.running_courier import arrived, at_the_dot, at_work, named
 from support.scripted_server import ScriptedServer
 from support.waiting import until
-from support.working import arrived, at_the_dot, at_work, named
 
 
 @pytest.fixture

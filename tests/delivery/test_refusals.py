@@ -12,9 +12,9 @@ from relay.ledger import keys
 from relay.mail.reply import Reply
 from support.ledger_contents import Contents
 from support.reactions import Close, Moment, Reaction, Silence
+from support.running_courier import arrived, at_the_dot, at_work, named
 from support.scripted_server import ScriptedServer
 from support.waiting import until
-from support.working import arrived, at_the_dot, at_work, named
 from workers.delivery.retry import Breaker
 from workers.queues import failed
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 import relay
-from support.lifetime import tied
+from support.child_processes import tied
 from support.waiting import wait_until
 
 OUTCOMES = {

@@ -16,7 +16,7 @@ from relay.smtpd.passwords import hash_password
 from support import swaks
 from support.certificates import Certificate
 from support.product import Product
-from support.recorded import Transaction
+from support.recorded_sessions import Transaction
 from support.scripted_server import EXTENSIONS, ScriptedServer
 from support.swaks import Conversation
 from support.waiting import free_port, wait_until

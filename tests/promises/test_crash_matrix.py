@@ -17,8 +17,8 @@ from relay.config import loader
 from relay.ledger import changes
 from relay.spool import writer
 from support.product import Product
+from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
-from support.sender import Sender
 from support.waiting import wait_until
 from workers.upkeep.reconciler import reconcile
 

@@ -19,9 +19,9 @@ from relay.monitoring.probes import probe_redis
 from relay.redisio import clients
 from relay.redisio.pipeline import CommandBatch, Pipelines
 from support.product import Product
-from support.recorded import Transaction
+from support.recorded_sessions import Transaction
+from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
-from support.sender import Sender
 from support.sentinels import SERVICE, SentinelSet
 from support.waiting import wait_until
 

@@ -14,8 +14,8 @@ import pytest
 
 from support.product import Product
 from support.reactions import Close, Moment, Reset, Silence, Trickle
+from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
-from support.sender import Sender
 from support.waiting import wait_until
 
 SETTINGS = {

@@ -31,8 +31,8 @@ from support.dialogue import Dialogue
 from support.ledger_contents import Contents
 from support.product import Product
 from support.redis_servers import RedisServer
+from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
-from support.sender import Sender
 from support.waiting import PATIENCE, until, wait_until
 
 SETTINGS = {

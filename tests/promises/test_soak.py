@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.lifetime import tied
+from support.child_processes import tied
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 40

@@ -30,7 +30,7 @@ from relay.config.model import RedisSettings
 from relay.redisio import clients
 from relay.redisio.pipeline import Answers, CommandBatch, Pipelines
 from support.certificates import Certificate
-from support.loops import both_loops
+from support.event_loops import both_loops
 from support.redis_servers import RedisServer
 from support.waiting import PATIENCE, until
 

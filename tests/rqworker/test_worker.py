@@ -17,7 +17,7 @@ from rq.registry import FailedJobRegistry, StartedJobRegistry
 from rq.serializers import JSONSerializer
 
 from relay.config.model import RedisSettings
-from support.couriers import NotingCourier
+from support.fake_courier import NotingCourier
 from support.redis_servers import RedisServer
 from support.waiting import wait_until
 from workers import jobs

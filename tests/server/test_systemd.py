@@ -17,8 +17,8 @@ import pytest
 
 from relay.server import systemd
 from support.certificates import Certificate
+from support.child_processes import tied
 from support.dialogue import Dialogue
-from support.lifetime import tied
 from support.product import Product
 from support.scripted_server import ScriptedServer
 from support.waiting import free_port, wait_until

@@ -20,8 +20,8 @@ from relay.smtpd.context import Context
 from relay.smtpd.passwords import hash_password
 from support.certificates import Certificate
 from support.dialogue import AsyncDialogue, Dialogue, Unexpected
-from support.in_process import front, settings_of
-from support.loops import both_loops
+from support.event_loops import both_loops
+from support.in_process_relay import front, settings_of
 from support.product import Product
 from support.scripted_server import EXTENSIONS, ScriptedServer
 from support.waiting import free_port, until, wait_until

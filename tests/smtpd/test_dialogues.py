@@ -1,4 +1,4 @@
-"""SMTP conversations, as text files in tests/dialogues (README.txt there says how they are written): what a client
+"""SMTP conversations, as text files in the folder dialogues (README.txt there is their format): what a client
 hears, and what reaches the primary of it, line by line. Each file's first line says which rule it is about.
 """
 

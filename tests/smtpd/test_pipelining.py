@@ -28,8 +28,8 @@ from relay.mail.reply import Reply
 from relay.smtpd.protocol import ClientProtocol
 from support.certificates import Certificate
 from support.dialogue import AsyncDialogue, stuffed
-from support.in_process import front, settings_of
-from support.loops import both_loops
+from support.event_loops import both_loops
+from support.in_process_relay import front, settings_of
 from support.product import Product
 from support.reactions import Close, Delay, Gate, Moment, Reset, Silence
 from support.redis_servers import RedisServer

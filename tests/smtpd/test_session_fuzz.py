@@ -22,7 +22,7 @@ from loguru import logger
 
 from relay.smtpd.passwords import hash_password
 from support.certificates import Certificate
-from support.in_process import front, settings_of
+from support.in_process_relay import front, settings_of
 from support.redis_servers import RedisServer
 from support.scripted_server import EXTENSIONS, ScriptedServer
 

@@ -20,7 +20,7 @@ from aiosmtpd import controller
 from aiosmtpd.testing.statuscodes import StatusCode
 
 from relay.smtpd.passwords import hash_password
-from support.in_process import front, settings_of
+from support.in_process_relay import front, settings_of
 from support.scripted_server import ScriptedServer
 from support.waiting import PATIENCE, free_port
 

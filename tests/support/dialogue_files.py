@@ -1,4 +1,4 @@
-"""SMTP conversations as text files, read and spoken: the format of tests/dialogues, described in its README.txt."""
+"""SMTP conversations as text files, read and spoken: the format of tests/smtpd/dialogues, as its README.txt has it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from support.dialogue import Dialogue, Unexpected
 from support.reactions import Close, Reaction, Reset
-from support.recorded import Connection, Transaction
+from support.recorded_sessions import Connection, Transaction
 
 _STEP = re.compile(r"(C:|C\||S:|S\.\.\.|TLS|END|P:|P!|FROM:|TO:|BODY:|RAW:) ?(.*)")
 _WORDS: dict[str, Reaction] = {"close": Close(), "reset": Reset()}

@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
+from support.child_processes import Daemon
 from support.dialogue import Dialogue, Unexpected
-from support.lifetime import Daemon
 from support.waiting import free_port, wait_until
 
 # Debian leaves it out of the PATH of an ordinary user.

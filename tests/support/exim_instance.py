@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from support import debian
-from support.lifetime import Daemon
+from support.child_processes import Daemon
 from support.waiting import PATIENCE, free_port, wait_until
 
 _PACKAGES = ("exim4-daemon-light", "libidn12", "libgnutls-dane0", "libnsl2")

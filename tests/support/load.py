@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Self
 
+from support.child_processes import Daemon
 from support.dialogue import Dialogue, Unexpected
-from support.lifetime import Daemon
 from support.waiting import PATIENCE, free_port, wait_until
 
 

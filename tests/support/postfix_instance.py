@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from support.lifetime import Daemon
+from support.child_processes import Daemon
 from support.waiting import PATIENCE, free_port, wait_until
 
 _SERVICES = """

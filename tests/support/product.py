@@ -21,8 +21,8 @@ from typing import Any, Self
 import relay
 from relay.mail import encryption
 from relay.redisio import embedded
+from support.child_processes import tied
 from support.dialogue import Dialogue, Unexpected
-from support.lifetime import tied
 from support.waiting import PATIENCE, free_port, wait_until
 
 _DEFAULTS = {

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from support.waiting import PATIENCE
 
 if TYPE_CHECKING:
-    from support.recorded import Connection
+    from support.recorded_sessions import Connection
 
 Reaction: TypeAlias = (
     "str | bytes | Close | HalfClose | Reset | Silence | Delay | Trickle | Gate | tuple[Any, ...] | list[Any] "

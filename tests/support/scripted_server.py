@@ -14,9 +14,9 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Self, TypeVar
 
 from relay.mail.destination import Destination
-from support.conversation import Conversation
 from support.reactions import Moment, Reaction
-from support.recorded import Connection, Transaction
+from support.recorded_sessions import Connection, Transaction
+from support.scripted_connection import Conversation
 from support.waiting import PATIENCE
 
 T = TypeVar("T")

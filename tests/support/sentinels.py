@@ -9,7 +9,7 @@ from pathlib import Path
 import redis
 
 from relay.redisio import embedded
-from support.lifetime import tied
+from support.child_processes import tied
 from support.waiting import free_port, wait_until
 
 SERVICE = "post"

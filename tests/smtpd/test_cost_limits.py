@@ -17,8 +17,8 @@ from relay.smtpd.error_limits import ErrorLimits
 from relay.smtpd.password_guesses import Guesses
 from relay.smtpd.passwords import hash_password
 from support.dialogue import AsyncDialogue
-from support.in_process import front, settings_of
-from support.loops import both_loops
+from support.event_loops import both_loops
+from support.in_process_relay import front, settings_of
 from support.product import Product
 from support.scripted_server import EXTENSIONS, ScriptedServer
 from support.waiting import until, wait_until

@@ -16,12 +16,12 @@ import redis
 
 from relay.ledger import keys
 from support import hosts
+from support.child_processes import tied
 from support.dialogue import Dialogue
 from support.hosts import Network
-from support.lifetime import tied
-from support.recorded import Transaction
+from support.recorded_sessions import Transaction
+from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
-from support.sender import Sender
 from support.waiting import free_port, wait_until
 
 # What the page gives the user of smtp-dup, and nothing more.

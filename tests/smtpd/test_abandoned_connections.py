@@ -23,8 +23,8 @@ from loguru import logger
 
 from support.certificates import Certificate
 from support.dialogue import AsyncDialogue
-from support.in_process import front, settings_of
-from support.loops import both_loops
+from support.event_loops import both_loops
+from support.in_process_relay import front, settings_of
 from support.product import Product
 from support.scripted_server import EXTENSIONS, ScriptedServer
 from support.waiting import until, wait_until

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from support.reactions import Close, Delay, Gate, HalfClose, Moment, Reaction, Reset, Silence, Trickle, wire
-from support.recorded import Connection, Transaction
+from support.recorded_sessions import Connection, Transaction
 
 if TYPE_CHECKING:
     from support.scripted_server import ScriptedServer
