@@ -22,6 +22,7 @@ from support.postfix_instance import PostfixInstance
 from support.product import Product
 from support.redis_servers import RedisServer
 from support.scripted_server import ScriptedServer
+from support.waiting import free_port
 
 # Files whose tests put the whole machine under load: never two of them at once.
 _DEMANDING = ("test_failover", "test_soak", "test_several_hosts", "test_overload", "test_power_loss")
@@ -36,6 +37,7 @@ def pytest_configure() -> None:
     """Have what tests start hear SIGHUP, whoever has started them: below nohup it is ignored, which is inherited."""
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: None)  # a handler is not inherited; we ourselves go on all the same
+    free_port()  # opens its file now, not between two counts of descriptors
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import smtplib
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -232,3 +238,19 @@ def test_sink_and_source(smtp_sink):
     smtp_source(keeping.port, count=3, recipient="c@example.com")
     keeping.wait_for(3)
     wait_until(lambda: all(b"X-Rcpt-Args: <c@example.com>" in message for message in keeping.messages()))
+
+
+def test_no_two_processes_are_given_the_same_port():
+    """What one has been given nobody else gets, until its process ends."""
+    program = "from support.waiting import free_port; print([free_port() for _ in range(300)], flush=True); input()"
+    command = [sys.executable, "-c", program]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    with ExitStack() as ends:
+        runs = []
+        for _ in range(4):
+            run = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            ends.callback(run.communicate, "\n")
+            runs.append(run)
+        ports = [port for run in runs if run.stdout for port in json.loads(run.stdout.readline())]
+        assert len(ports) == len(set(ports)) == 1200
+        assert free_port() not in ports

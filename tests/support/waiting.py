@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import functools
+import os
 import random
 import socket
+import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -15,17 +19,44 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _LOWEST = 10_000  # of the ports that tests take
+_KEPT = 300  # ports of one process
+_ours: deque[int] = deque()
 PATIENCE = 20.0  # seconds; generous, since it is only ever used up by a failure
 
 
 def free_port() -> int:
-    """Return a loopback port that is free now, and that no outgoing connection is given meanwhile."""
-    for _ in range(100):
+    """Return a loopback port that is free now, that no outgoing connection is given, and that no other test run takes.
+
+    The last few hundred stay ours, in use or not: a server that is down must not be found up.
+    """
+    for _ in range(1000):
         port = random.randrange(_LOWEST, _ephemeral())
+        if port in _ours or not _reserve(port):
+            continue
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
+            _ours.append(port)
+            if len(_ours) > _KEPT:
+                fcntl.lockf(_ports(), fcntl.LOCK_UN, 1, _ours.popleft())
             return port
+        fcntl.lockf(_ports(), fcntl.LOCK_UN, 1, port)
     raise AssertionError("no free port")
+
+
+def _reserve(port: int) -> bool:
+    # An octet's lock is the process's: it ends with it, and a child does not inherit it.
+    try:
+        fcntl.lockf(_ports(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
+    except OSError:
+        return False
+    return True
+
+
+@functools.cache
+def _ports() -> int:
+    """Return a file of which every test process of this user locks one octet for each port: one descriptor for all."""
+    path = Path(tempfile.gettempdir(), f"smtp-dup-test-ports-{os.getuid()}")
+    return os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 @functools.cache
