@@ -1,9 +1,11 @@
 """Kept-open connections to one destination, and the bound on how many there are.
 
 The connection used last is leased first, so that the rest grow old and are closed with a QUIT. A kept one that died
-or was spoken to by its server is dropped unseen. Who comes when all are in use waits in line, and gets a PoolExhausted
-at its deadline. A server that greets with 421 while others of ours are in use has named its limit: wait for one of
-those. Whoever leases must give back, whatever happened: a connection out of step is closed here, never used again.
+or was spoken to by its server is dropped unseen. A server that leaves one RSET without a reply has every connection
+closed that is owed one, and for some minutes none is kept that needs one. Who comes when all are in use waits in line,
+and gets a PoolExhausted at its deadline. A server that greets with 421 while others of ours are in use has named its
+limit: wait for one of those. Whoever leases must give back, whatever happened: a connection out of step is closed
+here, never used again.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ import ssl
 from collections import deque
 from contextlib import suppress
 
-from relay.client.connect import ClientError, ConnectFailed, Connection, connect
+from relay.client.connect import ClientError, ConnectFailed, Connection, DeadlinePassed, connect
 from relay.mail.destination import Destination
 from relay.mail.reply import Reply
 
 _CEILING_SECONDS = 30.0  # how long a server's "421 too many connections" is believed
+_NO_RSET_SECONDS = 300.0  # how long a server that does not answer RSET is sent none
 
 
 class PoolExhausted(ClientError):
@@ -54,6 +57,7 @@ class Pool:
         self._waiters: deque[asyncio.Future[None]] = deque()  # a result is a slot that has been taken for the waiter
         self._ceiling: tuple[int, float] | None = None  # the server's own limit, and until when it is believed
         self._refusal: Reply | None = None  # the 421 that said so
+        self._no_rset_until = 0.0
         self._reaper: asyncio.TimerHandle | None = None
         self._goodbyes: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -171,6 +175,8 @@ class Pool:
                     reply = await connection.reply(timeout=self._connect_timeout)
                     if not reply.is_positive:
                         connection.close()
+            except DeadlinePassed:
+                self._retire_owed()
             except ClientError:
                 pass
             except BaseException:
@@ -180,6 +186,14 @@ class Pool:
                 return connection
             connection.close()
         return None
+
+    def _retire_owed(self) -> None:
+        """Close the kept ones that are owed a reply, too: waiting for each would cost a time-out each."""
+        self._no_rset_until = asyncio.get_running_loop().time() + _NO_RSET_SECONDS
+        for connection in self._idle:
+            if connection.replies_owed:
+                connection.close()
+        self._idle = [connection for connection in self._idle if connection.is_open]
 
     async def _connect(self) -> Connection:
         # Passed over or not, the kept ones count: the oldest makes room.
@@ -198,6 +212,9 @@ class Pool:
 
     def _keep(self, connection: Connection) -> None:
         if connection.is_dirty:
+            if asyncio.get_running_loop().time() < self._no_rset_until:
+                connection.close()
+                return
             try:
                 connection.send(b"RSET")  # its reply is read by the next lease, so that nobody waits for it
             except ClientError:

@@ -214,6 +214,28 @@ async def test_an_unfinished_transaction_is_reset(scripted: Scripted):
 
 
 @both_loops
+async def test_a_reset_without_a_reply(scripted: Scripted):
+    """It costs one time-out, however many are kept; a connection that would need another is not kept."""
+    server = scripted({"RSET": Silence()})
+    pool = pool_for(server, limit=4, connect_timeout=1.0)
+    connections = [await pool.lease() for _ in range(4)]
+    clean = connections[0]
+    for connection in connections:
+        if connection is not clean:
+            assert (await connection.command(b"MAIL FROM:<old@example.com>", timeout=LONG)).is_positive
+        pool.give_back(connection)
+    begun = asyncio.get_running_loop().time()
+    leased = await pool.lease()
+    assert leased is clean
+    assert asyncio.get_running_loop().time() - begun < 2
+    assert (await leased.command(b"MAIL FROM:<old@example.com>", timeout=LONG)).is_positive
+    pool.give_back(leased)
+    assert pool.idle == 0
+    await deliver(await pool.lease())
+    assert sum("RSET" in c.verbs for c in server.connections) == 3
+
+
+@both_loops
 @pytest.mark.parametrize("farewell", ["421 4.4.2 idle for too long", ""])
 async def test_kept_ones_that_died_are_replaced_unseen(scripted: Scripted, farewell: str):
     """Whoever leases gets a live connection, though the kept ones were closed by the server."""

@@ -8,10 +8,11 @@ import pytest
 import redis
 
 from support.ledger_contents import Contents
-from support.reactions import Moment, Reaction, Silence, Trickle
+from support.reactions import Delay, Moment, Reaction, Silence, Trickle
 from support.running_courier import arrived, at_the_dot, at_work, named
 from support.scripted_server import ScriptedServer
 from support.waiting import until
+from workers.delivery import runners
 
 
 @pytest.fixture
@@ -53,6 +54,50 @@ async def test_several_that_hang_at_the_dot(contents: Contents, redis_url: str, 
         await until(lambda: len(arrived(backup)) == len(good), 40, lambda: f"{len(arrived(backup))} came")
         assert backup.open_connections <= 20 + len(hang)  # a silent one does not see that we have closed
     assert len({m.wire for m in backup.messages if "hang" not in m.sender}) == len(good)
+
+
+@pytest.mark.parametrize("connections", [1, 2, 3])
+@pytest.mark.parametrize("places", [[0], [17], [0, 1], [0, 1, 2]])
+async def test_few_connections(
+    contents: Contents,
+    redis_url: str,
+    backup: ScriptedServer,
+    monkeypatch: pytest.MonkeyPatch,
+    connections: int,
+    places: list[int],
+) -> None:
+    """Those that hang and have all connections lose one for what waits; each is deferred, none is tried in a circle."""
+    monkeypatch.setattr(runners, "PATIENCE", 3.5)
+    good = mail(contents, 30)
+    hang = [contents.pending("a@test", sender=f"hang{place}@test") for place in places]
+    ids = list(good)
+    for place, copy in zip(places, hang, strict=True):
+        ids.insert(place, copy)
+    backup.replies["."] = at_the_dot("hang", Silence())
+    async with at_work(redis_url, backup, connections) as work:
+        work.add(ids)
+        # Each may cost its patience, after the first one twice as much, and a pause of the destination.
+        await until(
+            lambda: len(arrived(backup)) == len(good), 10 + 8 * len(hang), lambda: f"{len(arrived(backup))} came"
+        )
+        assert set(contents.pending_ids()) <= {*hang, *good}
+    assert len(backup.messages) == len(good)
+    assert all(sum(t.sender == f"hang{place}@test" for t in backup.transactions) == 1 for place in places)
+
+
+async def test_a_server_that_is_slow_with_everything(
+    contents: Contents, redis_url: str, backup: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One connection, each message takes longer than others should wait: the first teaches it, no other is repeated."""
+    monkeypatch.setattr(runners, "PATIENCE", 3.2)
+    good = mail(contents, 4)
+    backup.replies["."] = (Delay(4), None)
+    async with at_work(redis_url, backup, 1) as work:
+        work.add(good)
+        await until(lambda: len(contents.pending_ids()) <= 1, 30)
+        assert contents.pending_ids() == good[:1]
+        await until(lambda: contents.state(good[0]).attempts == 1)
+    assert contents.state(good[0]).last_reply.startswith("451 4.4.2")
 
 
 @pytest.mark.timeout(90)

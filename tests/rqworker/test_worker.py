@@ -26,6 +26,7 @@ from workers.rqworker.worker import DeliveryWorker
 from workers.rqworker.worker_process import CourierThread, connector, revive_predecessors
 
 QUEUE = "backup-new"
+A, B = "a" * 16, "b" * 16  # message ids
 
 
 class Bench:
@@ -45,7 +46,7 @@ class Bench:
 
     def put(self, function: str = "workers.jobs.deliver", *args: object, **options: object) -> str:
         options = {"timeout": -1, "result_ttl": 0, "failure_ttl": 3600, "description": "deliver"} | options
-        data = Queue.prepare_data(function, args or ("new", ["a", "b"]), **options)
+        data = Queue.prepare_data(function, args or ("new", [A, B]), **options)
         return self.queue.enqueue_many([data])[0].id
 
     def close(self) -> None:
@@ -82,16 +83,16 @@ def bench(redis_url: str) -> Iterator[Bench]:
 
 def test_job_reaches_the_courier_and_leaves_nothing(bench: Bench) -> None:
     """A job hands its id and message ids to the courier, in order, and no key of it remains."""
-    ids = [bench.put("workers.jobs.deliver", "new", [str(n)]) for n in range(3)]
+    ids = [bench.put("workers.jobs.deliver", "new", [str(n) * 16]) for n in range(3)]
     assert bench.worker.work(burst=True)
-    assert bench.courier.calls == [(ids[0], ["0"]), (ids[1], ["1"]), (ids[2], ["2"])]
+    assert bench.courier.calls == [(ids[n], [str(n) * 16]) for n in range(3)]
     assert bench.job_keys == set()
     assert bench.client.hget("rq:worker:host.new.1.1", "successful_job_count") == b"3"
 
 
 def test_jobs_that_wait_are_taken_together(bench: Bench) -> None:
     """As far as the courier has room, jobs begin and end together; each has its own end."""
-    ids = [bench.put("workers.jobs.deliver", "new", [f"{n}a", f"{n}b"]) for n in range(6)]
+    ids = [bench.put("workers.jobs.deliver", "new", [f"{n:015}a", f"{n:015}b"]) for n in range(6)]
     bench.client.hset(f"rq:job:{ids[2]}", "created_at", "yesterday")
     bench.worker.room = lambda: 8
     bench.courier.hold = True
@@ -115,10 +116,13 @@ def test_jobs_that_wait_are_taken_together(bench: Bench) -> None:
         ("workers.jobs._bound.clear", ()),
         ("workers.rqworker.worker_process.os.system", ("touch {}",)),
         ("workers.jobs.deliver", ("new",)),
-        ("workers.jobs.deliver", ("new", ["a"], "more")),
-        ("workers.jobs.deliver", ("other", ["a"])),
+        ("workers.jobs.deliver", ("new", [A], "more")),
+        ("workers.jobs.deliver", ("other", [A])),
         ("workers.jobs.deliver", ("new", "abc")),
         ("workers.jobs.deliver", ("new", [1])),
+        ("workers.jobs.deliver", ("new", [A, "../" + "a" * 13])),
+        ("workers.jobs.deliver", ("new", [f"{A},{B}"])),
+        ("workers.jobs.deliver", ("new", [])),
     ],
 )
 def test_forged_job_is_refused(bench: Bench, tmp_path: object, function: str, args: tuple[object, ...]) -> None:
@@ -181,9 +185,7 @@ def test_interrupted_job_goes_back_to_the_front(bench: Bench) -> None:
 
 def test_only_the_interrupted_of_several_go_back(bench: Bench) -> None:
     """Of jobs that ran together, done ones are gone, refused ones failed, interrupted ones the next to run."""
-    done, refused, first, second = (
-        bench.put("workers.jobs.deliver", name, ["a"]) for name in ("new", "x", "new", "new")
-    )
+    done, refused, first, second = (bench.put("workers.jobs.deliver", name, [A]) for name in ("new", "x", "new", "new"))
     bench.courier.faults = {first: jobs.Interrupted(), second: jobs.Interrupted()}
     bench.worker.room = lambda: 100
     bench.worker.work(max_jobs=4)

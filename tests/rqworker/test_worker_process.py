@@ -89,7 +89,7 @@ class Run:
     def put(self, *ids: str) -> str:
         call = Queue.prepare_data(
             "workers.jobs.deliver",
-            ("new", list(ids)),
+            ("new", [name * 16 for name in ids]),
             timeout=-1,
             result_ttl=0,
             failure_ttl=3600,
@@ -181,7 +181,7 @@ def test_job_of_a_killed_worker_runs_again_first(run: Run) -> None:
     run.wait("begin")
     began = time.monotonic()
     os.kill(pid, signal.SIGKILL)
-    assert run.wait("begin", 2)[1] == [first, "a"]
+    assert run.wait("begin", 2)[1] == [first, "a" * 16]
     assert time.monotonic() - began < 5
     run.hold.unlink()
     assert run.wait("done", 2) == [[first], [second]]

@@ -40,10 +40,10 @@ class Work:
 
 
 @asynccontextmanager
-async def at_work(redis_url: str, backup: ScriptedServer, **options: str) -> AsyncIterator[Work]:
+async def at_work(redis_url: str, backup: ScriptedServer, connections: int = 0, **options: str) -> AsyncIterator[Work]:
     """A courier for "new" with a worker's loop around it."""
     options = {"retry_longest": "3600", "relay_timeout_seconds": "5", **options}
-    courier = Courier(settings(**options), backup.destination("new"), "worker", redis_url)
+    courier = Courier(settings(**options), backup.destination("new", connections=connections), "worker", redis_url)
     await courier.start()
     work = Work(courier)
     task = asyncio.ensure_future(work.run())

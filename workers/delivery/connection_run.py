@@ -134,7 +134,7 @@ class ConnectionRuns:
             trial.following = None if runner.is_slow else self._follower(connection, runner)
             return None if trial.following is None else trial.following.begun
 
-        runner.begins(connection, let_go)
+        runner.begins(connection, let_go, attempts=trial.copy.state.attempts)
 
         try:
             await send(
@@ -203,8 +203,8 @@ class ConnectionRuns:
             self._batches.put_back(batch, copy)
             return
         self._trouble()
-        is_its_own = trial.runner.gave_up or trial.runner.is_outrun
-        if not outcome.replies and not is_its_own:
+        is_its_own = trial.runner.is_outrun
+        if not (outcome.replies or is_its_own or trial.runner.gave_up):
             is_its_own = self._is_known(copy)
             if not is_its_own:
                 self._breaker.opens(str(error))

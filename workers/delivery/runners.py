@@ -3,8 +3,10 @@
 One on which the server hangs (a scanner, on one message) does not count for the window after a few seconds: it keeps
 its connection, another takes its turn, and what was begun behind it goes elsewhere. Slow and quick ones together have
 no more connections than the pool has room for. Where several hang and nothing at all goes through for a while, it is
-the server that is in trouble, and the breaker opens. Where slow ones have taken all connections although others went
-through quickly meanwhile, the one that has waited longest, more than a minute, loses its connection.
+the server that is in trouble, and the breaker opens. Where slow ones have taken all connections and other copies wait,
+the one that has waited longest loses its connection after a minute; with one connection that is the only cure. It may
+have arrived all the same. So a copy gets twice the time at its next attempt, and a server that is slow with everything
+is given more time once it has answered.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ SLOW = 3.0  # seconds that a transaction counts for the window
 _LOOK_SECONDS = 0.25
 _HANGING = 3  # transactions that hang at once, nothing going through ...
 _HANGING_SECONDS = 20.0  # ... for so long, before it is the server
-_PATIENCE = 60.0  # seconds that nobody loses a connection for others
-_QUICK = 20  # transactions that went through quickly meanwhile: the server is not just slow
+PATIENCE = 60.0  # seconds that nobody loses a connection for others
+_DOUBLINGS = 4  # of a copy's patience; beyond that the time-out of the dot counts (RFC 5321 4.5.3.2.6)
+_CALMING = 0.9  # how an answer shortens a patience that was lengthened
 
 Run = Callable[["Runner"], Coroutine[object, object, None]]
 
@@ -31,21 +34,26 @@ Run = Callable[["Runner"], Coroutine[object, object, None]]
 class Runner:
     """One task with a connection, or on its way to one, and how long what it does now has been going on."""
 
-    __slots__ = ("_runners", "begun_at", "carried", "connection", "gave_up", "is_slow", "let_go", "quick")
+    __slots__ = ("_runners", "attempts", "begun_at", "carried", "connection", "gave_up", "is_slow", "let_go")
 
     def __init__(self, runners: Runners) -> None:
         self._runners = runners
         self.is_slow = False
         self.begins(None)
 
-    def begins(self, connection: Connection | None, let_go: Callable[[], None] = lambda: None) -> None:
-        """Note that a transaction begins; ``let_go`` is called once if it turns out to be a slow one."""
+    def begins(
+        self, connection: Connection | None, let_go: Callable[[], None] = lambda: None, *, attempts: int = 0
+    ) -> None:
+        """Note that a transaction begins; ``let_go`` is called once if it turns out to be a slow one.
+
+        ``attempts`` is how often this copy was tried before.
+        """
         runners = self._runners
         self.connection = connection
         self.let_go = let_go
         self.begun_at = runners.breaker.clock()
         self.carried = runners.breaker.carried
-        self.quick = runners.quick
+        self.attempts = attempts
         self.gave_up = False
         if self.is_slow:
             self.is_slow = False
@@ -53,8 +61,14 @@ class Runner:
 
     def ends(self) -> None:
         """Note that the server carried the transaction through."""
-        if self._runners.breaker.clock() - self.begun_at < SLOW:
-            self._runners.quick += 1
+        runners = self._runners
+        seconds = runners.breaker.clock() - self.begun_at
+        runners.patience = max(PATIENCE, 2 * seconds, _CALMING * runners.patience)
+
+    @property
+    def patience(self) -> float:
+        """Seconds that this transaction keeps its connection while others wait for one."""
+        return max(self._runners.patience, PATIENCE * (1 << min(self.attempts, _DOUBLINGS)))
 
     @property
     def is_outrun(self) -> bool:
@@ -79,7 +93,7 @@ class Runners:
         self._run = run
         self._runners: dict[asyncio.Task[None], Runner] = {}
         self.slow = 0
-        self.quick = 0  # transactions carried through in a short time
+        self.patience = PATIENCE  # of this server: more when it is slow with everything
 
     def __len__(self) -> int:
         return len(self._runners)
@@ -134,20 +148,18 @@ class Runners:
                 runner.let_go()
         if not self.slow:
             return
+        slow = [runner for runner in self._runners.values() if runner.is_slow]
         if self._batches.copies_left and not breaker.is_open:
-            slow = [runner for runner in self._runners.values() if runner.is_slow]
             hanging = [runner.begun_at for runner in slow if runner.carried == breaker.carried]
-            if len(hanging) >= min(_HANGING, self._pool.room) and now - min(hanging) >= _HANGING_SECONDS:
+            if len(hanging) >= _HANGING and now - min(hanging) >= _HANGING_SECONDS:
                 breaker.opens(f"no reply to {len(hanging)} messages at once for {now - min(hanging):.0f} s")
-            elif len(self._runners) >= self._pool.room:
-                self._make_room(slow, now)
+        if len(self._runners) >= self._pool.room and (self._batches.copies_left or self._pool.waiting):
+            self._make_room(slow, now)
         self._batches.wake()
 
     def _make_room(self, slow: list[Runner], now: float) -> None:
-        idle = [
-            runner
-            for runner in slow
-            if not runner.gave_up and now - runner.begun_at >= _PATIENCE and self.quick - runner.quick >= _QUICK
-        ]
-        if idle:
-            min(idle, key=lambda runner: runner.begun_at).give_up()
+        """Take the connection away from the transaction that has waited longest, if it has had its time."""
+        waiting = [runner for runner in slow if not runner.gave_up and now - runner.begun_at >= runner.patience]
+        if waiting:
+            min(waiting, key=lambda runner: runner.begun_at).give_up()
+            self.patience = max(2 * PATIENCE, self.patience)  # a server that is only slow answers the next one
