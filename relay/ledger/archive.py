@@ -4,14 +4,16 @@ Beyond failed.max_bytes, and before Redis is so full that new mail would go to t
 Redis keeps the record without its body, which names the host and the file, so that listings stay complete on every
 host. What it names is for people: a file is opened by the message's id below our own folder, and is that message's
 record or nothing. A retry brings the body back while there is room, else whoever delivers reads the file. It is written
-and synced before Redis forgets the body, and deleted only when Redis has no such message any more. Trouble with the
-disk moves nothing.
+and synced before Redis forgets the body. It is deleted only when this very ledger has had it and lists it no more:
+a Redis that came back empty or older names none of them, and then they are all that is left. Trouble with the disk
+moves nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,10 +22,10 @@ from typing import cast
 from redis import Redis
 from redis.exceptions import ResponseError
 
-from relay import private_files
+from relay import maillog, private_files
 from relay.ledger import changes, keys, queries, registry
 from relay.mail.envelope import MalformedRecord
-from relay.mail.ids import is_id
+from relay.mail.ids import is_id, is_job_id
 from relay.mail.record import BodyElsewhere, LockedRecord, Message
 
 _SETTLED = 0.9  # moved until this part of the limit is left, so that the next failure moves nothing
@@ -31,6 +33,9 @@ _PAGE = 500
 _PRESSED, _RELIEVED = 0.55, 0.45  # of maxmemory: from where bodies leave, and down to where. At 0.6 no spool comes in
 _ROOM = 0.58  # of maxmemory: up to where a retry brings bodies back
 _COST = 1.25  # octets of memory for an octet of a record
+_TMP = ".tmp"
+_IDENTITY = "identity"  # the file that has a folder's; no message has such an id
+_unknown: dict[Path, frozenset[str]] = {}  # files that the log has been told of, by folder
 
 
 def folder(state_dir: Path) -> Path:
@@ -134,14 +139,58 @@ def move_excess(
 
 
 def forget_delivered(connection: Redis, where: Path) -> list[str]:
-    """Delete the files of messages that Redis does not know any more. Returns their ids."""
-    gone = []
-    for path in sorted(where.iterdir()) if where.is_dir() else ():
-        message_id = path.name.removesuffix(".tmp")
-        if is_id(message_id) and not connection.exists(keys.MESSAGE + message_id):  # else it is no file of ours
-            path.unlink()
-            gone.append(path.name)
+    """Delete the files of messages that this ledger had and that nobody lists any more. Returns their ids.
+
+    A file that the ledger never knew stays, and is told: it may be all that is left of a message.
+    """
+    files = [(name.removesuffix(_TMP), name) for name in _names(where)]
+    files = [(message_id, name) for message_id, name in files if is_id(message_id)]  # else it is no file of ours
+    if not files:
+        return []
+    identity = _identity(where)
+    gone: list[str] = []
+    unknown: list[str] = []
+    for start in range(0, len(files), _PAGE):
+        page = files[start : start + _PAGE]
+        with connection.pipeline(transaction=False) as pipe:
+            changes.judge_files(pipe, identity, [message_id for message_id, _ in page])
+            (verdicts,) = pipe.execute()
+        settled = [file for file, verdict in zip(page, verdicts, strict=True) if verdict == changes.SETTLED]
+        unknown += [name for (_, name), verdict in zip(page, verdicts, strict=True) if verdict == changes.UNKNOWN]
+        for _, name in settled:
+            (where / name).unlink(missing_ok=True)
+            gone.append(name)
+        if settled:
+            connection.srem(keys.MOVED + identity, *(message_id for message_id, _ in settled))
+    _tell_unknown(where, unknown)
     return gone
+
+
+def _names(where: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in where.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _tell_unknown(where: Path, names: Sequence[str]) -> None:
+    """Tell of files that the ledger does not know, whenever there are others than before."""
+    if _unknown.get(where) != (found := frozenset(names)):
+        _unknown[where] = found
+        if names:
+            text = "bodies of failed copies that Redis does not know are kept: see docs/failures.md to deliver them"
+            maillog.notice("warning", text, folder=str(where), count=len(names), first=names[0])
+
+
+def _identity(where: Path) -> str:
+    """Return the name under which Redis knows a folder, wherever it is mounted, and make one for a new folder."""
+    with contextlib.suppress(FileNotFoundError):
+        found = private_files.read(where, _IDENTITY, 64).decode("ascii", "replace").strip()
+        if is_job_id(found):
+            return found
+    fresh = secrets.token_hex(8)
+    private_files.write(where, _IDENTITY, fresh.encode("ascii"))
+    return fresh
 
 
 def _move(connection: Redis, where: Path, message_id: str) -> int | None:
@@ -158,10 +207,14 @@ def _move(connection: Redis, where: Path, message_id: str) -> int | None:
     if len(stub) >= len(record):
         return None
     private_files.folder(where)
+    identity = _identity(where)
     private_files.write(where, message_id, record)
     with connection.pipeline(transaction=True) as pipe:
-        changes.stow(pipe, message_id, stub)
-        if not pipe.execute()[0]:
-            (where / message_id).unlink()  # it is wanted again, or gone
-            return None
+        changes.stow(pipe, message_id, stub, identity)
+        pipe.exists(keys.MESSAGE + message_id)
+        stowed, is_there = pipe.execute()
+    if not stowed:
+        if is_there:  # it is wanted again. Else it was delivered, or Redis has lost it: forget_delivered knows
+            (where / message_id).unlink()
+        return None
     return len(stub)

@@ -29,6 +29,7 @@ from relay.ledger.keys import (
     HEALTH,
     IMPORTED,
     MESSAGE,
+    MOVED,
     OWN,
     PENDING,
     PREFIX,
@@ -41,6 +42,8 @@ from relay.mail import ids
 LISTS = PREFIX + "lists"
 KEPT = PREFIX + "kept"  # set of ids whose bodies would have been deleted, had LISTS been whole
 LEDGER = PREFIX + "ledger"  # hash: who this ledger is, and how far it has come; see continuity.py
+
+WANTED, SETTLED, UNKNOWN = range(3)  # what a ledger says of a file; see judge_files.lua
 
 Pipe = Any  # redis.client.Pipeline or redis.asyncio.client.Pipeline: both only queue commands here
 
@@ -79,6 +82,7 @@ _UNLEASE = _script("unlease")
 _BEREAVE = _script("bereave")
 _DROP = _script("drop")
 _STOW = _script("stow")
+_JUDGE_FILES = _script("judge_files")
 _OWNERS = _script("owners")
 _REASSIGN = _script("reassign")
 _MOVE = _script("move")
@@ -337,9 +341,17 @@ def purge(pipe: Pipe, ids: Sequence[str]) -> None:
     pipe.eval(_PURGE, 0, *ids)
 
 
-def stow(pipe: Pipe, message_id: str, stub: bytes) -> None:
-    """Replace the record of a message that failed and is pending nowhere. Result: 1, or 0 for not in that state."""
-    pipe.eval(_STOW, 0, message_id, stub)
+def stow(pipe: Pipe, message_id: str, stub: bytes, folder: str) -> None:
+    """Replace the record of a message that failed and is pending nowhere; its body is in a folder of that identity.
+
+    Result: 1, or 0 for not in that state.
+    """
+    pipe.eval(_STOW, 0, message_id, stub, MOVED + folder)
+
+
+def judge_files(pipe: Pipe, folder: str, ids: Sequence[str]) -> None:
+    """Ask about the files of a folder of moved bodies. Result for each: WANTED, SETTLED or UNKNOWN."""
+    pipe.eval(_JUDGE_FILES, 0, MOVED + folder, *ids)
 
 
 def note_twins(pipe: Pipe, pairs: Iterable[tuple[str, str]]) -> None:

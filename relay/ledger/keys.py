@@ -20,3 +20,4 @@ COUNTERS = PREFIX + "counters"  # hash name -> total
 OWNERS = PREFIX + "owners"  # hash owner -> "host state-dir process" of a relay process
 RECONCILER = PREFIX + "reconciler"  # lock of the reconciler
 IMPORTED = PREFIX + "imported:"  # zset id, or "file backup" -> when: came from one spool, its file may still be there
+MOVED = PREFIX + "moved:"  # set of ids whose bodies are files in one folder, by its identity, until the files are gone

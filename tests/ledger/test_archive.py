@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import redis
+from loguru import logger
 
 from relay import private_files
 from relay.ledger import archive, copy_state, keys, queries
@@ -28,6 +29,15 @@ def body(number: int) -> bytes:
 @pytest.fixture
 def contents(redis_client: redis.Redis) -> Contents:
     return Contents(redis_client, "new")
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """Return what the log is told."""
+    lines: list[str] = []
+    sink = logger.add(lambda message: lines.append(str(message)))
+    yield lines
+    logger.remove(sink)
 
 
 def make_failed(contents: Contents, count: int) -> list[str]:
@@ -92,7 +102,8 @@ async def test_requeue_on_this_host_reads_the_file(
     await courier.drain()
     assert server.messages[0].header("Subject") == "0"
     assert archive.forget_delivered(contents.connection, folder) == [message_id]
-    assert not list(folder.iterdir())
+    assert not list(folder.glob(message_id + "*"))
+    assert not contents.connection.keys(keys.MOVED + "*")
 
 
 async def test_requeue_without_the_file_fails_again(
@@ -131,7 +142,7 @@ def test_no_listed_id_names_a_file(contents: Contents, tmp_path: Path, name: str
     state = tmp_path / "state"
     Sweeper(connection, settings(state_dir=str(state), failed_max_bytes="0")).sweep()
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
-    assert [p.name for p in archive.folder(state).iterdir()] == [message_id]
+    assert sorted(p.name for p in archive.folder(state).iterdir()) == sorted([message_id, "identity"])
 
 
 def test_what_redis_names_is_no_file(contents: Contents, tmp_path: Path) -> None:
@@ -174,11 +185,77 @@ def test_a_damaged_file_does_not_come_back(contents: Contents, tmp_path: Path) -
 
 def test_a_foreign_file_is_not_deleted(contents: Contents, tmp_path: Path) -> None:
     """What an operator keeps beside the bodies stays."""
+    (message_id,) = make_failed(contents, 1)
+    list(archive.move_excess(contents.connection, tmp_path, 0))
     (tmp_path / "README").write_text("mine")
     (tmp_path / "folder").mkdir()
-    (tmp_path / "0123456789abcdef").write_text("of a message that is gone")
-    assert archive.forget_delivered(contents.connection, tmp_path) == ["0123456789abcdef"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["README", "folder"]
+    failed.drop(contents.connection, [message_id])
+    assert archive.forget_delivered(contents.connection, tmp_path) == [message_id]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README", "folder", "identity"]
+
+
+def emptied(connection: redis.Redis) -> None:
+    connection.flushall()
+
+
+def partly_lost(connection: redis.Redis) -> None:
+    """All messages and lists are gone; what knows that they were here is not."""
+    for key in connection.scan_iter("smtpdup:*"):
+        if not key.startswith((b"smtpdup:moved:", b"smtpdup:failed:")):
+            connection.delete(key)
+
+
+@pytest.mark.parametrize("lost", [emptied, partly_lost, "older"])
+def test_a_redis_that_came_back_empty_or_older_costs_no_body(
+    contents: Contents, tmp_path: Path, lost: Callable[[redis.Redis], None] | str, logged: list[str]
+) -> None:
+    """What is on disk is kept and told, sweep after sweep, whatever the ledger that is there now does not name."""
+    connection = contents.connection
+    before = {key: connection.dump(key) for key in connection.scan_iter()}
+    ids = make_failed(contents, 3)
+    sweeper = Sweeper(connection, settings(state_dir=str(tmp_path), failed_max_bytes="0"))
+    assert sweeper.sweep().counts["failed.max_bytes exceeded"] == 3
+    if isinstance(lost, str):
+        connection.flushall()
+        for key, value in before.items():
+            connection.restore(key, 0, value)
+    else:
+        lost(connection)
+    for _ in range(2):
+        sweeper.sweep(thorough=True)
+        Sweeper(connection, settings(state_dir=str(tmp_path), failed_max_bytes="0")).sweep(thorough=True)
+    assert sorted(p.name for p in archive.folder(tmp_path).iterdir()) == sorted([*ids, "identity"])
+    if lost is not partly_lost:
+        assert sum("that Redis does not know are kept" in line for line in logged) == 1
+
+
+def test_bodies_of_a_version_without_the_set_are_deleted_when_delivered(contents: Contents, tmp_path: Path) -> None:
+    """What an older version moved is known by its record in Redis, from the first sweep on."""
+    (message_id,) = make_failed(contents, 1)
+    list(archive.move_excess(contents.connection, tmp_path, 0))
+    contents.connection.delete(*contents.connection.keys(keys.MOVED + "*"))
+    (tmp_path / "identity").unlink()
+    assert archive.forget_delivered(contents.connection, tmp_path) == []
+    failed.drop(contents.connection, [message_id])
+    assert archive.forget_delivered(contents.connection, tmp_path) == [message_id]
+
+
+def test_a_body_that_redis_loses_while_it_moves_stays(
+    contents: Contents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the file and the stub Redis may come back empty: then the file is all there is."""
+    (message_id,) = make_failed(contents, 1)
+    write = private_files.write
+
+    def write_and_lose(where: Path, name: str, data: bytes) -> None:
+        write(where, name, data)
+        if name == message_id:
+            contents.connection.flushall()
+
+    monkeypatch.setattr(private_files, "write", write_and_lose)
+    assert not list(archive.move_excess(contents.connection, tmp_path, 0))
+    archive.forget_delivered(contents.connection, tmp_path)
+    assert (tmp_path / message_id).exists()
 
 
 def test_bodies_leave_a_redis_that_fills_up(tmp_path: Path, redis_factory: Callable[..., RedisServer]) -> None:

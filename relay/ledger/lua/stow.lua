@@ -1,4 +1,4 @@
--- ARGV: id, record without its body. Only for what failed and is pending nowhere: nobody is about to read the body.
+-- ARGV: id, record without its body, key of the set of ids whose bodies are in that folder. Only for what failed and is pending nowhere: nobody is about to read the body.
 local id = ARGV[1]
 local failed = false
 local names, whole = destinations()
@@ -14,4 +14,8 @@ end
 if not failed then
   return 0
 end
-return redis.call('SET', 'smtpdup:message:' .. id, ARGV[2], 'XX') and 1 or 0
+if not redis.call('SET', 'smtpdup:message:' .. id, ARGV[2], 'XX') then
+  return 0
+end
+redis.call('SADD', ARGV[3], id)
+return 1
