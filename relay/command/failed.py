@@ -73,7 +73,9 @@ def retry(
     wanted = _wanted(ids, everything)
     with ledger_of(settings) as connection:
         before = failed.attempts(connection, wanted, destination) if wait else {}
-        count = failed.retry(connection, wanted, destination, archive.folder(settings.state_dir))
+        count = failed.retry(
+            connection, wanted, destination, archive.folder(settings.state_dir), settings.workers.job_size
+        )
         out.count("retried", count, "{} will be tried again now.")
         if not wait:
             return WELL

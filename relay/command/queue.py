@@ -202,7 +202,7 @@ def move(settings: Settings, out: Output, source: str, target: str) -> int:
     if source == target:
         raise Misuse("the two destinations are the same")
     with ledger_of(settings) as connection:
-        moved = backlog.move(connection, source, target)
+        moved = backlog.move(connection, source, target, settings.workers.job_size)
     if out.as_json:
         out.object(as_object(moved))
     else:
@@ -220,4 +220,6 @@ def verify(settings: Settings, out: Output, dry_run: bool) -> int:
     with ledger_of(settings) as connection:
         report = reconciler.verify(connection, settings, repair=not dry_run)
     out.rows(report.findings, _FINDINGS, nothing="Everything is as it should be.")
+    if dry_run and report.findings and not out.as_json:
+        out.line("Nothing was changed. The reconciler repairs these at its next sweeps; `queue verify` does it now.")
     return WELL

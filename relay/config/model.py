@@ -182,6 +182,11 @@ class WorkersSettings:
     connections: int
     sweep: float
 
+    @property
+    def job_size(self) -> int:
+        """How many copies a job has at most: its claim is one script, and Lua's ``unpack`` takes some 8,000 values."""
+        return min(self.batch, 1000)
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:

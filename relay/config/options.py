@@ -188,7 +188,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("log.level", choice("debug", "info", "warning", "error"), "info", "", "debug, info, warning or error."),
     Option("log.format", choice("text", "json"), "text", "", "text for people, json for machines."),
     Option("workers.processes", integer(1, 1024), 1, "processes", "Worker processes for each backup."),
-    Option("workers.batch", integer(1, 10_000), 100, "copies", "Copies in one job, at most."),
+    Option("workers.batch", integer(1, 10_000), 100, "copies",
+           "Copies in one job, at most. More than 1000 count as 1000."),
     Option("workers.connections", integer(0, 10_000), 0, "connections",
            "Connections from one worker process to one backup, at most. 0: 20, and up to 40 if a round trip takes "
            "over 20 ms."),

@@ -52,7 +52,8 @@ def pages(connection: Any, key: str, *, until: float = math.inf, size: int = PAG
     is_valid = is_id if key.startswith(_MESSAGES) else is_job_id
     while True:
         found = _scored(connection, key, low, until, size + len(seen))
-        fresh = [(member, score) for member, score in found if member not in seen]
+        # Cut off: where copies leave the list between two pages, there is more that was not seen.
+        fresh = [(member, score) for member, score in found if member not in seen][:size]
         if not fresh:
             return
         # What has not the form of an id is none, whoever listed it: it must not become a key, a file or a job.
@@ -60,11 +61,9 @@ def pages(connection: Any, key: str, *, until: float = math.inf, size: int = PAG
         if page:
             yield page
         last = fresh[-1][1]
-        seen = set()
-        for member, score in reversed(found):
-            if score != last:
-                break
-            seen.add(member)
+        if repr(last) != low:
+            seen = set()
+        seen.update(member for member, score in fresh if score == last)
         low = repr(last)
 
 

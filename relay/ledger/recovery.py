@@ -19,13 +19,13 @@ from relay import maillog
 from relay.ledger import changes, keys, queries, registry, rq_jobs
 from relay.ledger.copy_state import CopyState
 from relay.ledger.queries import UnknownId
+from relay.ledger.rq_jobs import JOB_SIZE
 from relay.mail.destination import Destination
 from relay.mail.envelope import Envelope, MalformedRecord
 from relay.mail.headers import equality_digest
 from relay.mail.ids import owner_of
 
 _GRACE = 60.0  # seconds past its deadline before a staged message counts as left behind
-_BATCH = 100
 _SET_ASIDE = 3600.0
 _COLLECTED = 5.0  # seconds before the newest copy; well over a dispatcher's window
 _LOOKED_AT = 50_000  # newest copies of a backup: what others have taken while the dead one's successor was started
@@ -56,7 +56,7 @@ def abandon(connection: Redis, owner: str, hold_seconds: float) -> list[str]:
     return held
 
 
-def take_over(connection: Redis, place: str, owner: str, hold_seconds: float) -> list[str]:
+def take_over(connection: Redis, place: str, owner: str, hold_seconds: float, job_size: int = JOB_SIZE) -> list[str]:
     """Register a relay process at its place, and abandon what its dead predecessors there had staged. Returns the ids.
 
     A place (host, state folder, name of the process) has one process at a time.
@@ -66,11 +66,11 @@ def take_over(connection: Redis, place: str, owner: str, hold_seconds: float) ->
     dead = {other.decode() for other, where in owners.items() if where.decode() == place and other.decode() != owner}
     held = [message_id for other in sorted(dead) for message_id in abandon(connection, other, hold_seconds)]
     if dead:
-        _dispatch_last(connection, dead)
+        _dispatch_last(connection, dead, job_size)
     return held
 
 
-def _dispatch_last(connection: Redis, dead: set[str]) -> None:
+def _dispatch_last(connection: Redis, dead: set[str], job_size: int) -> None:
     """Make jobs for what dead processes released last: they collect ids for a moment before they make a job of them.
 
     Whatever has a job already is in two then, which does no harm: it is claimed once. Each one's last moments count
@@ -78,9 +78,9 @@ def _dispatch_last(connection: Redis, dead: set[str]) -> None:
     """
     for name in registry.destinations(connection):
         ids = _last_of(connection, name, dead)
-        for start in range(0, len(ids), _BATCH):
+        for start in range(0, len(ids), job_size):
             with connection.pipeline(transaction=True) as pipe:
-                rq_jobs.enqueue(pipe, rq_jobs.queue(connection, name), name, ids[start : start + _BATCH])
+                rq_jobs.enqueue(pipe, rq_jobs.queue(connection, name), name, ids[start : start + job_size])
                 pipe.execute()
 
 
@@ -131,13 +131,13 @@ def note_twins(connection: Redis, known: set[str]) -> None:
     known |= uncertain
 
 
-def copy_due(connection: Redis, backups: Sequence[Destination] = ()) -> Iterator[Recovered]:
+def copy_due(connection: Redis, backups: Sequence[Destination] = (), job_size: int = JOB_SIZE) -> Iterator[Recovered]:
     """Make uncertain messages pending whose hold is over, with jobs, for the recipients that no twin covers.
 
     ``backups`` are the definitions of this process; those of the ledger count too.
     """
     definitions = {d.name: d for d in backups} | registry.destinations(connection)
-    for page in queries.pages(connection, keys.UNCERTAIN, until=changes.now(connection), size=_BATCH):
+    for page in queries.pages(connection, keys.UNCERTAIN, until=changes.now(connection), size=job_size):
         ids = [message_id for message_id, _ in page]
         covered = cast("list[bytes | None]", connection.hmget(keys.COVERED, ids))
         due = []

@@ -33,7 +33,7 @@ JOB_OPTIONS: dict[str, Any] = {
 }
 # What RQ would ask for with every queue object made: only whether commands are there that our scripts need anyway.
 _SERVER_VERSION = (6, 2, 0)
-_BATCH = 100
+JOB_SIZE = 100  # copies in one job at most, unless workers.batch says otherwise
 _WINDOW = 0.02  # seconds for each process; while the workers keep up, a copy waits no longer for company
 _LONGEST_WINDOW = 0.5
 _LONG_WINDOW = 0.25  # when the queue is longer than a few jobs, waiting costs nobody anything
@@ -95,9 +95,10 @@ _OFFLINE = Redis()
 class Dispatcher:
     """Collects released ids of one process and turns them into one job per backup and window."""
 
-    def __init__(self, connection: redis.asyncio.Redis, *, processes: int = 1) -> None:
+    def __init__(self, connection: redis.asyncio.Redis, *, processes: int = 1, job_size: int = JOB_SIZE) -> None:
         """Write through this client. ``processes``: so many relays make jobs for the same workers."""
         self._wires = Pipelines(connection)
+        self._job_size = job_size
         self._window = min(_LONGEST_WINDOW, _WINDOW * processes)
         # By name, as they come: the spool may hold copies for a backup that is no longer configured.
         self._waiting: defaultdict[str, list[str]] = defaultdict(list)
@@ -111,7 +112,7 @@ class Dispatcher:
         waiting.append(message_id)
         if destination in self._flights:
             return
-        if len(waiting) >= _BATCH:
+        if len(waiting) >= self._job_size:
             self._start(destination)
         elif destination not in self._timers:
             loop = asyncio.get_running_loop()
@@ -119,8 +120,8 @@ class Dispatcher:
 
     async def put(self, destination: str, ids: Sequence[str]) -> None:
         """Write jobs for these at once. Raises RedisError, OSError; it may have been done all the same."""
-        for start in range(0, len(ids), _BATCH):
-            await self._write(destination, ids[start : start + _BATCH])
+        for start in range(0, len(ids), self._job_size):
+            await self._write(destination, ids[start : start + self._job_size])
 
     async def drain(self) -> None:
         """Write what waits; gives up quietly when Redis is away (the reconciler takes over)."""
@@ -142,7 +143,7 @@ class Dispatcher:
         try:
             waiting = self._waiting[destination]
             while waiting:
-                batch = waiting[:_BATCH]
+                batch = waiting[: self._job_size]
                 try:
                     length = await self._write(destination, batch)
                 except (RedisError, OSError) as error:
@@ -155,7 +156,7 @@ class Dispatcher:
                     continue
                 del waiting[: len(batch)]
                 self._windows[destination] = max(self._window, _LONG_WINDOW if length > _FEW else 0)
-                if len(waiting) < _BATCH:
+                if len(waiting) < self._job_size:
                     break
         finally:
             del self._flights[destination]

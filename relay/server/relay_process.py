@@ -159,7 +159,9 @@ class _Relay:
         self._redis = async_client(server, seconds, confirmed=True)
         self._bulk = async_client(server, max(seconds, 30.0), confirmed=True)
         self._jobs = sync_client(server, seconds)
-        self._dispatcher = Dispatcher(self._redis, processes=settings.smtp.process_count)
+        self._dispatcher = Dispatcher(
+            self._redis, processes=settings.smtp.process_count, job_size=settings.workers.job_size
+        )
         self._pool = pool
         self._probe = async_client(server, seconds)
         self._continuity = Continuity(settings.backups, settings.state_dir)
@@ -287,7 +289,14 @@ class _Relay:
             await asyncio.to_thread(self._continuity.register, self._jobs)
             self._watch.is_stranger = False
             hold_seconds = self._settings.relay.uncertain_hold
-            await asyncio.to_thread(recovery.take_over, self._jobs, me, self._front.ids.owner, hold_seconds)
+            await asyncio.to_thread(
+                recovery.take_over,
+                self._jobs,
+                me,
+                self._front.ids.owner,
+                hold_seconds,
+                self._settings.workers.job_size,
+            )
         except (RedisError, OSError) as error:
             maillog.ledger_trouble("start of a relay process", error)
             return

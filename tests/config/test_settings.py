@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import ipaddress
 import os
@@ -90,6 +91,52 @@ def test_every_option_has_its_place_in_settings() -> None:
     assert fields | {"state_dir"} == {option.key for option in OPTIONS}
     assert {field.key for field in BACKUP_FIELDS} - {"url"} <= set(Destination.__slots__)
     assert len({option.flag for option in OPTIONS}) == len(OPTIONS)
+
+
+def test_every_option_is_read_somewhere() -> None:
+    """An option that nothing reads would be a promise in the documentation alone."""
+    read = {
+        owned
+        for folder in ("relay", "workers")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.name not in {"model.py", "options.py"}
+        for owned in _read(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    classes = {kind.__name__: name for name, kind in model.PARTS.items()} | {"Settings": "settings"}
+    for part in ast.walk(ast.parse(Path(model.__file__).read_text(encoding="utf-8"))):
+        if isinstance(part, ast.ClassDef) and part.name in classes:
+            for prop in (p for p in part.body if isinstance(p, ast.FunctionDef)):
+                if any((owner, prop.name) in read for owner in (classes[part.name], "settings")):
+                    read |= {(classes[part.name], name) for owner, name in _read(prop) if owner == "self"}
+    filled = {"relay.destination_primary": "primary", "relay.destination_backups": "backups"}  # by the loader
+    unread = []
+    for option in OPTIONS:
+        section, _, name = filled.get(option.key, option.key).rpartition(".")
+        if not {(section, name), ("settings", name)} & read:
+            unread.append(option.key)
+    assert unread == []
+
+
+def _read(tree: ast.AST) -> set[tuple[str, str]]:
+    """Return what is read: ("smtp", "listen") for settings.smtp.listen, smtp.listen, values["smtp.listen"].
+
+    So it is for an argument that is annotated as SmtpSettings, whatever its name.
+    """
+    kinds = {kind.__name__: name for name, kind in model.PARTS.items()}
+    called = {
+        node.arg: kinds[node.annotation.id]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.arg) and isinstance(node.annotation, ast.Name) and node.annotation.id in kinds
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+            found |= {(owner.lstrip("_"), node.attr), (called.get(owner, ""), node.attr)}
+        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            section, _, name = str(node.slice.value).rpartition(".")
+            found.add((section, name))
+    return found
 
 
 def test_defaults() -> None:

@@ -220,6 +220,19 @@ async def test_a_drain_leaves_nothing_behind(connection: redis.asyncio.Redis, re
     assert [i for job in jobs if job for i in job.args[1]] == [f"m{n}" for n in range(105)]
 
 
+async def test_a_relay_makes_jobs_of_as_many_copies_as_it_is_told(
+    connection: redis.asyncio.Redis, redis_client: redis.Redis
+) -> None:
+    """``workers.batch`` is the limit of what is released together, and of what comes from the spool."""
+    dispatcher = Dispatcher(connection, job_size=2)
+    for n in range(5):
+        dispatcher.add("new", f"m{n}")
+    await dispatcher.drain()
+    await dispatcher.put("new", ["m5", "m6", "m7"])
+    jobs = queue(redis_client, "new").get_jobs()
+    assert [job.args[1] for job in jobs] == [["m0", "m1"], ["m2", "m3"], ["m4"], ["m5", "m6"], ["m7"]]
+
+
 async def test_a_fault_of_ours_does_not_end_the_outbox(
     connection: redis.asyncio.Redis, redis_client: redis.Redis
 ) -> None:

@@ -83,8 +83,8 @@ class Server:
 
     def _answers(self) -> bool:
         try:
-            with self.client() as client:
-                return bool(client.ping())
+            with self.client() as client:  # who answers may be another's, on a port that both were given
+                return self.process is not None and client.info("server")["process_id"] == self.process.pid  # type: ignore[index]
         except redis.RedisError:
             return False
 
@@ -152,15 +152,20 @@ class SentinelSet:
     def wait_watched(self) -> None:
         """Wait until every Sentinel knows the others and the replica, so that a failover can be."""
 
-        def watched() -> bool:
+        def known() -> list[tuple[int, int, str]]:
+            states = []
             for sentinel in self.sentinels:
                 with sentinel.client() as client:
                     state = client.sentinel_master(SERVICE)
-                    if state["num-other-sentinels"] != len(self.sentinels) - 1 or state["num-slaves"] < 1:
-                        return False
-            return True
+                states.append((state["num-other-sentinels"], state["num-slaves"], state["flags"]))
+            return states
 
-        wait_until(watched, 30, "the Sentinels do not know each other")
+        def watched() -> bool:
+            return all(others == len(self.sentinels) - 1 and replicas for others, replicas, _ in known())
+
+        # They hear of each other every 2 s, but only where they find the master up: on a machine that stalls for a
+        # second they do not, and begin again some 15 s later.
+        wait_until(watched, 120, lambda: f"Sentinels that do not know others (others, replicas, master): {known()}")
 
     def wait_failover(self, old: Server) -> Server:
         """Wait until another server is the master for every Sentinel, and return it."""

@@ -21,6 +21,7 @@ from relay.mail.record import Message
 from support.ledger_contents import BODY, DAY, Contents, settings
 from support.redis_servers import RedisServer
 from support.waiting import wait_until
+from workers.queues import backlog, failed
 from workers.rqworker import live_jobs
 from workers.upkeep import merge_jobs, reconciler
 from workers.upkeep.sweep import Report, Sweeper
@@ -59,6 +60,48 @@ def test_new_jobs_hold_a_hundred(contents: Contents) -> None:
     _sweep_twice(contents)
     assert [len(held) for held in contents.queued().values()] == [100, 100, 50]
     assert [i for held in contents.queued().values() for i in held] == ids
+
+
+@pytest.mark.parametrize(("batch", "expected"), [("1", [1] * 7), ("3", [3, 3, 1]), ("5000", [7])])
+def test_jobs_hold_as_many_copies_as_workers_batch_says(contents: Contents, batch: str, expected: list[int]) -> None:
+    """Whoever makes a job keeps to it: the reconciler, a merge, a dead relay's successor, a retry and a move."""
+    given = settings(workers_batch=batch)
+    size = given.workers.job_size
+
+    def made(name: str = "new") -> list[int]:
+        jobs = contents.queued(name)
+        contents.queue(name).empty()
+        return [len(held) for held in jobs.values()]
+
+    ids = [contents.pending() for _ in range(7)]
+    _sweep_twice(contents, workers_batch=batch)
+    assert made() == expected
+    _hold(contents, *(contents.staged() for _ in range(7)))
+    Sweeper(contents.connection, given).sweep()
+    assert made() == expected
+    for message_id in ids:
+        contents.enqueue(message_id)
+    merge_jobs.merge(contents.connection, "new", len(ids), job_size=size)
+    assert made() == expected
+    for message_id in contents.pending_ids():
+        contents.connection.zrem(keys.PENDING + "new", message_id)
+    contents.register(Destination("other", "localhost", 25))
+    for message_id in [contents.pending() for _ in range(7)]:
+        contents.fail(message_id)
+    contents.queue().empty()
+    assert failed.retry(contents.connection, None, job_size=size) == 7
+    assert made() == expected
+    for _ in range(7):
+        contents.pending()
+    assert backlog.move(contents.connection, "new", "other", size).pending == 7
+    assert made("other") == expected
+
+
+def test_a_long_queue_of_jobs_that_hold_all_they_may_is_left_alone() -> None:
+    """With a small workers.batch there is nothing to merge, however long the queue is."""
+    assert merge_jobs.is_worth_it(2000, 2000)
+    assert not merge_jobs.is_worth_it(2000, 2000, 1)
+    assert not merge_jobs.is_worth_it(2000, 6000, 3)
 
 
 def test_copies_in_live_jobs_are_left_alone(contents: Contents) -> None:
@@ -119,12 +162,21 @@ def test_a_pending_copy_without_a_body_is_removed_and_counted(contents: Contents
     assert contents.connection.exists(keys.BUSY + "new", keys.HOLDERS + "new") == 0
 
 
+def test_reporting_does_not_count_what_is_on_its_way_into_a_job(
+    contents: Contents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy that has a job at the second look is no finding of `queue verify --dry-run`."""
+    lost, late = contents.pending(), contents.pending()
+    monkeypatch.setattr(reconciler.time, "sleep", lambda _: contents.enqueue(late))
+    assert [f.id for f in reconciler.verify(contents.connection, settings(), repair=False).findings] == [lost]
+
+
 def test_reporting_changes_nothing(contents: Contents) -> None:
     """`queue verify` without repair finds what is wrong and leaves it."""
     message_id, bodiless = contents.pending(), contents.pending()
     contents.connection.delete(keys.MESSAGE + bodiless)
     before = sorted(contents.connection.keys())
-    report = reconciler.verify(contents.connection, settings(), repair=False)
+    report = reconciler.verify(contents.connection, settings(), repair=False, pause=0)
     assert {(f.finding, f.id, f.action) for f in report.findings} == {
         ("no job", message_id, "none"),
         ("no job", bodiless, "none"),
@@ -146,6 +198,35 @@ def test_verify_repairs(contents: Contents) -> None:
     ((job, held),) = contents.queued().items()
     assert held == [message_id]
     assert finding.action == f"queued as {job}"
+
+
+@pytest.mark.parametrize("state", ["released", "straggler", "retried straggler", "leased"])
+def test_the_reconciler_alone_repairs_a_copy_whose_process_died(contents: Contents, state: str) -> None:
+    """No successor, no other worker: two sweeps, after the end of its lease, give it a job that may claim it.
+
+    A relay was killed between release and job; a worker was killed with a copy whose job had ended before it, at its
+    first attempt or a later one; a worker's host is gone and its leases are left to run out.
+    """
+    message_id = contents.pending()
+    if state != "released":
+        job = contents.defer(message_id) if state == "retried straggler" else contents.enqueue(message_id)
+        assert contents.claim(job, message_id, worker="dead", lease=0.3 if state == "leased" else 60.0)
+        Job.fetch(job, contents.connection, JSONSerializer).delete()  # it has ended; the copy went on without it
+        if state != "leased":
+            changes.release_leases(contents.connection, "new", "dead")
+    sweeper = Sweeper(contents.connection, settings())
+    if state == "leased":
+        assert sweeper.sweep().counts == {}
+        assert sweeper.sweep().counts == {}
+        wait_until(
+            lambda: not contents.connection.zrangebyscore(keys.BUSY + "new", changes.now(contents.connection), "+inf")
+        )
+    assert sweeper.sweep().counts == {}
+    assert sweeper.sweep().counts == {"no job": 1}
+    ((job, held),) = contents.queued().items()
+    (claim,) = contents.claim(job, *held, worker="another")
+    assert claim.id == message_id
+    assert claim.before == ("" if state == "released" else "dead")  # it may have been sent, and the log says so
 
 
 # What dead workers leave behind

@@ -25,7 +25,7 @@ from workers.queues import failed
 from workers.rqworker import live_jobs
 
 _PAGE = 500
-_BATCH = 100  # copies moved in one transaction, and in one job there
+_BATCH = 100  # copies dropped in one transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +202,7 @@ def flush(connection: Redis, destination: str | None = None) -> int:
 # --- move -----------------------------------------------------------------------------------------------------
 
 
-def move(connection: Redis, source: str, target: str) -> Moved:
+def move(connection: Redis, source: str, target: str, job_size: int = rq_jobs.JOB_SIZE) -> Moved:
     """Give the pending and failed copies of one destination to another, for the same recipients.
 
     They are tried there at once, with a fresh clock; failed ones are listed there. Who gets another copy of
@@ -211,7 +211,7 @@ def move(connection: Redis, source: str, target: str) -> Moved:
     if source == target:
         raise ValueError("a destination cannot be moved to itself")
     (old,), (new,) = queries.destinations(connection, source), queries.destinations(connection, target)
-    mover = _Mover(connection, old, new)
+    mover = _Mover(connection, old, new, job_size)
     mover.move(failed_ones=False)
     mover.move(failed_ones=True)
     live_jobs.forget_useless(connection, old.name)
@@ -221,8 +221,9 @@ def move(connection: Redis, source: str, target: str) -> Moved:
 class _Mover:
     """Moves the copies of one destination to another and counts them."""
 
-    def __init__(self, connection: Redis, old: Destination, new: Destination) -> None:
+    def __init__(self, connection: Redis, old: Destination, new: Destination, job_size: int) -> None:
         self._connection = connection
+        self._job_size = job_size
         self._old, self._new = old, new
         self._queues = rq_jobs.queue(connection, old.name), rq_jobs.queue(connection, new.name)
         self.pending = self.failed = self.covered = self.left = 0
@@ -230,7 +231,7 @@ class _Mover:
     def move(self, *, failed_ones: bool) -> None:
         key = (keys.FAILED if failed_ones else keys.PENDING) + self._old.name
         states = (keys.FAILURE if failed_ones else keys.OWN) + self._old.name
-        for page in queries.pages(self._connection, key, size=_BATCH):
+        for page in queries.pages(self._connection, key, size=self._job_size):
             ids = [message_id for message_id, _ in page]
             before = cast("list[bytes | None]", self._connection.hmget(states, ids))
             found = queries.envelopes(self._connection, ids)

@@ -31,7 +31,7 @@ from relay.mail.record import BodyElsewhere, Message
 from relay.mail.text import printable
 from workers.rqworker import live_jobs
 
-_BATCH = 100  # copies in the job of a retry
+_BATCH = 100  # copies looked at in one step
 _PAGE = 500
 _FOR_EVER = -1  # to RQ: until the ledger's entry goes, and the job with it
 _NAMED = 3  # recipients in the description of a failed job
@@ -169,16 +169,20 @@ def show(connection: Redis, message_id: str) -> list[FailedDetail]:
 
 
 def retry(
-    connection: Redis, ids: Collection[str] | None, destination: str | None = None, folder: Path | None = None
+    connection: Redis,
+    ids: Collection[str] | None,
+    destination: str | None = None,
+    folder: Path | None = None,
+    job_size: int = rq_jobs.JOB_SIZE,
 ) -> int:
     """Have failed copies tried again now, those with these ids or all (None). Returns how many.
 
-    As Requeue in rq-dashboard, for many at once: they leave in jobs of a hundred. Each stays in the failed list
-    until its job runs. Bodies in files in ``folder`` come back into Redis while it has room; the others
+    As Requeue in rq-dashboard, for many at once: they leave in jobs of ``job_size`` copies. Each stays in the failed
+    list until its job runs. Bodies in files in ``folder`` come back into Redis while it has room; the others
     are read there by the workers of this host. Raises UnknownId, UnknownDestination.
     """
     count = 0
-    for target, batch in _selected(connection, ids, destination):
+    for target, batch in _selected(connection, ids, destination, job_size):
         archive.restore(connection, batch, folder)
         queue = rq_jobs.queue(connection, target.name)
         before = changes.owners(connection, target.name, batch, failed=True)
@@ -294,13 +298,13 @@ def _drop(connection: Redis, destination: str, ids: Sequence[str]) -> int:
 
 
 def _selected(
-    connection: Redis, ids: Collection[str] | None, destination: str | None
+    connection: Redis, ids: Collection[str] | None, destination: str | None, size: int = _BATCH
 ) -> Iterator[tuple[Destination, list[str]]]:
     """Yield failed copies in batches. With ids all of them are looked for first. Raises UnknownId."""
     targets = queries.destinations(connection, destination)
     if ids is None:
         for target in targets:
-            for page in queries.pages(connection, keys.FAILED + target.name, size=_BATCH):
+            for page in queries.pages(connection, keys.FAILED + target.name, size=size):
                 yield target, [message_id for message_id, _ in page]
         return
     wanted = list(dict.fromkeys(ids))
@@ -312,8 +316,8 @@ def _selected(
         where = f" of {destination}" if destination else ""
         raise UnknownId(f"not in the failed list{where}: {', '.join(i for i in wanted if i in missing)}")
     for target, found in present:
-        for start in range(0, len(found), _BATCH):
-            yield target, found[start : start + _BATCH]
+        for start in range(0, len(found), size):
+            yield target, found[start : start + size]
 
 
 def _details(connection: Redis, target: Destination, page: Sequence[tuple[str, float]]) -> Iterator[FailedDetail]:

@@ -13,11 +13,11 @@ from typing import cast
 from redis import Redis
 
 from relay.ledger import changes, rq_jobs
+from relay.ledger.rq_jobs import JOB_SIZE
 from workers.rqworker import live_jobs
 
 _LONG = 1000  # jobs; a shorter queue is left alone
 _SMALL = 10  # ids in a job on average, below which merging pays
-_FULL = 100
 _TAKEN = 500  # jobs in one transaction
 
 # KEYS: queue, intermediate list. ARGV: how many jobs.
@@ -36,12 +36,18 @@ for _, job in ipairs(ARGV) do redis.call('LREM', KEYS[1], 1, job) end
 """
 
 
-def is_worth_it(jobs: int, ids: int) -> bool:
+def is_worth_it(jobs: int, ids: int, job_size: int = JOB_SIZE) -> bool:
     """Say whether a queue of so many jobs with so many ids in all should be merged."""
-    return jobs > _LONG and ids < jobs * _SMALL
+    return jobs > _LONG and ids < jobs * min(_SMALL, job_size / 2)
 
 
-def merge(connection: Redis, destination: str, jobs: int, tick: Callable[[], object] = lambda: None) -> int:
+def merge(
+    connection: Redis,
+    destination: str,
+    jobs: int,
+    tick: Callable[[], object] = lambda: None,
+    job_size: int = JOB_SIZE,
+) -> int:
     """Merge the first ``jobs`` jobs of a queue. Returns how many there are less. ``tick`` is called now and then."""
     queue = rq_jobs.queue(connection, destination)
     fewer = 0
@@ -52,11 +58,11 @@ def merge(connection: Redis, destination: str, jobs: int, tick: Callable[[], obj
         if not names:
             break
         jobs -= len(names)
-        fewer += len(names) - _put_back(connection, destination, names)
+        fewer += len(names) - _put_back(connection, destination, names, job_size)
     return fewer
 
 
-def _put_back(connection: Redis, destination: str, jobs: list[str]) -> int:
+def _put_back(connection: Redis, destination: str, jobs: list[str], job_size: int) -> int:
     """Queue taken jobs again, the small ones merged. Returns how many it are now."""
     queue = rq_jobs.queue(connection, destination)
     count = 0
@@ -74,12 +80,12 @@ def _put_back(connection: Redis, destination: str, jobs: list[str]) -> int:
                 small.clear()
 
         for job, ids in zip(jobs, live_jobs.calls(connection, jobs), strict=True):
-            if len(ids) * 2 > _FULL or not ids:  # nothing to gain, or not ours to judge
+            if len(ids) * 2 > job_size or not ids:  # nothing to gain, or not ours to judge
                 flush()
                 pipe.rpush(queue.key, job)
                 count += 1
                 continue
-            if len(small) + len(ids) > _FULL:
+            if len(small) + len(ids) > job_size:
                 flush()
             small.update(dict.fromkeys(ids, job))
             old.append(job)

@@ -123,22 +123,21 @@ class _Lock:
             self._connection.delete(keys.RECONCILER)
 
 
-def reconcile(connection: Redis, settings: Settings, pause: float = _PAUSE) -> Report:
+def reconcile(connection: Redis, settings: Settings, pause: float = _PAUSE, *, repair: bool = True) -> Report:
     """Sweep twice, so many seconds apart, and repair at the second. Raises RedisError."""
     sweeper = Sweeper(connection, settings)
     sweeper.sweep(repair=False, thorough=False)
     time.sleep(pause)
-    return sweeper.sweep(thorough=True)
+    return sweeper.sweep(repair=repair, thorough=True)
 
 
 def verify(connection: Redis, settings: Settings, *, repair: bool = True, pause: float = _PAUSE) -> Report:
     """Compare ledger and RQ for `queue verify`; ``findings`` are its rows. Raises RedisError.
 
-    Without ``repair`` nothing is changed, and a copy just on its way into a job may be among the findings.
+    Without ``repair`` nothing is changed. Either way a copy without a job counts when both of two looks find it so:
+    what is on its way into a job is no finding.
     """
-    if repair:
-        return reconcile(connection, settings, pause)
-    return Sweeper(connection, settings).sweep(repair=False, thorough=True)
+    return reconcile(connection, settings, pause, repair=repair)
 
 
 def _tell(report: Report) -> None:

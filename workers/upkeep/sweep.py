@@ -82,6 +82,7 @@ class Sweeper:
     def __init__(self, connection: Redis, settings: Settings, tick: Callable[[], object] = lambda: None) -> None:
         self._connection = connection
         self._settings = settings
+        self._job_size = settings.workers.job_size
         self._tick = tick
         self._memory = _Memory()
         self._report = Report()
@@ -139,8 +140,8 @@ class Sweeper:
         if thorough:
             for job in failed.forget_stray_jobs(self._connection, name, self._tick):
                 self._report.add("stray failed job", job, name, "deleted")
-        if merge_jobs.is_worth_it(found.queued_jobs, found.queued_ids):
-            fewer = merge_jobs.merge(self._connection, name, found.queued_jobs, self._tick)
+        if merge_jobs.is_worth_it(found.queued_jobs, found.queued_ids, self._job_size):
+            fewer = merge_jobs.merge(self._connection, name, found.queued_jobs, self._tick, self._job_size)
             self._report.add("many small jobs", "", name, f"{fewer} jobs fewer")
 
     def relieve(self) -> int:
@@ -169,7 +170,7 @@ class Sweeper:
         for message_id in recovery.hold_overdue(self._connection, relay.uncertain_hold):
             self._report.add("left staged", message_id, "", "held as uncertain")
         recovery.note_twins(self._connection, self._memory.uncertain)
-        for message in recovery.copy_due(self._connection, self._settings.backups):
+        for message in recovery.copy_due(self._connection, self._settings.backups, self._job_size):
             for name, share in message.shares.items():
                 self._report.add("uncertain", message.id, name, f"copied for {len(share.owed)} recipients")
             if not message.shares:
@@ -179,17 +180,17 @@ class Sweeper:
 
     def _requeue(self, name: str, found: live_jobs.Live, *, repair: bool) -> None:
         suspects = self._suspects(name, found)
-        before = self._memory.suspects.get(name, set())
-        lost = {message_id: owner for message_id, owner in suspects.items() if message_id in before}
+        before = self._memory.suspects.get(name)
+        lost = {message_id: owner for message_id, owner in suspects.items() if message_id in (before or ())}
         self._memory.suspects[name] = set(suspects)
         if not repair:
-            for message_id in suspects:
+            for message_id in lost if before is not None else suspects:
                 self._report.add("no job", message_id, name, "none")
             return
         ids = list(lost)
-        for start in range(0, len(ids), _BATCH):
+        for start in range(0, len(ids), self._job_size):
             self._tick()
-            batch = ids[start : start + _BATCH]
+            batch = ids[start : start + self._job_size]
             self._new_job(name, self._with_body(name, batch, repair=True), lost)
         self._memory.suspects[name].difference_update(lost)
 
