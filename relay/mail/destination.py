@@ -74,7 +74,7 @@ class Destination:
             is_destination_name(found.name)
             and all(isinstance(value, str) and not _CONTROL.search(value) for value in words)
             and type(found.port) is int
-            and 0 < found.port < 65536
+            and 0 <= found.port < 65536  # 0: only its name is known, see relay.ledger.continuity
             and found.scheme in {"smtp", "smtps", "lmtp"}
             and found.tls in {"none", "opportunistic", "encrypt", "verify"}
             and found.sender in {"keep", "null"}

@@ -96,7 +96,7 @@ def test_however_many_are_staged_at_once(contents: Contents, count: int) -> None
 
 def test_what_redis_gets_of_a_script_is_numbered_as_its_file() -> None:
     """Comments and indentation are not sent, and a line that an error names is found in the file."""
-    written = resources.files("relay").joinpath("lua", "settle.lua").read_text(encoding="utf-8").splitlines()
+    written = resources.files("relay.ledger").joinpath("lua", "settle.lua").read_text(encoding="utf-8").splitlines()
     first, *sent = changes._SETTLE.split("\n")
     assert first.startswith("local function destinations()")  # what several scripts share takes a comment's place
     sent = ["", *sent]

@@ -11,7 +11,7 @@ from rq.executions import Execution
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from relay.ledger import changes, keys, recovery
+from relay.ledger import changes, keys, queries, recovery
 from relay.ledger.changes import Released
 from relay.ledger.copy_state import CopyState
 from relay.mail.destination import Destination
@@ -594,6 +594,6 @@ def test_message_of_several_chunks_is_read_whole(contents: Contents, monkeypatch
     monkeypatch.setattr("relay.ledger.queries._CHUNK", 64)
     body = BODY % b"long" + b"0123456789" * 100 + b"\r\n"
     message_id = contents.staged(body=body)
-    message = recovery.reading.message(contents.connection, message_id)
+    message = queries.message(contents.connection, message_id)
     assert isinstance(message, Message)
     assert message.body == body
