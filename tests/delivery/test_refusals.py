@@ -93,7 +93,7 @@ async def test_a_probe_is_unlike_what_was_refused(contents: Contents, redis_url:
     backup.replies["RCPT"] = named("@bad.test", DENIED)
     async with at_work(redis_url, backup) as work:
         work.add(bad + good)
-        await until(lambda: len(arrived(backup)) == len(good), 20)
+        await until(lambda: len(arrived(backup)) == len(good))
         assert set(contents.failed_ids()) <= set(bad)
 
 

@@ -218,7 +218,7 @@ def test_mail_accepted_after_redis_was_emptied_reaches_every_backup(
     for number in range(5):
         both.send("a@example.com", "b@example.com", data=b"Subject: %d\r\n\r\n" % number)
     quick.wait_for(6)
-    wait_until(lambda: [row["pending"] for row in both.json("queue", "summary")].count(0) == 1, 20, "not settled")
+    wait_until(lambda: [row["pending"] for row in both.json("queue", "summary")].count(0) == 1, message="not settled")
     slow.replies.clear()
     slow.wait_for(6)
     assert next(m.header("Subject") for m in slow.messages) == "before"
@@ -247,7 +247,7 @@ def test_an_older_state_explains_what_it_repeats(
     up = product(primary=primary.address, backups=[backup.address], redis_url=server.url, settings=SETTINGS)
     backup.replies["MAIL"] = "451 4.3.2 not now"
     up.send("a@example.com", "b@example.com", data=b"Subject: one\r\n\r\n")
-    wait_until(lambda: up.summary()["retrying"], 20, "not deferred")
+    wait_until(lambda: up.summary()["retrying"], message="not deferred")
     up.stop()
     server.stop()
     data = embedded.folder(server.directory) / "appendonlydir"
@@ -256,7 +256,7 @@ def test_an_older_state_explains_what_it_repeats(
     backup.replies.clear()
     up.start()
     backup.wait_for(1)
-    wait_until(lambda: up.summary()["pending"] == 0, 20, "not settled")
+    wait_until(lambda: up.summary()["pending"] == 0, message="not settled")
     up.send("a@example.com", "b@example.com", data=b"Subject: two\r\n\r\n")
     backup.wait_for(2)
     if not running:

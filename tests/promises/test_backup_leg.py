@@ -40,7 +40,7 @@ def test_deferred_then_taken(product: Make, primary: ScriptedServer, backup: Scr
         rows[:] = pair.json("queue", "list")
         return bool(rows and rows[0]["attempts"])
 
-    wait_until(is_deferred, 10, "not deferred")
+    wait_until(is_deferred, message="not deferred")
     (row,) = rows
     assert row["destination"] == backup.address
     assert row["sender"] == "a@example.com"
@@ -48,7 +48,7 @@ def test_deferred_then_taken(product: Make, primary: ScriptedServer, backup: Scr
     assert row["last_reply"] == "451 4.7.1 come back later"
     assert row["next_attempt_at"]
     backup.wait_for(1, timeout=30)
-    wait_until(lambda: settled(pair), 10, "not settled")
+    wait_until(lambda: settled(pair), message="not settled")
     assert pair.summary()["delivered"] == 1
     assert len(backup.messages) == 1
 
@@ -66,7 +66,7 @@ def test_each_recipient_by_its_own_answer(pair: Product, backup: ScriptedServer)
     (row,) = pair.json("failed", "list")
     assert row["recipients"] == ["no@example.com"]
     assert row["reply"] == "550 5.1.1 unknown user"
-    wait_until(lambda: settled(pair), 10, "not settled")
+    wait_until(lambda: settled(pair), message="not settled")
     assert len(backup.messages) == 2
 
 
@@ -76,19 +76,19 @@ def test_retry_of_a_failed_copy(pair: Product, backup: ScriptedServer) -> None:
     with pair.dialogue() as client:
         client.hello()
         client.mail("a@example.com", "yes@example.com", "no@example.com", data=b"Subject: hello\r\n\r\n.dot\r\n")
-    wait_until(lambda: pair.json("failed", "list"), 10, "not in the failed list")
+    wait_until(lambda: pair.json("failed", "list"), message="not in the failed list")
     message_id = pair.json("failed", "list")[0]["id"]
     assert "550 5.1.1 unknown user" in pair.run("failed", "show", message_id).stdout
     assert "Subject: hello\n\n.dot\n" in pair.run("failed", "export", message_id).stdout.replace("\r\n", "\n")
     assert pair.run("failed", "retry", message_id).returncode == 0
     copies = backup.wait_for(2, timeout=20)
     assert copies[1].recipients == ["no@example.com"]
-    wait_until(lambda: settled(pair) and not pair.json("failed", "list"), 10, "not settled")
+    wait_until(lambda: settled(pair) and not pair.json("failed", "list"), message="not settled")
     with pair.dialogue() as client:
         backup.replies["RCPT TO:<no@"] = "550 5.1.1 unknown user"
         client.hello()
         client.mail("a@example.com", "no@example.com", data=b"x\r\n")
-    wait_until(lambda: pair.json("failed", "list"), 10, "not in the failed list")
+    wait_until(lambda: pair.json("failed", "list"), message="not in the failed list")
     assert pair.run("failed", "drop", "--all", "--yes").returncode == 0
     assert not pair.json("failed", "list")
 
@@ -101,13 +101,13 @@ def test_requeue_in_rq_is_failed_retry(pair: Product, backup: ScriptedServer) ->
 
     backup.replies["."] = ["554 5.7.1 no", None]
     pair.send("a@example.com", "b@example.com", data=b"x\r\n")
-    wait_until(lambda: pair.json("failed", "list"), 10, "not in the failed list")
+    wait_until(lambda: pair.json("failed", "list"), message="not in the failed list")
     with redis.Redis.from_url(pair.redis_url) as connection:
         registry = FailedJobRegistry(f"backup-{backup.address}", connection=connection, serializer=JSONSerializer)
         (job_id,) = registry.get_job_ids()
         registry.requeue(job_id)
     backup.wait_for(1, timeout=20)
-    wait_until(lambda: settled(pair) and not pair.json("failed", "list"), 10, "not settled")
+    wait_until(lambda: settled(pair) and not pair.json("failed", "list"), message="not settled")
 
 
 def test_backup_down_and_back(pair: Product, primary: ScriptedServer, backup: ScriptedServer) -> None:
@@ -116,13 +116,13 @@ def test_backup_down_and_back(pair: Product, primary: ScriptedServer, backup: Sc
     for number in range(50):
         pair.send("a@example.com", "b@example.com", data=b"Subject: %d\r\n\r\n" % number)
     assert len(primary.messages) == 50
-    wait_until(lambda: pair.summary()["pending"] == 50, 10, "not pending")
-    wait_until(lambda: pair.json("queue", "list")[0]["last_reply"], 10, "no reason shown")
+    wait_until(lambda: pair.summary()["pending"] == 50, message="not pending")
+    wait_until(lambda: pair.json("queue", "list")[0]["last_reply"], message="no reason shown")
     assert all(row["attempts"] == 0 for row in pair.json("queue", "list"))
     backup.listen()
     pair.run("queue", "flush")
     copies = backup.wait_for(50, timeout=30)
-    wait_until(lambda: settled(pair), 10, "not settled")
+    wait_until(lambda: settled(pair), message="not settled")
     assert sorted(int(c.header("Subject") or -1) for c in copies) == list(range(50))
     assert len(backup.messages) == 50
 
@@ -136,7 +136,7 @@ def test_one_dead_backup_does_not_delay_another(product: Make, primary: Scripted
     for _ in range(10):
         both.send("a@example.com", "b@example.com", data=b"x\r\n")
     backup.wait_for(10, timeout=10)
-    wait_until(lambda: both.summary(backup.address)["pending"] == 0, 10, "not settled")
+    wait_until(lambda: both.summary(backup.address)["pending"] == 0, message="not settled")
     assert both.summary(dead.address)["pending"] == 10
     dead.listen()
     dead.wait_for(10, timeout=30)
@@ -148,17 +148,17 @@ def test_worker_killed_with_copies_in_flight(pair: Product, backup: ScriptedServ
     for number in range(20):
         pair.send("a@example.com", "b@example.com", data=b"Subject: warm %d\r\n\r\n" % number)
     backup.wait_for(20, timeout=20)
-    wait_until(lambda: settled(pair), 10, "not settled")
+    wait_until(lambda: settled(pair), message="not settled")
     gate = Gate()
     backup.replies["MAIL FROM:<slow@"] = (gate, None)
     for number in range(10):
         pair.send("slow@example.com", "b@example.com", data=b"Subject: slow %d\r\n\r\n" % number)
-    wait_until(lambda: gate.reached, 10, "nothing in flight")
+    wait_until(lambda: gate.reached, message="nothing in flight")
     (worker,) = _workers(pair)
     worker.kill()
     gate.open()
     copies = backup.wait_for(30, timeout=20)
-    wait_until(lambda: settled(pair), 20, "not settled")
+    wait_until(lambda: settled(pair), message="not settled")
     subjects = [c.header("Subject") for c in backup.messages]
     assert set(subjects) == {f"warm {n}" for n in range(20)} | {f"slow {n}" for n in range(10)}
     assert all(subjects.count(f"warm {n}") == 1 for n in range(20))
@@ -174,7 +174,7 @@ def test_sigterm_gives_back_what_is_untried(pair: Product, backup: ScriptedServe
     backup.replies.clear()
     pair.start()
     backup.wait_for(60, timeout=30)
-    wait_until(lambda: settled(pair), 20, "not settled")
+    wait_until(lambda: settled(pair), message="not settled")
     assert sorted(int(m.header("Subject") or -1) for m in backup.messages) == list(range(60))
 
 
@@ -184,10 +184,10 @@ def test_trouble_in_the_middle_burns_nothing(pair: Product, backup: ScriptedServ
     backup.replies["RCPT"] = reaction  # type: ignore[assignment]
     for _ in range(5):
         pair.send("a@example.com", "b@example.com", data=b"x\r\n")
-    wait_until(lambda: pair.summary()["state"] == "paused", 10, "not paused")
+    wait_until(lambda: pair.summary()["state"] == "paused", message="not paused")
     backup.replies.clear()
     backup.wait_for(5, timeout=30)
-    wait_until(lambda: settled(pair), 20, "not settled")
+    wait_until(lambda: settled(pair), message="not settled")
     assert not pair.json("failed", "list")
 
 
@@ -198,7 +198,7 @@ def test_backup_that_refuses_everything_is_paused(pair: Product, backup: Scripte
         client.hello()
         for number in range(100):
             client.mail("a@example.com", f"b{number}@example.com", data=b"x\r\n")
-    wait_until(lambda: pair.summary()["state"] == "paused", 20, "not paused")
+    wait_until(lambda: pair.summary()["state"] == "paused", message="not paused")
     row = pair.summary()
     assert 20 <= row["failed"] <= 25  # and one for each probe
     assert "relaying denied" in row["reason"]
@@ -206,7 +206,7 @@ def test_backup_that_refuses_everything_is_paused(pair: Product, backup: Scripte
     assert pair.run("queue", "flush").returncode == 0
     assert pair.run("failed", "retry", "--all").returncode == 0
     backup.wait_for(100, timeout=30)
-    wait_until(lambda: settled(pair) and not pair.json("failed", "list"), 20, "not settled")
+    wait_until(lambda: settled(pair) and not pair.json("failed", "list"), message="not settled")
     assert len(backup.messages) == 100
 
 
@@ -228,9 +228,9 @@ def test_too_many_recipients_for_one_transaction(pair: Product, backup: Scripted
     with pair.dialogue() as client:
         client.hello()
         client.mail("a@example.com", *names, data=b"x\r\n")
-    wait_until(lambda: sum(len(m.recipients) for m in backup.messages) == 8, 20, "not all recipients")
+    wait_until(lambda: sum(len(m.recipients) for m in backup.messages) == 8, message="not all recipients")
     assert sorted(r for m in backup.messages for r in m.recipients) == names
-    wait_until(lambda: settled(pair), 10, "not settled")
+    wait_until(lambda: settled(pair), message="not settled")
 
 
 def test_greylisting_of_many(pair: Product, backup: ScriptedServer) -> None:
@@ -240,10 +240,10 @@ def test_greylisting_of_many(pair: Product, backup: ScriptedServer) -> None:
         client.hello()
         for number in range(40):
             client.mail("a@example.com", f"b{number}@example.com", data=b"x\r\n")
-    wait_until(lambda: pair.summary()["retrying"] == 40, 20, "not deferred")
+    wait_until(lambda: pair.summary()["retrying"] == 40, message="not deferred")
     backup.replies.clear()
     backup.wait_for(40, timeout=30)
-    wait_until(lambda: settled(pair), 20, "not settled")
+    wait_until(lambda: settled(pair), message="not settled")
     assert len(backup.messages) == 40
 
 
@@ -252,7 +252,7 @@ def test_given_up(product: Make, primary: ScriptedServer, backup: ScriptedServer
     backup.replies["RCPT"] = "450 4.2.0 never"
     short = product(primary=primary.address, backups=[backup.address], settings={**QUICK, "retry.give_up": "4"})
     short.send("a@example.com", "b@example.com", data=b"x\r\n")
-    wait_until(lambda: short.json("failed", "list"), 20, "not given up")
+    wait_until(lambda: short.json("failed", "list"), message="not given up")
     (row,) = short.json("failed", "list")
     assert row["reply"] == "450 4.2.0 never"
     assert row["attempts"] >= 3
@@ -278,7 +278,7 @@ def test_backup_for_one_domain_only(product: Make, primary: ScriptedServer, back
         client.mail("a@example.com", "x@old.example", "y@new.example", data=b"Subject: both\r\n\r\n")
     (copy,) = backup.wait_for(1)
     assert copy.recipients == ["y@new.example"]
-    wait_until(lambda: shadow.summary("shadow")["pending"] == 0, 10, "not settled")
+    wait_until(lambda: shadow.summary("shadow")["pending"] == 0, message="not settled")
     assert len(backup.messages) == 1
 
 
@@ -293,7 +293,7 @@ def test_second_signal_ends_at_once(pair: Product, backup: ScriptedServer) -> No
     gate = Gate()
     backup.replies["MAIL"] = (gate, None)
     pair.send("a@example.com", "b@example.com", data=b"x\r\n")
-    wait_until(lambda: gate.reached, 10, "nothing in flight")
+    wait_until(lambda: gate.reached, message="nothing in flight")
     assert pair.process is not None
     pair.process.send_signal(signal.SIGTERM)
     pair.wait_for_log("stopping")

@@ -152,14 +152,14 @@ def test_what_waits_goes_to_whom_it_was_promised(
     backup.replies["MAIL"] = "451 4.3.2 not now"
     shadow = product(primary=primary.address, settings=SETTINGS, files={"settings.toml": _settings(backup, *before)})
     shadow.send("a@example.com", *BOTH, data=b"Subject: 1\r\n\r\n")
-    wait_until(lambda: shadow.summary()["retrying"], 20, "not deferred")
+    wait_until(lambda: shadow.summary()["retrying"], message="not deferred")
     shadow.stop()
     _change(shadow, _settings(backup, *after))
     backup.replies.clear()
     shadow.start()
     (copy,) = backup.wait_for(1)
     assert tuple(copy.recipients) == owed
-    wait_until(lambda: shadow.summary()["pending"] == 0, 20, "not settled")
+    wait_until(lambda: shadow.summary()["pending"] == 0, message="not settled")
     assert shadow.summary()["delivered"] == 1
 
 

@@ -89,7 +89,7 @@ def test_what_the_primary_refuses_is_not_copied(pair: Product, primary: Scripted
         client.mail("a@example.com", "b@example.com", data=b"Subject: ham\r\n\r\n")
     (copy,) = backup.wait_for(1)
     assert copy.header("Subject") == "ham"
-    wait_until(lambda: pair.summary()["pending"] == 0, 10, "the copy is not settled")
+    wait_until(lambda: pair.summary()["pending"] == 0, message="the copy is not settled")
 
 
 def test_nobody_accepted_is_not_passed_on(pair: Product, primary: ScriptedServer) -> None:
@@ -188,7 +188,7 @@ def test_hang_up_after_the_dot(pair: Product, primary: ScriptedServer, backup: S
     client.say("RCPT TO:<b@example.com>", 250)
     client.say("DATA", 354)
     client.raw(b"Subject: gone\r\n\r\n.\r\n")
-    wait_until(lambda: gate.reached, 10, "the dot did not come")
+    wait_until(lambda: gate.reached, message="the dot did not come")
     client.reset()
     gate.open()
     (copy,) = backup.wait_for(1)

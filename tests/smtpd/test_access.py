@@ -449,7 +449,7 @@ def test_readiness_behind_a_load_balancer(product: Make, primary: ScriptedServer
     settings = {"smtp.proxy_protocol": "true"}
     made = product(command="relay", primary=primary.address, redis_url=redis_url, settings=settings, start=False)
     made.start(wait=False)
-    wait_until(lambda: _ready(made), 20, lambda: made.log)
+    wait_until(lambda: _ready(made), message=lambda: made.log)
 
 
 def _ready(made: Product) -> bool:

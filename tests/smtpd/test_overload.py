@@ -56,7 +56,7 @@ def test_too_many_octets(product: Make, primary: ScriptedServer, backup: Scripte
         first.say("RCPT TO:<b@example.com>", 250)
         first.say("DATA", 354)
         first.raw(b"Subject: first\r\n\r\n" + (b"x" * 78 + b"\r\n") * 10_000 + b".\r\n")
-        wait_until(lambda: gate.reached, 10, "the first is not at its dot")
+        wait_until(lambda: gate.reached, message="the first is not at its dot")
         second.hello()
         second.say("MAIL FROM:<a@example.com> SIZE=800000", "452 4.3.1")
         second.mail("a@example.com", "b@example.com", data=(b"y" * 78 + b"\r\n") * 5_000, end="452 4.3.1")

@@ -21,7 +21,7 @@ T = TypeVar("T")
 _LOWEST = 10_000  # of the ports that tests take
 _KEPT = 300  # ports of one process
 _ours: deque[int] = deque()
-PATIENCE = 20.0  # seconds; generous, since it is only ever used up by a failure
+PATIENCE = 40.0  # seconds; generous, since it is only ever used up by a failure
 
 
 def free_port() -> int:
