@@ -222,6 +222,10 @@ _QUEUE: dict[str, Word | Group] = {
         click.Argument(["source"], metavar="FROM", type=Names(DESTINATION)),
         click.Argument(["target"], metavar="TO", type=Names(DESTINATION)),
     ),
+    "forget": _word(
+        "forget a former backup that has no copies left", "queue:forget",
+        click.Argument(["name"], metavar="NAME", type=Names(DESTINATION)),
+    ),
 }  # fmt: skip
 
 _FAILED: dict[str, Word | Group] = {

@@ -133,9 +133,7 @@ class _Table:
 
     def lines(self, page: Sequence[Any]) -> Iterator[str]:
         shown = [[printable(column.show(row)) for column in self._columns] for row in page]
-        needed = [
-            max(old, *map(cells_of, cells)) for old, cells in zip(self._widths, zip(*shown, strict=True), strict=True)
-        ]
+        needed = [max(old, _widest(cells)) for old, cells in zip(self._widths, zip(*shown, strict=True), strict=True)]
         if not self._width:
             needed = [min(width, max(old, _ALIGNED)) for old, width in zip(self._widths, needed, strict=True)]
         head = self._first_line(needed)
@@ -143,8 +141,17 @@ class _Table:
             yield from self._titles(head, needed)
         self._head, self._widths = head, needed
         rest = [n for n in range(len(self._columns)) if n not in head]
+        plain = self._template() if not rest and not any(column.colour for column in self._columns) else ""
         for row, cells in zip(page, shown, strict=True):
-            yield from self._row(row, cells, head, rest)
+            if plain and (line := plain % tuple(cells)).isascii():
+                yield line.rstrip()
+            else:
+                yield from self._row(row, cells, head, rest)
+
+    def _template(self) -> str:
+        """Return what lays out a row of ASCII on one line: most rows are such, and a backlog has thousands."""
+        signs = ["" if column.numbers else "-" for column in self._columns]
+        return _GAP.join(f"%{sign}{width}s" for sign, width in zip(signs, self._widths, strict=True))
 
     def _first_line(self, needed: Sequence[int]) -> list[int]:
         every = range(len(self._columns))
@@ -222,6 +229,10 @@ def fold(text: str, width: int) -> list[str]:
         lines.append(text[:cut].rstrip() if blank > 0 else text[:cut])
         text = text[cut:]
     return [*lines, text]
+
+
+def _widest(cells: Sequence[str]) -> int:
+    return max(map(len, cells)) if "".join(cells).isascii() else max(map(cells_of, cells))
 
 
 def cells_of(text: str) -> int:

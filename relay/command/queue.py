@@ -213,8 +213,27 @@ def move(settings: Settings, out: Output, source: str, target: str) -> int:
     return WELL
 
 
+def forget(settings: Settings, out: Output, name: str) -> int:
+    """Forget a destination that is no backup any more and that nothing is listed for."""
+    if any(backup.name == name for backup in settings.backups):
+        raise Trouble(f"{name} is a backup in these settings: take it out of them and restart first")
+    waiting = _spool(settings).backlogs.get(name, 0)
+    if waiting:
+        raise Trouble(f"{waiting} copies for {name} are in this host's spool")
+    with ledger_of(settings) as connection:
+        try:
+            backlog.forget(connection, name)
+        except backlog.StillNeeded as error:
+            raise Trouble(str(error)) from error
+    if out.as_json:
+        out.object({"forgotten": name})
+    else:
+        out.line(f"{name} is forgotten.")
+    return WELL
+
+
 def verify(settings: Settings, out: Output, dry_run: bool) -> int:
-    """Compare the ledger with RQ, repair what disagrees, and show it."""
+    """Compare the ledger with RQ, repair what disagrees, and show it. Says no when something did."""
     from workers.upkeep import reconciler  # noqa: PLC0415  (0.1 s, which the listings do not take)
 
     with ledger_of(settings) as connection:
@@ -222,4 +241,4 @@ def verify(settings: Settings, out: Output, dry_run: bool) -> int:
     out.rows(report.findings, _FINDINGS, nothing="Everything is as it should be.")
     if dry_run and report.findings and not out.as_json:
         out.line("Nothing was changed. The reconciler repairs these at its next sweeps; `queue verify` does it now.")
-    return WELL
+    return NO if report.disagreed else WELL

@@ -87,6 +87,7 @@ _OWNERS = _script("owners")
 _REASSIGN = _script("reassign")
 _MOVE = _script("move")
 _PURGE = _script("purge")
+_FORGET = _script("forget")
 _TWINS = _script("twins")
 
 
@@ -328,7 +329,7 @@ class Move(NamedTuple):
 
 
 def move(pipe: Pipe, source: str, target: str, copies: Sequence[Move], *, failed: bool = False) -> None:
-    """Move pending (or failed) copies to another destination, pending ones with a fresh clock.
+    """Move pending (or failed) copies to another destination, each as old as it is.
 
     What is leased, has changed since it was read, or is listed there already stays. Result: for each 1 or 0.
     """
@@ -339,6 +340,11 @@ def move(pipe: Pipe, source: str, target: str, copies: Sequence[Move], *, failed
 def purge(pipe: Pipe, ids: Sequence[str]) -> None:
     """Delete bodies that nobody lists. Result: how many."""
     pipe.eval(_PURGE, 0, *ids)
+
+
+def forget(pipe: Pipe, destination: str) -> None:
+    """Forget a destination that nothing is listed for. Result: how many are pending, failed, leased; else all 0."""
+    pipe.eval(_FORGET, 0, destination)
 
 
 def stow(pipe: Pipe, message_id: str, stub: bytes, folder: str) -> None:

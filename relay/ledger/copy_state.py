@@ -54,7 +54,7 @@ class CopyState:
     def from_wire(cls, data: str | bytes | None) -> CopyState:
         """Read the stored form; nothing stored is a copy without history."""
         if not data:
-            return cls()
+            return _FRESH
         job, _, text = (data.decode() if isinstance(data, bytes) else data).partition("\n")
         record = json.loads(text)
         return cls(
@@ -65,3 +65,6 @@ class CopyState:
             owed=tuple(record["o"]) if "o" in record else None,
             history=tuple(Attempt(at, reply) for at, reply in record.get("h", ())),
         )
+
+
+_FRESH = CopyState()  # frozen: one is enough for all that have no history

@@ -68,7 +68,7 @@ class Envelope:
     def from_json(cls, data: bytes) -> Envelope:
         """Read the wire form. Raises MalformedRecord."""
         try:
-            record = json.loads(data)
+            record = json.loads(str(data, "utf-8"))  # given octets, it would look for their encoding first
             envelope = cls(
                 id=record["id"],
                 sender=line(record["from"]),

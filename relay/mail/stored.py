@@ -18,7 +18,7 @@ def any_text(value: object) -> str:
 def line(value: object) -> str:
     """Return an address or a parameter of an envelope: a line end would end the command. Raises TypeError."""
     text = any_text(value)
-    if _LINE_END.search(text):
+    if not text.isprintable() and _LINE_END.search(text):
         raise TypeError("a line end in a command")
     return text
 
@@ -27,7 +27,7 @@ def texts(values: object) -> tuple[str, ...]:
     """Return a list of addresses or parameters. Raises TypeError."""
     if not isinstance(values, list):
         raise TypeError("not a list")
-    return tuple(map(line, values))
+    return tuple(map(line, values)) if values else ()
 
 
 def number(value: object) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import redis
 
@@ -9,9 +11,11 @@ from relay.ledger import changes, keys
 from relay.ledger.copy_state import CopyState
 from relay.ledger.queries import UnknownDestination
 from relay.mail.destination import Destination
-from support.ledger_contents import Contents
+from support.ledger_contents import DAY, Contents, settings
+from workers.delivery.copy import begun
 from workers.queues import backlog, failed
 from workers.queues.backlog import Moved
+from workers.upkeep.sweep import Sweeper
 
 
 @pytest.fixture
@@ -93,6 +97,23 @@ def test_listing_is_complete_while_copies_leave(contents: Contents) -> None:
     assert seen[-700:] == ids[500:]
 
 
+def test_a_long_listing_takes_few_commands(contents: Contents) -> None:
+    """A page of envelopes is one command: 20,000 copies are listed in two seconds."""
+    ids = [contents.staged() for _ in range(1200)]
+    with contents.connection.pipeline() as pipe:
+        changes.release(pipe, [changes.Released(i, ("new",)) for i in ids])
+        pipe.execute()
+
+    def commands() -> int:
+        return sum(
+            stat["calls"] for name, stat in contents.connection.info("commandstats").items() if "getrange" not in name
+        )
+
+    before = commands()
+    assert len(list(backlog.listing(contents.connection))) == 1200
+    assert commands() - before < 40
+
+
 # flush
 
 
@@ -143,6 +164,37 @@ def test_move_takes_pending_and_failed_copies_with_their_jobs(contents: Contents
     assert (row.id, row.recipients, row.reply) == (lost, ("c@test",), "550 5.1.1 unknown")
     assert contents.queued() == {}
     assert contents.queue().scheduled_job_registry.count == contents.queue().failed_job_registry.count == 0
+
+
+def test_what_is_moved_stays_as_old_as_it_is(contents: Contents) -> None:
+    """It is listed by when it was accepted, before what came later; but its clock for giving up begins anew."""
+    _register(contents, "target")
+    later = contents.pending(to=("target",), age=3600.0)
+    old, deferred = contents.pending(age=9 * DAY), contents.pending(age=8 * DAY)
+    contents.defer(deferred, owed=(0,))
+    before = changes.now(contents.connection)
+    backlog.move(contents.connection, "new", "target")
+    assert [row.id for row in backlog.listing(contents.connection, "target")] == [old, deferred, later]
+    (summary,) = [row for row in changes.summary(contents.connection) if row.destination == "target"]
+    assert summary.oldest_age_s == pytest.approx(9 * DAY, abs=60)
+    for claim in (c for job, ids in contents.queued("target").items() for c in contents.claim(job, *ids, to="target")):
+        state = begun(claim)
+        assert state.tries == 0
+        assert state.since == pytest.approx(before, abs=60), "or it would be given up at its first 4xx"
+        assert begun(replace(claim, state=state)) == state
+
+
+def test_what_is_moved_to_a_paused_destination_is_not_given_up_at_once(contents: Contents) -> None:
+    """The reconciler, too, goes by the clock there, and gives up what has none of its own."""
+    _register(contents, "target")
+    moved = contents.pending(age=9 * DAY)
+    backlog.move(contents.connection, "new", "target")
+    aged = contents.pending(to=("target",), age=9 * DAY)
+    contents.connection.hset(keys.HEALTH + "target", mapping={"state": "paused", "reason": "refused"})
+    report = Sweeper(contents.connection, settings(retry_give_up="5d")).sweep()
+    assert report.counts["given up"] == 1
+    assert contents.pending_ids("target") == [moved]
+    assert contents.failed_ids("target") == [aged]
 
 
 def test_moved_failure_can_be_requeued_there(contents: Contents) -> None:
@@ -208,3 +260,58 @@ def test_move_to_where_nobody_is_known_or_to_itself(contents: Contents) -> None:
     with pytest.raises(ValueError, match="itself"):
         backlog.move(contents.connection, "new", "new")
     assert len(contents.pending_ids()) == 1
+
+
+# forget
+
+
+def traces(contents: Contents, name: str) -> list[str]:
+    """Return the keys and fields in Redis that have a name in them."""
+    found = []
+    for key in contents.connection.scan_iter():
+        fields = contents.connection.hkeys(key) if contents.connection.type(key) == b"hash" else []
+        members = contents.connection.smembers(key) if contents.connection.type(key) == b"set" else []
+        found += [text for text in (key, *fields, *members) if name.encode() in text]
+    return [text.decode() for text in found]
+
+
+def test_a_destination_without_copies_is_forgotten_for_good(contents: Contents) -> None:
+    """Nothing with its name stays in Redis, also after its copies went through every list."""
+    _register(contents, "formerly")
+    delivered, deferred, failing = (contents.pending(to=("formerly",)) for _ in range(3))
+    contents.claim(contents.enqueue(delivered, to="formerly"), delivered, to="formerly")
+    with contents.connection.pipeline() as pipe:
+        changes.settle(pipe, "formerly", [delivered])
+        pipe.execute()
+    contents.defer(deferred, to="formerly")
+    contents.fail(failing, to="formerly")
+    contents.pause("formerly")
+    backlog.drop(contents.connection, "formerly", [deferred])
+    failed.drop(contents.connection, [failing])
+    backlog.forget(contents.connection, "formerly")
+    assert traces(contents, "formerly") == []
+    assert [row.destination for row in changes.summary(contents.connection)] == ["new"]
+    with pytest.raises(UnknownDestination):
+        backlog.forget(contents.connection, "formerly")
+
+
+@pytest.mark.parametrize("state", ["waiting", "failed", "being delivered", "on the way", "uncertain"])
+def test_a_destination_that_something_names_is_kept(contents: Contents, state: str) -> None:
+    """The refusal says what it is, and nothing has changed."""
+    _register(contents, "formerly")
+    if state in {"on the way", "uncertain"}:
+        message_id = contents.staged(to=("formerly", "new"))
+        if state == "uncertain":
+            with contents.connection.pipeline() as pipe:
+                changes.hold(pipe, [changes.Held(message_id, "", 3600.0)])
+                pipe.execute()
+    else:
+        message_id = contents.pending(to=("formerly",))
+        if state == "failed":
+            contents.fail(message_id, to="formerly")
+        elif state == "being delivered":
+            contents.claim(contents.enqueue(message_id, to="formerly"), message_id, to="formerly")
+    before = traces(contents, "formerly")
+    with pytest.raises(backlog.StillNeeded, match=state):
+        backlog.forget(contents.connection, "formerly")
+    assert traces(contents, "formerly") == before

@@ -134,9 +134,13 @@ class Contents:
         """Have copies deferred together. Returns the scheduled job."""
         job = rq_jobs.create(self.queue(to), to, ids, JobStatus.SCHEDULED)
         clock = changes.now(self.connection)
-        state = CopyState(job=job.id, owed=owed, since=clock).tried(clock, "451 4.7.1 later")
+        accepted = self.connection.zmscore(keys.PENDING + to, list(ids))
+        states = {
+            message_id: CopyState(job=job.id, owed=owed, since=at or clock).tried(clock, "451 4.7.1 later")
+            for message_id, at in zip(ids, accepted, strict=True)
+        }
         with self.connection.pipeline() as pipe:
-            changes.defer(pipe, to, dict.fromkeys(ids, state))
+            changes.defer(pipe, to, states)
             rq_jobs.schedule(pipe, self.queue(to), job, datetime.fromtimestamp(clock + seconds, UTC))
             pipe.execute()
         return job.id

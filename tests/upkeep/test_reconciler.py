@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from pathlib import Path
 
 import pytest
 import redis
@@ -597,3 +598,19 @@ def test_message_of_several_chunks_is_read_whole(contents: Contents, monkeypatch
     message = queries.message(contents.connection, message_id)
     assert isinstance(message, Message)
     assert message.body == body
+
+
+# What `queue verify` says of it
+
+
+def test_only_a_repair_is_a_disagreement(contents: Contents, tmp_path: Path) -> None:
+    """A lost job is one, looked for or repaired; the ordinary end of an old failed copy is none."""
+    contents.failed(ago=40 * DAY)
+    options = settings(state_dir=str(tmp_path))
+    report = reconciler.verify(contents.connection, options, pause=0.0)
+    assert report.counts == {"failed copy expired": 1}
+    assert not report.disagreed
+    contents.pending()
+    assert reconciler.verify(contents.connection, options, repair=False).disagreed
+    assert reconciler.verify(contents.connection, options, pause=0.0).disagreed
+    assert not reconciler.verify(contents.connection, options, pause=0.0).disagreed

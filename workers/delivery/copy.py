@@ -91,6 +91,9 @@ class Copy:
 
 
 def begun(claim: Claim) -> CopyState:
-    """Return a claim's state, its clock started where this is the first try, or the first since an operator's retry."""
+    """Return a claim's state, its clock started where this is the first try, or the first since an operator's retry.
+
+    The clock of a copy that was moved here started then, later than it was accepted.
+    """
     since = round(claim.accepted_at, 3)
-    return claim.state if claim.state.since == since else replace(claim.state, since=since, tries=0)
+    return claim.state if claim.state.since >= since else replace(claim.state, since=since, tries=0)

@@ -3,7 +3,7 @@
 Copies are listed by age, in pages and without their bodies. ``flush`` is `postqueue -f`: everything is due now.
 ``move`` gives the copies of one destination to another; what is being delivered at that moment stays, and so
 does what the other has a copy of its own waiting for, and a second call moves the rest. A destination that is
-not in the ledger raises UnknownDestination.
+not in the ledger raises UnknownDestination. ``forget`` ends a destination that nothing names any more.
 """
 
 from __future__ import annotations
@@ -205,8 +205,9 @@ def flush(connection: Redis, destination: str | None = None) -> int:
 def move(connection: Redis, source: str, target: str, job_size: int = rq_jobs.JOB_SIZE) -> Moved:
     """Give the pending and failed copies of one destination to another, for the same recipients.
 
-    They are tried there at once, with a fresh clock; failed ones are listed there. Who gets another copy of
-    the same message there anyway is not sent a second one. Raises UnknownDestination, ValueError.
+    They are tried there at once, and stay as old as they are; what counts for ``retry.give_up`` begins anew. Failed
+    ones are listed there. Who gets another copy of the same message there anyway is not sent a second one.
+    Raises UnknownDestination, ValueError.
     """
     if source == target:
         raise ValueError("a destination cannot be moved to itself")
@@ -216,6 +217,43 @@ def move(connection: Redis, source: str, target: str, job_size: int = rq_jobs.JO
     mover.move(failed_ones=True)
     live_jobs.forget_useless(connection, old.name)
     return Moved(mover.pending, mover.failed, mover.covered, mover.left)
+
+
+# --- forget ---------------------------------------------------------------------------------------------------
+
+
+class StillNeeded(Exception):
+    """A destination that cannot be forgotten; the text says what names it."""
+
+
+def forget(connection: Redis, name: str) -> None:
+    """Forget a destination with its counters and what RQ has of it. Raises UnknownDestination, StillNeeded.
+
+    Only where no copy is pending, failed or being delivered, and no message that is staged or uncertain names it. What
+    a relay that still copies to it accepts later makes it known again.
+    """
+    (target,) = queries.destinations(connection, name)
+    for key, kind in ((keys.STAGED, "on the way to the primary"), (keys.UNCERTAIN, "uncertain")):
+        for page in queries.pages(connection, key, size=_PAGE):
+            ids = [message_id for message_id, _ in page]
+            for message_id, envelope in zip(ids, queries.envelopes(connection, ids), strict=True):
+                if envelope is None:
+                    raise StillNeeded(f"message {message_id}, {kind}, cannot be read: it may name {name}")
+                if name in envelope.destinations:
+                    raise StillNeeded(f"message {message_id}, {kind}, is for {name} too")
+    with connection.pipeline(transaction=True) as pipe:
+        changes.forget(pipe, name)
+        (counts,) = pipe.execute()
+    left = [
+        f"{count} {kind}" for count, kind in zip(counts, ("waiting", "failed", "being delivered"), strict=True) if count
+    ]
+    if left:
+        raise StillNeeded(f"{name} has copies: {', '.join(left)}; see queue move, queue drop, failed drop")
+    queue = rq_jobs.queue(connection, target.name)
+    for registry in (queue.scheduled_job_registry, queue.failed_job_registry):
+        for job in registry.get_job_ids():
+            registry.remove(job, delete_job=True)
+    queue.delete(delete_jobs=True)
 
 
 class _Mover:
@@ -243,17 +281,13 @@ class _Mover:
     def _move_pending(
         self, ids: Sequence[str], before: Sequence[bytes | None], found: Sequence[Envelope | None]
     ) -> None:
+        clock = changes.now(self._connection)
         with self._connection.pipeline(transaction=True) as pipe:
             job = rq_jobs.enqueue(pipe, self._queues[1], self._new.name, ids)
             moves = []
             for message_id, data, envelope in zip(ids, before, found, strict=True):
                 state = self._state(CopyState.from_wire(data), envelope)
-                if state is None:
-                    after = None
-                elif state == CopyState():
-                    after = ""
-                else:
-                    after = replace(state, job=job, tries=0, since=0.0).to_wire()
+                after = replace(state, job=job, tries=0, since=clock).to_wire() if state else None
                 moves.append(Move(message_id, data.decode() if data else "", after))
             changes.move(pipe, self._old.name, self._new.name, moves)
             done = pipe.execute()[-1]

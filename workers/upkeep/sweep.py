@@ -22,7 +22,7 @@ from relay.config.loader import Settings
 from relay.ledger import archive, changes, queries, recovery, registry, rq_jobs
 from relay.ledger import keys as ledger_keys
 from relay.ledger.continuity import Continuity, forget_kept
-from relay.ledger.copy_state import Attempt
+from relay.ledger.copy_state import Attempt, CopyState
 from relay.mail.destination import Destination
 from workers.queues import failed
 from workers.rqworker import live_jobs
@@ -35,6 +35,10 @@ _PAGE = 2000  # pending copies looked at in one step; Redis takes a few millisec
 _BATCH = 100
 _GIVE_UP_AT_ONCE = 5000  # copies in one sweep
 _CLAIM_SECONDS = 30.0
+# What a sweep does in the ordinary course; anything else is a repair.
+_ROUTINE = frozenset({
+    "failed copy expired", "failed body moved", "failed.max_bytes exceeded", "given up", "many small jobs", "uncertain",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,11 @@ class Report:
     counts: Counter[str] = field(default_factory=Counter)
     findings: list[Finding] = field(default_factory=list)
     seconds: float = 0.0
+
+    @property
+    def disagreed(self) -> bool:
+        """Whether ledger and RQ disagreed: more was found than the ordinary work of a sweep."""
+        return any(finding not in _ROUTINE for finding in self.counts)
 
     def add(self, finding: str, message_id: str, destination: str, action: str) -> None:
         self.counts[finding] += 1
@@ -285,8 +294,13 @@ class Sweeper:
         done = 0
         for page in queries.pages(self._connection, ledger_keys.PENDING + name, until=before, size=_BATCH):
             self._tick()
-            self._fail(destination, [message_id for message_id, _ in page], reply)
-            done += len(page)
+            ids = [message_id for message_id, _ in page]
+            states = cast("list[bytes | None]", self._connection.hmget(ledger_keys.OWN + name, ids))
+            # The clock of what was moved here started only then.
+            old = [i for i, state in zip(ids, states, strict=True) if CopyState.from_wire(state).since <= before]
+            if old:
+                self._fail(destination, old, reply)
+            done += len(old)
             if done >= _GIVE_UP_AT_ONCE:
                 break
 

@@ -5,7 +5,6 @@ local from, to, list = ARGV[1], ARGV[2], ARGV[3]
 local states = list == 'pending' and 'smtpdup:own:' or 'smtpdup:failure:'
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
-local stamp = time[1] .. '.' .. string.format('%06d', time[2])
 local names, whole = destinations()
 local result = {}
 for i = 4, #ARGV, 3 do
@@ -27,7 +26,7 @@ for i = 4, #ARGV, 3 do
     end
     if after ~= '-' then
       redis.call('SADD', 'smtpdup:lists', to)
-      redis.call('ZADD', 'smtpdup:' .. list .. ':' .. to, list == 'pending' and stamp or score, id)
+      redis.call('ZADD', 'smtpdup:' .. list .. ':' .. to, score, id)
       if after ~= '' then
         redis.call('HSET', states .. to, id, after)
       end

@@ -1,0 +1,18 @@
+-- ARGV: destination. Forgets it with all that is known of it, if nothing is listed for it. Returns how many copies are
+-- pending, failed and under a lease: all 0 where it is gone.
+local name = ARGV[1]
+local time = redis.call('TIME')
+local pending = redis.call('ZCARD', 'smtpdup:pending:' .. name)
+local failed = redis.call('ZCARD', 'smtpdup:failed:' .. name)
+local busy = redis.call('ZCOUNT', 'smtpdup:busy:' .. name, time[1], '+inf')
+if pending == 0 and failed == 0 and busy == 0 then
+  for _, kind in ipairs({'own', 'busy', 'holders', 'failure', 'health'}) do
+    redis.call('DEL', 'smtpdup:' .. kind .. ':' .. name)
+  end
+  for _, counter in ipairs({'delivered', 'failed', 'body_missing'}) do
+    redis.call('HDEL', 'smtpdup:counters', counter .. ':' .. name)
+  end
+  redis.call('HDEL', 'smtpdup:destinations', name)
+  redis.call('SREM', 'smtpdup:lists', name)
+end
+return {pending, failed, busy}
