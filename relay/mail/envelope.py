@@ -25,7 +25,6 @@ class Envelope:
 
     Addresses are str with surrogateescape, so that bytes that are no UTF-8 survive; the null sender is "".
     ``received_at`` is seconds since the epoch. ``size`` counts the octets of the body in wire form.
-    ``digest`` names equal mail ("" when there is no Message-ID); see the ledger's uncertain messages.
     """
 
     id: str
@@ -36,7 +35,6 @@ class Envelope:
     parameters: tuple[str, ...] = ()  # of MAIL: BODY=8BITMIME, SMTPUTF8, RET=..., ENVID=...
     client_address: str = ""
     client_helo: str = ""
-    digest: str = ""
     destinations: tuple[str, ...] = ()  # names of the backups that get a copy
     identity: tuple[tuple[str, str], ...] = ()  # XFORWARD attributes of the real client, to pass on
     # Which recipients a backup was promised, by index, where that is not all of them. None: an old record, without it.
@@ -55,7 +53,6 @@ class Envelope:
             ("mail", self.parameters),
             ("addr", self.client_address),
             ("helo", self.client_helo),
-            ("digest", self.digest),
             ("dest", self.destinations),
             ("xf", self.identity),
         )
@@ -78,7 +75,6 @@ class Envelope:
                 parameters=texts(record.get("mail", [])),
                 client_address=any_text(record.get("addr", "")),
                 client_helo=any_text(record.get("helo", "")),
-                digest=any_text(record.get("digest", "")),
                 destinations=texts(record.get("dest", [])),
                 identity=tuple((any_text(name), any_text(value)) for name, value in record.get("xf", [])),
                 promised=_promised(record["for"], len(record["to"])) if "for" in record else None,
@@ -103,10 +99,6 @@ class Envelope:
         if self.promised is None:
             return tuple(i for i in everybody if destination.wants(self.recipients[i])) or everybody
         return dict(self.promised).get(destination.name, everybody)
-
-    @property
-    def wants_smtputf8(self) -> bool:
-        return "SMTPUTF8" in (p.upper() for p in self.parameters)
 
 
 def _promised(record: dict[str, list[int]], recipients: int) -> tuple[tuple[str, tuple[int, ...]], ...]:

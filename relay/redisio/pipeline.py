@@ -20,7 +20,8 @@ from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import InvalidResponse, ReadOnlyError, RedisError
 
-from relay.redisio import clients
+from relay.redisio import clients, raw_connection
+from relay.redisio.raw_connection import discard, living
 
 _IN_PARTS = 256 << 10  # octets of a batch; below, one buffer is quicker
 _SECONDS = 10.0  # for the answer to a client without a time of its own
@@ -81,31 +82,6 @@ class CommandBatch:
             answers.append(_answer(replies[at : at + count]))
             at += count
         return answers
-
-
-async def living(pool: Any) -> Any:
-    """Return a connection of a pool of redis-py's that Redis has not closed while it was at rest.
-
-    With RESP3 the pool hands out such a one all the same, and its transport, which has seen the end already, would
-    never tell another protocol of it.
-    """
-    connection = await pool.get_connection()
-    try:
-        if await connection.can_read() or connection._writer.is_closing():  # noqa: SLF001 - it is not told otherwise
-            await connection.disconnect(nowait=True)
-            await connection.connect()
-    except BaseException:
-        await discard(pool, connection)
-        raise
-    return connection
-
-
-async def discard(pool: Any, connection: Any) -> None:
-    """Close a connection and give its place back: a pool has so many only."""
-    try:
-        await connection.disconnect(nowait=True)
-    finally:
-        await pool.release(connection)
 
 
 class Pipelines:
@@ -215,10 +191,9 @@ class _Pipeline(asyncio.Protocol):
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
-        self._transport: Any = connection._writer.transport  # noqa: SLF001 - redis-py has no public way past its parser
+        self._transport = raw_connection.transport(connection)
         self._owner = self._transport.get_protocol()
-        errors = connection._parser.parse_error  # noqa: SLF001 - so that errors are the same as redis-py's own
-        self._parser = hiredis.Reader(replyError=errors, notEnoughData=_NOT_YET)
+        self._parser = hiredis.Reader(replyError=raw_connection.error_parser(connection), notEnoughData=_NOT_YET)
         self._replies: list[Any] = []
         self._batch: CommandBatch | None = None
         self._owed = 0

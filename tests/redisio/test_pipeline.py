@@ -238,7 +238,7 @@ async def test_too_few_or_late_answers_are_nobodys() -> None:
         return b":%d\r\n" % link.number if command == [b"A"] else None
 
     async with scripted(answer) as script:
-        wires = Pipelines(script.client, seconds=0.05)
+        wires = Pipelines(script.client, seconds=0.5)
         for _ in range(FEW + 1):
             told = await answers_to(wires, batch("A", "SILENT"))
             assert isinstance(told, TimeoutError)

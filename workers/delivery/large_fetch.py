@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import InvalidResponse, ResponseError
 
-from relay.redisio.pipeline import living
+from relay.redisio import raw_connection
 
 _HEAD = 64  # octets that are read first: the length, and little else
 
@@ -22,9 +22,9 @@ _HEAD = 64  # octets that are read first: the length, and little else
 async def fetch(client: Redis, key: str) -> memoryview | None:
     """Return the value of a key, None when there is none."""
     pool: Any = client.connection_pool
-    connection = await living(pool)
+    connection = await raw_connection.living(pool)
     try:
-        transport = connection._writer.transport  # noqa: SLF001 - redis-py has no public way past its parser
+        transport = raw_connection.transport(connection)
         reply = _Reply(transport)
         try:
             async with asyncio.timeout(connection.socket_timeout):
