@@ -1,6 +1,6 @@
-"""Durable intake: stage, release, discard and hold, group-committed with whatever else is going on.
+"""Staging: stage, release, discard and hold, group-committed with whatever else is going on.
 
-Every message of every session of a process goes through one GroupCommit (commit.py), so that one fsync serves
+Every message of every session of a process goes through one GroupCommit, so that one fsync serves
 many. A stage that Redis does not take in time goes to the spool, and only without a spool raises NotDurable; what
 must be told to Redis later (a release, a discard) is repeated until Redis has answered, for as long as the process
 lives, with a note in the spool for the case that it does not, and without a spool is left to the reconciler.
