@@ -18,7 +18,7 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, TypeAlias, cast
 
 import aiosmtplib
 
@@ -45,6 +45,9 @@ __all__ = [
 ]
 
 
+_Address: TypeAlias = tuple[int, int, int, Any]  # family, type, protocol, and where
+
+
 class _TLSFailed(ConnectFailed):
     """STARTTLS was agreed on and the handshake failed; plain text may be worth a try."""
 
@@ -56,33 +59,71 @@ async def connect(
     timeout: float,
     tls_context: ssl.SSLContext | None = None,
 ) -> Connection:
-    """Open a session, ready for MAIL; ``timeout`` is for each step. Raises ConnectFailed."""
-    start_tls = destination.scheme != "smtps" and destination.tls != "none"
-    try:
-        return await _open(destination, local_hostname, timeout, tls_context, start_tls=start_tls)
-    except _TLSFailed:
-        if destination.tls != "opportunistic" or destination.username:
-            raise
-    return await _open(destination, local_hostname, timeout, tls_context, start_tls=False)
+    """Open a session, ready for MAIL; ``timeout`` is for each step. Raises ConnectFailed.
 
-
-async def _open(
-    destination: Destination, local_hostname: str, timeout: float, context: ssl.SSLContext | None, *, start_tls: bool
-) -> Connection:
-    implicit_tls = destination.scheme == "smtps"
-    if context is None and (implicit_tls or start_tls):
+    All addresses of the host are tried until one serves (RFC 5321 5.1); each has its share of the time that is left for
+    its connect, its greeting and its EHLO. A password that was refused is not shown to another address.
+    """
+    context = tls_context
+    if context is None and (destination.scheme == "smtps" or destination.tls != "none"):
         with _stage("TLS"):
             context = await _context(destination)
     with _stage("connect"):
-        connected = await _dial(destination, timeout)
+        addresses = await _addresses(destination, timeout)
+    loop = asyncio.get_running_loop()
+    deadline, left = loop.time() + timeout, len(addresses)
+    told: ConnectFailed | None = None
+    for address in addresses:
+        patience = max(deadline - loop.time(), timeout / len(addresses)) / left
+        left -= 1
+        try:
+            return await _connect_to(address, destination, local_hostname, timeout, patience, context)
+        except ConnectFailed as error:
+            if error.reply is not None or told is None or told.reply is None:
+                told = error  # what a server says tells more than that another one is not there
+            if error.stage == "AUTH":
+                break
+    raise told or ConnectFailed("the name has no address", stage="connect")
+
+
+async def _connect_to(
+    address: _Address,
+    destination: Destination,
+    local_hostname: str,
+    timeout: float,
+    patience: float,
+    context: ssl.SSLContext | None,
+) -> Connection:
+    """Open a session with one address; ``patience`` is for its connect, its greeting and its EHLO."""
+    start_tls = destination.scheme != "smtps" and destination.tls != "none"
+    try:
+        return await _open(address, destination, local_hostname, timeout, patience, context, start_tls=start_tls)
+    except _TLSFailed:
+        if destination.tls != "opportunistic" or destination.username:
+            raise
+    return await _open(address, destination, local_hostname, timeout, patience, context, start_tls=False)
+
+
+async def _open(
+    address: _Address,
+    destination: Destination,
+    local_hostname: str,
+    timeout: float,
+    patience: float,
+    context: ssl.SSLContext | None,
+    *,
+    start_tls: bool,
+) -> Connection:
+    with _stage("connect"):
+        connected = await _dial(address, patience)
     smtp = aiosmtplib.SMTP(
-        hostname=destination.host,
+        hostname=destination.host.rstrip("."),  # SNI and certificates have no dot of the root (RFC 6066 3)
         local_hostname=local_hostname,
         sock=connected,
-        use_tls=implicit_tls,
+        use_tls=destination.scheme == "smtps",
         start_tls=False,
         tls_context=context,
-        timeout=timeout,
+        timeout=patience,
     )
     protocol = None
     try:
@@ -90,6 +131,7 @@ async def _open(
             await smtp.connect()
         protocol = smtp.protocol
         extensions = await _hello(smtp, destination)
+        smtp.timeout = timeout
         if start_tls and await _start_tls(smtp, destination, offered="STARTTLS" in extensions):
             extensions = await _hello(smtp, destination)  # RFC 3207 4.2: forget what was said before TLS
         if destination.username:
@@ -111,35 +153,33 @@ def _take_over(
     return Connection(destination, cast("asyncio.Transport", smtp.transport), extensions, hostname)
 
 
-async def _dial(destination: Destination, timeout: float) -> socket.socket:
-    """Connect to the first address that answers; each may take its share of the time that is left."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + timeout
+async def _addresses(destination: Destination, timeout: float) -> list[_Address]:
+    """Return the host's addresses in the resolver's order, each once."""
     try:  # an address needs no resolver, and no thread for it
         found = socket.getaddrinfo(
             destination.host, destination.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
         )
     except socket.gaierror:
         async with asyncio.timeout(timeout):
-            found = await loop.getaddrinfo(destination.host, destination.port, type=socket.SOCK_STREAM)
-    problem: Exception = OSError("no address")
-    for number, (family, kind, protocol, _, address) in enumerate(found):
-        connected = socket.socket(family, kind, protocol)
-        try:
-            connected.setblocking(False)
-            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            async with asyncio.timeout_at(loop.time() + (deadline - loop.time()) / (len(found) - number)):
-                await loop.sock_connect(connected, address)
-        except OSError as error:
-            connected.close()
-            problem = error
-        except BaseException:
-            connected.close()
-            raise
-        else:
-            return connected
-    raise problem
+            found = await asyncio.get_running_loop().getaddrinfo(
+                destination.host, destination.port, type=socket.SOCK_STREAM
+            )
+    return list(dict.fromkeys((family, kind, protocol, address) for family, kind, protocol, _, address in found))
+
+
+async def _dial(address: _Address, timeout: float) -> socket.socket:
+    family, kind, protocol, where = address
+    connected = socket.socket(family, kind, protocol)
+    try:
+        connected.setblocking(False)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        async with asyncio.timeout(timeout):
+            await asyncio.get_running_loop().sock_connect(connected, where)
+    except BaseException:
+        connected.close()
+        raise
+    return connected
 
 
 async def _hello(smtp: aiosmtplib.SMTP, destination: Destination) -> dict[str, str]:

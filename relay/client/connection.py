@@ -23,11 +23,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from relay.client.reply_parser import ReplyParser
+from relay.client.server_limits import server_limits
 from relay.mail.destination import Destination
 from relay.mail.reply import Reply
 
 _WRITE_HIGH = 256 * 1024  # octets buffered in the transport before a writer waits
 _MAX_UNASKED = 100  # replies to nothing before we hang up
+_OF_MAIL = frozenset((b"MAIL", b"RCPT", b"DATA", b"."))
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 
 
@@ -90,6 +92,8 @@ class Connection(asyncio.Protocol):
         "introduced",
         "is_dirty",
         "last_used",
+        "limits",
+        "refusals",
         "transactions",
     )
 
@@ -109,8 +113,10 @@ class Connection(asyncio.Protocol):
         self.destination = destination
         self.extensions = extensions
         self.hostname = hostname
+        self.limits = server_limits(extensions)
         self.created = self.last_used = self._loop.time()
         self.transactions = 0  # MAIL commands sent
+        self.refusals = 0  # of MAIL, RCPT, DATA and messages since one was accepted: servers slow down for them
         self.in_data = False  # what is written now is body text, so nothing but the dot or a close may follow
         self.is_dirty = False  # a MAIL was sent and neither its dot answered nor a RSET sent
         self._is_ahead = False  # the next MAIL was sent behind the dot
@@ -306,7 +312,11 @@ class Connection(asyncio.Protocol):
                 self._malformed("a flood of replies to nothing")
             self._wake_writer()
             return
-        self._owed.popleft()
+        verb = self._owed.popleft()
+        if reply.code >= 400:
+            self.refusals += verb in _OF_MAIL
+        elif verb == b".":
+            self.refusals = 0
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(reply)
             self._waiter = None

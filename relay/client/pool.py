@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import sys
 from collections import deque
 from contextlib import suppress
 
 from relay.client.connect import ClientError, ConnectFailed, Connection, DeadlinePassed, connect
+from relay.client.session_refusals import SessionRefusals
 from relay.mail.destination import Destination
 from relay.mail.reply import Reply
 
@@ -39,17 +41,23 @@ class Pool:
         limit: int,
         max_idle: int | None = None,
         idle_seconds: float = 60.0,
-        max_transactions: int = 1000,
+        max_refusals: int = 0,
         tls_context: ssl.SSLContext | None = None,
     ) -> None:
-        """Make an empty pool. ``connect_timeout`` is for each step of a handshake; ``max_idle`` None: all are kept."""
+        """Make an empty pool. ``connect_timeout`` is for each step of a handshake; ``max_idle`` None: all are kept.
+
+        One on which the server has refused more than ``max_refusals`` things since it last accepted a message is not
+        kept. How much a connection may carry, and for how long, is the destination's.
+        """
         self.destination = destination
         self._local_hostname = local_hostname
         self._connect_timeout = connect_timeout
         self._limit = max(1, limit)
         self._max_idle = max_idle
         self._idle_seconds = idle_seconds
-        self._max_transactions = max_transactions
+        self._max_refusals = max_refusals
+        self._fresh_since = 0.0  # what is older is not lent any more
+        self.refusals = SessionRefusals()  # what those on reused connections have turned out to be
         self._tls_context = tls_context
         self._idle: list[Connection] = []  # by last_used, the newest at the end
         self._leased: set[Connection] = set()
@@ -125,7 +133,7 @@ class Pool:
 
     def can_go_on(self, connection: Connection) -> bool:
         """Say whether a leased connection may carry another transaction before it is given back."""
-        return connection.transactions < self._max_transactions and self._out <= self._room() and not self._closed
+        return self._is_worth_keeping(connection) and self._out <= self._room() and not self._closed
 
     def give_back(self, connection: Connection) -> None:
         """Take a connection back, whatever its state: kept when it can be used again, else closed. Never raises."""
@@ -138,13 +146,19 @@ class Pool:
         elif (
             self._closed
             or self._out + len(self._idle) > self._limit
-            or connection.transactions >= self._max_transactions
+            or not self._is_worth_keeping(connection)
             or (self._max_idle is not None and len(self._idle) >= self._max_idle and not self._waiters)
         ):
             self._say_goodbye(connection)
         else:
             self._keep(connection)
         self._free()
+
+    def renew(self) -> None:
+        """Lend no connection again that is open now: a server keeps to the settings that it had when it opened."""
+        self._fresh_since = asyncio.get_running_loop().time()
+        while self._idle:
+            self._say_goodbye(self._idle.pop())
 
     async def close(self) -> None:
         """Close the kept connections with a QUIT; those in use are closed when they come back."""
@@ -163,11 +177,29 @@ class Pool:
 
     # -- connections --
 
+    def _is_worth_keeping(self, connection: Connection) -> bool:
+        """Say whether a connection may carry another transaction, for somebody else perhaps."""
+        destination = self.destination
+        most = min(destination.messages_per_connection or sys.maxsize, connection.limits.mails)
+        return (
+            connection.transactions < most
+            and connection.refusals <= self._max_refusals
+            and connection.created >= self._oldest()
+        )
+
+    def _oldest(self) -> float:
+        """When a connection must have been opened to be lent now."""
+        age = self.destination.connection_age
+        if not age:
+            return self._fresh_since
+        return max(self._fresh_since, asyncio.get_running_loop().time() - age)
+
     async def _kept(self) -> Connection | None:
         """Return the kept connection used last that is still good."""
         while self._idle:
             connection = self._idle.pop()
-            if connection.last_used + self._idle_seconds < asyncio.get_running_loop().time():
+            now = asyncio.get_running_loop().time()
+            if connection.last_used + self._idle_seconds < now or connection.created < self._oldest():
                 self._say_goodbye(connection)
                 continue
             try:

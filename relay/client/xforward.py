@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from relay.client.connection import ClientError, Connection
+from relay.client.server_limits import server_limits
 from relay.mail.addresses import is_loopback
 from relay.mail.origin import Identity
 from relay.mail.reply import Reply
@@ -85,7 +86,8 @@ async def introduce(connection: Connection, identity: Identity, *, timeout: floa
     hello = b"LHLO " if connection.destination.scheme == "lmtp" else b"EHLO "
     reply = await connection.command(hello + connection.hostname.encode("ascii", "replace"), timeout=timeout)
     if not reply.is_positive:
-        raise ClientError("EHLO after XCLIENT was refused", stage="XCLIENT", reply=reply)
+        raise NotIntroduced("EHLO after XCLIENT was refused", stage="XCLIENT", reply=reply)
     words = [line.partition(" ") for line in reply.lines[1:]]
     connection.extensions = {keyword.upper(): parameters.strip() for keyword, _, parameters in words}
+    connection.limits = server_limits(connection.extensions)
     return None

@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -259,12 +259,8 @@ class _Loader:
         return values
 
     def _destinations(self, values: dict[str, Any]) -> tuple[Destination | None, tuple[Destination, ...]]:
-        primary = None
-        connections = self.connections = values["workers.connections"]
-        if text := values["relay.destination_primary"]:
-            primary, faults = read_destination(text, {}, environ=self.environ, connections=connections)
-            for _, fault in faults:
-                self._wrong("relay.destination_primary", fault)
+        self.connections = values["workers.connections"]
+        primary = self._primary(values)
         backups: list[tuple[Destination, str, str]] = []  # with key and origin
         key = "relay.destination_backups"
         for n, text in enumerate(values[key], 1):
@@ -285,6 +281,18 @@ class _Loader:
             else:
                 self._wrong(backups[index][1], text, backups[index][2])
         return primary, found
+
+    def _primary(self, values: dict[str, Any]) -> Destination | None:
+        text = values["relay.destination_primary"]
+        if not text:
+            return None
+        primary, faults = read_destination(text, {}, environ=self.environ, connections=self.connections)
+        for _, fault in faults:
+            self._wrong("relay.destination_primary", fault)
+        if primary is None:
+            return None
+        most, age = values["relay.messages_per_connection"], values["relay.connection_age"]
+        return replace(primary, messages_per_connection=most, connection_age=age)
 
     def _backup_table(self, label: str, table: Any, where: dict[str, str]) -> Destination | None:
         known = [field.key for field in BACKUP_FIELDS]

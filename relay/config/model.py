@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from relay.config.options import OPTIONS
 from relay.config.types import PATH, listen_addresses, mask, sentinel_url
 from relay.mail.addresses import Network, within
-from relay.mail.destination import Destination
+from relay.mail.destination import CONNECTION_AGE, MESSAGES_PER_CONNECTION, Destination
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,8 @@ class RelaySettings:
     destination_primary: str
     destination_backups: tuple[str, ...]
     timeout_seconds: float
+    messages_per_connection: int
+    connection_age: float
     final_timeout_seconds: float
     require_durable_copies: bool
     uncertain_hold: float
@@ -256,6 +258,10 @@ def _in_words(backup: Destination) -> str:
     words = [f"{backup.scheme}://{user}{backup.address}", f"tls={backup.tls}", f"sender={backup.sender}"]
     words += [f"connections={backup.connections}"]
     words += ["soft_bounce"] * backup.soft_bounce
+    if backup.messages_per_connection != MESSAGES_PER_CONNECTION:
+        words.append(f"messages_per_connection={backup.messages_per_connection}")
+    if backup.connection_age != CONNECTION_AGE:
+        words.append(f"connection_age={backup.connection_age:g}")
     words += [
         f"{name}={value}"
         for name in ("ca_file", "tls_certificate", "password_from")

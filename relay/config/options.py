@@ -142,6 +142,12 @@ OPTIONS: tuple[Option, ...] = (
            "--backup"),
     Option("relay.timeout_seconds", duration(), 10, "seconds",
            "Longest wait for the primary at connect, greeting, EHLO, TLS, AUTH, MAIL, RCPT and DATA."),
+    Option("relay.messages_per_connection", integer(0), 10, "messages",
+           "Messages on one connection to the primary, at most. By default Exim queues what comes after the tenth, and "
+           "Stalwart refuses it. 0: no limit."),
+    Option("relay.connection_age", duration(zero=True), "5m", "seconds",
+           "A connection to the primary is not used again after this time, so that a change of its address or settings "
+           "is noticed. 0: no limit."),
     Option("relay.final_timeout_seconds", duration(), 600, "seconds",
            "Longest wait for the answer to the whole message (RFC 5321 4.5.3.2.6), here and at the backups."),
     Option("relay.require_durable_copies", BOOLEAN, False, "",
@@ -205,6 +211,8 @@ BACKUP_FIELDS: tuple[Option, ...] = (
     Option("sender", choice("keep", "null"), "keep", "", "null: copies carry the null sender, so nothing can bounce."),
     Option("soft_bounce", BOOLEAN, False, "", "Treat refusals (5xx) as temporary: the copy is tried again."),
     Option("connections", integer(0, 10_000), 0, "connections", "Default: workers.connections."),
+    Option("messages_per_connection", integer(0), 10, "messages", "As relay.messages_per_connection. 0: no limit."),
+    Option("connection_age", duration(zero=True), "5m", "seconds", "As relay.connection_age. 0: no limit."),
     Option("tls", choice("none", "opportunistic", "encrypt", "verify"), "opportunistic", "",
            "none, opportunistic, encrypt, or verify (the certificate too). With a password, encrypt is the default."),
     Option("ca_file", TEXT, "", "",

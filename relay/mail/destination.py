@@ -12,7 +12,10 @@ from relay.mail.stored import texts
 from relay.mail.text import printable
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_NO_TEXTS = {"port", "connections", "soft_bounce", "domains"}  # fields of a destination
+MESSAGES_PER_CONNECTION = 10  # no common server minds: Exim queues what comes after the tenth, Stalwart refuses it
+CONNECTION_AGE = 300.0  # seconds, as Postfix's smtp_connection_reuse_time_limit
+_NUMBERS = {"port", "connections", "messages_per_connection", "connection_age"}  # fields of a destination
+_NO_TEXTS = _NUMBERS | {"soft_bounce", "domains"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,8 @@ class Destination:
     sender: str = "keep"  # or "null": copies carry the null sender
     soft_bounce: bool = False
     connections: int = 0  # at most this many at once, per worker process; 0: see workers.delivery.retry.Width
+    messages_per_connection: int = MESSAGES_PER_CONNECTION  # transactions on one connection, at most; 0: no limit
+    connection_age: float = CONNECTION_AGE  # seconds until a connection is not used again; 0: no limit
     ca_file: str = ""
     tls_certificate: str = ""  # ours, for a server that asks for one
     tls_key: str = ""
@@ -80,6 +85,10 @@ class Destination:
             and found.sender in {"keep", "null"}
             and type(found.connections) is int
             and found.connections >= 0
+            and type(found.messages_per_connection) is int
+            and found.messages_per_connection >= 0
+            and type(found.connection_age) in {int, float}
+            and 0 <= found.connection_age < float("inf")
             and type(found.soft_bounce) is bool
         )
         if not fine:

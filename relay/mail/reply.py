@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from relay.mail.text import printable
 
+_STATUS = re.compile(r"[245]\.\d{1,3}\.\d{1,3}(?![\d.])")
+_TOO_MANY = re.compile(r"too many (?:rcpts?|recipients)", re.IGNORECASE)
 _REPLY_LINE_LIMIT = 512  # RFC 5321 4.5.3.1.5
 
 
@@ -32,6 +35,22 @@ class Reply(NamedTuple):
     @property
     def is_permanent(self) -> bool:
         return 500 <= self.code < 600
+
+    @property
+    def status(self) -> str:
+        """The enhanced status code (RFC 3463), "" where there is none."""
+        found = _STATUS.match(self.lines[0])
+        return found[0] if found else ""
+
+    @property
+    def is_too_many_recipients(self) -> bool:
+        """Whether it says that this transaction has too many recipients, in which code ever.
+
+        RFC 5321 4.5.3.1.10 has 452, which was 552 before; servers have 451, 503, 550 and 554 for it, too.
+        """
+        if self.code < 400:
+            return False
+        return self.status[2:] == "5.3" or _TOO_MANY.search(" ".join(self.lines)) is not None
 
     @property
     def text(self) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from relay import faultpoints, maillog, metrics
 from relay.client.connection import ClientError, Connection, ConnectionGone
 from relay.client.pool import Pool
+from relay.client.server_limits import UNLIMITED, ServerLimits
 from relay.client.xforward import NotIntroduced, introduce, xforward
 from relay.mail.destination import Destination
 from relay.mail.origin import Identity
@@ -25,6 +26,10 @@ from relay.mail.reply import Reply
 _BODY_SECONDS = 180.0  # RFC 5321 4.5.3.2.5, for one chunk
 _ABOUT_US = (530, 534, 535, 538)  # the server wants us to authenticate: RFC 4954 6
 _PROBE_PAUSE = 1.0
+_TOO_MANY = Reply.of(452, "4.5.3 Too many recipients")
+_REPETITIONS = 2  # of what a reused connection refused or did not live to answer; the pool may lend another such
+
+Build = Callable[[Mapping[str, str]], Sequence[bytes]]
 
 # What may be announced while the primary has not yet answered an EHLO.
 SAFE_MINIMUM: Mapping[str, str] = {}
@@ -41,6 +46,21 @@ def for_client(reply: Reply) -> Reply:
     if reply.code in _ABOUT_US or not 200 <= reply.code < 600 or 300 <= reply.code < 400:
         return Reply.of(451, "4.3.5 The primary server does not accept mail from this relay")
     return reply
+
+
+def for_client_at_rcpt(reply: Reply, *, is_first: bool) -> Reply:
+    """Return what the client hears of a reply to RCPT.
+
+    That this transaction has too many is never a reason to give the recipient up: 452 has the client send the message
+    to the rest in another one (RFC 5321 4.5.3.1.10), whatever word the primary has for it.
+    """
+    if reply.is_permanent and not is_first and _is_about_the_transaction(reply):
+        return _TOO_MANY
+    return for_client(reply)
+
+
+def _is_about_the_transaction(reply: Reply) -> bool:
+    return reply.is_too_many_recipients or (reply.code in (452, 552) and not reply.status)
 
 
 def for_client_at_end(reply: Reply) -> Reply:
@@ -75,46 +95,44 @@ class Primary:
                 await asyncio.wait([self._probe])
         return SAFE_MINIMUM if self.extensions is None else self.extensions
 
-    async def begin(
-        self, build: Callable[[Mapping[str, str]], Sequence[bytes]], identity: Identity = ()
-    ) -> tuple[PrimaryTransaction | None, Reply]:
+    async def begin(self, build: Build, identity: Identity = ()) -> tuple[PrimaryTransaction | None, Reply]:
         """Send MAIL, as ``build`` makes it for the extensions of the connection that serves (two nodes may differ).
 
         What ``build`` returns behind MAIL leaves with it: commands that the transaction will be asked for next. Returns
         the transaction, or None with the reply that refuses it. What ``build`` raises passes through. The primary is
         told first who the client is, where it wants to know.
 
-        A kept connection that turns out to be dead before it answered anything is replaced unseen.
+        A kept connection that turns out to be dead before it answered anything is replaced unseen, and so is one whose
+        refusal may be about the connection (session_refusals.py): what a new one says is the client's.
         """
+        repeated, doubted = 0, None
         while True:
             try:
-                connection = await self.pool.lease(timeout=self.timeout)
+                connection = await self.pool.lease(timeout=self.timeout, fresh=repeated > 0)
             except ClientError as error:
-                return None, self._unavailable(error)
+                return None, self.unavailable(error)
             reused = connection.transactions > 0
             try:
-                if identity or connection.introduced:
-                    ahead, reply = await self._introduced_mail(connection, build, identity)
-                else:
-                    self.extensions = connection.extensions
-                    mail, *ahead = build(connection.extensions)
-                    connection.send(mail, *ahead)
-                    reply = await connection.reply(timeout=self.timeout)
+                ahead, reply = await self.mail(connection, build, identity)
             except ClientError as error:
                 connection.close()
                 self.pool.give_back(connection)
                 if reused and isinstance(error, ConnectionGone | NotIntroduced):
+                    repeated += 1
                     continue
-                return None, self._unavailable(error)
+                return None, self.unavailable(error)
             except BaseException:
                 self.pool.give_back(connection)  # closed there, unless nothing was sent
                 raise
-            if reply.code == 421 and reused:
+            if reused and (reply.code == 421 or (repeated < _REPETITIONS and self.pool.refusals.is_doubtful(reply))):
                 connection.close()
                 self.pool.give_back(connection)
+                repeated, doubted = repeated + 1, reply
                 continue
+            if doubted is not None:
+                self.settle_doubt(doubted, reply)
             if reply.is_positive:
-                return PrimaryTransaction(self, connection, ahead), reply
+                return PrimaryTransaction(self, connection, ahead, build, identity, reused=reused), reply
             try:
                 if reply.code == 421 or reply.code in _ABOUT_US:
                     connection.close()
@@ -124,8 +142,24 @@ class Primary:
                 self.pool.give_back(connection)
             return None, for_client(reply)
 
+    def settle_doubt(self, doubted: Reply, reply: Reply) -> None:
+        """Note what a new connection replied where a reused one had refused."""
+        if reply.code < 400:
+            self.pool.refusals.refuted(doubted)
+        else:
+            self.pool.refusals.confirmed(doubted)
+
+    async def mail(self, connection: Connection, build: Build, identity: Identity) -> tuple[list[bytes], Reply]:
+        """Send MAIL and what ``build`` wants to leave with it, which is returned, with the reply to MAIL."""
+        if identity or connection.introduced:
+            return await self._introduced_mail(connection, build, identity)
+        self.extensions = connection.extensions
+        mail, *ahead = build(connection.extensions)
+        connection.send(mail, *ahead)
+        return ahead, await connection.reply(timeout=self.timeout)
+
     async def _introduced_mail(
-        self, connection: Connection, build: Callable[[Mapping[str, str]], Sequence[bytes]], identity: Identity
+        self, connection: Connection, build: Build, identity: Identity
     ) -> tuple[list[bytes], Reply]:
         turned_away = await introduce(connection, identity, timeout=self.timeout)
         if turned_away is not None:
@@ -157,7 +191,8 @@ class Primary:
         except ClientError:
             connection.close()
 
-    def _unavailable(self, error: ClientError) -> Reply:
+    def unavailable(self, error: ClientError) -> Reply:
+        """Return what the client hears when the primary cannot be had."""
         self.trouble(error.stage, error)
         if error.reply is not None and error.reply.code in (421, 450, 451, 452):
             return Reply(451, error.reply.lines)
@@ -183,17 +218,55 @@ class Primary:
 class PrimaryTransaction:
     """One transaction on a leased connection, from MAIL to its end."""
 
-    def __init__(self, primary: Primary, connection: Connection, ahead: Iterable[bytes] = ()) -> None:
-        """``ahead`` are commands that left behind MAIL: they must be the next ones asked for."""
+    def __init__(
+        self,
+        primary: Primary,
+        connection: Connection,
+        ahead: Iterable[bytes],
+        build: Build,
+        identity: Identity,
+        *,
+        reused: bool,
+    ) -> None:
+        """``ahead`` are commands that left behind MAIL: they must be the next ones asked for.
+
+        ``build`` and ``identity`` are for the case that a reused connection refuses what a new one may not.
+        """
         self._primary = primary
         self._connection: Connection | None = connection
         self._ahead = deque(ahead)
+        self._build = build
+        self._identity = identity
+        self._reused = reused
+        self._accepted: list[bytes] = []  # RCPT commands
+        self._asked = 0
+        self._domains: set[bytes] = set()
         self._last = b""  # of the body, to leave with the dot
         self.extensions = connection.extensions
 
     async def rcpt(self, command: bytes) -> Reply:
         """Send RCPT; the reply is for the client."""
-        return await self._command(command, "RCPT")
+        connection = self._connection
+        if connection is not None and connection.limits is not UNLIMITED and self._exceeds(connection.limits, command):
+            return _TOO_MANY
+        is_first = not self._asked
+        self._asked += 1
+        reply = await self._command(command, "RCPT")
+        if reply.is_positive:
+            self._accepted.append(command)
+            return reply
+        return for_client_at_rcpt(reply, is_first=is_first)
+
+    def _exceeds(self, limits: ServerLimits, command: bytes) -> bool:
+        """Say whether the server has announced that it takes no more recipients, or domains, and note this one."""
+        domain = command.partition(b">")[0].rpartition(b"@")[2].lower()
+        if self._ahead:  # it was counted before it left
+            self._domains.add(domain)
+            return False
+        if self._asked >= limits.recipients or len(self._domains | {domain}) > limits.domains:
+            return True
+        self._domains.add(domain)
+        return False
 
     async def data(self) -> Reply:
         """Send DATA. Only after 354 may ``write`` follow; any other reply ends the transaction."""
@@ -292,24 +365,83 @@ class PrimaryTransaction:
             self._primary.pool.give_back(connection)
 
     async def _command(self, command: bytes, stage: str) -> Reply:
+        """Send a command, on a new connection too where a reused one is not to be believed; returns the reply."""
         connection = self._connection
         if connection is None:
             return _lost()
         try:
             self._send(connection, command)
             reply = await connection.reply(timeout=self._primary.timeout)
+        except ConnectionGone as error:
+            if not self._reused:
+                return self._gone(stage, error)
+            return await self._repeat(command, stage, None)
         except ClientError as error:
-            self._primary.trouble(stage, error)
-            self.abandon()
-            return _lost()
+            return self._gone(stage, error)
         except BaseException:
             self.abandon()
             raise
+        if self._reused and (reply.code == 421 or self._primary.pool.refusals.is_doubtful(reply)):
+            return await self._repeat(command, stage, reply)
+        return self._read(stage, reply)
+
+    def _read(self, stage: str, reply: Reply) -> Reply:
         if reply.code == 421:
             self.abandon()
         if stage == "DATA" and reply.code == 354:
             return reply
-        return for_client(reply)
+        return reply if stage == "RCPT" else for_client(reply)
+
+    def _gone(self, stage: str, error: ClientError) -> Reply:
+        self._primary.trouble(stage, error)
+        self.abandon()
+        return _lost()
+
+    async def _repeat(self, command: bytes, stage: str, doubted: Reply | None) -> Reply:
+        """Carry the transaction over to a new connection, up to this command; returns the reply to it.
+
+        What the client has been told stays true: a recipient that was accepted is accepted there too, or the
+        transaction is lost, as with its connection.
+        """
+        primary, ahead = self._primary, list(self._ahead)
+        offered = self.extensions.keys()
+        self.abandon()  # nothing was sent that could be taken for a message
+        self._ahead.clear()
+        self._reused = False
+        try:
+            connection = self._connection = await primary.pool.lease(timeout=primary.timeout, fresh=True)
+        except ClientError as error:
+            return primary.unavailable(error)
+
+        def build(extensions: Mapping[str, str]) -> list[bytes]:
+            mail = self._build(extensions)[0]
+            return [mail, *self._accepted, command, *ahead] if "PIPELINING" in extensions else [mail]
+
+        try:
+            if not connection.extensions.keys() >= offered:
+                self.abandon()  # another node, which may not take what was said to the first
+                return _lost()
+            sent, reply = await primary.mail(connection, build, self._identity)
+            self._ahead.extend(sent)
+            for accepted in self._accepted if reply.is_positive else ():
+                self._send(connection, accepted)
+                reply = await connection.reply(timeout=primary.timeout)
+                if not reply.is_positive:
+                    break
+            if not reply.is_positive:
+                self.abandon()
+                return _lost()
+            self.extensions = connection.extensions
+            self._send(connection, command)
+            reply = await connection.reply(timeout=primary.timeout)
+        except ClientError as error:
+            return self._gone(stage, error)
+        except BaseException:
+            self.abandon()
+            raise
+        if doubted is not None:
+            primary.settle_doubt(doubted, reply)
+        return self._read(stage, reply)
 
     def _send(self, connection: Connection, command: bytes) -> None:
         """Send a command, unless it went ahead."""

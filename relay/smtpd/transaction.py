@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from relay import faultpoints, maillog, metrics
+from relay.client.server_limits import server_limits
 from relay.ledger.changes import Released
 from relay.mail import headers
 from relay.mail.envelope import Envelope
@@ -208,6 +209,8 @@ class MailTransaction:
         if self._channel.inbox.is_empty or "PIPELINING" not in available:
             return []
         commands: list[bytes] = []
+        limits, domains = server_limits(available), set()
+        most = min(self._most_recipients, limits.recipients)
         with suppress(SyntaxProblem):  # to be told when its turn comes
             for line in self._channel.inbox.lines_ahead():
                 verb, argument = split_command(line)
@@ -216,10 +219,11 @@ class MailTransaction:
                 if verb == b"DATA" and not argument and commands:
                     commands.append(b"DATA")
                     break
-                if verb != b"RCPT" or len(commands) >= self._most_recipients:
+                if verb != b"RCPT" or len(commands) >= most:
                     break
                 recipient = self._recipient(argument_text(argument))
-                if not self._is_for_us(recipient):
+                domains.add(recipient.domain)
+                if not self._is_for_us(recipient) or len(domains) > limits.domains:
                     break
                 address, given = recipient
                 commands.append(command_line("RCPT TO", address, carried(given, RCPT_EXTENSIONS, available)))

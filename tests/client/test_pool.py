@@ -20,10 +20,11 @@ Scripted = Callable[..., ScriptedServer]
 LONG = 20.0
 
 
-def pool_for(server: ScriptedServer, limit: int = 2, connect_timeout: float = LONG, **options: Any) -> Pool:
-    pool = Pool(
-        server.destination(), local_hostname="relay.example", connect_timeout=connect_timeout, limit=limit, **options
-    )
+def pool_for(
+    server: ScriptedServer, limit: int = 2, connect_timeout: float = LONG, messages: int = 10, **options: Any
+) -> Pool:
+    destination = server.destination(messages_per_connection=messages)
+    pool = Pool(destination, local_hostname="relay.example", connect_timeout=connect_timeout, limit=limit, **options)
     at_end.append(lambda: [connection.close() for connection in [*pool._idle, *pool._leased]])
     return pool
 
@@ -273,7 +274,7 @@ async def test_fresh_passes_over_the_kept(scripted: Scripted):
 async def test_bounds_on_what_is_kept(scripted: Scripted):
     """After so many transactions, or beyond so many idle, a connection ends with a QUIT."""
     server = scripted()
-    pool = pool_for(server, max_transactions=2, max_idle=1)
+    pool = pool_for(server, messages=2, max_idle=1)
     for _ in range(3):
         connection = await pool.lease()
         await deliver(connection)
@@ -387,7 +388,7 @@ async def test_close_while_in_use(scripted: Scripted):
 async def test_many_at_once(scripted: Scripted):
     """A crowd over a few connections, some cancelled at any moment: the bound holds and no place is lost."""
     server = scripted()
-    pool = pool_for(server, limit=3, max_transactions=20)
+    pool = pool_for(server, limit=3, messages=20)
     most = 0
 
     async def visitor(number: int) -> None:

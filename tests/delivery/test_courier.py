@@ -25,8 +25,8 @@ from workers.queues import failed
 
 @asynccontextmanager
 async def courier(redis_url: str, backup: ScriptedServer, **options: str) -> AsyncIterator[Courier]:
-    """A courier for "new", drained at the end."""
-    made = Courier(settings(**options), backup.destination("new"), "worker", redis_url)
+    """A courier for "new", drained at the end; its connections carry as much as the server takes."""
+    made = Courier(settings(**options), backup.destination("new", messages_per_connection=0), "worker", redis_url)
     await made.start()
     try:
         yield made
@@ -299,7 +299,7 @@ async def test_a_delivery_that_breaks_off_behind_the_dot_is_logged(
     """A fault of our own once the copy is sent leaves its line: it goes out again when its lease has run out."""
     message_id = contents.pending()
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("broken")
 
     async with courier(redis_url, backup) as made:

@@ -44,8 +44,7 @@ header_line_maxsize = 0
 received_headers_max = 100
 recipients_max = 1000
 smtp_accept_max = 200
-smtp_accept_queue_per_connection = 0
-smtp_accept_max_per_connection = 0
+{limits}
 keep_environment =
 host_lookup =
 rfc1413_query_timeout = 0s
@@ -78,6 +77,7 @@ box:
 begin retry
 * * F,1h,1m
 """
+_NO_LIMITS = "smtp_accept_queue_per_connection = 0\nsmtp_accept_max_per_connection = 0"
 # Its user and its libraries exist only below this shell. Not by LD_LIBRARY_PATH: the program is setuid and ignores it.
 _RUN = 'for name in passwd group ld.so.cache; do mount --bind "$1/$name" "/etc/$name" || exit; done; shift; exec "$@"'
 
@@ -100,14 +100,21 @@ class EximInstance:
     """One Exim on a loopback port that puts mail for ``domains`` into one Maildir, but for ``refused`` local parts."""
 
     def __init__(
-        self, program: Path, domains: Iterable[str] = ("example.com",), *, refused: Iterable[str] = ()
+        self,
+        program: Path,
+        domains: Iterable[str] = ("example.com",),
+        *,
+        refused: Iterable[str] = (),
+        session_limits: bool = True,
     ) -> None:
+        """Without ``session_limits`` set (to none) it has its own defaults for what a connection may carry."""
         self.host = "127.0.0.1"
         self.port = free_port()
         self.directory = Path(tempfile.mkdtemp(prefix="smtp-dup-exim-"))
         self.directory.chmod(0o755)
         self._program = program
         self._domains = " : ".join(domains)
+        self._limits = _NO_LIMITS if session_limits else ""
         self._daemon: Daemon | None = None
         for name in ("spool", "log", "mail"):
             (self.directory / name).mkdir()
@@ -132,6 +139,7 @@ class EximInstance:
             program=self._program,
             domains=self._domains,
             user=_USER,
+            limits=self._limits,
             refusals="\n".join(refusals),
         )
         (self.directory / "exim.conf").write_text(text)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from relay import maillog, metrics
-from relay.client.connection import ClientError, Connection, DeadlinePassed
+from relay.client.connection import ClientError, Connection, ConnectionGone, DeadlinePassed
 from relay.client.pool import Pool, PoolExhausted
 from relay.config.model import RelaySettings
 from relay.ledger.changes import Claim
@@ -30,6 +30,7 @@ from workers.delivery.transaction import Group, Outcome, Unfit, can_follow, grou
 
 _SMOOTH = 20  # copies taken one after the other, each soon, before the next one's MAIL is sent behind a dot
 _SOON = 2.0  # seconds that a transaction may take for that
+_REPETITIONS = 2  # of what a reused connection refused or broke off; the pool may lend another such
 _SUSPECTS = 1000  # copies that met trouble of the server and are remembered
 
 
@@ -81,7 +82,8 @@ class ConnectionRuns:
         """Try a copy once, and others behind it: then each one's outcome is being written, or it is in its batch."""
         trial = _Trial(batch, copy, runner, is_look=is_look)
         try:
-            connection = await self._pool.lease(timeout=self._relay.timeout_seconds)
+            fresh = copy.repeats > 0
+            connection = await self._pool.lease(timeout=self._relay.timeout_seconds, fresh=fresh)
         except PoolExhausted:
             self._untried(trial)  # no trouble of the server's: those that hang have them all
             return
@@ -140,7 +142,7 @@ class ConnectionRuns:
             await send(
                 connection,
                 trial.copy.message,
-                list(trial.copy.owed),
+                trial.copy.next_owed,
                 trial.outcome,
                 timeout=self._relay.timeout_seconds,
                 final_timeout=self._relay.final_timeout_seconds,
@@ -151,9 +153,10 @@ class ConnectionRuns:
             trial.copy.refuse(unfit.reply)
             self._batches.conclude(trial.batch, trial.copy)
         except ClientError as error:
-            connection.close()
             self._smooth = 0
-            self._broke_off(trial, error, reused=reused)
+            is_before_body = not (connection.in_data or trial.outcome.sent)
+            connection.close()
+            self._broke_off(trial, error, reused=reused, is_before_body=is_before_body)
         else:
             if reused and trial.outcome.is_farewell:
                 connection.close()
@@ -164,7 +167,9 @@ class ConnectionRuns:
             self._smooth = self._smooth + 1 if is_smooth else 0
             if trial.following is not None and not trial.outcome.is_taken:
                 connection.close()  # a server that refuses before the dot and again at it: whose reply would be next?
-            self._read(trial)
+            self._read(trial, reused=reused)
+            if trial.copy.doubted is not None:
+                connection.close()
 
     def _follower(self, connection: Connection, runner: Runner) -> _Trial | None:
         """Return what may be begun on a connection before its last dot is answered, and is at hand."""
@@ -180,7 +185,7 @@ class ConnectionRuns:
         copy = Copy.of(item, message, self._destination)
         with suppress(Unfit):  # told when its turn comes
             if copy.owed:
-                trial = _Trial(batch, copy, runner, group(connection, message, copy.owed))
+                trial = _Trial(batch, copy, runner, group(connection, message, copy.next_owed))
                 self._batches.begin(batch)
                 self._bodies.drop([item.id])
                 return trial
@@ -190,16 +195,20 @@ class ConnectionRuns:
         self._batches.put_back(trial.batch, trial.copy)
         self._batches.end(trial.batch, trial.copy.id)
 
-    def _broke_off(self, trial: _Trial, error: ClientError, *, reused: bool) -> None:
+    def _broke_off(self, trial: _Trial, error: ClientError, *, reused: bool, is_before_body: bool) -> None:
         """The connection did not carry the transaction through."""
         batch, copy, outcome = trial.batch, trial.copy, trial.outcome
         if trial.runner.gave_up:
             error = DeadlinePassed("no reply for long, while others wait for a connection", stage=error.stage)
         elif outcome.replies and not (outcome.is_begun or outcome.is_farewell):
-            self._read(trial)  # it refused MAIL, and closed
+            self._read(trial, reused=reused)  # it refused MAIL, and closed
             return
         elif reused and (outcome.is_farewell or not (outcome.is_begun or error.reply or trial.runner.is_outrun)):
             # A kept connection that the server had closed meanwhile, or has had enough of: nobody's fault.
+            self._batches.put_back(batch, copy)
+            return
+        elif reused and is_before_body and self._may_repeat(trial) and isinstance(error, ConnectionGone):
+            copy.repeats += 1  # so many recipients, or refusals, and no more on one connection
             self._batches.put_back(batch, copy)
             return
         self._trouble()
@@ -219,13 +228,29 @@ class ConnectionRuns:
         copy.defer(Reply.of(451, f"4.4.2 {error}"))
         self._batches.conclude(batch, copy)
 
-    def _read(self, trial: _Trial) -> None:
+    @staticmethod
+    def _may_repeat(trial: _Trial) -> bool:
+        return trial.copy.repeats < _REPETITIONS and not trial.runner.is_outrun
+
+    def _read(self, trial: _Trial, *, reused: bool) -> None:
         """Read what the server said of a transaction that it carried through."""
         batch, copy, outcome = trial.batch, trial.copy, trial.outcome
         if outcome.round_trip is not None:
             self._width.note(outcome.round_trip)
             self._breaker.limit = self._width.now
-        server = copy.read(outcome, soft_bounce=self._destination.soft_bounce)
+        doubted, refusals = copy.doubted, self._pool.refusals
+        may_repeat = reused and copy.repeats < _REPETITIONS
+        is_doubtful = refusals.is_doubtful if may_repeat else None
+        server = copy.read(outcome, soft_bounce=self._destination.soft_bounce, is_doubtful=is_doubtful)
+        if doubted is not None and copy.doubted is None:
+            (refusals.refuted if copy.taken else refusals.confirmed)(doubted)
+        if copy.doubted is not None:
+            copy.repeats += 1
+            if copy.taken:
+                self._breaker.took()
+                self._breaker.works()
+            self._batches.put_back(batch, copy)
+            return
         if server is not None:
             self._trouble()
             if self._is_known(copy):

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from relay.ledger.changes import Claim
@@ -14,6 +16,8 @@ from relay.mail.record import Message
 from relay.mail.reply import Reply
 from workers.delivery.retry import Verdict, judge
 from workers.delivery.transaction import Outcome
+
+_CERTAIN = (Verdict.TAKEN, Verdict.SPLIT)
 
 
 @dataclass(slots=True)
@@ -27,6 +31,9 @@ class Copy:
     taken: int = 0
     never: dict[int, Reply] = field(default_factory=dict)
     later: dict[int, Reply] = field(default_factory=dict)
+    most: int = sys.maxsize  # recipients in one transaction, as far as this server has said
+    repeats: int = 0  # transactions that a reused connection did not carry through and a new one may
+    doubted: Reply | None = None  # what such a connection said
 
     @classmethod
     def of(cls, claim: Claim, message: Message, destination: Destination) -> Copy:
@@ -46,15 +53,43 @@ class Copy:
         """Whether every recipient that was owed this copy was refused it for good."""
         return bool(self.never) and not (self.taken or self.later or self.owed)
 
-    def read(self, outcome: Outcome, *, soft_bounce: bool) -> Reply | None:
-        """Sort the recipients that were answered; returns the reply that is about the server, if there was one."""
+    @property
+    def next_owed(self) -> list[int]:
+        """Who is to be in the next transaction."""
+        return self.owed[: self.most]
+
+    def read(
+        self, outcome: Outcome, *, soft_bounce: bool, is_doubtful: Callable[[Reply], bool] | None = None
+    ) -> Reply | None:
+        """Sort the recipients that were answered; returns the reply that is about the server, if there was one.
+
+        ``is_doubtful`` says of a refusal on a reused connection whether a new one is to be asked: the recipient is
+        then owed as before, and ``doubted`` is what was said.
+        """
         server = None
+        self.doubted = None
         accepted = any(reply.is_positive for reply in outcome.replies.values())
         owed = [i for i in self.owed if i not in outcome.replies]
+        doubtful: dict[int, bool] = {}  # by code, so that many recipients are one question
         for i, reply in outcome.replies.items():
-            verdict = judge(reply, soft_bounce=soft_bounce, some_accepted=accepted)
+            is_asked_first = i not in outcome.accepted  # the reply is not to the message
+            verdict = judge(
+                reply,
+                soft_bounce=soft_bounce,
+                some_accepted=accepted or (is_asked_first and bool(outcome.accepted)),
+            )
+            if is_doubtful and verdict not in _CERTAIN and (is_asked_first or not outcome.sent):
+                if reply.code not in doubtful:
+                    doubtful[reply.code] = is_doubtful(reply)
+                if doubtful[reply.code]:
+                    owed.append(i)
+                    self.doubted = reply
+                    continue
             if verdict is Verdict.TAKEN:
                 self.taken += 1
+            elif not is_asked_first and len(outcome.accepted) > 1 and reply.is_too_many_recipients:
+                owed.append(i)  # it counts them late
+                self.most = len(outcome.accepted) // 2
             elif verdict is Verdict.LATER:
                 self.later[i] = reply
             elif verdict is Verdict.NEVER:
@@ -63,7 +98,7 @@ class Copy:
                 owed.append(i)
                 if verdict is Verdict.SERVER:
                     server = reply
-        self.owed = owed
+        self.owed = sorted(owed)
         return server
 
     def refuse(self, reply: Reply) -> None:

@@ -44,6 +44,7 @@ from workers.delivery.retry import Breaker, Width
 from workers.delivery.runners import SLOW, Runner, Runners
 from workers.jobs import Interrupted
 
+_REFUSALS = 5  # on one connection in a row; a Postfix slows down after ten
 _LEASE = 60.0
 _RENEW = 15.0
 _STRAGGLER = SLOW + 1.0  # seconds that a job waits for its last copies, as the next job does for it
@@ -77,6 +78,7 @@ class Courier:
             local_hostname=settings.smtp.domain,
             connect_timeout=settings.relay.timeout_seconds,
             limit=self._width.most,
+            max_refusals=_REFUSALS,
         )
         self._health = Health(self._redis, destination.name, self._now)
         self._breaker = Breaker(
@@ -104,6 +106,7 @@ class Courier:
         self._draining = False
         self._jobs_in_hand = 0
         self._heard: Heard | None = None  # how the ledger stood at the last claim
+        self._flushes: object = None  # how often an operator has had all that waits tried
         self._doubt = 0.0  # what was accepted or tried until then may have been delivered since
         self._clock_offset = 0.0  # seconds that Redis's clock is ahead of ours
 
@@ -221,8 +224,12 @@ class Courier:
                     continue
                 question = pipeline.CommandBatch()
                 changes.claim(question, self._destination.name, job_id, self._worker, _LEASE, ids)
-                (answer,) = await self._wires.ask(question)
+                question.add(("HGET", keys.HEALTH + self._destination.name, "flush"))
+                answer, flushes = await self._wires.ask(question)
                 claims, later = changes.claimed(answer)
+                if flushes != self._flushes or any(claim.was_failed for claim in claims):
+                    self._flushes = flushes
+                    self._pool.renew()  # what an operator wants tried again is tried as for the first time
                 self._tell_of(claims)
                 await self._hear(changes.heard(answer), claims)
                 claims = self._undelivered(claims)

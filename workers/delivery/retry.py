@@ -48,9 +48,12 @@ def judge(reply: Reply, *, soft_bounce: bool = False, some_accepted: bool = Fals
         return Verdict.TAKEN
     if reply.code == 421 or reply.code in _ABOUT_US:
         return Verdict.SERVER
-    if some_accepted and reply.code in (452, 552) and reply.lines[0][:5] not in ("4.2.2", "5.2.2"):
+    is_too_many = reply.is_too_many_recipients
+    if some_accepted and (is_too_many or (reply.code in (452, 552) and reply.status[2:] != "2.2")):
         # RFC 5321 4.5.3.1.10; 552 is what it was called before. x.2.2 is one full mailbox.
         return Verdict.SPLIT
+    if is_too_many:
+        return Verdict.LATER  # of a transaction, never of a recipient
     if reply.is_permanent and not soft_bounce:
         return Verdict.NEVER
     return Verdict.LATER

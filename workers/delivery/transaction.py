@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from relay.client.connection import ClientError, Connection
+from relay.client.server_limits import UNLIMITED, ServerLimits
 from relay.client.xforward import introduce, is_introduced, xforward
 from relay.mail.destination import Destination
 from relay.mail.envelope import Envelope
@@ -35,6 +36,7 @@ class Outcome:
     """What was said: for each recipient index that was asked about its reply, or the one reply that counts for all."""
 
     replies: dict[int, Reply] = field(default_factory=dict)
+    accepted: list[int] = field(default_factory=list)  # whose RCPT was answered with a yes
     is_begun: bool = False  # MAIL was answered with a yes
     sent: bool = False  # the dot is out
     round_trip: float | None = None  # seconds until MAIL was answered; None when it had to wait for another dot
@@ -72,13 +74,29 @@ class Group:
 
 
 def group(connection: Connection, message: Message, owed: Sequence[int]) -> Group:
-    """Return what begins a copy's transaction for the recipients with these indices. Raises Unfit."""
+    """Return what begins a copy's transaction for the recipients with these indices. Raises Unfit.
+
+    Where the server announces how many it takes (RFC 9422), for the first of them only.
+    """
     envelope = message.envelope
+    if connection.limits is not UNLIMITED:
+        owed = _within(connection.limits, envelope, owed)
     return Group(
         xforward(of_envelope(envelope), connection),
         mail_command(envelope, connection.destination, connection),
         [(i, rcpt_command(envelope.recipients[i], connection)) for i in owed],
     )
+
+
+def _within(limits: ServerLimits, envelope: Envelope, owed: Sequence[int]) -> list[int]:
+    taken: list[int] = []
+    domains: set[str] = set()
+    for i in owed:
+        domain = envelope.recipients[i].domain
+        if len(taken) < limits.recipients and (domain in domains or len(domains) < limits.domains):
+            taken.append(i)
+            domains.add(domain)
+    return taken
 
 
 def can_follow(connection: Connection, message: Message) -> bool:
@@ -152,7 +170,7 @@ async def _ask(
     reply_to_mail = await answer(asked.mail)
     if begun is None and not asked.told:
         outcome.round_trip = time.monotonic() - started
-    accepted = []
+    accepted = outcome.accepted
     outcome.is_begun = reply_to_mail.is_positive
     if not reply_to_mail.is_positive:
         outcome.replies.update((i, reply_to_mail) for i, _ in asked.recipients)

@@ -186,6 +186,8 @@ def flush(connection: Redis, destination: str | None = None) -> int:
     """
     waiting = 0
     for target in queries.destinations(connection, destination):
+        # First: whoever claims one of these copies sees it, and opens new connections for them.
+        connection.hincrby(keys.HEALTH + target.name, "flush", 1)
         key = rq_jobs.queue(connection, target.name).scheduled_job_registry.key
         clock = int(changes.now(connection))
         # As many rounds as there are jobs now: what is deferred meanwhile waits for its own time.
@@ -194,7 +196,6 @@ def flush(connection: Redis, destination: str | None = None) -> int:
             if not later:
                 break
             connection.zadd(key, dict.fromkeys(cast("list[bytes]", later), clock), xx=True)
-        connection.hincrby(keys.HEALTH + target.name, "flush", 1)
         waiting += connection.zcard(keys.PENDING + target.name)
     return waiting
 
