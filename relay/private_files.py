@@ -2,7 +2,8 @@
 
 A folder that others may write to is closed to them; one that belongs to another user is refused. A file that another
 user put there is theirs: it is left where it is. Both are a Foreign, an OSError whose text says whose it is. Root's are
-as good as ours; when we are root, so are those of whoever owns the state folder.
+as good as ours; when we are root, so are those of whoever owns the state folder, and what we make there becomes theirs:
+a command that root has run must leave nothing that the service cannot write.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from relay import maillog
 
 _trusted = {0}
+_owner: tuple[int, int] | None = None  # user and group of the state folder, when we are root and they are not
 
 
 class Foreign(OSError):
@@ -27,8 +29,18 @@ class Foreign(OSError):
 
 def trust(state_dir: Path) -> None:
     """Take the owner of the state folder for one of us, when we are root: a command may be run as root."""
+    global _owner  # noqa: PLW0603
+    _owner = None
     if os.geteuid() == 0 and state_dir.is_dir():
-        _trusted.add(state_dir.stat().st_uid)
+        found = state_dir.stat()
+        _trusted.add(found.st_uid)
+        _owner = (found.st_uid, found.st_gid) if found.st_uid else None
+
+
+def give(made: Path | int) -> None:
+    """Give what we have just made in the state folder, a path or an open file, to the owner of that. Raises OSError."""
+    if _owner is not None:
+        os.chown(made, *_owner)
 
 
 def is_ours(uid: int) -> bool:
@@ -38,7 +50,12 @@ def is_ours(uid: int) -> bool:
 
 def folder(path: Path) -> None:
     """Make a folder that is open to nobody else, or close it. Raises Foreign, OSError."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700, parents=True)
+        give(path)
+    except FileExistsError:
+        if not path.is_dir():
+            raise
     found = path.stat()
     if not is_ours(found.st_uid):
         raise Foreign(path, f"it belongs to user {found.st_uid}: chown it to the user of this service, or name another")
@@ -85,6 +102,7 @@ def write(where: Path, name: str, data: bytes) -> None:
             os.unlink(temporary, dir_fd=directory)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(temporary, flags, 0o600, dir_fd=directory), "wb") as file:
+            give(file.fileno())
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -12,7 +12,9 @@ moves nothing.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
+import os
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -51,8 +53,14 @@ def fetch(place: BodyElsewhere, message_id: str, where: Path | None) -> bytes:
         record = private_files.read(where, message_id)
         with contextlib.suppress(LockedRecord):  # whoever delivers it may have the key
             Message.unpack(record, message_id)
-    except (OSError, MalformedRecord, BodyElsewhere) as error:
+    except (FileNotFoundError, NotADirectoryError, MalformedRecord, BodyElsewhere) as error:
         raise place from error
+    except OSError as error:
+        # It is here, or seems to be: that another host had it would send somebody looking there.
+        trouble = f"which user {os.geteuid()} cannot read: {error.strerror}"
+        if error.errno == errno.EACCES:
+            trouble += f"; it and its folder must belong to the owner of {where.parent}, and to them alone"
+        raise BodyElsewhere(place.host, str(where / message_id), trouble) from error
     return record
 
 

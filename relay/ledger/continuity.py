@@ -24,7 +24,7 @@ from typing import Any, cast
 
 from redis import Redis
 
-from relay import maillog
+from relay import maillog, private_files
 from relay.ledger import changes, keys
 from relay.ledger.changes import Pipe
 from relay.mail.destination import Destination
@@ -124,6 +124,7 @@ class Continuity:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             temporary.write_text(text, "utf-8")
             temporary.chmod(0o600)
+            private_files.give(temporary)
             temporary.rename(self._path)
         except OSError as error:
             if not self._is_told:

@@ -75,10 +75,15 @@ class LockedRecord(MalformedRecord):
 
 
 class BodyElsewhere(Exception):
-    """A stored message whose body has been moved to a file; ``host`` and ``path`` say where."""
+    """A stored message whose body has been moved to a file; ``host`` and ``path`` say where.
 
-    def __init__(self, host: str, path: str) -> None:
-        super().__init__(f"the body is kept on host {host} in {path}")
+    ``trouble`` says why the file cannot be read here, where it is.
+    """
+
+    def __init__(self, host: str, path: str, trouble: str = "") -> None:
+        super().__init__(
+            f"the body is in {path}, {trouble}" if trouble else f"the body is kept on host {host} in {path}"
+        )
         self.host = host
         self.path = path
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ import redis
 from loguru import logger
 
 from relay import private_files
+from relay.command.connection import ledger_of
 from relay.ledger import archive, copy_state, keys, queries
+from relay.ledger.continuity import Continuity
 from relay.mail.record import BodyElsewhere, Message
 from support.ledger_contents import Contents, settings
 from support.redis_servers import RedisServer
@@ -276,3 +280,53 @@ def test_bodies_leave_a_redis_that_fills_up(tmp_path: Path, redis_factory: Calla
         used, limit = archive.memory(connection)
         assert used < 0.62 * limit
         assert any(not in_redis(contents, copy.id) for copy in failed.listing(connection))
+
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def service_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a state folder that belongs to the service's user, with us as root, as `sudo smtp-dup queue verify` is."""
+    if os.geteuid():
+        pytest.skip("needs root")
+    monkeypatch.setattr(private_files, "_trusted", {0})
+    monkeypatch.setattr(private_files, "_owner", None)
+    state_dir = tmp_path / "state"
+    state_dir.mkdir(mode=0o700)
+    os.chown(state_dir, NOBODY, NOBODY)
+    return state_dir
+
+
+def test_what_root_makes_belongs_to_the_owner_of_the_state_folder(
+    contents: Contents, service_state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the service could write, and read, nothing there any more; its own files root may read."""
+    ids = make_failed(contents, 5)
+    options = settings(state_dir=str(service_state), failed_max_bytes="1")
+    options = replace(options, redis=options.redis.at("redis://unused"))
+    monkeypatch.setattr("relay.command.connection.sync_client", lambda *_, **__: nullcontext(contents.connection))
+    with ledger_of(options) as connection:
+        Sweeper(connection, options).sweep()
+        Continuity([], service_state).look(connection)
+    made = list(service_state.rglob("*"))
+    assert {path.name for path in made} >= {"failed", "ledger.json", *ids}
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in made} == {(NOBODY, NOBODY)}
+    assert failed.export(contents.connection, ids[0], archive.folder(service_state))
+
+
+def test_a_body_that_may_not_be_read_is_said_to_be_that(contents: Contents, service_state: Path) -> None:
+    """Not that it is on another host: nobody would look at the rights of a file here."""
+    (message_id,) = make_failed(contents, 1)
+    where = archive.folder(service_state)
+    assert list(archive.move_excess(contents.connection, where, 0))  # by root, for root alone
+    os.seteuid(NOBODY)
+    try:
+        with pytest.raises(BodyElsewhere, match=r"cannot read: Permission denied; .* owner of") as caught:
+            failed.export(contents.connection, message_id, where)
+    finally:
+        os.seteuid(0)
+    assert "kept on host" not in str(caught.value)
+    (where / message_id).unlink()
+    with pytest.raises(BodyElsewhere, match="kept on host"):
+        failed.export(contents.connection, message_id, where)
