@@ -230,7 +230,7 @@ def test_ctrl_c_ends_with_0(product, primary):
     instance.process.send_signal(signal.SIGINT)
     assert instance.wait() == 0
     assert "Traceback" not in instance.log
-    assert not list((instance.state_dir / "metrics").iterdir())
+    assert not (instance.state_dir / "metrics").exists()  # they are in shared memory
 
 
 def test_summary_has_its_keys(refusing, backup):

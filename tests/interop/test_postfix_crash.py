@@ -21,7 +21,7 @@ from support.reactions import Close, Gate
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
 
-pytestmark = pytest.mark.postfix
+pytestmark = [pytest.mark.postfix, pytest.mark.timeout(300)]
 
 # So that a deferred message waits until the test says flush.
 PATIENT = {"minimal_backoff_time": "300s", "maximal_backoff_time": "300s", "queue_run_delay": "300s"}

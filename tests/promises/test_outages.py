@@ -260,7 +260,7 @@ def all_arrive(relay: Product, backup: ScriptedServer, accepted: set[int]) -> No
     def missing() -> str:
         return f"{spooled(relay)} spooled, missing {sorted(accepted - set(numbers(backup)))}\n{relay.log[-4000:]}"
 
-    wait_until(done, 60, missing)
+    wait_until(done, 120, missing)
 
 
 def each_once(relay: Product, backup: ScriptedServer, accepted: set[int]) -> None:
@@ -273,7 +273,7 @@ def spooled(relay: Product) -> int:
     return writer.summary(relay.state_dir / "spool").messages
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("outage", ["stop", "kill", "pause"])
 def test_redis_fails_under_traffic(
     product: Callable[..., Product],
@@ -304,7 +304,7 @@ def test_redis_fails_under_traffic(
     assert relay.stop() == 0
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_the_relay_is_killed_while_redis_is_down(
     product: Callable[..., Product],
     primary: ScriptedServer,
@@ -327,7 +327,7 @@ def test_the_relay_is_killed_while_redis_is_down(
         assert count <= numbers(primary)[number] or "may repeat" in relay.log or "uncertain" in relay.log
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_start_without_redis(
     product: Callable[..., Product],
     primary: ScriptedServer,
@@ -360,7 +360,7 @@ def test_start_without_redis(
     wait_until(lambda: spooled(relay) == 0)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_a_backlog_of_ten_times_the_memory(
     product: Callable[..., Product],
     primary: ScriptedServer,
@@ -386,7 +386,7 @@ def test_a_backlog_of_ten_times_the_memory(
     each_once(relay, backup, set(range(400)))
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("required", [False, True])
 def test_redis_down_and_the_disk_full(
     product: Callable[..., Product],
@@ -433,7 +433,7 @@ def test_redis_down_and_the_disk_full(
     wait_until(lambda: writer.summary(disk / "spool").messages == 0)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_the_spool_of_killed_processes(
     product: Callable[..., Product],
     primary: ScriptedServer,
