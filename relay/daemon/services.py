@@ -42,7 +42,7 @@ from relay.mail.destination import Destination
 from relay.mail.text import printable
 from relay.monitoring import status_server
 from relay.monitoring.probes import probe_redis
-from relay.redisio import embedded
+from relay.redisio import aof, embedded
 from relay.redisio.clients import sync_client
 from relay.server import relay_process, systemd
 from relay.server.relay_process import Place
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 _PATIENCE = 10.0  # seconds for a Redis that is being started beside us
 _SPOOL_PATIENCE = 2.0  # with a spool, mail need not wait for it
 _REPORT_EVERY = 3.0
+_UNCHANGED_SECONDS = 60.0  # to load a large log in vain takes minutes of a processor
 
 # What is stopped first has the lowest number: no new mail, then no delivery, then what both need.
 _RELAY, _WORKERS, _AROUND, _REDIS = range(4)
@@ -281,9 +282,15 @@ def _redis(settings: Settings, role: Role, ends: ExitStack) -> tuple[str, list[C
     if role is not UP:
         raise StartError(f"redis.url must be set for `smtp-dup {role.name}`: only `smtp-dup up` starts a Redis itself")
     private = _Private(settings.state_dir)
-    private.prepare()
+    try:
+        private.prepare()
+    except embedded.DataTrouble as error:
+        if settings.spool.dir is None:
+            raise
+        text = "the embedded Redis cannot be started: mail goes on, copies go to the spool until its data are mended"
+        maillog.notice("error", text, reason=printable(str(error)))
     ends.callback(private.abandon)
-    child = Child("redis", launch=private.launch, release=private.release, stage=_REDIS)
+    child = Child("redis", launch=private.launch, release=private.release, stage=_REDIS, may_be_late=True)
     return embedded.url(settings.state_dir), [child]
 
 
@@ -293,6 +300,9 @@ class _Private:
     def __init__(self, state_dir: Path) -> None:
         self._state_dir = state_dir
         self._first: embedded.EmbeddedRedis | None = None
+        self._trouble: embedded.DataTrouble | None = None
+        self._seen: object = None  # the data with which that was so
+        self._tried = 0.0  # monotonic
 
     def prepare(self) -> None:
         self._first = self._start()
@@ -302,17 +312,32 @@ class _Private:
         return first or self._start()
 
     def abandon(self) -> None:
-        """Stop it, if no supervisor has taken it over."""
+        """Stop it, if no supervisor has taken it over; one that had has ended it by now."""
         if self._first:
             embedded.stop(self._first)
             self._first = None
+        embedded.remove_socket_folder(self._state_dir)
 
     @staticmethod
     def release(process: subprocess.Popen[bytes]) -> None:
+        """Give its lock back."""
         if isinstance(process, embedded.EmbeddedRedis):
             process.release()
 
     def _start(self) -> embedded.EmbeddedRedis:
+        """Start it and wait for it. With data that no server could use: when they have changed, else once a minute."""
+        data = embedded.folder(self._state_dir)
+        is_early = time.monotonic() - self._tried < _UNCHANGED_SECONDS
+        if self._trouble is not None and is_early and self._seen == aof.fingerprint(data):
+            raise self._trouble
+        self._trouble, self._tried = None, time.monotonic()
+        try:
+            return self._try()
+        except embedded.DataTrouble as error:
+            self._trouble, self._seen = error, aof.fingerprint(data)
+            raise
+
+    def _try(self) -> embedded.EmbeddedRedis:
         process = embedded.start(self._state_dir)
         try:
             embedded.wait_ready(self._state_dir, process=process)

@@ -36,6 +36,7 @@ _FIRST_PAUSE = 0.1  # seconds before a restart, doubling
 _LONGEST_PAUSE = 10.0
 _HEALTHY = 10.0  # a child that lived for so long starts again with the first pause
 _IN_A_LOOP = 3  # deaths in a row of a child that lived for less
+_TELL_AGAIN_SECONDS = 60.0
 _ROSTER_EVERY = 3.0  # seconds between two looks at who else is needed
 _REPORT_EVERY = 10.0  # seconds between the lines that say who is still waited for
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
@@ -58,6 +59,7 @@ class Child:
     release: Callable[[subprocess.Popen[bytes]], None] | None = None
     stage: int = 0
     restart: bool = True
+    may_be_late: bool = False  # a launch that fails at the first start is tried again as later ones are
 
     def __post_init__(self) -> None:
         if (self.run is None) == (self.launch is None):
@@ -124,6 +126,8 @@ class _Slot:
     due: float | None = None  # monotonic; None: not to be started
     pause: float = _FIRST_PAUSE
     deaths: int = 0  # in a row, each soon after its start
+    told: str = ""  # why it could not be started, as it was last said
+    told_at: float = 0.0  # monotonic
     is_temporary: bool = False  # from the roster
     is_leaving: bool = False  # told to stop, since the roster has it no more
 
@@ -209,10 +213,18 @@ class Supervisor:
                 try:
                     self._start(slot)
                 except Exception as error:  # launch is the caller's
-                    if first:
+                    if first and not slot.child.may_be_late:
                         raise
-                    logger.error("{} cannot be started: {}", slot.child.name, error)
+                    self._tell_of_failure(slot, str(error))
                     self._plan_restart(slot, 0.0)
+
+    @staticmethod
+    def _tell_of_failure(slot: _Slot, text: str) -> None:
+        """Say it when it is new, and once a minute as long as it stays the same."""
+        now = time.monotonic()
+        if text != slot.told or now - slot.told_at >= _TELL_AGAIN_SECONDS:
+            slot.told, slot.told_at = text, now
+            logger.error("{} cannot be started: {}", slot.child.name, text)
 
     def _start(self, slot: _Slot) -> None:
         child = slot.child
@@ -226,6 +238,7 @@ class Supervisor:
             slot.process = _Fork(self._fork(child, begun, predecessor))
             slot.instance = f"{slot.process.pid}.{begun}"
         slot.due = None
+        slot.told = ""
         logger.debug("{} started as process {}", child.name, slot.process.pid)
 
     def _reap(self) -> None:

@@ -95,9 +95,8 @@ def _folder() -> Iterator[Path]:
     try:
         yield folder
     finally:
+        embedded.remove_socket_folder(folder)  # elsewhere, where the folder's path is too long for it
         shutil.rmtree(folder, ignore_errors=True)
-        socket_folder = embedded.socket_path(folder).parent  # elsewhere, where the folder's path is too long for it
-        shutil.rmtree(socket_folder, ignore_errors=True)
 
 
 def _listener() -> socket.socket:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import io
 import json
 import os
@@ -48,6 +49,9 @@ from relay.spool import writer
 _HEAD_LIMIT = 8192  # octets of request line and headers
 _SECONDS = 5.0  # for a request's head, and for each write of the answer
 _AT_ONCE = 32
+_SHARED_SECONDS = 1.0
+_LINGER_SECONDS = 1.0  # after an answer, for whatever else the client has sent
+_LINGER_OCTETS = 65536
 _LOOK_EVERY = 0.25  # seconds between two looks whether to stop
 _PORT_SECONDS = 3.0  # for a greeting on the relay's port
 _SPOOL = "spool"
@@ -70,6 +74,29 @@ class Answer(NamedTuple):
 Answers = Mapping[str, Callable[[], Answer]]
 
 
+class Shared:
+    """An answer that all who ask at the same time, or within a second, get from one computation."""
+
+    def __init__(self, find: Callable[[], Answer]) -> None:
+        self._find = find
+        self._lock = threading.Lock()  # whoever comes meanwhile waits for what is being found out
+        self._found: Answer | Exception | None = None
+        self._at = 0.0
+
+    def __call__(self) -> Answer:
+        with self._lock:
+            if self._found is None or time.monotonic() - self._at >= _SHARED_SECONDS:
+                try:
+                    self._found = self._find()
+                except Exception as error:
+                    self._found = error
+                self._at = time.monotonic()
+            found = self._found
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
 def bind(settings: Settings) -> socket.socket | None:
     """Bind the address of the status server; None when it is off. Raises OSError with the address in its text."""
     if settings.status.address is None:
@@ -77,7 +104,11 @@ def bind(settings: Settings) -> socket.socket | None:
     host, port = settings.status.address
     try:
         if not host and socket.has_dualstack_ipv6():
-            return socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True)
+            try:
+                return socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=True)
+            except OSError as error:
+                if error.errno not in {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}:  # IPv6 is there, but disabled
+                    raise
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         # create_server repeats the address in its text.
@@ -98,9 +129,9 @@ def serve(
     """Answer until ``stop``. With a relay's ``seat`` its port is watched too; ``failing`` names who dies in a loop."""
     collectors = [LedgerCollector(settings.redis.at(redis_url)), *_relay_collectors(settings, seat)]
     answers = {
-        "/healthz": lambda: healthy(failing()),
-        "/readyz": lambda: ready(readiness(settings, redis_url, relaying=seat is not None)),
-        "/metrics": lambda: metrics(arena, *collectors),
+        "/healthz": Shared(lambda: healthy(failing())),
+        "/readyz": Shared(lambda: ready(readiness(settings, redis_url, relaying=seat is not None))),
+        "/metrics": Shared(lambda: metrics(arena, *collectors)),
     }
     with StatusServer(listener, answers) as server:
         while not stop.is_set():
@@ -358,12 +389,13 @@ class StatusServer(ThreadingHTTPServer):
         finally:
             self._leave(request)
 
-    def answer(self, request: Any, find: Callable[[], Answer]) -> Answer:
-        """Make an answer; meanwhile this client is not the one that is hung up on, if there is another."""
+    @contextlib.contextmanager
+    def answering(self, request: Any) -> Iterator[None]:
+        """While it is answered, this client is not the one that is hung up on, if there is another."""
         with self._lock:
             self._open[request] = True
         try:
-            return find()
+            yield
         finally:
             with self._lock:
                 self._open[request] = False
@@ -427,18 +459,28 @@ class _Request(BaseHTTPRequestHandler):
     def _respond(self, *, body: bool) -> None:
         self.connection.settimeout(_SECONDS)
         find = self.server.answers.get(re.split(r"[?#]", self.path, maxsplit=1)[0])
-        answer = (
-            self.server.answer(self.connection, find)
-            if find
-            else Answer(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"not found\n")
-        )
-        self.send_response(answer.status)
-        self.send_header("Content-Type", answer.content_type)
-        self.send_header("Content-Length", str(len(answer.body)))
-        self.send_header("Cache-Control", "no-store")
-        self.end_headers()
-        if body:
-            self.wfile.write(answer.body)
+        with self.server.answering(self.connection):
+            answer = find() if find else Answer(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"not found\n")
+            self.send_response(answer.status)
+            self.send_header("Content-Type", answer.content_type)
+            self.send_header("Content-Length", str(len(answer.body)))
+            self.send_header("Cache-Control", "no-store")
+            self.end_headers()
+            if body:
+                self.wfile.write(answer.body)
+        self._linger()
+
+    def _linger(self) -> None:
+        """Read on until the client closes: a close with octets unread would reset, and the answer might be lost."""
+        deadline = time.monotonic() + _LINGER_SECONDS
+        left = _LINGER_OCTETS
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            while left > 0 and (patience := deadline - time.monotonic()) > 0:
+                self.connection.settimeout(patience)
+                if not (octets := self.connection.recv(8192)):
+                    return
+                left -= len(octets)
 
     def version_string(self) -> str:
         return "smtp-dup"  # http.server would tell Python's version

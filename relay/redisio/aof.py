@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 _FOLDER = "appendonlydir"
@@ -53,6 +54,24 @@ def objection(folder: Path) -> str:
     if unnamed:
         return f"{manifest} does not name {unnamed[0].name}, which has data: bring back the manifest, {way_out}"
     return ""
+
+
+def fingerprint(folder: Path) -> frozenset[tuple[str, int, int]]:
+    """Return what tells whether somebody has changed the data since: names, sizes and times of the files."""
+    found = set()
+    for path in [*_entries(folder), *_entries(folder / _FOLDER)]:
+        if path.suffix in {*_DATA, ".manifest"}:
+            with suppress(OSError):
+                status = path.stat()
+                found.add((path.name, status.st_size, status.st_ctime_ns))
+    return frozenset(found)
+
+
+def _entries(place: Path) -> list[Path]:
+    try:
+        return list(place.iterdir())
+    except OSError:
+        return []
 
 
 def _data_without_manifest(folder: Path) -> list[Path]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import hashlib
 import importlib.util
 import os
 import platform
@@ -20,17 +19,22 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import redis
 from loguru import logger
 
-from relay.redisio import aof
+from relay.redisio import aof, versions
 
 # sun_path has 108 bytes on Linux and 104 on macOS, with the final NUL; Redis cuts a longer one silently.
 _SOCKET_PATH_LIMIT = 103
 _SHORT_FOLDERS = Path("/tmp")  # noqa: S108  (the folder below it is checked before it is trusted)
+_SHORT_PREFIX = "smtp-dup-"
+_SOCKET_RECORD = "socket-folder"
+_PRIVATE = 0o700
 _CLOSING_SECONDS = 10.0  # a Redis that lost its parent has this long to go
 _PR_SET_PDEATHSIG = 1
 _KEPT_OCTETS = 64 << 20
@@ -41,6 +45,10 @@ _LIBC = ctypes.CDLL(None)  # loaded here, since little is safe between fork and 
 
 class EmbeddedError(Exception):
     """The private Redis cannot be used; the text is one line for the operator."""
+
+
+class DataTrouble(EmbeddedError):
+    """No server can be started on the data as they are; nothing of them was changed."""
 
 
 def find_server() -> Path:
@@ -67,17 +75,72 @@ def folder(state_dir: Path) -> Path:
 
 
 def socket_path(state_dir: Path) -> Path:
-    """Return the socket's path: the same for every process that knows the state folder."""
+    """Return the socket's path: the same for every process that knows the state folder, while a server runs.
+
+    Where the state folder's own path is too long, the socket is in a folder of random name that is recorded in ours: a
+    name that others can guess they can also take first. Before any start the path is one where nothing listens.
+    """
     path = folder(state_dir) / "redis.sock"
     if len(os.fsencode(path)) <= _SOCKET_PATH_LIMIT:
         return path
-    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:16]
-    return _SHORT_FOLDERS / f"smtp-dup-{digest}" / "redis.sock"
+    short = _recorded_folder(state_dir)
+    return short / "redis.sock" if short else path
 
 
 def url(state_dir: Path) -> str:
     """Return the URL of the private Redis, for redis-py and RQ."""
     return f"unix://{socket_path(state_dir)}"
+
+
+def make_socket_folder(state_dir: Path) -> Path:
+    """Have a folder for the socket, and return it; one that a start before us has recorded is used again.
+
+    Raises EmbeddedError, OSError.
+    """
+    path = folder(state_dir) / "redis.sock"
+    if len(os.fsencode(path)) <= _SOCKET_PATH_LIMIT:
+        return path.parent
+    if recorded := _recorded_folder(state_dir):
+        return recorded
+    made = Path(tempfile.mkdtemp(prefix=_SHORT_PREFIX, dir=_SHORT_FOLDERS))
+    record = folder(state_dir) / _SOCKET_RECORD
+    fresh = record.with_name(f"{record.name}.new")
+    try:
+        fresh.unlink(missing_ok=True)
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(f"{made}\n")
+        fresh.replace(record)
+    except OSError:
+        made.rmdir()
+        raise
+    return made
+
+
+def remove_socket_folder(state_dir: Path) -> None:
+    """Remove the folder of a socket that is elsewhere, with its record: for whoever stopped the server for good."""
+    if short := _recorded_folder(state_dir):
+        with suppress(OSError):
+            (short / "redis.sock").unlink(missing_ok=True)
+            short.rmdir()
+    with suppress(OSError):
+        (folder(state_dir) / _SOCKET_RECORD).unlink(missing_ok=True)
+
+
+def _recorded_folder(state_dir: Path) -> Path | None:
+    """Return the folder on record; None when there is none, or it is not a private folder of ours any more."""
+    try:
+        descriptor = os.open(folder(state_dir) / _SOCKET_RECORD, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            name = os.fsdecode(file.read(_SOCKET_PATH_LIMIT).rstrip(b"\n"))
+        found = Path(name)
+        if found.parent != _SHORT_FOLDERS or not found.name.startswith(_SHORT_PREFIX):
+            return None
+        status = found.lstat()
+    except (OSError, ValueError):
+        return None
+    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == _PRIVATE
+    return found if ours else None
 
 
 def server_argv(state_dir: Path) -> list[str]:
@@ -160,14 +223,14 @@ def start(state_dir: Path) -> EmbeddedRedis:
     The caller must be single-threaded: the parent-death signal is tied to the thread that starts the server.
     After a crash of the server, ``stop`` the dead one and start again.
     """
-    argv = server_argv(state_dir)
+    program = find_server()
     held = lock(state_dir)
     try:
-        path = socket_path(state_dir)
-        if path.parent != folder(state_dir):
-            _make_private(path.parent)
-            logger.info("the path of {} is too long for a socket: Redis listens on {}", state_dir, path)
-        _see_that_it_is_whole(folder(state_dir))
+        if (place := make_socket_folder(state_dir)) != folder(state_dir):
+            logger.info("the path of {} is too long for a socket: Redis listens in {}", state_dir, place)
+        argv = server_argv(state_dir)
+        version = versions.of(program)
+        _see_that_it_is_whole(folder(state_dir), program, version)
         if zeros := aof.cut_zeros(folder(state_dir)):
             logger.warning("{} zeros cut off the end of the log of Redis: a power cut left a write unfinished", zeros)
         parent = os.getpid()
@@ -186,11 +249,12 @@ def start(state_dir: Path) -> EmbeddedRedis:
             )
     except OSError as error:
         os.close(held)
-        raise EmbeddedError(f"cannot start {argv[0]}: {error}") from error
+        raise EmbeddedError(f"cannot start {program}: {error}") from error
     except BaseException:
         os.close(held)
         raise
     process.lock = held
+    versions.record(folder(state_dir), version)
     return process
 
 
@@ -212,7 +276,7 @@ def wait_ready(state_dir: Path, timeout: float = 60.0, process: subprocess.Popen
         except redis.RedisError as error:  # refused, no such socket yet, or silent
             trouble = str(error)
         if process is not None and process.poll() is not None:
-            raise EmbeddedError(f"Redis ended with status {process.returncode}: {_last_log_line(state_dir)}")
+            raise DataTrouble(f"Redis ended with status {process.returncode}: {_last_log_line(state_dir)}")
         time.sleep(0.01)
     raise EmbeddedError(f"Redis is not ready after {timeout:g} s: {trouble}")
 
@@ -253,9 +317,9 @@ def _make_private(directory: Path) -> None:
         raise EmbeddedError(f"cannot use {directory}: {error.strerror}") from error
 
 
-def _see_that_it_is_whole(data: Path) -> None:
-    if objection := aof.objection(data):
-        raise EmbeddedError(objection)
+def _see_that_it_is_whole(data: Path, program: Path, version: versions.Version | None) -> None:
+    if objection := versions.objection(data, program, version) or aof.objection(data):
+        raise DataTrouble(objection)
 
 
 def _wait_for_flock(descriptor: int, state_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -138,6 +139,101 @@ def test_silent_clients_never_take_an_answer_away(serve):
             assert time.monotonic() - begun < status_server._SECONDS / 2
     for client in held:
         client.close()
+
+
+def test_those_who_ask_at_once_get_one_computation(serve):
+    """However many ask while an answer is being found, it is found once; a second later anew."""
+    asked, go = threading.Semaphore(0), threading.Event()
+    count: list[int] = []
+
+    def find() -> status_server.Answer:
+        count.append(1)
+        asked.release()
+        assert go.wait(20)
+        return alive()
+
+    port = serve({"/metrics": status_server.Shared(find)})
+    answers: list[bytes] = []
+    request = b"GET /metrics HTTP/1.0\r\n\r\n"
+    clients = [threading.Thread(target=lambda: answers.append(talk(port, request))) for _ in range(20)]
+    for client in clients:
+        client.start()
+    assert asked.acquire(timeout=20)
+    go.set()
+    for client in clients:
+        client.join(20)
+    assert len(answers) == 20
+    assert all(answer.endswith(b"ok\n") for answer in answers)
+    assert len(count) == 1
+    wait_until(lambda: talk(port, request).endswith(b"ok\n") and len(count) > 1)
+
+
+def test_what_fails_is_found_out_once_and_then_again():
+    """A computation that raises does so for everybody who waited, and is made anew a second later."""
+    outcomes: list[Exception | status_server.Answer] = [ValueError("no"), alive()]
+
+    def find() -> status_server.Answer:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    shared = status_server.Shared(find)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="no"):
+            shared()
+    shared._at -= status_server._SHARED_SECONDS
+    assert shared() == alive()
+
+
+LARGE = status_server.Answer(status_server.HTTPStatus.OK, "text/plain", b"x" * (8 << 20))
+
+
+def test_slow_readers_of_a_large_answer_keep_nobody_out(serve, monkeypatch):
+    """Clients that take nothing of a large answer: others are answered at once, and their threads end."""
+    monkeypatch.setattr(status_server, "_SECONDS", 600.0)  # none of them ends by its deadline
+    port = serve({"/metrics": lambda: LARGE, "/healthz": alive})
+    with contextlib.ExitStack() as held:
+        for _ in range(2 * status_server._AT_ONCE):
+            client = held.enter_context(socket.create_connection(("127.0.0.1", port)))
+            client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert b" 200 " in talk(port, b"GET /healthz HTTP/1.0\r\n\r\n")
+    wait_until(lambda: not [t for t in threading.enumerate() if "process_request_thread" in t.name])
+
+
+def test_strangers_do_not_cut_an_answer_off(serve):
+    """Who reads a large answer slowly gets all of it, whoever else connects and stays silent meanwhile."""
+    port = serve({"/metrics": lambda: LARGE})
+    held = []
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as reader:
+        reader.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        found = len(reader.recv(1000))
+        for _ in range(3 * status_server._AT_ONCE):
+            held.append(socket.create_connection(("127.0.0.1", port)))
+            found += len(reader.recv(1000))
+        while octets := reader.recv(1 << 16):
+            found += len(octets)
+    assert found > len(LARGE.body)
+    for client in held:
+        client.close()
+
+
+def test_a_half_closed_connection_is_answered(serve):
+    """A client that closes its side after the question gets the answer."""
+    port = serve({"/healthz": alive})
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        client.shutdown(socket.SHUT_WR)
+        assert b"".join(iter(lambda: client.recv(4096), b"")).endswith(b"ok\n")
+
+
+@pytest.mark.parametrize("junk", [b"GET /healthz HTTP/1.1\r\n\r\n" * 50, b"\0\xff" * 20_000, b"x"])
+def test_what_is_pipelined_behind_a_request_takes_no_answer_away(serve, junk):
+    """Whatever a client sends behind its request, the answer to that arrives whole, and the connection ends."""
+    port = serve({"/metrics": lambda: LARGE})
+    answer = talk(port, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" + junk)
+    assert answer.endswith(LARGE.body)
+    assert answer.count(b"HTTP/1.0 200") == 1
 
 
 def try_talk(port: int, request: bytes = b"GET /healthz HTTP/1.0\r\n\r\n") -> bytes:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import stat
+import subprocess
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -23,10 +24,12 @@ from relay.mail.envelope import Envelope
 from relay.mail.ids import IdSource
 from relay.mail.recipient import Recipient
 from relay.mail.record import Message
+from relay.redisio import embedded
 from relay.smtpd import staging
 from relay.smtpd.staging import NotDurable, Staging
 from relay.spool import writer
 from relay.spool.writer import Spool
+from support import documents
 from support.dialogue import Dialogue
 from support.ledger_contents import Contents
 from support.product import Product
@@ -459,3 +462,30 @@ def test_the_spool_of_killed_processes(
     server.start()
     each_once(relay, backup, sender.accepted)
     wait_until(lambda: len(list((relay.state_dir / "spool" / "owners").iterdir())) == 2)
+
+
+def test_a_damaged_log_of_the_embedded_redis_stops_no_mail(
+    product: Callable[..., Product], primary: ScriptedServer, backup: ScriptedServer, tmp_path: Path
+) -> None:
+    """Mail goes on by way of the spool, one line says why; mended as the page says, all arrives without a restart."""
+    (block,) = documents.of("mend-redis")
+    site = product(primary=primary.address, backups=[backup.address], settings=SETTINGS)
+    site.start()
+    site.send("a@example.com", "b@example.com")
+    backup.wait_for(1)
+    site.stop()
+    data = embedded.folder(site.state_dir) / "appendonlydir"
+    (newest,) = data.glob("*.incr.aof")
+    before = newest.read_bytes()
+    newest.write_bytes(before + b"*this is no command\r\n" * 10 + before)
+    site.start()
+    assert site.send("c@example.com", "d@example.com").startswith("250")
+    assert len(primary.messages) == 2
+    assert site.log.count("the embedded Redis cannot be started: mail goes on") == 1
+    assert "Bad file format" in site.log
+    assert newest.read_bytes().startswith(before)
+    commands = block.text.replace("/var/lib/smtp-dup/redis", str(data.parent)).replace("/var/backups", str(tmp_path))
+    subprocess.run(["sh", "-ec", commands], check=True, capture_output=True)
+    assert (tmp_path / f"{newest.name}.damaged").exists()
+    wait_until(lambda: len(backup.messages) == 2, 60, lambda: site.log[-4000:])
+    assert site.stop() == 0

@@ -34,7 +34,7 @@ class RedisServer:
 
     def start(self, timeout: float = PATIENCE) -> RedisServer:
         embedded._make_private(embedded.folder(self.directory))
-        embedded._make_private(embedded.socket_path(self.directory).parent)
+        embedded.make_socket_folder(self.directory)
         words = [w for name, value in self.options.items() for w in (f"--{name.replace('_', '-')}", value)]
         self.process = subprocess.Popen(
             tied([*embedded.server_argv(self.directory), *words]),
