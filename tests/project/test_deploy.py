@@ -180,7 +180,7 @@ def test_manifests_are_complete() -> None:
         there = {path.name for path in (DEPLOY / folder).glob("*.yaml")} - {"kustomization.yaml"}
         assert set(listed) == there
     kinds = sorted(found["kind"] for found in OBJECTS)
-    assert kinds.count("StatefulSet") == kinds.count("PodDisruptionBudget") == 2
+    assert (kinds.count("StatefulSet"), kinds.count("PodDisruptionBudget")) == (3, 2)
     assert kinds.count("NetworkPolicy") == 3
 
 
@@ -224,6 +224,20 @@ def test_pods_are_confined_and_probed(workload: dict[str, Any]) -> None:
     if container["image"] == "smtp-dup":
         commands.parse(container["args"])
         assert pod["terminationGracePeriodSeconds"] > 900  # the supervisor's drain_seconds
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w["metadata"]["name"])
+def test_what_is_kept_on_disk_outlives_its_pod(workload: dict[str, Any]) -> None:
+    """Spool, moved bodies and Redis are on claims of a StatefulSet, which also keeps names; no other disk is used."""
+    assert workload["kind"] == "StatefulSet"
+    assert workload["spec"]["serviceName"] in {o["metadata"]["name"] for o in OBJECTS if o["kind"] == "Service"}
+    claims = {claim["metadata"]["name"] for claim in workload["spec"]["volumeClaimTemplates"]}
+    pod = workload["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    kept = {mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] in claims}
+    assert kept == {"/data" if container["image"] != "smtp-dup" else "/var/lib/smtp-dup"}
+    for volume in pod.get("volumes", []):
+        assert volume.get("emptyDir", {"medium": "Memory"}).get("medium") == "Memory", volume
 
 
 def test_services_policies_and_budgets_find_their_pods() -> None:
