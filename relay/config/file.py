@@ -7,12 +7,15 @@ module only when there is a file. One that is no use is Unreadable, whose text h
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dynaconf import Dynaconf
-from dynaconf.loaders import toml_loader, yaml_loader
+from dynaconf.constants import TOML_EXTENSIONS
+from dynaconf.loaders import yaml_loader
+from dynaconf.loaders.base import BaseLoader
 from dynaconf.vendor.ruamel.yaml import YAMLError
 from dynaconf.vendor.ruamel.yaml.constructor import DuplicateKeyError
 
@@ -42,10 +45,12 @@ def read(path: Path) -> FileContent:
         auto_cast=False, merge_enabled=True, dotted_lookup=False, envvar_prefix=False, sysenv_fallback=False,
     )  # fmt: skip
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # an editor may have put a mark in front
         before = set(box.as_dict())
-        loader = toml_loader if path.suffix == ".toml" else yaml_loader
-        loader.load(box, filename=str(path.absolute()), silent=False)
+        if path.suffix == ".toml":
+            _toml(box).load(filename=str(path.absolute()), key=None, silent=False)
+        else:
+            yaml_loader.load(box, filename=str(path.absolute()), silent=False)
         data = {key: value for key, value in box.as_dict().items() if key not in before}
         loaded = {key for source, keys in box.loaded_by_loaders.items() if source.identifier == str(path.absolute())
                   for key in keys}  # fmt: skip
@@ -61,6 +66,15 @@ def read(path: Path) -> FileContent:
     lowered = {str(key).lower(): _lower(value) for key, value in data.items()}
     told = {key: value for key, value in lowered.items() if value or key not in {*SECTIONS, "backup"}}
     return FileContent(told, dict(_lines(text, path.suffix)))
+
+
+def _toml(box: Dynaconf) -> Any:
+    """Return dynaconf's loader of TOML, for files that may begin with a byte order mark: its own refuses those."""
+    return BaseLoader(
+        obj=box, env=None, identifier="toml", extensions=TOML_EXTENSIONS, validate=False,
+        file_reader=lambda file: tomllib.loads(file.read()), string_reader=tomllib.loads,
+        opener_params={"mode": "r", "encoding": "utf-8-sig", "newline": ""},
+    )  # fmt: skip
 
 
 def _lower(value: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import math
 import os
 import signal
@@ -41,6 +42,8 @@ from relay.spool.importer import Importer
 from relay.spool.writer import Spool
 
 _BACKLOG = 1024  # until the relay process, which knows what fits, sets its own
+# The kernel has none, it is disabled, or the interface has no such address.
+_NO_IPV6 = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT}
 _POOL_WAIT = 0.05
 _MONITOR_SECONDS = 1.0
 _INTRODUCTION_SECONDS = 1.0
@@ -69,10 +72,9 @@ def listen(settings: Settings) -> list[Place]:
     if from_systemd := systemd.take(os.environ):
         sockets, plain_count = systemd.match(from_systemd, plain, tls)
         return [Place(sockets, seat, plain_count, ours=False) for seat in _seats(settings)]
+    plain = [found for host, port in settings.smtp.addresses for found in _usable(host, port)]
+    tls = [found for host, port in settings.smtp.tls_addresses for found in _usable(host, port)]
     addresses = plain + tls
-    for family, address in addresses:
-        # SO_REUSEPORT would let a second smtp-dup share the port in silence: one bind without it finds out.
-        _bind(family, address, share=False).close()
     return [
         Place([_bind(family, address, share=True) for family, address in addresses], seat, len(plain))
         for seat in _seats(settings)
@@ -94,9 +96,34 @@ def _resolve(host: str, port: int) -> list[systemd.Address]:
     return list(unique)
 
 
+def _usable(host: str, port: int) -> list[systemd.Address]:
+    """Return what can be bound of the addresses that a setting stands for. Raises OSError.
+
+    A machine without IPv6, or without an IPv6 address behind a name, listens on what is left, and says so.
+    """
+    usable: list[systemd.Address] = []
+    missing: list[OSError] = []
+    for family, address in _resolve(host, port):
+        try:
+            # SO_REUSEPORT would let a second smtp-dup share the port in silence: one bind without it finds out.
+            _bind(family, address, share=False).close()
+        except OSError as error:
+            if family != socket.AF_INET6 or error.errno not in _NO_IPV6:
+                raise
+            missing.append(error)
+        else:
+            usable.append((family, address))
+    if missing and not usable:
+        raise missing[0]
+    for trouble in missing:
+        maillog.notice("warning", "listening on IPv4 alone: this machine has no such IPv6 address", reason=str(trouble))
+    return usable
+
+
 def _bind(family: socket.AddressFamily, address: tuple[str, int], *, share: bool) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock = None
     try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if share:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -106,8 +133,12 @@ def _bind(family: socket.AddressFamily, address: tuple[str, int], *, share: bool
         if share:
             sock.listen(_BACKLOG)
     except OSError as error:
-        sock.close()
-        raise OSError(f"smtp.listen: cannot listen on {address[0]} port {address[1]}: {error.strerror}") from error
+        if sock is not None:
+            sock.close()
+        text = f"smtp.listen: cannot listen on {address[0]} port {address[1]}: {error.strerror}"
+        told = OSError(text)  # with a number as well its text would begin with that
+        told.errno = error.errno
+        raise told from error
     sock.setblocking(False)
     return sock
 

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.config import model
+from relay.config import file, model
 from relay.config.loader import Settings, SettingsError, describe, load, render, resolve_password
 from relay.config.options import BACKUP_FIELDS, OPTIONS
 from relay.mail.destination import Destination
@@ -548,3 +548,20 @@ def test_only_the_settings_file_imports_dynaconf() -> None:
         if re.search(r"^\s*(from|import) dynaconf", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert importers == {"relay/config/file.py"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("settings.toml", "state_dir = '/srv/x'\r\n[smtp]\r\nlisten = '127.0.0.1:2526'\r\n"),
+        ("settings.yaml", "state_dir: /srv/x\nsmtp:\n  listen: 127.0.0.1:2526\n"),
+    ],
+)
+def test_a_byte_order_mark_in_front_is_no_part_of_the_file(tmp_path, name, text):
+    """What an editor of Windows saves as UTF-8 is read like any other, with the lines of its keys."""
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    found = file.read(path)
+    assert found.data["state_dir"] == "/srv/x"
+    assert found.data["smtp"]["listen"] == "127.0.0.1:2526"
+    assert found.lines["smtp.listen"] in {2, 3}
