@@ -10,6 +10,7 @@ any RedisError says "do not rely on it", not "it was not done". Trouble is a Red
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from typing import Any
 
@@ -34,6 +35,7 @@ _RESTED_SECONDS = 0.5  # a pool that asked so much later than it might have may 
 _FAILED_SECONDS = 5.0  # when no Sentinel answered: a question may have cost its whole time
 _SENTINEL_SECONDS = 1.0  # for one Sentinel's answer; then the next is asked
 _CONFIRM_SECONDS = 1.0
+_KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seconds, and how many without an answer
 
 
 class TooFewReplicas(RedisError):
@@ -46,6 +48,7 @@ def sync_client(server: RedisSettings, seconds: float, *, retries: int = 1) -> r
         "socket_timeout": seconds,
         "socket_connect_timeout": seconds,
         "retry": Retry(NoBackoff(), retries),
+        **_kept_alive(server),
     }
     if not server.sentinels:
         return redis.Redis.from_url(server.url, **limits)
@@ -61,6 +64,7 @@ def async_client(
         "socket_connect_timeout": seconds,
         "retry": AsyncRetry(NoBackoff(), retries),
         "decode_responses": decode,
+        **_kept_alive(server),
     }
     kind = _Confirmed if confirmed and server.replicas else redis.asyncio.Redis
     if server.sentinels:
@@ -97,6 +101,18 @@ async def find_master(client: redis.asyncio.Redis) -> object:
     """Ask for the master of a client; None where no Sentinel names one. Raises RedisError."""
     pool = client.connection_pool
     return await pool.get_master_address() if isinstance(pool, _AsyncPool) else None  # type: ignore[no-untyped-call]
+
+
+def _kept_alive(server: RedisSettings) -> dict[str, Any]:
+    """Return what has the kernel ask on a quiet TCP connection whether the other side is there.
+
+    A firewall between us drops what has been quiet for some minutes, and says so to nobody: the first message after
+    that would wait for `redis.timeout_seconds`.
+    """
+    if not server.sentinels and server.url.startswith("unix:"):
+        return {}
+    options = {getattr(socket, name): value for name, value in _KEEPALIVE.items() if hasattr(socket, name)}
+    return {"socket_keepalive": True, "socket_keepalive_options": options}
 
 
 def _options(server: RedisSettings) -> dict[str, Any]:

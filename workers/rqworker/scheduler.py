@@ -21,6 +21,8 @@ from rq.registry import ScheduledJobRegistry
 from rq.scheduler import RQScheduler
 from rq.serializers import JSONSerializer
 
+from relay.repeated import Repeated
+
 _ROUND_SECONDS = 1.0
 _LOCK_SECONDS = 15.0  # between two renewals; RQ's lock lives for 61 s
 _LONGEST_PAUSE = 10.0  # seconds between rounds while Redis is away
@@ -91,13 +93,15 @@ def keep_scheduling(
     be the same after a restart.
     """
     scheduler = Scheduler(connect(), name)
+    away = Repeated("scheduler: Redis", logger.warning, logger.info)
     pause = _ROUND_SECONDS
     while not stop.is_set():
         try:
             more = scheduler.round(queues())
+            away.is_over()
             pause = 0.0 if more else _ROUND_SECONDS
         except RedisError as error:
-            logger.warning("scheduler: Redis: {}", error)
+            away.came(str(error))
             scheduler.start_anew()
             pause = min(max(pause, _ROUND_SECONDS / 2) * 2, _LONGEST_PAUSE)
         except Exception:  # a job that RQ cannot read

@@ -25,6 +25,7 @@ from rq.serializers import JSONSerializer
 from relay.child import ChildContext
 from relay.config.model import RedisSettings
 from relay.redisio.clients import sync_client
+from relay.repeated import Repeated
 from workers import jobs
 from workers.jobs import Courier
 from workers.rqworker.revival import dead_here, forget, revive, worker_name
@@ -143,14 +144,16 @@ def serve(
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     connection = connect()
     pause = 0.05
+    away = Repeated(f"worker {name}: waiting for Redis", logger.warning, logger.info)
     while not early:
         try:
             predecessor = context.predecessor and worker_name(destination, context.predecessor)
             revive_predecessors(connection, queue_name, predecessor, on_dead)
             worker = DeliveryWorker(queue_name, connection=connection, name=name)
+            away.is_over()
             break
         except (RedisError, OSError) as error:
-            logger.warning("worker {}: waiting for Redis: {}", name, error)
+            away.came(str(error))
             time.sleep(pause)
             pause = min(pause * 2, 2.0)
     if worker is None:

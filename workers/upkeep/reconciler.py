@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 from relay import maillog
 from relay.config.loader import Settings
 from relay.ledger import archive, keys
+from relay.repeated import Repeated
 from workers.upkeep.sweep import Finding, Report, Sweeper
 
 __all__ = ["Finding", "Report", "keep_reconciling", "reconcile", "verify"]
@@ -46,18 +47,24 @@ def keep_reconciling(
     connection = connect()
     lock = _Lock(connection, name, stop)
     sweeper = Sweeper(connection, settings, lock.renew)
+    away = Repeated(
+        "reconciler",
+        lambda reason: maillog.notice("warning", "ledger trouble", what="reconciler", reason=reason),
+        lambda text: maillog.notice("info", text),
+    )
     pause = min(_FIRST, every)
     while not _wait(connection, sweeper, lock, stop, pause):
         pause = every
         try:
             lock.take()
             report = sweeper.sweep(kept=_KEPT)
+            away.is_over()
             _tell(report)
             pause = max(every, min(_LONGEST, 4 * report.seconds))  # millions of copies: a fifth of the time at most
         except _Interrupted:
             continue
         except RedisError as error:
-            maillog.ledger_trouble("reconciler", error)
+            away.came(f"{type(error).__name__}: {error}")
             pause = min(_FIRST, every)
         except Exception:  # what one record does to us must not end the housekeeping
             logger.exception("a sweep of the reconciler failed")
