@@ -159,7 +159,13 @@ def _ids(kind: click.ParamType[str]) -> click.Argument:
 
 
 def _word(
-    text: str, place: str, *params: click.Parameter, settings: str = "any", output: bool = True, hidden: bool = False
+    text: str,
+    place: str,
+    *params: click.Parameter,
+    settings: str = "any",
+    output: bool = True,
+    hidden: bool = False,
+    colour: bool = False,
 ) -> Word:
     """Make a command: what it does, where its function is, and what that takes beside settings and output."""
     own = [*params, *((JSON,) if output else ()), *((WIDE,) if output else ()), COLOUR]
@@ -171,6 +177,8 @@ def _word(
         if output:
             look = Output(as_json=arguments.pop("as_json"), wide=arguments.pop("wide"), colour=given.colour)
             arguments["out"] = look
+        if colour:
+            arguments["colour"] = given.colour
         return Task(place, given, settings, arguments)
 
     return Word(
@@ -243,7 +251,8 @@ ROOT = _group(
                     settings="primary", output=False),
         "relay": _word("run the relay only", "services:relay", settings="primary", output=False),
         "workers": _word("run the delivery to the backups only", "services:workers", output=False),
-        "demo": _word("show what it does, with two servers of its own", "services:demo", settings="", output=False),
+        "demo": _word("show what it does, with two servers of its own", "services:demo", settings="", output=False,
+                      colour=True),
         "check": _word("validate the settings, probe Redis and every server", "check:check", settings="primary"),
         "queue": _group("what waits for the backups: summary, list, flush and more", _QUEUE),
         "failed": _group("the copies that could not be delivered: list, retry and more", _FAILED),

@@ -21,8 +21,8 @@ def workers(settings: Settings) -> int:
     return services.run(settings, services.WORKERS)
 
 
-def demo() -> int:
+def demo(colour: str) -> int:
     """Run the demo until Ctrl-C."""
     from relay.demo import main  # noqa: PLC0415  (its servers: nothing that `up` needs in its memory)
 
-    return main.run()
+    return main.run(colour)

@@ -83,7 +83,7 @@ def show(stage: Stage) -> int:
     """Send, show, suggest commands, follow; the ``run`` of a supervisor's child. Returns the exit status."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # we are not the terminal's foreground process group
-    console = Console(highlight=False)
+    console = coloured_console(stage.colour)
     try:
         with Redis.from_url(stage.redis_url, socket_timeout=5) as redis:
             return _show(stage, console, redis)
@@ -298,6 +298,13 @@ def _table(programme: list[Sample]) -> Table:
             f"[{colour}]{'no copy' if sample.copy == 'none' else sample.copy}[/]",
         )
     return table
+
+
+def coloured_console(colour: str) -> Console:
+    """Return the screen, coloured as --color says: always, never, or in a terminal unless NO_COLOR is set."""
+    if colour == "auto":
+        return Console(highlight=False)
+    return Console(highlight=False, color_system="standard" if colour == "always" else None, no_color=False)
 
 
 def _coloured(reply: str) -> str:

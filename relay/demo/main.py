@@ -29,14 +29,14 @@ _LOG_LINES = 20
 _TRIES = 5  # to find ports that stay free until they are ours
 
 
-def run() -> int:
+def run(colour: str = "auto") -> int:
     """Run the demo until Ctrl-C. Returns the exit status."""
     say = sys.stdout.write
     services.EarlyStop()  # however we are told to go, the folder goes too
     with _folder() as folder, _listener() as old, _listener() as new:
         say("Starting Redis, the relay, a worker, and two mail servers to play the old and the new one ...\n")
         for tries_left in reversed(range(_TRIES)):
-            stage = _set(folder, old, new)
+            stage = _set(folder, old, new, colour)
             if stage.smtp[1] != _SMTP_PORT:
                 say(f"Port {_SMTP_PORT} is taken, so the demo uses {stage.smtp[1]}.\n")
             sys.stdout.flush()
@@ -68,7 +68,7 @@ def _children(stage: Stage, old: socket.socket, new: socket.socket) -> list[Chil
     return [Child("servers", run=be_servers, stage=3), Child("display", run=be_display, stage=0, restart=False)]
 
 
-def _set(folder: Path, old: socket.socket, new: socket.socket) -> Stage:
+def _set(folder: Path, old: socket.socket, new: socket.socket, colour: str) -> Stage:
     smtp = free_port(_SMTP_PORT)
     status = free_port(_STATUS_PORT)
     old_address, new_address = (f"127.0.0.1:{s.getsockname()[1]}" for s in (old, new))
@@ -86,7 +86,7 @@ def _set(folder: Path, old: socket.socket, new: socket.socket) -> Stage:
     file = folder / "settings.toml"
     file.write_text(f'[[backup]]\nname = "new"\nurl = "{new_address}"\n')
     settings = load({**flags, "config": str(file)}, environ={}, directories=())
-    return Stage(settings, folder, ("127.0.0.1", smtp), f"http://127.0.0.1:{status}", old_address, new_address)
+    return Stage(settings, folder, ("127.0.0.1", smtp), f"http://127.0.0.1:{status}", old_address, new_address, colour)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ class Stage:
     status: str
     old: str
     new: str
+    colour: str = "auto"  # as --color says
 
     @property
     def has_its_ports(self) -> bool:

@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 
 import relay
+from relay.command import commands
+from relay.demo.display import coloured_console
 from support.child_processes import tied
 from support.waiting import wait_until
 
@@ -272,3 +274,12 @@ def test_several_at_once(tmp_path):
     finally:
         for demo in demos:
             demo.end()
+
+
+@pytest.mark.parametrize(("colour", "is_coloured"), [("auto", False), ("always", True), ("never", False)])
+def test_color_is_for_the_demo_too(colour, is_coloured, capsys):
+    """The command line's --color comes as far as its table."""
+    task = commands.parse(["demo", "--color", colour])
+    assert task.arguments == {"colour": colour}
+    coloured_console(colour).print("[green]250 taken[/]")
+    assert ("\x1b[32m" in capsys.readouterr().out) == is_coloured
