@@ -86,6 +86,25 @@ async def test_everything_refused_costs_few_copies(contents: Contents, redis_url
     assert len(backup.messages) + len(contents.failed_ids()) == len(ids)
 
 
+async def test_a_retry_ends_a_long_pause(
+    contents: Contents, redis_url: str, redis_client: redis.Redis, backup: ScriptedServer
+) -> None:
+    """A server that has refused everything so far is probed when an operator retries; new mail arrives soon."""
+    bad = [contents.pending(f"bad{n}@test") for n in range(150)]
+    backup.replies["RCPT"] = named("bad", UNKNOWN)
+    async with at_work(redis_url, backup) as work:
+        work.add(bad)
+        await until(lambda: redis_client.hget(keys.HEALTH + "new", "state") == b"paused")
+        breaker = work.courier._breaker
+        await until(lambda: breaker.probe_at - breaker.clock() > 3)
+        breaker.probe_at += 600
+        assert failed.retry(redis_client, None) >= 100
+        for job, ids in contents.queued().items():
+            work.add(ids, job)
+        work.add([contents.pending(f"good{n}@test") for n in range(100)])
+        await until(lambda: len(arrived(backup)) == 100, 20, lambda: f"{len(arrived(backup))} came")
+
+
 async def test_a_probe_is_unlike_what_was_refused(contents: Contents, redis_url: str, backup: ScriptedServer) -> None:
     """A domain that the server does not take fills the queue: mail for another one is found behind it."""
     bad = [contents.pending(f"b{n}@bad.test", sender=f"s{n}@test") for n in range(400)]

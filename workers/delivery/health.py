@@ -49,9 +49,9 @@ class Health:
         """Keep the ledger told; runs until cancelled."""
         key = keys.HEALTH + self._name
         while True:
+            news, self._news = self._news, None
             try:
-                if self._news is not None:
-                    news, self._news = self._news, None
+                if news is not None:
                     await self._connection.hset(key, items=[part for pair in news.items() for part in pair])
                 if breaker.is_open or self._flushes is None:
                     flushes = int(await self._connection.hget(key, "flush") or 0)
@@ -62,5 +62,6 @@ class Health:
                 elif self._flushes is not None:
                     self._flushes = None  # read afresh at the next look: a flush while all is well needs nothing
             except (RedisError, OSError) as error:
+                self._news = self._news or news
                 maillog.ledger_trouble("health of a destination", error)
             await asyncio.sleep(_LOOK_SECONDS)

@@ -5,8 +5,8 @@ its connection, another takes its turn, and what was begun behind it goes elsewh
 no more connections than the pool has room for. Where several hang and nothing at all goes through for a while, it is
 the server that is in trouble, and the breaker opens. Where slow ones have taken all connections and other copies wait,
 the one that has waited longest loses its connection after a minute; with one connection that is the only cure. It may
-have arrived all the same. So a copy gets twice the time at its next attempt, and a server that is slow with everything
-is given more time once it has answered.
+have arrived all the same. So a copy that fails again and again gets more time, as the pauses between its attempts grow,
+and a server that is slow with everything gets more once it has answered.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _LOOK_SECONDS = 0.25
 _HANGING = 3  # transactions that hang at once, nothing going through ...
 _HANGING_SECONDS = 20.0  # ... for so long, before it is the server
 PATIENCE = 60.0  # seconds that nobody loses a connection for others
+_FIRST_ATTEMPTS = 4  # that take no more than this: the pauses between them are minutes
 _DOUBLINGS = 4  # of a copy's patience; beyond that the time-out of the dot counts (RFC 5321 4.5.3.2.6)
 _CALMING = 0.9  # how an answer shortens a patience that was lengthened
 
@@ -68,7 +69,8 @@ class Runner:
     @property
     def patience(self) -> float:
         """Seconds that this transaction keeps its connection while others wait for one."""
-        return max(self._runners.patience, PATIENCE * (1 << min(self.attempts, _DOUBLINGS)))
+        doublings = min(max(0, self.attempts - _FIRST_ATTEMPTS), _DOUBLINGS)
+        return max(self._runners.patience, PATIENCE * (1 << doublings))
 
     @property
     def is_outrun(self) -> bool:

@@ -187,6 +187,7 @@ def retry(
         queue = rq_jobs.queue(connection, target.name)
         before = changes.owners(connection, target.name, batch, failed=True)
         with connection.pipeline(transaction=True) as pipe:
+            pipe.hincrby(keys.HEALTH + target.name, "flush", 1)  # a paused one is probed: it may have been mended
             adopt(pipe, target.name, batch, rq_jobs.enqueue(pipe, queue, target.name, batch))
             forget_jobs(pipe, queue, before)
             count += pipe.execute()[-2]
