@@ -14,9 +14,9 @@ import os
 import stat
 from pathlib import Path
 
-from relay import maillog
+from relay import maillog, ownership
+from relay.ownership import is_ours
 
-_trusted = {0}
 _owner: tuple[int, int] | None = None  # user and group of the state folder, when we are root and they are not
 
 
@@ -31,9 +31,9 @@ def trust(state_dir: Path) -> None:
     """Take the owner of the state folder for one of us, when we are root: a command may be run as root."""
     global _owner  # noqa: PLW0603
     _owner = None
+    ownership.trust(state_dir)
     if os.geteuid() == 0 and state_dir.is_dir():
         found = state_dir.stat()
-        _trusted.add(found.st_uid)
         _owner = (found.st_uid, found.st_gid) if found.st_uid else None
 
 
@@ -43,29 +43,53 @@ def give(made: Path | int) -> None:
         os.chown(made, *_owner)
 
 
-def is_ours(uid: int) -> bool:
-    """Say whether what this user owns may be believed."""
-    return uid == os.geteuid() or uid in _trusted
+def folder(path: Path, *, is_named: bool = False) -> None:
+    """Make a folder that is open to nobody else, or close it. Raises Foreign, OSError.
 
-
-def folder(path: Path) -> None:
-    """Make a folder that is open to nobody else, or close it. Raises Foreign, OSError."""
+    One that the settings name (``is_named``) may be a mount of root's that lets everybody in, as containers have them:
+    nothing that lies directly in it is believed without a look at its owner.
+    """
     try:
         path.mkdir(mode=0o700, parents=True)
         give(path)
     except FileExistsError:
         if not path.is_dir():
             raise
+    if path.is_symlink() and not is_ours(path.lstat().st_uid):
+        raise Foreign(path, "it is a symbolic link of another user: remove it")
     found = path.stat()
+    if is_named:
+        ownership.trust(path)  # a command, or a container, of root's on a folder of the service's
     if not is_ours(found.st_uid):
         raise Foreign(path, f"it belongs to user {found.st_uid}: chown it to the user of this service, or name another")
+    if found.st_mode & stat.S_ISVTX and found.st_mode & 0o002:
+        raise Foreign(path, "it is everybody's: name a folder below it")
     # Group and others may be let in by a mount that root owns; who else owns it is closed to them.
     if found.st_mode & 0o022 and (found.st_uid != 0 or os.geteuid() == 0):
         path.chmod(found.st_mode & 0o7700)
         mode = f"{found.st_mode & 0o7777:04o}"
-        maillog.notice("warning", "a folder that others could write to is closed", folder=path, mode=mode)
-    elif found.st_mode & 0o002:
+        maillog.notice("warning", "a folder that others could write to is closed", folder=str(path), mode=mode)
+    elif found.st_mode & 0o002 and not is_named:
         raise Foreign(path, "everybody may write to it: chmod 700")
+
+
+def is_file_of_ours(found: os.stat_result) -> bool:
+    """Say whether this is a regular file that nobody else has made; of an lstat, or of what was opened."""
+    return stat.S_ISREG(found.st_mode) and is_ours(found.st_uid)
+
+
+def open_lock(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
+    """Open a lock file of ours: no link, no pipe, nobody else's. Raises Foreign, OSError, FileNotFoundError."""
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno in {errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EACCES}:
+            raise Foreign(path, f"it is no lock file of ours ({error.strerror}): remove it") from error
+        raise
+    if not is_file_of_ours(os.fstat(descriptor)):
+        os.close(descriptor)
+        raise Foreign(path, "it is no lock file of ours: remove it")
+    return descriptor
 
 
 def read(where: Path, name: str, size: int | None = None) -> bytes:
@@ -77,6 +101,7 @@ def read(where: Path, name: str, size: int | None = None) -> bytes:
         raise Foreign(where, "no name of a file")
     directory = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        owner = os.fstat(directory).st_uid
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
     except OSError as error:
         if error.errno == errno.ELOOP:
@@ -88,13 +113,14 @@ def read(where: Path, name: str, size: int | None = None) -> bytes:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise Foreign(where / name, "it is no file")
-        if not is_ours(found.st_uid):
+        # Root reads what the owner of the folder has put there: nobody else could, once the folder is closed.
+        if not is_ours(found.st_uid) and (os.geteuid() != 0 or found.st_uid != owner):
             raise Foreign(where / name, f"it belongs to user {found.st_uid}")
         return file.read() if size is None else file.read(size + 1)
 
 
-def write(where: Path, name: str, data: bytes) -> None:
-    """Put a file into a folder of ours, on stable storage. Raises OSError."""
+def write(where: Path, name: str, data: bytes, *, durable: bool = True) -> None:
+    """Put a file into a folder of ours, on stable storage unless it need not be ``durable``. Raises OSError."""
     directory = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     temporary = f"{name}.tmp"
     try:
@@ -105,8 +131,10 @@ def write(where: Path, name: str, data: bytes) -> None:
             give(file.fileno())
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
-        os.fsync(directory)
+        if durable:
+            os.fsync(directory)
     finally:
         os.close(directory)

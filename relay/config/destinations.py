@@ -17,6 +17,7 @@ from relay.config.options import BACKUP_FIELDS
 from relay.config.types import split_host_port
 from relay.mail.destination import Destination
 from relay.mail.ids import is_destination_name
+from relay.ownership import fault_of_secret
 
 _DEFAULT_PORTS = {"smtp": 25, "smtps": 465, "lmtp": 24}
 _URL_FIELDS = ("tls", "ca_file", "tls_certificate", "tls_key", "password_from")
@@ -37,9 +38,12 @@ def resolve_password(reference: str, environ: Mapping[str, str]) -> str:
         return environ[where]
     if kind == "file" and where.startswith("/"):
         try:
+            fault = fault_of_secret(Path(where))
             secret = Path(where).read_text(encoding="utf-8").rstrip("\r\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read {where}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+        if fault:
+            raise ValueError(fault)
         if not secret:
             raise ValueError(f"{where} is empty")
         return secret
@@ -162,6 +166,8 @@ def _transport(values: dict[str, Any], *, given: bool) -> Faults:
     for name in ("ca_file", "tls_certificate", "tls_key"):
         if (file := values.get(name, "")) and not Path(file).is_file():
             faults.append((name, f"there is no readable file {file}"))
+        elif file and (fault := fault_of_secret(Path(file))):
+            faults.append((name, fault))
     return faults
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from relay import ownership
 from relay.config.destinations import conflicts, is_loopback, is_own_address, read_destination, resolve_password
 from relay.config.model import PARTS, Settings, Shown, describe
 from relay.config.options import BACKUP_FIELDS, BACKUP_FLAGS, BY_KEY, ENV_PREFIX, OPTIONS, SECTIONS, Option, render
@@ -115,6 +116,8 @@ class _Loader:
         self._layer_flags()
         self._check_variables()
         values = self._values()
+        if isinstance(values["state_dir"], Path):
+            ownership.trust(values["state_dir"])
         primary, backups = self._destinations(values)
         if require_primary and not values["relay.destination_primary"]:
             self._primary_is_missing()

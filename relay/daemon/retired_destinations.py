@@ -20,8 +20,9 @@ from relay import maillog
 from relay.config.loader import Settings, resolve_password
 from relay.daemon import known_passwords
 from relay.daemon.supervisor import Child
-from relay.ledger import continuity, keys, rq_jobs
+from relay.ledger import keys, rq_jobs
 from relay.ledger.continuity import Continuity
+from relay.mail import ids
 from relay.mail.destination import Destination
 from relay.redisio.clients import sync_client
 
@@ -44,6 +45,7 @@ class RetiredDestinations:
         self._workers_for = workers_for
         self._continuity = continuity or Continuity(settings.backups)
         self._undefined: set[str] = set()  # told once
+        self._is_told = False  # of what makes no sense
         self._named = known_passwords.remember(settings.state_dir, settings.backups)
         self._configured = {backup.name for backup in settings.backups}
         self._serving: dict[str, Sequence[Child]] = {}
@@ -58,11 +60,17 @@ class RetiredDestinations:
                     self._look(client, self._workers_for)
         except (RedisError, OSError):
             return None
+        except Exception as error:  # whatever Redis holds, who watches over all the others goes on
+            if not self._is_told:
+                self._is_told = True
+                reason = f"{type(error).__name__}: {error}"
+                maillog.notice("error", "what Redis knows of destinations makes no sense", reason=reason)
+            return None
         return [child for children in self._serving.values() for child in children]
 
     def _look(self, client: Redis, workers_for: Callable[[Destination], Sequence[Child]]) -> None:
         known = cast("list[bytes]", client.hkeys(keys.DESTINATIONS))
-        names = {name.decode() for name in known} - self._configured
+        names = set(ids.names(known)) - self._configured
         if not names:
             return
         with client.pipeline(transaction=False) as pipe:
@@ -95,8 +103,8 @@ class RetiredDestinations:
         text: Any = client.hget(keys.DESTINATIONS, name)
         if text is None:
             return
-        destination = Destination.from_json(text)
-        if destination.port == continuity.NO_PORT:
+        destination = _defined(text, name)
+        if destination is None:
             if name not in self._undefined:
                 self._undefined.add(name)
                 words = "copies are left of a destination that nobody defines: add it as a backup, or queue move them"
@@ -112,11 +120,27 @@ class RetiredDestinations:
         self._looks.pop(name, None)
 
 
+def _defined(text: str | bytes, name: str) -> Destination | None:
+    try:
+        destination = Destination.from_json(text)
+    except ValueError:  # also one with continuity.NO_PORT, which is how one is listed that nobody has defined
+        return None
+    return destination if destination.name == name else None
+
+
 def _with_password(destination: Destination, known: frozenset[str]) -> Destination:
-    """Resolve the password of a destination from the ledger, which only has the reference; see named.py."""
-    if destination.password_from and destination.to_json() not in known:
-        text = "its password is not looked up: these settings have never named it; add it as a backup to deliver"
-        maillog.notice("warning", text, destination=destination.name, password_from=destination.password_from)
+    """Resolve the password of a destination from the ledger, which only has the reference, and keep its files.
+
+    Both only where the settings have named just this destination with just these; see known_passwords.py.
+    """
+    if destination.to_json() not in known:
+        if destination.password_from:
+            text = "its password is not looked up: these settings have never named it; add it as a backup to deliver"
+            maillog.notice("warning", text, destination=destination.name, password_from=destination.password_from)
+        if files := known_passwords.files_of(destination):
+            text = "its TLS files are not opened: these settings have never named them; add it as a backup to use them"
+            maillog.notice("warning", text, destination=destination.name, files=" ".join(files))
+            return replace(destination, ca_file="", tls_certificate="", tls_key="")
     elif destination.password_from:
         try:
             return replace(destination, password=resolve_password(destination.password_from, os.environ))

@@ -28,7 +28,7 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import TimeoutError as NoAnswer
 
-from relay import limits, maillog
+from relay import limits, maillog, private_files
 from relay.child import ChildContext
 from relay.config.destinations import is_loopback
 from relay.config.loader import Problem, Settings, SettingsError
@@ -220,7 +220,7 @@ def _make_state_dir(folder: Path) -> None:
     """Make the state folder, see that it can be written, and remove the metrics files that 0.1.0 left there."""
     folder = folder.absolute()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        private_files.folder(folder, is_named=True)
     except OSError as error:
         raise StartError(f"state_dir: {error.filename or folder}: {error.strerror}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -245,7 +245,7 @@ def _take(state_dir: Path, role: Role, ends: ExitStack) -> None:
         path = state_dir.absolute() / f"{part}.lock"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            descriptor = private_files.open_lock(path)
             ends.callback(os.close, descriptor)
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(descriptor, 0)

@@ -36,6 +36,7 @@ from relay.ledger.keys import (
     STAGED,
 )
 from relay.mail import ids
+from relay.mail.ids import text as as_text
 
 # set of all destinations that a list is of, named by whatever puts something in a list; and "", once it is whole, which
 # a Redis that came back empty, or that an older version has filled, does not have. Until then no body is deleted.
@@ -245,10 +246,10 @@ def claimed(result: Sequence[Sequence[bytes]]) -> tuple[list[Claim], list[str]]:
             continue
         message_id, verdict, accepted, state, before = row
         if verdict == b"later":
-            later.append(message_id.decode())
+            later.append(as_text(message_id))
         else:
             known, is_retried = CopyState.from_wire(state), verdict == b"retried"
-            claims.append(Claim(message_id.decode(), float(accepted), known, is_retried, before.decode()))
+            claims.append(Claim(as_text(message_id), float(accepted), known, is_retried, as_text(before)))
     return claims, later
 
 
@@ -263,7 +264,7 @@ class Heard(NamedTuple):
 def heard(result: Sequence[Sequence[bytes]]) -> Heard:
     """Read from claim's result how the ledger stands."""
     _, identity, count, doubt = result[0]
-    return Heard(identity.decode(), int(count), float(doubt))
+    return Heard(as_text(identity), int(count), float(doubt))
 
 
 def renew(pipe: Pipe, destination: str, until: float, ids: Sequence[str]) -> None:
@@ -409,7 +410,7 @@ def change(connection: Any) -> Change:
 def owners(connection: Any, destination: str, ids: Sequence[str], *, failed: bool = False) -> list[str]:
     """Return the job that owns each pending (or failed) copy, "" where none does."""
     found = connection.eval(_OWNERS, 0, destination, "failure" if failed else "own", *ids) if ids else []
-    return [job.decode() for job in found]
+    return [as_text(job) for job in found]
 
 
 def summary(connection: Any) -> list[Summary]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +27,7 @@ from relay import maillog, private_files
 from relay.ledger import changes, keys
 from relay.ledger.changes import Pipe
 from relay.mail.destination import Destination
+from relay.mail.ids import text as as_text
 
 _SAID = {
     "emptied": "the ledger in Redis is gone: copies accepted before are lost, unless they are in the spool or Redis is "
@@ -76,10 +76,10 @@ class Continuity:
     def judge(self, answer: Sequence[Any]) -> bool:
         """Take the answer, and say what has become of the ledger. Returns whether it must be told the destinations."""
         identity, count, cause, is_whole = answer
-        changed = self._identity != identity.decode()
-        self._identity, self._count = identity.decode(), int(count)
+        changed = self._identity != _text(identity)
+        self._identity, self._count = _text(identity), int(count)
         if cause:
-            maillog.notice("error", warning(cause.decode()), cause=cause.decode())
+            maillog.notice("error", warning(as_text(cause)), cause=as_text(cause))
         return changed or not is_whole
 
     # All of it, for who has a connection and time
@@ -108,7 +108,7 @@ class Continuity:
 
     def _read(self, path: Path) -> None:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            found = json.loads(path.read_text("utf-8"))
+            found = json.loads(private_files.read(path.parent, path.name))
             self._identity, self._count = str(found["identity"]), int(found["count"])
             self._defined = {name: str(text) for name, text in found["destinations"].items()}
 
@@ -119,13 +119,10 @@ class Continuity:
         text = json.dumps(found, indent=1)
         if text == self._written:
             return
-        temporary = self._path.with_suffix(f".{os.getpid()}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            temporary.write_text(text, "utf-8")
-            temporary.chmod(0o600)
-            private_files.give(temporary)
-            temporary.rename(self._path)
+            data = text.encode("utf-8", "surrogateescape")
+            private_files.write(self._path.parent, self._path.name, data, durable=False)
         except OSError as error:
             if not self._is_told:
                 reason = f"the ledger cannot be remembered: {error.strerror}"
@@ -172,7 +169,7 @@ def forget_kept(connection: Redis) -> int:
     while ids := cast("list[bytes]", connection.srandmember(changes.KEPT, _SCANNED)):
         with connection.pipeline(transaction=True) as pipe:
             pipe.sismember(changes.LISTS, "")
-            changes.purge(pipe, [message_id.decode() for message_id in ids])
+            changes.purge(pipe, [as_text(message_id) for message_id in ids])
             is_whole, purged = pipe.execute()
         if not is_whole:
             break

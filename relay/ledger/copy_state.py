@@ -6,7 +6,14 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from relay.mail.ids import is_job_id, text
+from relay.mail.stored import any_text, number
+
 _HISTORY = 20  # attempts kept per copy
+REPLY = 1000  # characters of a reply that are kept: a server may say as much as it likes
+_LONGEST = 1 << 20  # characters of a stored form that is looked into
+_MOST, _LATEST = 1 << 31, 1e11  # counts, and seconds since the epoch (the year 5138), that can be right
+UNREADABLE = "what Redis held of earlier attempts cannot be read: everybody is owed this copy"
 
 
 class Attempt(NamedTuple):
@@ -38,7 +45,7 @@ class CopyState:
 
     def tried(self, at: float, reply: str) -> CopyState:
         """Return the state after one more attempt that ended with this reply."""
-        history = (*self.history, Attempt(round(at, 3), reply))[-_HISTORY:]
+        history = (*self.history, Attempt(round(at, 3), reply[:REPLY]))[-_HISTORY:]
         return replace(self, attempts=self.attempts + 1, tries=self.tries + 1, history=history)
 
     def to_wire(self) -> str:
@@ -52,19 +59,49 @@ class CopyState:
 
     @classmethod
     def from_wire(cls, data: str | bytes | None) -> CopyState:
-        """Read the stored form; nothing stored is a copy without history."""
+        """Read the stored form; nothing stored is a copy without history.
+
+        What makes no sense is one without history but for a line that says so: it is tried, for everybody.
+        """
         if not data:
             return _FRESH
-        job, _, text = (data.decode() if isinstance(data, bytes) else data).partition("\n")
-        record = json.loads(text)
-        return cls(
-            job=job,
-            attempts=record["a"],
-            tries=record["t"],
-            since=record["s"],
-            owed=tuple(record["o"]) if "o" in record else None,
-            history=tuple(Attempt(at, reply) for at, reply in record.get("h", ())),
-        )
+        job, _, record = text(data).partition("\n")
+        job = job if is_job_id(job) else ""
+        try:
+            return cls(job, **_fields(record))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return cls(job, history=(Attempt(0.0, UNREADABLE),))
+
+
+def _fields(record: str) -> dict[str, Any]:
+    if len(record) > _LONGEST:
+        raise ValueError("too long")
+    found = json.loads(record)
+    # Lua writes an empty list as {}.
+    owed, history = (found[key] or [] if key in found else None for key in ("o", "h"))
+    if not isinstance(owed, list | None) or not isinstance(history, list | None):
+        raise TypeError("no list")
+    return {
+        "attempts": _count(found["a"]),
+        "tries": _count(found["t"]),
+        "since": _time(found["s"]),
+        "owed": None if owed is None else tuple(dict.fromkeys(map(_count, owed))),
+        "history": tuple(Attempt(_time(at), any_text(reply)[:REPLY]) for at, reply in (history or [])[-_HISTORY:]),
+    }
+
+
+def _count(value: object) -> int:
+    found = number(value)
+    if not 0 <= found < _MOST or found != int(found):
+        raise ValueError("not a count")
+    return int(found)
+
+
+def _time(value: object) -> float:
+    found = number(value)
+    if not 0 <= found < _LATEST:
+        raise ValueError("not a time")
+    return found
 
 
 _FRESH = CopyState()  # frozen: one is enough for all that have no history

@@ -8,6 +8,7 @@ several processes at once. A record that cannot be read is set aside for an hour
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from relay.ledger.rq_jobs import JOB_SIZE
 from relay.mail.destination import Destination
 from relay.mail.envelope import Envelope, MalformedRecord
 from relay.mail.headers import equality_digest
-from relay.mail.ids import owner_of
+from relay.mail.ids import is_id, owner_of, text
+from relay.mail.stored import texts
 
 _GRACE = 60.0  # seconds past its deadline before a staged message counts as left behind
 _SET_ASIDE = 3600.0
@@ -63,7 +65,7 @@ def take_over(connection: Redis, place: str, owner: str, hold_seconds: float, jo
     """
     connection.hset(keys.OWNERS, owner, place)
     owners = cast("dict[bytes, bytes]", connection.hgetall(keys.OWNERS))
-    dead = {other.decode() for other, where in owners.items() if where.decode() == place and other.decode() != owner}
+    dead = {text(other) for other, where in owners.items() if text(where) == place and text(other) != owner}
     held = [message_id for other in sorted(dead) for message_id in abandon(connection, other, hold_seconds)]
     if dead:
         _dispatch_last(connection, dead, job_size)
@@ -93,9 +95,9 @@ def _last_of(connection: Redis, name: str, dead: set[str]) -> list[str]:
             "list[tuple[bytes, float]]",
             connection.zrange(keys.PENDING + name, start, start + queries.PAGE - 1, desc=True, withscores=True),
         )
-        for message_id, at in ((member.decode(), score) for member, score in page):
+        for message_id, at in ((text(member), score) for member, score in page):
             owner = owner_of(message_id)
-            if owner in dead and at >= newest.setdefault(owner, at) - _COLLECTED:
+            if is_id(message_id) and owner in dead and at >= newest.setdefault(owner, at) - _COLLECTED:
                 found[message_id] = None
         if len(page) < queries.PAGE or (len(newest) == len(dead) and page[-1][1] < min(newest.values()) - _COLLECTED):
             break
@@ -117,7 +119,7 @@ def note_twins(connection: Redis, known: set[str]) -> None:
     """
     uncertain = {message_id for page in queries.pages(connection, keys.UNCERTAIN) for message_id, _ in page}
     noted = cast("dict[bytes, bytes]", connection.hgetall(keys.TWINS))
-    twins = [(digest.decode(), i) for digest, ids in noted.items() for i in ids.decode().split()]
+    twins = [(text(digest), i) for digest, ids in noted.items() for i in text(ids).split()]
     unknown = sorted(uncertain - known - {i for _, i in twins})
     new = [(digest, i) for i in unknown if (digest := _digest(connection, i))]
     stale = [(digest, i) for digest, i in twins if i not in uncertain]
@@ -162,7 +164,11 @@ def _shares(envelope: Envelope, definitions: Mapping[str, Destination], covered:
 
 def _addresses(lists: bytes | None) -> set[str]:
     """Read what twins have covered: a JSON list a line. Addresses are compared exactly."""
-    return {address for line in (lists or b"").splitlines() for address in json.loads(line)}
+    found: set[str] = set()
+    for line in (lists or b"").splitlines():
+        with contextlib.suppress(ValueError, TypeError, RecursionError):  # who is not covered for sure gets a copy
+            found |= set(texts(json.loads(line)))
+    return found
 
 
 def _revive(connection: Redis, due: Sequence[Recovered]) -> Iterator[Recovered]:

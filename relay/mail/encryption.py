@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from relay.ownership import fault_of_secret
+
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -197,6 +199,8 @@ def _read(path: Path) -> _File:
                 raise BadKeyFile(f"{path} is no regular file")
             if found.st_mode & (0o027 if found.st_uid == 0 else 0o077):
                 raise BadKeyFile(f"{path} is open to others (mode {found.st_mode & 0o777:04o}): chmod 600")
+            if fault := fault_of_secret(path, found):
+                raise BadKeyFile(fault)
             text = file.read(1 << 20)
     except OSError as error:
         raise BadKeyFile(f"{path} cannot be read: {error.strerror}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-_LINE_END = re.compile(r"[\x00\r\n]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what no command of ours has, see relay.client.connection
 
 
 def any_text(value: object) -> str:
@@ -16,10 +16,17 @@ def any_text(value: object) -> str:
 
 
 def line(value: object) -> str:
-    """Return an address or a parameter of an envelope: a line end would end the command. Raises TypeError."""
+    """Return an address or a parameter of an envelope, which can be sent in a command. Raises TypeError."""
     text = any_text(value)
-    if not text.isprintable() and _LINE_END.search(text):
-        raise TypeError("a line end in a command")
+    if text.isascii() and text.isprintable():  # nearly always, and a tenth of the cost
+        return text
+    if _CONTROL.search(text):
+        raise TypeError("a control character in a command")
+    if not text.isascii():
+        try:
+            text.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError as error:
+            raise TypeError("half a character in a command") from error
     return text
 
 

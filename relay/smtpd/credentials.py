@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relay.config.model import SmtpSettings
+from relay.ownership import fault_of_secret
 from relay.smtpd.passwords import Users
 
 
@@ -36,8 +37,11 @@ def _tls(settings: SmtpSettings) -> ssl.SSLContext | None:
     for name, path in (("smtp.tls_certificate", settings.tls_certificate), ("smtp.tls_key", key)):
         try:
             path.open("rb").close()
+            fault = fault_of_secret(path)
         except OSError as error:
             raise OSError(f"{name}: {path} cannot be read: {error.strerror}") from error
+        if fault:
+            raise OSError(f"{name}: {fault}")
     try:
         # Without a password: a prompt would hold up the start.
         context.load_cert_chain(settings.tls_certificate, settings.tls_key, password="")

@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from relay.ownership import fault_of_secret
+
 _LN, _R, _P = 14, 8, 1  # 16 MiB and some 50 ms
 _LONGEST = 1024  # octets of a password
 _AT_ONCE = 4  # checks that run at the same time; each has its 16 MiB
@@ -66,6 +68,8 @@ class Users:
     def read(cls, path: Path) -> Users:
         """Read the file. Raises ValueError with the reason, and OSError."""
         hashes: dict[str, _Hash] = {}
+        if fault := fault_of_secret(path):
+            raise ValueError(fault)
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError:

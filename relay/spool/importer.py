@@ -24,7 +24,7 @@ from typing import Any, TypeVar, cast
 
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as NoConnection
-from redis.exceptions import OutOfMemoryError, RedisError
+from redis.exceptions import DataError, OutOfMemoryError, RedisError, ResponseError
 
 from relay import maillog, metrics
 from relay.ledger import changes, keys
@@ -32,11 +32,13 @@ from relay.ledger.changes import Held, Released
 from relay.ledger.monitor import Monitor
 from relay.ledger.rq_jobs import Dispatcher
 from relay.mail.destination import Destination
-from relay.spool import shares
+from relay.mail.ids import is_destination_name, is_id, text
+from relay.spool import shares, writer
 from relay.spool.admission import Admission
 from relay.spool.files import Ahead, Loaded, SpoolFiles
 from relay.spool.shares import Share
-from relay.spool.writer import DISCARD, STAGED, Entry
+from relay.spool.skipped import is_of_all
+from relay.spool.writer import STAGED, Entry
 
 T = TypeVar("T")
 
@@ -50,7 +52,6 @@ _PAGE = 1000
 _SHARE = 3  # seconds of rest for each second of work
 _FORGET_AFTER = 60.0  # seconds; by then whatever was on its way to Redis has come or never will
 _TRIES = 3
-_SKIP_SECONDS = 600.0
 _TROUBLE_SECONDS = 10.0  # until a disk that refused is asked again
 
 
@@ -80,7 +81,6 @@ class Importer:
         self._is_short = False  # of memory for what else could come in
         self._told: set[str] = set()  # names of files that do not fit, told once
         self._tries: Counter[str] = Counter()  # of batches that Redis refused, by their first file
-        self._skipped: dict[str, float] = {}  # what Redis refused, and when
         self.passes = 0  # through all that there was
         self.waits = 0  # for calm, or room
 
@@ -103,6 +103,9 @@ class Importer:
                     await self._rest(_TROUBLE_SECONDS)
                 except RedisError as error:
                     self._watch.failed(error)
+                except Exception as error:  # nothing that can happen here ends the import
+                    maillog.spool_trouble("import", error)
+                    await self._rest(_TROUBLE_SECONDS)
                 await self._rest(_SHORT_SECONDS if self._is_short else _LOOK_SECONDS)
         finally:
             if lock >= 0:
@@ -148,14 +151,27 @@ class Importer:
     async def _settle_notes(self, notes: Sequence[Entry]) -> None:
         """Do what a dead process was about to tell Redis."""
         for page in _pages(notes):
-            accepted = await asyncio.to_thread(self._shelf.notes, page)
-            refused = [e.id for e in page if e.state == DISCARD]
-            if accepted:
-                await self._execute(partial(changes.release, messages=accepted))
-            if refused:
-                await self._execute(partial(changes.discard, ids=refused))
-            await self._dispatch(accepted)
-            await asyncio.to_thread(self._shelf.delete, [e.name for e in page])
+            found = await asyncio.to_thread(self._shelf.notes, page)
+            try:
+                await self._settle_page(found)
+            except (ResponseError, DataError) as error:
+                if isinstance(error, OutOfMemoryError):
+                    raise
+                for note in found:  # one that Redis does not take must not stop the others
+                    try:
+                        await self._settle_page([note])
+                    except (ResponseError, DataError) as trouble:
+                        self._shelf.skipped.add(note[0].name, trouble)
+
+    async def _settle_page(self, found: Sequence[tuple[Entry, Released | None]]) -> None:
+        accepted = [note for _, note in found if note is not None]
+        refused = [entry.id for entry, note in found if note is None]
+        if accepted:
+            await self._execute(partial(changes.release, messages=accepted))
+        if refused:
+            await self._execute(partial(changes.discard, ids=refused))
+        await self._dispatch(accepted)
+        await asyncio.to_thread(self._shelf.delete, [entry.name for entry, _ in found])
 
     async def _import(self, entries: Sequence[Entry], backup: str = "", seconds: float = math.inf) -> bool:
         """Bring messages in, those of a backup's backlog where one is named. Returns whether the time was too short."""
@@ -189,6 +205,10 @@ class Importer:
             if self._tries[batch[0].name] < _TRIES:
                 return False
             await self._skip(batch, backup, error)
+        except Exception as error:
+            if is_of_all(error):
+                raise
+            await self._skip(batch, backup, error)
         else:
             # New mail goes first; but short of memory, what is spooled is the new mail.
             share = _SHARE if self._watch.may_import() else 1
@@ -205,21 +225,20 @@ class Importer:
                 more |= await self._import(entries, name, _SLICE_SECONDS)
         return more
 
-    async def _skip(self, batch: Sequence[Entry], backup: str, error: RedisError) -> None:
+    async def _skip(self, batch: Sequence[Entry], backup: str, error: Exception) -> None:
+        """Find the one of a batch that gives the trouble: it is passed over for a while, the others come in."""
         if len(batch) > 1:
             for entry in batch:
                 await self._import([entry], backup)
         else:
-            maillog.ledger_trouble(f"import of {batch[0].id}", error)
-            self._skipped[batch[0].name] = time.monotonic()
+            self._shelf.skipped.add(batch[0].name, error)
 
     def _fitting(self, batch: Sequence[Entry], level: float) -> list[Entry]:
         """Return those that may come in together."""
-        now = time.monotonic()
         fitting: list[Entry] = []
         octets = 0
         for entry in batch:
-            if now - self._skipped.get(entry.name, -math.inf) < _SKIP_SECONDS:
+            if entry.name in self._shelf.skipped:
                 continue
             if self._watch.fits(octets + entry.size, level):
                 fitting.append(entry)
@@ -286,7 +305,10 @@ class Importer:
         now = await self._connection.time()
         while True:
             reply = await self._connection.zrangebyscore(key, "-inf", now[0] - _FORGET_AFTER, start=0, num=_PAGE)
-            old = [i.decode() for i in cast("list[bytes]", reply)]
+            members = cast("list[bytes]", reply)
+            old = [note for note in map(text, members) if _is_note(note)]
+            if junk := [member for member in members if not _is_note(text(member))]:
+                await self._connection.zrem(key, *junk)  # nobody of ours wrote it, and nothing would ever strike it
             gone = await asyncio.to_thread(self._shelf.gone, old) if old else []
             if not gone:
                 return
@@ -307,6 +329,12 @@ class Importer:
                 await self._dispatcher.put(destination, those)
         except OSError as error:  # not the spool's: Redis is asked again as soon as it is well
             raise NoConnection(str(error)) from error
+
+
+def _is_note(member: str) -> bool:
+    file, name = changes.note_of(member)
+    entry = writer.entry_of(file)
+    return (is_id(file) and not name) or (bool(entry.state) and is_destination_name(name))
 
 
 def _pages(items: Sequence[T]) -> list[Sequence[T]]:

@@ -11,6 +11,8 @@ import os
 import time
 from pathlib import Path
 
+from relay import private_files
+
 _LOCK_SECONDS = 1.0
 
 
@@ -24,7 +26,7 @@ def lock(spool: Path, owner: str) -> int:
     path = folder_of(spool) / owner
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = private_files.open_lock(path)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.stat().st_ino == os.fstat(descriptor).st_ino:
@@ -39,10 +41,10 @@ def lock(spool: Path, owner: str) -> int:
 
 
 def is_alive(spool: Path, owner: str) -> bool:
-    """Say whether the relay process of that name runs."""
+    """Say whether the relay process of that name runs. What another user put there is no process of ours."""
     try:
-        descriptor = os.open(folder_of(spool) / owner, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+        descriptor = private_files.open_lock(folder_of(spool) / owner, os.O_RDONLY)
+    except (FileNotFoundError, private_files.Foreign):
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -57,7 +59,7 @@ def forget(spool: Path, owner: str) -> None:
     """Remove the lock file of a process that is dead; a living one keeps it."""
     path = folder_of(spool) / owner
     with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = private_files.open_lock(path, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()

@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
+from relay import private_files
 from relay.ledger.changes import Released
-from relay.mail.ids import is_id
+from relay.mail.ids import is_destination_name, is_id
 from relay.spool import locks
 
 TMP, STAGED, READY, HELD = "tmp", "staged", "ready", "held"
@@ -74,7 +75,8 @@ def backlog(folder: Path, destination: str) -> Path:
 
 def backlogs(folder: Path) -> list[str]:
     """Return the backups that have, or had, such a folder. Raises OSError."""
-    return sorted(unquote(name.removeprefix("to-")) for name in names(folder / "backlog"))
+    found = {name: unquote(name.removeprefix("to-")) for name in names(folder / "backlog") if name.startswith("to-")}
+    return sorted(backup for backup in found.values() if is_destination_name(backup))
 
 
 def names(folder: Path) -> list[str]:
@@ -87,10 +89,10 @@ def names(folder: Path) -> list[str]:
 
 
 def prepare(folder: Path) -> None:
-    """Make the folders, private to us. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Make the folders, private to us, or close those that others could write to. Raises Foreign, OSError."""
+    private_files.folder(folder, is_named=True)
     for name in ("messages", "backlog", "owners", "corrupt", "unfinished"):
-        (folder / name).mkdir(exist_ok=True, mode=0o700)
+        private_files.folder(folder / name)
     for changed in (folder, folder.parent):
         sync(changed)
 
@@ -315,7 +317,7 @@ class Spool:
             if disk.f_bavail * disk.f_frsize - len(data) < reserve:
                 raise OSError(errno.ENOSPC, "less than spool.min_free would be left", str(self._folder))
         temporary = f"{stem}.{TMP}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(temporary, flags, 0o600, dir_fd=self._messages)
         try:
             rest = memoryview(data)

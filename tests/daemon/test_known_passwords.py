@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import redis
 
 from relay.daemon import known_passwords
+from relay.daemon.retired_destinations import _with_password
 from relay.ledger import keys, rq_jobs
 from relay.mail.destination import Destination
 from support.product import Product
@@ -29,6 +31,19 @@ def test_what_is_noted(tmp_path: Path) -> None:
     for spoilt in ("", "{}", "[1]", '["x"]', "null"):
         file.write_text(spoilt)
         assert known_passwords.remember(tmp_path, [two]) == {two.to_json()}
+
+
+def test_tls_files_are_opened_where_the_settings_have_named_them(tmp_path: Path) -> None:
+    """A destination that only Redis names opens no file of ours, whichever field has it; a named one keeps its."""
+    fields = ("ca_file", "tls_certificate", "tls_key")
+    for number, field in enumerate(fields):
+        named = Destination(f"named{number}", "one.example", 25, tls="verify", **{field: "/etc/ours.pem"})  # type: ignore[arg-type]
+        known = known_passwords.remember(tmp_path, [named])
+        assert _with_password(named, known) == named
+        for stranger in (replace(named, host="evil.example"), replace(named, **{field: "/dev/zero"})):
+            found = _with_password(stranger, known)
+            assert not any(getattr(found, f) for f in fields)
+            assert (found.host, found.tls) == (stranger.host, "verify")
 
 
 def test_the_ledger_cannot_send_for_our_files(

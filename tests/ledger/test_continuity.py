@@ -107,7 +107,7 @@ def test_no_change_deletes_what_a_list_names_that_nobody_defines(redis_client: r
         elif change == "move":
             changes.move(pipe, "a", "c", [changes.Move(message_id, "", None)])
         else:
-            changes.stow(pipe, message_id, b"stub")
+            changes.stow(pipe, message_id, b"stub", "here")
         pipe.execute()
     assert redis_client.get(keys.MESSAGE + message_id) == record
     assert redis_client.zscore(keys.PENDING + "b", message_id) is not None

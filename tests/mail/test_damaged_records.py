@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import struct
@@ -237,3 +238,18 @@ def test_names() -> None:
     assert is_destination_name("[::1]:25")
     for other in ("", "a/b", "a\n", "x" * 101, "\x1b[2J", 5, None):
         assert not is_destination_name(other)
+
+
+@pytest.mark.parametrize("text", ["a\tb@test", "a\x1b[2J@test", "a\x7f@test", "a\rb@test", "\ud800@test"])
+@pytest.mark.parametrize("where", ["from", "to", "rcpt", "mail"])
+def test_what_no_command_can_say_is_no_envelope(text: str, where: str) -> None:
+    """A record that would be an error at each try, before a server has seen it, is malformed: it fails and says why."""
+    record = {"id": "0123456789abcdef", "from": "a@test", "to": [["b@test"]], "at": 1.0, "size": 0}
+    changes: dict[str, dict[str, object]] = {
+        "from": {"from": text},
+        "to": {"to": [[text]]},
+        "rcpt": {"to": [["b@test", text]]},
+        "mail": {"mail": [text]},
+    }
+    with pytest.raises(MalformedRecord):
+        Envelope.from_json(json.dumps({**record, **changes[where]}).encode())

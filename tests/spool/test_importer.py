@@ -15,6 +15,7 @@ import pytest
 import redis
 import redis.asyncio
 
+from relay import private_files
 from relay.ledger import changes, keys, registry
 from relay.ledger.changes import Released, Staged
 from relay.ledger.copy_state import CopyState
@@ -531,3 +532,132 @@ async def test_the_clock_starts_at_acceptance(place: Place) -> None:
     await place.imported()
     for message_id in (spooled, late.envelope.id):
         assert place.client.zscore(keys.PENDING + "new", message_id) == pytest.approx(accepted, abs=0.01)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the names of the files that the log was told of."""
+    names: list[str] = []
+
+    def notice(_level: str, _text: str, **fields: object) -> None:
+        names.append(Path(str(fields.get("file", fields.get("folder", "")))).name)
+
+    monkeypatch.setattr("relay.maillog.notice", notice)
+    monkeypatch.setattr("relay.maillog.spool_trouble", lambda name, _error: names.append(name))
+    return names
+
+
+STRANGER = 12345
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+
+
+@as_root
+async def test_what_another_user_puts_there_is_left_alone(place: Place, told: list[str]) -> None:
+    """A spool open to everybody is closed; a stranger's mail, notes, links and pipes are neither read nor moved."""
+    theirs = [place.abandoned("ready", "theirs"), place.abandoned("release"), place.abandoned("held")]
+    note = IdSource().next()
+    place.put(f"{note}.discard", b"{}")
+    place.put("README", b"no file of ours")
+    kept = place.names()
+    for name in kept:
+        os.chown(writer.messages(place.folder) / name, STRANGER, STRANGER)
+    pipe = writer.messages(place.folder) / f"{IdSource().next()}-10.ready"
+    os.mkfifo(pipe)
+    link = writer.messages(place.folder) / f"{IdSource().next()}-10.ready"
+    link.symlink_to("/etc/passwd")
+    owner = place.folder / "owners" / IdSource().owner
+    os.mkfifo(owner)
+    staged = place.message("staged in Redis", ids=IdSource())
+    place.stage(staged)
+    shadow = place.put(f"{staged.envelope.id}-10.ready", b"0123456789")
+    os.chown(shadow, STRANGER, STRANGER)
+    kept = place.names()
+    for folder in (place.folder, writer.messages(place.folder)):
+        folder.chmod(0o777)
+    ours = await place.spooled(place.message("ours"))
+    for _ in range(2):
+        await place.imported()
+    assert place.ledger.pending_ids() == [ours]
+    assert place.staged() == [staged.envelope.id]
+    assert not set(place.uncertain()) & set(theirs)
+    assert place.names() == kept
+    assert place.corrupt() == []
+    assert {folder.stat().st_mode & 0o777 for folder in (place.folder, writer.messages(place.folder))} == {0o700}
+    assert {"spool", "messages", *kept} <= set(told)
+
+
+@as_root
+@pytest.mark.parametrize("name", ["importer.lock", "identity", "destinations.json"])
+async def test_a_file_of_another_user_names_nothing(place: Place, told: list[str], name: str) -> None:
+    """Neither the importer's lock nor what the spool remembers is believed when it is somebody else's."""
+    (place.folder / name).write_text('{"evil": "x"}')
+    os.chown(place.folder / name, STRANGER, STRANGER)
+    await place.spooled(place.message())
+    async with place.importing() as under_test:
+        await until(lambda: bool(told) or under_test.passes > 0)
+    assert not place.client.hexists(keys.DESTINATIONS, "evil")
+    assert told
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "broken"), PermissionError(errno.EACCES, "no"), RuntimeError("?")]
+)
+@pytest.mark.parametrize("head", ["ready", "release", "tmp", "held"])
+async def test_a_file_that_gives_trouble_stops_nothing(
+    place: Place, told: list[str], monkeypatch: pytest.MonkeyPatch, error: Exception, head: str
+) -> None:
+    """Whatever one file's trouble is, what is behind it comes in; it is told once and is there for another time."""
+    bad = place.abandoned(head, "bad") if head != "release" else IdSource().next()
+    if head == "release":
+        place.put(f"{bad}.release", b"{}")
+    (bad_name,) = place.names()
+    made = [await place.spooled(place.message(str(n))) for n in range(5)]
+    read, rename = private_files.read, Path.rename
+
+    def failing_read(where: Path, name: str, size: int | None = None) -> bytes:
+        if name == bad_name:
+            raise error
+        return read(where, name, size)
+
+    def failing_rename(path: Path, target: Path) -> Path:
+        if path.name == bad_name and isinstance(error, OSError):
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(private_files, "read", failing_read)
+    monkeypatch.setattr(Path, "rename", failing_rename)
+    async with place.importing() as under_test:
+        await until(lambda: under_test.passes > 3)
+    if head == "tmp" and not isinstance(error, OSError):
+        return
+    assert place.ledger.pending_ids() == made
+    assert place.names() == [bad_name]
+    assert told.count(bad_name) == 1
+
+
+async def test_junk_in_notes_and_in_what_was_brought_in(place: Place, told: list[str]) -> None:
+    """A note that makes no sense is set aside, a member of Redis's that is no note is struck; the rest goes on."""
+    junk = [b"[]", b"null", b'{"id": 1}', b'{"id":"%s","destinations":[1],"digest":"","recipients":[]}', b"[" * 10000]
+    for data in junk:
+        message_id = IdSource().next()
+        place.put(f"{message_id}.release", data.replace(b"%s", message_id.encode()))
+    good = place.message("good", ids=IdSource())
+    place.stage(good)
+    released = Released(good.envelope.id, ("new",), "", ("b@test",), 0.0)
+    place.put(f"{good.envelope.id}.release", json.dumps(released._asdict()).encode())
+    await place.imported()
+    imported = keys.IMPORTED + (place.folder / "identity").read_text()
+    place.client.zadd(imported, {b"\xff\xfe": 1, b"../../x new": 1, b"x" * 100: 1, b"": 1})
+    await place.imported()
+    assert place.client.zcard(imported) == 0
+    assert place.ledger.pending_ids() == [good.envelope.id]
+    assert len(place.corrupt()) == len(junk)
+
+
+async def test_a_failed_body_is_delivered_again_from_a_copy_in_the_spool(place: Place) -> None:
+    """The way back for a body on disk that Redis has lost, as docs/failures.md has it."""
+    message = place.message("kept")
+    record = message.pack()
+    place.put(f"{message.envelope.id}-{len(record)}.ready", record)
+    await place.imported()
+    assert place.ledger.pending_ids() == [message.envelope.id]

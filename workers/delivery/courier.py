@@ -28,6 +28,7 @@ from relay.ledger.changes import Claim, Heard
 from relay.ledger.continuity import warning
 from relay.mail.destination import Destination
 from relay.mail.envelope import MalformedRecord
+from relay.mail.ids import text as as_text
 from relay.mail.record import BodyElsewhere, LockedRecord
 from relay.mail.text import printable
 from relay.redisio import pipeline
@@ -256,9 +257,9 @@ class Courier:
             fresh = secrets.token_hex(8)
             changes.is_known(question, known.identity, known.progress + 1, fresh, count_on=False)
             ((identity, count, cause, _),) = await self._wires.ask(question)
-            self._heard = Heard(identity.decode(), int(count), heard.doubt)
+            self._heard = Heard(as_text(identity), int(count), heard.doubt)
             if cause:
-                maillog.notice("error", warning(cause.decode()), cause=cause.decode())
+                maillog.notice("error", warning(as_text(cause)), cause=as_text(cause))
                 self._doubt = max(self._doubt, self._now())
         for claim in claims:
             last = claim.state.history[-1].at if claim.state.history else claim.accepted_at
@@ -348,7 +349,7 @@ class Courier:
         except (RedisError, OSError) as error:
             maillog.ledger_trouble("looking for a probe", error)
             return
-        found: list[str] = [message_id.decode() for message_id in (*drawn, *newest)]
+        found: list[str] = [as_text(message_id) for message_id in (*drawn, *newest)]
         ids = [message_id for message_id in found if message_id not in self._held]
         batch.work.extend(await self._claim(batch.job, ids))
 

@@ -235,7 +235,8 @@ def _optional(envelope: Envelope) -> Iterator[str]:
         if text is None:
             continue
         if name == "HOLDFOR":
-            left = int(envelope.received_at + int(text) - now) if text.isdigit() else 0
+            is_count = text.isascii() and text.isdigit() and len(text) < 12
+            left = int(envelope.received_at + int(text) - now) if is_count else 0
             text = str(left) if left > 0 else ""
         elif name == "HOLDUNTIL":
             try:

@@ -21,6 +21,7 @@ from relay.ledger.copy_state import Attempt, CopyState
 from relay.ledger.queries import UnknownId
 from relay.mail.destination import Destination
 from relay.mail.envelope import Envelope
+from relay.mail.ids import text as as_text
 from workers.queues import failed
 from workers.rqworker import live_jobs
 
@@ -147,7 +148,7 @@ class _Health:
         if fields.get(b"state") != b"paused":
             return cls()
         probe = fields.get(b"probe_at")
-        return cls(fields.get(b"reason", b"").decode(), float(probe) if probe else None)
+        return cls(as_text(fields.get(b"reason", b"")), float(probe) if probe else None)
 
 
 def _rows(
@@ -289,7 +290,7 @@ class _Mover:
             for message_id, data, envelope in zip(ids, before, found, strict=True):
                 state = self._state(CopyState.from_wire(data), envelope)
                 after = replace(state, job=job, tries=0, since=clock).to_wire() if state else None
-                moves.append(Move(message_id, data.decode() if data else "", after))
+                moves.append(Move(message_id, as_text(data) if data else "", after))
             changes.move(pipe, self._old.name, self._new.name, moves)
             done = pipe.execute()[-1]
         self.pending += self._count(moves, done)
@@ -304,7 +305,7 @@ class _Mover:
                 after = self._state(state, envelope)
                 if after is not None:
                     after = failed.relist(pipe, self._queues[1], self._new.name, message_id, after, envelope)
-                moves.append(Move(message_id, data.decode() if data else "", after.to_wire() if after else None))
+                moves.append(Move(message_id, as_text(data) if data else "", after.to_wire() if after else None))
             failed.forget_jobs(pipe, self._queues[0], [state.job for state in states])
             changes.move(pipe, self._old.name, self._new.name, moves, failed=True)
             done = pipe.execute()[-1]

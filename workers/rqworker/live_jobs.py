@@ -21,6 +21,7 @@ from rq.worker import BaseWorker
 from relay.ledger import keys as ledger_keys
 from relay.ledger import queries, rq_jobs
 from relay.mail.ids import are_ids
+from relay.mail.ids import text as as_text
 
 _LONGEST = 1 << 20  # octets of the call of a job
 _PAGE = 1000
@@ -114,7 +115,7 @@ def forget_useless(connection: Redis, destination: str) -> int:
 
 
 def _texts(entries: Any) -> list[str]:
-    return [entry.decode() for entry in entries]
+    return [as_text(entry) for entry in entries]
 
 
 def _waits(connection: Redis, destination: str, ids: list[str]) -> bool:
@@ -160,7 +161,7 @@ def _dead(connection: Redis, started: Sequence[str]) -> set[str]:
             pipe.hget(_EXECUTION + entry, "worker_name")
             pipe.hget(_JOB + entry.partition(":")[0], "worker_name")
         names = pipe.execute()
-        workers = {(execution or job or b"").decode() for execution, job in zip(names[::2], names[1::2], strict=True)}
+        workers = {as_text(execution or job or b"") for execution, job in zip(names[::2], names[1::2], strict=True)}
         ordered = sorted(workers)
         for name in ordered:
             pipe.exists(BaseWorker.redis_worker_namespace_prefix + name)

@@ -20,11 +20,11 @@ from redis import Redis
 from rq import Queue
 from rq.intermediate_queue import IntermediateQueue
 from rq.registry import StartedJobRegistry
-from rq.utils import as_text
 from rq.worker import BaseWorker
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
 from relay import limits
+from relay.mail.ids import text
 
 PLACE = "place"  # field of the worker's hash: where its pid means something
 BORN = "born"  # field of the worker's hash: which of the processes that had this pid it is
@@ -86,7 +86,7 @@ def revive(connection: Redis, queue: Queue, name: str) -> list[str]:
     ]
     # EVAL, not EVALSHA: a script cache is lost with a Redis restart, which is when this is needed.
     again = cast("list[Any]", connection.eval(_REVIVE, len(keys), *keys, name, *stranded))
-    return [as_text(job) for job in again]
+    return [text(job) for job in again]
 
 
 def place() -> str:
@@ -96,6 +96,9 @@ def place() -> str:
         return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
     except OSError:  # no Linux: pids of one host are of one space
         return socket.gethostname()
+
+
+_PID = re.compile(rb"[0-9]{1,9}")
 
 
 def born(pid: int) -> str:
@@ -109,10 +112,10 @@ def dead_here(connection: Redis, queue: Queue) -> list[str]:
     here, dead = place(), []
     for name in _workers(connection, queue):
         pid, where, since = cast("list[Any]", connection.hmget(_key(name), ["pid", PLACE, BORN]))
-        if not pid or not where or as_text(where) != here:
+        if not where or text(where) != here or not _PID.fullmatch(pid or b""):
             continue
         # A container that starts again has the same small pids, and as a rule the number of the old namespace too.
-        is_another = bool(since) and born(int(pid)) != as_text(since)
+        is_another = bool(since) and born(int(pid)) != text(since)
         if is_another or not _is_alive(int(pid)):
             dead.append(name)
     return dead
@@ -134,7 +137,7 @@ def _key(name: str) -> str:
 
 def _workers(connection: Redis, queue: Queue) -> list[str]:
     members = cast("set[Any]", connection.smembers(WORKERS_BY_QUEUE_KEY % queue.name))
-    return [as_text(key).removeprefix(BaseWorker.redis_worker_namespace_prefix) for key in members]
+    return [text(key).removeprefix(BaseWorker.redis_worker_namespace_prefix) for key in members]
 
 
 def _others(connection: Redis, queue: Queue, name: str) -> bool:
@@ -145,7 +148,7 @@ def _others(connection: Redis, queue: Queue, name: str) -> bool:
 
 def _intermediate(connection: Redis, queue: Queue) -> list[str]:
     key = IntermediateQueue.get_intermediate_queue_key(queue.key)
-    return [as_text(job) for job in cast("list[Any]", connection.lrange(key, 0, -1))]
+    return [text(job) for job in cast("list[Any]", connection.lrange(key, 0, -1))]
 
 
 def _stat(pid: int) -> list[str]:

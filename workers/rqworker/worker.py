@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 from loguru import logger
 from redis import Redis
@@ -27,10 +27,12 @@ from redis.exceptions import RedisError
 from rq.executions import Execution
 from rq.job import Job
 from rq.serializers import JSONSerializer
-from rq.utils import as_text, now
+from rq.utils import now
 from rq.worker import SimpleWorker, WorkerStatus
 from rq.worker_registration import clean_worker_registry, register
 
+from relay.mail.ids import is_job_id
+from relay.mail.ids import text as as_text
 from relay.redisio.clients import master_of
 from workers import jobs
 from workers.rqworker.delivery_job import DeliveryJob
@@ -137,7 +139,7 @@ class DeliveryWorker(SimpleWorker):
             if self.stopping:  # it came with the signal: leave it to the next worker
                 self._put_back()
                 return None
-            for job in self._read([as_text(cast("Any", popped))]):
+            for job in self._read(self._named([popped])):
                 return job
         return None
 
@@ -149,7 +151,7 @@ class DeliveryWorker(SimpleWorker):
         with self.connection.pipeline(transaction=False) as pipeline:
             for _ in range(count):
                 pipeline.lmove(self.queue.key, self.queue.intermediate_queue_key)
-            popped = [as_text(job_id) for job_id in pipeline.execute() if job_id]
+            popped = self._named([job_id for job_id in pipeline.execute() if job_id])
         return self._read(popped)
 
     def _read(self, ids: Sequence[str]) -> list[DeliveryJob]:
@@ -163,6 +165,15 @@ class DeliveryWorker(SimpleWorker):
             self._behind, *records = pipeline.execute()
         found = [self._restored(job_id, record) for job_id, record in zip(ids, records, strict=True)]
         return [job for job in found if job is not None]
+
+    def _named(self, popped: Sequence[Any]) -> list[str]:
+        """Return those that can be jobs; whatever else somebody has put into the queue goes."""
+        found = {as_text(raw): raw for raw in popped}
+        for name, raw in found.items():
+            if not is_job_id(name):
+                logger.error("worker {}: {!r} in its queue is no job, and removed", self.name, name[:200])
+                self.connection.lrem(self.queue.intermediate_queue_key, 1, raw)
+        return [name for name in found if is_job_id(name)]
 
     def _restored(self, job_id: str, record: Mapping[bytes, bytes]) -> DeliveryJob | None:
         job = DeliveryJob(job_id, connection=self.connection, serializer=self.serializer)
@@ -354,7 +365,10 @@ class DeliveryWorker(SimpleWorker):
         """Trim what has expired; RQ's own also calls started jobs failed, which are the reconciler's."""
         self.queue.failed_job_registry.cleanup()
         self.queue.finished_job_registry.cleanup()
-        clean_worker_registry(self.queue)
+        try:
+            clean_worker_registry(self.queue)
+        except ValueError as error:  # RQ takes every member for text of its own
+            logger.warning("worker {}: the list of workers makes no sense: {}", self.name, error)
         self.last_cleaned_at = now()  # type: ignore[assignment]  # RQ only says None
 
     def request_stop(self, signum: int = 0, frame: FrameType | None = None) -> None:

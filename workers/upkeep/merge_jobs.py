@@ -14,6 +14,7 @@ from redis import Redis
 
 from relay.ledger import changes, rq_jobs
 from relay.ledger.rq_jobs import JOB_SIZE
+from relay.mail.ids import text as as_text
 from workers.rqworker import live_jobs
 
 _LONG = 1000  # jobs; a shorter queue is left alone
@@ -54,7 +55,7 @@ def merge(
     while jobs > 0:
         tick()
         taken = connection.eval(_TAKE, 2, queue.key, queue.intermediate_queue_key, str(min(jobs, _TAKEN)))
-        names = [job.decode() for job in cast("list[bytes]", taken)]
+        names = [as_text(job) for job in cast("list[bytes]", taken)]
         if not names:
             break
         jobs -= len(names)

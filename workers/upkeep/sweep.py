@@ -24,6 +24,7 @@ from relay.ledger import keys as ledger_keys
 from relay.ledger.continuity import Continuity, forget_kept
 from relay.ledger.copy_state import Attempt, CopyState
 from relay.mail.destination import Destination
+from relay.mail.ids import text as as_text
 from workers.queues import failed
 from workers.rqworker import live_jobs
 from workers.rqworker.revival import revive
@@ -209,7 +210,7 @@ class Sweeper:
         clock = changes.now(connection)
         has_owners = bool(connection.hlen(ledger_keys.OWN + name))
         leased = cast("list[bytes]", connection.zrangebyscore(ledger_keys.BUSY + name, clock, "+inf"))
-        busy = {message_id.decode() for message_id in leased}
+        busy = {as_text(message_id) for message_id in leased}
         suspects: dict[str, str] = {}
         for page in queries.pages(connection, ledger_keys.PENDING + name, until=clock - _SETTLED_SECONDS, size=_PAGE):
             self._tick()
@@ -289,7 +290,7 @@ class Sweeper:
         health = cast("dict[bytes, bytes]", self._connection.hgetall(ledger_keys.HEALTH + name))
         if health.get(b"state") != b"paused":
             return
-        reply = f"given up while the destination was paused: {health.get(b'reason', b'').decode()}"
+        reply = f"given up while the destination was paused: {as_text(health.get(b'reason', b''))}"
         before = changes.now(self._connection) - self._settings.retry.give_up
         done = 0
         for page in queries.pages(self._connection, ledger_keys.PENDING + name, until=before, size=_BATCH):

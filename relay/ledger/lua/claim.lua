@@ -9,14 +9,20 @@ local now = time[1] + time[2] / 1000000
 local stamp = time[1] .. '.' .. string.format('%06d', time[2])
 
 local function owner(state)
-  return string.sub(state, 1, string.find(state, '\n', 1, true) - 1)
+  return string.sub(state, 1, (string.find(state, '\n', 1, true) or 1) - 1)
+end
+
+-- What cannot be read is a state that owes all.
+local function read(state)
+  local sound, found = pcall(cjson.decode, string.sub(state, (string.find(state, '\n', 1, true) or 0) + 1))
+  if sound and type(found) == 'table' then return found end
+  return {a = 0, t = 0, s = 0}
 end
 
 -- The recipients that failed join those still owed; a state without "o" owes all of them.
 local function merged(state, other)
-  local a = cjson.decode(string.sub(state, string.find(state, '\n', 1, true) + 1))
-  local b = cjson.decode(string.sub(other, string.find(other, '\n', 1, true) + 1))
-  if a.o and b.o then
+  local a, b = read(state), read(other)
+  if type(a.o) == 'table' and type(b.o) == 'table' then
     local seen = {}
     for _, n in ipairs(a.o) do seen[n] = true end
     for _, n in ipairs(b.o) do

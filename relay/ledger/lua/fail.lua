@@ -10,8 +10,9 @@ local before = redis.call('HGET', 'smtpdup:failure:' .. destination, id)
 if before then
   local head = string.sub(state, 1, string.find(state, '\n', 1, true))
   local a = cjson.decode(string.sub(state, string.find(state, '\n', 1, true) + 1))
-  local b = cjson.decode(string.sub(before, string.find(before, '\n', 1, true) + 1))
-  if a.o and b.o then
+  -- What cannot be read has failed for all.
+  local sound, b = pcall(cjson.decode, string.sub(before, (string.find(before, '\n', 1, true) or 0) + 1))
+  if a.o and sound and type(b) == 'table' and type(b.o) == 'table' then
     local seen = {}
     for _, n in ipairs(a.o) do seen[n] = true end
     for _, n in ipairs(b.o) do

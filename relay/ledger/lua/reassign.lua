@@ -9,7 +9,7 @@ for i = 4, #ARGV, 2 do
   local id = ARGV[i]
   local state = redis.call('HGET', states, id)
   if state then
-    local cut = string.find(state, '\n', 1, true)
+    local cut = string.find(state, '\n', 1, true) or 1
     local leased = list == 'own' and redis.call('ZSCORE', 'smtpdup:busy:' .. destination, id)
     if not (leased and tonumber(leased) > now) and (ARGV[i + 1] == '*' or ARGV[i + 1] == string.sub(state, 1, cut - 1)) then
       redis.call('HSET', states, id, job .. string.sub(state, cut))
