@@ -39,6 +39,8 @@ SETTINGS = {
     "retry.longest": "4",
     "retry.give_up": "1h",
     "relay.timeout_seconds": "5",
+    "relay.greeting_timeout_seconds": "1",
+    "relay.command_timeout_seconds": "1",
     "relay.final_timeout_seconds": "8",
     "relay.uncertain_hold": "3",
     "redis.timeout_seconds": "2",

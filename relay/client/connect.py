@@ -33,6 +33,7 @@ from relay.client.connection import (
 from relay.client.reply_parser import safe_text
 from relay.mail.destination import Destination
 from relay.mail.reply import Reply
+from relay.mail.timeouts import Timeouts
 
 __all__ = [
     "ClientError",
@@ -56,28 +57,30 @@ async def connect(
     destination: Destination,
     *,
     local_hostname: str,
-    timeout: float,
+    timeouts: Timeouts,
     tls_context: ssl.SSLContext | None = None,
 ) -> Connection:
-    """Open a session, ready for MAIL; ``timeout`` is for each step. Raises ConnectFailed.
+    """Open a session, ready for MAIL; each step has its deadline, and all of them together. Raises ConnectFailed.
 
     All addresses of the host are tried until one serves (RFC 5321 5.1); each has its share of the time that is left for
-    its connect, its greeting and its EHLO. A password that was refused is not shown to another address.
+    its connect, its greeting and its EHLO, and the last one all of it. A password that was refused is not shown to
+    another address.
     """
     context = tls_context
     if context is None and (destination.scheme == "smtps" or destination.tls != "none"):
         with _stage("TLS"):
             context = await _context(destination)
     with _stage("connect"):
-        addresses = await _addresses(destination, timeout)
+        addresses = await _addresses(destination, timeouts.connect)
     loop = asyncio.get_running_loop()
-    deadline, left = loop.time() + timeout, len(addresses)
+    begun = loop.time()
+    deadline, left = begun + timeouts.connect, len(addresses)
     told: ConnectFailed | None = None
     for address in addresses:
-        patience = max(deadline - loop.time(), timeout / len(addresses)) / left
-        left -= 1
+        patience = max(deadline - loop.time(), timeouts.connect / len(addresses)) / left
+        share, left = left, left - 1
         try:
-            return await _connect_to(address, destination, local_hostname, timeout, patience, context)
+            return await _connect_to(address, destination, local_hostname, timeouts, begun, patience, share, context)
         except ConnectFailed as error:
             if error.reply is not None or told is None or told.reply is None:
                 told = error  # what a server says tells more than that another one is not there
@@ -90,30 +93,41 @@ async def _connect_to(
     address: _Address,
     destination: Destination,
     local_hostname: str,
-    timeout: float,
+    timeouts: Timeouts,
+    begun: float,
     patience: float,
+    share: int,
     context: ssl.SSLContext | None,
 ) -> Connection:
-    """Open a session with one address; ``patience`` is for its connect, its greeting and its EHLO."""
+    """Open a session with one address; ``patience`` is for its connect, one of ``share`` parts for its greeting."""
     start_tls = destination.scheme != "smtps" and destination.tls != "none"
     try:
-        return await _open(address, destination, local_hostname, timeout, patience, context, start_tls=start_tls)
+        return await _open(
+            address, destination, local_hostname, timeouts, begun, patience, share, context, start_tls=start_tls
+        )
     except _TLSFailed:
         if destination.tls != "opportunistic" or destination.username:
             raise
-    return await _open(address, destination, local_hostname, timeout, patience, context, start_tls=False)
+    return await _open(address, destination, local_hostname, timeouts, begun, patience, share, context, start_tls=False)
 
 
 async def _open(
     address: _Address,
     destination: Destination,
     local_hostname: str,
-    timeout: float,
+    timeouts: Timeouts,
+    begun: float,
     patience: float,
+    share: int,
     context: ssl.SSLContext | None,
     *,
     start_tls: bool,
 ) -> Connection:
+    def left(most: float) -> float:
+        """Return how long the next step may take; no handshake is longer than all may take together."""
+        spent = asyncio.get_running_loop().time() - begun
+        return max(timeouts.connect, min(most, timeouts.session - spent))
+
     with _stage("connect"):
         connected = await _dial(address, patience)
     smtp = aiosmtplib.SMTP(
@@ -123,18 +137,21 @@ async def _open(
         use_tls=destination.scheme == "smtps",
         start_tls=False,
         tls_context=context,
-        timeout=patience,
+        timeout=left(timeouts.greeting) / share,
     )
     protocol = None
     try:
         with _stage("greeting"):
             await smtp.connect()
         protocol = smtp.protocol
+        smtp.timeout = left(timeouts.command) / share
         extensions = await _hello(smtp, destination)
-        smtp.timeout = timeout
+        smtp.timeout = left(timeouts.command)
         if start_tls and await _start_tls(smtp, destination, offered="STARTTLS" in extensions):
+            smtp.timeout = left(timeouts.command)
             extensions = await _hello(smtp, destination)  # RFC 3207 4.2: forget what was said before TLS
         if destination.username:
+            smtp.timeout = left(timeouts.command)
             await _log_in(smtp, destination)
         return _take_over(smtp, destination, extensions, local_hostname)
     except BaseException:

@@ -20,6 +20,7 @@ from relay.client.connect import ClientError, ConnectFailed, Connection, Deadlin
 from relay.client.session_refusals import SessionRefusals
 from relay.mail.destination import Destination
 from relay.mail.reply import Reply
+from relay.mail.timeouts import Timeouts
 
 _CEILING_SECONDS = 30.0  # how long a server's "421 too many connections" is believed
 _NO_RSET_SECONDS = 300.0  # how long a server that does not answer RSET is sent none
@@ -37,21 +38,21 @@ class Pool:
         destination: Destination,
         *,
         local_hostname: str,
-        connect_timeout: float,
+        timeouts: Timeouts,
         limit: int,
         max_idle: int | None = None,
         idle_seconds: float = 60.0,
         max_refusals: int = 0,
         tls_context: ssl.SSLContext | None = None,
     ) -> None:
-        """Make an empty pool. ``connect_timeout`` is for each step of a handshake; ``max_idle`` None: all are kept.
+        """Make an empty pool. ``timeouts`` are for a handshake and for the line; ``max_idle`` None: all are kept.
 
         One on which the server has refused more than ``max_refusals`` things since it last accepted a message is not
         kept. How much a connection may carry, and for how long, is the destination's.
         """
         self.destination = destination
         self._local_hostname = local_hostname
-        self._connect_timeout = connect_timeout
+        self._timeouts = timeouts
         self._limit = max(1, limit)
         self._max_idle = max_idle
         self._idle_seconds = idle_seconds
@@ -99,12 +100,12 @@ class Pool:
         self._wake()
 
     async def lease(self, *, timeout: float | None = None, fresh: bool = False) -> Connection:
-        """Return a connection in step and without a transaction; None waits for ``connect_timeout`` at most.
+        """Return a connection in step and without a transaction; None waits in line as long as for a connection.
 
         ``fresh`` passes over the kept ones, for the caller whose kept one has just turned out to be dead. Raises
         PoolExhausted, and ConnectFailed from a new connection's handshake, which the timeout does not bound.
         """
-        deadline = asyncio.get_running_loop().time() + (self._connect_timeout if timeout is None else timeout)
+        deadline = asyncio.get_running_loop().time() + (self._timeouts.connect if timeout is None else timeout)
         if self._closed or self._waiters or self._out >= self._room():
             await self._wait(deadline, first=False)
         else:
@@ -204,7 +205,7 @@ class Pool:
                 continue
             try:
                 while connection.replies_owed:  # to the RSET of give_back, and mostly here already
-                    reply = await connection.reply(timeout=self._connect_timeout)
+                    reply = await connection.reply(timeout=self._timeouts.connect)
                     if not reply.is_positive:
                         connection.close()
             except DeadlinePassed:
@@ -234,7 +235,7 @@ class Pool:
         connection = await connect(
             self.destination,
             local_hostname=self._local_hostname,
-            timeout=self._connect_timeout,
+            timeouts=self._timeouts,
             tls_context=self._tls_context,
         )
         if self._closed:

@@ -15,6 +15,7 @@ from relay.config.options import OPTIONS
 from relay.config.types import PATH, listen_addresses, mask, sentinel_url
 from relay.mail.addresses import Network, within
 from relay.mail.destination import CONNECTION_AGE, MESSAGES_PER_CONNECTION, Destination
+from relay.mail.timeouts import Timeouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +84,19 @@ class RelaySettings:
     destination_primary: str
     destination_backups: tuple[str, ...]
     timeout_seconds: float
+    greeting_timeout_seconds: float
+    command_timeout_seconds: float
     messages_per_connection: int
     connection_age: float
     final_timeout_seconds: float
     require_durable_copies: bool
     uncertain_hold: float
+
+    @property
+    def timeouts(self) -> Timeouts:
+        """How long servers may take; who has set ``timeout_seconds`` to minutes means every step by it."""
+        least = self.timeout_seconds
+        return Timeouts(least, max(least, self.greeting_timeout_seconds), max(least, self.command_timeout_seconds))
 
 
 @dataclass(frozen=True, slots=True, repr=False)

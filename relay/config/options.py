@@ -141,7 +141,15 @@ OPTIONS: tuple[Option, ...] = (
            "variable comma-separated. A variable or flag replaces this list and every [[backup]] below.",
            "--backup"),
     Option("relay.timeout_seconds", duration(), 10, "seconds",
-           "Longest wait for the primary at connect, greeting, EHLO, TLS, AUTH, MAIL, RCPT and DATA."),
+           "Longest wait for a server to be connected: a dead host fails after this. Applies to the primary and the "
+           "backups, as do the next two."),
+    Option("relay.greeting_timeout_seconds", duration(), 60, "seconds",
+           "Longest wait for the greeting of a server that is connected. Some delay it on purpose: cPanel hosts 15 s. "
+           "At least relay.timeout_seconds."),
+    Option("relay.command_timeout_seconds", duration(), 120, "seconds",
+           "Longest wait for the reply to EHLO, STARTTLS, AUTH, MAIL, RCPT or DATA, which a server may delay for "
+           "look-ups, call-outs or tarpits. The client must wait longer: Postfix waits 300 s. At least "
+           "relay.timeout_seconds."),
     Option("relay.messages_per_connection", integer(0), 10, "messages",
            "Messages on one connection to the primary, at most. By default Exim queues what comes after the tenth, and "
            "Stalwart refuses it. 0: no limit."),
@@ -149,7 +157,7 @@ OPTIONS: tuple[Option, ...] = (
            "A connection to the primary is not used again after this time, so that a change of its address or settings "
            "is noticed. 0: no limit."),
     Option("relay.final_timeout_seconds", duration(), 600, "seconds",
-           "Longest wait for the answer to the whole message (RFC 5321 4.5.3.2.6), here and at the backups."),
+           "Longest wait for the answer to the whole message (RFC 5321 4.5.3.2.6)."),
     Option("relay.require_durable_copies", BOOLEAN, False, "",
            "If neither Redis nor the spool can be written: false, the primary's reply stands, and the lost copy is "
            "logged "

@@ -19,6 +19,7 @@ from relay.config.model import RedisSettings, Settings
 from relay.mail import encryption
 from relay.mail.destination import Destination
 from relay.mail.text import printable
+from relay.mail.timeouts import Timeouts
 from relay.monitoring.sentinel_probes import probe_replicas, probe_sentinels, probe_settings
 from relay.redisio.clients import async_client
 from relay.smtpd.credentials import Credentials
@@ -46,13 +47,13 @@ async def probe_all(settings: Settings) -> list[Finding]:
     """Probe Redis and every destination, all at the same time."""
     servers = [(settings.primary, "primary")] if settings.primary else []
     servers += [(backup, f"backup {backup.name}") for backup in settings.backups]
-    hostname, timeout = settings.smtp.domain, settings.relay.timeout_seconds
+    hostname, timeouts = settings.smtp.domain, settings.relay.timeouts
     found = (probe_credentials(settings), probe_keys(settings))
     door = [finding for finding in found if finding is not None]
     async with asyncio.TaskGroup() as group:
         redis = group.create_task(probe_redis(settings))
         others = [
-            group.create_task(probe_destination(server, subject, local_hostname=hostname, timeout=timeout))
+            group.create_task(probe_destination(server, subject, local_hostname=hostname, timeouts=timeouts))
             for server, subject in servers
         ]
     return [*door, *redis.result(), *(task.result() for task in others)]
@@ -169,7 +170,7 @@ async def _persistence(client: Redis) -> list[Finding]:
 
 
 async def probe_destination(
-    destination: Destination, subject: str = "", *, local_hostname: str, timeout: float, certificate: bool = True
+    destination: Destination, subject: str = "", *, local_hostname: str, timeouts: Timeouts, certificate: bool = True
 ) -> Finding:
     """Open a session as the relay would, up to and including AUTH, and leave with QUIT.
 
@@ -178,7 +179,7 @@ async def probe_destination(
     subject = subject or destination.name
     started = time.monotonic()
     try:
-        connection = await connect(destination, local_hostname=local_hostname, timeout=timeout)
+        connection = await connect(destination, local_hostname=local_hostname, timeouts=timeouts)
     except ClientError as error:
         return Finding(subject, False, f"{destination.address} cannot be used: {printable(str(error))}")
     took = _milliseconds(started)
@@ -186,9 +187,9 @@ async def probe_destination(
     offered = [
         f"{name} {connection.extensions[name]}".rstrip() for name in _WORTH_KNOWING if name in connection.extensions
     ]
-    await connection.quit(timeout=min(timeout, 2))
+    await connection.quit(timeout=min(timeouts.connect, 2))
     if certificate and security and destination.tls != "verify":
-        security += await _would_verify(destination, local_hostname, timeout)
+        security += await _would_verify(destination, local_hostname, timeouts)
     words = [
         f"{destination.address} answers in {took}",
         security or "no TLS: mail goes there in plain text",
@@ -206,14 +207,14 @@ def _security(connection: Connection) -> str:
     return f"{tls.version()}, certificate {'verified' if connection.destination.tls == 'verify' else 'not checked'}"
 
 
-async def _would_verify(destination: Destination, local_hostname: str, timeout: float) -> str:
+async def _would_verify(destination: Destination, local_hostname: str, timeouts: Timeouts) -> str:
     try:
         # Without the user: a second login is more than this question is worth.
         strict = replace(destination, tls="verify", username="", password="")
-        connection = await connect(strict, local_hostname=local_hostname, timeout=timeout)
+        connection = await connect(strict, local_hostname=local_hostname, timeouts=timeouts)
     except ClientError as error:
         return f" (it would not pass tls=verify: {error.reason})" if error.stage == "TLS" else ""
-    await connection.quit(timeout=min(timeout, 2))
+    await connection.quit(timeout=min(timeouts.connect, 2))
     return " (it would pass tls=verify)"
 
 

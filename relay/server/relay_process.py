@@ -183,7 +183,7 @@ class _Relay:
         pool = Pool(
             settings.primary,
             local_hostname=settings.smtp.domain,
-            connect_timeout=settings.relay.timeout_seconds,
+            timeouts=settings.relay.timeouts,
             limit=share,
         )
         server = settings.redis.at(redis_url)
@@ -231,7 +231,7 @@ class _Relay:
             primary=Primary(
                 settings.primary,
                 pool,
-                timeout=settings.relay.timeout_seconds,
+                timeouts=settings.relay.timeouts,
                 final_timeout=settings.relay.final_timeout_seconds,
             ),
             intake=self._intake,

@@ -15,13 +15,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from relay import faultpoints, maillog, metrics
-from relay.client.connection import ClientError, Connection, ConnectionGone
+from relay.client.connection import ClientError, Connection, ConnectionGone, DeadlinePassed
 from relay.client.pool import Pool
 from relay.client.server_limits import UNLIMITED, ServerLimits
 from relay.client.xforward import NotIntroduced, introduce, xforward
 from relay.mail.destination import Destination
 from relay.mail.origin import Identity
 from relay.mail.reply import Reply
+from relay.mail.timeouts import MAIL_SECONDS, Timeouts
 
 _BODY_SECONDS = 180.0  # RFC 5321 4.5.3.2.5, for one chunk
 _ABOUT_US = (530, 534, 535, 538)  # the server wants us to authenticate: RFC 4954 6
@@ -75,10 +76,10 @@ def for_client_at_end(reply: Reply) -> Reply:
 class Primary:
     """The primary as a place: its pool of connections, and what it last announced."""
 
-    def __init__(self, destination: Destination, pool: Pool, *, timeout: float, final_timeout: float) -> None:
+    def __init__(self, destination: Destination, pool: Pool, *, timeouts: Timeouts, final_timeout: float) -> None:
         self.destination = destination
         self.pool = pool
-        self.timeout = timeout
+        self.timeouts = timeouts
         self.final_timeout = final_timeout
         # LMTP answers the dot for each recipient and SMTP once: with two of them the client could not be told.
         self.most_recipients = 1 if destination.scheme == "lmtp" else sys.maxsize
@@ -87,12 +88,15 @@ class Primary:
         self._probed_at = -_PROBE_PAUSE
 
     async def announced(self) -> Mapping[str, str]:
-        """Return the extensions of the primary's last EHLO; asks for them once, and not twice a second."""
+        """Return the extensions of the primary's last EHLO; asks for them once, and not twice a second.
+
+        Nobody waits longer than for a dead host: a primary that is slow to greet is asked on, and known later.
+        """
         if self.extensions is None:
             if self._probe is None and time.monotonic() - self._probed_at >= _PROBE_PAUSE:
                 self._probe = asyncio.get_running_loop().create_task(self._ask())
             if self._probe is not None:
-                await asyncio.wait([self._probe])
+                await asyncio.wait([self._probe], timeout=self.timeouts.connect)
         return SAFE_MINIMUM if self.extensions is None else self.extensions
 
     async def begin(self, build: Build, identity: Identity = ()) -> tuple[PrimaryTransaction | None, Reply]:
@@ -103,21 +107,24 @@ class Primary:
         told first who the client is, where it wants to know.
 
         A kept connection that turns out to be dead before it answered anything is replaced unseen, and so is one whose
-        refusal may be about the connection (session_refusals.py): what a new one says is the client's.
+        refusal may be about the connection (session_refusals.py): what a new one says is the client's. Dead is also one
+        that is silent for as long as a new connection may take: its host may be gone without a word.
         """
+        until = time.monotonic() + MAIL_SECONDS
         repeated, doubted = 0, None
         while True:
             try:
-                connection = await self.pool.lease(timeout=self.timeout, fresh=repeated > 0)
+                connection = await self.pool.lease(timeout=self.timeouts.connect, fresh=repeated > 0)
             except ClientError as error:
                 return None, self.unavailable(error)
             reused = connection.transactions > 0
+            most = self.timeouts.connect if reused else self._left(until)
             try:
-                ahead, reply = await self.mail(connection, build, identity)
+                ahead, reply = await self.mail(connection, build, identity, most)
             except ClientError as error:
                 connection.close()
                 self.pool.give_back(connection)
-                if reused and isinstance(error, ConnectionGone | NotIntroduced):
+                if reused and isinstance(error, ConnectionGone | DeadlinePassed | NotIntroduced):
                     repeated += 1
                     continue
                 return None, self.unavailable(error)
@@ -149,19 +156,21 @@ class Primary:
         else:
             self.pool.refusals.confirmed(doubted)
 
-    async def mail(self, connection: Connection, build: Build, identity: Identity) -> tuple[list[bytes], Reply]:
+    async def mail(
+        self, connection: Connection, build: Build, identity: Identity, timeout: float
+    ) -> tuple[list[bytes], Reply]:
         """Send MAIL and what ``build`` wants to leave with it, which is returned, with the reply to MAIL."""
         if identity or connection.introduced:
-            return await self._introduced_mail(connection, build, identity)
+            return await self._introduced_mail(connection, build, identity, timeout)
         self.extensions = connection.extensions
         mail, *ahead = build(connection.extensions)
         connection.send(mail, *ahead)
-        return ahead, await connection.reply(timeout=self.timeout)
+        return ahead, await connection.reply(timeout=timeout)
 
     async def _introduced_mail(
-        self, connection: Connection, build: Build, identity: Identity
+        self, connection: Connection, build: Build, identity: Identity, timeout: float
     ) -> tuple[list[bytes], Reply]:
-        turned_away = await introduce(connection, identity, timeout=self.timeout)
+        turned_away = await introduce(connection, identity, timeout=timeout)
         if turned_away is not None:
             return [], turned_away
         self.extensions = connection.extensions
@@ -170,11 +179,15 @@ class Primary:
         if "PIPELINING" in connection.extensions:
             connection.send(*forward, mail, *ahead)
             for _ in forward:  # whatever it says to them: they are for its log
-                await connection.reply(timeout=self.timeout)
-            return ahead, await connection.reply(timeout=self.timeout)
+                await connection.reply(timeout=timeout)
+            return ahead, await connection.reply(timeout=timeout)
         for line in forward:
-            await connection.command(line, timeout=self.timeout)
-        return ahead, await connection.command(mail, timeout=self.timeout)
+            await connection.command(line, timeout=timeout)
+        return ahead, await connection.command(mail, timeout=timeout)
+
+    def _left(self, until: float) -> float:
+        """Return how long a new connection may take for MAIL: the client waits since before it was opened."""
+        return max(self.timeouts.connect, min(self.timeouts.command, until - time.monotonic()))
 
     async def take_back(self, connection: Connection) -> None:
         """Hear the replies to commands that were sent ahead and came to nothing; it must not be in a DATA phase then.
@@ -182,7 +195,7 @@ class Primary:
         A server that says 354 where there is no recipient (RFC 2920 3.1 lets it) is closed, and so is one that is slow
         to say so often no: our client waits meanwhile. Raises nothing of its own.
         """
-        deadline = time.monotonic() + self.timeout
+        deadline = time.monotonic() + self.timeouts.connect
         try:
             while connection.replies_owed:
                 reply = await connection.reply(timeout=max(0.0, deadline - time.monotonic()))
@@ -200,7 +213,7 @@ class Primary:
 
     async def _ask(self) -> None:
         try:
-            connection = await self.pool.lease(timeout=self.timeout)
+            connection = await self.pool.lease(timeout=self.timeouts.connect)
         except ClientError as error:
             self.trouble(error.stage, error)
         else:
@@ -371,7 +384,7 @@ class PrimaryTransaction:
             return _lost()
         try:
             self._send(connection, command)
-            reply = await connection.reply(timeout=self._primary.timeout)
+            reply = await connection.reply(timeout=self._primary.timeouts.command)
         except ConnectionGone as error:
             if not self._reused:
                 return self._gone(stage, error)
@@ -409,7 +422,7 @@ class PrimaryTransaction:
         self._ahead.clear()
         self._reused = False
         try:
-            connection = self._connection = await primary.pool.lease(timeout=primary.timeout, fresh=True)
+            connection = self._connection = await primary.pool.lease(timeout=primary.timeouts.connect, fresh=True)
         except ClientError as error:
             return primary.unavailable(error)
 
@@ -421,11 +434,11 @@ class PrimaryTransaction:
             if not connection.extensions.keys() >= offered:
                 self.abandon()  # another node, which may not take what was said to the first
                 return _lost()
-            sent, reply = await primary.mail(connection, build, self._identity)
+            sent, reply = await primary.mail(connection, build, self._identity, primary.timeouts.command)
             self._ahead.extend(sent)
             for accepted in self._accepted if reply.is_positive else ():
                 self._send(connection, accepted)
-                reply = await connection.reply(timeout=primary.timeout)
+                reply = await connection.reply(timeout=primary.timeouts.command)
                 if not reply.is_positive:
                     break
             if not reply.is_positive:
@@ -433,7 +446,7 @@ class PrimaryTransaction:
                 return _lost()
             self.extensions = connection.extensions
             self._send(connection, command)
-            reply = await connection.reply(timeout=primary.timeout)
+            reply = await connection.reply(timeout=primary.timeouts.command)
         except ClientError as error:
             return self._gone(stage, error)
         except BaseException:

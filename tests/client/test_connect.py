@@ -14,6 +14,7 @@ import pytest
 
 from relay.client.connect import ConnectFailed, Connection, ConnectionGone, connect
 from relay.mail.reply import Reply
+from relay.mail.timeouts import Timeouts
 from support.certificates import Certificate
 from support.event_loops import at_end, both_loops
 from support.reactions import Close, Gate, Reset, Silence
@@ -25,7 +26,9 @@ LONG = 20.0
 
 
 async def opened(server: ScriptedServer, timeout: float = LONG, **options: Any) -> Connection:
-    connection = await connect(server.destination(**options), local_hostname="relay.example", timeout=timeout)
+    connection = await connect(
+        server.destination(**options), local_hostname="relay.example", timeouts=Timeouts.of(timeout)
+    )
     at_end.append(connection.close)
     return connection
 
@@ -286,7 +289,7 @@ async def test_each_stage_has_a_deadline(scripted: Scripted, certificate: Certif
     server = scripted({key: Silence()}, tls=certificate.server_context(), extensions=["AUTH PLAIN"])
     destination = server.destination(tls="encrypt", username="u", password="p")
     with pytest.raises(ConnectFailed, match="no answer in time") as caught:
-        await connect(destination, local_hostname="x", timeout=0.6)
+        await connect(destination, local_hostname="x", timeouts=Timeouts.of(0.6))
     assert caught.value.stage == stage
 
 
@@ -295,11 +298,11 @@ async def test_a_silent_server_behind_smtps(certificate: Certificate, scripted: 
     """A plain server on a TLS port fails at TLS, not at the greeting; a silent one does so in time."""
     server = scripted()
     with pytest.raises(ConnectFailed) as caught:
-        await connect(server.destination(scheme="smtps"), local_hostname="x", timeout=LONG)
+        await connect(server.destination(scheme="smtps"), local_hostname="x", timeouts=Timeouts.of(LONG))
     assert caught.value.stage == "TLS"
     silent = scripted({"CONNECT": Silence()})
     with pytest.raises(ConnectFailed) as caught:
-        await connect(silent.destination(scheme="smtps"), local_hostname="x", timeout=0.2)
+        await connect(silent.destination(scheme="smtps"), local_hostname="x", timeouts=Timeouts.of(0.2))
     assert caught.value.stage == "TLS"
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from relay.client.connect import Connection, ConnectionGone, DeadlinePassed, MalformedReply, connect
 from relay.mail.reply import Reply
+from relay.mail.timeouts import Timeouts
 from support.event_loops import at_end, both_loops
 from support.reactions import Close, Gate, HalfClose, Reset, Silence, Trickle
 from support.scripted_server import ScriptedServer
@@ -23,7 +24,9 @@ ENOUGH = 0.5  # for a reply that does come, and yet worth waiting out
 
 
 async def opened(server: ScriptedServer, **options: Any) -> Connection:
-    connection = await connect(server.destination(**options), local_hostname="relay.example", timeout=LONG)
+    connection = await connect(
+        server.destination(**options), local_hostname="relay.example", timeouts=Timeouts.of(LONG)
+    )
     at_end.append(connection.close)
     return connection
 

@@ -11,6 +11,7 @@ import pytest
 from relay.client.connect import ClientError, ConnectFailed, Connection
 from relay.client.pool import Pool, PoolExhausted
 from relay.mail.reply import Reply
+from relay.mail.timeouts import Timeouts
 from support.event_loops import at_end, both_loops
 from support.reactions import Close, Gate, Silence
 from support.scripted_server import ScriptedServer
@@ -20,11 +21,10 @@ Scripted = Callable[..., ScriptedServer]
 LONG = 20.0
 
 
-def pool_for(
-    server: ScriptedServer, limit: int = 2, connect_timeout: float = LONG, messages: int = 10, **options: Any
-) -> Pool:
+def pool_for(server: ScriptedServer, limit: int = 2, seconds: float = LONG, messages: int = 10, **options: Any) -> Pool:
     destination = server.destination(messages_per_connection=messages)
-    pool = Pool(destination, local_hostname="relay.example", connect_timeout=connect_timeout, limit=limit, **options)
+    timeouts = Timeouts.of(seconds)
+    pool = Pool(destination, local_hostname="relay.example", timeouts=timeouts, limit=limit, **options)
     at_end.append(lambda: [connection.close() for connection in [*pool._idle, *pool._leased]])
     return pool
 
@@ -218,7 +218,7 @@ async def test_an_unfinished_transaction_is_reset(scripted: Scripted):
 async def test_a_reset_without_a_reply(scripted: Scripted):
     """It costs one time-out, however many are kept; a connection that would need another is not kept."""
     server = scripted({"RSET": Silence()})
-    pool = pool_for(server, limit=4, connect_timeout=1.0)
+    pool = pool_for(server, limit=4, seconds=1.0)
     connections = [await pool.lease() for _ in range(4)]
     clean = connections[0]
     for connection in connections:

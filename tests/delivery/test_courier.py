@@ -130,7 +130,13 @@ async def test_a_server_that_says_nothing_pauses_the_destination(
     """A black hole costs one deadline, opens the breaker, and burns no copy; nobody holds them until the next probe."""
     ids = [contents.pending() for _ in range(5)]
     backup.replies["CONNECT"] = Silence()
-    async with courier(redis_url, backup, relay_timeout_seconds="0.3") as made:
+    async with courier(
+        redis_url,
+        backup,
+        relay_timeout_seconds="0.3",
+        relay_greeting_timeout_seconds="0.3",
+        relay_command_timeout_seconds="0.3",
+    ) as made:
         with pytest.raises(Interrupted):
             await made.deliver("job", ids)
         assert not made.accepting

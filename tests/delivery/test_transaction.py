@@ -21,7 +21,13 @@ from workers.delivery.transaction import mail_command
 
 Make = Callable[..., Product]
 
-QUICK = {"retry.first": "1", "retry.longest": "1", "relay.timeout_seconds": "5"}
+QUICK = {
+    "retry.first": "1",
+    "retry.longest": "1",
+    "relay.timeout_seconds": "5",
+    "relay.greeting_timeout_seconds": "1",
+    "relay.command_timeout_seconds": "1",
+}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,14 @@ from workers.upkeep.sweep import Sweeper
 
 Make = Callable[..., Product]
 
-SETTINGS = {"retry.first": "1", "retry.longest": "2", "relay.timeout_seconds": "5", "redis.timeout_seconds": "2"}
+SETTINGS = {
+    "retry.first": "1",
+    "retry.longest": "2",
+    "relay.timeout_seconds": "5",
+    "relay.greeting_timeout_seconds": "1",
+    "relay.command_timeout_seconds": "1",
+    "redis.timeout_seconds": "2",
+}
 A, B = (Destination(name=name, host="localhost", port=25) for name in ("a", "b"))
 
 

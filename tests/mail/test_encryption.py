@@ -300,7 +300,14 @@ def test_uncertain_messages_find_their_twins(redis_client: redis.Redis, keys: Pa
 
 # The whole product --------------------------------------------------------------------------------------------
 
-QUICK = {"retry.first": "1", "retry.longest": "1", "redis.timeout_seconds": "1", "relay.timeout_seconds": "5"}
+QUICK = {
+    "retry.first": "1",
+    "retry.longest": "1",
+    "redis.timeout_seconds": "1",
+    "relay.timeout_seconds": "5",
+    "relay.greeting_timeout_seconds": "1",
+    "relay.command_timeout_seconds": "1",
+}
 
 
 @pytest.fixture

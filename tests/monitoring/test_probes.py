@@ -10,6 +10,7 @@ import pytest
 
 from relay.config.loader import Settings, load
 from relay.mail.destination import Destination
+from relay.mail.timeouts import Timeouts
 from relay.monitoring.probes import Finding, probe_all, probe_destination, probe_redis
 from support.certificates import Certificate
 from support.reactions import Silence
@@ -22,7 +23,7 @@ def settings_for(url: str, **flags: str) -> Settings:
 
 
 async def probed(destination: Destination, timeout: float = 5) -> Finding:
-    return await probe_destination(destination, local_hostname="relay.example", timeout=timeout)
+    return await probe_destination(destination, local_hostname="relay.example", timeouts=Timeouts.of(timeout))
 
 
 async def test_a_durable_redis_is_in_order(redis_url: str) -> None:

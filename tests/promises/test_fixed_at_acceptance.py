@@ -24,7 +24,14 @@ from workers.queues import backlog
 
 Make = Callable[..., Product]
 
-SETTINGS = {"retry.first": "1", "retry.longest": "2", "relay.timeout_seconds": "5", "relay.uncertain_hold": "1"}
+SETTINGS = {
+    "retry.first": "1",
+    "retry.longest": "2",
+    "relay.timeout_seconds": "5",
+    "relay.greeting_timeout_seconds": "1",
+    "relay.command_timeout_seconds": "1",
+    "relay.uncertain_hold": "1",
+}
 BOTH = ("u@x.example", "v@y.example")
 
 

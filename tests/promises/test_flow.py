@@ -14,7 +14,14 @@ from support.waiting import wait_until
 
 Make = Callable[..., Product]
 
-QUICK = {"retry.first": "1", "retry.longest": "2", "relay.timeout_seconds": "2", "smtp.processes": "1"}
+QUICK = {
+    "retry.first": "1",
+    "retry.longest": "2",
+    "relay.timeout_seconds": "2",
+    "relay.greeting_timeout_seconds": "1",
+    "relay.command_timeout_seconds": "1",
+    "smtp.processes": "1",
+}
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ SETTINGS = {
     "retry.first": "1",
     "retry.longest": "2",
     "relay.timeout_seconds": "2",
+    "relay.greeting_timeout_seconds": "1",
+    "relay.command_timeout_seconds": "1",
 }
 COUNT = 150
 REFUSALS = 20  # of the same kind in a row, then it is the server and not the mail

@@ -42,6 +42,8 @@ SETTINGS = {
     "retry.first": "1",
     "retry.longest": "2",
     "relay.timeout_seconds": "5",
+    "relay.greeting_timeout_seconds": "1",
+    "relay.command_timeout_seconds": "1",
     "relay.final_timeout_seconds": "10",
     "relay.uncertain_hold": "2",
     "redis.timeout_seconds": "1",

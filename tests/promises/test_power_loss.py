@@ -37,6 +37,8 @@ SETTINGS = {
     "retry.first": "1",
     "retry.longest": "2",
     "relay.timeout_seconds": "5",
+    "relay.greeting_timeout_seconds": "1",
+    "relay.command_timeout_seconds": "1",
     "relay.uncertain_hold": "1",
     "relay.require_durable_copies": "true",
     "redis.timeout_seconds": "1",

@@ -23,7 +23,13 @@ from support.waiting import free_port
 FOLDER = Path(__file__).parent / "dialogues"
 FILES = sorted(FOLDER.rglob("*.txt"))
 SCRIPTS = sorted((read(path) for path in FILES if path.name != "README.txt"), key=lambda s: (str(s.group), s.path))
-QUICK = {"smtp.processes": "1", "relay.timeout_seconds": "5", "status.listen": "off"}
+QUICK = {
+    "smtp.processes": "1",
+    "relay.timeout_seconds": "5",
+    "relay.greeting_timeout_seconds": "1",
+    "relay.command_timeout_seconds": "1",
+    "status.listen": "off",
+}
 OFFERS = (*EXTENSIONS, "DSN")
 
 Talk = Callable[[Script], tuple[Product, ScriptedServer, int]]

@@ -257,7 +257,11 @@ async def test_mail_refused(primary: ScriptedServer, redis_url: str, at_data: st
 async def test_mail_refused_slowly(primary: ScriptedServer, redis_url: str) -> None:
     """A primary that takes its time to refuse what went ahead does not keep the client from its reply for long."""
     primary.replies |= {"MAIL": "550 5.7.1 not you", "RCPT": (Delay(0.4), "503 5.5.1 no"), "RCPT TO:<z": Silence()}
-    options = {"relay.timeout_seconds": "1"}
+    options = {
+        "relay.timeout_seconds": "1",
+        "relay.greeting_timeout_seconds": "1",
+        "relay.command_timeout_seconds": "1",
+    }
     async with (
         front(settings_of(primary.address, options), redis_url) as (made, port),
         await AsyncDialogue.open(port) as client,
@@ -832,7 +836,12 @@ def pair(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) ->
             primary=primary.address,
             backups=[backup.address],
             redis_url=redis_server.url,
-            settings={"smtp.allowed_domains": "example.com", "relay.timeout_seconds": "5"},
+            settings={
+                "smtp.allowed_domains": "example.com",
+                "relay.timeout_seconds": "5",
+                "relay.greeting_timeout_seconds": "1",
+                "relay.command_timeout_seconds": "1",
+            },
         )
         yield Pair(ends.enter_context(product), primary, backup)
         assert '"session error"' not in product.log

@@ -28,7 +28,14 @@ VARIANTS = [a + dot + b for a, dot, b in itertools.product(ENDS, DOTS, ENDS) if 
 HIDDEN = b"MAIL FROM:<evil@example.com>\r\nRCPT TO:<victim@example.com>\r\nDATA\r\nSubject: smuggled\r\n\r\ntwo\r\n"
 # Whatever anybody has been seen to take for a line end, around whatever for a lone dot.
 LENIENT = re.compile(rb"(?:\r\n|\n|\r)\.(?:\r\n|\n|\r)")
-QUICK = {"retry.first": "1", "retry.longest": "1", "relay.timeout_seconds": "5", "redis.timeout_seconds": "1"}
+QUICK = {
+    "retry.first": "1",
+    "retry.longest": "1",
+    "relay.timeout_seconds": "5",
+    "relay.greeting_timeout_seconds": "1",
+    "relay.command_timeout_seconds": "1",
+    "redis.timeout_seconds": "1",
+}
 
 
 def mail(n: int, variant: bytes) -> bytes:

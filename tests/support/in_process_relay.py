@@ -21,10 +21,13 @@ from relay.smtpd.primary import Primary
 from relay.smtpd.shared_counters import SharedCounters
 from relay.smtpd.staging import Staging
 
+# A server that says nothing is given up after relay.timeout_seconds, which the defaults leave for minutes.
+IMPATIENT = {"relay.greeting_timeout_seconds": "1", "relay.command_timeout_seconds": "1"}
+
 
 def settings_of(primary: str, settings: Mapping[str, str] | None = None) -> Settings:
     """Return the settings of a relay without backups."""
-    flags = {"relay.destination_primary": primary, "relay.timeout_seconds": "5", **(settings or {})}
+    flags = {"relay.destination_primary": primary, "relay.timeout_seconds": "5", **IMPATIENT, **(settings or {})}
     return load(flags, {}, ())
 
 
@@ -32,7 +35,7 @@ def settings_of(primary: str, settings: Mapping[str, str] | None = None) -> Sett
 async def front(settings: Settings, redis_url: str, *, tls: bool = False) -> AsyncIterator[tuple[Context, int]]:
     """Serve clients on the port that is yielded, as one relay process does; with ``tls`` from the first octet."""
     assert settings.primary is not None
-    pool = Pool(settings.primary, local_hostname="localhost", connect_timeout=5, limit=100)
+    pool = Pool(settings.primary, local_hostname="localhost", timeouts=settings.relay.timeouts, limit=100)
     ledger, bulk = async_client(RedisSettings(redis_url, 5), 5), async_client(RedisSettings(redis_url, 5), 5)
     watch = Monitor(ledger, seconds=5, processes=1)
     intake = Staging(
@@ -41,7 +44,7 @@ async def front(settings: Settings, redis_url: str, *, tls: bool = False) -> Asy
     seat = SharedCounters(1).seat(0)
     made = Context(
         settings=settings,
-        primary=Primary(settings.primary, pool, timeout=settings.relay.timeout_seconds, final_timeout=600),
+        primary=Primary(settings.primary, pool, timeouts=settings.relay.timeouts, final_timeout=600),
         intake=intake,
         ids=IdSource(),
         seat=seat,

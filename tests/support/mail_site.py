@@ -64,6 +64,8 @@ class Site:
                 "retry.first": "1",
                 "retry.longest": "2",
                 "relay.timeout_seconds": "5",
+                "relay.greeting_timeout_seconds": "1",
+                "relay.command_timeout_seconds": "1",
                 "relay.uncertain_hold": hold,
             },
         )

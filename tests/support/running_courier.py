@@ -42,7 +42,13 @@ class Work:
 @asynccontextmanager
 async def at_work(redis_url: str, backup: ScriptedServer, connections: int = 0, **options: str) -> AsyncIterator[Work]:
     """A courier for "new" with a worker's loop around it."""
-    options = {"retry_longest": "3600", "relay_timeout_seconds": "5", **options}
+    options = {
+        "retry_longest": "3600",
+        "relay_timeout_seconds": "5",
+        "relay_greeting_timeout_seconds": "0.1",
+        "relay_command_timeout_seconds": "0.1",
+        **options,
+    }
     courier = Courier(settings(**options), backup.destination("new", connections=connections), "worker", redis_url)
     await courier.start()
     work = Work(courier)

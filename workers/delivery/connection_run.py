@@ -144,7 +144,7 @@ class ConnectionRuns:
                 trial.copy.message,
                 trial.copy.next_owed,
                 trial.outcome,
-                timeout=self._relay.timeout_seconds,
+                timeout=self._relay.timeouts.command,
                 final_timeout=self._relay.final_timeout_seconds,
                 begun=trial.begun,
                 following=following,

@@ -77,7 +77,7 @@ class Courier:
         self._pool = Pool(
             destination,
             local_hostname=settings.smtp.domain,
-            connect_timeout=settings.relay.timeout_seconds,
+            timeouts=settings.relay.timeouts,
             limit=self._width.most,
             max_refusals=_REFUSALS,
         )
