@@ -36,6 +36,7 @@ class SmtpSettings:
     max_connections_per_client: int
     min_data_rate: int
     bare_newline: str
+    bare_newline_exclusions: tuple[Network, ...]
     allowed_networks: tuple[Network, ...]
     allowed_domains: tuple[str, ...]
     users_file: Path | None

@@ -104,6 +104,10 @@ OPTIONS: tuple[Option, ...] = (
     Option("smtp.bare_newline", choice("normalise", "refuse", normalize="normalise", reject="refuse"), "normalise", "",
            "A bare CR or LF in a message. normalise: it becomes CRLF, safely dot-stuffed (as Postfix 3.9 does). "
            "refuse: the message is refused with 550 5.6.11."),
+    Option("smtp.bare_newline_exclusions", NETWORKS_OR_NONE, [], "",
+           "Clients that end lines and messages with LF, as some printers and scanners do: for them LF ends a line and "
+           "LF.LF a message (Postfix's smtpd_forbid_bare_newline_exclusions). Never name a server here that passes on "
+           "mail of others: through it mail can be smuggled. Empty: none."),
     Option("smtp.allowed_networks", NETWORKS, ["127.0.0.0/8", "::1/128"], "",
            "Clients that may send mail without logging in. Others are refused or, with users_file, must log in."),
     Option("smtp.allowed_domains", DOMAINS, [], "", "Recipient domains that are relayed. Empty: every domain."),

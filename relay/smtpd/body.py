@@ -62,11 +62,12 @@ class IncomingBody:
         trace: bytes,
         *,
         stuffed: bool,
+        crlf_only: bool,
     ) -> None:
         self._settings = settings
         self._seat = seat
         self._transaction = transaction
-        self._ends = LineEnds(refuse=settings.bare_newline == "refuse", stuffed=stuffed)
+        self._ends = LineEnds(refuse=crlf_only, stuffed=stuffed)
         self._stuffing = None if stuffed else Stuffing()
         self._lines = LongestLine(settings.max_line_bytes) if settings.max_line_bytes else None
         self._kept: list[bytes] = []  # what it has; in blocks, since a piece may be an octet and its object fifty

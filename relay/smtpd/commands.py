@@ -42,7 +42,6 @@ class CommandLoop:
         self._client = Peer(front, channel)
         self._manners = ErrorLimits()
         self._session = MailTransaction(front, channel, self._client, self._manners)
-        self._crlf_only = front.settings.smtp.bare_newline == "refuse"
         self._over = False  # after the next reply
 
     # --- the loop ---------------------------------------------------------------------------------------------
@@ -112,7 +111,7 @@ class CommandLoop:
         if command is None:
             raise _unknown(verb)
         text = argument_text(argument)
-        if self._crlf_only and not line.endswith(b"\r\n"):
+        if not line.endswith(b"\r\n") and self._client.crlf_only:
             raise SyntaxProblem(500, "5.5.2 A command must end with CRLF")
         if verb in _IDLE:
             self._manners.idle()

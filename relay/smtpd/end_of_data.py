@@ -1,12 +1,19 @@
 """Reading a body: of DATA up to CRLF.CRLF and nothing else (RFC 5321 4.1.1.4), and at a pace that is bearable.
 
 The octets come out as they came, dot-stuffed; only the end-of-data line is kept back. Other line ends around a dot
-(LF.LF, CR.CR) are part of the body: taking them as the end is how mail is smuggled. A client that goes away before
-the end, or that is too slow, is a ClientGone.
+(LF.LF, CR.CR) are part of the body: taking them as the end is how mail is smuggled. Only the clients that the settings
+name, printers and scanners that know no CRLF, may end their lines and messages with LF (``EndOfLines``). A client that
+goes away before the end, or that is too slow, is a ClientGone.
 """
 
 from __future__ import annotations
 
+import re
+
+_MOST_RETURNS = 8  # CRs that belong to the LF behind them
+_LF = re.compile(rb"\r{0,8}\n")
+_LONE_DOT = re.compile(rb"\n\.\r{0,8}\n")
+_MAY_BE_LONE_DOT = re.compile(rb"\n\.\r{0,8}\Z")
 _END = b"\r\n.\r\n"
 
 
@@ -40,6 +47,49 @@ class EndOfData:
         self._held = 1 if data.endswith(b"\r\n.") else 2 if data.endswith(b"\r\n.\r") else 0
         self._context = data[-4:]
         return data[start : len(data) - self._held]
+
+
+class EndOfLines:
+    """The same for a client whose lines end with LF, with the CRs before it, as Postfix takes them.
+
+    A line that is a dot ends the message. What comes out has CRLF for each of these line ends, and its dots as they
+    are: for this client they are stuffed where a line begins for us. A CR elsewhere is left.
+    """
+
+    def __init__(self) -> None:
+        self._at_start = True  # of a line, as after the line of DATA
+        self._held = b""  # CRs that may belong to a line end, with the dot before them where that is all of the line
+        self.found = False
+        self.rest = b""
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Take a chunk, return what of it is body for certain; sets ``found`` and ``rest`` at the end."""
+        begin = int(self._at_start)
+        data = b"\n" * begin + self._held + chunk
+        if (end := _LONE_DOT.search(data)) is not None:
+            self.found = True
+            self.rest = data[end.end() :]
+            return _with_crlf(data[begin : end.start() + 1])
+        certain = self._certain(data)
+        self._held = data[certain:]
+        self._at_start = data.endswith(b"\n", 0, certain)
+        return _with_crlf(data[begin:certain])
+
+    @staticmethod
+    def _certain(data: bytes) -> int:
+        """Return how much of the data nothing that comes can make a line end, or the end of the message."""
+        tail = data[-_MOST_RETURNS - 2 :]
+        begins = len(data) - len(tail)
+        if (dot := _MAY_BE_LONE_DOT.search(tail)) is not None:
+            return begins + dot.start() + 1
+        return len(data) - min(_MOST_RETURNS, len(tail) - len(tail.rstrip(b"\r")))
+
+
+def _with_crlf(data: bytes) -> bytes:
+    """Return data whose lines end with CRLF, whatever they ended with."""
+    if b"\r" not in data:
+        return data.replace(b"\n", b"\r\n")
+    return _LF.sub(b"\r\n", data)
 
 
 class Pace:

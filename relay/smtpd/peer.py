@@ -192,6 +192,16 @@ class Peer:
         """Whether somebody else has said who it is, so that its address does not tell."""
         return bool(self._forwarded or self._origin)
 
+    @property
+    def may_end_lines_with_lf(self) -> bool:
+        """Whether its LF is a line end, and LF.LF the end of a message: for a program that does not know better."""
+        return within(self.address, self._settings.bare_newline_exclusions)
+
+    @property
+    def crlf_only(self) -> bool:
+        """Whether a bare CR or LF is refused."""
+        return self._settings.bare_newline == "refuse" and not self.may_end_lines_with_lf
+
     def end_transaction(self) -> None:
         """Forget what was said for one message only."""
         self._forwarded = {}
@@ -351,7 +361,7 @@ class Peer:
                 raise ClientGone
             if not line:
                 raise SyntaxProblem(500, "5.5.6 Authentication exchange line is too long")
-            initial = line.rstrip(b"\r\n").decode("ascii", "replace")
+            initial = line.strip(b" \t\r\n").decode("ascii", "replace")
             if initial == "*":
                 raise SyntaxProblem(501, "5.7.0 Authentication cancelled")
         elif initial == "=":

@@ -1,7 +1,8 @@
 """The syntax of command lines, above all of MAIL and RCPT: a path and its ESMTP parameters (RFC 5321 4.1.1, 4.1.2).
 
-Paths and parameters are carried as they came: no case folding, no rewriting of odd local parts. What
-does not parse raises SyntaxProblem with the reply to give.
+Paths and parameters are carried as they came: no case folding, no rewriting of odd local parts. White space where
+Postfix and Exim take it is taken, too (around a command, tabs between its words, within the brackets of a path), and
+never passed on. What does not parse raises SyntaxProblem with the reply to give.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from relay.mail.reply import Reply
 from relay.mail.text import printable
 
 # A quoted local part may hold ">" and spaces; a source route is part of the path.
-_PATH = re.compile(r' *(?:<((?:"(?:[^"\\]|\\.)*"|[^<>" ])*)>|((?:"(?:[^"\\]|\\.)*"|[^<>" ])+))(?: +(.*))?$')
+_PATH = re.compile(r' *(?:< *((?:"(?:[^"\\]|\\.)*"|[^<>" ])*) *>|((?:"(?:[^"\\]|\\.)*"|[^<>" ])+))(?: +(.*))?$')
 _PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^\x00-\x20=\x7f][^\x00-\x20\x7f]*))?$")
 
+_BLANKS = b" \t"
 LINE_LIMIT = 4096  # octets of a command line; RFC 5321 4.5.3.1.4 with room for ORCPT and ENVID
-_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_NO_ORIGINAL = re.compile(r"ORCPT=[^;]+;", re.IGNORECASE)
 _SIZE = re.compile(r"[0-9]{1,20}")  # RFC 1870 3
 _CHUNK = re.compile(r" *([0-9]{1,20})(?: +(LAST))? *", re.IGNORECASE | re.ASCII)
 _WORD = re.IGNORECASE | re.ASCII  # without ASCII a long s is an S
@@ -33,7 +37,7 @@ _VALUES: Mapping[str, re.Pattern[str]] = {
     "RET": re.compile("FULL|HDRS", _WORD),  # RFC 3461 4.3
     "ENVID": re.compile(".+"),
     "NOTIFY": re.compile("NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY)){0,2}", _WORD),  # 4.1
-    "ORCPT": re.compile("[^;]+;.+"),  # 4.2
+    "ORCPT": re.compile("[^;]+;.*"),  # 4.2; of some clients without an address
     "AUTH": re.compile(".+"),
     "MT-PRIORITY": re.compile("0|-?[1-9]"),  # RFC 6710 4.2
     "HOLDFOR": re.compile("[1-9][0-9]{0,8}"),  # RFC 4865 4.2
@@ -50,17 +54,22 @@ class SyntaxProblem(ValueError):
 
 
 def split_command(line: bytes) -> tuple[bytes, bytes]:
-    """Return the verb of a command line, in capitals, and what stands behind its blank."""
-    verb, _, argument = line.rstrip(b"\r\n").partition(b" ")
-    return verb.upper(), argument
+    """Return the verb of a command line, in capitals, and what stands behind it, without the blanks and tabs around."""
+    text = line.rstrip(b"\r\n").strip(_BLANKS)
+    verb, _, argument = text.partition(b" ")
+    if b"\t" in verb:
+        verb, _, argument = text.partition(b"\t")
+    return verb.upper(), argument.lstrip(_BLANKS)
 
 
 def argument_text(argument: bytes) -> str:
-    """Return an argument without blanks around it; no UTF-8 survives as surrogates. Raises SyntaxProblem."""
+    """Return an argument, its tabs as blanks; no UTF-8 survives as surrogates. Raises SyntaxProblem."""
     text = argument.decode("utf-8", "surrogateescape")
-    if not text.isprintable() and _CONTROL.search(argument):
+    if text.isprintable():
+        return text
+    if _CONTROL.search(argument) or any(b"\t" in quoted for quoted in _QUOTED.findall(argument)):
         raise SyntaxProblem(501, "5.5.2 Control character in a command")
-    return text.strip(" ")
+    return text.replace("\t", " ")
 
 
 def parse_path(argument: str | None, keyword: str) -> tuple[str, tuple[str, ...]]:
@@ -128,6 +137,13 @@ def check(parameters: Collection[str], extensions: Mapping[str, str], offered: C
             raise SyntaxProblem(501, f"5.5.4 Bad value of {name}")
     if value(parameters, "HOLDFOR") is not None and value(parameters, "HOLDUNTIL") is not None:
         raise SyntaxProblem(501, "5.5.4 HOLDFOR or HOLDUNTIL, not both")  # RFC 4865 5
+
+
+def meaningful(parameters: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the parameters of RCPT without an ORCPT that names no address: some servers refuse that."""
+    if any(map(_NO_ORIGINAL.fullmatch, parameters)):
+        return tuple(parameter for parameter in parameters if not _NO_ORIGINAL.fullmatch(parameter))
+    return parameters
 
 
 def carried(parameters: Iterable[str], extensions: Mapping[str, str], available: Mapping[str, str]) -> list[str]:

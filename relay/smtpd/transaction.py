@@ -27,7 +27,7 @@ from relay.mail.record import Message
 from relay.mail.reply import Reply
 from relay.smtpd.body import FULL, LARGE, TOO_LARGE, IncomingBody
 from relay.smtpd.context import Context
-from relay.smtpd.end_of_data import ClientGone, EndOfData, Pace
+from relay.smtpd.end_of_data import ClientGone, EndOfData, EndOfLines, Pace
 from relay.smtpd.error_limits import ErrorLimits
 from relay.smtpd.peer import Peer
 from relay.smtpd.primary import NoReply, PrimaryTransaction
@@ -40,6 +40,7 @@ from relay.smtpd.syntax import (
     carried,
     check,
     declared_size,
+    meaningful,
     nothing_after,
     parse_chunk,
     parse_path,
@@ -194,7 +195,7 @@ class MailTransaction:
         check(given, RCPT_EXTENSIONS, self._client.offered)
         if not address:
             raise SyntaxProblem(501, "5.1.3 A recipient needs an address")
-        return Recipient(address, given)
+        return Recipient(address, meaningful(given))
 
     @property
     def _most_recipients(self) -> int:
@@ -251,7 +252,7 @@ class MailTransaction:
             return opened
         try:
             await self._channel.push(_GO_AHEAD)
-            finder = EndOfData()
+            finder = EndOfLines() if self._client.may_end_lines_with_lf else EndOfData()
             while not finder.found:
                 await opened.take(finder.feed(await self._octets(opened.pace)))
             if finder.rest:
@@ -312,7 +313,14 @@ class MailTransaction:
             return self._refused("DATA", reply)
         self.in_data = True
         self._message_id = self._front.ids.next()
-        self._reception = IncomingBody(self._settings, self._front.seat, transaction, self._trace(), stuffed=stuffed)
+        self._reception = IncomingBody(
+            self._settings,
+            self._front.seat,
+            transaction,
+            self._trace(),
+            stuffed=stuffed,
+            crlf_only=self._client.crlf_only,
+        )
         return self._reception
 
     async def _octets(self, pace: Pace, most: int = -1) -> bytes:

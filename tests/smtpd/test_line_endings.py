@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.smtpd.end_of_data import EndOfData
+from relay.smtpd.end_of_data import EndOfData, EndOfLines
 from relay.smtpd.line_endings import LineEnds, LongestLine, Stuffing
 
 # What can go wrong is about these few octets.
@@ -102,3 +102,24 @@ def test_no_body_is_slow(unit: bytes) -> None:
         for start in range(0, len(part), size):
             ends.feed(finder.feed(part[start : start + size]))
         assert time.process_time() - begun < 5
+
+
+@given(
+    st.lists(st.sampled_from([b"\r", b"\n", b".", b"\r\n", b"x", b"..", b"\n.", b"\r" * 9]), max_size=30).map(b"".join),
+    st.lists(st.integers(1, 8), min_size=1, max_size=40),
+)
+def test_ends_of_lines_do_not_depend_on_the_cut(body: bytes, cuts: list[int]) -> None:
+    """A client that ends lines with LF has the same message and the same rest however its octets come."""
+    data = body + b"\n.\r\nNOOP\r\n"
+    whole = EndOfLines()
+    expected = whole.feed(data)
+    assert whole.found
+    finder, got, at = EndOfLines(), b"", 0
+    for size in itertools.cycle(cuts):
+        got += finder.feed(data[at : at + size])
+        at += size
+        if finder.found:
+            break
+    assert (got, finder.rest + data[at:]) == (expected, whole.rest)
+    assert (b"\r\n" + expected).replace(b"\r\n", b"").count(b"\n") == 0
+    assert b"\r\n.\r\n" not in b"\r\n" + expected
