@@ -30,7 +30,11 @@ def take(front: Context, *, tls: bool = False) -> ClientProtocol:
     """Make the protocol of a client's connection, whose conversation it begins; with ``tls`` by the handshake."""
     smtp = front.settings.smtp
     seconds = min(smtp.idle_timeout, smtp.lease_idle_timeout)
-    return ClientProtocol(lambda channel: CommandLoop(front, channel).converse(implicit_tls=tls), write_seconds=seconds)
+    return ClientProtocol(
+        lambda channel: CommandLoop(front, channel).converse(implicit_tls=tls),
+        write_seconds=seconds,
+        count=front.seat.add_octets,
+    )
 
 
 class CommandLoop:

@@ -9,7 +9,6 @@ from typing import Protocol
 from relay.config.loader import Settings
 from relay.mail.ids import IdSource
 from relay.smtpd.credentials import Credentials
-from relay.smtpd.password_guesses import Guesses
 from relay.smtpd.primary import Primary
 from relay.smtpd.shared_counters import ProcessCounters
 from relay.smtpd.staging import Staging
@@ -33,7 +32,6 @@ class Context:
     seat: ProcessCounters
     credentials: Credentials = field(default_factory=Credentials)
     conversations: set[Stoppable] = field(default_factory=set)
-    guesses: Guesses = field(default_factory=Guesses)
     stopping: bool = False
     most_clients: int = sys.maxsize  # of this process, by its descriptors
 

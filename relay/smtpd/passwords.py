@@ -16,20 +16,29 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from relay.ownership import fault_of_secret
 
 _LN, _R, _P = 14, 8, 1  # 16 MiB and some 50 ms
 _LONGEST = 1024  # octets of a password
 _AT_ONCE = 4  # checks that run at the same time; each has its 16 MiB
-_MOST_WAITING = 60  # for their turn: some seconds of work
+_MOST_WAITING = 60  # for their turn, in all processes: some seconds of work
 _REMEMBERED = 1000
 _PHC = re.compile(r"\$scrypt\$ln=(\d{1,2}),r=(\d{1,2}),p=(\d{1,2})\$([A-Za-z0-9+/]{8,86})\$([A-Za-z0-9+/]{22,86})")
 
 
 class Busy(Exception):
     """Too many passwords wait to be checked."""
+
+
+class Queue(Protocol):
+    """How many passwords wait to be checked, in all processes."""
+
+    @property
+    def waiting_passwords(self) -> int: ...
+
+    def add_waiting_password(self, change: int) -> None: ...
 
 
 class _Hash(NamedTuple):
@@ -62,7 +71,6 @@ class Users:
         self._key = os.urandom(32)  # what is remembered of a password is of no use outside this process
         self._remembered: dict[bytes, None] = {}
         self._room = asyncio.Semaphore(_AT_ONCE)
-        self._waiting = 0
 
     @classmethod
     def read(cls, path: Path) -> Users:
@@ -89,8 +97,13 @@ class Users:
     def __len__(self) -> int:
         return len(self._hashes)
 
-    async def check(self, name: str, password: str, wanted: Callable[[], bool] = lambda: True) -> bool:
-        """Say whether this is the user's password; nobody looks when it is not ``wanted`` any more. Raises Busy."""
+    async def check(
+        self, name: str, password: str, wanted: Callable[[], bool] = lambda: True, queue: Queue | None = None
+    ) -> bool:
+        """Say whether this is the user's password; nobody looks when it is not ``wanted`` any more. Raises Busy.
+
+        ``queue`` counts those that wait for their turn; without it there is always room.
+        """
         known = self._hashes.get(name)
         secret = password.encode("utf-8", "surrogateescape")
         if len(secret) > _LONGEST:
@@ -98,13 +111,15 @@ class Users:
         mark = self._mark(name, secret)
         if mark in self._remembered:
             return True
-        if self._waiting >= _MOST_WAITING:
+        if queue is not None and queue.waiting_passwords >= _MOST_WAITING:
             raise Busy
-        self._waiting += 1
+        if queue is not None:
+            queue.add_waiting_password(1)
         try:
             await self._room.acquire()
         finally:
-            self._waiting -= 1
+            if queue is not None:
+                queue.add_waiting_password(-1)
         try:
             if not wanted():
                 return False

@@ -317,7 +317,7 @@ class Peer:
     async def _turned_away(self, name: str) -> Reply:
         """Answer a wrong password, after a while. Raises SyntaxProblem."""
         self._failures += 1
-        self._front.guesses.add(addresses.network_prefix(self.address))
+        self._front.seat.guesses.add(addresses.network_prefix(self.address))
         metrics.logins.labels("refused").inc()
         maillog.login_refused(self.address, name)
         await self._channel.pause(_FAILURE_PAUSE)
@@ -331,8 +331,8 @@ class Peer:
         if users is None:
             return None
         with contextlib.suppress(Busy):
-            if not self._front.guesses.are_too_many(addresses.network_prefix(self.address)):
-                return await users.check(name, password, lambda: not self._channel.is_gone)
+            if not self._front.seat.guesses.are_too_many(addresses.network_prefix(self.address)):
+                return await users.check(name, password, lambda: not self._channel.is_gone, self._front.seat)
             if users.remembers(name, password):
                 return True
         metrics.logins.labels("refused").inc()

@@ -1,9 +1,9 @@
 """The wire to one client: lines and chunks in, replies out, the deadline of whoever waits for the client, TLS.
 
-A subclass of aiosmtpd's SMTP, of which the transport's side is kept; the conversation itself is a Session. A client
-that hangs up never cancels anybody: it shows as the end of input (None for a line, b"" for a chunk), and what is
-written to it goes nowhere. The loop may tell of its end late, or, in the middle of a change to TLS, never: so whoever
-waits here has a deadline, and what passes it is aborted and taken for gone without asking the loop.
+What is said is a CommandLoop's. A client that hangs up never cancels anybody: it shows as the end of input (None for a
+line, b"" for a chunk), and what is written to it goes nowhere. What it sent before a reset is dropped, since it can
+hear no answer. The loop may tell of its end late, or, in the middle of a change to TLS, never: so whoever waits here
+has a deadline, and what passes it is aborted and taken for gone without asking the loop.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import math
 import ssl
 from collections.abc import Callable, Coroutine
 from typing import Any
-
-from aiosmtpd.smtp import SMTP
 
 from relay.mail.reply import Reply
 from relay.smtpd.read_buffer import ReadBuffer
@@ -28,18 +26,23 @@ _MOST_IN_A_ROW = 3 * (_MOST_HELD + 1)  # commands of one client, some millisecon
 _TLS_ERRORS = (ssl.SSLError, ConnectionError, TimeoutError, OSError)
 
 
-class ClientProtocol(SMTP):
+class ClientProtocol(asyncio.Protocol):
     """One client's connection; ``converse`` is started with it and lives until it returns."""
 
     def __init__(
-        self, converse: Callable[[ClientProtocol], Coroutine[Any, Any, None]], *, write_seconds: float
+        self,
+        converse: Callable[[ClientProtocol], Coroutine[Any, Any, None]],
+        *,
+        write_seconds: float,
+        count: Callable[[int], None] = lambda _: None,
     ) -> None:
-        # aiosmtpd's own constructor scans classes for 130 us a connection, and its stream has another reader than we.
+        """``count`` is told how many octets more, or less, of the client's are in memory."""
         loop = asyncio.get_running_loop()
-        asyncio.streams.FlowControlMixin.__init__(self, loop)
         self.loop = loop
         self.transport: Any = None
-        self.inbox = ReadBuffer(loop)
+        self.inbox = ReadBuffer(loop, count)
+        self._writable: asyncio.Future[None] | None = None  # while the transport wants no more: done when it does
+        self._conversation: asyncio.Task[None] | None = None
         self._converse = converse
         self._write_seconds = write_seconds  # for a client that does not read what we say
         self._watch_every = write_seconds / 4
@@ -65,8 +68,8 @@ class ClientProtocol(SMTP):
         if isinstance(peer, tuple):
             self.peer = (peer[0].removeprefix("::ffff:").partition("%")[0], peer[1])
         self._watch()
-        self._handler_coroutine = self.loop.create_task(self._converse(self))
-        self._handler_coroutine.add_done_callback(self._end)
+        self._conversation = self.loop.create_task(self._converse(self))
+        self._conversation.add_done_callback(self._end)
 
     def data_received(self, data: bytes) -> None:
         self.inbox.feed(data)
@@ -75,12 +78,24 @@ class ClientProtocol(SMTP):
         """Tell the reader; the conversation ends by itself, after what must not be broken off."""
         self.transport = None
         self.inbox.follow(None)
+        if error is not None:
+            self.inbox.clear()
         self.inbox.end()
         if self._handshake is not None:
             self._handshake.cancel()  # nobody else would tell it
         if not self._lost.done():
             self._lost.set_result(None)
-            asyncio.streams.FlowControlMixin.connection_lost(self, None)
+        self.resume_writing()
+
+    def pause_writing(self) -> None:
+        """Have who writes wait: the client does not read as fast."""
+        if self._writable is None:
+            self._writable = self.loop.create_future()
+
+    def resume_writing(self) -> None:
+        writable, self._writable = self._writable, None
+        if writable is not None:
+            writable.set_result(None)
 
     def eof_received(self) -> bool:
         """Keep our side open where that can be done: the reply to the last command may still be wanted."""
@@ -91,6 +106,8 @@ class ClientProtocol(SMTP):
         if self._watchdog is not None:
             self._watchdog.cancel()
         self._hang_up()
+        self.inbox.end()
+        self.inbox.clear()
         if not conversation.cancelled():
             conversation.result()  # what a conversation raises goes to the loop's handler
 
@@ -110,7 +127,7 @@ class ClientProtocol(SMTP):
         """Whether TLS is being negotiated."""
         return self._handshake is not None
 
-    async def push(self, reply: Reply) -> None:  # type: ignore[override]  # a Reply instead of text
+    async def push(self, reply: Reply) -> None:
         """Write a reply. That the client has gone is found out at the next read.
 
         While the next command is here already, replies leave together, at the latest when we wait for something: a
@@ -125,12 +142,10 @@ class ClientProtocol(SMTP):
             self._held.append(reply.wire)
             return
         self._write(reply)
-        if transport.get_write_buffer_size():
+        if transport.get_write_buffer_size() and self._writable is not None:
             self._deaf_at = self.loop.time() + self._write_seconds
             try:
-                await self._drain_helper()  # type: ignore[attr-defined]  # of asyncio's flow control
-            except ConnectionError:
-                self.inbox.end()
+                await asyncio.wait([self._writable])
             finally:
                 self._deaf_at = math.inf
 
@@ -244,6 +259,7 @@ class ClientProtocol(SMTP):
             reason = str(getattr(error, "reason", "") or type(error).__name__)
         else:
             if secured is not None and not self._lost.done():
+                self.resume_writing()  # what the plain transport had too much of is its own
                 self.transport = secured
                 self.inbox.follow(secured)
                 self.tls = True

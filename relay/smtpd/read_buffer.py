@@ -1,25 +1,30 @@
 """What a client has sent and nobody has read yet: lines and chunks of it, for the one task that reads.
 
 asyncio's StreamReader does the same at three times the price, and cannot be looked into: the commands that a client
-has sent ahead (RFC 2920) can. It is also a stream as aiosmtpd's reader of PROXY headers wants it.
+has sent ahead (RFC 2920) can. It is also a stream as aiosmtpd's reader of PROXY headers wants it. What is more than a
+few commands is counted where mail in memory is, since every client may have as much.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+_UNCOUNTED = 1 << 14  # octets; a client's commands are seldom more
 BUFFER = 1 << 16  # octets; at twice this the client is not read from, and no line is longer
 
 
 class ReadBuffer:
     """Octets in, by ``feed`` and ``end``; lines and chunks out. What is read after the end is empty."""
 
-    __slots__ = ("_at", "_data", "_ended", "_loop", "_paused", "_transport", "_waiter")
+    __slots__ = ("_at", "_count", "_counted", "_data", "_ended", "_loop", "_paused", "_transport", "_waiter")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, count: Callable[[int], None] = lambda _: None) -> None:
+        """``count`` is told how many octets more, or less, are in memory."""
         self._loop = loop
+        self._count = count
+        self._counted = 0
         self._data = b""
         self._at = 0  # what is before has been read
         self._ended = self._paused = False
@@ -39,6 +44,8 @@ class ReadBuffer:
             return
         self._data = self._data[self._at :] + data if self._at < len(self._data) else data
         self._at = 0
+        if self._counted or len(self._data) > _UNCOUNTED:
+            self._recount()
         self._wake()
         if len(self._data) > 2 * BUFFER and not self._paused and self._transport is not None:
             self._transport.pause_reading()
@@ -52,11 +59,20 @@ class ReadBuffer:
     def unread(self, data: bytes) -> None:
         """Put octets back in front."""
         self._data, self._at = data + self._data[self._at :], 0
+        self._recount()
 
     def clear(self) -> bytes:
         """Forget what is here; returns it."""
         data, self._data, self._at = self._data[self._at :], b"", 0
+        self._recount()
         return data
+
+    def _recount(self) -> None:
+        size = len(self._data) - self._at
+        octets = size if size > _UNCOUNTED else 0
+        if octets != self._counted:
+            self._count(octets - self._counted)
+            self._counted = octets
 
     # --- out --------------------------------------------------------------------------------------------------
 
@@ -115,6 +131,8 @@ class ReadBuffer:
             self._data, self._at = b"", 0
         else:
             taken, self._at = data[self._at : end], end
+        if self._counted:
+            self._recount()
         if self._paused and len(self._data) - self._at <= BUFFER:
             self._resume()
         return taken

@@ -1,4 +1,4 @@
-"""How many clients and how many octets of messages all relay processes hold, so that limits count for them together.
+"""What all relay processes have in hand (clients, octets, password checks), so that limits count for them together.
 
 Shared memory, made before the processes are forked: each writes only its own seat and reads all. A process that dies
 leaves its numbers; the one that takes its seat starts with zeros. Clients by address are counted in a table whose
@@ -12,7 +12,9 @@ import mmap
 import random
 from dataclasses import dataclass
 
-_FIELDS = 2  # clients, octets
+from relay.smtpd.password_guesses import Guesses
+
+_FIELDS = 3  # clients, octets, passwords that wait to be checked
 _SLOTS = 1 << 14  # for addresses
 
 
@@ -22,11 +24,12 @@ class SharedCounters:
     def __init__(self, seats: int) -> None:
         self._numbers = memoryview(mmap.mmap(-1, max(1, seats) * _FIELDS * 8)).cast("q")
         self._addresses = memoryview(mmap.mmap(-1, max(1, seats) * _SLOTS * 4)).cast("i")
+        self._guesses = Guesses()
         self._salt = random.SystemRandom().getrandbits(64)  # nobody can choose whom to share a slot with
 
     def seat(self, index: int) -> ProcessCounters:
         """Return the seat of one process."""
-        return ProcessCounters(self._numbers, self._addresses, self._salt, index)
+        return ProcessCounters(self._numbers, self._addresses, self._salt, index, self._guesses)
 
 
 @dataclass(slots=True)
@@ -37,11 +40,12 @@ class ProcessCounters:
     _addresses: memoryview
     _salt: int
     _index: int
+    guesses: Guesses
 
     def take(self) -> None:
         """Start with zeros, whatever a predecessor left."""
         at = self._index * _FIELDS
-        self._numbers[at] = self._numbers[at + 1] = 0
+        self._numbers[at : at + _FIELDS] = memoryview(bytes(_FIELDS * 8)).cast("q")
         at = self._index * _SLOTS
         self._addresses[at : at + _SLOTS] = memoryview(bytes(_SLOTS * 4)).cast("i")
 
@@ -62,6 +66,13 @@ class ProcessCounters:
 
     def add_octets(self, change: int) -> None:
         self._numbers[self._index * _FIELDS + 1] += change
+
+    @property
+    def waiting_passwords(self) -> int:
+        return sum(self._numbers[2::_FIELDS])
+
+    def add_waiting_password(self, change: int) -> None:
+        self._numbers[self._index * _FIELDS + 2] += change
 
     def connections_of(self, address: str) -> int:
         """Return how many connections are counted for an address."""

@@ -1,4 +1,4 @@
-"""aiosmtpd's own tests of its protocol, of which our Channel is a subclass: those about the wire hold for us, too.
+"""aiosmtpd's own tests of its server: those about the wire hold for us, too.
 
 They come with the installed package and run in a process of their own, where a relay of ours takes the place of its
 Controller. All of them run: exactly those that are listed here fail, each list with the reason why that is right.

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import os
 import socket
 import struct
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from relay.smtpd.error_limits import ErrorLimits
-from relay.smtpd.password_guesses import Guesses
 from relay.smtpd.passwords import hash_password
+from relay.smtpd.shared_counters import SharedCounters
 from support.dialogue import AsyncDialogue
 from support.event_loops import both_loops
 from support.in_process_relay import front, settings_of
@@ -131,20 +133,28 @@ def test_a_slow_pace_is_forgiven(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An address may be wrong some times, and again after a while; another's are its own; what is kept is bounded."""
+    """An address may be wrong some times, and again after a while; another's are its own; all processes count."""
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    guesses = Guesses()
+    counters = SharedCounters(2)
+    guesses = counters.seat(0).guesses
     for _ in range(20):
         assert not guesses.are_too_many("192.0.2.1")
         guesses.add("192.0.2.1")
     assert guesses.are_too_many("192.0.2.1")
+    assert counters.seat(1).guesses.are_too_many("192.0.2.1")
     assert not guesses.are_too_many("192.0.2.2")
     now[0] += 60
     assert not guesses.are_too_many("192.0.2.1")
-    for n in range(30_000):
-        guesses.add(str(n))
-    assert len(guesses._found) == 10_000
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads; this child touches only the table
+        child = os.fork()
+    if not child:
+        for _ in range(20):
+            guesses.add("192.0.2.3")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert guesses.are_too_many("192.0.2.3")
 
 
 def test_passwords_of_clients_that_have_gone(product: Make, primary: ScriptedServer, tmp_path: Path) -> None:

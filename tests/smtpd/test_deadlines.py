@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 
@@ -14,8 +15,9 @@ from support.loops import both_loops
 from relay.config.loader import load
 from relay.mail.timeouts import MAIL_SECONDS, Timeouts
 from support.dialogue import AsyncDialogue
-from support.reactions import Delay, Silence
+from support.reactions import Delay, Gate, Silence
 from support.scripted_server import ScriptedServer
+from support.waiting import until
 
 Scripted = Callable[..., ScriptedServer]
 
@@ -117,3 +119,24 @@ def test_the_defaults_fit_into_the_patience_of_clients() -> None:
     assert timeouts.session + timeouts.connect < MAIL_SECONDS < 300
     slow = load({"relay.destination_primary": "old.example.com", "relay.timeout_seconds": "3m"}, {}, ()).relay.timeouts
     assert slow == Timeouts.of(180)
+
+
+@both_loops
+async def test_what_came_before_a_reset_is_dropped(redis_url: str, scripted: Scripted) -> None:
+    """The primary is asked no more on behalf of a client that can hear no answer; nothing stays counted."""
+    gate = Gate()
+    primary = scripted({"MAIL": (gate, None)})
+    async with front(settings_of(primary.address, PATIENT), redis_url) as (context, port):
+        client = await AsyncDialogue.open(port)
+        await client.hello()
+        await client.raw(b"MAIL FROM:<a@example.com>\r\nRSET\r\n" * 3000)
+        await gate.arrival()
+        assert context.seat.octets > 50_000
+        sock = client.writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.writer.transport.abort()
+        await until(lambda: context.seat.octets < 20_000)
+        gate.open()
+        await until(lambda: not context.conversations)
+        assert context.seat.octets == 0
+    assert sum(line.startswith("MAIL") for line in primary.commands) == 1

@@ -702,7 +702,7 @@ def test_replies_leave_together(lines: int, room: int, writes: int) -> None:
             await asyncio.sleep(0)
         before = list(transport.writes)
         channel.eof_received()
-        await channel._handler_coroutine
+        await channel._conversation
         assert b"".join(transport.writes) == ok.wire * lines + b"221 2.0.0 Bye\r\n"
         return before
 

@@ -271,3 +271,31 @@ def test_a_stream_for_headers() -> None:
             await filled(b"x" * (BUFFER + 1)).readuntil()
 
     in_loop(read())
+
+
+def test_what_is_unread_is_counted() -> None:
+    """More than a few commands count while they are here, however they leave; in the end nothing is counted."""
+
+    async def run() -> None:
+        counted = [0]
+
+        def count(octets: int) -> None:
+            counted[0] += octets
+
+        buffer = ReadBuffer(asyncio.get_running_loop(), count)
+        buffer.feed(b"NOOP\r\n")
+        assert counted == [0]
+        buffer.feed(b"NOOP\r\n" * 50_000)
+        assert counted == [300_006]
+        await buffer.line()
+        assert counted == [300_000]
+        await buffer.read(100_000)
+        assert counted == [200_000]
+        await buffer.read()
+        assert counted == [0]
+        buffer.unread(b"x" * 40_000)
+        assert counted == [40_000]
+        buffer.clear()
+        assert counted == [0]
+
+    in_loop(run())
