@@ -131,7 +131,7 @@ class CommandLoop:
     async def _introduce(self, argument: str, command: Callable[[Peer, str], Awaitable[Reply | None]]) -> Reply | None:
         """Take what may only come between messages: STARTTLS, AUTH, XFORWARD, XCLIENT."""
         if self._session.in_transaction:
-            return self._manners.out_of_order(_NESTED)
+            return self._session.out_of_order(_NESTED)
         return await command(self._client, argument)
 
     async def _noop(self, _: str) -> Reply:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import time
 
-from relay.mail.reply import Reply
-
 _BAD_LIMIT = 20  # commands that make no sense, then goodbye
 _IDLE_LIMIT = 100  # commands that bring no message; from then on each is one that makes no sense
 _FORGIVEN = 5.0  # seconds, after which one of those is forgotten: who asks now and then how we are may go on for ever
@@ -22,7 +20,7 @@ _LINES = 100  # of the log
 class ErrorLimits:
     """The count of one client's mistakes."""
 
-    __slots__ = ("_excess", "_idle", "_idle_at", "_lines", "bad", "refused")
+    __slots__ = ("_excess", "_idle", "_idle_at", "_lines", "bad")
 
     def __init__(self) -> None:
         self.bad = 0  # commands that made no sense
@@ -30,19 +28,10 @@ class ErrorLimits:
         self._idle_at = 0.0
         self._excess = 0  # refused recipients since then, and what was pipelined behind a refusal
         self._lines = 0  # that the log has, or would have
-        self.refused = False  # the last MAIL, or what followed: a pipelining client goes on all the same
 
     @property
     def are_unbearable(self) -> bool:
         return self.bad >= _BAD_LIMIT
-
-    def out_of_order(self, reply: Reply) -> Reply:
-        """Count a command in the wrong place, but for long not what a pipelining client could not know better."""
-        if self.refused:
-            self.exceed()
-        else:
-            self.bad += 1
-        return reply
 
     def idle(self) -> None:
         """Count a command that brings no message."""

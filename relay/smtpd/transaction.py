@@ -77,6 +77,7 @@ class MailTransaction:
         self._counted = 0  # octets of the envelope, as counted in our seat
         self.is_lost = False  # nobody knows where the next command begins
         self.in_data = False
+        self._was_refused = False  # its MAIL, or what followed: a pipelining client goes on all the same
 
     @property
     def in_transaction(self) -> bool:
@@ -106,18 +107,26 @@ class MailTransaction:
         self._recipients = []
         self._front.seat.add_octets(-self._counted)
         self._counted = 0
-        self.in_data = self._manners.refused = False
+        self.in_data = self._was_refused = False
         self._client.end_transaction()
+
+    def out_of_order(self, reply: Reply) -> Reply:
+        """Count a command in the wrong place, but for long not what a pipelining client could not know better."""
+        if self._was_refused:
+            self._manners.exceed()
+        else:
+            self._manners.bad += 1
+        return reply
 
     # --- the envelope -----------------------------------------------------------------------------------------
 
     async def mail(self, argument: str) -> Reply:
         client = self._client
         if not client.helo:
-            return self._manners.out_of_order(_HELLO_FIRST)
+            return self.out_of_order(_HELLO_FIRST)
         if self._transaction is not None:
-            return self._manners.out_of_order(Reply.of(503, "5.5.1 Nested MAIL command"))
-        self._manners.refused = True  # until it is not
+            return self.out_of_order(Reply.of(503, "5.5.1 Nested MAIL command"))
+        self._was_refused = True  # until it is not
         sender, given = parse_path(argument, "FROM")
         check(given, MAIL_EXTENSIONS, client.offered)
         size = declared_size(given)
@@ -134,8 +143,8 @@ class MailTransaction:
 
         self._identity = client.identity()
         self._transaction, reply = await self._front.primary.begin(commands, self._identity)
-        self._manners.refused = self._transaction is None
-        if self._manners.refused:
+        self._was_refused = self._transaction is None
+        if self._was_refused:
             self._refused("MAIL", reply)
         else:
             self._count(len(argument))
@@ -145,9 +154,9 @@ class MailTransaction:
     async def rcpt(self, argument: str) -> Reply:
         transaction = self._transaction
         if transaction is None:
-            return self._manners.out_of_order(_MAIL_FIRST)
+            return self.out_of_order(_MAIL_FIRST)
         if self._reception is not None:
-            return self._manners.out_of_order(_IN_CHUNKS)
+            return self.out_of_order(_IN_CHUNKS)
         recipient = self._recipient(argument)
         address, given = recipient
         if not self._is_for_us(recipient):
@@ -246,7 +255,7 @@ class MailTransaction:
     async def data(self, argument: str) -> Reply:
         nothing_after("DATA", argument)
         if self._reception is not None:
-            return self._manners.out_of_order(_IN_CHUNKS)
+            return self.out_of_order(_IN_CHUNKS)
         opened = await self._open(stuffed=True)
         if isinstance(opened, Reply):
             return opened
@@ -270,7 +279,7 @@ class MailTransaction:
             raise
         opened: IncomingBody | Reply
         if "CHUNKING" not in self._client.offered:
-            opened = self._manners.out_of_order(Reply.of(503, "5.5.1 CHUNKING was not offered"))
+            opened = self.out_of_order(Reply.of(503, "5.5.1 CHUNKING was not offered"))
         elif self._reception is not None:
             opened = self._reception
             opened.pace.count(0, self._channel.waited)  # between two chunks the clock runs on
@@ -294,13 +303,13 @@ class MailTransaction:
             return await self._conclude(opened)
         finally:
             self.forget()
-            self._manners.refused = not is_last  # the other chunks may be on their way
+            self._was_refused = not is_last  # the other chunks may be on their way
 
     async def _open(self, *, stuffed: bool) -> IncomingBody | Reply:
         """Ask the primary for the body; returns who receives it, or the reply that there will be none."""
         transaction = self._transaction
         if transaction is None:
-            return self._manners.out_of_order(_MAIL_FIRST)
+            return self.out_of_order(_MAIL_FIRST)
         full = self._front.seat.octets > self._settings.max_bytes_in_flight
         if full or not self._recipients:
             await transaction.withdraw()
@@ -309,7 +318,7 @@ class MailTransaction:
         reply = await transaction.data()
         if reply.code != 354:
             self.forget()
-            self._manners.refused = True
+            self._was_refused = True
             return self._refused("DATA", reply)
         self.in_data = True
         self._message_id = self._front.ids.next()

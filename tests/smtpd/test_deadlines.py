@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from support.in_process import front, settings_of
-from support.loops import both_loops
 
 from relay.config.loader import load
 from relay.mail.timeouts import MAIL_SECONDS, Timeouts
 from support.dialogue import AsyncDialogue
+from support.event_loops import both_loops
+from support.in_process_relay import front, settings_of
 from support.reactions import Delay, Gate, Silence
 from support.scripted_server import ScriptedServer
 from support.waiting import until
