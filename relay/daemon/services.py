@@ -515,7 +515,7 @@ def _status(
     vitals: Vitals,
     prefix: str,
 ) -> Task:
-    seat = places[0].seat if places else None
+    seat = places[0].counters if places else None
     return lambda stop: status_server.serve(
         settings, listener, url, arena, stop, seat=seat, failing=lambda: vitals.failing(prefix)
     )

@@ -1,4 +1,4 @@
-"""One relay process: its sockets, what its conversations share, its life from the first accept to the drain.
+"""One relay process: its sockets, what its command loops share, its life from the first accept to the drain.
 
 ``listen`` binds for all processes in the supervisor, so that a port in use is one clear error at the start
 and a crashed process leaves no refused connection behind. ``serve`` is the run of one of them. Wiring only.
@@ -53,10 +53,10 @@ _GRACE_SECONDS = 30.0  # for clients between commands of a transaction while we 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What one relay process gets from the supervisor: its sockets, and its seat among the others."""
+    """What one relay process gets from the supervisor: its sockets, and its counters beside those of the others."""
 
     sockets: Sequence[socket.socket]
-    seat: ProcessCounters
+    counters: ProcessCounters
     plain: int  # so many of the sockets are plain at first; the others begin with TLS
     ours: bool = True  # bound by us; else systemd's, which go on listening when we end
 
@@ -71,20 +71,20 @@ def listen(settings: Settings) -> list[Place]:
     tls = [found for host, port in settings.smtp.tls_addresses for found in _resolve(host, port)]
     if from_systemd := systemd.take(os.environ):
         sockets, plain_count = systemd.match(from_systemd, plain, tls)
-        return [Place(sockets, seat, plain_count, ours=False) for seat in _seats(settings)]
+        return [Place(sockets, counters, plain_count, ours=False) for counters in _counters(settings)]
     plain = [found for host, port in settings.smtp.addresses for found in _usable(host, port)]
     tls = [found for host, port in settings.smtp.tls_addresses for found in _usable(host, port)]
     addresses = plain + tls
     return [
-        Place([_bind(family, address, share=True) for family, address in addresses], seat, len(plain))
-        for seat in _seats(settings)
+        Place([_bind(family, address, share=True) for family, address in addresses], counters, len(plain))
+        for counters in _counters(settings)
     ]
 
 
-def _seats(settings: Settings) -> list[ProcessCounters]:
+def _counters(settings: Settings) -> list[ProcessCounters]:
     count = settings.smtp.process_count
-    occupancy = SharedCounters(count)
-    return [occupancy.seat(n) for n in range(count)]
+    counters = SharedCounters(count)
+    return [counters.of_process(n) for n in range(count)]
 
 
 def _resolve(host: str, port: int) -> list[systemd.Address]:
@@ -216,7 +216,7 @@ class _Relay:
                 destinations=settings.backups,
                 hold_seconds=settings.relay.uncertain_hold,
             )
-        self._intake = Staging(
+        self._staging = Staging(
             self._redis,
             self._bulk,
             self._dispatcher,
@@ -226,7 +226,7 @@ class _Relay:
             hold_seconds=settings.relay.uncertain_hold,
             spool=self._spool,
         )
-        self._front = Context(
+        self._shared = Context(
             settings=settings,
             primary=Primary(
                 settings.primary,
@@ -234,15 +234,15 @@ class _Relay:
                 timeouts=settings.relay.timeouts,
                 final_timeout=settings.relay.final_timeout_seconds,
             ),
-            intake=self._intake,
+            staging=self._staging,
             ids=ids,
-            seat=place.seat,
+            counters=place.counters,
             credentials=Credentials.load(settings.smtp),
         )
         smtp = settings.smtp
         addresses = len(smtp.addresses + smtp.tls_addresses)
         self._fit = limits.relay_fit(limits.files(), smtp.max_connections, smtp.process_count, addresses)
-        self._front.most_clients = self._fit.clients_here
+        self._shared.most_clients = self._fit.clients_here
         self._stop = asyncio.Event()
         self._introductions = asyncio.Event()
 
@@ -252,7 +252,7 @@ class _Relay:
         loop.add_signal_handler(signal.SIGTERM, self._stop.set)
         loop.add_signal_handler(signal.SIGINT, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
-        self._place.seat.take()
+        self._place.counters.take()
         self._reload_keys()
         if self._spool:
             try:
@@ -264,15 +264,15 @@ class _Relay:
             # A Redis that is away must not keep us from the primary leg for long.
             await asyncio.wait_for(self._introductions.wait(), _INTRODUCTION_SECONDS)
         importing = loop.create_task(_for_ever(self._importer.run)) if self._importer else None
-        await self._front.primary.announced()
+        await self._shared.primary.announced()
         servers = []
         for n, sock in enumerate(self._place.sockets):
-            take = partial(commands.take, self._front, tls=n >= self._place.plain)
+            take = partial(commands.take, self._shared, tls=n >= self._place.plain)
             servers.append(await loop.create_server(take, sock=sock, backlog=self._fit.backlog))
-        maillog.started("relay", pid=os.getpid(), listen=self._settings.smtp.listen, owner=self._front.ids.owner)
+        maillog.started("relay", pid=os.getpid(), listen=self._settings.smtp.listen, owner=self._shared.ids.owner)
         await self._stop.wait()
-        maillog.stopping("relay", clients=len(self._front.conversations))
-        self._front.stopping = True
+        maillog.stopping("relay", clients=len(self._shared.command_loops))
+        self._shared.stopping = True
         for sock in self._place.sockets if self._place.ours else ():
             with contextlib.suppress(OSError):
                 # The supervisor holds it too: only a shutdown has new clients refused at once. At systemd's they wait.
@@ -292,7 +292,7 @@ class _Relay:
     def _reload(self) -> None:
         """Read certificate, users and keys again, for what is to come; what cannot be used changes nothing."""
         try:
-            self._front.credentials = Credentials.load(self._settings.smtp)
+            self._shared.credentials = Credentials.load(self._settings.smtp)
         except OSError as error:
             maillog.notice("error", "not reloaded", reason=str(error))
         else:
@@ -324,7 +324,7 @@ class _Relay:
                 recovery.take_over,
                 self._jobs,
                 me,
-                self._front.ids.owner,
+                self._shared.ids.owner,
                 hold_seconds,
                 self._settings.workers.job_size,
             )
@@ -346,11 +346,11 @@ class _Relay:
         patience = loop.time() + _GRACE_SECONDS
         if self._importer:
             self._importer.stop()
-        while self._front.conversations:
-            for client in list(self._front.conversations):
+        while self._shared.command_loops:
+            for client in list(self._shared.command_loops):
                 client.stop(impatient=loop.time() > patience)
             await asyncio.sleep(_POOL_WAIT)
-        await self._intake.drain()
+        await self._staging.drain()
         if importing:
             await asyncio.wait({importing}, timeout=_IMPORT_SECONDS)
             importing.cancel()

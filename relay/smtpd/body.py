@@ -40,13 +40,13 @@ class IncomingBody:
 
     __slots__ = (
         "_begun",
+        "_counters",
         "_ends",
         "_front",
         "_kept",
         "_last",
         "_lines",
         "_octets",
-        "_seat",
         "_settings",
         "_stuffing",
         "_transaction",
@@ -57,7 +57,7 @@ class IncomingBody:
     def __init__(
         self,
         settings: SmtpSettings,
-        seat: ProcessCounters,
+        counters: ProcessCounters,
         transaction: PrimaryTransaction,
         trace: bytes,
         *,
@@ -65,7 +65,7 @@ class IncomingBody:
         crlf_only: bool,
     ) -> None:
         self._settings = settings
-        self._seat = seat
+        self._counters = counters
         self._transaction = transaction
         self._ends = LineEnds(refuse=crlf_only, stuffed=stuffed)
         self._stuffing = None if stuffed else Stuffing()
@@ -74,7 +74,7 @@ class IncomingBody:
         self._last = trace  # what the primary has not got yet: the end of the body leaves with the dot, in one write
         self._front = b""  # of the body, while it cannot be told how it begins
         self._begun = False
-        self._octets = 0  # as counted in our seat
+        self._octets = 0  # as counted in our numbers
         self.refusal: Reply | None = None
         self.pace = Pace(settings.idle_timeout, settings.min_data_rate)
 
@@ -100,7 +100,7 @@ class IncomingBody:
 
     def close(self) -> None:
         """Have the message counted no more."""
-        self._seat.add_octets(-self._octets)
+        self._counters.add_octets(-self._octets)
         self._octets = 0
         self._kept = []
 
@@ -138,16 +138,16 @@ class IncomingBody:
         self._kept, self._last = [], b""
 
     def _too_much(self, piece: bytes) -> Reply | None:
-        """Count what is kept of the message; says so when that is more than it or the house may have."""
+        """Count what is kept of the message; returns the refusal when that is over a limit."""
         octets, limit = len(piece), self._settings.max_message_bytes
         if limit and self._octets + octets > limit:
             return TOO_LARGE
         if self._lines is not None and self._lines.exceeds(piece):
             return _LONG_LINE
-        if self._seat.octets + octets > self._settings.max_bytes_in_flight:
+        if self._counters.octets + octets > self._settings.max_bytes_in_flight:
             return FULL
         self._octets += octets
-        self._seat.add_octets(octets)
+        self._counters.add_octets(octets)
         return None
 
     async def _fault_of_header(self, body: bytes) -> Reply | None:

@@ -1,9 +1,9 @@
-"""One client's conversation: its command lines in, the replies out, one after the other until either side has enough.
+"""The command loop of one client: command lines in, replies out, until the client quits or is disconnected.
 
-A line is read, looked up in the table at the end, and answered: by the Introduction where it says who the client is,
-by the Session where it is about mail. Replies leave from here, but for those in the middle of a command (354, 334,
-the 220 before TLS). What is not foreseen becomes 451. A client that hangs up never cancels us: it shows as the end
-of input.
+A line is read, looked up in the table at the end, and answered: by the Peer where it says who the client
+is, by the MailTransaction where it is about mail. Replies leave from here, but for those in the middle of a command
+(354, 334, the 220 before TLS). What is not foreseen becomes 451. A client that disconnects cancels nothing: it shows as
+the end of input.
 """
 
 from __future__ import annotations
@@ -26,68 +26,68 @@ _TOO_MANY_ERRORS = Reply.of(421, "4.7.0 Too many errors, goodbye")
 _SHUTDOWN = Reply.of(421, "4.3.2 Service shutting down, try again later")
 
 
-def take(front: Context, *, tls: bool = False) -> ClientProtocol:
-    """Make the protocol of a client's connection, whose conversation it begins; with ``tls`` by the handshake."""
-    smtp = front.settings.smtp
+def take(context: Context, *, tls: bool = False) -> ClientProtocol:
+    """Return the protocol of a new connection, which starts its command loop; with ``tls`` by the handshake."""
+    smtp = context.settings.smtp
     seconds = min(smtp.idle_timeout, smtp.lease_idle_timeout)
     return ClientProtocol(
-        lambda channel: CommandLoop(front, channel).converse(implicit_tls=tls),
+        lambda protocol: CommandLoop(context, protocol).run(implicit_tls=tls),
         write_seconds=seconds,
-        count=front.seat.add_octets,
+        count=context.counters.add_octets,
     )
 
 
 class CommandLoop:
-    """The conversation with one client."""
+    """Reads the commands of one client and writes the replies."""
 
-    def __init__(self, front: Context, channel: ClientProtocol) -> None:
-        self._front = front
-        self._channel = channel
-        self._client = Peer(front, channel)
-        self._manners = ErrorLimits()
-        self._session = MailTransaction(front, channel, self._client, self._manners)
+    def __init__(self, context: Context, protocol: ClientProtocol) -> None:
+        self._context = context
+        self._protocol = protocol
+        self._peer = Peer(context, protocol)
+        self._error_limits = ErrorLimits()
+        self._transaction = MailTransaction(context, protocol, self._peer, self._error_limits)
         self._over = False  # after the next reply
 
     # --- the loop ---------------------------------------------------------------------------------------------
 
-    async def converse(self, *, implicit_tls: bool) -> None:
-        """Be there for this client until it leaves."""
-        front, channel, session = self._front, self._channel, self._session
-        front.conversations.add(self)
-        front.seat.add_client(1)
+    async def run(self, *, implicit_tls: bool) -> None:
+        """Serve one client until it disconnects."""
+        context, protocol, transaction = self._context, self._protocol, self._transaction
+        context.command_loops.add(self)
+        context.counters.add_client(1)
         try:
-            greeting = await self._client.arrive(implicit_tls=implicit_tls)
+            greeting = await self._peer.arrive(implicit_tls=implicit_tls)
             if greeting is None:
                 return
-            await channel.push(greeting)
-            while (line := await channel.read_line(session.patience, AUTH_LINE)) is not None:
+            await protocol.push(greeting)
+            while (line := await protocol.read_line(transaction.patience, AUTH_LINE)) is not None:
                 reply = await self._answer(line)
                 if reply is not None:
-                    await channel.push(reply)
-                    if self._over or session.is_lost or reply.code == 421:
+                    await protocol.push(reply)
+                    if self._over or transaction.is_lost or reply.code == 421:
                         break
-                if front.stopping and not session.in_transaction:
-                    await channel.push(_SHUTDOWN)
+                if context.stopping and not transaction.in_transaction:
+                    await protocol.push(_SHUTDOWN)
                     break
         except ClientGone:
             pass
         finally:
-            session.forget()
-            session.log_the_rest()
+            transaction.forget()
+            transaction.log_the_rest()
             try:
-                await channel.close()
+                await protocol.close()
             finally:
-                self._client.leave()
-                front.conversations.discard(self)
-                front.seat.add_client(-1)
+                self._peer.leave()
+                context.command_loops.discard(self)
+                context.counters.add_client(-1)
 
     def stop(self, *, impatient: bool) -> None:
-        """End an idle conversation now; one in a transaction after it, or, impatient, before its DATA."""
-        session, channel = self._session, self._channel
-        if channel.is_deaf or channel.is_securing:
-            channel.abort()
-        elif channel.waiting and (not session.in_transaction or (impatient and not session.in_data)):
-            channel.dismiss(_SHUTDOWN)
+        """End an idle client's session now; one in a transaction after it, or, impatient, before its DATA."""
+        transaction, protocol = self._transaction, self._protocol
+        if protocol.is_deaf or protocol.is_securing:
+            protocol.abort()
+        elif protocol.waiting and (not transaction.in_transaction or (impatient and not transaction.in_data)):
+            protocol.dismiss(_SHUTDOWN)
 
     async def _answer(self, line: bytes) -> Reply | None:
         """Return the reply to one command, None when it has been given: where the unforeseen becomes a reply."""
@@ -95,16 +95,16 @@ class CommandLoop:
             command, argument = self._read(line)
             reply = await command(self, argument)
         except SyntaxProblem as problem:
-            self._manners.bad += 1
+            self._error_limits.bad += 1
             reply = problem.reply
         except ClientGone:
             raise
         except Exception as error:
-            maillog.session_error(self._client.address, error)
+            maillog.session_error(self._peer.address, error)
             metrics.session_errors.inc()
-            self._session.forget()
+            self._transaction.forget()
             return INTERNAL
-        return _TOO_MANY_ERRORS if self._manners.are_unbearable else reply
+        return _TOO_MANY_ERRORS if self._error_limits.are_unbearable else reply
 
     def _read(self, line: bytes) -> tuple[_Command, str]:
         """Return the command of a line, and its argument. Raises SyntaxProblem."""
@@ -115,31 +115,31 @@ class CommandLoop:
         if command is None:
             raise _unknown(verb)
         text = argument_text(argument)
-        if not line.endswith(b"\r\n") and self._client.crlf_only:
+        if not line.endswith(b"\r\n") and self._peer.crlf_only:
             raise SyntaxProblem(500, "5.5.2 A command must end with CRLF")
         if verb in _IDLE:
-            self._manners.idle()
+            self._error_limits.idle()
         return command, text
 
     # --- commands ---------------------------------------------------------------------------------------------
 
     async def _hello(self, name: str, *, extended: bool) -> Reply:
-        reply = await self._client.hello(name, extended=extended)
-        self._session.forget()
+        reply = await self._peer.hello(name, extended=extended)
+        self._transaction.forget()
         return reply
 
     async def _introduce(self, argument: str, command: Callable[[Peer, str], Awaitable[Reply | None]]) -> Reply | None:
         """Take what may only come between messages: STARTTLS, AUTH, XFORWARD, XCLIENT."""
-        if self._session.in_transaction:
-            return self._session.out_of_order(_NESTED)
-        return await command(self._client, argument)
+        if self._transaction.in_transaction:
+            return self._transaction.out_of_order(_NESTED)
+        return await command(self._peer, argument)
 
     async def _noop(self, _: str) -> Reply:
         return _OK
 
     async def _rset(self, argument: str) -> Reply:
         nothing_after("RSET", argument)
-        self._session.forget()
+        self._transaction.forget()
         return _OK
 
     async def _quit(self, argument: str) -> Reply:
@@ -160,17 +160,17 @@ _Command = Callable[[CommandLoop, str], Awaitable[Reply | None]]
 
 
 def _between(command: Callable[[Peer, str], Awaitable[Reply | None]]) -> _Command:
-    return lambda conversation, argument: conversation._introduce(argument, command)
+    return lambda loop, argument: loop._introduce(argument, command)
 
 
 def _mailing(command: Callable[[MailTransaction, str], Awaitable[Reply]]) -> _Command:
-    return lambda conversation, argument: command(conversation._session, argument)
+    return lambda loop, argument: command(loop._transaction, argument)
 
 
 # ruff: noqa: SLF001 - the table belongs to the class
 _COMMANDS: Mapping[bytes, _Command] = {
-    b"HELO": lambda conversation, name: conversation._hello(name, extended=False),
-    b"EHLO": lambda conversation, name: conversation._hello(name, extended=True),
+    b"HELO": lambda loop, name: loop._hello(name, extended=False),
+    b"EHLO": lambda loop, name: loop._hello(name, extended=True),
     b"STARTTLS": _between(Peer.starttls),
     b"AUTH": _between(Peer.auth),
     b"XFORWARD": _between(Peer.xforward),

@@ -1,4 +1,4 @@
-"""The front of one relay process: what all its conversations share, and who is talking at the moment."""
+"""What the command loops of one relay process share, and which of them run."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ from relay.smtpd.staging import Staging
 
 
 class Stoppable(Protocol):
-    """A client's conversation, as a process sees it that is to stop."""
+    """A command loop, as the process sees it that is to stop."""
 
     def stop(self, *, impatient: bool) -> None:
-        """End an idle conversation now; one in a transaction after it, or, impatient, before its DATA."""
+        """End an idle client's session now; one in a transaction after it, or, impatient, before its DATA."""
 
 
 @dataclass(slots=True)
 class Context:
-    """What the conversations of one relay process share."""
+    """What the command loops of one relay process share."""
 
     settings: Settings
     primary: Primary
-    intake: Staging
+    staging: Staging
     ids: IdSource
-    seat: ProcessCounters
+    counters: ProcessCounters
     credentials: Credentials = field(default_factory=Credentials)
-    conversations: set[Stoppable] = field(default_factory=set)
+    command_loops: set[Stoppable] = field(default_factory=set)
     stopping: bool = False
     most_clients: int = sys.maxsize  # of this process, by its descriptors
 
     @property
     def is_crowded(self) -> bool:
         """Whether one client more is too many, for all processes together or for this one."""
-        return self.seat.clients > self.settings.smtp.max_connections or self.seat.own_clients > self.most_clients
+        return (
+            self.counters.clients > self.settings.smtp.max_connections or self.counters.own_clients > self.most_clients
+        )

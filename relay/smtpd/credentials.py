@@ -1,4 +1,4 @@
-"""What the relay shows and asks for at its door: its certificate and its users, read at the start and on SIGHUP.
+"""The certificate that clients see and the users who may log in, read at the start and on SIGHUP.
 
 A file that cannot be used is an OSError of one line that names the setting. At the start that ends everything; on
 SIGHUP the old ones stay in use.

@@ -1,8 +1,8 @@
-"""A client's manners: what it got wrong so far, and when that is enough.
+"""The error limits of one client: what it got wrong so far, and when it is disconnected for that.
 
-Twenty commands that make no sense end a conversation. What a client could not know better, since it pipelines, is not
+Twenty commands that make no sense end a session. What a client could not know better, since it pipelines, is not
 counted at first; what merely brings no message forward is, once there is very much of it (smtpd_junk_command_limit is
-Postfix's word for it), and at a slow pace it is forgiven. A message that is accepted wipes the slate. The log has so
+Postfix's word for it), and at a slow pace it is forgiven. An accepted message resets the counts. The log has so
 many lines about one client and message; then one line says how many more there were.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 
-_BAD_LIMIT = 20  # commands that make no sense, then goodbye
+_BAD_LIMIT = 20  # commands that make no sense, then the client is disconnected
 _IDLE_LIMIT = 100  # commands that bring no message; from then on each is one that makes no sense
 _FORGIVEN = 5.0  # seconds, after which one of those is forgotten: who asks now and then how we are may go on for ever
 _EXCESS_LIMIT = 1000  # refused recipients, and commands behind a refused one; a client may send all it has at once
@@ -18,7 +18,7 @@ _LINES = 100  # of the log
 
 
 class ErrorLimits:
-    """The count of one client's mistakes."""
+    """Counts the errors of one client."""
 
     __slots__ = ("_excess", "_idle", "_idle_at", "_lines", "bad")
 

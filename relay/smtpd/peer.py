@@ -1,6 +1,6 @@
 """Who the client is, and what it may do: from the connection to HELO, EHLO, STARTTLS, AUTH, XFORWARD and XCLIENT.
 
-Whoever comes from an allowed network or has logged in may send mail; everybody else hears no, at once where there is
+Clients in an allowed network, and those that have logged in, may send mail; others are refused, at once where there is
 no way to log in. A password is asked for under TLS only, unless the settings say otherwise.
 """
 
@@ -30,7 +30,7 @@ from relay.smtpd.xclient import BadAttribute
 
 AUTH_LINE = 12288  # octets; RFC 4954 4
 _PROXY_SECONDS = 5.0
-_FAILURES = 5  # wrong passwords, then goodbye
+_FAILURES = 5  # wrong passwords, then the client is disconnected
 _FAILURE_PAUSE = 1.0  # seconds before the reply to each
 
 _SHUTDOWN = Reply.of(421, "4.3.2 Service shutting down, try again later")
@@ -45,13 +45,13 @@ _WRONG = Reply.of(535, "5.7.8 Authentication credentials invalid")
 
 
 class Peer:
-    """What one client has told of itself, and shown."""
+    """What one client has said and proved about itself."""
 
-    def __init__(self, front: Context, channel: ClientProtocol) -> None:
-        self._front = front
-        self._settings = front.settings.smtp
-        self._channel = channel
-        self._take_for(*channel.peer)
+    def __init__(self, context: Context, protocol: ClientProtocol) -> None:
+        self._context = context
+        self._settings = context.settings.smtp
+        self._protocol = protocol
+        self._take_for(*protocol.peer)
         self._may_forward = False
         self._counted = ""  # the address under which we are counted
         self.helo = ""
@@ -66,31 +66,31 @@ class Peer:
     def _take_for(self, address: str, port: int) -> None:
         """Take the client for who it says, or is said, to be."""
         self.address, self.port = address, port
-        # No address is nobody's: whoever has reset the connection by the time that we take it has none any more, and
-        # what it sent before can still be read.
+        # An empty address is untrusted: a connection that was reset before it was accepted has none any more, and what
+        # was sent on it can still be read.
         self._is_local = addresses.is_loopback(address)
         self._is_allowed = self._settings.allows(address)
 
     # --- the connection ---------------------------------------------------------------------------------------
 
     async def arrive(self, *, implicit_tls: bool) -> Reply | None:
-        """Go as far as the greeting; returns it, or None when the client has been turned away."""
-        channel = self._channel
+        """Do all that comes before the greeting; returns it, or None when the client has been refused."""
+        protocol = self._protocol
         if self._settings.proxy_protocol and not await self._read_proxy_header():
             return None
         refusal = self._unwelcome()
         if refusal is not None:
             metrics.connections_refused.inc()
             if not implicit_tls:
-                channel.dismiss(refusal)
+                protocol.dismiss(refusal)
             return None
         metrics.connections.inc()
         if implicit_tls:
-            context = self._front.credentials.tls
+            context = self._context.credentials.tls
             if context is None or not await self._secure(context, keep=True):
                 return None
         if self._settings.greeting_delay and not await self._kept_silent():
-            channel.dismiss(_TALKATIVE)
+            protocol.dismiss(_TALKATIVE)
             return None
         return self.greeting
 
@@ -101,7 +101,7 @@ class Peer:
     def leave(self) -> None:
         """Count the client no more."""
         if self._counted:
-            self._front.seat.count_address(self._counted, -1)
+            self._context.counters.count_address(self._counted, -1)
             self._counted = ""
 
     async def _read_proxy_header(self) -> bool:
@@ -110,7 +110,7 @@ class Peer:
             return False
         try:
             async with asyncio.timeout(_PROXY_SECONDS):
-                origin = await read_header(self._channel.inbox)
+                origin = await read_header(self._protocol.read_buffer)
         except (BadHeader, TimeoutError) as error:
             maillog.proxy_failed(self.address, str(error) or "no PROXY header in time")
             return False
@@ -119,26 +119,26 @@ class Peer:
         return True
 
     def _unwelcome(self) -> Reply | None:
-        front, settings = self._front, self._settings
-        if front.stopping:
+        context, settings = self._context, self._settings
+        if context.stopping:
             return _SHUTDOWN
-        if front.is_crowded:
+        if context.is_crowded:
             return _CROWDED
         if settings.max_connections_per_client:
             self._counted = addresses.network_prefix(self.address)
-            front.seat.count_address(self._counted, 1)
-            if front.seat.connections_of(self._counted) > settings.max_connections_per_client:
+            context.counters.count_address(self._counted, 1)
+            if context.counters.connections_of(self._counted) > settings.max_connections_per_client:
                 maillog.command_refused(self.address, "connect", _CROWD)
                 return _CROWD
         self._may_forward = within(self.address, settings.xforward_networks)
-        if not self._is_trusted and front.credentials.users is None and not self._may_forward:
+        if not self._is_trusted and context.credentials.users is None and not self._may_forward:
             maillog.command_refused(self.address, "connect", _STRANGER)
             return _STRANGER
         return None
 
     async def _secure(self, context: ssl.SSLContext, first: Reply | None = None, *, keep: bool = False) -> bool:
         """Negotiate TLS, after which nothing holds that was said before it (RFC 3207 4.2)."""
-        reason = await self._channel.start_tls(context, first, keep=keep)
+        reason = await self._protocol.start_tls(context, first, keep=keep)
         if reason:
             maillog.tls_failed(self.address, reason)
         self.helo, self.extended, self.offered, self.user, self._forwarded = "", False, frozenset(), "", {}
@@ -148,7 +148,7 @@ class Peer:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.greeting_delay):
                 # Whatever comes now came too early, the end of input too.
-                await self._channel.inbox.read(1)
+                await self._protocol.read_buffer.read(1)
                 return False
         return True
 
@@ -163,21 +163,21 @@ class Peer:
         if self._needs_tls:
             return _TLS_FIRST
         if not self._is_trusted:
-            return _STRANGER if self._front.credentials.users is None else _AUTH_FIRST
+            return _STRANGER if self._context.credentials.users is None else _AUTH_FIRST
         return None
 
     @property
     def _needs_tls(self) -> bool:
-        return self._settings.tls == "encrypt" and not self._channel.tls
+        return self._settings.tls == "encrypt" and not self._protocol.tls
 
     @property
     def _offers_auth(self) -> bool:
-        safe = self._channel.tls or self._settings.auth_without_tls
-        return self._front.credentials.users is not None and safe and not self.user
+        safe = self._protocol.tls or self._settings.auth_without_tls
+        return self._context.credentials.users is not None and safe and not self.user
 
     @property
     def _offers_tls(self) -> bool:
-        return self._front.credentials.tls is not None and self._settings.tls != "none" and not self._channel.tls
+        return self._context.credentials.tls is not None and self._settings.tls != "none" and not self._protocol.tls
 
     def identity(self) -> Identity:
         """Return whose mail it is, for the servers behind us."""
@@ -218,10 +218,10 @@ class Peer:
 
     async def _offers(self) -> tuple[tuple[str, ...], frozenset[str]]:
         """Return the lines of EHLO and the extensions they name."""
-        primary = self._front.primary
+        primary = self._context.primary
         announced = await primary.announced()
         verified = primary.destination.tls == "verify"
-        lines, offered = offers(announced, self._settings.max_message_bytes, tls=self._channel.tls, verified=verified)
+        lines, offered = offers(announced, self._settings.max_message_bytes, tls=self._protocol.tls, verified=verified)
         ours = []
         if self._offers_tls:
             ours.append("STARTTLS")
@@ -229,7 +229,7 @@ class Peer:
             ours.append("AUTH PLAIN LOGIN")
         if self._may_forward:
             ours += [f"XFORWARD {' '.join(smtpd_xclient.XFORWARD)}", f"XCLIENT {' '.join(smtpd_xclient.XCLIENT)}"]
-        if self._front.credentials.users is not None:
+        if self._context.credentials.users is not None:
             offered |= {"AUTH"}
         if primary.extensions is None:
             # Not announced, but not refused for good either: some clients ask for what they did not see (a proxy of
@@ -240,9 +240,9 @@ class Peer:
     async def starttls(self, argument: str) -> Reply | None:
         if argument:
             raise SyntaxProblem(501, "5.5.4 Syntax: STARTTLS")
-        if self._channel.tls:
+        if self._protocol.tls:
             return Reply.of(503, "5.5.1 TLS is already active")
-        context = self._front.credentials.tls
+        context = self._context.credentials.tls
         if context is None or not self._offers_tls:
             return Reply.of(502, "5.5.1 STARTTLS is not offered")
         await self._secure(context, Reply.of(220, "2.0.0 Ready to start TLS"))
@@ -282,7 +282,7 @@ class Peer:
     # --- AUTH (RFC 4954) --------------------------------------------------------------------------------------
 
     async def auth(self, argument: str) -> Reply:
-        users = self._front.credentials.users
+        users = self._context.credentials.users
         if self._needs_tls:
             return _TLS_FIRST
         if users is None:
@@ -303,7 +303,7 @@ class Peer:
         right = await self._is_right(name, password)
         if right is None:
             return _NOT_NOW
-        if self._channel.is_gone:
+        if self._protocol.is_gone:
             raise ClientGone
         return self._logged_in(name) if right else await self._turned_away(name)
 
@@ -317,27 +317,27 @@ class Peer:
     async def _turned_away(self, name: str) -> Reply:
         """Answer a wrong password, after a while. Raises SyntaxProblem."""
         self._failures += 1
-        self._front.seat.guesses.add(addresses.network_prefix(self.address))
+        self._context.counters.guesses.add(addresses.network_prefix(self.address))
         metrics.logins.labels("refused").inc()
         maillog.login_refused(self.address, name)
-        await self._channel.pause(_FAILURE_PAUSE)
+        await self._protocol.pause(_FAILURE_PAUSE)
         if self._failures >= _FAILURES:
             return Reply.of(421, "4.7.0 Too many failed logins, goodbye")
         raise SyntaxProblem(_WRONG.code, *_WRONG.lines)
 
     async def _is_right(self, name: str, password: str) -> bool | None:
         """Say whether a password is right; None: nobody has looked at it, since there are too many (RFC 4954 6)."""
-        users = self._front.credentials.users
+        users = self._context.credentials.users
         if users is None:
             return None
         with contextlib.suppress(Busy):
-            if not self._front.seat.guesses.are_too_many(addresses.network_prefix(self.address)):
-                return await users.check(name, password, lambda: not self._channel.is_gone, self._front.seat)
+            if not self._context.counters.guesses.are_too_many(addresses.network_prefix(self.address)):
+                return await users.check(name, password, lambda: not self._protocol.is_gone, self._context.counters)
             if users.remembers(name, password):
                 return True
         metrics.logins.labels("refused").inc()
         maillog.login_refused(self.address, name, "too many at once, or too many wrong ones from this address")
-        await self._channel.pause(_FAILURE_PAUSE)
+        await self._protocol.pause(_FAILURE_PAUSE)
         return None
 
     async def _plain(self, initial: str) -> tuple[str, str]:
@@ -355,8 +355,8 @@ class Peer:
     async def _response(self, initial: str, challenge: str) -> str:
         """Return a response, decoded: the one that came with AUTH, or the one to our challenge."""
         if not initial:
-            await self._channel.push(Reply.of(334, challenge))
-            line = await self._channel.read_line(self._settings.idle_timeout, AUTH_LINE)
+            await self._protocol.push(Reply.of(334, challenge))
+            line = await self._protocol.read_line(self._settings.idle_timeout, AUTH_LINE)
             if line is None:
                 raise ClientGone
             if not line:

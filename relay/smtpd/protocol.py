@@ -1,9 +1,9 @@
-"""The wire to one client: lines and chunks in, replies out, the deadline of whoever waits for the client, TLS.
+"""The asyncio protocol of one client: lines and chunks in, replies out, deadlines, TLS.
 
-What is said is a CommandLoop's. A client that hangs up never cancels anybody: it shows as the end of input (None for a
-line, b"" for a chunk), and what is written to it goes nowhere. What it sent before a reset is dropped, since it can
-hear no answer. The loop may tell of its end late, or, in the middle of a change to TLS, never: so whoever waits here
-has a deadline, and what passes it is aborted and taken for gone without asking the loop.
+What is read and answered is up to the CommandLoop. A client that disconnects cancels nothing: it shows as the end of
+input (None for a line, b"" for a chunk), and what is written to it is dropped. What it sent before a reset is dropped,
+too, since it can hear no answer. The event loop may report its end late, or, in the middle of a change to TLS, never:
+so every wait has a deadline, and a client past it is aborted and taken for gone without asking the event loop.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _TLS_ERRORS = (ssl.SSLError, ConnectionError, TimeoutError, OSError)
 
 
 class ClientProtocol(asyncio.Protocol):
-    """One client's connection; ``converse`` is started with it and lives until it returns."""
+    """One client's connection; ``run`` is started with it; the connection is closed when that returns."""
 
     def __init__(
         self,
-        converse: Callable[[ClientProtocol], Coroutine[Any, Any, None]],
+        run: Callable[[ClientProtocol], Coroutine[Any, Any, None]],
         *,
         write_seconds: float,
         count: Callable[[int], None] = lambda _: None,
@@ -40,10 +40,10 @@ class ClientProtocol(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         self.loop = loop
         self.transport: Any = None
-        self.inbox = ReadBuffer(loop, count)
+        self.read_buffer = ReadBuffer(loop, count)
         self._writable: asyncio.Future[None] | None = None  # while the transport wants no more: done when it does
-        self._conversation: asyncio.Task[None] | None = None
-        self._converse = converse
+        self._command_loop: asyncio.Task[None] | None = None
+        self._run = run
         self._write_seconds = write_seconds  # for a client that does not read what we say
         self._watch_every = write_seconds / 4
         self._watchdog: asyncio.TimerHandle | None = None
@@ -54,33 +54,33 @@ class ClientProtocol(asyncio.Protocol):
         self._in_a_row = 0
         self._held: list[bytes] = []  # replies to commands that came together, to leave together
         self.waited = 0.0  # seconds, for what came last
-        self.waiting = False  # for the client; only then may a deadline or a shutdown end the conversation
+        self.waiting = False  # for the client; only then may a deadline or a shutdown end the session
         self.tls = False
         self.peer: tuple[str, int] = ("", 0)
 
     # --- what asyncio calls -----------------------------------------------------------------------------------
 
     def connection_made(self, transport: Any) -> None:
-        """Start the conversation."""
+        """Start the command_loop."""
         self.transport = transport
-        self.inbox.follow(transport)
+        self.read_buffer.follow(transport)
         peer = transport.get_extra_info("peername")
         if isinstance(peer, tuple):
             self.peer = (peer[0].removeprefix("::ffff:").partition("%")[0], peer[1])
         self._watch()
-        self._conversation = self.loop.create_task(self._converse(self))
-        self._conversation.add_done_callback(self._end)
+        self._command_loop = self.loop.create_task(self._run(self))
+        self._command_loop.add_done_callback(self._end)
 
     def data_received(self, data: bytes) -> None:
-        self.inbox.feed(data)
+        self.read_buffer.feed(data)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Tell the reader; the conversation ends by itself, after what must not be broken off."""
+        """Tell the reader; the command loop ends by itself, after what must not be broken off."""
         self.transport = None
-        self.inbox.follow(None)
+        self.read_buffer.follow(None)
         if error is not None:
-            self.inbox.clear()
-        self.inbox.end()
+            self.read_buffer.clear()
+        self.read_buffer.end()
         if self._handshake is not None:
             self._handshake.cancel()  # nobody else would tell it
         if not self._lost.done():
@@ -99,17 +99,17 @@ class ClientProtocol(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """Keep our side open where that can be done: the reply to the last command may still be wanted."""
-        self.inbox.end()
+        self.read_buffer.end()
         return not self.tls
 
-    def _end(self, conversation: asyncio.Task[None]) -> None:
+    def _end(self, command_loop: asyncio.Task[None]) -> None:
         if self._watchdog is not None:
             self._watchdog.cancel()
-        self._hang_up()
-        self.inbox.end()
-        self.inbox.clear()
-        if not conversation.cancelled():
-            conversation.result()  # what a conversation raises goes to the loop's handler
+        self._close()
+        self.read_buffer.end()
+        self.read_buffer.clear()
+        if not command_loop.cancelled():
+            command_loop.result()  # what it raises goes to the event loop's handler
 
     # --- out --------------------------------------------------------------------------------------------------
 
@@ -128,7 +128,7 @@ class ClientProtocol(asyncio.Protocol):
         return self._handshake is not None
 
     async def push(self, reply: Reply) -> None:
-        """Write a reply. That the client has gone is found out at the next read.
+        """Write a reply. A client that has disconnected shows at the next read.
 
         While the next command is here already, replies leave together, at the latest when we wait for something: a
         client that pipelines reads them at once, and each write costs more than most commands.
@@ -136,7 +136,7 @@ class ClientProtocol(asyncio.Protocol):
         transport = self.transport
         if transport is None or transport.is_closing():
             return
-        if self.inbox.has_line and len(self._held) < _MOST_HELD and not transport.get_write_buffer_size():
+        if self.read_buffer.has_line and len(self._held) < _MOST_HELD and not transport.get_write_buffer_size():
             if not self._held:
                 self.loop.call_soon(self._flush)
             self._held.append(reply.wire)
@@ -150,12 +150,12 @@ class ClientProtocol(asyncio.Protocol):
                 self._deaf_at = math.inf
 
     def dismiss(self, reply: Reply) -> None:
-        """Say a last word and hang up; who reads finds the end of input, whatever has come this moment."""
+        """Write a last reply and close; a reader finds the end of input, whatever has been received."""
         if self.transport is not None:
             self._write(reply)
-            self._hang_up()
-        self.inbox.clear()
-        self.inbox.end()
+            self._close()
+        self.read_buffer.clear()
+        self.read_buffer.end()
 
     def _write(self, reply: Reply) -> None:
         if self._held:
@@ -169,16 +169,16 @@ class ClientProtocol(asyncio.Protocol):
         if held and self.transport is not None and not self.transport.is_closing():
             self.transport.write(b"".join(held))
 
-    def _hang_up(self) -> None:
+    def _close(self) -> None:
         self._flush()
         if self.transport is not None and not self.transport.is_closing():
             self.transport.close()
 
     async def close(self) -> None:
-        """Hang up; returns when the connection is no more: until then the client has its place."""
+        """Close; returns when the connection is gone, and until then the client counts as connected."""
         if self._lost.done():
             return
-        self._hang_up()
+        self._close()
         seconds = _GOODBYE_SECONDS
         if self.transport is not None and self.transport.get_write_buffer_size():
             seconds = self._write_seconds
@@ -188,8 +188,8 @@ class ClientProtocol(asyncio.Protocol):
             self.abort()
 
     def abort(self) -> None:
-        """Break the connection off, and take it for gone whatever the loop says."""
-        self.inbox.clear()  # nobody will hear the answers
+        """Abort the connection, and take it for gone whatever the event loop says."""
+        self.read_buffer.clear()  # nobody will hear the answers
         transport = self.transport
         if transport is not None:
             transport.abort()
@@ -199,12 +199,12 @@ class ClientProtocol(asyncio.Protocol):
 
     async def read_line(self, seconds: float, limit: int) -> bytes | None:
         """Return the next line, b"" for one that is too long, None at the end of input; all of it in the time given."""
-        if self.inbox.has_line:
+        if self.read_buffer.has_line:
             await self._let_others()
         begun = self.loop.time()
         self._deadline = begun + seconds
         self.waiting = True
-        line = await self.inbox.line()
+        line = await self.read_buffer.line()
         self.waiting = False
         self.waited = self.loop.time() - begun
         return b"" if line is not None and len(line) > limit else line
@@ -214,7 +214,7 @@ class ClientProtocol(asyncio.Protocol):
         begun = self.loop.time()
         self._deadline = begun + seconds
         self.waiting = True
-        chunk = await self.inbox.read(most)
+        chunk = await self.read_buffer.read(most)
         self.waiting = False
         self.waited = self.loop.time() - begun
         return chunk
@@ -242,8 +242,8 @@ class ClientProtocol(asyncio.Protocol):
         if transport is None or transport.is_closing():
             return _GONE
         transport.pause_reading()  # all that comes from now on goes to TLS
-        self.inbox.follow(None)  # until the handshake is over its transport is not ours to stop
-        early = self.inbox.clear()
+        self.read_buffer.follow(None)  # until the handshake is over its transport is not ours to stop
+        early = self.read_buffer.clear()
         if first is not None:
             self._write(first)
         self._handshake = self.loop.create_task(self._negotiate(transport, context))
@@ -261,7 +261,7 @@ class ClientProtocol(asyncio.Protocol):
             if secured is not None and not self._lost.done():
                 self.resume_writing()  # what the plain transport had too much of is its own
                 self.transport = secured
-                self.inbox.follow(secured)
+                self.read_buffer.follow(secured)
                 self.tls = True
                 return ""
             handshake.cancel()

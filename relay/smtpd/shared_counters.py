@@ -1,7 +1,7 @@
 """What all relay processes have in hand (clients, octets, password checks), so that limits count for them together.
 
-Shared memory, made before the processes are forked: each writes only its own seat and reads all. A process that dies
-leaves its numbers; the one that takes its seat starts with zeros. Clients by address are counted in a table whose
+Shared memory, made before the processes are forked: each writes only its own part and reads all. A process that dies
+leaves its numbers; the one that takes its place starts with zeros. Clients by address are counted in a table whose
 slots some share by chance: seldom, and then a limit is reached too early.
 """
 
@@ -19,16 +19,16 @@ _SLOTS = 1 << 14  # for addresses
 
 
 class SharedCounters:
-    """The numbers of all seats."""
+    """The numbers of all processes."""
 
-    def __init__(self, seats: int) -> None:
-        self._numbers = memoryview(mmap.mmap(-1, max(1, seats) * _FIELDS * 8)).cast("q")
-        self._addresses = memoryview(mmap.mmap(-1, max(1, seats) * _SLOTS * 4)).cast("i")
+    def __init__(self, processes: int) -> None:
+        self._numbers = memoryview(mmap.mmap(-1, max(1, processes) * _FIELDS * 8)).cast("q")
+        self._addresses = memoryview(mmap.mmap(-1, max(1, processes) * _SLOTS * 4)).cast("i")
         self._guesses = Guesses()
         self._salt = random.SystemRandom().getrandbits(64)  # nobody can choose whom to share a slot with
 
-    def seat(self, index: int) -> ProcessCounters:
-        """Return the seat of one process."""
+    def of_process(self, index: int) -> ProcessCounters:
+        """Return the counters of one process."""
         return ProcessCounters(self._numbers, self._addresses, self._salt, index, self._guesses)
 
 

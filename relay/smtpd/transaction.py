@@ -4,8 +4,8 @@
     comes, all but the end-of-data line; the copy is staged; the held dot goes out; by the primary's reply the
     copy is released, discarded, or held as uncertain; the client hears that reply. BDAT is the same in chunks.
 
-The commands come from a Conversation, which gives their replies; who the client is is an Introduction's, what comes
-as a message a Reception's. Trouble becomes a Reply, or a SyntaxProblem with one; a client that hangs up in its
+The commands come from a CommandLoop, which gives their replies; the Peer knows who the client is, and an IncomingBody
+takes what comes as a message. Trouble becomes a Reply, or a SyntaxProblem with one; a client that hangs up in its
 message is a ClientGone, and never cancels us.
 """
 
@@ -61,20 +61,20 @@ _NOT_DURABLE = Reply.of(451, "4.3.1 The copy cannot be stored at the moment, try
 class MailTransaction:
     """The mail of one client, a transaction at a time."""
 
-    def __init__(self, front: Context, channel: ClientProtocol, client: Peer, manners: ErrorLimits) -> None:
-        self._front = front
-        self._settings = front.settings.smtp
-        self._channel = channel
-        self._client = client
-        self._manners = manners
+    def __init__(self, context: Context, protocol: ClientProtocol, peer: Peer, error_limits: ErrorLimits) -> None:
+        self._context = context
+        self._settings = context.settings.smtp
+        self._protocol = protocol
+        self._peer = peer
+        self._error_limits = error_limits
         self._transaction: PrimaryTransaction | None = None
         self._sender = ""
         self._parameters: tuple[str, ...] = ()
         self._recipients: list[Recipient] = []
         self._identity: Identity = ()
-        self._reception: IncomingBody | None = None
+        self._body: IncomingBody | None = None
         self._message_id = ""
-        self._counted = 0  # octets of the envelope, as counted in our seat
+        self._counted = 0  # octets of the envelope, as counted in our numbers
         self.is_lost = False  # nobody knows where the next command begins
         self.in_data = False
         self._was_refused = False  # its MAIL, or what followed: a pipelining client goes on all the same
@@ -89,39 +89,39 @@ class MailTransaction:
         settings = self._settings
         if self._transaction is None:
             return settings.idle_timeout
-        if self._reception is None:
+        if self._body is None:
             return settings.lease_idle_timeout
-        return min(settings.lease_idle_timeout, self._reception.pace.seconds)
+        return min(settings.lease_idle_timeout, self._body.pace.seconds)
 
     def forget(self) -> None:
         """End the transaction, if any, without a message; one whose body has begun by a close."""
         transaction, self._transaction = self._transaction, None
         if transaction is not None:
-            if self._reception is None:
+            if self._body is None:
                 transaction.end()
             else:
                 transaction.abandon()
-        if self._reception is not None:
-            self._reception.close()
-            self._reception = None
+        if self._body is not None:
+            self._body.close()
+            self._body = None
         self._recipients = []
-        self._front.seat.add_octets(-self._counted)
+        self._context.counters.add_octets(-self._counted)
         self._counted = 0
         self.in_data = self._was_refused = False
-        self._client.end_transaction()
+        self._peer.end_transaction()
 
     def out_of_order(self, reply: Reply) -> Reply:
         """Count a command in the wrong place, but for long not what a pipelining client could not know better."""
         if self._was_refused:
-            self._manners.exceed()
+            self._error_limits.exceed()
         else:
-            self._manners.bad += 1
+            self._error_limits.bad += 1
         return reply
 
     # --- the envelope -----------------------------------------------------------------------------------------
 
     async def mail(self, argument: str) -> Reply:
-        client = self._client
+        client = self._peer
         if not client.helo:
             return self.out_of_order(_HELLO_FIRST)
         if self._transaction is not None:
@@ -134,7 +134,7 @@ class MailTransaction:
             return self._refused("MAIL", refusal)
         if self._settings.max_message_bytes and size > self._settings.max_message_bytes:
             return self._refused("MAIL", TOO_LARGE)
-        if self._front.seat.octets + size > self._settings.max_bytes_in_flight:
+        if self._context.counters.octets + size > self._settings.max_bytes_in_flight:
             return self._refused("MAIL", FULL)
 
         def commands(available: Mapping[str, str]) -> list[bytes]:
@@ -142,7 +142,7 @@ class MailTransaction:
             return [mail, *self._look_ahead(available)]
 
         self._identity = client.identity()
-        self._transaction, reply = await self._front.primary.begin(commands, self._identity)
+        self._transaction, reply = await self._context.primary.begin(commands, self._identity)
         self._was_refused = self._transaction is None
         if self._was_refused:
             self._refused("MAIL", reply)
@@ -155,7 +155,7 @@ class MailTransaction:
         transaction = self._transaction
         if transaction is None:
             return self.out_of_order(_MAIL_FIRST)
-        if self._reception is not None:
+        if self._body is not None:
             return self.out_of_order(_IN_CHUNKS)
         recipient = self._recipient(argument)
         address, given = recipient
@@ -163,7 +163,7 @@ class MailTransaction:
             reply = Reply.of(554, "5.7.1 Relaying to this domain is not allowed")
         elif len(self._recipients) >= self._most_recipients:
             reply = Reply.of(452, "4.5.3 Too many recipients")
-        elif self._front.seat.octets + len(argument) > self._settings.max_bytes_in_flight:
+        elif self._context.counters.octets + len(argument) > self._settings.max_bytes_in_flight:
             reply = FULL
         else:
             reply = await transaction.rcpt(
@@ -174,41 +174,41 @@ class MailTransaction:
                 self._count(len(argument))
         metrics.recipients.labels(metrics.reply_class(reply.code)).inc()
         if not reply.is_positive:
-            self._manners.exceed()
+            self._error_limits.exceed()
             self._log_refused(f"RCPT <{address}>", reply)
         return reply
 
     def _count(self, octets: int) -> None:
         """Count what an envelope takes in memory, roughly, with what keeps the text."""
         self._counted += octets + _ENTRY
-        self._front.seat.add_octets(octets + _ENTRY)
+        self._context.counters.add_octets(octets + _ENTRY)
 
     def _refused(self, command: str, reply: Reply) -> Reply:
         """Count a command that was to bring a message and does not."""
-        self._manners.idle()
+        self._error_limits.idle()
         self._log_refused(command, reply)
         return reply
 
     def _log_refused(self, command: str, reply: Reply) -> None:
-        if self._manners.may_be_logged():
-            maillog.command_refused(self._client.address, command, reply)
+        if self._error_limits.may_be_logged():
+            maillog.command_refused(self._peer.address, command, reply)
 
     def log_the_rest(self) -> None:
         """Say how many refusals have no line of their own."""
-        if count := self._manners.unlogged():
-            maillog.commands_refused(self._client.address, count)
+        if count := self._error_limits.unlogged():
+            maillog.commands_refused(self._peer.address, count)
 
     def _recipient(self, argument: str) -> Recipient:
         """Read what RCPT names. Raises SyntaxProblem."""
         address, given = parse_path(argument, "TO")
-        check(given, RCPT_EXTENSIONS, self._client.offered)
+        check(given, RCPT_EXTENSIONS, self._peer.offered)
         if not address:
             raise SyntaxProblem(501, "5.1.3 A recipient needs an address")
         return Recipient(address, meaningful(given))
 
     @property
     def _most_recipients(self) -> int:
-        return min(self._settings.max_recipients, self._front.primary.most_recipients)
+        return min(self._settings.max_recipients, self._context.primary.most_recipients)
 
     def _look_ahead(self, available: Mapping[str, str]) -> list[bytes]:
         """Return what the client has sent behind its MAIL already, as it goes to a primary that takes it at once.
@@ -216,13 +216,13 @@ class MailTransaction:
         Each command's turn comes all the same, and by then the primary's reply is on its way: three round trips become
         one. Only what we would pass on for certain goes ahead; at anything else we stop.
         """
-        if self._channel.inbox.is_empty or "PIPELINING" not in available:
+        if self._protocol.read_buffer.is_empty or "PIPELINING" not in available:
             return []
         commands: list[bytes] = []
         limits, domains = server_limits(available), set()
         most = min(self._most_recipients, limits.recipients)
         with suppress(SyntaxProblem):  # to be told when its turn comes
-            for line in self._channel.inbox.lines_ahead():
+            for line in self._protocol.read_buffer.lines_ahead():
                 verb, argument = split_command(line)
                 if len(line) > LINE_LIMIT or not line.endswith(b"\r\n"):
                     break
@@ -254,18 +254,18 @@ class MailTransaction:
 
     async def data(self, argument: str) -> Reply:
         nothing_after("DATA", argument)
-        if self._reception is not None:
+        if self._body is not None:
             return self.out_of_order(_IN_CHUNKS)
         opened = await self._open(stuffed=True)
         if isinstance(opened, Reply):
             return opened
         try:
-            await self._channel.push(_GO_AHEAD)
-            finder = EndOfLines() if self._client.may_end_lines_with_lf else EndOfData()
+            await self._protocol.push(_GO_AHEAD)
+            finder = EndOfLines() if self._peer.may_end_lines_with_lf else EndOfData()
             while not finder.found:
                 await opened.take(finder.feed(await self._octets(opened.pace)))
             if finder.rest:
-                self._channel.inbox.unread(finder.rest)
+                self._protocol.read_buffer.unread(finder.rest)
             return await self._conclude(opened)
         finally:
             self.forget()
@@ -278,11 +278,11 @@ class MailTransaction:
             self.is_lost = True
             raise
         opened: IncomingBody | Reply
-        if "CHUNKING" not in self._client.offered:
+        if "CHUNKING" not in self._peer.offered:
             opened = self.out_of_order(Reply.of(503, "5.5.1 CHUNKING was not offered"))
-        elif self._reception is not None:
-            opened = self._reception
-            opened.pace.count(0, self._channel.waited)  # between two chunks the clock runs on
+        elif self._body is not None:
+            opened = self._body
+            opened.pace.count(0, self._protocol.waited)  # between two chunks the clock runs on
         else:
             opened = await self._open(stuffed=False)
         smtp = self._settings
@@ -297,7 +297,7 @@ class MailTransaction:
             return opened
         if not is_last and opened.refusal is None:
             if not size:
-                self._manners.idle()
+                self._error_limits.idle()
             return Reply.of(250, f"2.0.0 {size} octets received")
         try:
             return await self._conclude(opened)
@@ -310,10 +310,10 @@ class MailTransaction:
         transaction = self._transaction
         if transaction is None:
             return self.out_of_order(_MAIL_FIRST)
-        full = self._front.seat.octets > self._settings.max_bytes_in_flight
+        full = self._context.counters.octets > self._settings.max_bytes_in_flight
         if full or not self._recipients:
             await transaction.withdraw()
-            self._manners.idle()
+            self._error_limits.idle()
             return FULL if self._recipients else _NO_RECIPIENTS
         reply = await transaction.data()
         if reply.code != 354:
@@ -321,32 +321,32 @@ class MailTransaction:
             self._was_refused = True
             return self._refused("DATA", reply)
         self.in_data = True
-        self._message_id = self._front.ids.next()
-        self._reception = IncomingBody(
+        self._message_id = self._context.ids.next()
+        self._body = IncomingBody(
             self._settings,
-            self._front.seat,
+            self._context.counters,
             transaction,
             self._trace(),
             stuffed=stuffed,
-            crlf_only=self._client.crlf_only,
+            crlf_only=self._peer.crlf_only,
         )
-        return self._reception
+        return self._body
 
     async def _octets(self, pace: Pace, most: int = -1) -> bytes:
         """Return what has come of a body, at most so many octets. Raises ClientGone."""
-        piece = await self._channel.read_chunk(pace.seconds, most)
+        piece = await self._protocol.read_chunk(pace.seconds, most)
         if not piece:
             raise ClientGone
-        pace.count(len(piece), self._channel.waited)
+        pace.count(len(piece), self._protocol.waited)
         return piece
 
-    async def _conclude(self, reception: IncomingBody) -> Reply:
+    async def _conclude(self, incoming: IncomingBody) -> Reply:
         """The end of a message: make the copies durable, then give the primary its dot and the client its answer."""
-        body = await reception.complete()
+        body = await incoming.complete()
         message = Message(self._envelope(len(body)), body)
-        transaction, relay = self._transaction, self._front.settings.relay
-        if reception.refusal is not None or transaction is None:
-            refusal = reception.refusal or INTERNAL
+        transaction, relay = self._transaction, self._context.settings.relay
+        if incoming.refusal is not None or transaction is None:
+            refusal = incoming.refusal or INTERNAL
             metrics.messages.labels("own").inc()
             maillog.refused(message.envelope, refusal)
             return refusal
@@ -364,15 +364,15 @@ class MailTransaction:
         """
         if not message.envelope.destinations:
             return False
-        begun = self._channel.loop.time()
+        begun = self._protocol.loop.time()
         faultpoints.reach("before staging")
         try:
-            await self._front.intake.stage(message)
+            await self._context.staging.stage(message)
         except NotDurable as error:
             maillog.not_durable(message.envelope, str(error))
             return None if error.is_own else False
         faultpoints.reach("staged")
-        metrics.stage_seconds.observe(self._channel.loop.time() - begun)
+        metrics.stage_seconds.observe(self._protocol.loop.time() - begun)
         return True
 
     @staticmethod
@@ -383,35 +383,35 @@ class MailTransaction:
 
     async def _finish(self, transaction: PrimaryTransaction, envelope: Envelope, digest: str, *, staged: bool) -> Reply:
         """Send the held dot, and do with the copy what the primary's answer says."""
-        intake = self._front.intake
-        begun = self._channel.loop.time()
+        staging = self._context.staging
+        begun = self._protocol.loop.time()
         try:
             reply = await transaction.finish()
         except NoReply as trouble:
             if staged:
-                intake.hold(envelope.id, digest)
+                staging.hold(envelope.id, digest)
             metrics.messages.labels("uncertain").inc()
-            maillog.uncertain(envelope, self._front.settings.relay.uncertain_hold, str(trouble))
+            maillog.uncertain(envelope, self._context.settings.relay.uncertain_hold, str(trouble))
             return _NO_ANSWER
-        seconds = self._channel.loop.time() - begun
+        seconds = self._protocol.loop.time() - begun
         faultpoints.reach("primary answered")
         metrics.primary_seconds.observe(seconds)
         metrics.messages.labels(metrics.reply_class(reply.code)).inc()
         if reply.is_positive:
             if staged:
                 addresses = tuple(r.address for r in envelope.recipients)
-                await intake.release(Released(envelope.id, envelope.destinations, digest, addresses))
+                await staging.release(Released(envelope.id, envelope.destinations, digest, addresses))
                 faultpoints.reach("released")
             elif envelope.destinations:
                 metrics.copies_lost.inc()
                 maillog.copy_lost(envelope)
-            self._manners.bring_a_message()
+            self._error_limits.bring_a_message()
             self.log_the_rest()
             metrics.bytes_accepted.inc(envelope.size)
-            maillog.accepted(envelope, reply, seconds, late=self._channel.is_gone)
+            maillog.accepted(envelope, reply, seconds, late=self._protocol.is_gone)
         else:
             if staged:
-                intake.discard(envelope.id)
+                staging.discard(envelope.id)
             maillog.refused(envelope, reply)
         return reply
 
@@ -421,20 +421,20 @@ class MailTransaction:
             id=self._message_id,
             sender=self._sender,
             recipients=tuple(self._recipients),
-            received_at=self._front.intake.now(),
+            received_at=self._context.staging.now(),
             size=size,
             parameters=self._parameters,
-            client_address=self._client.address,
-            client_helo=self._client.helo,
+            client_address=self._peer.address,
+            client_helo=self._peer.helo,
             destinations=copies,
-            identity=self._identity if self._client.is_spoken_for else (),
+            identity=self._identity if self._peer.is_spoken_for else (),
             promised=promised,
         )
 
     def _copies(self) -> tuple[tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]:
         """Decide, for good, which backups get a copy, and for which recipients where that is not for all."""
         names, promised = [], []
-        for backup in self._front.settings.backups:
+        for backup in self._context.settings.backups:
             wanted = tuple(i for i, r in enumerate(self._recipients) if backup.wants(r)) if backup.domains else None
             if wanted is None or wanted:
                 names.append(backup.name)
@@ -443,10 +443,10 @@ class MailTransaction:
         return tuple(names), tuple(promised)
 
     def _trace(self) -> bytes:
-        client = self._client
+        client = self._peer
         protocol = headers.protocol_keyword(
             extended=client.extended,
-            tls=self._channel.tls,
+            tls=self._protocol.tls,
             authenticated=bool(client.user),
             utf8=value(self._parameters, "SMTPUTF8") is not None,
         )

@@ -13,10 +13,11 @@ import pytest
 from relay.client.connect import ConnectFailed, connect
 from relay.config.loader import load
 from relay.mail.destination import Destination
+from relay.mail.timeouts import Timeouts
 from relay.monitoring.probes import probe_destination
 from support.certificates import Certificate
 from support.dialogue import AsyncDialogue
-from support.in_process_relay import front
+from support.in_process_relay import serve
 from support.reactions import Close, Reset, Silence
 from support.scripted_server import ScriptedServer
 
@@ -74,11 +75,11 @@ async def test_the_next_address_serves(pair: Pair, fault: dict[str, Any]) -> Non
     """The first connects, and then greets with a refusal, closes or is silent: the second has the session, in time."""
     one, two = pair(fault)
     started = time.monotonic()
-    connection = await connect(at(one), local_hostname="relay.example", timeout=2)
+    connection = await connect(at(one), local_hostname="relay.example", timeouts=Timeouts.of(2))
     connection.close()
     assert time.monotonic() - started < 4
     assert (len(one.connections), len(two.connections)) == (1, 1)
-    found = await probe_destination(at(one), "primary", local_hostname="relay.example", timeout=2)
+    found = await probe_destination(at(one), "primary", local_hostname="relay.example", timeouts=Timeouts.of(2))
     assert found.ok
 
 
@@ -87,14 +88,16 @@ async def test_no_address_serves(pair: Pair) -> None:
     one, two = pair({"replies": {"CONNECT": "554 5.3.2 no service"}})
     two.refuse()
     with pytest.raises(ConnectFailed, match=r"554 5\.3\.2 no service"):
-        await connect(at(one), local_hostname="relay.example", timeout=2)
+        await connect(at(one), local_hostname="relay.example", timeouts=Timeouts.of(2))
 
 
 async def test_a_password_is_refused_once(pair: Pair) -> None:
     """A wrong password is not shown to the next address: that would count as another guess."""
     one, two = pair({"replies": {"AUTH": "535 5.7.8 no"}, "extensions": ["AUTH PLAIN"]})
     with pytest.raises(ConnectFailed, match="AUTH"):
-        await connect(at(one, username="u", password="p", tls="none"), local_hostname="relay.example", timeout=2)
+        await connect(
+            at(one, username="u", password="p", tls="none"), local_hostname="relay.example", timeouts=Timeouts.of(2)
+        )
     assert (len(one.connections), len(two.connections)) == (1, 0)
 
 
@@ -103,7 +106,7 @@ async def test_a_certificate_of_one_address(pair: Pair, certificate: Certificate
     right = Certificate(tmp_path, HOST)
     one, two = pair({"tls": certificate.server_context()}, {"tls": right.server_context()})
     server = at(one, tls="verify", ca_file=str(right.certificate))
-    connection = await connect(server, local_hostname="relay.example", timeout=5)
+    connection = await connect(server, local_hostname="relay.example", timeouts=Timeouts.of(5))
     assert connection.is_encrypted
     connection.close()
     assert [c.helo for c in two.connections] == ["relay.example"]
@@ -117,7 +120,7 @@ async def test_the_dot_of_the_root(pair: Pair, tmp_path: Any, implicit_tls: bool
     context.sni_callback = lambda _, name, __: names.append(name)
     one, _ = pair({"tls": context, "implicit_tls": implicit_tls})
     server = replace(at(one, tls="verify", ca_file=str(right.certificate)), host=f"{HOST}.")
-    connection = await connect(server, local_hostname="relay.example", timeout=5)
+    connection = await connect(server, local_hostname="relay.example", timeouts=Timeouts.of(5))
     connection.close()
     assert names == [HOST]
 
@@ -126,7 +129,7 @@ async def test_a_message_by_the_second_address(pair: Pair, redis_url: str) -> No
     """A client never hears that the first address of the primary refuses everybody."""
     one, two = pair({"replies": {"CONNECT": "421 4.3.2 busy"}})
     settings = load({"relay.destination_primary": f"{HOST}:{one.port}", "relay.timeout_seconds": "5"}, {}, ())
-    async with front(settings, redis_url) as (_, port), await AsyncDialogue.open(port) as client:
+    async with serve(settings, redis_url) as (_, port), await AsyncDialogue.open(port) as client:
         await client.hello()
         await client.mail("a@example.com", "b@example.com")
     assert len(two.messages) == 1

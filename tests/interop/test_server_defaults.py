@@ -15,7 +15,7 @@ from relay.ledger import keys
 from support import opensmtpd_instance
 from support.dialogue import AsyncDialogue
 from support.exim_instance import EximInstance
-from support.in_process_relay import front, settings_of
+from support.in_process_relay import serve, settings_of
 from support.ledger_contents import Contents, settings
 from support.opensmtpd_instance import OpenSmtpdInstance
 from support.postfix_instance import PostfixInstance
@@ -58,7 +58,7 @@ def exim(exim_program: Path) -> Iterator[EximInstance]:
 async def send(primary: str, redis_url: str, count: int, **options: str) -> None:
     """Send so many messages, each from a client with a connection of its own; all must be accepted."""
     given = {f"relay.{name}": value for name, value in options.items()}
-    async with front(settings_of(primary, given), redis_url) as (_, port):
+    async with serve(settings_of(primary, given), redis_url) as (_, port):
         for _ in range(count):
             async with await AsyncDialogue.open(port) as client:
                 await client.hello()
@@ -111,7 +111,7 @@ async def test_postfix_slows_nobody_down_for_another(postfix: StartPostfix, redi
     """It delays each reply after ten errors on a connection: the next client does not get that connection."""
     refuse = "check_recipient_access inline:{no@example.org=REJECT}, permit_mynetworks, reject"
     store = postfix(PostfixInstance.store(smtpd_recipient_restrictions=refuse))
-    async with front(settings_of(store.address), redis_url) as (_, port):
+    async with serve(settings_of(store.address), redis_url) as (_, port):
         async with await AsyncDialogue.open(port) as client:
             await client.hello()
             await client.say("MAIL FROM:<a@example.com>", 250)

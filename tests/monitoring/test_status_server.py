@@ -429,11 +429,11 @@ def try_send(running) -> bool:
 
 def test_metrics_tell_what_the_relay_processes_hold(tmp_path):
     """Clients and octets in memory, over all seats."""
-    occupancy = SharedCounters(2)
+    counters = SharedCounters(2)
     for n in range(2):
-        occupancy.seat(n).add_client(3)
-        occupancy.seat(n).add_octets(1000)
-    text = status_server.metrics(None, status_server.SeatCollector(occupancy.seat(0))).body.decode()
+        counters.of_process(n).add_client(3)
+        counters.of_process(n).add_octets(1000)
+    text = status_server.metrics(None, status_server.SeatCollector(counters.of_process(0))).body.decode()
     assert "smtpdup_clients 6.0" in text
     assert "smtpdup_in_flight_bytes 2000.0" in text
 

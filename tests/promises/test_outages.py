@@ -66,7 +66,7 @@ class Process:
         self.dispatcher = Dispatcher(self.async_client)
         self.spool = Spool(folder, self.ids.owner) if with_spool else None
         self.ledger = Contents(self.client)
-        self.intake = Staging(
+        self.staging = Staging(
             self.async_client,
             self.async_client,
             self.dispatcher,
@@ -84,7 +84,7 @@ class Process:
 
     async def stage(self, size: int = 10) -> Released:
         message = self.message(size)
-        await self.intake.stage(message)
+        await self.staging.stage(message)
         return Released(message.envelope.id, ("new",))
 
     async def is_well(self) -> None:
@@ -126,18 +126,18 @@ async def test_only_the_first_waits_for_a_redis_that_hangs(make: Callable[..., P
     process = make()
     await process.watch.look()
     process.server.pause()
-    await process.intake.release(await process.stage())
+    await process.staging.release(await process.stage())
     assert process.watch.is_down
     begun = time.monotonic()
     for _ in range(20):
-        await process.intake.release(await process.stage())
+        await process.staging.release(await process.stage())
     assert time.monotonic() - begun < 0.5
     assert process.names() == ["ready"] * 21
     await process.watch.look()
     assert process.watch.is_down
     process.server.resume()
     await process.is_well()
-    await process.intake.release(await process.stage())
+    await process.staging.release(await process.stage())
     assert len(process.ledger.pending_ids()) == 1
 
 
@@ -147,7 +147,7 @@ async def test_a_refusal_while_redis_hangs(make: Callable[..., Process], monkeyp
     process = make()
     process.server.pause()
     released = await process.stage()
-    process.intake.discard(released.id)
+    process.staging.discard(released.id)
     await until(lambda: process.names() == ["discard"])
     process.server.resume()
     await until(lambda: process.names() == [], timeout=30)
@@ -160,7 +160,7 @@ async def test_an_acceptance_while_redis_hangs(make: Callable[..., Process]) -> 
     process = make()
     released = await process.stage()
     process.server.pause()
-    await process.intake.release(released)
+    await process.staging.release(released)
     assert process.names() == ["release"]
     process.server.resume()
     await until(lambda: process.names() == [])
@@ -173,7 +173,7 @@ async def test_uncertain_while_redis_is_down(make: Callable[..., Process]) -> No
     process = make()
     process.server.stop()
     released = await process.stage()
-    process.intake.hold(released.id, "")
+    process.staging.hold(released.id, "")
     await until(lambda: process.names() == ["held"])
 
 
@@ -186,7 +186,7 @@ async def test_a_stage_that_was_given_up_is_not_done_later(make: Callable[..., P
     await asyncio.gather(*late)
     process.server.resume()
     await process.is_well()
-    await process.intake.drain()
+    await process.staging.drain()
     assert len(process.staged()) <= 10
     assert process.names() == ["staged"] * 20
 
@@ -216,7 +216,7 @@ async def test_the_spool_takes_what_a_full_redis_should_not(make: Callable[..., 
     await process.stage()
     assert len(process.names()) == before + 1
     for message_id in process.staged()[:4]:
-        process.intake.discard(message_id)
+        process.staging.discard(message_id)
     await until(lambda: len(process.staged()) <= 20 - before - 4)
     await process.watch.look()
     await process.stage()

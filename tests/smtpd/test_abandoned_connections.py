@@ -24,7 +24,7 @@ from loguru import logger
 from support.certificates import Certificate
 from support.dialogue import AsyncDialogue
 from support.event_loops import both_loops
-from support.in_process_relay import front, settings_of
+from support.in_process_relay import serve, settings_of
 from support.product import Product
 from support.scripted_server import EXTENSIONS, ScriptedServer
 from support.waiting import until, wait_until
@@ -107,12 +107,12 @@ def run_through(port: int, stages: list[bytes], pause: float, way: str, times: i
 @pytest.mark.parametrize("way", ["reset", "close", "half-close"])
 async def test_gone_at_once(chunking: ScriptedServer, redis_url: str, options: dict[str, str], way: str) -> None:  # type: ignore[no-untyped-def]
     """Hundreds at a time that go behind, with and before our replies: all places are free again, of all kinds."""
-    async with front(settings_of(chunking.address, options), redis_url) as (made, port):
+    async with serve(settings_of(chunking.address, options), redis_url) as (made, port):
         stages = list(STAGES.values())
         pauses = (0, 0, 0.0002, 0.001)
         await asyncio.gather(*(asyncio.to_thread(run_through, port, stages, p, way, 12) for p in pauses))
-        await until(lambda: not made.conversations, 10, lambda: f"{len(made.conversations)} are still there")
-        assert (made.seat.clients, made.seat.octets, made.primary.pool.in_use) == (0, 0, 0)
+        await until(lambda: not made.command_loops, 10, lambda: f"{len(made.command_loops)} are still there")
+        assert (made.counters.clients, made.counters.octets, made.primary.pool.in_use) == (0, 0, 0)
         async with await AsyncDialogue.open(port) as client:
             await client.hello()
             await client.mail("whole@example.com", "b@example.com")
@@ -161,13 +161,13 @@ def handshakes(port: int, ending: str, times: int, *, implicit: bool) -> None:
 @pytest.mark.parametrize("implicit", [False, True], ids=["STARTTLS", "implicit"])
 async def test_gone_in_tls(chunking: ScriptedServer, redis_url: str, options: dict[str, str], implicit: bool) -> None:
     """The same in the middle of a handshake, right behind it, and with the word that ends TLS."""
-    async with front(settings_of(chunking.address, options), redis_url, tls=implicit) as (made, port):
+    async with serve(settings_of(chunking.address, options), redis_url, tls=implicit) as (made, port):
         endings = ("in the hello", "after the hello", "finished", "close_notify", "a command")
         await asyncio.gather(
             *(asyncio.to_thread(handshakes, port, ending, 40, implicit=implicit) for ending in endings)
         )
-        await until(lambda: not made.conversations, 10, lambda: f"{len(made.conversations)} are still there")
-        assert made.seat.clients == 0
+        await until(lambda: not made.command_loops, 10, lambda: f"{len(made.command_loops)} are still there")
+        assert made.counters.clients == 0
 
 
 @both_loops
@@ -175,7 +175,7 @@ async def test_tls_that_never_ends(
     chunking: ScriptedServer, redis_url: str, options: dict[str, str], certificate: Certificate
 ) -> None:
     """Who never answers our last word of TLS has its place for some seconds more, and no longer."""
-    async with front(settings_of(chunking.address, options), redis_url) as (made, port):
+    async with serve(settings_of(chunking.address, options), redis_url) as (made, port):
         loop = asyncio.get_running_loop()
 
         def quit_and_stay() -> ssl.SSLSocket:
@@ -189,7 +189,7 @@ async def test_tls_that_never_ends(
 
         client = await asyncio.to_thread(quit_and_stay)
         begun = loop.time()
-        await until(lambda: not made.conversations, 15)
+        await until(lambda: not made.command_loops, 15)
         assert loop.time() - begun < 10
         client.close()
 
@@ -213,12 +213,12 @@ def test_a_thousand_resets(
 async def test_gone_in_a_proxy_header(chunking: ScriptedServer, redis_url: str) -> None:
     """A load balancer that goes within its header, or behind it, leaves nothing."""
     header = b"PROXY TCP4 127.0.0.1 127.0.0.1 50000 25\r\n"
-    async with front(settings_of(chunking.address, {"smtp.proxy_protocol": "true"}), redis_url) as (made, port):
+    async with serve(settings_of(chunking.address, {"smtp.proxy_protocol": "true"}), redis_url) as (made, port):
         stages = [b"", header[:20], header, header + RCPT, b"\r\n\r\n\x00\r\nQUIT\n\x21\x11", b"EHLO x\r\n"]
         ways = ("reset", "close", "half-close")
         await asyncio.gather(*(asyncio.to_thread(run_through, port, stages * 30, 0, way, 1) for way in ways))
-        await until(lambda: not made.conversations, 15, lambda: f"{len(made.conversations)} are still there")
-        assert (made.seat.clients, made.seat.octets, made.primary.pool.in_use) == (0, 0, 0)
+        await until(lambda: not made.command_loops, 15, lambda: f"{len(made.command_loops)} are still there")
+        assert (made.counters.clients, made.counters.octets, made.primary.pool.in_use) == (0, 0, 0)
 
 
 def test_a_stop_waits_for_nobody_who_does_nothing(

@@ -21,7 +21,7 @@ from relay.smtpd.passwords import hash_password
 from support.certificates import Certificate
 from support.dialogue import AsyncDialogue, Dialogue, Unexpected
 from support.event_loops import both_loops
-from support.in_process_relay import front, settings_of
+from support.in_process_relay import serve, settings_of
 from support.product import Product
 from support.scripted_server import EXTENSIONS, ScriptedServer
 from support.waiting import free_port, until, wait_until
@@ -39,7 +39,7 @@ def relay(primary: ScriptedServer, redis_url: str, certificate: Certificate) -> 
         settings: Mapping[str, str] | None = None, **options: bool
     ) -> AbstractAsyncContextManager[tuple[Context, int]]:
         with_tls = {"smtp.tls_certificate": str(certificate.certificate), "smtp.tls_key": str(certificate.key)}
-        return front(settings_of(primary.address, {**with_tls, **(settings or {})}), redis_url, **options)
+        return serve(settings_of(primary.address, {**with_tls, **(settings or {})}), redis_url, **options)
 
     return make
 
@@ -102,7 +102,7 @@ async def test_proxy_header_before_implicit_tls(relay: Open, certificate: Certif
             except ssl.SSLWantReadError:
                 writer.write(outgoing.read())
         assert greeting.startswith(b"220 ")
-        assert [client._client.address for client in made.conversations] == ["192.0.2.7"]
+        assert [client._peer.address for client in made.command_loops] == ["192.0.2.7"]
         writer.close()
 
 
@@ -116,7 +116,7 @@ async def test_a_handshake_that_fails(relay: Open, primary: ScriptedServer) -> N
             if rubbish:
                 await client.raw(rubbish)
             await client.close()
-        await until(lambda: not made.conversations)
+        await until(lambda: not made.command_loops)
         async with await AsyncDialogue.open(port) as client:
             await client.hello()
             await client.mail("a@example.com", "b@example.com")
@@ -245,7 +245,10 @@ async def test_requiretls_is_carried(
     primary = scripted(tls=certificate.server_context(), extensions=[*EXTENSIONS, "REQUIRETLS"])
     address = f"smtp://localhost:{primary.port}?tls=verify&ca_file={certificate.certificate}"
     settings = {"smtp.tls_certificate": str(certificate.certificate), "smtp.tls_key": str(certificate.key)}
-    async with front(settings_of(address, settings), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
+    async with (
+        serve(settings_of(address, settings), redis_url) as (_, port),
+        await AsyncDialogue.open(port) as client,
+    ):
         assert "REQUIRETLS" not in await client.hello()
         await client.say("MAIL FROM:<a@example.com> REQUIRETLS", "550 5.7.30")
         await client.say("STARTTLS", 220)
@@ -332,7 +335,7 @@ async def test_connections_of_one_client(relay: Open) -> None:
         async with await connected("192.0.2.2") as other:
             await other.expect(220)
         await clients[0].quit()
-        await until(lambda: len(made.conversations) == 1)
+        await until(lambda: len(made.command_loops) == 1)
         async with await connected("192.0.2.1") as again:
             await again.expect(220)
         await clients[1].close()
@@ -477,7 +480,7 @@ async def test_a_client_that_does_not_listen(relay: Open, primary: ScriptedServe
             await loop.sock_sendall(deaf, b"EHLO x\r\nMAIL FROM:<a@example.com>\r\n")
             with pytest.raises(ConnectionError):
                 await asyncio.wait_for(_talk_on(deaf), 60)
-        await until(lambda: not made.conversations)
+        await until(lambda: not made.command_loops)
 
 
 async def _talk_on(client: socket.socket) -> None:

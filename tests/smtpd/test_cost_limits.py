@@ -20,7 +20,7 @@ from relay.smtpd.passwords import hash_password
 from relay.smtpd.shared_counters import SharedCounters
 from support.dialogue import AsyncDialogue
 from support.event_loops import both_loops
-from support.in_process_relay import front, settings_of
+from support.in_process_relay import serve, settings_of
 from support.product import Product
 from support.scripted_server import EXTENSIONS, ScriptedServer
 from support.waiting import until, wait_until
@@ -59,7 +59,7 @@ async def test_storms(chunking: ScriptedServer, redis_url: str, tmp_path: Path) 
     users = tmp_path / "users"
     users.write_text("")
     settings = {"smtp.users_file": str(users), "smtp.auth_without_tls": "true"}
-    async with front(settings_of(chunking.address, settings), redis_url) as (made, port):
+    async with serve(settings_of(chunking.address, settings), redis_url) as (made, port):
         for name, (first, unit) in STORMS.items():
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
 
@@ -80,8 +80,8 @@ async def test_storms(chunking: ScriptedServer, redis_url: str, tmp_path: Path) 
             writer.close()
             assert heard.count(b"\n") < 1300, name
             assert not heard or heard.count(b"\n") > 20, name
-            await until(lambda: not made.conversations)
-            assert (made.seat.clients, made.seat.octets) == (0, 0)
+            await until(lambda: not made.command_loops)
+            assert (made.counters.clients, made.counters.octets) == (0, 0)
 
 
 def test_the_log_has_an_end(product: Make, primary: ScriptedServer) -> None:
@@ -137,12 +137,12 @@ def test_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     counters = SharedCounters(2)
-    guesses = counters.seat(0).guesses
+    guesses = counters.of_process(0).guesses
     for _ in range(20):
         assert not guesses.are_too_many("192.0.2.1")
         guesses.add("192.0.2.1")
     assert guesses.are_too_many("192.0.2.1")
-    assert counters.seat(1).guesses.are_too_many("192.0.2.1")
+    assert counters.of_process(1).guesses.are_too_many("192.0.2.1")
     assert not guesses.are_too_many("192.0.2.2")
     now[0] += 60
     assert not guesses.are_too_many("192.0.2.1")
@@ -195,12 +195,12 @@ def test_passwords_of_clients_that_have_gone(product: Make, primary: ScriptedSer
 async def test_an_envelope_is_memory(chunking: ScriptedServer, redis_url: str) -> None:
     """Long recipients count as the octets of messages do: over the limit 452, and nothing stays counted."""
     settings = settings_of(chunking.address, {"smtp.max_bytes_in_flight": "1000000"})
-    async with front(settings, redis_url) as (made, port), await AsyncDialogue.open(port) as client:
+    async with serve(settings, redis_url) as (made, port), await AsyncDialogue.open(port) as client:
         await client.hello()
         await client.say("MAIL FROM:<a@example.com>", 250)
         replies = [await client.say(f"RCPT TO:<{n}@{'x' * 3900}.example>") for n in range(300)]
         assert {reply[:3] for reply in replies} == {"250", "452"}
-        assert 900_000 < made.seat.octets <= 1_004_200
+        assert 900_000 < made.counters.octets <= 1_004_200
         await client.say("RSET", 250)
-        assert made.seat.octets == 0
+        assert made.counters.octets == 0
         await client.mail("a@example.com", "b@example.com")

@@ -14,7 +14,7 @@ from relay.config.loader import load
 from relay.mail.timeouts import MAIL_SECONDS, Timeouts
 from support.dialogue import AsyncDialogue
 from support.event_loops import both_loops
-from support.in_process_relay import front, settings_of
+from support.in_process_relay import serve, settings_of
 from support.reactions import Delay, Gate, Silence
 from support.scripted_server import ScriptedServer
 from support.waiting import until
@@ -52,7 +52,7 @@ def blackhole() -> Iterator[int]:
 async def test_slow_servers_get_their_mail(redis_url: str, scripted: Scripted, key: str) -> None:
     """Whatever it takes its time for, longer than a dead host is waited for, the message is delivered."""
     primary = scripted({key: (SLOW, None)})
-    async with front(settings_of(primary.address, PATIENT), redis_url) as (_, port):
+    async with serve(settings_of(primary.address, PATIENT), redis_url) as (_, port):
         client = await AsyncDialogue.open(port)
         await client.hello()
         assert (await client.mail("a@example.com", "b@example.com", data=b"Subject: x\r\n\r\n")).startswith("250")
@@ -63,7 +63,7 @@ async def test_slow_servers_get_their_mail(redis_url: str, scripted: Scripted, k
 async def test_hello_does_not_wait_for_a_slow_greeting(redis_url: str, scripted: Scripted) -> None:
     """A client hears EHLO's reply after the wait for a dead host at the latest, with what every primary takes."""
     primary = scripted({"CONNECT": (Delay(20 * BRIEF), None)})
-    async with front(settings_of(primary.address, PATIENT), redis_url) as (_, port):
+    async with serve(settings_of(primary.address, PATIENT), redis_url) as (_, port):
         client = await AsyncDialogue.open(port)
         begun = time.monotonic()
         await client.hello()
@@ -74,7 +74,7 @@ async def test_hello_does_not_wait_for_a_slow_greeting(redis_url: str, scripted:
 
 async def test_a_dead_host_fails_soon(redis_url: str, blackhole: int) -> None:
     """A host that takes no connection is given up after relay.timeout_seconds, whatever else may last."""
-    async with front(settings_of(f"127.0.0.1:{blackhole}", PATIENT), redis_url) as (_, port):
+    async with serve(settings_of(f"127.0.0.1:{blackhole}", PATIENT), redis_url) as (_, port):
         client = await AsyncDialogue.open(port)
         begun = time.monotonic()
         await client.hello()
@@ -86,7 +86,7 @@ async def test_a_dead_host_fails_soon(redis_url: str, blackhole: int) -> None:
 async def test_a_kept_connection_that_died_in_silence(redis_url: str, scripted: Scripted) -> None:
     """One that does not answer MAIL as fast as a new one could be made is replaced unseen."""
     primary = scripted()
-    async with front(settings_of(primary.address, PATIENT), redis_url) as (_, port):
+    async with serve(settings_of(primary.address, PATIENT), redis_url) as (_, port):
         client = await AsyncDialogue.open(port)
         await client.hello()
         await client.mail("a@example.com", "b@example.com", data=b"Subject: x\r\n\r\n")
@@ -103,7 +103,7 @@ async def test_every_wait_has_an_end(redis_url: str, scripted: Scripted, silent:
     """A server that never answers is 451 when its own deadline has passed."""
     primary = scripted({silent: Silence()})
     short = PATIENT | {"relay.greeting_timeout_seconds": "0.6", "relay.command_timeout_seconds": "0.6"}
-    async with front(settings_of(primary.address, short), redis_url) as (_, port):
+    async with serve(settings_of(primary.address, short), redis_url) as (_, port):
         client = await AsyncDialogue.open(port)
         await client.hello()
         async with asyncio.timeout(10):
@@ -126,17 +126,17 @@ async def test_what_came_before_a_reset_is_dropped(redis_url: str, scripted: Scr
     """The primary is asked no more on behalf of a client that can hear no answer; nothing stays counted."""
     gate = Gate()
     primary = scripted({"MAIL": (gate, None)})
-    async with front(settings_of(primary.address, PATIENT), redis_url) as (context, port):
+    async with serve(settings_of(primary.address, PATIENT), redis_url) as (context, port):
         client = await AsyncDialogue.open(port)
         await client.hello()
         await client.raw(b"MAIL FROM:<a@example.com>\r\nRSET\r\n" * 3000)
         await gate.arrival()
-        assert context.seat.octets > 50_000
+        assert context.counters.octets > 50_000
         sock = client.writer.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.writer.transport.abort()
-        await until(lambda: context.seat.octets < 20_000)
+        await until(lambda: context.counters.octets < 20_000)
         gate.open()
-        await until(lambda: not context.conversations)
-        assert context.seat.octets == 0
+        await until(lambda: not context.command_loops)
+        assert context.counters.octets == 0
     assert sum(line.startswith("MAIL") for line in primary.commands) == 1

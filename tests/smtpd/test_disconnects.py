@@ -14,7 +14,7 @@ import pytest
 from support.certificates import Certificate
 from support.dialogue import AsyncDialogue
 from support.event_loops import both_loops
-from support.in_process_relay import front, settings_of
+from support.in_process_relay import serve, settings_of
 from support.product import Product
 from support.reactions import Close, Gate, HalfClose, Reset, Trickle
 from support.scripted_server import EXTENSIONS, ScriptedServer
@@ -67,13 +67,13 @@ async def test_broken_off(
         "smtp.tls_certificate": str(certificate.certificate),
         "smtp.tls_key": str(certificate.key),
     }
-    async with front(settings_of(chunking.address, settings), redis_url) as (made, port):
+    async with serve(settings_of(chunking.address, settings), redis_url) as (made, port):
         loop = asyncio.get_running_loop()
         for said in STAGES.values():
             with socket.create_connection(("127.0.0.1", port)) as client:
                 client.setblocking(False)
                 await loop.sock_sendall(client, said)
-                await until(lambda: made.conversations)
+                await until(lambda: made.command_loops)
                 if way == "reset":
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 elif way == "half-close":
@@ -81,12 +81,12 @@ async def test_broken_off(
                     with contextlib.suppress(ConnectionError):
                         while await asyncio.wait_for(loop.sock_recv(client, 65536), 20):
                             pass
-            await until(lambda: not made.conversations)
+            await until(lambda: not made.command_loops)
         async with await AsyncDialogue.open(port) as client:
             await client.hello()
             await client.mail("whole@example.com", "b@example.com")
-        await until(lambda: not made.conversations)
-        assert (made.seat.clients, made.seat.octets, made.primary.pool.in_use) == (0, 0, 0)
+        await until(lambda: not made.command_loops)
+        assert (made.counters.clients, made.counters.octets, made.primary.pool.in_use) == (0, 0, 0)
     assert [message.sender for message in chunking.messages] == ["whole@example.com"]
 
 
@@ -95,7 +95,7 @@ async def test_broken_off(
 @pytest.mark.parametrize("stage", ["CONNECT", "EHLO", "MAIL", "RCPT", "DATA", "early", ".", "RSET"])
 async def test_primary_breaks_off(chunking: ScriptedServer, redis_url: str, stage: str, ending: object) -> None:
     """However and wherever the primary goes, the client hears 451 and may go on; then all is well again."""
-    async with front(settings_of(chunking.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
+    async with serve(settings_of(chunking.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
         if stage == "early":
             chunking.in_data = (500, ending)
         else:
@@ -131,13 +131,13 @@ async def test_idle(chunking: ScriptedServer, redis_url: str, tmp_path: Path, sa
     users.write_text("")
     settings = {"smtp.idle_timeout": "1", "smtp.lease_idle_timeout": "1"}
     settings |= {"smtp.users_file": str(users), "smtp.auth_without_tls": "true"}
-    async with front(settings_of(chunking.address, settings), redis_url) as (made, port):
+    async with serve(settings_of(chunking.address, settings), redis_url) as (made, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(said)
         heard = await asyncio.wait_for(reader.read(), 20)
         writer.close()
         assert heard.endswith(b"\r\n421 4.4.2 Timeout while waiting for you\r\n")
-        await until(lambda: not made.conversations)
+        await until(lambda: not made.command_loops)
     assert not chunking.messages
 
 
@@ -146,7 +146,7 @@ async def test_idle(chunking: ScriptedServer, redis_url: str, tmp_path: Path, sa
 async def test_slow_loris(chunking: ScriptedServer, redis_url: str, start: bytes) -> None:
     """An octet now and then, or a chunk of one, is not a message at a bearable pace: 421 long before its end."""
     settings = {"smtp.idle_timeout": "1", "smtp.min_data_rate": "500"}
-    async with front(settings_of(chunking.address, settings), redis_url) as (made, port):
+    async with serve(settings_of(chunking.address, settings), redis_url) as (made, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(RCPT + start)
 
@@ -166,7 +166,7 @@ async def test_slow_loris(chunking: ScriptedServer, redis_url: str, start: bytes
         dripping.cancel()
         writer.close()
         assert b"\r\n421 4.4.2 " in heard
-        await until(lambda: not made.conversations)
+        await until(lambda: not made.command_loops)
     assert not chunking.messages
 
 
@@ -181,7 +181,7 @@ async def test_an_octet_at_a_time(chunking: ScriptedServer, redis_url: str) -> N
     }.items():
         chunking.replies[key] = Trickle(text, 0.0005)
     chunking.replies["CONNECT"] = Trickle("220-a\n220 b ESMTP", 0.0005)
-    async with front(settings_of(chunking.address), redis_url) as (_, port):
+    async with serve(settings_of(chunking.address), redis_url) as (_, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         sock = writer.get_extra_info("socket")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

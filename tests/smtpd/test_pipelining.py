@@ -29,7 +29,7 @@ from relay.smtpd.protocol import ClientProtocol
 from support.certificates import Certificate
 from support.dialogue import AsyncDialogue, stuffed
 from support.event_loops import both_loops
-from support.in_process_relay import front, settings_of
+from support.in_process_relay import serve, settings_of
 from support.product import Product
 from support.reactions import Close, Delay, Gate, Moment, Reset, Silence
 from support.redis_servers import RedisServer
@@ -92,7 +92,7 @@ async def test_one_packet(primary: ScriptedServer, redis_url: str) -> None:
     primary.replies |= {"MAIL": (at_mail, None), "DATA": (at_data, None)}
     body = wire(["RCPT TO:<evil@example.com>", "DATA"]) + BODY
     group = [MAIL + " SIZE=10", "rcpt to:<b@example.com>", "RCPT TO: <c@example.com>", "DATA"]
-    async with front(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
+    async with serve(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
         await client.hello()
         await client.raw(wire(group) + body)  # RFC 2920 forbids the body there; it must do no harm
         await at_mail.arrival()
@@ -113,7 +113,7 @@ async def test_one_packet(primary: ScriptedServer, redis_url: str) -> None:
 async def test_without_pipelining(scripted: Scripted, redis_url: str) -> None:
     """A primary that does not offer PIPELINING gets one command at a time, and waits for no other."""
     primary = scripted(extensions=["SIZE"])
-    async with front(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
+    async with serve(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
         await client.hello()
         await client.send(MAIL, RCPT, RCPT, "DATA")
         begins(await hear(client, 4), "250", "250", "250", "354")
@@ -127,7 +127,7 @@ async def test_without_pipelining(scripted: Scripted, redis_url: str) -> None:
 @both_loops
 async def test_one_command_at_a_time(primary: ScriptedServer, redis_url: str) -> None:
     """Of a client that waits for each reply nothing goes ahead, and nothing is made up."""
-    async with front(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
+    async with serve(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
         await client.hello()
         await client.mail("a@example.com", "b@example.com")
     assert not any(connection.pipelined for connection in primary.connections)
@@ -140,7 +140,7 @@ async def test_who_it_is_goes_ahead_too(scripted: Scripted, redis_url: str) -> N
         at_mail = Gate()
         primary = scripted({"MAIL": [None, (at_mail, None), None]}, extensions=[*EXTENSIONS, extension])
         async with (
-            front(settings_of(primary.address), redis_url) as (_, port),
+            serve(settings_of(primary.address), redis_url) as (_, port),
             await AsyncDialogue.open(port) as client,
         ):
             await client.hello()
@@ -162,7 +162,7 @@ async def test_chunks(scripted: Scripted, redis_url: str) -> None:
     primary, at_mail = scripted(extensions=[*EXTENSIONS, "CHUNKING"]), Gate()
     primary.replies["MAIL"] = [(at_mail, None), None]
     hidden = wire(NEXT) + b".\r\n"
-    async with front(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
+    async with serve(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
         await client.hello()
         bdat = b"BDAT %d LAST\r\n" % len(hidden) + hidden
         await client.raw(wire([MAIL, RCPT]) + bdat + wire([MAIL, RCPT]) + bdat)
@@ -187,7 +187,7 @@ async def test_each_reply_is_the_primarys_own(primary: ScriptedServer, redis_url
         "RCPT TO:<d@": "450-4.2.0 d\n450 later",
         ".": "250 2.6.0 kept as 1",
     }
-    async with front(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
+    async with serve(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
         await client.hello()
         await client.send(MAIL, *(f"RCPT TO:<{name}@example.com>" for name in "bcde"), "DATA")
         assert (await hear(client, 6))[:5] == [
@@ -208,7 +208,7 @@ async def test_each_reply_is_the_primarys_own(primary: ScriptedServer, redis_url
 async def test_no_recipient(primary: ScriptedServer, redis_url: str, answer: str) -> None:
     """With all recipients refused the client hears our 554; the next message has a connection without refusals."""
     primary.replies |= {"RCPT TO:<b": "550 5.1.1 unknown", "DATA": [answer, None]}
-    async with front(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
+    async with serve(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
         await client.hello()
         await client.send(MAIL, RCPT, RCPT, "DATA")
         begins(await hear(client, 4), "250", "550 5.1.1 unknown", "550 5.1.1 unknown", "554 5.5.1 No valid recipients")
@@ -223,7 +223,7 @@ async def test_no_recipient(primary: ScriptedServer, redis_url: str, answer: str
 async def test_no_recipient_and_a_go_ahead(primary: ScriptedServer, redis_url: str, answer: str) -> None:
     """A primary that wants a body for nobody is closed without an octet of one: the same 554, and the next is fine."""
     primary.replies |= {"RCPT TO:<b": "550 5.1.1 unknown", "DATA": [answer, None]}
-    async with front(settings_of(primary.address), redis_url) as (made, port):
+    async with serve(settings_of(primary.address), redis_url) as (made, port):
         async with await AsyncDialogue.open(port) as client:
             await client.hello()
             await client.send(MAIL, RCPT, "DATA")
@@ -243,7 +243,10 @@ async def test_no_recipient_and_a_go_ahead(primary: ScriptedServer, redis_url: s
 async def test_mail_refused(primary: ScriptedServer, redis_url: str, at_data: str | None) -> None:
     """A refused MAIL has its own reply and 503 behind it; what went ahead comes to nothing, and the next is fine."""
     primary.replies |= {"MAIL": ["550 5.7.1 not you", None], "DATA": [at_data, None]}
-    async with front(settings_of(primary.address), redis_url) as (made, port), await AsyncDialogue.open(port) as client:
+    async with (
+        serve(settings_of(primary.address), redis_url) as (made, port),
+        await AsyncDialogue.open(port) as client,
+    ):
         await client.hello()
         await client.send(MAIL, RCPT, "DATA")
         assert (await hear(client, 3)) == ["550 5.7.1 not you", *["503 5.5.1 MAIL first"] * 2]
@@ -263,7 +266,7 @@ async def test_mail_refused_slowly(primary: ScriptedServer, redis_url: str) -> N
         "relay.command_timeout_seconds": "1",
     }
     async with (
-        front(settings_of(primary.address, options), redis_url) as (made, port),
+        serve(settings_of(primary.address, options), redis_url) as (made, port),
         await AsyncDialogue.open(port) as client,
     ):
         await client.hello()
@@ -280,7 +283,7 @@ async def test_mail_refused_slowly(primary: ScriptedServer, redis_url: str) -> N
 async def test_data_refused(primary: ScriptedServer, redis_url: str, answer: str) -> None:
     """The primary's refusal of DATA is the client's; it was refused before any body, and the next message is taken."""
     primary.replies["DATA"] = [answer, None]
-    async with front(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
+    async with serve(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
         await client.hello()
         await client.send(MAIL, RCPT, "DATA")
         assert (await hear(client, 3)) == ["250 2.1.0 ok", "250 2.1.5 ok", answer]
@@ -308,7 +311,7 @@ INTERRUPTIONS: dict[str, tuple[dict[str, str], list[str | bytes]]] = {
     "a bare newline": ({}, [RCPT, b"RCPT TO:<c@example.com>\nRCPT TO:<d@example.com>\r\r\n" + wire([RCPT])[:-2]]),
     "a bare newline refused": ({"smtp.bare_newline": "refuse"}, [RCPT, b"RCPT TO:<c@example.com>\n" + RCPT.encode()]),
     "other commands": ({}, [RCPT, "NOOP", "VRFY b", RCPT, "HELP", "FOO", "MAIL FROM:<x@example.com>", RCPT]),
-    "data with a word": ({}, [RCPT, "DATA now", RCPT, " DATA", ""]),
+    "data with a word": ({}, [RCPT, "DATA now", RCPT, "D ATA", ""]),
     "reset": ({}, [RCPT, "RSET", MAIL, RCPT]),
     "ehlo": ({}, [RCPT, "EHLO again", MAIL, RCPT]),
     "none at all": ({}, []),
@@ -323,7 +326,7 @@ async def test_interrupted(primary: ScriptedServer, redis_url: str, name: str) -
     options, middle = INTERRUPTIONS[name]
     primary.replies["RCPT TO:<no@"] = "550 5.1.1 no"
     heard = []
-    async with front(settings_of(primary.address, options), redis_url) as (_, port):
+    async with serve(settings_of(primary.address, options), redis_url) as (_, port):
         lines = [line if isinstance(line, bytes) else wire([line])[:-2] for line in [MAIL, *middle, "DATA"]]
         octets = b"".join(line + b"\r\n" for line in lines)
         for pieces in (re.findall(rb"[^\n]*\n", octets), [octets]):
@@ -351,7 +354,7 @@ async def test_an_lmtp_primary(scripted: Scripted, redis_url: str) -> None:
     """One recipient at a time for LMTP, as always; the first goes ahead, the second is told 452 by us."""
     primary = scripted(lmtp=True)
     async with (
-        front(settings_of(f"lmtp://{primary.address}"), redis_url) as (_, port),
+        serve(settings_of(f"lmtp://{primary.address}"), redis_url) as (_, port),
         await AsyncDialogue.open(port) as client,
     ):
         await client.hello()
@@ -369,15 +372,15 @@ async def test_too_much_mail_at_once(primary: ScriptedServer, redis_url: str) ->
     """When there is no room for a message any more by its DATA, which went ahead: 452, no octet of it, and no harm."""
     at_rcpt = Gate()
     primary.replies["RCPT"] = [(at_rcpt, None), None]
-    async with front(settings_of(primary.address), redis_url) as (made, port):
+    async with serve(settings_of(primary.address), redis_url) as (made, port):
         async with await AsyncDialogue.open(port) as client:
             await client.hello()
             await client.send(MAIL, RCPT, "DATA")
             await at_rcpt.arrival()
-            made.seat.add_octets(1 << 40)
+            made.counters.add_octets(1 << 40)
             at_rcpt.open()
             begins(await hear(client, 3), "250", "250", "452 4.3.1")
-            made.seat.add_octets(-(1 << 40))
+            made.counters.add_octets(-(1 << 40))
             await client.say(RCPT, "451 4.4.2")
             await client.say("DATA", "451 4.4.2")
             await next_message(client)
@@ -389,7 +392,7 @@ async def test_too_much_mail_at_once(primary: ScriptedServer, redis_url: str) ->
 @pytest.mark.parametrize("behind", ["RSET", "QUIT", "QUIT\r\nNOOP", "EHLO x", "HELO x"])
 async def test_given_up(primary: ScriptedServer, redis_url: str, behind: str) -> None:
     """A transaction that its client gives up in the same packet is no mail, and the connection is kept."""
-    async with front(settings_of(primary.address), redis_url) as (made, port):
+    async with serve(settings_of(primary.address), redis_url) as (made, port):
         async with await AsyncDialogue.open(port) as client:
             await client.hello()
             await client.send(MAIL, RCPT, behind)
@@ -411,7 +414,7 @@ async def test_given_up(primary: ScriptedServer, redis_url: str, behind: str) ->
 @pytest.mark.parametrize("stage", ["CONNECT", "EHLO", "MAIL", "RCPT TO:<b", "RCPT TO:<c", "DATA", "."])
 async def test_the_primary_goes(primary: ScriptedServer, redis_url: str, stage: str, ending: Any) -> None:
     """Wherever the primary goes the client hears 451, and nothing is mail; then all is well again."""
-    async with front(settings_of(primary.address), redis_url) as (made, port):
+    async with serve(settings_of(primary.address), redis_url) as (made, port):
         async with await AsyncDialogue.open(port) as client:
             await client.hello()
             await until(lambda: made.primary.pool.idle == 1)
@@ -438,7 +441,7 @@ async def test_the_primary_goes(primary: ScriptedServer, redis_url: str, stage: 
 @pytest.mark.parametrize("ending", [Close(), Reset(), ("421 4.3.2 idle for too long", Close())])
 async def test_a_kept_connection_that_is_dead(primary: ScriptedServer, redis_url: str, ending: Any) -> None:
     """A kept connection that dies of the first packet is replaced unseen, and all of that packet goes to the other."""
-    async with front(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
+    async with serve(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
         await client.hello()
         await next_message(client)
         primary.replies["MAIL"] = [ending, None]
@@ -457,7 +460,7 @@ async def test_the_client_goes(primary: ScriptedServer, redis_url: str, stage: s
     """A client that goes with commands ahead leaves nothing behind: no mail, no lease, no octet in a DATA phase."""
     gate = Gate()
     primary.replies[stage] = [(gate, None), None]
-    async with front(settings_of(primary.address), redis_url) as (made, port):
+    async with serve(settings_of(primary.address), redis_url) as (made, port):
         client = await AsyncDialogue.open(port)
         await client.hello()
         await client.send(MAIL, RCPT, "DATA")
@@ -471,8 +474,8 @@ async def test_the_client_goes(primary: ScriptedServer, redis_url: str, stage: s
         else:
             client.writer.close()
         gate.open()
-        await until(lambda: not made.conversations)
-        assert (made.seat.clients, made.seat.octets, made.primary.pool.in_use) == (0, 0, 0)
+        await until(lambda: not made.command_loops)
+        assert (made.counters.clients, made.counters.octets, made.primary.pool.in_use) == (0, 0, 0)
         client.writer.close()
         async with await AsyncDialogue.open(port) as client:
             await client.hello()
@@ -486,17 +489,20 @@ async def test_shutdown(primary: ScriptedServer, redis_url: str) -> None:
     """A relay that is stopped while commands are ahead finishes this message, and takes no other."""
     gate = Gate()
     primary.replies["MAIL"] = (gate, None)
-    async with front(settings_of(primary.address), redis_url) as (made, port), await AsyncDialogue.open(port) as client:
+    async with (
+        serve(settings_of(primary.address), redis_url) as (made, port),
+        await AsyncDialogue.open(port) as client,
+    ):
         await client.hello()
         await client.send(MAIL, RCPT, "DATA")
         await gate.arrival()
         made.stopping = True
-        for conversation in made.conversations:
-            conversation.stop(impatient=True)
+        for command_loop in made.command_loops:
+            command_loop.stop(impatient=True)
         gate.open()
         begins(await hear(client, 3), "250", "250", "354")
-        for conversation in made.conversations:
-            conversation.stop(impatient=True)
+        for command_loop in made.command_loops:
+            command_loop.stop(impatient=True)
         await client.raw(BODY + wire(NEXT))
         begins(await hear(client, 2), "250", "421 4.3.2")
         assert await client.is_closed()
@@ -509,7 +515,7 @@ async def test_only_waiting_counts(primary: ScriptedServer, redis_url: str) -> N
     primary.replies |= {"MAIL": (Delay(1.5), None), "DATA": (Delay(1.5), None)}
     options = {"smtp.idle_timeout": "1", "smtp.lease_idle_timeout": "1"}
     async with (
-        front(settings_of(primary.address, options), redis_url) as (_, port),
+        serve(settings_of(primary.address, options), redis_url) as (_, port),
         await AsyncDialogue.open(port) as client,
     ):
         await client.hello()
@@ -525,21 +531,21 @@ async def test_in_time_or_not(primary: ScriptedServer, redis_url: str) -> None:
     """The end of a message that comes just when its time is over is either too late or not: never taken *and* 421."""
     options = {"smtp.idle_timeout": "1", "smtp.lease_idle_timeout": "1"}
     async with (
-        front(settings_of(primary.address, options), redis_url) as (made, port),
+        serve(settings_of(primary.address, options), redis_url) as (made, port),
         await AsyncDialogue.open(port) as client,
     ):
         await client.hello()
         await client.send(MAIL, RCPT, "DATA")
         begins(await hear(client, 3), "250", "250", "354")
         await client.raw(BODY[:-1])
-        (conversation,) = made.conversations
-        await until(lambda: conversation._channel.waiting and conversation._channel.inbox.is_empty)
+        (command_loop,) = made.command_loops
+        await until(lambda: command_loop._protocol.waiting and command_loop._protocol.read_buffer.is_empty)
         client.writer.write(BODY[-1:])
         time.sleep(1.5)  # on purpose: the loop stands still, so that deadline and octets come in one turn of it
         reply = await client.reply()
         await until(lambda: made.primary.pool.in_use == 0)
         await client.close()
-        await until(lambda: not made.conversations)
+        await until(lambda: not made.command_loops)
     assert reply.startswith("250") == (len(primary.messages) == 1)
     assert reply.startswith(("250", "421 4.4.2"))
 
@@ -558,7 +564,7 @@ async def test_very_many_recipients(
     options = {"smtp.max_recipients": "9999", "smtp.tls_certificate": str(certificate.certificate)}
     options |= {"smtp.tls_key": str(certificate.key)}
     recipients = [f"{'x' * 200}{n}@example.com" for n in range(2000)]
-    async with front(settings_of(primary.address, options), redis_url, tls=tls) as (made, port):
+    async with serve(settings_of(primary.address, options), redis_url, tls=tls) as (made, port):
         secure: dict[str, Any] = {"ssl": certificate.client_context(), "server_hostname": "localhost"} if tls else {}
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22, **secure)
         client = AsyncDialogue(reader, writer, PATIENCE)
@@ -566,17 +572,17 @@ async def test_very_many_recipients(
         await client.hello()
         writer.write(wire([MAIL, *(f"RCPT TO:<{r}>" for r in recipients), "DATA"]) + BODY + b"QUIT\r\n")
         await gate.arrival()
-        (conversation,) = made.conversations
-        await until(lambda: len(conversation._channel.inbox._data) > 100_000)
+        (command_loop,) = made.command_loops
+        await until(lambda: len(command_loop._protocol.read_buffer._data) > 100_000)
         if not tls:
             writer.write_eof()
         for _ in range(50):
             await asyncio.sleep(0)
-        assert len(conversation._channel.inbox._data) < 500_000
+        assert len(command_loop._protocol.read_buffer._data) < 500_000
         gate.open()
         begins(await hear(client, len(recipients) + 4), *["250"] * (len(recipients) + 1), "354", "250", "221")
         await client.close()
-        await until(lambda: not made.conversations)
+        await until(lambda: not made.command_loops)
     assert primary.messages[0].recipients == recipients
 
 
@@ -587,7 +593,7 @@ async def test_much_behind_a_handshake(scripted: Scripted, redis_url: str, certi
     options = {"smtp.max_recipients": "9999", "smtp.tls_certificate": str(certificate.certificate)}
     options |= {"smtp.tls_key": str(certificate.key)}
     said = wire(["EHLO x", MAIL, *[f"RCPT TO:<{'x' * 200}{n}@example.com>" for n in range(2000)], "DATA"])
-    async with front(settings_of(primary.address, options), redis_url, tls=True) as (made, port):
+    async with serve(settings_of(primary.address, options), redis_url, tls=True) as (made, port):
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         tls = certificate.client_context().wrap_bio(incoming, outgoing, server_hostname="localhost")
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -607,7 +613,7 @@ async def test_much_behind_a_handshake(scripted: Scripted, redis_url: str, certi
                 assert octets, heard[-100:]
                 incoming.write(octets)
         writer.close()
-        await until(lambda: not made.conversations)
+        await until(lambda: not made.command_loops)
     assert heard.count(b"\r\n250 2.1.5 ok") == 2000
     assert len(primary.messages) == 1
 
@@ -616,7 +622,7 @@ async def test_much_behind_a_handshake(scripted: Scripted, redis_url: str, certi
 async def test_injected_before_tls(primary: ScriptedServer, redis_url: str, certificate: Certificate) -> None:
     """What comes in plain text behind STARTTLS is forgotten (RFC 3207 4.2)."""
     options = {"smtp.tls_certificate": str(certificate.certificate), "smtp.tls_key": str(certificate.key)}
-    async with front(settings_of(primary.address, options), redis_url) as (_, port):
+    async with serve(settings_of(primary.address, options), redis_url) as (_, port):
         for injected in (wire([MAIL, RCPT, "DATA"]), wire([MAIL, *[RCPT] * 90, "DATA"]), wire(["NOOP"] * 10)):
             async with await AsyncDialogue.open(port) as client:
                 await client.hello()
@@ -635,25 +641,25 @@ async def test_a_client_that_never_reads(primary: ScriptedServer, redis_url: str
     primary.replies["MAIL"] = "550 5.7.1 not you"  # what follows is no bad manners then
     options = {"smtp.idle_timeout": "1", "smtp.lease_idle_timeout": "1"}
     most = 0
-    async with front(settings_of(primary.address, options), redis_url) as (made, port):
+    async with serve(settings_of(primary.address, options), redis_url) as (made, port):
         loop = asyncio.get_running_loop()
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.setblocking(False)
             await loop.sock_connect(client, ("127.0.0.1", port))
             await loop.sock_sendall(client, wire(["EHLO x", MAIL]))
-            await until(lambda: made.conversations)
-            (conversation,) = made.conversations
-            channel = conversation._channel
+            await until(lambda: made.command_loops)
+            (command_loop,) = made.command_loops
+            protocol = command_loop._protocol
             flood = loop.create_task(loop.sock_sendall(client, b"RCPT TO:<b@x>\r\n" * 4_000_000))
-            while made.conversations and not flood.done():
-                held = sum(map(len, channel._held))
-                waiting = channel.transport.get_write_buffer_size() if channel.transport else 0
-                most = max(most, held + waiting + len(channel.inbox._data))
+            while made.command_loops and not flood.done():
+                held = sum(map(len, protocol._held))
+                waiting = protocol.transport.get_write_buffer_size() if protocol.transport else 0
+                most = max(most, held + waiting + len(protocol.read_buffer._data))
                 await asyncio.sleep(0)
             with pytest.raises(ConnectionError):
                 await asyncio.wait_for(flood, PATIENCE)
-        await until(lambda: not made.conversations)
+        await until(lambda: not made.command_loops)
     assert 0 < most < 1_000_000
 
 
@@ -689,20 +695,20 @@ def test_replies_leave_together(lines: int, room: int, writes: int) -> None:
     ones, for which we wait."""
     ok = Reply.of(250, "2.0.0 Ok")
 
-    async def converse(channel: ClientProtocol) -> None:
-        while await channel.read_line(60, 1000):
-            await channel.push(ok)
-        await channel.push(Reply.of(221, "2.0.0 Bye"))
+    async def run(protocol: ClientProtocol) -> None:
+        while await protocol.read_line(60, 1000):
+            await protocol.push(ok)
+        await protocol.push(Reply.of(221, "2.0.0 Bye"))
 
     async def talk() -> list[bytes]:
-        channel, transport = ClientProtocol(converse, write_seconds=60), Wire(room)
-        channel.connection_made(transport)
-        channel.data_received(b"NOOP\r\n" * lines)
+        protocol, transport = ClientProtocol(run, write_seconds=60), Wire(room)
+        protocol.connection_made(transport)
+        protocol.data_received(b"NOOP\r\n" * lines)
         for _ in range(5):
             await asyncio.sleep(0)
         before = list(transport.writes)
-        channel.eof_received()
-        await channel._conversation
+        protocol.eof_received()
+        await protocol._command_loop
         assert b"".join(transport.writes) == ok.wire * lines + b"221 2.0.0 Bye\r\n"
         return before
 
@@ -721,7 +727,7 @@ async def test_behind_the_dot(primary: ScriptedServer, redis_url: str) -> None:
     primary.replies["MAIL FROM:<next@"] = (at_mail, None)
     hidden = b"Subject: x\r\n\r\n.\n" + wire(["MAIL FROM:<evil@example.com>", "RCPT TO:<evil@example.com>", "DATA"])
     tail = b"evil\r\n..\r\n"
-    async with front(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
+    async with serve(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
         await client.hello()
         await client.raw(wire([MAIL, RCPT, "DATA"]) + hidden + tail + b".\r\n" + wire(NEXT) + hidden + tail + b".\r\n")
         begins([await client.reply() for _ in range(4)], "250", "250", "354", "250")
@@ -739,7 +745,7 @@ async def test_behind_the_dot(primary: ScriptedServer, redis_url: str) -> None:
 @both_loops
 async def test_an_octet_at_a_time(primary: ScriptedServer, redis_url: str) -> None:
     """A client whose packets are single octets is served like any other."""
-    async with front(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
+    async with serve(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
         await client.hello()
         for octet in wire([MAIL, RCPT, "DATA"]) + BODY + wire(NEXT) + BODY:
             client.writer.write(bytes([octet]))

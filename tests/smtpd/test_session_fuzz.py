@@ -22,7 +22,7 @@ from loguru import logger
 
 from relay.smtpd.passwords import hash_password
 from support.certificates import Certificate
-from support.in_process_relay import front, settings_of
+from support.in_process_relay import serve, settings_of
 from support.redis_servers import RedisServer
 from support.scripted_server import EXTENSIONS, ScriptedServer
 
@@ -208,9 +208,9 @@ def _serving(redis_url: str, options: dict[str, str]) -> Iterator[Converse]:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, contextlib.ExitStack() as ends:
         ends.callback(primary.stop)
         ends.callback(logger.remove, sink)
-        serving = front(settings_of(primary.address, options), redis_url)
-        _, port = runner.run(serving.__aenter__())
-        ends.callback(lambda: runner.run(serving.__aexit__(None, None, None)))
+        server = serve(settings_of(primary.address, options), redis_url)
+        _, port = runner.run(server.__aenter__())
+        ends.callback(lambda: runner.run(server.__aexit__(None, None, None)))
 
         def converse(data: bytes, cuts: list[int]) -> tuple[list[str], list[tuple[str, bytes]]]:
             before = len(primary.connections)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from support.dialogue import AsyncDialogue
-from support.in_process_relay import front, settings_of
+from support.in_process_relay import serve, settings_of
 from support.reactions import Close, Moment
 from support.scripted_server import EXTENSIONS, ScriptedServer
 
@@ -58,7 +58,7 @@ async def test_a_limit_of_the_connection(
     Whatever the client was told before stays true: each message has both recipients, each once.
     """
     primary = scripted({command: beyond(2, refusal)}, extensions=offered)
-    async with front(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
+    async with serve(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
         await client.hello()
         for number in range(7):
             await deliver(client, pipelined=number % 2 == 0)
@@ -72,7 +72,7 @@ async def test_a_server_that_refuses_everybody(scripted: Scripted, redis_url: st
     """What a new connection refuses, too, is the client's reply; the server is not asked everything twice."""
     primary = scripted()
     refusal = "451 4.3.0 Out of service until 12:%02d, see <%d@example.com>"
-    async with front(settings_of(primary.address), redis_url) as (context, port):
+    async with serve(settings_of(primary.address), redis_url) as (context, port):
         clients = [await AsyncDialogue.open(port) for _ in range(20)]
         for client in clients:
             await client.hello()
@@ -103,7 +103,7 @@ async def test_a_server_that_refuses_everybody(scripted: Scripted, redis_url: st
 async def test_what_is_about_the_mailbox_is_asked_once(scripted: Scripted, redis_url: str) -> None:
     """An unknown user on a reused connection is unknown: nothing is repeated."""
     primary = scripted()
-    async with front(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
+    async with serve(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
         await client.hello()
         await deliver(client, pipelined=False)
         primary.replies["RCPT TO:<b@"] = "550 5.1.1 unknown"
@@ -116,7 +116,7 @@ async def test_what_is_about_the_mailbox_is_asked_once(scripted: Scripted, redis
 async def test_a_recipient_that_a_new_connection_refuses(scripted: Scripted, redis_url: str) -> None:
     """Accepted on the old connection and refused on the new one: the transaction is lost, and the client is told."""
     primary = scripted({"DATA": beyond(1, "451 4.4.5 no more"), "RCPT TO:<b@": [None, None, "550 5.1.1 gone"]})
-    async with front(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
+    async with serve(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
         await client.hello()
         await deliver(client, pipelined=False)
         for line, code in zip(GROUP, (250, 250, 250, "451 4.4.2"), strict=True):
@@ -130,7 +130,7 @@ async def test_a_recipient_that_a_new_connection_refuses(scripted: Scripted, red
 async def test_refusals_are_not_handed_on(scripted: Scripted, redis_url: str) -> None:
     """The connection on which one client's recipients were refused is not lent to the next client."""
     primary = scripted({"RCPT TO:<no": "550 5.1.1 unknown"})
-    async with front(settings_of(primary.address), redis_url) as (_, port):
+    async with serve(settings_of(primary.address), redis_url) as (_, port):
         async with await AsyncDialogue.open(port) as client:
             await client.hello()
             await client.say(GROUP[0], 250)
@@ -149,7 +149,7 @@ async def test_refusals_are_not_handed_on(scripted: Scripted, redis_url: str) ->
 async def test_too_many_recipients_in_other_words(scripted: Scripted, redis_url: str, reply: str) -> None:
     """A limit on one transaction never bounces a recipient: the client hears 452 and sends the rest again."""
     primary = scripted({"RCPT": lambda m: reply if len(m.connection.transactions[-1].recipients) >= 2 else None})
-    async with front(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
+    async with serve(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
         await client.hello()
         await client.say(GROUP[0], 250)
         for line, answer in zip("abc", (250, 250, "452 4.5.3"), strict=True):
@@ -162,7 +162,7 @@ async def test_too_many_recipients_in_other_words(scripted: Scripted, redis_url:
 async def test_what_is_no_limit_of_a_transaction(scripted: Scripted, redis_url: str, reply: str) -> None:
     """A refusal of one recipient is passed on as it is."""
     primary = scripted({"RCPT TO:<c@": reply})
-    async with front(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
+    async with serve(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
         await client.hello()
         for line, answer in zip(GROUP[:3], (250, 250, reply), strict=True):
             await client.say(line, answer)
@@ -178,7 +178,7 @@ async def test_announced_limits(scripted: Scripted, redis_url: str, pipelined: b
         *(f"RCPT TO:<{name}>" for name in ("b@example.com", "c@other.example", "d@Example.com", "e@example.com")),
         "DATA",
     ]
-    async with front(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
+    async with serve(settings_of(primary.address), redis_url) as (_, port), await AsyncDialogue.open(port) as client:
         await client.hello()
         for _ in range(4):
             codes = ("250", "250", "452 4.5.3", "250", "452 4.5.3", "354")

@@ -20,7 +20,7 @@ from aiosmtpd import controller
 from aiosmtpd.testing.statuscodes import StatusCode
 
 from relay.smtpd.passwords import hash_password
-from support.in_process_relay import front, settings_of
+from support.in_process_relay import serve, settings_of
 from support.scripted_server import ScriptedServer
 from support.waiting import PATIENCE, free_port
 
@@ -110,11 +110,11 @@ class RelayController:
         with tempfile.TemporaryDirectory() as folder:
             settings = settings_of(self._primary.address, self._settings(Path(folder)))
             nowhere = f"redis://127.0.0.1:{free_port()}"  # there is no backup to keep anything for
-            async with front(settings, nowhere, tls=self._tls) as (made, self.port):
+            async with serve(settings, nowhere, tls=self._tls) as (made, self.port):
                 started.set()
                 await self._stopping.wait()
-                for client in made.conversations:  # its own stop hangs up, and waits for no client
-                    if (transport := client._channel.transport) is not None:
+                for client in made.command_loops:  # its own stop hangs up, and waits for no client
+                    if (transport := client._protocol.transport) is not None:
                         transport.abort()
 
     def _settings(self, folder: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The relay's front in the test's own event loop: a real listening port, a real pool to a real primary, a ledger."""
+"""One relay process in the test's own event loop: a real listening port, a real pool to a real primary, a ledger."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def settings_of(primary: str, settings: Mapping[str, str] | None = None) -> Sett
 
 
 @asynccontextmanager
-async def front(settings: Settings, redis_url: str, *, tls: bool = False) -> AsyncIterator[tuple[Context, int]]:
+async def serve(settings: Settings, redis_url: str, *, tls: bool = False) -> AsyncIterator[tuple[Context, int]]:
     """Serve clients on the port that is yielded, as one relay process does; with ``tls`` from the first octet."""
     assert settings.primary is not None
     pool = Pool(settings.primary, local_hostname="localhost", timeouts=settings.relay.timeouts, limit=100)
     ledger, bulk = async_client(RedisSettings(redis_url, 5), 5), async_client(RedisSettings(redis_url, 5), 5)
     watch = Monitor(ledger, seconds=5, processes=1)
-    intake = Staging(
+    staging = Staging(
         ledger, bulk, Dispatcher(ledger), watch, stage_seconds=5, deadline_seconds=630, hold_seconds=3600, spool=None
     )
-    seat = SharedCounters(1).seat(0)
+    counters = SharedCounters(1).of_process(0)
     made = Context(
         settings=settings,
         primary=Primary(settings.primary, pool, timeouts=settings.relay.timeouts, final_timeout=600),
-        intake=intake,
+        staging=staging,
         ids=IdSource(),
-        seat=seat,
+        counters=counters,
         credentials=Credentials.load(settings.smtp),
     )
     loop = asyncio.get_running_loop()
@@ -57,8 +57,8 @@ async def front(settings: Settings, redis_url: str, *, tls: bool = False) -> Asy
     finally:
         listener.close()
         made.stopping = True
-        while made.conversations:
-            for client in list(made.conversations):
+        while made.command_loops:
+            for client in list(made.command_loops):
                 client.stop(impatient=True)
             await asyncio.sleep(0.01)
         for _ in range(20):  # what closing TLS schedules
