@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 
 import pytest
@@ -15,8 +15,10 @@ from relay import maillog
 from relay.ledger import copy_state, keys
 from support.ledger_contents import Contents, settings
 from support.reactions import Close, Gate, HalfClose, Reset, Silence
+from support.redis_servers import RedisServer
 from support.scripted_server import ScriptedServer
 from support.waiting import until
+from workers.delivery import outbox
 from workers.delivery.courier import Courier
 from workers.delivery.retry import Width
 from workers.jobs import Interrupted
@@ -100,6 +102,31 @@ async def test_a_missing_body_is_counted_and_removed(
         await made.deliver("job", [lost, kept])
     assert len(backup.messages) == 1
     assert redis_client.zcard(keys.PENDING + "new") == 0
+
+
+async def test_drained_without_a_redis(
+    redis_factory: Callable[..., RedisServer], backup: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Redis that never comes back keeps no worker: after a while a drain interrupts the job that waits for it."""
+    monkeypatch.setattr(outbox, "_STUCK", 0.5)
+    server = redis_factory()
+    with server.client() as client:
+        contents = Contents(client, "new")
+        contents.register(backup.destination("new"))
+        message_id = contents.pending()
+    gate = Gate()
+    backup.replies["."] = (gate, None)
+    made = Courier(settings(), backup.destination("new"), "worker", server.url)
+    await made.start()
+    delivering = asyncio.create_task(made.deliver("job", [message_id]))
+    await gate.arrival()
+    server.stop()
+    gate.open()
+    await until(lambda: made._outbox.is_late)
+    async with asyncio.timeout(10):
+        await made.drain()
+        with pytest.raises(Interrupted):
+            await delivering
 
 
 async def test_drained_in_the_middle(

@@ -17,6 +17,7 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from typing import cast
 
 from redis.exceptions import RedisError
 
@@ -105,7 +106,7 @@ class Courier:
         self._claiming = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
         self._draining = False
-        self._jobs_in_hand = 0
+        self._jobs_in_hand: set[asyncio.Task[object]] = set()
         self._heard: Heard | None = None  # how the ledger stood at the last claim
         self._flushes: object = None  # how often an operator has had all that waits tried
         self._doubt = 0.0  # what was accepted or tried until then may have been delivered since
@@ -148,6 +149,8 @@ class Courier:
             await asyncio.sleep(0.02)
         if self._outbox.is_stuck:
             maillog.notice("error", "outcomes lost", destination=self._destination.name, copies=len(self._held))
+            for delivering in self._jobs_in_hand:
+                delivering.cancel()
         for task in self._background:
             task.cancel()
         await self._pool.close()
@@ -159,13 +162,19 @@ class Courier:
     async def deliver(self, job_id: str, ids: list[str]) -> None:
         """Deliver what this job can claim.
 
-        Raises Interrupted with copies untried: told to drain, or the server is away and its probe not yet due.
+        Raises Interrupted with copies untried: told to drain, or the server is away and its probe not yet due. A drain
+        that Redis keeps from its end interrupts what is in hand: a worker without a supervisor must end all the same.
         """
-        self._jobs_in_hand += 1
+        task = cast("asyncio.Task[object]", asyncio.current_task())
+        self._jobs_in_hand.add(task)
         try:
             await self._deliver(job_id, ids)
+        except asyncio.CancelledError:
+            if self._draining and self._outbox.is_stuck:
+                raise Interrupted from None
+            raise
         finally:
-            self._jobs_in_hand -= 1
+            self._jobs_in_hand.discard(task)
 
     async def _deliver(self, job_id: str, ids: list[str]) -> None:
         faultpoints.reach("job fetched")
