@@ -28,21 +28,15 @@ from relay.ledger.keys import (
     FAILED,
     HEALTH,
     IMPORTED,
+    LEDGER,
     MESSAGE,
     MOVED,
     OWN,
     PENDING,
-    PREFIX,
     STAGED,
 )
 from relay.mail import ids
 from relay.mail.ids import text as as_text
-
-# set of all destinations that a list is of, named by whatever puts something in a list; and "", once it is whole, which
-# a Redis that came back empty, or that an older version has filled, does not have. Until then no body is deleted.
-LISTS = PREFIX + "lists"
-KEPT = PREFIX + "kept"  # set of ids whose bodies would have been deleted, had LISTS been whole
-LEDGER = PREFIX + "ledger"  # hash: who this ledger is, and how far it has come; see continuity.py
 
 WANTED, SETTLED, UNKNOWN = range(3)  # what a ledger says of a file; see judge_files.lua
 

@@ -140,7 +140,7 @@ def register(connection: Redis, defined: Mapping[str, str], configured: Mapping[
     named = set(_listed(connection))
     with connection.pipeline(transaction=True) as pipe:
         pipe.hkeys(keys.DESTINATIONS)
-        pipe.smembers(changes.LISTS)
+        pipe.smembers(keys.LISTS)
         known, indexed = cast("tuple[list[bytes], set[bytes]]", pipe.execute())
     named |= {_text(name) for name in (*known, *indexed)} | set(configured or ())
     there = {_text(name) for name in known}
@@ -151,7 +151,7 @@ def register(connection: Redis, defined: Mapping[str, str], configured: Mapping[
         if configured:
             pipe.hset(keys.DESTINATIONS, mapping=cast("Mapping[Any, Any]", configured))
         # Last: from now on it counts as whole.
-        pipe.sadd(changes.LISTS, *(name.encode("utf-8", "surrogateescape") for name in named), b"")
+        pipe.sadd(keys.LISTS, *(name.encode("utf-8", "surrogateescape") for name in named), b"")
         pipe.execute()
     found = [name for name in missing if name not in (configured or ())]
     for name in found:
@@ -166,14 +166,14 @@ def forget_kept(connection: Redis) -> int:
     Returns how many.
     """
     count = 0
-    while ids := cast("list[bytes]", connection.srandmember(changes.KEPT, _SCANNED)):
+    while ids := cast("list[bytes]", connection.srandmember(keys.KEPT, _SCANNED)):
         with connection.pipeline(transaction=True) as pipe:
-            pipe.sismember(changes.LISTS, "")
+            pipe.sismember(keys.LISTS, "")
             changes.purge(pipe, [as_text(message_id) for message_id in ids])
             is_whole, purged = pipe.execute()
         if not is_whole:
             break
-        connection.srem(changes.KEPT, *ids)
+        connection.srem(keys.KEPT, *ids)
         count += purged
     return count
 

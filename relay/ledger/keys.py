@@ -21,3 +21,8 @@ OWNERS = PREFIX + "owners"  # hash owner -> "host state-dir process" of a relay 
 RECONCILER = PREFIX + "reconciler"  # lock of the reconciler
 IMPORTED = PREFIX + "imported:"  # zset id, or "file backup" -> when: came from one spool, its file may still be there
 MOVED = PREFIX + "moved:"  # set of ids whose bodies are files in one folder, by its identity, until the files are gone
+# set of all destinations that a list is of, named by whatever puts something in a list; and "", once it is whole, which
+# a Redis that came back empty, or that an older version has filled, does not have. Until then no body is deleted.
+LISTS = PREFIX + "lists"
+KEPT = PREFIX + "kept"  # set of ids whose bodies would have been deleted, had LISTS been whole
+LEDGER = PREFIX + "ledger"  # hash: who this ledger is, and how far it has come; see continuity.py

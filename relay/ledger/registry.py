@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from relay import maillog
-from relay.ledger.changes import LISTS, Pipe
-from relay.ledger.keys import DESTINATIONS
+from relay.ledger.changes import Pipe
+from relay.ledger.keys import DESTINATIONS, LISTS
 from relay.mail import ids
 from relay.mail.destination import Destination
 

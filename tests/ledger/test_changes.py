@@ -31,7 +31,7 @@ def test_a_settled_copy_leaves_nothing_behind(contents: Contents) -> None:
     assert [claim.id for claim in contents.claim(job, message_id)] == [message_id]
     assert _settle(contents, [message_id]) == 1
     left = {key.decode() for key in contents.connection.keys("smtpdup:*")}
-    assert left == {keys.DESTINATIONS, changes.LISTS, changes.LEDGER, keys.COUNTERS}
+    assert left == {keys.DESTINATIONS, keys.LISTS, keys.LEDGER, keys.COUNTERS}
     assert contents.connection.hget(keys.COUNTERS, "delivered:new") == b"1"
 
 

@@ -63,10 +63,10 @@ LOST: dict[str, Sequence[str]] = {
     "everything": ["FLUSHALL"],
     "this database": ["FLUSHDB"],
     "the definitions": ["DEL", keys.DESTINATIONS],
-    "the index": ["DEL", changes.LISTS],
-    "definitions and index": ["DEL", keys.DESTINATIONS, changes.LISTS],
+    "the index": ["DEL", keys.LISTS],
+    "definitions and index": ["DEL", keys.DESTINATIONS, keys.LISTS],
     "one definition": ["HDEL", keys.DESTINATIONS, "b"],
-    "counters and identity": ["DEL", keys.COUNTERS, changes.LEDGER],
+    "counters and identity": ["DEL", keys.COUNTERS, keys.LEDGER],
 }
 
 
@@ -89,7 +89,7 @@ def test_the_first_to_deliver_leaves_the_body_to_the_others(redis_client: redis.
     known.look(redis_client)
     continuity.forget_kept(redis_client)
     assert _bodies(redis_client) == set()
-    assert redis_client.exists(changes.KEPT) == 0
+    assert redis_client.exists(keys.KEPT) == 0
 
 
 @pytest.mark.parametrize("change", ["settle", "drop pending", "drop failed", "purge", "discard", "move", "stow"])
@@ -99,7 +99,7 @@ def test_no_change_deletes_what_a_list_names_that_nobody_defines(redis_client: r
     message_id = contents.pending(to=("a", "b"))
     if change == "stow" or change == "drop failed":
         contents.fail(message_id, to="a")
-    redis_client.delete(keys.DESTINATIONS, changes.LISTS)
+    redis_client.delete(keys.DESTINATIONS, keys.LISTS)
     record = redis_client.get(keys.MESSAGE + message_id)
     with redis_client.pipeline() as pipe:
         if change == "settle":
@@ -137,7 +137,7 @@ def test_a_destination_that_only_a_list_names_is_known_again(redis_client: redis
     assert (defined["[::1]:25"].host, defined["[::1]:25"].port) == ("::1", 25)
     assert defined["gone"].port == defined["nameless"].port == continuity.NO_PORT
     assert defined["a"] == A
-    assert {b"no name", b"../x", b"gone", b""} <= redis_client.smembers(changes.LISTS)
+    assert {b"no name", b"../x", b"gone", b""} <= redis_client.smembers(keys.LISTS)
     assert continuity.register(redis_client, {}) == []
 
 
@@ -145,7 +145,7 @@ def test_a_sweep_judges_by_all_that_there_is(redis_client: redis.Redis) -> None:
     """The bodies of a destination that the ledger has forgotten are no orphans, and its copies get jobs."""
     contents = Contents(redis_client, "gone:25")
     old = contents.pending(to=("gone:25",), message_id="0000000000000000", age=30 * 86400)
-    redis_client.delete(keys.DESTINATIONS, changes.LISTS)
+    redis_client.delete(keys.DESTINATIONS, keys.LISTS)
     sweeper = Sweeper(redis_client, settings())
     sweeper.sweep(thorough=True)
     report = sweeper.sweep(thorough=True)
@@ -170,18 +170,18 @@ def test_what_becomes_of_a_ledger_is_said_once(redis_client: redis.Redis, monkey
         return [cause for cause in said if cause]
 
     assert look() == []
-    before = redis_client.dump(changes.LEDGER)
+    before = redis_client.dump(keys.LEDGER)
     assert look() == []
     redis_client.flushall()
     assert look() == ["emptied"]
     assert set(registry.destinations(redis_client)) == {"a"}
     assert changes.change(redis_client).cause == "emptied"
-    redis_client.restore(changes.LEDGER, 0, before, replace=True)
+    redis_client.restore(keys.LEDGER, 0, before, replace=True)
     assert look() == ["replaced"]
-    before = redis_client.dump(changes.LEDGER)
+    before = redis_client.dump(keys.LEDGER)
     for _ in range(3):
         assert look() == []
-    redis_client.restore(changes.LEDGER, 0, before, replace=True)
+    redis_client.restore(keys.LEDGER, 0, before, replace=True)
     assert look() == ["older"]
     assert look() == []
 

@@ -46,7 +46,7 @@ class Contents:
         self.destinations |= {d.name: d for d in destinations}
         with self.connection.pipeline() as pipe:
             registry.register(pipe, destinations)
-            pipe.sadd(changes.LISTS, "")  # these are all
+            pipe.sadd(keys.LISTS, "")  # these are all
             pipe.execute()
 
     def queue(self, name: str = "new") -> Queue:

@@ -132,7 +132,7 @@ class Sweeper:
         """Make every destination known that a list is of, before anything is judged by what is known."""
         connection = self._connection
         with connection.pipeline(transaction=False) as pipe:
-            pipe.sismember(changes.LISTS, "")
+            pipe.sismember(ledger_keys.LISTS, "")
             pipe.hkeys(ledger_keys.DESTINATIONS)
             is_whole, known = pipe.execute()
         wanted = {backup.name.encode() for backup in self._settings.backups}
