@@ -187,7 +187,7 @@ def test_standard_error_that_is_closed(product: Make, primary: ScriptedServer, b
     house.wait_ready()
     assert house.send("a@example.com", "b@example.com").startswith("250")
     backup.wait_for(1)
-    for child in [house.process.pid, *(c.pid for c in house.children("relay.cli"))]:
+    for child in [house.process.pid, *(c.pid for c in house.children("relay.command"))]:
         assert Path(f"/proc/{child}/fd/2").readlink() == Path("/dev/null")
     house.process.send_signal(signal.SIGTERM)
     assert house.wait() == 0

@@ -248,15 +248,16 @@ def _take(state_dir: Path, role: Role, ends: ExitStack) -> None:
             descriptor = private_files.open_lock(path)
             ends.callback(os.close, descriptor)
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+            with suppress(OSError):  # the lock is what counts; a full disk need not know who has it
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
         except BlockingIOError as error:
             owner = path.read_text("ascii", "replace").strip() or "unknown"
             raise StartError(
                 f"another smtp-dup (process {owner}) uses the state folder {state_dir} for its {part}: "
                 "give each a state_dir of its own"
             ) from error
-        except OSError as error:  # read-only, full, or a network file system without locks
+        except OSError as error:  # read-only, or a network file system without locks
             raise StartError(f"state_dir: {path}: {error.strerror}") from error
 
 

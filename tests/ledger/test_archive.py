@@ -13,7 +13,7 @@ import pytest
 import redis
 from loguru import logger
 
-from relay import private_files
+from relay import ownership, private_files
 from relay.command.connection import ledger_of
 from relay.ledger import archive, copy_state, keys, queries
 from relay.ledger.continuity import Continuity
@@ -290,7 +290,7 @@ def service_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a state folder that belongs to the service's user, with us as root, as `sudo smtp-dup queue verify` is."""
     if os.geteuid():
         pytest.skip("needs root")
-    monkeypatch.setattr(private_files, "_trusted", {0})
+    monkeypatch.setattr(ownership, "_trusted", {0})
     monkeypatch.setattr(private_files, "_owner", None)
     state_dir = tmp_path / "state"
     state_dir.mkdir(mode=0o700)

@@ -46,13 +46,13 @@ def test_failure_is_a_failed_job_of_its_own_with_the_reply(contents: Contents) -
 
 def test_a_failed_job_says_whose_mail_it_is_how_large_and_since_when(contents: Contents) -> None:
     """Its description is for a person: sender, the recipients that failed, size; its times are those of the mail."""
-    message_id = contents.pending("a@test", "b\x1b[1m@test", "c@test", "d@test", "e@test")
+    message_id = contents.pending("a@test", "b\u202e@test", "c@test", "d@test", "e@test")
     state = contents.fail(message_id, owed=(0, 1, 3, 4))
     job = _job(contents, state.job)
     (row,) = failed.listing(contents.connection)
     (detail,) = failed.show(contents.connection, message_id)
     assert job.description == (
-        f"<sender@test> to <a@test>, <b\\x1b[1m@test>, <d@test> and 1 more, {row.size / 1024:,.1f} KB"
+        f"<sender@test> to <a@test>, <b\\u202e@test>, <d@test> and 1 more, {row.size / 1024:,.1f} KB"
     )
     assert job.created_at is not None
     assert job.ended_at is not None
