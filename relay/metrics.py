@@ -45,6 +45,8 @@ damaged_records = Counter(
     "Stored messages that are not what was stored, kept and never sent, by where they were found: redis, spool",
     ["where"],
 )
+for _where in ("redis", "spool"):
+    damaged_records.labels(_where)  # so that it is there from the start, as zero
 copies_lost = Counter("smtpdup_copies_lost_total", "Accepted messages whose copies could be written nowhere")
 log_lines_dropped = Counter(
     "smtpdup_log_lines_dropped_total", "Log lines that standard error did not take in time, or refused"

@@ -1,6 +1,6 @@
 """Debian packages without their installation: fetched by apt, or found where somebody has put them before.
 
-SMTP_DUP_TEST_PACKAGES names that folder, for machines without a network and so that a test run fetches nothing twice.
+SMTPDUP_TEST_PACKAGES names that folder, for machines without a network and so that a test run fetches nothing twice.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def unpack_source(folder: Path, name: str) -> Path:
 
 
 def _found(pattern: str) -> Path | None:
-    folder = os.environ.get("SMTP_DUP_TEST_PACKAGES")
+    folder = os.environ.get("SMTPDUP_TEST_PACKAGES")
     return next((p for p in sorted(Path(folder).glob(pattern)) if p.suffix != ".asc"), None) if folder else None
 
 

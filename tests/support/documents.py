@@ -36,6 +36,7 @@ MARKERS = {
     "manifest",
     "kustomize",
     "kustomize-redis",
+    "mend-redis",
     "redis.conf",
     "install",
     "plist",

@@ -16,7 +16,7 @@ def deliver(contents: Contents, redis_url: str, port: int) -> None:
     """Deliver many copies to a server, as one job."""
     destination = Destination("new", "127.0.0.1", port)
     contents.register(destination)
-    bodies = (b"Subject: number %d\r\n\r\n.%s\r\n" % (n, b"x" * (n * 20)) for n in range(COUNT))
+    bodies = (b"Subject: number %d\r\n\r\n..%s\r\n" % (n, b"x" * (n * 20)) for n in range(COUNT))
     ids = [contents.pending("b@example.com", body=body, sender="a@example.com") for body in bodies]
 
     async def run() -> None:
