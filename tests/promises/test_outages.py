@@ -472,7 +472,6 @@ def test_a_damaged_log_of_the_embedded_redis_stops_no_mail(
     """Mail goes on by way of the spool, one line says why; mended as the page says, all arrives without a restart."""
     (block,) = documents.of("mend-redis")
     site = product(primary=primary.address, backups=[backup.address], settings=SETTINGS)
-    site.start()
     site.send("a@example.com", "b@example.com")
     backup.wait_for(1)
     site.stop()
