@@ -125,10 +125,20 @@ class Run:
         if self.process and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        for pid, _ in self.noted("start"):
+        pids = [int(pid) for pid, _ in self.noted("start")]
+        for pid in pids:
             with suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
+        # One that is not gone yet may wait in BLMOVE, and would take the first job of the next test with it.
+        wait_until(lambda: all(map(_is_gone, pids)))
         self.client.close()
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()[0] in {"Z", "X"}
+    except FileNotFoundError:
+        return True
 
 
 @pytest.fixture
