@@ -13,7 +13,7 @@ from support.product import Product
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
 
-STATES = sorted((Path(__file__).parent / "old_state").glob("*.tar.gz"))
+STATES = sorted((Path(__file__).parents[1] / "old_state").glob("*.tar.gz"))
 
 
 def test_there_are_states() -> None:
