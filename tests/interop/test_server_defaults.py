@@ -12,6 +12,7 @@ import pytest
 import redis
 
 from relay.ledger import keys
+from relay.mail.destination import Destination
 from support import opensmtpd_instance
 from support.dialogue import AsyncDialogue
 from support.exim_instance import EximInstance
@@ -67,7 +68,7 @@ async def send(primary: str, redis_url: str, count: int, **options: str) -> None
 
 async def deliver(host: str, port: int, redis_url: str, connection: redis.Redis, count: int, **options: int) -> None:
     """Have a courier deliver so many copies; none may be left."""
-    server = ScriptedServer(port=port).destination("new", host=host)
+    server = Destination("new", host, port)
     contents = Contents(connection, "new")
     contents.register(server)
     ids = [contents.pending("b@example.com") for _ in range(count)]
