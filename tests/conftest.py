@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import redis
 
-from relay.mail import encryption
+from relay import ownership, private_files
+from relay.mail import encryption, record
 from support import exim_instance, load, postfix_instance
 from support.certificates import Certificate
 from support.load import SmtpSink
@@ -57,13 +58,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def sealed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """With --sealed a key file for the tests' own process and for every Product; without it nothing."""
-    if request.config.getoption("--sealed"):
-        path = tmp_path_factory.mktemp("keys") / "keys"
-        encryption.add_key(path)
-        encryption.use(path)
+    """With --sealed a key file for the tests' own process, its commands and every Product; without it nothing."""
+    if not request.config.getoption("--sealed"):
+        yield
+        return
+    path = tmp_path_factory.mktemp("keys") / "keys"
+    encryption.add_key(path)
+    encryption.use(path)
     yield
     encryption.use(None)
+
+
+@pytest.fixture(autouse=True)
+def process_wide(sealed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put back what a process decides once for all of itself, keys, bounds, owners: tests share a process."""
+    for module, name in (
+        (encryption, "_ring"),
+        (record, "_most"),
+        (ownership, "_trusted"),
+        (private_files, "_owner"),
+    ):
+        value = getattr(module, name)
+        monkeypatch.setattr(module, name, set(value) if isinstance(value, set) else value)
 
 
 @pytest.fixture(scope="session")

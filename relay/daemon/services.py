@@ -141,7 +141,7 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = ()) -> int:
         def holding(child: Child, own: Sequence[socket.socket] = ()) -> Child:
             return _counting(arena, _holding(own, listening, child))
 
-        continuity = Continuity(settings.backups, settings.state_dir)
+        continuity = Continuity(settings.backups, settings.state_dir, replicas=settings.redis.replicas)
         _register(settings, continuity, role)
         if role.delivers:
             children += [holding(child) for child in _workers(settings, settings.backups, url)]

@@ -130,7 +130,8 @@ class Claim:
 def is_known(pipe: Pipe, identity: str, count: int, fresh: str, *, count_on: bool) -> None:
     """Ask whether this is the ledger of that identity, no older than that count; one without any becomes ``fresh``.
 
-    Result: identity, count, what has become of it ("" for nothing), whether its index of lists is whole.
+    Result: identity, count, what has become of it ("" for nothing), whether its index of lists is whole, what became of
+    it when it last changed.
     """
     pipe.eval(_KNOWN, 0, identity, count, fresh, int(count_on))
 

@@ -38,6 +38,7 @@ _SAID = {
     "again, logged as may repeat",
 }
 _SCANNED = 1000  # keys at once
+_CONFIRM_MILLISECONDS = 200  # the next look asks again
 _SERVER = re.compile(r"\[?([\w.:-]+?)\]?:(\d{1,5})")  # a destination's name where nobody has named it
 _NAME = re.compile(r"[A-Za-z0-9._:\[\]-]{1,100}")
 NO_PORT = 0  # of a destination that nobody can define
@@ -49,9 +50,17 @@ def warning(cause: str) -> str:
 
 
 class Continuity:
-    """What one process knows of the ledger. With ``state_dir`` it goes on with what was known at the last start."""
+    """What one process knows of the ledger. With ``state_dir`` it goes on with what was known at the last start.
 
-    def __init__(self, destinations: Sequence[Destination], state_dir: Path | None = None) -> None:
+    With ``replicas`` a count is known once so many of them have it: a failover takes back what none has, which no
+    accepted message depends on.
+    """
+
+    def __init__(
+        self, destinations: Sequence[Destination], state_dir: Path | None = None, *, replicas: int = 0
+    ) -> None:
+        self.changes = 0  # how often the ledger has turned out to be one that need not have what was staged
+        self._replicas = replicas
         self._configured = {d.name: d.to_json() for d in destinations}
         self._path = state_dir.absolute() / "ledger.json" if state_dir else None
         self._identity, self._count = "", 0
@@ -67,17 +76,29 @@ class Continuity:
         """The ledger's, as it was last seen; "" before."""
         return self._identity
 
-    # Asking, in one command of a pipeline
+    # Asking, in a pipeline
+
+    @property
+    def answers(self) -> int:
+        """How many answers ``ask`` gets."""
+        return 2 if self._replicas else 1
 
     def ask(self, pipe: Pipe, *, count_on: bool) -> None:
         """Add the question to a pipeline; ``count_on`` where something has been written since the last one."""
         changes.is_known(pipe, self._identity, self._count, secrets.token_hex(8), count_on=count_on)
+        if self._replicas:
+            pipe.wait(self._replicas, _CONFIRM_MILLISECONDS)
 
-    def judge(self, answer: Sequence[Any]) -> bool:
-        """Take the answer, and say what has become of the ledger. Returns whether it must be told the destinations."""
-        identity, count, cause, is_whole = answer
+    def judge(self, answers: Sequence[Any]) -> bool:
+        """Take the answers, and say what has become of the ledger. Returns whether it must be told the destinations."""
+        (identity, count, cause, is_whole, last), *confirmed = answers
         changed = self._identity != _text(identity)
-        self._identity, self._count = _text(identity), int(count)
+        if changed or not self._replicas or (isinstance(confirmed[0], int) and confirmed[0] >= self._replicas):
+            self._count = int(count)
+        # A worker's claims are not confirmed: a failover takes some back. What is staged is, and is there.
+        if changed and self._identity and not (self._replicas and as_text(last) == "older"):
+            self.changes += 1
+        self._identity = _text(identity)
         if cause:
             maillog.notice("error", warning(as_text(cause)), cause=as_text(cause))
         return changed or not is_whole
@@ -92,8 +113,8 @@ class Continuity:
         with connection.pipeline(transaction=False) as pipe:
             self.ask(pipe, count_on=True)
             pipe.hgetall(keys.DESTINATIONS)
-            answer, known = pipe.execute()
-        must = self.judge(answer) or any(name.encode() not in known for name in self._configured)
+            *answers, known = pipe.execute()
+        must = self.judge(answers) or any(name.encode() not in known for name in self._configured)
         self._defined |= {_text(name): _text(text) for name, text in known.items()}
         if must:
             register(connection, self._defined, self._configured)

@@ -26,3 +26,4 @@ MOVED = PREFIX + "moved:"  # set of ids whose bodies are files in one folder, by
 LISTS = PREFIX + "lists"
 KEPT = PREFIX + "kept"  # set of ids whose bodies would have been deleted, had LISTS been whole
 LEDGER = PREFIX + "ledger"  # hash: who this ledger is, and how far it has come; see continuity.py
+AUDIT = PREFIX + "audit"  # stream: what operators did; see audit.py

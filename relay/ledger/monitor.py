@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from redis.asyncio import Redis
@@ -138,7 +139,8 @@ class Monitor:
                 pipe.time()
                 self._continuity.ask(pipe, count_on=self._landed > 0)
                 pipe.info("memory")
-                *needed, known, memory = await pipe.execute(raise_on_error=False)
+                *answers, memory = await pipe.execute(raise_on_error=False)
+            needed, known = answers[: -self._continuity.answers], answers[-self._continuity.answers :]
             for answer in needed:
                 if isinstance(answer, Exception):
                     raise answer
@@ -165,13 +167,13 @@ class Monitor:
         """Say whether the ledger has a message's record. Raises RedisError."""
         return bool(await self._connection.exists(keys.MESSAGE + message_id))
 
-    def _recognise(self, known: Any) -> None:
+    def _recognise(self, known: Sequence[Any]) -> None:
         """Take what the ledger says of itself; one that is full, or must not be written, says nothing."""
-        if isinstance(known, Exception):
+        if isinstance(known[0], Exception):
             return
-        identity = self._continuity.identity
+        changes = self._continuity.changes
         self.is_stranger |= self._continuity.judge(known)
-        if identity and identity != self._continuity.identity:
+        if changes != self._continuity.changes:
             self._changed_at = time.monotonic()
 
     def _take(self, memory: Any) -> None:

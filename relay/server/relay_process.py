@@ -195,7 +195,7 @@ class _Relay:
         )
         self._pool = pool
         self._probe = async_client(server, seconds)
-        self._continuity = Continuity(settings.backups, settings.state_dir)
+        self._continuity = Continuity(settings.backups, settings.state_dir, replicas=settings.redis.replicas)
         self._watch = Monitor(
             self._probe,
             seconds=seconds,

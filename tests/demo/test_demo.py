@@ -249,7 +249,7 @@ def test_on_a_small_screen_the_table_stays_and_goes_on(folder):
             return re.search(pattern, "\n".join(screen(demo.text, 24))) is not None
 
         wait_until(lambda: all(map(shown, ("Its copy", *OUTCOMES))), 60, lambda: demo.text)
-        address, port = re.search(r"the relay is on ([\d.]+):(\d+)", demo.text).groups()
+        address, port = re.search(r"the relay is on\s+([\d.]+):(\d+)", demo.text).groups()
         with smtplib.SMTP(address, int(port), timeout=20) as client:
             for n in range(8):
                 content = f"Subject: [bold]more {n}[/]\r\n\r\nHello\r\n"

@@ -291,7 +291,6 @@ def service_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     if os.geteuid():
         pytest.skip("needs root")
     monkeypatch.setattr(ownership, "_trusted", {0})
-    monkeypatch.setattr(private_files, "_owner", None)
     state_dir = tmp_path / "state"
     state_dir.mkdir(mode=0o700)
     os.chown(state_dir, NOBODY, NOBODY)
@@ -306,6 +305,7 @@ def test_what_root_makes_belongs_to_the_owner_of_the_state_folder(
     options = settings(state_dir=str(service_state), failed_max_bytes="1")
     options = replace(options, redis=options.redis.at("redis://unused"))
     monkeypatch.setattr("relay.command.connection.sync_client", lambda *_, **__: nullcontext(contents.connection))
+    monkeypatch.setattr("relay.command.connection.encryption.use", lambda _: None)  # the test's own keys, with --sealed
     with ledger_of(options) as connection:
         Sweeper(connection, options).sweep()
         Continuity([], service_state).look(connection)

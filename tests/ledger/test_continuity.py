@@ -187,6 +187,28 @@ def test_what_becomes_of_a_ledger_is_said_once(redis_client: redis.Redis, monkey
     assert look() == []
 
 
+def test_what_a_failover_may_take_back_is_no_loss(redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With redis.replicas: a count that no replica had was never known, and a worker's claims are no staged mail."""
+    monkeypatch.setattr("relay.maillog.notice", lambda *_, **__: None)
+    relays = {replicas: Continuity([A], replicas=replicas) for replicas in (0, 1)}  # this server has no replica
+    for relay in relays.values():
+        relay.look(redis_client)
+    before = redis_client.dump(keys.LEDGER)
+    for relay in 3 * list(relays.values()):
+        relay.look(redis_client)
+    redis_client.restore(keys.LEDGER, 0, before, replace=True)
+    relays[1].look(redis_client)
+    assert not changes.change(redis_client).cause
+    relays[0].look(redis_client)  # as a worker does
+    assert changes.change(redis_client).cause == "older"
+    relays[1].look(redis_client)
+    assert {replicas: relay.changes for replicas, relay in relays.items()} == {0: 1, 1: 0}
+    redis_client.flushall()
+    for relay in relays.values():
+        relay.look(redis_client)
+    assert {replicas: relay.changes for replicas, relay in relays.items()} == {0: 2, 1: 1}
+
+
 def test_it_is_noticed_at_the_next_start(
     redis_client: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

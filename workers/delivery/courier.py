@@ -265,7 +265,7 @@ class Courier:
             question = pipeline.CommandBatch()
             fresh = secrets.token_hex(8)
             changes.is_known(question, known.identity, known.progress + 1, fresh, count_on=False)
-            ((identity, count, cause, _),) = await self._wires.ask(question)
+            ((identity, count, cause, *_),) = await self._wires.ask(question)
             self._heard = Heard(as_text(identity), int(count), heard.doubt)
             if cause:
                 maillog.notice("error", warning(as_text(cause)), cause=as_text(cause))

@@ -1,5 +1,6 @@
 -- ARGV: the ledger's identity as the caller knows it ('' for none), the count it has seen, a new identity, 1 to count on.
--- Returns identity, count, what has become of the ledger since ('' for nothing), and 1 when its index of lists is whole.
+-- Returns identity, count, what has become of the ledger since ('' for nothing), 1 when its index of lists is whole, and
+-- what became of it when it last changed, whoever found that.
 -- Who finds it changed says so, once: the others find themselves named as those who know.
 local key = 'smtpdup:ledger'
 local time = redis.call('TIME')
@@ -22,4 +23,4 @@ if cause ~= '' then
   redis.call('HSET', key, 'before', ARGV[1], 'cause', cause, 'doubt', time[1] .. '.' .. string.format('%06d', time[2]))
 end
 count = redis.call('HINCRBY', key, 'count', ARGV[4])
-return {id, count, cause, redis.call('SISMEMBER', 'smtpdup:lists', '')}
+return {id, count, cause, redis.call('SISMEMBER', 'smtpdup:lists', ''), redis.call('HGET', key, 'cause') or ''}
