@@ -77,8 +77,8 @@ def _told(error: Exception) -> tuple[int, list[str]] | None:
 # Looked for among the modules that are there: who raises one has imported it, and the others take too long.
 _RAISED = (
     ("relay.config.loader", "SettingsError", exit_status.USAGE),
-    ("relay.daemon.services", "NoRedis", exit_status.CANNOT_SAY),
-    ("relay.daemon.services", "StartError", exit_status.NO),
+    ("relay.daemon.start", "NoRedis", exit_status.CANNOT_SAY),
+    ("relay.daemon.start", "StartError", exit_status.NO),
     ("relay.redisio.embedded", "EmbeddedError", exit_status.NO),
     ("relay.mail.record", "BodyElsewhere", exit_status.NO),
     ("relay.mail.record", "MalformedRecord", exit_status.NO),

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from relay.config.loader import Settings
-from relay.daemon import services
+from relay.daemon import services, start
 
 
 def up(settings: Settings) -> int:
     """Run relay and workers, and a Redis unless the settings name one."""
-    return services.run(settings, services.UP)
+    return services.run(settings, start.UP)
 
 
 def relay(settings: Settings) -> int:
     """Run the relay."""
-    return services.run(settings, services.RELAY)
+    return services.run(settings, start.RELAY)
 
 
 def workers(settings: Settings) -> int:
     """Run the delivery to the backups."""
-    return services.run(settings, services.WORKERS)
+    return services.run(settings, start.WORKERS)
 
 
 def demo(colour: str) -> int:

@@ -19,7 +19,7 @@ from redis.exceptions import RedisError, ResponseError
 from relay import maillog
 from relay.config.loader import Settings, resolve_password
 from relay.daemon import known_passwords
-from relay.daemon.supervisor import Child
+from relay.daemon.slots import Child
 from relay.ledger import keys, rq_jobs
 from relay.ledger.continuity import Continuity
 from relay.mail import ids

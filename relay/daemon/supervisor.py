@@ -9,127 +9,31 @@ them SIGTERM (Linux) and they drain.
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import json
 import math
-import mmap
 import os
 import select
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NoReturn, Protocol
 
 from loguru import logger
 
 from relay import log_output
 from relay.child import ChildContext
+from relay.daemon.fork import SIGNALS, fork
+from relay.daemon.slots import Child, Fork, Slot, ending, send
+from relay.daemon.vitals import Vitals
+
+__all__ = ["Child", "Supervisor", "notify"]
 
 EX_USAGE = 2  # our convention for bad settings
-_FIRST_PAUSE = 0.1  # seconds before a restart, doubling
-_LONGEST_PAUSE = 10.0
-_HEALTHY = 10.0  # a child that lived for so long starts again with the first pause
-_IN_A_LOOP = 3  # deaths in a row of a child that lived for less
 _TELL_AGAIN_SECONDS = 60.0
 _ROSTER_EVERY = 3.0  # seconds between two looks at who else is needed
 _REPORT_EVERY = 10.0  # seconds between the lines that say who is still waited for
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
-_PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Child:
-    """One process to keep alive: ``run`` in a fork of ours, or a program that ``launch`` starts.
-
-    ``run`` returns its exit status. ``launch`` may wait until the program answers; it must put it in a process
-    group of its own. ``release`` gives back what this process holds for the program: it is called once it has
-    ended, and in every fork. Stages stop in ascending and start in descending order. Without ``restart`` a
-    child may end by itself; when it ends with another status than 0, so does everything.
-    """
-
-    name: str
-    run: Callable[[ChildContext], int] | None = None
-    launch: Callable[[], subprocess.Popen[bytes]] | None = None
-    release: Callable[[subprocess.Popen[bytes]], None] | None = None
-    stage: int = 0
-    restart: bool = True
-    may_be_late: bool = False  # a launch that fails at the first start is tried again as later ones are
-
-    def __post_init__(self) -> None:
-        if (self.run is None) == (self.launch is None):
-            raise ValueError(f"child {self.name}: either run or launch")
-
-
-class Vitals:
-    """Which children die again and again, told by the supervisor in memory that all its forks share."""
-
-    def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, 1 << 16)
-
-    def tell(self, slots: Iterable[_Slot]) -> None:
-        told = {s.child.name: (s.process is not None, s.started) for s in slots if s.deaths >= _IN_A_LOOP}
-        text = json.dumps(told).encode()
-        if len(text) + 4 <= len(self._memory):
-            self._memory[:4] = bytes(4)
-            self._memory[4 : 4 + len(text)] = text
-            self._memory[:4] = len(text).to_bytes(4, "big")
-
-    def failing(self, prefix: str) -> list[str]:
-        """Return the children with such names that have died several times in a row, and have not lived long since."""
-        size = int.from_bytes(self._memory[:4], "big")
-        try:
-            told = json.loads(self._memory[4 : 4 + size] or b"{}")
-        except ValueError:  # it is being written
-            return []
-        now = time.monotonic()
-        return sorted(
-            n for n, (up, since) in told.items() if n.startswith(prefix) and (not up or now - since < _HEALTHY)
-        )
-
-
-class _Process(Protocol):
-    @property
-    def pid(self) -> int: ...
-    def poll(self) -> int | None: ...
-
-
-class _Fork:
-    """A forked child, with the part of Popen's face that is needed."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self._status: int | None = None
-
-    def poll(self) -> int | None:
-        """Return the exit status, negative for a signal, or None while it runs."""
-        if self._status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self._status = os.waitstatus_to_exitcode(status)
-        return self._status
-
-
-@dataclass(slots=True)
-class _Slot:
-    """The place of one child: its process while it runs, or when to start it."""
-
-    child: Child
-    process: _Process | None = None
-    instance: str | None = None
-    started: float = 0.0  # monotonic
-    due: float | None = None  # monotonic; None: not to be started
-    pause: float = _FIRST_PAUSE
-    deaths: int = 0  # in a row, each soon after its start
-    told: str = ""  # why it could not be started, as it was last said
-    told_at: float = 0.0  # monotonic
-    is_temporary: bool = False  # from the roster
-    is_leaving: bool = False  # told to stop, since the roster has it no more
 
 
 @dataclass(slots=True)
@@ -146,7 +50,7 @@ class Supervisor:
     on_ready: Callable[[], None] | None = None
     roster: Callable[[], Sequence[Child] | None] | None = None
     vitals: Vitals | None = None
-    _slots: list[_Slot] = field(init=False, default_factory=list)
+    _slots: list[Slot] = field(init=False, default_factory=list)
     _wakeup: tuple[int, int] = field(init=False, default=(-1, -1))
     # Under nohup the end of the terminal is not ours.
     _at_terminal: bool = field(
@@ -161,7 +65,7 @@ class Supervisor:
 
         An exception of a ``launch`` at the first start is passed on, with everything stopped.
         """
-        self._slots = [_Slot(child, due=0.0) for child in sorted(self.children, key=lambda c: -c.stage)]
+        self._slots = [Slot(child, due=0.0) for child in sorted(self.children, key=lambda c: -c.stage)]
         before = self._catch_signals()
         try:
             self._start_due(first=True)
@@ -202,10 +106,10 @@ class Supervisor:
         leaving = [s for s in self._slots if s.is_temporary and not s.is_leaving and s.child.name not in names]
         for slot in leaving:
             slot.is_leaving, slot.due = True, None
-        _signal(leaving, signal.SIGTERM)
+        send(leaving, signal.SIGTERM)
         self._slots = [s for s in self._slots if s.process or not s.is_leaving]
         here = {slot.child.name for slot in self._slots}
-        self._slots += [_Slot(child, due=0.0, is_temporary=True) for child in wanted if child.name not in here]
+        self._slots += [Slot(child, due=0.0, is_temporary=True) for child in wanted if child.name not in here]
 
     def _start_due(self, *, first: bool = False) -> None:
         for slot in self._slots:
@@ -216,17 +120,17 @@ class Supervisor:
                     if first and not slot.child.may_be_late:
                         raise
                     self._tell_of_failure(slot, str(error))
-                    self._plan_restart(slot, 0.0)
+                    slot.plan_restart(0.0)
 
     @staticmethod
-    def _tell_of_failure(slot: _Slot, text: str) -> None:
+    def _tell_of_failure(slot: Slot, text: str) -> None:
         """Say it when it is new, and once a minute as long as it stays the same."""
         now = time.monotonic()
         if text != slot.told or now - slot.told_at >= _TELL_AGAIN_SECONDS:
             slot.told, slot.told_at = text, now
             logger.error("{} cannot be started: {}", slot.child.name, text)
 
-    def _start(self, slot: _Slot) -> None:
+    def _start(self, slot: Slot) -> None:
         child = slot.child
         predecessor = slot.instance
         slot.started = time.monotonic()
@@ -235,7 +139,7 @@ class Supervisor:
             slot.instance = f"{slot.process.pid}.{time.time_ns() // 1_000_000}"
         else:
             begun = time.time_ns() // 1_000_000
-            slot.process = _Fork(self._fork(child, begun, predecessor))
+            slot.process = Fork(self._fork(child, begun, predecessor))
             slot.instance = f"{slot.process.pid}.{begun}"
         slot.due = None
         slot.told = ""
@@ -248,8 +152,8 @@ class Supervisor:
                 continue
             lived = time.monotonic() - slot.started
             pid = slot.process.pid
-            self._let_go(slot)
-            how = _how(status)
+            slot.let_go()
+            how = ending(status)
             if self._stopping is not None:
                 log = logger.debug if status in {0, -signal.SIGTERM} else logger.warning
                 log("{} (process {}) {}", slot.child.name, pid, how)
@@ -259,25 +163,11 @@ class Supervisor:
                 logger.error("{} (process {}) {}: stopping, a restart cannot help", slot.child.name, pid, how)
                 self._stop(signal.SIGTERM, EX_USAGE)
             elif slot.child.restart:
-                pause = self._plan_restart(slot, lived)
+                pause = slot.plan_restart(lived)
                 logger.error("{} (process {}) {}; starting it again in {:.1f} s", slot.child.name, pid, how, pause)
             elif status:
                 logger.error("{} (process {}) {}: stopping", slot.child.name, pid, how)
                 self._stop(signal.SIGTERM, status if status > 0 else 128 - status)
-
-    @staticmethod
-    def _plan_restart(slot: _Slot, lived: float) -> float:
-        pause = _FIRST_PAUSE if lived >= _HEALTHY else slot.pause
-        slot.deaths = 0 if lived >= _HEALTHY else slot.deaths + 1
-        slot.due = time.monotonic() + pause
-        slot.pause = min(pause * 2, _LONGEST_PAUSE)
-        return pause
-
-    @staticmethod
-    def _let_go(slot: _Slot) -> None:
-        if slot.child.release and isinstance(slot.process, subprocess.Popen):
-            slot.child.release(slot.process)
-        slot.process = None
 
     # Stopping
 
@@ -288,10 +178,10 @@ class Supervisor:
     def _stop_in_order(self) -> None:
         for stage in sorted({s.child.stage for s in self._slots}):
             slots = [s for s in self._slots if s.child.stage == stage]
-            _signal(slots, signal.SIGTERM)
+            send(slots, signal.SIGTERM)
             self._drain(slots)
 
-    def _drain(self, slots: Sequence[_Slot]) -> None:
+    def _drain(self, slots: Sequence[Slot]) -> None:
         deadline = time.monotonic() + self.drain_seconds
         report = time.monotonic() + _REPORT_EVERY
         while True:
@@ -304,7 +194,7 @@ class Supervisor:
             if now >= deadline:
                 logger.error("killed, not drained in {:g} s: {}", self.drain_seconds, names)
                 self._status = self._status or 1
-                _signal(alive, signal.SIGKILL)
+                send(alive, signal.SIGKILL)
                 self._wait_for(alive)
                 return
             if now >= report:
@@ -313,16 +203,16 @@ class Supervisor:
             self._wait(min(deadline, report))
 
     def _kill_all(self) -> None:
-        _signal(self._slots, signal.SIGKILL)
+        send(self._slots, signal.SIGKILL)
         self._wait_for(self._slots)
 
-    def _wait_for(self, slots: Iterable[_Slot]) -> None:
+    def _wait_for(self, slots: Iterable[Slot]) -> None:
         """Wait for killed children."""
         for slot in slots:
             while slot.process and slot.process.poll() is None:
                 select.select([], [], [], 0.002)  # not on the pipe: no further signal changes anything
             if slot.process:
-                self._let_go(slot)
+                slot.let_go()
 
     # Signals
 
@@ -332,7 +222,7 @@ class Supervisor:
             os.set_blocking(descriptor, False)
         signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
         # The handlers do nothing: Python writes each signal's number to the pipe, and _wait reads it there.
-        return {number: signal.signal(number, _ignore) for number in _SIGNALS}
+        return {number: signal.signal(number, _ignore) for number in SIGNALS}
 
     def _restore_signals(self, before: Mapping[signal.Signals, object]) -> None:
         for number, handler in before.items():
@@ -351,9 +241,9 @@ class Supervisor:
         numbers = os.read(self._wakeup[0], 4096) if ready else b""
         for number in numbers:
             if number == signal.SIGHUP and not self._terminal_is_gone():
-                _signal(self._slots, signal.SIGHUP)
+                send(self._slots, signal.SIGHUP)
             elif number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}:
-                self._on_stop_signal(signal.Signals(number))
+                self._on_stopsend(signal.Signals(number))
 
     def _terminal_is_gone(self) -> bool:
         if not self._at_terminal:
@@ -364,7 +254,7 @@ class Supervisor:
             return True
         return False
 
-    def _on_stop_signal(self, number: signal.Signals) -> None:
+    def _on_stopsend(self, number: signal.Signals) -> None:
         if self._stopping is not None:
             logger.warning("{} again: killed at once", number.name)
             self._kill_all()
@@ -378,62 +268,16 @@ class Supervisor:
     # The fork
 
     def _fork(self, child: Child, begun: int, predecessor: str | None) -> int:
-        parent = os.getpid()
-        prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # loaded here: not in the fork
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # A signal between the fork and the child's own dispositions would be written to our pipe, and a SIGTERM
-        # for the child would count as our second one.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        gc.freeze()  # what all share: no collection of a child looks at it, and so makes a copy of its pages
-        pid = os.fork()
-        if pid == 0:
-            if prctl:
-                prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-                if os.getppid() != parent:  # it ended before the call
-                    os._exit(0)
-            self._live(child, ChildContext(child.name, f"{os.getpid()}.{begun}", predecessor), mask)
-        gc.unfreeze()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        return pid
+        return fork(child, lambda: ChildContext(child.name, f"{os.getpid()}.{begun}", predecessor), self._leave)
 
-    def _live(self, child: Child, context: ChildContext, mask: Iterable[int]) -> NoReturn:
-        """Be the child, from here to its end."""
-        status = 1
-        try:
-            self._become_child()
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            status = child.run(context) if child.run else 0
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:  # the last border of this process
-            logger.exception("{} failed", child.name)
-        finally:
-            # A signal that a child answers with SystemExit may come even now: it must not get out of here, into what
-            # is the supervisor's own code.
-            try:
-                signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-                sys.stdout.flush()
-                sys.stderr.flush()
-                log_output.flush()
-            finally:  # a closed stdout must not change the status
-                os._exit(status & 0xFF)
-
-    def _become_child(self) -> None:
+    def _leave(self) -> None:
+        """Close what a fork has of the supervisor's."""
         signal.set_wakeup_fd(-1)
         for descriptor in self._wakeup:
             os.close(descriptor)
-        for number in (signal.SIGTERM, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
-        for number in (signal.SIGHUP, signal.SIGINT):  # a reload kills no child that has not asked for it
-            signal.signal(number, signal.SIG_IGN)
-        os.setpgid(0, 0)  # the terminal's Ctrl-C is for the supervisor, which stops us in our turn
-        null = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(null, 0)
-        os.close(null)
         for slot in self._slots:
             if slot.process:
-                self._let_go(slot)
+                slot.let_go()
 
 
 def notify(state: str) -> None:
@@ -443,22 +287,6 @@ def notify(state: str) -> None:
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
             channel.connect("\0" + address[1:] if address[0] == "@" else address)
             channel.send(state.encode())
-
-
-def _signal(slots: Iterable[_Slot], number: signal.Signals) -> None:
-    for slot in slots:
-        if slot.process and slot.process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.kill(slot.process.pid, number)
-
-
-def _how(status: int) -> str:
-    if status >= 0:
-        return f"ended with status {status}"
-    try:
-        return f"was ended by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was ended by signal {-status}"
 
 
 def _ignore(_number: int, _frame: object) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from relay.child import ChildContext
 from relay.config.loader import load
-from relay.daemon import services
-from relay.daemon.supervisor import Child
+from relay.daemon import services, start
+from relay.daemon.slots import Child
 from relay.demo import servers
 from relay.demo.setup import Stage, free_port
 from relay.redisio import embedded
@@ -32,7 +32,7 @@ _TRIES = 5  # to find ports that stay free until they are ours
 def run(colour: str = "auto") -> int:
     """Run the demo until Ctrl-C. Returns the exit status."""
     say = sys.stdout.write
-    services.EarlyStop()  # however we are told to go, the folder goes too
+    start.EarlyStop()  # however we are told to go, the folder goes too
     with _folder() as folder, _listener() as old, _listener() as new:
         say("Starting Redis, the relay, a worker, and two mail servers to play the old and the new one ...\n")
         for tries_left in reversed(range(_TRIES)):
@@ -42,9 +42,9 @@ def run(colour: str = "auto") -> int:
             sys.stdout.flush()
             try:
                 with _stderr_into(stage.log):
-                    status = services.run(stage.settings, services.UP, extra=_children(stage, old, new))
+                    status = services.run(stage.settings, start.UP, extra=_children(stage, old, new))
                 break
-            except services.StartError:
+            except start.StartError:
                 # Between our look and the bind somebody else, another demo perhaps, may have taken a port.
                 if not tries_left or stage.has_its_ports:
                     raise

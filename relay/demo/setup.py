@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relay.config.loader import Settings, SettingsError, load
-from relay.daemon import services
+from relay.daemon import start
 from relay.redisio import embedded
 
 
@@ -54,7 +54,7 @@ def free_port(wanted: int) -> int:
                 return int(probe.getsockname()[1])
         except OSError:
             continue
-    raise services.StartError("there is no free port on 127.0.0.1")
+    raise start.StartError("there is no free port on 127.0.0.1")
 
 
 def command_line(stage: Stage, words: str) -> str:

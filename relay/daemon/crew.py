@@ -1,0 +1,182 @@
+"""The children of given settings: relay processes, workers, housekeeping, on what outlives them.
+
+Sockets, shared memory and the address of Redis are there before the first fork and stay; a Crew makes the children
+that use them, for the settings of the start and for those of every reload.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from redis import Redis
+
+from relay import limits, maillog
+from relay.child import ChildContext
+from relay.config.loader import Settings
+from relay.daemon.slots import Child
+from relay.daemon.start import Role
+from relay.daemon.vitals import Vitals
+from relay.ledger import changes, registry
+from relay.mail.destination import Destination
+from relay.monitoring import status_server
+from relay.server import relay_process
+from relay.server.relay_process import Place
+
+if TYPE_CHECKING:
+    from relay import metric_store
+    from workers.upkeep.housekeeping import Task
+
+# What is stopped first has the lowest number: no new mail, then no delivery, then what both need.
+RELAY_STAGE, WORKERS_STAGE, AROUND_STAGE, REDIS_STAGE = range(4)
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """Makes children for settings; ``listener`` is the status server's, ``places`` are the relay processes'."""
+
+    role: Role
+    url: str
+    places: Sequence[Place]
+    listener: socket.socket | None
+    arena: metric_store.Arena | None
+    vitals: Vitals
+
+    def of(self, settings: Settings) -> list[Child]:
+        """Return all children that these settings ask for."""
+        children = self.workers(settings, settings.backups) if self.role.delivers else []
+        tasks = _sweeping(settings, self.url) if self.role.delivers else {}
+        if self.listener:
+            tasks["status"] = self._status(settings, self.listener)
+        if tasks:
+            children.append(self.holding(_housekeeping(settings, tasks), [self.listener] if self.listener else []))
+        children += [
+            self.holding(self._relay(n, settings, place), place.sockets) for n, place in enumerate(self.places)
+        ]
+        return children
+
+    def workers(self, settings: Settings, destinations: Sequence[Destination]) -> list[Child]:
+        """Return the workers of these destinations."""
+        return [self.holding(child) for child in _workers(settings, destinations, self.url)]
+
+    def holding(self, child: Child, own: Sequence[socket.socket] = ()) -> Child:
+        """Have a child close all listening sockets but its own, which it was forked with.
+
+        Kept open they would take connections that nobody accepts, once their process has ended, and a child that drains
+        while its supervisor is dead would keep the port from the next start.
+        """
+        run, listening = child.run, self._listening
+        if run is None:  # a program: sockets are not inherited
+            return child
+
+        def run_apart(context: ChildContext) -> int:
+            for sock in listening:
+                if sock not in own:
+                    sock.close()
+            return run(context)
+
+        return _counting(self.arena, replace(child, run=run_apart))
+
+    @property
+    def _listening(self) -> list[socket.socket]:
+        return [s for place in self.places for s in place.sockets] + ([self.listener] if self.listener else [])
+
+    def _relay(self, number: int, settings: Settings, place: Place) -> Child:
+        def be_relay(context: ChildContext) -> int:
+            return relay_process.serve(context, settings, place, self.url)
+
+        return Child(f"relay-{number + 1}", run=be_relay, stage=RELAY_STAGE)
+
+    def _status(self, settings: Settings, listener: socket.socket) -> Task:
+        seat = self.places[0].counters if self.places else None
+        prefix = "relay-" if self.role.relays else "worker-"
+        return lambda stop: status_server.serve(
+            settings, listener, self.url, self.arena, stop, seat=seat, failing=lambda: self.vitals.failing(prefix)
+        )
+
+
+def _counting(arena: metric_store.Arena | None, child: Child) -> Child:
+    """Have a child count where whoever had its name before has counted."""
+    run = child.run
+    if run is None or arena is None:
+        return child
+    arena.reserve(child.name)
+
+    def run_counted(context: ChildContext) -> int:
+        arena.take(context.name)
+        return run(context)
+
+    return replace(child, run=run_counted)
+
+
+def _workers(settings: Settings, destinations: Sequence[Destination], url: str) -> list[Child]:
+    from workers.delivery import courier, retry  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
+    from workers.rqworker import worker_process  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
+
+    limit = limits.files()
+
+    def fitted(destination: Destination) -> Destination:
+        wanted = retry.Width(destination.connections).most
+        fits = limits.worker_connections(limit, wanted)
+        return destination if fits == wanted else replace(destination, connections=fits)
+
+    def child(destination: Destination, number: int) -> Child:
+        def give_back(connection: Redis, dead: str) -> None:
+            changes.release_leases(connection, destination.name, dead)
+
+        def be_worker(context: ChildContext) -> int:
+            maillog.configure(settings.log.level, settings.log.format, context.name, threads=True)
+            return worker_process.serve(
+                context,
+                destination=destination.name,
+                queue_name=destination.queue_name,
+                connect=worker_process.connector(settings.redis),
+                make_courier=lambda name: courier.Courier(settings, fitted(destination), name, url),
+                on_dead=give_back,
+            )
+
+        return Child(f"worker-{destination.name}-{number}", run=be_worker, stage=WORKERS_STAGE)
+
+    return [child(d, n) for d in destinations for n in range(1, settings.workers.processes + 1)]
+
+
+def _housekeeping(settings: Settings, tasks: Mapping[str, Task]) -> Child:
+    from workers.upkeep.housekeeping import housekeep  # noqa: PLC0415  (only where something is to be run)
+
+    def be_housekeeping(context: ChildContext) -> int:
+        maillog.configure(settings.log.level, settings.log.format, context.name, threads=True)
+        return housekeep(tasks)
+
+    return Child("housekeeping", run=be_housekeeping, stage=AROUND_STAGE)
+
+
+def _sweeping(settings: Settings, url: str) -> dict[str, Task]:
+    from workers.rqworker.scheduler import keep_scheduling  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
+    from workers.rqworker.worker_process import connector  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
+    from workers.upkeep.reconciler import keep_reconciling  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
+
+    # Stable, so that the next start goes on with the locks instead of waiting for their end.
+    name = relay_process.place_of(settings, url)
+
+    def schedule(stop: threading.Event) -> None:
+        connect = connector(settings.redis)
+        with connect() as client:
+            keep_scheduling(connect, _queues(client, settings.backups), name, stop)
+
+    def reconcile(stop: threading.Event) -> None:
+        keep_reconciling(connector(settings.redis), settings, name, stop, every=settings.workers.sweep)
+
+    return {"scheduler": schedule, "reconciler": reconcile}
+
+
+def _queues(client: Redis, configured: Sequence[Destination]) -> Callable[[], list[str]]:
+    """Return what names the queues: also those of a destination that another host's relay has made known."""
+
+    def names() -> list[str]:
+        known = registry.destinations(client).values()
+        return sorted({d.queue_name for d in (*configured, *known)})
+
+    return names
