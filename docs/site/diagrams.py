@@ -194,6 +194,7 @@ _ROOMS = {  # what each room is for; their floors are the contract in pyproject.
     "workers": "delivery of the copies",
     "relay.smtpd": "the client's side, MAIL to dot",
     "relay.spool": "messages as files",
+    "relay.topology": "who is the primary now",
     "relay.ledger": "every key, every change of a copy",
     "relay.redisio": "Redis as a server",
     "relay.client": "the other servers' side",

@@ -84,6 +84,7 @@ _MOVE = _script("move")
 _PURGE = _script("purge")
 _FORGET = _script("forget")
 _TWINS = _script("twins")
+_BEAT = _script("beat")
 
 
 class Staged(NamedTuple):
@@ -134,6 +135,14 @@ def is_known(pipe: Pipe, identity: str, count: int, fresh: str, *, count_on: boo
     it when it last changed.
     """
     pipe.eval(_KNOWN, 0, identity, count, fresh, int(count_on))
+
+
+def beat(pipe: Pipe, process: str, words: str) -> None:
+    """Note that a relay process lives, with what it says of itself: JSON without its first brace.
+
+    Result: what stands in the ledger as the topology and as the intent to change it, "" for nothing.
+    """
+    pipe.eval(_BEAT, 0, process, words)
 
 
 def stage(pipe: Pipe, messages: Sequence[Staged]) -> None:

@@ -27,3 +27,6 @@ LISTS = PREFIX + "lists"
 KEPT = PREFIX + "kept"  # set of ids whose bodies would have been deleted, had LISTS been whole
 LEDGER = PREFIX + "ledger"  # hash: who this ledger is, and how far it has come; see continuity.py
 AUDIT = PREFIX + "audit"  # stream: what operators did; see audit.py
+TOPOLOGY = PREFIX + "topology"  # string: JSON, who is primary now; none until somebody promotes
+INTENT = PREFIX + "intent"  # string with an end: JSON, the promotion that is being prepared
+RELAYS = PREFIX + "relays"  # hash relay process -> JSON, its last sign of life

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
@@ -30,6 +30,16 @@ _FORGOTTEN_SECONDS = 660.0  # for so long a message may be between its staging a
 _COST = 1.25  # octets of memory for an octet of a record: an allocator rounds up
 
 
+class Errand(Protocol):
+    """What goes along with each look, in one command, so that it takes no round trip of its own."""
+
+    def ask(self, pipe: Any) -> None:
+        """Add the command to the pipeline."""
+
+    def take(self, answer: Any) -> None:
+        """Take its answer, or the error that Redis gave instead."""
+
+
 class Monitor:
     """What one relay process knows of Redis. ``processes`` like it fill the memory at the same time.
 
@@ -44,8 +54,10 @@ class Monitor:
         processes: int = 1,
         replicas: int = 0,
         continuity: Continuity | None = None,
+        errand: Errand | None = None,
     ) -> None:
         self._connection = connection
+        self._errand = errand
         self._continuity = continuity or Continuity(())
         self._seconds = seconds
         self._processes = processes
@@ -139,7 +151,11 @@ class Monitor:
                 pipe.time()
                 self._continuity.ask(pipe, count_on=self._landed > 0)
                 pipe.info("memory")
-                *answers, memory = await pipe.execute(raise_on_error=False)
+                if self._errand:
+                    self._errand.ask(pipe)
+                answers = await pipe.execute(raise_on_error=False)
+            told = answers.pop() if self._errand else None
+            memory = answers.pop()
             needed, known = answers[: -self._continuity.answers], answers[-self._continuity.answers :]
             for answer in needed:
                 if isinstance(answer, Exception):
@@ -153,6 +169,8 @@ class Monitor:
         self.clock_offset = seconds + micros / 1e6 - (before + time.time()) / 2
         self._recognise(known)
         self._take(memory)
+        if self._errand:
+            self._errand.take(told)
         if self._trouble and failures == self._failures:
             self._trouble = ""
             self._is_own = False

@@ -40,6 +40,8 @@ from relay.smtpd.shared_counters import ProcessCounters, SharedCounters
 from relay.smtpd.staging import Staging
 from relay.spool.importer import Importer
 from relay.spool.writer import Spool
+from relay.topology import heartbeats
+from relay.topology.heartbeats import Pulse
 
 _BACKLOG = 1024  # until the relay process, which knows what fits, sets its own
 # The kernel has none, it is disabled, or the interface has no such address.
@@ -196,12 +198,14 @@ class _Relay:
         self._pool = pool
         self._probe = async_client(server, seconds)
         self._continuity = Continuity(settings.backups, settings.state_dir, replicas=settings.redis.replicas)
+        self._pulse = Pulse(place_of(settings, redis_url), context.name, os.getpid())
         self._watch = Monitor(
             self._probe,
             seconds=seconds,
             processes=settings.smtp.process_count,
             replicas=server.replicas,
             continuity=self._continuity,
+            errand=self._pulse,
         )
         ids = IdSource()
         folder = settings.spool.dir
@@ -281,6 +285,8 @@ class _Relay:
             server.close()
         await self._drain(importing)
         monitor.cancel()
+        with contextlib.suppress(RedisError, OSError):  # then it counts as dead before long
+            await asyncio.to_thread(heartbeats.forget, self._jobs, self._pulse.process)
         await self._pool.close()
         if self._spool:
             await self._spool.close()
@@ -328,6 +334,8 @@ class _Relay:
                 hold_seconds,
                 self._settings.workers.job_size,
             )
+            siblings = [f"relay-{n + 1}" for n in range(self._settings.smtp.process_count)]
+            await asyncio.to_thread(heartbeats.forget, self._jobs, self._pulse.process, siblings)
         except (RedisError, OSError) as error:
             maillog.ledger_trouble("start of a relay process", error)
             return

@@ -25,6 +25,7 @@ from relay.ledger.continuity import Continuity, forget_kept
 from relay.ledger.copy_state import Attempt, CopyState
 from relay.mail.destination import Destination
 from relay.mail.ids import text as as_text
+from relay.topology import heartbeats
 from workers.queues import failed
 from workers.rqworker import live_jobs
 from workers.rqworker.revival import revive
@@ -139,6 +140,7 @@ class Sweeper:
         if thorough or not is_whole or not wanted.issubset(known):
             for name in Continuity(self._settings.backups, self._settings.state_dir).register(connection):
                 self._report.add("unknown destination", "", name, "registered")
+        heartbeats.forget_old(connection)
         if forgotten := forget_kept(connection):
             self._report.add("body kept while lists were unknown", "", "", f"{forgotten} deleted")
 

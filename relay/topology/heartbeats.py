@@ -1,0 +1,158 @@
+"""The relay processes' signs of life: each says once a second, in Redis, that it lives and which roles it follows.
+
+A process that has been silent for ten seconds counts as dead, and is forgotten after a day; one that stops takes its
+sign away. While Redis is away nobody can say anything, and nothing is concluded from that: times are Redis's own.
+What is read back is data; what makes no sense is no process.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from redis import Redis
+
+from relay import __version__
+from relay.ledger import changes, keys
+from relay.ledger.changes import Pipe
+from relay.mail import ids
+from relay.mail.stored import number
+from relay.topology.state import count, text
+
+DEAD_AFTER = 10.0  # seconds of silence
+_FORGOTTEN_AFTER = 86400.0
+_MOST = 10_000  # processes that are read
+
+
+class Pulse:
+    """What one relay process says of itself; whoever changes one of its fields has it told with the next beat."""
+
+    def __init__(self, place: str, name: str, pid: int) -> None:
+        """``place`` is where it runs, see relay.server.relay_process.place_of: there, one process has its name."""
+        self.process = f"{place} {name}"
+        self.name = name
+        self.pid = pid
+        self.epoch = 0
+        self.primary = ""  # the name of the one that it follows
+        self.generation = 0  # of the settings
+        self.prepared = ""  # the intent for which it could use the new primary
+        self.trouble = ""  # why it cannot follow, or could not prepare
+        self.in_old = 0  # transactions that go on with an earlier primary
+        self.topology = ""  # as Redis has told it last
+        self.intent = ""
+
+    def ask(self, pipe: Pipe) -> None:
+        """Add a beat to a pipeline (relay.ledger.monitor.Errand)."""
+        words = json.dumps(
+            {
+                "host": socket.gethostname(),
+                "name": self.name,
+                "pid": self.pid,
+                "version": __version__,
+                "epoch": self.epoch,
+                "primary": self.primary,
+                "generation": self.generation,
+                "prepared": self.prepared,
+                "trouble": self.trouble,
+                "in_old": self.in_old,
+            }
+        )
+        changes.beat(pipe, self.process, words.removeprefix("{"))
+
+    def take(self, answer: Any) -> None:
+        """Take what the beat brought back; an error changes nothing."""
+        if isinstance(answer, list) and len(answer) == 2:
+            self.topology, self.intent = map(ids.text, answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """The last sign of life of a relay process; ``age`` is how long ago that was, in seconds."""
+
+    process: str
+    host: str
+    name: str
+    pid: int
+    version: str
+    epoch: int
+    primary: str
+    generation: int
+    prepared: str
+    trouble: str
+    in_old: int
+    at: float
+    age: float
+
+    @property
+    def is_alive(self) -> bool:
+        return self.age < DEAD_AFTER
+
+    @property
+    def label(self) -> str:
+        """How people call it: relay-b/3."""
+        return f"{self.host}/{self.name.removeprefix('relay-')}"
+
+
+def read(connection: Redis) -> list[Heartbeat]:
+    """Return the last sign of every relay process that is not forgotten, by host and name. Raises RedisError."""
+    with connection.pipeline(transaction=False) as pipe:
+        pipe.time()
+        pipe.hgetall(keys.RELAYS)
+        (seconds, micros), found = pipe.execute(raise_on_error=False)
+    if isinstance(found, Exception):  # another type of key: there is none
+        return []
+    now = seconds + micros / 1e6
+    beats = [_beat(ids.text(name), data, now) for name, data in list(found.items())[:_MOST]]
+    return sorted((b for b in beats if b and b.age < _FORGOTTEN_AFTER), key=lambda b: (b.host, len(b.name), b.name))
+
+
+def living(beats: Iterable[Heartbeat]) -> list[Heartbeat]:
+    """Return those that have been heard of lately."""
+    return [beat for beat in beats if beat.is_alive]
+
+
+def forget(connection: Redis, process: str, siblings: Iterable[str] = ()) -> None:
+    """Take a process's sign away, or those of all at its place but ``siblings``: what is not started there is not.
+
+    Raises RedisError.
+    """
+    place, _, _ = process.rpartition(" ")
+    kept = {f"{place} {name}" for name in siblings}
+    found = map(ids.text, cast("list[bytes]", connection.hkeys(keys.RELAYS))) if kept else (process,)
+    gone = [name for name in found if name.rpartition(" ")[0] == place and name not in kept]
+    if gone:
+        connection.hdel(keys.RELAYS, *gone)
+
+
+def forget_old(connection: Redis) -> int:
+    """Forget whoever has been silent for a day, and what is no sign of a process. Raises RedisError."""
+    known = {beat.process for beat in read(connection)}
+    found = cast("list[bytes]", connection.hkeys(keys.RELAYS))
+    gone = [name for name in found if ids.text(name) not in known]
+    return int(connection.hdel(keys.RELAYS, *gone)) if gone else 0
+
+
+def _beat(process: str, data: bytes, now: float) -> Heartbeat | None:
+    try:
+        found = json.loads(data)
+        at = number(found["at"])
+        return Heartbeat(
+            process=text(process),
+            host=text(found["host"]),
+            name=text(found["name"]),
+            pid=count(found["pid"]),
+            version=text(found["version"]),
+            epoch=count(found["epoch"]),
+            primary=text(found["primary"]),
+            generation=count(found["generation"]),
+            prepared=text(found["prepared"]),
+            trouble=text(found["trouble"]),
+            in_old=count(found["in_old"]),
+            at=at,
+            age=abs(now - at),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
