@@ -8,13 +8,15 @@ its metrics and nothing else: changing a value never fails.
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
 import os
+import secrets
 import struct
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -24,6 +26,9 @@ _REGIONS = 256
 _SIZE = 128 << 10
 _HEAD = 8  # octets: how many are used, and what makes that a multiple of eight
 _length = struct.Struct("=I")
+
+# A sample's name and its labels, and its value: a bucket's is what fell into it alone.
+Reading: TypeAlias = tuple[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 class Arena(Collector):
@@ -35,6 +40,7 @@ class Arena(Collector):
         self._memory = memoryview(mmap.mmap(-1, regions * size))
         self._numbers: dict[str, int] = {}
         self._most = regions
+        self.identity = secrets.token_hex(8)  # who compares what is here with an earlier look asks for it
 
     def reserve(self, name: str) -> None:
         """Give a process of this name a region; to be called before it is forked."""
@@ -47,11 +53,21 @@ class Arena(Collector):
         if number is not None:
             _bind(_Region(self._of(number)))
 
+    def readings(self) -> Iterator[tuple[int, list[Reading]]]:
+        """Yield the number of each region and what was counted there; one that makes no sense is left out."""
+        for number in range(self._most):
+            try:
+                entries = list(_entries(self._of(number)))
+            except ValueError:
+                continue
+            if entries:
+                yield number, [((sample, labels), value) for (_, _, sample, labels, _), value in entries]
+
     def collect(self) -> Iterator[Metric]:
-        """Yield the sums over all regions."""
+        """Yield the sums over all regions; of a gauge the largest."""
         metrics: dict[str, Metric] = {}
         unreadable = 0
-        for number in range(len(self._numbers)):
+        for number in range(self._most):  # all: who tells may have been forked before the last was reserved
             try:
                 entries = list(_entries(self._of(number)))
             except ValueError:
@@ -61,6 +77,7 @@ class Arena(Collector):
                 kind, metric, name, labels, text = key
                 if metric not in metrics:
                     metrics[metric] = Metric(metric, text, kind)
+                    metrics[metric]._multiprocess_mode = "max"  # type: ignore[attr-defined]  # noqa: SLF001 - of a gauge
                 metrics[metric].add_sample(name, labels, value)  # type: ignore[arg-type]  # as it does itself
         yield from MultiProcessCollector._accumulate_metrics(metrics, True)  # type: ignore[no-untyped-call]  # noqa: SLF001 - sums buckets
         text = "Processes whose counters make no sense and are left out"
@@ -73,12 +90,17 @@ class Arena(Collector):
 def _entries(memory: memoryview) -> Iterator[tuple[tuple[str, str, str, tuple[tuple[str, str], ...], str], float]]:
     """Yield the keys and values of a region. Raises ValueError when it makes no sense."""
     for key, at in _positions(memory):
-        try:
-            kind, metric, name, labels, text = json.loads(key)
-            found = (str(kind), str(metric), str(name), tuple(sorted(labels.items())), str(text))
-        except (TypeError, AttributeError) as error:
-            raise ValueError("no key of ours") from error
-        yield found, memory[at : at + 8].cast("d")[0]
+        yield _read_key(key), memory[at : at + 8].cast("d")[0]
+
+
+@functools.lru_cache(maxsize=16384)
+def _read_key(key: bytes) -> tuple[str, str, str, tuple[tuple[str, str], ...], str]:
+    """Return kind, metric, sample, labels and help. Raises ValueError for what is no key of ours."""
+    try:
+        kind, metric, name, labels, text = json.loads(key)
+        return str(kind), str(metric), str(name), tuple(sorted(labels.items())), str(text)
+    except (TypeError, AttributeError) as error:
+        raise ValueError("no key of ours") from error
 
 
 def _positions(memory: memoryview) -> Iterator[tuple[bytes, int]]:

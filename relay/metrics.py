@@ -4,7 +4,9 @@ Processes share them in memory (tallies.py). What the ledger knows (pending, old
 read at scrape time, in status.py. Updating a metric never fails a message.
 """
 
-from prometheus_client import Counter, Histogram, values
+import time
+
+from prometheus_client import Counter, Gauge, Histogram, values
 
 from relay import log_output, metric_store
 
@@ -28,10 +30,21 @@ recipients = Counter(
     "smtpdup_recipients_total", "RCPT commands by answer: accepted, refused_4xx, refused_5xx", ["result"]
 )
 bytes_accepted = Counter("smtpdup_accepted_bytes_total", "Octets of the messages that the primary accepted")
+_DOT_TO_REPLY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)
 primary_seconds = Histogram(
-    "smtpdup_primary_seconds",
-    "Time from the held dot to the primary's reply",
-    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600),
+    "smtpdup_primary_seconds", "Time from the held dot to the primary's reply", buckets=_DOT_TO_REPLY
+)
+backup_seconds = Histogram(
+    "smtpdup_backup_seconds",
+    "Time from the dot of a copy to the backup's reply",
+    ["destination"],
+    buckets=_DOT_TO_REPLY,  # the same, or the two servers could not be compared
+)
+MAIL_FEATURES = ("SMTPUTF8", "8BITMIME", "DSN")
+features = Counter(
+    "smtpdup_mail_features_total",
+    "Accepted messages that a server without this extension could not take as they are: SMTPUTF8, 8BITMIME, DSN",
+    ["extension"],
 )
 stage_seconds = Histogram(
     "smtpdup_stage_seconds",
@@ -68,3 +81,26 @@ delivery_age_seconds = Histogram(
 def reply_class(code: int) -> str:
     """Return the label value for a reply code."""
     return "accepted" if 200 <= code < 300 else "refused_5xx" if 500 <= code < 600 else "refused_4xx"
+
+
+class HourlyMaximum:
+    """The largest value of the clock's hour in which this process last noted one."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self._gauge = Gauge(name, text, multiprocess_mode="max")
+        self._hour = 0
+        self._most = 0
+
+    def note(self, value: int) -> None:
+        hour = int(time.time()) // 3600
+        if value > self._most or hour != self._hour:
+            self._hour, self._most = hour, value
+            self._gauge.set(value)
+
+
+largest_message = HourlyMaximum(
+    "smtpdup_largest_message_bytes", "The largest message that the primary accepted in the latest hour with mail"
+)
+most_recipients = HourlyMaximum(
+    "smtpdup_most_recipients", "The most recipients of a message that the primary accepted in the latest hour with mail"
+)

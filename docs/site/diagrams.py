@@ -191,6 +191,7 @@ _ROOMS = {  # what each room is for; their floors are the contract in pyproject.
     "relay.daemon": "processes, supervisor",
     "relay.server": "one relay process",
     "relay.monitoring": "health, metrics, probes",
+    "relay.cockpit": "what an operator sees: flow, readiness",
     "workers": "delivery of the copies",
     "relay.smtpd": "the client's side, MAIL to dot",
     "relay.spool": "messages as files",

@@ -254,6 +254,11 @@ ROOT = _group(
         "demo": _word("show what it does, with two servers of its own", "services:demo", settings="", output=False,
                       colour=True),
         "check": _word("validate the settings, probe Redis and every server", "check:check", settings="primary"),
+        "flow": _word(
+            "what came in and what became of it, by hour or minute", "flow:show",
+            _option("--hours", metavar="N", type=click.IntRange(1, 840), help="the last so many; 24"),
+            _option("--minutes", metavar="N", type=click.IntRange(1, 1500), help="rather the last so many minutes"),
+        ),
         "queue": _group("what waits for the backups: summary, list, flush and more", _QUEUE),
         "failed": _group("the copies that could not be delivered: list, retry and more", _FAILED),
         "hash-password": _word(

@@ -16,6 +16,7 @@ from redis import Redis
 
 from relay import limits, maillog
 from relay.child import ChildContext
+from relay.cockpit.sampler import Sampler, keep_sampling
 from relay.config.loader import Settings
 from relay.daemon.slots import Child
 from relay.daemon.start import Role
@@ -23,6 +24,7 @@ from relay.daemon.vitals import Vitals
 from relay.ledger import changes, registry
 from relay.mail.destination import Destination
 from relay.monitoring import status_server
+from relay.redisio.clients import sync_client
 from relay.server import relay_process
 from relay.server.relay_process import Place
 
@@ -51,8 +53,9 @@ class Crew:
         tasks = _sweeping(settings, self.url) if self.role.delivers else {}
         if self.listener:
             tasks["status"] = self._status(settings, self.listener)
-        if tasks:
-            children.append(self.holding(_housekeeping(settings, tasks), [self.listener] if self.listener else []))
+        if tasks or self.arena:
+            own = [self.listener] if self.listener else []
+            children.append(self.holding(_housekeeping(settings, tasks, self.arena), own))
         children += [
             self.holding(self._relay(n, settings, place), place.sockets) for n, place in enumerate(self.places)
         ]
@@ -143,14 +146,24 @@ def _workers(settings: Settings, destinations: Sequence[Destination], url: str) 
     return [child(d, n) for d in destinations for n in range(1, settings.workers.processes + 1)]
 
 
-def _housekeeping(settings: Settings, tasks: Mapping[str, Task]) -> Child:
+def _housekeeping(settings: Settings, tasks: Mapping[str, Task], arena: metric_store.Arena | None) -> Child:
     from workers.upkeep.housekeeping import housekeep  # noqa: PLC0415  (only where something is to be run)
 
     def be_housekeeping(context: ChildContext) -> int:
         maillog.configure(settings.log.level, settings.log.format, context.name, threads=True)
-        return housekeep(tasks)
+        flow = {"flow": _sampling(settings, arena, is_fresh=context.predecessor is None)} if arena else {}
+        return housekeep({**tasks, **flow})
 
     return Child("housekeeping", run=be_housekeeping, stage=AROUND_STAGE)
+
+
+def _sampling(settings: Settings, arena: metric_store.Arena, *, is_fresh: bool) -> Task:
+    def sample(stop: threading.Event) -> None:
+        sampler = Sampler(arena, is_fresh=is_fresh)
+        with sync_client(settings.redis, settings.redis.timeout_seconds, retries=0) as client:
+            keep_sampling(client, {"flow": sampler.sample}, stop)
+
+    return sample
 
 
 def _sweeping(settings: Settings, url: str) -> dict[str, Task]:

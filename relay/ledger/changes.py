@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Any, NamedTuple
 
 from relay.ledger.copy_state import CopyState
@@ -35,29 +34,13 @@ from relay.ledger.keys import (
     PENDING,
     STAGED,
 )
+from relay.ledger.scripts import script as _script
 from relay.mail import ids
 from relay.mail.ids import text as as_text
 
 WANTED, SETTLED, UNKNOWN = range(3)  # what a ledger says of a file; see judge_files.lua
 
 Pipe = Any  # redis.client.Pipeline or redis.asyncio.client.Pipeline: both only queue commands here
-
-
-def _script(name: str) -> str:
-    """Return a script without its comments and indentation; its lines keep the numbers that they have in the file.
-
-    It goes whole with every EVAL, and Redis makes a checksum of it each time. What must know all lists has lists.lua in
-    its first line, which is a comment in the file.
-    """
-    lines = _lines(name)
-    if any("destinations()" in line for line in lines):
-        lines[0] = " ".join(line for line in _lines("lists") if line)
-    return "\n".join(lines)
-
-
-def _lines(name: str) -> list[str]:
-    text = resources.files("relay.ledger").joinpath("lua", name + ".lua").read_text(encoding="utf-8")
-    return ["" if line.lstrip().startswith("--") else line.strip() for line in text.splitlines()]
 
 
 _KNOWN = _script("known")

@@ -30,3 +30,11 @@ AUDIT = PREFIX + "audit"  # stream: what operators did; see audit.py
 TOPOLOGY = PREFIX + "topology"  # string: JSON, who is primary now; none until somebody promotes
 INTENT = PREFIX + "intent"  # string with an end: JSON, the promotion that is being prepared
 RELAYS = PREFIX + "relays"  # hash relay process -> JSON, its last sign of life
+# hash field -> number: what all hosts saw in the ten seconds, the minute or the hour (UTC) that the key names, as in
+# 2026-11-27T16:11:20, 2026-11-27T16:11 and 2026-11-27T16; see flow.py for the fields
+FLOW = PREFIX + "flow:"
+FLOW_BASE = PREFIX + "flow-base:"  # string: what one installation has added so far, by its identity
+EHLO = PREFIX + "ehlo:"  # string: JSON, what a server last said to EHLO
+HOSTS = PREFIX + "hosts"  # hash place -> JSON: which processes a host runs, what its spool holds, when it said so
+REACH = PREFIX + "reach"  # hash "destination place" -> JSON: what came of the last connection from that host
+EVENTS = PREFIX + "events"  # list of JSON, newest first: the last events of mail that are no success

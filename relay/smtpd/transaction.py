@@ -25,6 +25,7 @@ from relay.mail.origin import Identity
 from relay.mail.recipient import Recipient
 from relay.mail.record import Message
 from relay.mail.reply import Reply
+from relay.smtpd import mail_features
 from relay.smtpd.body import FULL, LARGE, TOO_LARGE, IncomingBody
 from relay.smtpd.context import Context
 from relay.smtpd.end_of_data import ClientGone, EndOfData, EndOfLines, Pace
@@ -408,6 +409,7 @@ class MailTransaction:
             self._error_limits.bring_a_message()
             self.log_the_rest()
             metrics.bytes_accepted.inc(envelope.size)
+            mail_features.note(envelope)
             maillog.accepted(envelope, reply, seconds, late=self._protocol.is_gone)
         else:
             if staged:

@@ -75,6 +75,7 @@ class ConnectionRuns:
         self._refusals = refusals
         self._hire = hire
         self._is_held_up = is_held_up
+        self._seconds = metrics.backup_seconds.labels(destination.name)
         self._smooth = 0  # copies taken soon, since there was anything else
         self._suspects: dict[str, int] = {}  # copies that met trouble -> transactions carried through by then
 
@@ -238,6 +239,7 @@ class ConnectionRuns:
         if outcome.round_trip is not None:
             self._width.note(outcome.round_trip)
             self._breaker.limit = self._width.now
+        self._time(outcome)
         doubted, refusals = copy.doubted, self._pool.refusals
         may_repeat = reused and copy.repeats < _REPETITIONS
         is_doubtful = refusals.is_doubtful if may_repeat else None
@@ -270,6 +272,10 @@ class ConnectionRuns:
             self._batches.put_back(batch, copy, last=server is not None)
         else:
             self._batches.conclude(batch, copy)
+
+    def _time(self, outcome: Outcome) -> None:
+        if outcome.digestion is not None:
+            self._seconds.observe(outcome.digestion)
 
     def _is_known(self, copy: Copy) -> bool:
         """Say whether a copy that meets trouble has met it before, and others were carried through since."""

@@ -40,6 +40,7 @@ class Outcome:
     is_begun: bool = False  # MAIL was answered with a yes
     sent: bool = False  # the dot is out
     round_trip: float | None = None  # seconds until MAIL was answered; None when it had to wait for another dot
+    digestion: float | None = None  # seconds from the dot to the last reply to it
 
     @property
     def is_taken(self) -> bool:
@@ -146,10 +147,12 @@ async def send(
     then = following()
     connection.end_body(body, replies=len(accepted) if lmtp else 1, then=then.lines if then else ())
     outcome.sent = True
+    dot = time.monotonic()
     for i in accepted if lmtp else ():
         outcome.replies[i] = await connection.reply(timeout=final_timeout)
     if not lmtp:
         outcome.replies.update(dict.fromkeys(accepted, await connection.reply(timeout=final_timeout)))
+    outcome.digestion = time.monotonic() - dot
     connection.end_data()
 
 

@@ -1,0 +1,149 @@
+"""Housekeeping's look at what the processes of this host have counted, every ten seconds: the flow of mail.
+
+The differences to the last look are added in Redis, in one script with a note of how far they went, so that nothing is
+added twice or left out, whether Redis is away meanwhile, its answer is lost, or this process is killed. A process that
+begins to count anew has counted all that it shows. Mail pays nothing for this: what it counts is in memory already.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from loguru import logger
+from redis.exceptions import RedisError
+
+from relay.ledger import changes, flow
+from relay.metric_store import Arena
+from relay.repeated import Repeated
+
+EVERY = 10.0
+_RESULTS = "result"
+_NOTED = 4 << 20  # octets of a note, unpacked, at most: it comes from Redis
+
+# Of each process, by the number of its region: field -> what it has counted.
+Totals = dict[str, dict[str, int]]
+
+_FIELDS = {
+    "smtpdup_accepted_bytes_total": "octets",
+    "smtpdup_copies_lost_total": "lost",
+    "smtpdup_spooled_total": "spooled",
+    "smtpdup_largest_message_bytes": "largest",
+    "smtpdup_most_recipients": "most",
+}
+
+
+def field_of(sample: str, labels: Mapping[str, str]) -> str | None:
+    """Return the field of the flow that a sample of the metrics is counted in, None for one that is not."""
+    match sample:
+        case "smtpdup_messages_total":
+            return labels[_RESULTS]
+        case "smtpdup_recipients_total":
+            return "recipients" if labels[_RESULTS] == "accepted" else "recipients_refused"
+        case "smtpdup_mail_features_total":
+            return f"uses {labels['extension']}"
+        case "smtpdup_primary_seconds_bucket":
+            return f"seconds {labels['le']}"
+        case "smtpdup_backup_seconds_bucket":
+            return f"seconds {labels['le']} {labels['destination']}"
+        case "smtpdup_delivery_age_seconds_bucket":
+            return f"age {labels['le']} {labels['destination']}"
+        case "smtpdup_deliveries_total":
+            return f"{labels[_RESULTS]} {labels['destination']}"
+    return _FIELDS.get(sample)
+
+
+def totals(arena: Arena) -> Totals:
+    """Return what each process has counted so far."""
+    found: Totals = {}
+    for process, readings in arena.readings():
+        counted = found.setdefault(str(process), {})
+        for (sample, labels), value in readings:
+            name = field_of(sample, dict(labels))
+            if name is not None and value > 0:
+                counted[name] = counted.get(name, 0) + int(value)
+    return found
+
+
+def difference(before: Totals, now: Totals) -> tuple[dict[str, int], dict[str, int]]:
+    """Return what was counted in between: sums, and of the maxima those of processes that have had mail."""
+    sums: dict[str, int] = {}
+    maxima: dict[str, int] = {}
+    for process, counted in now.items():
+        known = before.get(process, {})
+        for name, value in counted.items():
+            if name in flow.MAXIMA:
+                if counted.get("accepted") != known.get("accepted"):
+                    maxima[name] = max(value, maxima.get(name, 0))
+                continue
+            last = known.get(name, 0)
+            # What is less than it was began anew, and all of it is new.
+            if more := value - last if value >= last else value:
+                sums[name] = sums.get(name, 0) + more
+    return sums, maxima
+
+
+class Sampler:
+    """Adds one installation's counts to the flow. ``is_fresh``: nobody of it has added any, unless a note says so."""
+
+    def __init__(self, arena: Arena, *, is_fresh: bool) -> None:
+        self._arena = arena
+        self._before: Totals | None = {} if is_fresh else None
+        self._is_certain = False  # whether ``_before`` is how far the ledger went
+
+    def sample(self, connection: Any) -> None:
+        """Look, and add. Raises RedisError."""
+        if not self._is_certain:
+            # A ledger that has no note of ours came back empty, or never had one: then we know best.
+            note = _read(flow.base(connection, self._arena.identity))
+            self._before = note if note is not None else self._before
+            self._is_certain = True
+        now = totals(self._arena)
+        before = now if self._before is None else self._before
+        for process in before.keys() - now.keys():
+            now[process] = before[process]  # it cannot be read at the moment
+        sums, maxima = difference(before, now)
+        if sums or maxima or self._before is None:
+            at = changes.now(connection)
+            self._is_certain = False  # until Redis has said that it was added
+            flow.add(connection, self._arena.identity, _note(now), sums, maxima, at)
+            self._is_certain = True
+        self._before = now
+
+
+def _note(counted: Totals) -> bytes:
+    return zlib.compress(json.dumps(counted, separators=(",", ":")).encode(), 1)
+
+
+def _read(note: bytes | None) -> Totals | None:
+    """Read a note; what is none says nothing."""
+    if note is None:
+        return None
+    try:
+        found = json.loads(zlib.decompressobj().decompress(note, _NOTED))
+        return {
+            str(process): {str(name): value for name, value in counted.items() if type(value) is int}
+            for process, counted in found.items()
+        }
+    except (zlib.error, ValueError, AttributeError, RecursionError):
+        return None
+
+
+def keep_sampling(connection: Any, steps: Mapping[str, Callable[[Any], None]], stop: threading.Event) -> None:
+    """Take each step every ten seconds, and once more at the end; one that fails is tried again at its next turn."""
+    troubles = {name: Repeated(name, logger.warning, logger.info) for name in steps}
+    is_last = False
+    while True:
+        for name, step in steps.items():
+            try:
+                step(connection)
+            except (RedisError, OSError) as error:
+                troubles[name].came(str(error))
+            else:
+                troubles[name].is_over()
+        if is_last:
+            return
+        is_last = stop.wait(EVERY)

@@ -1,0 +1,245 @@
+"""The flow of mail: what all hosts together saw in each ten seconds, minute and hour, as it is stored and read.
+
+A field of a hash is a word, or words with a blank between them: "accepted", "delivered new", "seconds 0.05 new". What a
+later version adds is left out by this one; a field or a number that is none counts nothing. Times are Redis's own.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from relay.ledger import keys
+from relay.ledger.scripts import script
+from relay.mail.ids import is_destination_name, text
+
+_FLOW = script("flow")
+_BASE_SECONDS = 7 * 86400
+_PAGE = 200
+_LARGEST = 1 << 53
+MAXIMA = frozenset({"largest", "most"})  # of these fields the larger one counts, not the sum
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A length of time that is counted by itself: its name, how it stands in a key, and how long it is kept."""
+
+    name: str
+    seconds: int
+    form: str
+    kept: int
+
+    def start(self, at: float) -> int:
+        """Return when the one began that a moment is in."""
+        return int(at) // self.seconds * self.seconds
+
+    def key(self, start: int) -> str:
+        return keys.FLOW + time.strftime(self.form, time.gmtime(start))
+
+
+MOMENT = Unit("moment", 10, "%Y-%m-%dT%H:%M:%S", 900)
+MINUTE = Unit("minute", 60, "%Y-%m-%dT%H:%M", 25 * 3600)
+HOUR = Unit("hour", 3600, "%Y-%m-%dT%H", 35 * 86400)
+UNITS = (MOMENT, MINUTE, HOUR)
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """How long things took: bound of a bucket in seconds -> how many are in it, and in no smaller one."""
+
+    counts: Mapping[float, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def quantile(self, share: float) -> float | None:
+        """Return the seconds within which that share was done, None of nothing.
+
+        Within a bucket they are taken to be spread evenly; what is in the last one, which has no bound, took at least
+        the bound before it.
+        """
+        wanted, below, lower = share * self.total, 0, 0.0
+        if not self.total:
+            return None
+        for bound in sorted(self.counts):
+            count = self.counts[bound]
+            if count and below + count >= wanted:
+                return lower if math.isinf(bound) else lower + (bound - lower) * max(0.0, wanted - below) / count
+            below += count
+            lower = bound if not math.isinf(bound) else lower
+        return lower
+
+    def over(self, seconds: float) -> int:
+        """Return how many took longer for certain."""
+        bounds = sorted(self.counts)
+        return sum(self.counts[b] for n, b in enumerate(bounds) if n and bounds[n - 1] >= seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class DestinationFlow:
+    """What became of the copies for one backup: ``seconds`` from dot to reply, ``age`` from acceptance to delivery."""
+
+    delivered: int = 0
+    deferred: int = 0
+    failed: int = 0
+    trouble: int = 0
+    seconds: Buckets = field(default_factory=Buckets)
+    age: Buckets = field(default_factory=Buckets)
+
+    @property
+    def seen(self) -> int:
+        """How many copies met their end."""
+        return self.delivered + self.failed
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """What was seen in a stretch of time that began at ``start``; ``seconds`` is the primary's time from dot to reply.
+
+    ``largest`` is the largest message in octets, ``most`` the most recipients of one, of those that were accepted.
+    """
+
+    start: float
+    length: float
+    accepted: int = 0
+    refused_4xx: int = 0
+    refused_5xx: int = 0
+    own: int = 0
+    uncertain: int = 0
+    recipients: int = 0
+    recipients_refused: int = 0
+    octets: int = 0
+    lost: int = 0
+    spooled: int = 0
+    largest: int = 0
+    most: int = 0
+    uses: Mapping[str, int] = field(default_factory=dict)
+    seconds: Buckets = field(default_factory=Buckets)
+    destinations: Mapping[str, DestinationFlow] = field(default_factory=dict)
+
+    @property
+    def refused(self) -> int:
+        """Messages that were answered with a refusal at their end, whoever's."""
+        return self.refused_4xx + self.refused_5xx + self.own
+
+    def of(self, destination: str) -> DestinationFlow:
+        return self.destinations.get(destination, _NOTHING)
+
+
+_NOTHING = DestinationFlow()
+_PLAIN = {name for name in Flow.__slots__ if name not in {"start", "length", "uses", "seconds", "destinations"}}
+_RESULTS = ("delivered", "deferred", "failed", "trouble")
+
+Counted = Mapping[str, int]  # field -> number
+
+
+def add(pipe: Any, identity: str, note: bytes, sums: Counted, maxima: Counted, at: float) -> None:
+    """Add what was counted to the stretches of time that ``at`` is in, and note for ``base`` how far that went."""
+    arguments: list[str | bytes | int] = [keys.FLOW_BASE + identity, note, _BASE_SECONDS]
+    for unit in UNITS:
+        arguments += (unit.key(unit.start(at)), unit.kept, len(sums))
+        arguments += (part for pair in sums.items() for part in pair)
+        arguments.append(len(maxima))
+        arguments += (part for pair in maxima.items() for part in pair)
+    pipe.eval(_FLOW, 0, *arguments)
+
+
+def base(connection: Any, identity: str) -> bytes | None:
+    """Return the last note of an installation."""
+    note: bytes | None = connection.get(keys.FLOW_BASE + identity)
+    return note
+
+
+def read(connection: Any, unit: Unit, count: int, at: float) -> list[Flow]:
+    """Return the last so many stretches of time, oldest first; the last one is that which ``at`` is in."""
+    end = unit.start(at)
+    starts = range(end - (count - 1) * unit.seconds, end + 1, unit.seconds)
+    found: list[Flow] = []
+    for n in range(0, count, _PAGE):
+        page = starts[n : n + _PAGE]
+        pipe = connection.pipeline(transaction=False)
+        for start in page:
+            pipe.hgetall(unit.key(start))
+        found += [_read(start, unit.seconds, fields) for start, fields in zip(page, pipe.execute(), strict=True)]
+    return found
+
+
+def total(flows: Sequence[Flow]) -> Flow:
+    """Return several stretches of time as one."""
+    if not flows:
+        return Flow(0.0, 0.0)
+    names = {name for flow in flows for name in flow.destinations}
+    plain = {name: (max if name in MAXIMA else sum)(getattr(flow, name) for flow in flows) for name in _PLAIN}
+    return Flow(
+        flows[0].start,
+        flows[-1].start + flows[-1].length - flows[0].start,
+        **plain,
+        uses=_sum(flow.uses for flow in flows),
+        seconds=Buckets(_sum(flow.seconds.counts for flow in flows)),
+        destinations={name: _total([flow.of(name) for flow in flows]) for name in sorted(names)},
+    )
+
+
+def _total(flows: Sequence[DestinationFlow]) -> DestinationFlow:
+    delivered, deferred, failed, trouble = (sum(getattr(flow, name) for flow in flows) for name in _RESULTS)
+    return DestinationFlow(
+        delivered,
+        deferred,
+        failed,
+        trouble,
+        seconds=Buckets(_sum(flow.seconds.counts for flow in flows)),
+        age=Buckets(_sum(flow.age.counts for flow in flows)),
+    )
+
+
+def _sum(many: Iterable[Mapping[Any, int]]) -> dict[Any, int]:
+    found: dict[Any, int] = {}
+    for counts in many:
+        for key, count in counts.items():
+            found[key] = found.get(key, 0) + count
+    return found
+
+
+def _read(start: float, length: float, fields: Mapping[bytes, bytes]) -> Flow:
+    plain: dict[str, int] = {}
+    uses: dict[str, int] = {}
+    seconds: dict[float, int] = {}
+    results: dict[str, dict[str, int]] = {}
+    times: dict[tuple[str, str], dict[float, int]] = {}
+    for name, value in fields.items():
+        if not value.isdigit() or (count := int(value[:17])) > _LARGEST:
+            continue
+        match text(name).split(" "):
+            case [word] if word in _PLAIN:
+                plain[word] = count
+            case ["uses", extension]:
+                uses[extension] = count
+            case ["seconds", bound] if (key := _bound(bound)) is not None:
+                seconds[key] = count
+            case [result, destination] if result in _RESULTS and is_destination_name(destination):
+                results.setdefault(destination, {})[result] = count
+            case [("seconds" | "age") as word, bound, destination] if (
+                is_destination_name(destination) and (key := _bound(bound)) is not None
+            ):
+                times.setdefault((word, destination), {})[key] = count
+    destinations = {
+        name: DestinationFlow(
+            **results.get(name, {}),
+            seconds=Buckets(times.get(("seconds", name), {})),
+            age=Buckets(times.get(("age", name), {})),
+        )
+        for name in sorted({*results, *(name for _, name in times)})
+    }
+    return Flow(start, length, **plain, uses=uses, seconds=Buckets(seconds), destinations=destinations)
+
+
+def _bound(word: str) -> float | None:
+    try:
+        bound = float(word)
+    except ValueError:
+        return None
+    return bound if bound > 0 else None  # neither is NaN

@@ -1,0 +1,25 @@
+"""Which extensions and sizes accepted mail needs of a server: counted, so that two servers can be compared by them."""
+
+from __future__ import annotations
+
+from relay import metrics
+from relay.mail.envelope import Envelope
+from relay.mail.esmtp import MAIL_EXTENSIONS, value
+
+_SMTPUTF8, _EIGHT_BIT, _DSN = (metrics.features.labels(name) for name in metrics.MAIL_FEATURES)
+
+
+def note(envelope: Envelope) -> None:
+    """Count what a message needs that not every server has."""
+    metrics.largest_message.note(envelope.size)
+    metrics.most_recipients.note(len(envelope.recipients))
+    given = envelope.parameters
+    if given:
+        if value(given, "SMTPUTF8") is not None:
+            _SMTPUTF8.inc()
+        if (value(given, "BODY") or "7BIT").upper() != "7BIT":
+            _EIGHT_BIT.inc()
+    if any(MAIL_EXTENSIONS.get(p.partition("=")[0].upper()) == "DSN" for p in given) or any(
+        recipient.parameters for recipient in envelope.recipients
+    ):
+        _DSN.inc()  # those of RCPT are NOTIFY and ORCPT, all of RFC 3461
