@@ -31,7 +31,7 @@ class Interrupted(RuntimeError):
     """Raised by a courier that drains, or whose server is away: the job goes back to the front of the queue."""
 
 
-class Courier(Protocol):
+class Deliverer(Protocol):
     """What delivers the copies of one destination, in one event loop; ``accepting`` and ``room`` are read anywhere.
 
     ``room`` is how many copies are worth having in hand at once; a first job may have more. ``deliver``, which may be
@@ -53,14 +53,14 @@ class Courier(Protocol):
 @dataclass(frozen=True, slots=True)
 class _Binding:
     destination: str
-    courier: Courier
+    courier: Deliverer
     loop: asyncio.AbstractEventLoop
 
 
 _bound: list[_Binding] = []  # at most one: a worker process serves one destination
 
 
-def bind(destination: str, courier: Courier, loop: asyncio.AbstractEventLoop) -> None:
+def bind(destination: str, courier: Deliverer, loop: asyncio.AbstractEventLoop) -> None:
     """Give this process its courier and the loop that the courier lives in."""
     _bound[:] = [_Binding(destination, courier, loop)]
 

@@ -336,12 +336,42 @@ async def test_a_delivery_that_breaks_off_behind_the_dot_is_logged(
         raise RuntimeError("broken")
 
     async with courier(redis_url, backup) as made:
-        monkeypatch.setattr(made._rounds, "_read", broken)
+        monkeypatch.setattr(made._runs, "_read", broken)
         with suppress(RuntimeError):
             await made.deliver("job", [message_id])
         await until(lambda: len(made._runners) == 0)
     assert repeated == [f"{message_id} its delivery was broken off"]
     assert len(backup.messages) == 1
+
+
+async def test_a_body_that_does_not_come_until_its_job_is_over(
+    contents: Contents,
+    redis_url: str,
+    redis_client: redis.Redis,
+    backup: ScriptedServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Redis gives up on a large body when its job has returned: the copy has another job, and nobody holds it."""
+    monkeypatch.setattr("workers.delivery.courier._STRAGGLER", 0.1)
+    message_id = contents.pending()
+    gone = asyncio.Event()
+
+    async def gives_up(_: str) -> None:
+        await gone.wait()
+        raise redis.ConnectionError("gone")
+
+    async with courier(redis_url, backup) as made:
+        with monkeypatch.context() as patched:
+            patched.setattr(made._bodies, "take", gives_up)
+            await made.deliver("job", [message_id])
+            gone.set()
+            scheduled = ScheduledJobRegistry("backup-new", connection=redis_client)
+            await until(scheduled.get_job_ids)
+            await until(lambda: not made._leases.held)
+        (again,) = scheduled.get_job_ids()
+        await made.deliver(again, [message_id])
+    assert len(backup.messages) == 1
+    assert not redis_client.zcard(keys.PENDING + "new")
 
 
 async def test_several_jobs_at_once(

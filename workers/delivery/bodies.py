@@ -79,7 +79,7 @@ class Bodies:
             batch.add(("MGET", *(keys.MESSAGE + message_id for message_id in ids)))
             (records,) = await self._wires.ask(batch)
             for message_id, record in zip(ids, cast("list[bytes | None]", records), strict=True):
-                with contextlib.suppress(BodyElsewhere, MalformedRecord):  # told when its turn comes
+                with contextlib.suppress(BodyElsewhere, MalformedRecord):  # reported when its turn comes
                     if record is not None:
                         self._ahead[message_id] = Message.unpack(record, message_id)
 

@@ -1,15 +1,15 @@
-"""A courier's rounds: one connection, and the copies that go over it one transaction after the other.
+"""A run: one connection, and the copies that go over it one transaction after the other.
 
 When all has gone smoothly for a while, the next copy's MAIL leaves behind the dot of the one before, its reply not yet
 here. What the server says is read into the copy, and into the breaker: a copy that met the server's trouble goes back
 untried, behind the others, one whose transaction broke off is deferred. So is one that meets trouble again, or for
 long, when the server has carried others through meanwhile: it is that copy's own. A connection that ends between two
-copies is nobody's fault.
+copies is nobody's fault. Each copy comes back to the caller with its ending as soon as it has one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -20,9 +20,10 @@ from relay.config.model import RelaySettings
 from relay.ledger.changes import Claim
 from relay.mail.destination import Destination
 from relay.mail.reply import Reply
-from workers.delivery.batches import Batch, Batches
 from workers.delivery.bodies import Bodies
 from workers.delivery.copy import Copy
+from workers.delivery.gate import Gate
+from workers.delivery.jobs_in_hand import Ending, JobInHand, JobsInHand
 from workers.delivery.refusals import Refusals
 from workers.delivery.retry import Breaker, Width
 from workers.delivery.runners import Runner
@@ -35,20 +36,21 @@ _SUSPECTS = 1000  # copies that met trouble of the server and are remembered
 
 
 @dataclass(slots=True)
-class _Trial:
+class Trial:
     """A copy on a connection; ``begun`` is what was sent behind the dot of the one before, ``following`` the next."""
 
-    batch: Batch
+    job: JobInHand
     copy: Copy
     runner: Runner
     begun: Group | None = None
     is_look: bool = False  # it was chosen to be unlike what was refused before
     outcome: Outcome = field(default_factory=Outcome)
-    following: _Trial | None = None
+    following: Trial | None = None
+    ending: Ending = Ending.AGAIN
 
 
 class ConnectionRuns:
-    """The rounds of one courier; each call of ``make`` is one, and several go on at once."""
+    """The runs of one courier; each call of ``run`` is one, and several go on at once."""
 
     def __init__(
         self,
@@ -56,37 +58,35 @@ class ConnectionRuns:
         relay: RelaySettings,
         pool: Pool,
         bodies: Bodies,
-        batches: Batches,
+        jobs: JobsInHand,
+        gate: Gate,
         breaker: Breaker,
         width: Width,
         refusals: Refusals,
-        *,
-        hire: Callable[[], None],
-        is_held_up: Callable[[], bool],
     ) -> None:
-        """``hire`` is called when a copy has been seen to, ``is_held_up`` asked before the next one follows."""
         self._destination = destination
         self._relay = relay
         self._pool = pool
         self._bodies = bodies
-        self._batches = batches
+        self._jobs = jobs
+        self._gate = gate
         self._breaker = breaker
         self._width = width
         self._refusals = refusals
-        self._hire = hire
-        self._is_held_up = is_held_up
         self._seconds = metrics.backup_seconds.labels(destination.name)
         self._smooth = 0  # copies taken soon, since there was anything else
         self._suspects: dict[str, int] = {}  # copies that met trouble -> transactions carried through by then
 
-    async def make(self, batch: Batch, copy: Copy, runner: Runner, *, is_look: bool = False) -> None:
-        """Try a copy once, and others behind it: then each one's outcome is being written, or it is in its batch."""
-        trial = _Trial(batch, copy, runner, is_look=is_look)
+    async def run(
+        self, job: JobInHand, copy: Copy, runner: Runner, *, is_look: bool = False
+    ) -> AsyncGenerator[Trial, None]:
+        """Try a copy once, and others behind it; yields each one with its ending, which the caller sees to."""
+        trial = Trial(job, copy, runner, is_look=is_look)
         try:
             fresh = copy.repeats > 0
             connection = await self._pool.lease(timeout=self._relay.timeout_seconds, fresh=fresh)
         except PoolExhausted:
-            self._untried(trial)  # no trouble of the server's: those that hang have them all
+            yield trial  # no trouble of the server's: those that hang have them all
             return
         except ClientError as error:
             self._trouble()
@@ -94,35 +94,32 @@ class ConnectionRuns:
                 self._breaker.breaks(str(error))  # this connection, or address: others have worked meanwhile
             else:
                 self._breaker.opens(str(error))
-            self._untried(trial)
+            yield trial
             return
         except BaseException:
-            self._batches.end(trial.batch, trial.copy.id, broken=True)
+            self._jobs.abandon(job, copy.id)
             raise
         reused = connection.transactions > 0
-        following: _Trial | None = trial
+        following: Trial | None = trial
         try:
             while following is not None:
                 trial = following
-                await self._transact(connection, trial, reused=reused)
-                self._batches.end(trial.batch, trial.copy.id)
+                if trial.begun is None or connection.is_open:
+                    trial.ending = await self._transact(connection, trial, reused=reused)
+                yield trial
                 following, reused = trial.following, True
-                if following is not None and not connection.is_open:
-                    self._untried(following)
-                    break
-                self._hire()
         except BaseException:
             connection.close()
             if trial.outcome.sent:  # its lease is given up below, and what the server said is lost
                 maillog.repeated(trial.copy.id, self._destination.name, "its delivery was broken off")
             while following is not None:
-                self._batches.end(following.batch, following.copy.id, broken=True)
+                self._jobs.abandon(following.job, following.copy.id)
                 following = following.following
             raise
         finally:
             self._pool.give_back(connection)
 
-    async def _transact(self, connection: Connection, trial: _Trial, *, reused: bool) -> None:
+    async def _transact(self, connection: Connection, trial: Trial, *, reused: bool) -> Ending:
         """Carry out one transaction; the next one may begin behind its dot."""
         runner = trial.runner
 
@@ -131,14 +128,13 @@ class ConnectionRuns:
             self._smooth = 0
             if trial.following is not None:
                 following, trial.following = trial.following, None
-                self._untried(following)
+                self._jobs.finish(following.job, following.copy, Ending.AGAIN)
 
         def following() -> Group | None:
             trial.following = None if runner.is_slow else self._follower(connection, runner)
             return None if trial.following is None else trial.following.begun
 
         runner.begins(connection, let_go, attempts=trial.copy.state.attempts)
-
         try:
             await send(
                 connection,
@@ -152,74 +148,64 @@ class ConnectionRuns:
             )
         except Unfit as unfit:
             trial.copy.refuse(unfit.reply)
-            self._batches.conclude(trial.batch, trial.copy)
+            return Ending.ANSWERED
         except ClientError as error:
             self._smooth = 0
             is_before_body = not (connection.in_data or trial.outcome.sent)
             connection.close()
-            self._broke_off(trial, error, reused=reused, is_before_body=is_before_body)
-        else:
-            if reused and trial.outcome.is_farewell:
-                connection.close()
-                self._batches.put_back(trial.batch, trial.copy)  # so many messages and no more on one connection
-                return
-            runner.ends()
-            is_smooth = trial.outcome.is_taken and self._breaker.clock() - runner.begun_at < _SOON
-            self._smooth = self._smooth + 1 if is_smooth else 0
-            if trial.following is not None and not trial.outcome.is_taken:
-                connection.close()  # a server that refuses before the dot and again at it: whose reply would be next?
-            self._read(trial, reused=reused)
-            if trial.copy.doubted is not None:
-                connection.close()
+            return self._broke_off(trial, error, reused=reused, is_before_body=is_before_body)
+        if reused and trial.outcome.is_farewell:
+            connection.close()
+            return Ending.AGAIN  # so many messages and no more on one connection
+        runner.ends()
+        is_smooth = trial.outcome.is_taken and self._breaker.clock() - runner.begun_at < _SOON
+        self._smooth = self._smooth + 1 if is_smooth else 0
+        if trial.following is not None and not trial.outcome.is_taken:
+            connection.close()  # a server that refuses before the dot and again at it: whose reply would be next?
+        ending = self._read(trial, reused=reused)
+        if trial.copy.doubted is not None:
+            connection.close()
+        return ending
 
-    def _follower(self, connection: Connection, runner: Runner) -> _Trial | None:
+    def _follower(self, connection: Connection, runner: Runner) -> Trial | None:
         """Return what may be begun on a connection before its last dot is answered, and is at hand."""
-        batch = self._batches.next()
-        if batch is None or self._smooth < _SMOOTH or self._is_held_up() or not self._pool.can_go_on(connection):
+        job = self._jobs.next()
+        if job is None or self._smooth < _SMOOTH or self._gate.is_closed or not self._pool.can_go_on(connection):
             return None
-        item = batch.work[0]
+        item = job.work[0]
         if not isinstance(item, Claim):
             return None
         message = self._bodies.at_hand(item.id)
         if message is None or not can_follow(connection, message):
             return None
         copy = Copy.of(item, message, self._destination)
-        with suppress(Unfit):  # told when its turn comes
+        with suppress(Unfit):  # refused when its turn comes
             if copy.owed:
-                trial = _Trial(batch, copy, runner, group(connection, message, copy.next_owed))
-                self._batches.begin(batch)
+                trial = Trial(job, copy, runner, group(connection, message, copy.next_owed))
+                self._jobs.begin(job)
                 self._bodies.drop([item.id])
                 return trial
         return None
 
-    def _untried(self, trial: _Trial) -> None:
-        self._batches.put_back(trial.batch, trial.copy)
-        self._batches.end(trial.batch, trial.copy.id)
-
-    def _broke_off(self, trial: _Trial, error: ClientError, *, reused: bool, is_before_body: bool) -> None:
-        """The connection did not carry the transaction through."""
-        batch, copy, outcome = trial.batch, trial.copy, trial.outcome
+    def _broke_off(self, trial: Trial, error: ClientError, *, reused: bool, is_before_body: bool) -> Ending:
+        """Say what becomes of a copy when the connection did not carry its transaction through."""
+        copy, outcome = trial.copy, trial.outcome
         if trial.runner.gave_up:
             error = DeadlinePassed("no reply for long, while others wait for a connection", stage=error.stage)
         elif outcome.replies and not (outcome.is_begun or outcome.is_farewell):
-            self._read(trial, reused=reused)  # it refused MAIL, and closed
-            return
+            return self._read(trial, reused=reused)  # it refused MAIL, and closed
         elif reused and (outcome.is_farewell or not (outcome.is_begun or error.reply or trial.runner.is_outrun)):
-            # A kept connection that the server had closed meanwhile, or has had enough of: nobody's fault.
-            self._batches.put_back(batch, copy)
-            return
+            return Ending.AGAIN  # the server had closed a kept connection, or has had enough of it: nobody's fault
         elif reused and is_before_body and self._may_repeat(trial) and isinstance(error, ConnectionGone):
             copy.repeats += 1  # so many recipients, or refusals, and no more on one connection
-            self._batches.put_back(batch, copy)
-            return
+            return Ending.AGAIN
         self._trouble()
         is_its_own = trial.runner.is_outrun
         if not (outcome.replies or is_its_own or trial.runner.gave_up):
             is_its_own = self._is_known(copy)
             if not is_its_own:
                 self._breaker.opens(str(error))
-                self._batches.put_back(batch, copy, last=True)
-                return
+                return Ending.LAST
         if not is_its_own:
             self._breaker.breaks(str(error))
         if outcome.sent:
@@ -227,19 +213,16 @@ class ConnectionRuns:
         elif error.reply is not None and error.reply.is_permanent:
             copy.read(outcome, soft_bounce=self._destination.soft_bounce)  # it refused the body before its end
         copy.defer(Reply.of(451, f"4.4.2 {error}"))
-        self._batches.conclude(batch, copy)
+        return Ending.ANSWERED
 
     @staticmethod
-    def _may_repeat(trial: _Trial) -> bool:
+    def _may_repeat(trial: Trial) -> bool:
         return trial.copy.repeats < _REPETITIONS and not trial.runner.is_outrun
 
-    def _read(self, trial: _Trial, *, reused: bool) -> None:
+    def _read(self, trial: Trial, *, reused: bool) -> Ending:
         """Read what the server said of a transaction that it carried through."""
-        batch, copy, outcome = trial.batch, trial.copy, trial.outcome
-        if outcome.round_trip is not None:
-            self._width.note(outcome.round_trip)
-            self._breaker.limit = self._width.now
-        self._time(outcome)
+        copy, outcome = trial.copy, trial.outcome
+        self._note_times(outcome)
         doubted, refusals = copy.doubted, self._pool.refusals
         may_repeat = reused and copy.repeats < _REPETITIONS
         is_doubtful = refusals.is_doubtful if may_repeat else None
@@ -251,12 +234,11 @@ class ConnectionRuns:
             if copy.taken:
                 self._breaker.took()
                 self._breaker.works()
-            self._batches.put_back(batch, copy)
-            return
+            return Ending.AGAIN
         if server is not None:
             self._trouble()
             if self._is_known(copy):
-                copy.defer(server)
+                copy.defer(server, is_own=False)
             else:
                 self._breaker.opens(server.text)
         elif copy.is_refused:
@@ -269,11 +251,13 @@ class ConnectionRuns:
                 self._refusals.took(copy, outcome)
             self._breaker.works()
         if copy.owed:  # the server is in trouble, or there were too many recipients for one transaction
-            self._batches.put_back(batch, copy, last=server is not None)
-        else:
-            self._batches.conclude(batch, copy)
+            return Ending.AGAIN if server is None else Ending.LAST
+        return Ending.ANSWERED
 
-    def _time(self, outcome: Outcome) -> None:
+    def _note_times(self, outcome: Outcome) -> None:
+        if outcome.round_trip is not None:
+            self._width.note(outcome.round_trip)
+            self._breaker.limit = self._width.now
         if outcome.digestion is not None:
             self._seconds.observe(outcome.digestion)
 

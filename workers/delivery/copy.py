@@ -15,14 +15,17 @@ from relay.mail.destination import Destination
 from relay.mail.record import Message
 from relay.mail.reply import Reply
 from workers.delivery.retry import Verdict, judge
-from workers.delivery.transaction import Outcome
+from workers.delivery.transaction import Outcome, Stage
 
 _CERTAIN = (Verdict.TAKEN, Verdict.SPLIT)
 
 
 @dataclass(slots=True)
 class Copy:
-    """A claimed copy with its body. ``owed``, ``never`` and ``later`` hold indices of the envelope's recipients."""
+    """A claimed copy with its body. ``owed``, ``never`` and ``later`` hold indices of the envelope's recipients.
+
+    ``stages`` tells of each one in ``never`` or ``later`` what that was the reply to.
+    """
 
     id: str
     message: Message
@@ -31,6 +34,7 @@ class Copy:
     taken: int = 0
     never: dict[int, Reply] = field(default_factory=dict)
     later: dict[int, Reply] = field(default_factory=dict)
+    stages: dict[int, Stage] = field(default_factory=dict)
     most: int = sys.maxsize  # recipients in one transaction, as far as this server has said
     repeats: int = 0  # transactions that a reused connection did not carry through and a new one may
     doubted: Reply | None = None  # what such a connection said
@@ -87,7 +91,9 @@ class Copy:
                     continue
             if verdict is Verdict.TAKEN:
                 self.taken += 1
-            elif not is_asked_first and len(outcome.accepted) > 1 and reply.is_too_many_recipients:
+                continue
+            self.stages[i] = outcome.stage(i)
+            if not is_asked_first and len(outcome.accepted) > 1 and reply.is_too_many_recipients:
                 owed.append(i)  # it counts them late
                 self.most = len(outcome.accepted) // 2
             elif verdict is Verdict.LATER:
@@ -102,19 +108,18 @@ class Copy:
         return server
 
     def refuse(self, reply: Reply) -> None:
-        """Count everybody who is owed as refused for good."""
+        """Count everybody who is owed as refused for good, by a reply of our own."""
+        self.stages.update(dict.fromkeys(self.owed, Stage.OWN))
         self.never.update(dict.fromkeys(self.owed, reply))
         self.owed = []
 
-    def defer(self, reply: Reply) -> None:
-        """Count everybody who is owed as deferred."""
+    def defer(self, reply: Reply, *, is_own: bool = True) -> None:
+        """Count everybody who is owed as deferred; not ``is_own``: this is what the server has just said to them."""
+        for i in self.owed:
+            if is_own or i not in self.stages:
+                self.stages[i] = Stage.OWN
         self.later.update(dict.fromkeys(self.owed, reply))
         self.owed = []
-
-    def take_back_refusals(self) -> None:
-        """Owe it again to those who were refused: the server refuses everybody."""
-        self.owed = sorted(self.never)
-        self.never = {}
 
     def said(self, replies: dict[int, Reply]) -> str:
         """Return these replies as one line, naming the recipients where they differ."""

@@ -1,6 +1,6 @@
-"""The health of one destination as its worker sees it, told to the ledger; the operator's flush, read from there.
+"""The health of one destination as its worker sees it, written to the ledger; the operator's flush, read from there.
 
-Redis being away delays the news and nothing else.
+Without Redis the report is late, and nothing else.
 """
 
 from __future__ import annotations
@@ -19,22 +19,21 @@ _LOOK_SECONDS = 1.0
 
 
 class Health:
-    """Reports a Breaker's turns, and lets a flush make it probe at once."""
+    """Reports when a Breaker opens or closes, and lets a flush make it probe at once."""
 
     def __init__(self, connection: Redis, destination: str, now: Callable[[], float]) -> None:
         self._connection = connection
         self._name = destination
         self._now = now
-        self._news: dict[str, str] | None = {"state": "ok", "reason": "", "probe_at": "", "since": ""}
+        self._unwritten: dict[str, str] | None = {"state": "ok", "reason": "", "probe_at": "", "since": ""}
         self._flushes: int | None = None
-        self._was_open = False
-        self.turned = asyncio.Event()
+        self.changed = asyncio.Event()
 
     def on_change(self, breaker: Breaker) -> None:
-        """Note a turn of the breaker; wakes whoever waits for it."""
+        """Note that the breaker has opened or closed, and wake whoever waits for that."""
         if breaker.is_open:
             maillog.destination_paused(self._name, breaker.reason, breaker.seconds_to_probe)
-            self._news = {
+            self._unwritten = {
                 "state": "paused",
                 "reason": breaker.reason,
                 "probe_at": f"{self._now() + breaker.seconds_to_probe:.3f}",
@@ -42,26 +41,26 @@ class Health:
             }
         else:
             maillog.destination_resumed(self._name, breaker.clock() - breaker.opened_at)
-            self._news = {"state": "ok", "reason": "", "probe_at": "", "since": ""}
-        self.turned.set()
+            self._unwritten = {"state": "ok", "reason": "", "probe_at": "", "since": ""}
+        self.changed.set()
 
     async def watch(self, breaker: Breaker) -> None:
-        """Keep the ledger told; runs until cancelled."""
+        """Write each change to the ledger; runs until cancelled."""
         key = keys.HEALTH + self._name
         while True:
-            news, self._news = self._news, None
+            report, self._unwritten = self._unwritten, None
             try:
-                if news is not None:
-                    await self._connection.hset(key, items=[part for pair in news.items() for part in pair])
+                if report is not None:
+                    await self._connection.hset(key, items=[part for pair in report.items() for part in pair])
                 if breaker.is_open or self._flushes is None:
                     flushes = int(await self._connection.hget(key, "flush") or 0)
                     if self._flushes is not None and flushes > self._flushes:
                         breaker.probe_now()
-                        self.turned.set()
+                        self.changed.set()
                     self._flushes = flushes
                 elif self._flushes is not None:
                     self._flushes = None  # read afresh at the next look: a flush while all is well needs nothing
             except (RedisError, OSError) as error:
-                self._news = self._news or news
+                self._unwritten = self._unwritten or report
                 maillog.ledger_trouble("health of a destination", error)
             await asyncio.sleep(_LOOK_SECONDS)

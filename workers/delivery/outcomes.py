@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from redis import Redis
 from rq.job import JobStatus
@@ -29,6 +30,23 @@ from workers.queues import failed
 
 _INTERRUPTED = Reply.of(451, "4.3.2 the worker was stopped between two recipients")
 _SOON = 1.0
+
+
+class Deferral(NamedTuple):
+    """A copy that is tried again after so many seconds: its state by then."""
+
+    state: CopyState
+    seconds: float
+
+
+class Conclusion(NamedTuple):
+    """What a copy has come to: the future of what is being written, and what is to be deferred, with others.
+
+    A copy may have both, for different recipients.
+    """
+
+    written: asyncio.Future[None] | None = None
+    deferral: Deferral | None = None
 
 
 class Outcomes:
@@ -54,15 +72,14 @@ class Outcomes:
         self._age = metrics.delivery_age_seconds.labels(self._name)
         self._now = now
 
-    def conclude(self, copy: Copy, job: str) -> tuple[asyncio.Future[None] | None, tuple[CopyState, float] | None]:
+    def conclude(self, copy: Copy, job: str) -> Conclusion:
         """Write what became of a copy whose recipients all have an answer.
 
-        Returns the future of what is being written, and for a copy with recipients still owed its state and the
-        seconds to its next try: the caller hands those to ``defer``, together with others.
+        The deferral, for those who are still owed it, is the caller's to hand to ``defer``, together with others.
         """
         name, now = self._name, self._now()
         state, attempts = copy.state, copy.state.attempts + 1
-        deferred, written = None, None
+        written, deferral = None, None
         if copy.later:
             reply = copy.said(copy.later)
             state = state.tried(now, reply)
@@ -71,7 +88,7 @@ class Outcomes:
                 copy.never.update(copy.later)
                 copy.later = {}
             else:
-                deferred = (replace(state, owed=tuple(sorted(copy.later)), job=job), delay)
+                deferral = Deferral(replace(state, owed=tuple(sorted(copy.later)), job=job), delay)
                 metrics.deliveries.labels(name, "deferred").inc()
                 maillog.deferred(copy.id, name, len(copy.later), attempts, reply, delay)
         if copy.taken:
@@ -82,34 +99,37 @@ class Outcomes:
         if copy.never:
             reply = copy.said(copy.never)
             failure = replace(copy.state.tried(now, reply), owed=tuple(sorted(copy.never)))
-            written = self._fail(copy.id, failure, deferred[0] if deferred else None, reply, copy.message.envelope)
+            remains = deferral.state if deferral else None
+            written = self._fail(copy.id, failure, remains, reply, copy.message.envelope)
             metrics.deliveries.labels(name, "failed").inc()
             maillog.failed(copy.id, name, len(copy.never), attempts, reply)
-        elif deferred is None:
+        elif deferral is None:
             written = self._outbox.settle(copy.id)
-        return written, deferred
+        return Conclusion(written, deferral)
 
-    def interrupted(self, copy: Copy, job: str) -> tuple[asyncio.Future[None] | None, tuple[CopyState, float] | None]:
-        """Conclude a copy of which only some recipients were asked when we were told to stop."""
+    def interrupted(self, copy: Copy, job: str) -> Conclusion:
+        """Conclude a copy of which only some recipients were asked before the stop signal."""
         copy.defer(_INTERRUPTED)
         return self.conclude(copy, job)
 
-    async def defer(self, states: dict[str, tuple[CopyState, float]]) -> None:
+    def defer(self, deferrals: dict[str, Deferral]) -> asyncio.Future[None]:
         """Schedule one job for copies that are tried again, at the earliest time of any."""
-        job = rq_jobs.create(self._queue, self._name, list(states), JobStatus.SCHEDULED)
-        owned = {message_id: replace(state, job=job.id) for message_id, (state, _) in states.items()}
-        when = datetime.fromtimestamp(self._now() + min(delay for _, delay in states.values()), UTC)
+        job = rq_jobs.create(self._queue, self._name, list(deferrals), JobStatus.SCHEDULED)
+        owned = {message_id: replace(deferral.state, job=job.id) for message_id, deferral in deferrals.items()}
+        when = datetime.fromtimestamp(self._now() + min(deferral.seconds for deferral in deferrals.values()), UTC)
 
         def change(pipe: object) -> None:
             changes.defer(pipe, self._name, owned)
             rq_jobs.schedule(pipe, self._queue, job, when)
 
-        await self._outbox.write(change)
+        return self._outbox.write(change)
 
-    async def again_soon(self, copy: Copy) -> None:
+    def again_soon(self, item: Claim | Copy) -> asyncio.Future[None]:
         """Give an untried copy a job of its own, when the one it came with is over."""
-        owed = tuple(copy.owed) if copy.state.owed is not None else None
-        await self.defer({copy.id: (replace(copy.state, owed=owed), _SOON)})
+        state = item.state
+        if isinstance(item, Copy) and state.owed is not None:
+            state = replace(state, owed=tuple(item.owed))
+        return self.defer({item.id: Deferral(state, _SOON)})
 
     async def requeued(self, job: str, ids: Sequence[str]) -> list[str]:
         """Return those of these copies that are failed, too, and to be retried by this job. Raises RedisError."""
@@ -129,28 +149,26 @@ class Outcomes:
 
         await self._outbox.write(change)
 
-    def postpone(
-        self, claim: Claim, job: str, reply: str
-    ) -> tuple[asyncio.Future[None] | None, tuple[CopyState, float] | None]:
-        """Defer a copy that cannot be tried here as yet; returns what ``conclude`` does."""
+    def postpone(self, claim: Claim, job: str, reply: str) -> Conclusion:
+        """Defer a copy that cannot be tried here as yet."""
         now = self._now()
         state = begun(claim).tried(now, reply)
         delay = next_delay(self._retry, state.tries, now - state.since)
         if delay is None:
-            return self.fail(claim, reply), None
+            return self.fail(claim, reply)
         metrics.deliveries.labels(self._name, "deferred").inc()
         maillog.deferred(claim.id, self._name, len(state.owed or ()), state.attempts, reply, delay)
-        return None, (replace(state, job=job), delay)
+        return Conclusion(deferral=Deferral(replace(state, job=job), delay))
 
-    def fail(self, claim: Claim, reply: str) -> asyncio.Future[None]:
+    def fail(self, claim: Claim, reply: str) -> Conclusion:
         """Put a copy (back) on the failed list that cannot be tried here."""
         maillog.failed(claim.id, self._name, len(claim.state.owed or ()), claim.state.attempts, reply)
-        return self._fail(claim.id, claim.state.tried(self._now(), reply), None, reply, None)
+        return Conclusion(self._fail(claim.id, claim.state.tried(self._now(), reply), None, reply, None))
 
-    def forget(self, message_id: str) -> asyncio.Future[None]:
+    def forget(self, message_id: str) -> Conclusion:
         """Remove a pending copy whose body is gone."""
         maillog.body_missing(message_id, self._name)
-        return self._outbox.write(lambda pipe: changes.drop(pipe, self._name, [message_id], pending=True))
+        return Conclusion(self._outbox.write(lambda pipe: changes.drop(pipe, self._name, [message_id], pending=True)))
 
     async def give_back(self, ids: Sequence[str]) -> None:
         """Give leases back untried."""

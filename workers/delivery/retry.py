@@ -106,8 +106,8 @@ class Breaker:
 
     Closed: up to ``window`` transactions at once, growing by one with each success up to ``limit``. Open: nothing
     but one probe at ``probe_at`` (monotonic), the pause doubling from 1 s to 60 s. In between, ``is_in_doubt``: so many
-    refusals in a row, all alike, that the next copies, one at a time, are to be unlike those. ``on_change`` is told of
-    each turn.
+    refusals in a row, all alike, that the next copies, one at a time, are to be unlike those. ``on_change`` is
+    called when it opens or closes.
     """
 
     limit: int

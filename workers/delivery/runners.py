@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine
 from relay import maillog
 from relay.client.connection import Connection
 from relay.client.pool import Pool
-from workers.delivery.batches import Batches
+from workers.delivery.jobs_in_hand import JobsInHand
 from workers.delivery.retry import Breaker
 
 SLOW = 3.0  # seconds that a transaction counts for the window
@@ -28,8 +28,6 @@ PATIENCE = 60.0  # seconds that nobody loses a connection for others
 _FIRST_ATTEMPTS = 4  # that take no more than this: the pauses between them are minutes
 _DOUBLINGS = 4  # of a copy's patience; beyond that the time-out of the dot counts (RFC 5321 4.5.3.2.6)
 _CALMING = 0.9  # how an answer shortens a patience that was lengthened
-
-Run = Callable[["Runner"], Coroutine[object, object, None]]
 
 
 class Runner:
@@ -43,11 +41,11 @@ class Runner:
         self.begins(None)
 
     def begins(
-        self, connection: Connection | None, let_go: Callable[[], None] = lambda: None, *, attempts: int = 0
+        self, connection: Connection | None, let_go: Callable[[], None] | None = None, *, attempts: int = 0
     ) -> None:
-        """Note that a transaction begins; ``let_go`` is called once if it turns out to be a slow one.
+        """Note that a transaction begins, of a copy that was tried so often before; None: there is none as yet.
 
-        ``attempts`` is how often this copy was tried before.
+        ``let_go`` is called once if it turns out to be a slow one: what was begun behind it is to go elsewhere.
         """
         runners = self._runners
         self.connection = connection
@@ -86,13 +84,12 @@ class Runner:
 
 
 class Runners:
-    """The runners of one courier; ``run`` is what one does as long as ``has_turn`` says so."""
+    """The runners of one courier; each goes on as long as ``has_turn`` says so."""
 
-    def __init__(self, pool: Pool, batches: Batches, breaker: Breaker, *, run: Run) -> None:
+    def __init__(self, pool: Pool, jobs: JobsInHand, breaker: Breaker) -> None:
         self._pool = pool
-        self._batches = batches
+        self._jobs = jobs
         self.breaker = breaker
-        self._run = run
         self._runners: dict[asyncio.Task[None], Runner] = {}
         self.slow = 0
         self.patience = PATIENCE  # of this server: more when it is slow with everything
@@ -100,19 +97,17 @@ class Runners:
     def __len__(self) -> int:
         return len(self._runners)
 
-    def hire(self) -> None:
-        """Have as many runners as the window allows, the work needs, and there are connections for."""
+    @property
+    def missing(self) -> int:
+        """How many more the window allows, the work needs, and there are connections for."""
         count = len(self._runners)
-        missing = self.breaker.window - (count - self.slow)
-        if missing > 0:
-            missing = min(missing, self._batches.copies_left, self._pool.room - count)
-        for _ in range(missing):
-            self.employ(self._run)
+        allowed = self.breaker.window - (count - self.slow)
+        return max(0, min(allowed, self._jobs.copies_left, self._pool.room - count)) if allowed > 0 else 0
 
-    def employ(self, run: Run) -> asyncio.Task[None]:
-        """Have a runner for this alone."""
+    def start(self, work: Callable[[Runner], Coroutine[object, object, None]]) -> asyncio.Task[None]:
+        """Start one more, for this work."""
         runner = Runner(self)
-        task = asyncio.get_running_loop().create_task(self._employed(run, runner))
+        task = asyncio.get_running_loop().create_task(work(runner))
         self._runners[task] = runner
         task.add_done_callback(self._leave)
         return task
@@ -129,15 +124,11 @@ class Runners:
             if self._runners:
                 self._look()
 
-    @staticmethod
-    async def _employed(run: Run, runner: Runner) -> None:
-        await run(runner)
-
     def _leave(self, task: asyncio.Task[None]) -> None:
         """Let a runner go; what it leaves undone is seen to by the jobs."""
         runner = self._runners.pop(task)
         self.slow -= runner.is_slow
-        self._batches.wake()
+        self._jobs.wake()
         if not task.cancelled() and (fault := task.exception()) is not None:
             maillog.task_failed("delivery", fault)
 
@@ -147,17 +138,18 @@ class Runners:
             if not runner.is_slow and now - runner.begun_at >= SLOW:
                 runner.is_slow = True
                 self.slow += 1
-                runner.let_go()
+                if runner.let_go is not None:
+                    runner.let_go()
         if not self.slow:
             return
         slow = [runner for runner in self._runners.values() if runner.is_slow]
-        if self._batches.copies_left and not breaker.is_open:
+        if self._jobs.copies_left and not breaker.is_open:
             hanging = [runner.begun_at for runner in slow if runner.carried == breaker.carried]
             if len(hanging) >= _HANGING and now - min(hanging) >= _HANGING_SECONDS:
                 breaker.opens(f"no reply to {len(hanging)} messages at once for {now - min(hanging):.0f} s")
-        if len(self._runners) >= self._pool.room and (self._batches.copies_left or self._pool.waiting):
+        if len(self._runners) >= self._pool.room and (self._jobs.copies_left or self._pool.waiting):
             self._make_room(slow, now)
-        self._batches.wake()
+        self._jobs.wake()
 
     def _make_room(self, slow: list[Runner], now: float) -> None:
         """Take the connection away from the transaction that has waited longest, if it has had its time."""

@@ -8,6 +8,7 @@ with a reason that says what to change; a body is never converted. Trouble on th
 
 from __future__ import annotations
 
+import enum
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,9 +32,22 @@ _AT_ONCE = 64 << 10  # octets of a body that leaves in one write with its dot
 _ORCPT = re.compile(r"ORCPT=[\w.-]+;(?:[!-*,-<>-~]|[^\x00-\x7f]|\+[0-9A-F]{2})+", re.IGNORECASE)
 
 
+class Stage(enum.StrEnum):
+    """What a reply was the reply to."""
+
+    MAIL = "MAIL"  # or what introduced the client before it
+    RCPT = "RCPT"
+    DATA = "DATA"  # or the body, before its end
+    DOT = "dot"
+    OWN = "own"  # to nothing: we say it ourselves, of what the server cannot take or of a connection that broke off
+
+
 @dataclass(slots=True)
 class Outcome:
-    """What was said: for each recipient index that was asked about its reply, or the one reply that counts for all."""
+    """What was said: for each recipient index that was asked about its reply, or the one reply that counts for all.
+
+    ``stage`` says what that was the reply to.
+    """
 
     replies: dict[int, Reply] = field(default_factory=dict)
     accepted: list[int] = field(default_factory=list)  # whose RCPT was answered with a yes
@@ -41,6 +55,14 @@ class Outcome:
     sent: bool = False  # the dot is out
     round_trip: float | None = None  # seconds until MAIL was answered; None when it had to wait for another dot
     digestion: float | None = None  # seconds from the dot to the last reply to it
+
+    def stage(self, index: int) -> Stage:
+        """Return what a recipient's reply was the reply to."""
+        if not self.is_begun:
+            return Stage.MAIL
+        if index not in self.accepted:
+            return Stage.RCPT
+        return Stage.DOT if self.sent else Stage.DATA
 
     @property
     def is_taken(self) -> bool:
@@ -65,13 +87,13 @@ class Unfit(Exception):
 class Group:
     """The commands that begin a copy's transaction with one server: DATA is last (RFC 2920 3.1)."""
 
-    told: list[bytes]
+    xforward: list[bytes]
     mail: bytes
     recipients: list[tuple[int, bytes]]
 
     @property
     def lines(self) -> list[bytes]:
-        return [*self.told, self.mail, *(command for _, command in self.recipients), b"DATA"]
+        return [*self.xforward, self.mail, *(command for _, command in self.recipients), b"DATA"]
 
 
 def group(connection: Connection, message: Message, owed: Sequence[int]) -> Group:
@@ -101,7 +123,7 @@ def _within(limits: ServerLimits, envelope: Envelope, owed: Sequence[int]) -> li
 
 
 def can_follow(connection: Connection, message: Message) -> bool:
-    """Say whether a transaction may begin behind a dot: the server offers PIPELINING and need not be told XCLIENT."""
+    """Say whether a transaction may begin behind a dot: the server offers PIPELINING and needs no XCLIENT before it."""
     return "PIPELINING" in connection.extensions and is_introduced(connection, of_envelope(message.envelope))
 
 
@@ -121,9 +143,9 @@ async def send(
     ``begun`` has been sent already, behind the dot before; what ``following`` returns is sent behind this one.
     """
     if begun is None:
-        turned_away = await introduce(connection, of_envelope(message.envelope), timeout=timeout)
-        if turned_away is not None:
-            outcome.replies.update(dict.fromkeys(owed, turned_away))
+        refusal = await introduce(connection, of_envelope(message.envelope), timeout=timeout)
+        if refusal is not None:
+            outcome.replies.update(dict.fromkeys(owed, refusal))
             return
     accepted = await _ask(connection, begun, begun or group(connection, message, owed), outcome, timeout)
     if accepted is None:
@@ -167,11 +189,11 @@ async def _ask(
     async def answer(command: bytes) -> Reply:
         return await (connection.reply(timeout=timeout) if pipelining else connection.command(command, timeout=timeout))
 
-    for command in asked.told:
+    for command in asked.xforward:
         await answer(command)  # whatever it says to them: they are for its log
     started = time.monotonic()
     reply_to_mail = await answer(asked.mail)
-    if begun is None and not asked.told:
+    if begun is None and not asked.xforward:
         outcome.round_trip = time.monotonic() - started
     accepted = outcome.accepted
     outcome.is_begun = reply_to_mail.is_positive

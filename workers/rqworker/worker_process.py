@@ -27,7 +27,7 @@ from relay.config.model import RedisSettings
 from relay.redisio.clients import sync_client
 from relay.repeated import Repeated
 from workers import jobs
-from workers.jobs import Courier
+from workers.jobs import Deliverer
 from workers.rqworker.revival import dead_here, forget, revive, worker_name
 from workers.rqworker.worker import DeliveryWorker
 
@@ -44,13 +44,13 @@ class CourierThread:
         self.loop = uvloop.new_event_loop()
         self._closing = False
         self._drain: asyncio.Task[None] | None = None
-        self._courier: Courier | None = None
+        self._courier: Deliverer | None = None
         self._thread = threading.Thread(target=self._run, name="courier", daemon=True)
         self._wakeup = os.pipe()
         for descriptor in self._wakeup:
             os.set_blocking(descriptor, False)
 
-    def start(self, make: Callable[[], Courier]) -> Courier:
+    def start(self, make: Callable[[], Deliverer]) -> Deliverer:
         """Start the loop and the courier in it. The main thread's signals are watched from now on."""
         self._thread.start()
         signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
@@ -72,7 +72,7 @@ class CourierThread:
             os.close(descriptor)
         self.loop.close()
 
-    async def _start(self, make: Callable[[], Courier]) -> Courier:
+    async def _start(self, make: Callable[[], Deliverer]) -> Deliverer:
         self.loop.add_reader(self._wakeup[0], self._on_signal)
         courier = make()
         await courier.start()
@@ -83,7 +83,7 @@ class CourierThread:
         if any(n in _STOP for n in numbers) and self._courier:
             self._begin_drain(self._courier)
 
-    def _begin_drain(self, courier: Courier) -> asyncio.Task[None]:
+    def _begin_drain(self, courier: Deliverer) -> asyncio.Task[None]:
         if self._drain is None:
             self._drain = self.loop.create_task(courier.drain())
         return self._drain
@@ -118,7 +118,7 @@ def serve(
     destination: str,
     queue_name: str,
     connect: Callable[[], Redis],
-    make_courier: Callable[[str], Courier],
+    make_courier: Callable[[str], Deliverer],
     on_dead: Callable[[Redis, str], None] | None = None,
 ) -> int:
     """Be a worker until a stop signal; the ``run`` of a supervisor's child. Returns the exit status.
