@@ -2,7 +2,8 @@
 
 An Arena is made before the first fork and has a region for each process to come. A process writes only in its own and
 who tells the metrics reads all. Whoever replaces a process goes on in its region: what was counted stays, and nothing
-is left of the dead. A region that makes no sense is skipped and counted; one that is full, or that there is not, costs
+is left of the dead. Of a name several may run, those of earlier settings to their end: each has a seat of its own.
+A region that makes no sense is skipped and counted; one that is full, or that there is not, costs
 its metrics and nothing else: changing a value never fails.
 """
 
@@ -22,7 +23,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-_REGIONS = 256
+_REGIONS = 1024
 _SIZE = 128 << 10
 _HEAD = 8  # octets: how many are used, and what makes that a multiple of eight
 _length = struct.Struct("=I")
@@ -38,24 +39,26 @@ class Arena(Collector):
         """Make empty regions. Raises OSError without memory; what is not written takes none."""
         self._size = size
         self._memory = memoryview(mmap.mmap(-1, regions * size))
-        self._numbers: dict[str, int] = {}
+        self._numbers: dict[tuple[str, int], int] = {}
+        self._count = memoryview(mmap.mmap(-1, 8)).cast("q")  # of those given, also after the fork of whoever asks
         self._most = regions
         self.identity = secrets.token_hex(8)  # who compares what is here with an earlier look asks for it
 
-    def reserve(self, name: str) -> None:
-        """Give a process of this name a region; to be called before it is forked."""
-        if name not in self._numbers and len(self._numbers) < self._most:
-            self._numbers[name] = len(self._numbers)
+    def reserve(self, name: str, seat: int = 0) -> None:
+        """Give the process of this name at this seat a region; to be called before it is forked."""
+        if (name, seat) not in self._numbers and len(self._numbers) < self._most:
+            self._numbers[name, seat] = len(self._numbers)
+            self._count[0] = len(self._numbers)
 
-    def take(self, name: str) -> None:
-        """Count in the region of this name from now on, from where its last process was."""
-        number = self._numbers.get(name)
+    def take(self, name: str, seat: int = 0) -> None:
+        """Count in this region from now on, from where its last process was."""
+        number = self._numbers.get((name, seat))
         if number is not None:
             _bind(_Region(self._of(number)))
 
     def readings(self) -> Iterator[tuple[int, list[Reading]]]:
         """Yield the number of each region and what was counted there; one that makes no sense is left out."""
-        for number in range(self._most):
+        for number in range(self._count[0]):
             try:
                 entries = list(_entries(self._of(number)))
             except ValueError:
@@ -67,7 +70,7 @@ class Arena(Collector):
         """Yield the sums over all regions; of a gauge the largest."""
         metrics: dict[str, Metric] = {}
         unreadable = 0
-        for number in range(self._most):  # all: who tells may have been forked before the last was reserved
+        for number in range(self._count[0]):
             try:
                 entries = list(_entries(self._of(number)))
             except ValueError:

@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from redis import Redis
@@ -30,10 +31,10 @@ from relay.server.relay_process import Place
 
 if TYPE_CHECKING:
     from relay import metric_store
-    from workers.upkeep.housekeeping import Task
 
 # What is stopped first has the lowest number: no new mail, then no delivery, then what both need.
 RELAY_STAGE, WORKERS_STAGE, AROUND_STAGE, REDIS_STAGE = range(4)
+_LOOK_EVERY = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +48,22 @@ class Crew:
     arena: metric_store.Arena | None
     vitals: Vitals
 
-    def of(self, settings: Settings) -> list[Child]:
+    def of(self, settings: Settings, generation: int = 1) -> list[Child]:
         """Return all children that these settings ask for."""
         children = self.workers(settings, settings.backups) if self.role.delivers else []
-        tasks = _sweeping(settings, self.url) if self.role.delivers else {}
+        duties = _sweeping(settings, self.url) if self.role.delivers else {}
+        if self.arena:
+            duties["flow"] = _sampling(settings, self.arena)
+        duties = {name: _after_the_former(duty) for name, duty in duties.items()}
         if self.listener:
-            tasks["status"] = self._status(settings, self.listener)
-        if tasks or self.arena:
+            duties["status"] = self._status(settings, self.listener)
+        if duties:
             own = [self.listener] if self.listener else []
-            children.append(self.holding(_housekeeping(settings, tasks, self.arena), own))
+            children.append(self.holding(_housekeeping(settings, duties), own))
         children += [
             self.holding(self._relay(n, settings, place), place.sockets) for n, place in enumerate(self.places)
         ]
-        return children
+        return [replace(child, generation=generation) for child in children]
 
     def workers(self, settings: Settings, destinations: Sequence[Destination]) -> list[Child]:
         """Return the workers of these destinations."""
@@ -91,28 +95,33 @@ class Crew:
         def be_relay(context: ChildContext) -> int:
             return relay_process.serve(context, settings, place, self.url)
 
-        return Child(f"relay-{number + 1}", run=be_relay, stage=RELAY_STAGE)
+        return Child(
+            f"relay-{number + 1}",
+            run=be_relay,
+            stage=RELAY_STAGE,
+            bury=lambda seat: place.counters.at_seat(seat).clear(),
+            leave=relay_process.LEAVE,
+        )
 
-    def _status(self, settings: Settings, listener: socket.socket) -> Task:
+    def _status(self, settings: Settings, listener: socket.socket) -> Duty:
         seat = self.places[0].counters if self.places else None
         prefix = "relay-" if self.role.relays else "worker-"
-        return lambda stop: status_server.serve(
+        return lambda _, stop: status_server.serve(
             settings, listener, self.url, self.arena, stop, seat=seat, failing=lambda: self.vitals.failing(prefix)
         )
 
 
 def _counting(arena: metric_store.Arena | None, child: Child) -> Child:
-    """Have a child count where whoever had its name before has counted."""
+    """Have a child count where whoever had its name and seat before has counted."""
     run = child.run
     if run is None or arena is None:
         return child
-    arena.reserve(child.name)
 
     def run_counted(context: ChildContext) -> int:
-        arena.take(context.name)
+        arena.take(context.name, context.seat)
         return run(context)
 
-    return replace(child, run=run_counted)
+    return replace(child, run=run_counted, prepare=lambda seat: arena.reserve(child.name, seat))
 
 
 def _workers(settings: Settings, destinations: Sequence[Destination], url: str) -> list[Child]:
@@ -146,27 +155,42 @@ def _workers(settings: Settings, destinations: Sequence[Destination], url: str) 
     return [child(d, n) for d in destinations for n in range(1, settings.workers.processes + 1)]
 
 
-def _housekeeping(settings: Settings, tasks: Mapping[str, Task], arena: metric_store.Arena | None) -> Child:
+Duty = Callable[[ChildContext, threading.Event], None]  # a task of the housekeeping, until the event is set
+
+
+def _housekeeping(settings: Settings, duties: Mapping[str, Duty]) -> Child:
     from workers.upkeep.housekeeping import housekeep  # noqa: PLC0415  (only where something is to be run)
 
     def be_housekeeping(context: ChildContext) -> int:
         maillog.configure(settings.log.level, settings.log.format, context.name, threads=True)
-        flow = {"flow": _sampling(settings, arena, is_fresh=context.predecessor is None)} if arena else {}
-        return housekeep({**tasks, **flow})
+        context.ready()
+        return housekeep({name: partial(duty, context) for name, duty in duties.items()})
 
     return Child("housekeeping", run=be_housekeeping, stage=AROUND_STAGE)
 
 
-def _sampling(settings: Settings, arena: metric_store.Arena, *, is_fresh: bool) -> Task:
-    def sample(stop: threading.Event) -> None:
-        sampler = Sampler(arena, is_fresh=is_fresh)
+def _after_the_former(duty: Duty) -> Duty:
+    """Have a duty begin when no housekeeping of an earlier generation does it any more, which drains beside us."""
+
+    def begin(context: ChildContext, stop: threading.Event) -> None:
+        while (living := context.living()) is None or living - {context.instance}:
+            if stop.wait(_LOOK_EVERY):
+                return
+        duty(context, stop)
+
+    return begin
+
+
+def _sampling(settings: Settings, arena: metric_store.Arena) -> Duty:
+    def sample(context: ChildContext, stop: threading.Event) -> None:
+        sampler = Sampler(arena, is_fresh=context.predecessor is None and context.generation == 1)
         with sync_client(settings.redis, settings.redis.timeout_seconds, retries=0) as client:
             keep_sampling(client, {"flow": sampler.sample}, stop)
 
     return sample
 
 
-def _sweeping(settings: Settings, url: str) -> dict[str, Task]:
+def _sweeping(settings: Settings, url: str) -> dict[str, Duty]:
     from workers.rqworker.scheduler import keep_scheduling  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
     from workers.rqworker.worker_process import connector  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
     from workers.upkeep.reconciler import keep_reconciling  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
@@ -174,12 +198,12 @@ def _sweeping(settings: Settings, url: str) -> dict[str, Task]:
     # Stable, so that the next start goes on with the locks instead of waiting for their end.
     name = relay_process.place_of(settings, url)
 
-    def schedule(stop: threading.Event) -> None:
+    def schedule(_: ChildContext, stop: threading.Event) -> None:
         connect = connector(settings.redis)
         with connect() as client:
             keep_scheduling(connect, _queues(client, settings.backups), name, stop)
 
-    def reconcile(stop: threading.Event) -> None:
+    def reconcile(_: ChildContext, stop: threading.Event) -> None:
         keep_reconciling(connector(settings.redis), settings, name, stop, every=settings.workers.sweep)
 
     return {"scheduler": schedule, "reconciler": reconcile}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -27,6 +28,9 @@ class Child:
     group of its own. ``release`` gives back what this process holds for the program: it is called once it has
     ended, and in every fork. Stages stop in ascending and start in descending order. Without ``restart`` a
     child may end by itself; when it ends with another status than 0, so does everything.
+
+    ``prepare`` is called with the seat of a ``run`` before its fork, ``bury`` with it after its end. A child of a
+    ``generation`` leaves, told by ``leave``, when a later one has come; one of generation 0 outlives them all.
     """
 
     name: str
@@ -36,6 +40,10 @@ class Child:
     stage: int = 0
     restart: bool = True
     may_be_late: bool = False  # a launch that fails at the first start is tried again as later ones are
+    prepare: Callable[[int], None] | None = None
+    bury: Callable[[int], None] | None = None
+    generation: int = 0
+    leave: signal.Signals = signal.SIGTERM
 
     def __post_init__(self) -> None:
         if (self.run is None) == (self.launch is None):
@@ -66,7 +74,7 @@ class Fork:
         return self._status
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Slot:
     """The place of one child: its process while it runs, or when to start it."""
 
@@ -79,8 +87,11 @@ class Slot:
     deaths: int = 0  # in a row, each soon after its start
     told: str = ""  # why it could not be started, as it was last said
     told_at: float = 0.0  # monotonic
+    seat: int = 0  # see ChildContext
+    is_ready: bool = False
     is_temporary: bool = False  # from the roster
-    is_leaving: bool = False  # told to stop, since the roster has it no more
+    is_leaving: bool = False  # told to go: the roster or the settings have it no more
+    leave_by: float = math.inf  # monotonic; then it is killed
 
     def plan_restart(self, lived: float) -> float:
         """Have it started again after a pause, which is returned: the longer, the more often it has died."""
@@ -94,7 +105,7 @@ class Slot:
         """Give back what this process holds for the child's."""
         if self.child.release and isinstance(self.process, subprocess.Popen):
             self.child.release(self.process)
-        self.process = None
+        self.process, self.is_ready = None, False
 
 
 def send(slots: Iterable[Slot], number: signal.Signals) -> None:

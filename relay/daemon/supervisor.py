@@ -5,6 +5,9 @@ backoff and told who came before it; one that ends with status 2 (bad settings) 
 restart cannot help. SIGTERM or SIGINT stop the children stage by stage, each stage drained before the next;
 the second such signal kills. A supervisor that is itself killed takes its children along: the kernel sends
 them SIGTERM (Linux) and they drain.
+
+With new settings (``renew``) a further generation of children is started beside the one that runs. When all of it is
+ready the former is told to leave, finishes what it has in hand and ends; when one of it dies first, it leaves itself.
 """
 
 from __future__ import annotations
@@ -13,27 +16,31 @@ import math
 import os
 import select
 import signal
-import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from loguru import logger
 
 from relay import log_output
 from relay.child import ChildContext
 from relay.daemon.fork import SIGNALS, fork
+from relay.daemon.notify import notify
+from relay.daemon.renewal import Renewal, Roster
 from relay.daemon.slots import Child, Fork, Slot, ending, send
 from relay.daemon.vitals import Vitals
 
-__all__ = ["Child", "Supervisor", "notify"]
+__all__ = ["Child", "Supervisor"]
 
 EX_USAGE = 2  # our convention for bad settings
 _TELL_AGAIN_SECONDS = 60.0
 _ROSTER_EVERY = 3.0  # seconds between two looks at who else is needed
 _REPORT_EVERY = 10.0  # seconds between the lines that say who is still waited for
+_PID = struct.Struct("=i")
 
 
 @dataclass(slots=True)
@@ -48,10 +55,15 @@ class Supervisor:
     children: Sequence[Child]
     drain_seconds: float = 900.0  # longer than the 10 minutes for which a server may answer a final dot
     on_ready: Callable[[], None] | None = None
-    roster: Callable[[], Sequence[Child] | None] | None = None
-    vitals: Vitals | None = None
+    on_reload: Callable[[], None] | None = None  # SIGHUP; without it the children are told
+    roster: Roster | None = None
+    vitals: Vitals = field(default_factory=Vitals)
+    generation: int = field(init=False, default=1)
     _slots: list[Slot] = field(init=False, default_factory=list)
     _wakeup: tuple[int, int] = field(init=False, default=(-1, -1))
+    _ready: tuple[int, int] = field(init=False, default=(-1, -1))  # children write their pids
+    _watched: dict[int, Callable[[], None]] = field(init=False, default_factory=dict)
+    _renewal: Renewal | None = field(init=False, default=None)
     # Under nohup the end of the terminal is not ours.
     _at_terminal: bool = field(
         init=False, default_factory=lambda: os.isatty(0) and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
@@ -80,19 +92,49 @@ class Supervisor:
             self._restore_signals(before)
         return self._status
 
+    # What others ask of it while it runs, from a callback of its own
+
+    def watch(self, descriptor: int, callback: Callable[[], None]) -> None:
+        """Call back whenever something can be read; it must not raise. A fork closes the descriptor."""
+        self._watched[descriptor] = callback
+
+    def forget(self, descriptor: int) -> None:
+        self._watched.pop(descriptor, None)
+
+    def renew(self, renewal: Renewal) -> None:
+        """Begin to put the children of new settings in the place of those that run; one renewal at a time."""
+        self._renewal = renewal
+        self._slots += renewal.slots
+
+    def tell_children(self) -> None:
+        """Have the children read again the files that they read again: certificates, users, keys."""
+        send(self._slots, signal.SIGHUP)
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._stopping is not None
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        return tuple(self._slots)
+
     # Running
 
     def _keep_running(self) -> None:
         while self._stopping is None and any(s.process or s.due is not None for s in self._slots):
             times = [s.due for s in self._slots if s.due is not None]
+            times += [s.leave_by for s in self._slots if s.is_leaving]
             if self.roster:
                 times.append(self._next_look)
-            self._wait(min(times, default=None))
+            if self._renewal:
+                times.append(self._renewal.deadline)
+            self._wait(min(times, default=math.inf))
             self._reap()
             self._call_the_roster()
             self._start_due()
-            if self.vitals:
-                self.vitals.tell(self._slots)
+            self._go_on_renewing()
+            self._kill_who_stays()
+            self.vitals.tell(self._slots)
 
     def _call_the_roster(self) -> None:
         """Make places for the further children that are needed now, and stop those that are not."""
@@ -103,13 +145,43 @@ class Supervisor:
         if wanted is None:
             return
         names = {child.name for child in wanted}
-        leaving = [s for s in self._slots if s.is_temporary and not s.is_leaving and s.child.name not in names]
-        for slot in leaving:
-            slot.is_leaving, slot.due = True, None
-        send(leaving, signal.SIGTERM)
-        self._slots = [s for s in self._slots if s.process or not s.is_leaving]
-        here = {slot.child.name for slot in self._slots}
+        self._dismiss([s for s in self._slots if s.is_temporary and not s.is_leaving and s.child.name not in names])
+        here = {slot.child.name for slot in self._slots if not slot.is_leaving}
         self._slots += [Slot(child, due=0.0, is_temporary=True) for child in wanted if child.name not in here]
+
+    def _go_on_renewing(self) -> None:
+        """End the renewal where it has come to an end: all new children are ready, or one of them is in trouble."""
+        renewal = self._renewal
+        if renewal is None:
+            return
+        if trouble := renewal.find_trouble():
+            self._dismiss(renewal.slots)
+        elif renewal.is_complete:
+            former = [s for s in self._slots if s not in renewal.slots and (s.child.generation or s.is_temporary)]
+            self.generation, self.roster, self._next_look = renewal.generation, renewal.roster, 0.0
+            self._dismiss([s for s in former if not s.is_leaving])
+        else:
+            return
+        self._renewal = None
+        renewal.ended(trouble)
+
+    def _dismiss(self, slots: Sequence[Slot]) -> None:
+        """Have children leave: they finish what they have in hand, and are not started again."""
+        for slot in slots:
+            slot.is_leaving, slot.due, slot.leave_by = True, None, time.monotonic() + self.drain_seconds
+            send([slot], slot.child.leave)
+        self._forget_who_has_gone()
+
+    def _forget_who_has_gone(self) -> None:
+        self._slots = [s for s in self._slots if s.process or not s.is_leaving]
+
+    def _kill_who_stays(self) -> None:
+        for slot in self._slots:
+            if slot.is_leaving and slot.process and time.monotonic() >= slot.leave_by:
+                name, pid = slot.child.name, slot.process.pid
+                logger.error("{} (process {}) killed, not drained in {:g} s", name, pid, self.drain_seconds)
+                send([slot], signal.SIGKILL)
+                slot.leave_by = math.inf
 
     def _start_due(self, *, first: bool = False) -> None:
         for slot in self._slots:
@@ -132,17 +204,21 @@ class Supervisor:
 
     def _start(self, slot: Slot) -> None:
         child = slot.child
-        predecessor = slot.instance
         slot.started = time.monotonic()
+        begun = time.time_ns() // 1_000_000
         if child.launch:
             slot.process = child.launch()
-            slot.instance = f"{slot.process.pid}.{time.time_ns() // 1_000_000}"
         else:
-            begun = time.time_ns() // 1_000_000
-            slot.process = Fork(self._fork(child, begun, predecessor))
-            slot.instance = f"{slot.process.pid}.{begun}"
+            if slot.instance is None:
+                taken = {s.seat for s in self._slots if s.child.name == child.name and s.instance is not None}
+                slot.seat = next(n for n in range(len(taken) + 1) if n not in taken)
+            if child.prepare:
+                child.prepare(slot.seat)
+            slot.process = Fork(self._fork(slot, begun))
+        slot.instance = f"{slot.process.pid}.{begun}"
         slot.due = None
         slot.told = ""
+        self.vitals.tell(self._slots)  # before any that it replaces could take what it does for what is left behind
         logger.debug("{} started as process {}", child.name, slot.process.pid)
 
     def _reap(self) -> None:
@@ -153,12 +229,17 @@ class Supervisor:
             lived = time.monotonic() - slot.started
             pid = slot.process.pid
             slot.let_go()
+            if slot.child.bury:
+                slot.child.bury(slot.seat)
             how = ending(status)
             if self._stopping is not None:
                 log = logger.debug if status in {0, -signal.SIGTERM} else logger.warning
                 log("{} (process {}) {}", slot.child.name, pid, how)
             elif slot.is_leaving:
-                logger.info("{} (process {}) {}: it was not needed any more", slot.child.name, pid, how)
+                log = logger.info if status in {0, -slot.child.leave} else logger.error
+                log("{} (process {}) {}: it was not needed any more", slot.child.name, pid, how)
+            elif self._renewal and slot in self._renewal.slots:
+                self._renewal.trouble = f"{slot.child.name} (process {pid}) {how}"
             elif status == EX_USAGE:
                 logger.error("{} (process {}) {}: stopping, a restart cannot help", slot.child.name, pid, how)
                 self._stop(signal.SIGTERM, EX_USAGE)
@@ -168,12 +249,16 @@ class Supervisor:
             elif status:
                 logger.error("{} (process {}) {}: stopping", slot.child.name, pid, how)
                 self._stop(signal.SIGTERM, status if status > 0 else 128 - status)
+        self._forget_who_has_gone()
 
     # Stopping
 
     def _stop(self, reason: signal.Signals, status: int = 0) -> None:
         if self._stopping is None:
             self._stopping, self._status = reason, status
+            if self._renewal:
+                self._renewal.ended("it is being stopped")
+                self._renewal = None
 
     def _stop_in_order(self) -> None:
         for stage in sorted({s.child.stage for s in self._slots}):
@@ -217,8 +302,8 @@ class Supervisor:
     # Signals
 
     def _catch_signals(self) -> dict[signal.Signals, object]:
-        self._wakeup = os.pipe()
-        for descriptor in self._wakeup:
+        self._wakeup, self._ready = os.pipe(), os.pipe()
+        for descriptor in (*self._wakeup, *self._ready):
             os.set_blocking(descriptor, False)
         signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
         # The handlers do nothing: Python writes each signal's number to the pipe, and _wait reads it there.
@@ -228,22 +313,41 @@ class Supervisor:
         for number, handler in before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(-1)
-        for descriptor in self._wakeup:
+        for descriptor in (*self._wakeup, *self._ready):
             os.close(descriptor)
 
-    def _wait(self, until: float | None) -> None:
-        """Wait for a signal, at most until a monotonic time, and act on those that came."""
+    def _wait(self, until: float) -> None:
+        """Wait for a signal or what is watched, at most until a monotonic time, and act on what came."""
         if log_output.waits():  # there is no thread to write it
             log_output.flush(0.0)
-            until = min(until or math.inf, time.monotonic() + _REPORT_EVERY / 10)
-        timeout = None if until is None else max(0.0, until - time.monotonic())
-        ready, _, _ = select.select([self._wakeup[0]], [], [], timeout)
-        numbers = os.read(self._wakeup[0], 4096) if ready else b""
-        for number in numbers:
+            until = min(until, time.monotonic() + _REPORT_EVERY / 10)
+        timeout = None if until == math.inf else max(0.0, until - time.monotonic()) * 1000
+        poll = select.poll()  # select() knows no descriptor above 1023
+        for descriptor in (self._wakeup[0], self._ready[0], *self._watched):
+            poll.register(descriptor, select.POLLIN)
+        ready = [descriptor for descriptor, _ in poll.poll(timeout)]
+        if self._ready[0] in ready:
+            self._note_ready(os.read(self._ready[0], 4096))
+        for number in os.read(self._wakeup[0], 4096) if self._wakeup[0] in ready else b"":
             if number == signal.SIGHUP and not self._terminal_is_gone():
-                send(self._slots, signal.SIGHUP)
+                self._reload()
             elif number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}:
-                self._on_stopsend(signal.Signals(number))
+                self._on_stop_signal(signal.Signals(number))
+        for descriptor in ready:
+            if callback := self._watched.get(descriptor):
+                callback()
+
+    def _note_ready(self, pids: bytes) -> None:
+        found = {pid for (pid,) in _PID.iter_unpack(pids[: len(pids) // _PID.size * _PID.size])}
+        for slot in self._slots:
+            if slot.process and slot.process.pid in found:
+                slot.is_ready = True
+
+    def _reload(self) -> None:
+        if self.on_reload and self._stopping is None:
+            self.on_reload()
+        else:
+            self.tell_children()
 
     def _terminal_is_gone(self) -> bool:
         if not self._at_terminal:
@@ -254,7 +358,7 @@ class Supervisor:
             return True
         return False
 
-    def _on_stopsend(self, number: signal.Signals) -> None:
+    def _on_stop_signal(self, number: signal.Signals) -> None:
         if self._stopping is not None:
             logger.warning("{} again: killed at once", number.name)
             self._kill_all()
@@ -267,26 +371,34 @@ class Supervisor:
 
     # The fork
 
-    def _fork(self, child: Child, begun: int, predecessor: str | None) -> int:
-        return fork(child, lambda: ChildContext(child.name, f"{os.getpid()}.{begun}", predecessor), self._leave)
+    def _fork(self, slot: Slot, begun: int) -> int:
+        child, predecessor = slot.child, slot.instance
+
+        def tell() -> None:
+            with suppress(OSError):
+                os.write(self._ready[1], _PID.pack(os.getpid()))
+
+        def context() -> ChildContext:
+            return ChildContext(
+                child.name,
+                f"{os.getpid()}.{begun}",
+                predecessor,
+                generation=child.generation or 1,
+                seat=slot.seat,
+                ready=tell,
+                living=partial(self.vitals.living, child.name),
+            )
+
+        return fork(child, context, self._leave)
 
     def _leave(self) -> None:
         """Close what a fork has of the supervisor's."""
         signal.set_wakeup_fd(-1)
-        for descriptor in self._wakeup:
+        for descriptor in (*self._wakeup, self._ready[0], *self._watched):
             os.close(descriptor)
         for slot in self._slots:
             if slot.process:
                 slot.let_go()
-
-
-def notify(state: str) -> None:
-    """Tell systemd (Type=notify), if it asked to be told; a failure to is ignored."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address[:1] in {"/", "@"}:
-        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-            channel.connect("\0" + address[1:] if address[0] == "@" else address)
-            channel.send(state.encode())
 
 
 def _ignore(_number: int, _frame: object) -> None:

@@ -137,6 +137,10 @@ class Monitor:
             self._trouble = f"Redis: {type(error).__name__}: {error}".rstrip(": ")
             maillog.notice("warning", "Redis cannot be written to", reason=self._trouble)
 
+    def look_alone(self) -> None:
+        """Do no errand any more."""
+        self._errand = None
+
     async def look(self) -> bool:
         """Find out how Redis is. Returns whether it answers."""
         failures = self._failures
@@ -151,10 +155,10 @@ class Monitor:
                 pipe.time()
                 self._continuity.ask(pipe, count_on=self._landed > 0)
                 pipe.info("memory")
-                if self._errand:
-                    self._errand.ask(pipe)
+                if errand := self._errand:
+                    errand.ask(pipe)
                 answers = await pipe.execute(raise_on_error=False)
-            told = answers.pop() if self._errand else None
+            told = answers.pop() if errand else None
             memory = answers.pop()
             needed, known = answers[: -self._continuity.answers], answers[-self._continuity.answers :]
             for answer in needed:
@@ -169,8 +173,8 @@ class Monitor:
         self.clock_offset = seconds + micros / 1e6 - (before + time.time()) / 2
         self._recognise(known)
         self._take(memory)
-        if self._errand:
-            self._errand.take(told)
+        if errand:
+            errand.take(told)
         if self._trouble and failures == self._failures:
             self._trouble = ""
             self._is_own = False

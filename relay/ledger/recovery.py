@@ -58,14 +58,25 @@ def abandon(connection: Redis, owner: str, hold_seconds: float) -> list[str]:
     return held
 
 
-def take_over(connection: Redis, place: str, owner: str, hold_seconds: float, job_size: int = JOB_SIZE) -> list[str]:
+def take_over(
+    connection: Redis,
+    place: str,
+    owner: str,
+    hold_seconds: float,
+    job_size: int = JOB_SIZE,
+    *,
+    instance: str = "",
+    living: frozenset[str] = frozenset(),
+) -> list[str]:
     """Register a relay process at its place, and abandon what its dead predecessors there had staged. Returns the ids.
 
-    A place (host, state folder, name of the process) has one process at a time.
+    A place (host, state folder, name of the process) has one process at a time, but for those of other settings that
+    come or go: ``living`` are the instances that run there now.
     """
-    connection.hset(keys.OWNERS, owner, place)
+    connection.hset(keys.OWNERS, owner, f"{place}\n{instance}" if instance else place)
     owners = cast("dict[bytes, bytes]", connection.hgetall(keys.OWNERS))
-    dead = {text(other) for other, where in owners.items() if text(where) == place and text(other) != owner}
+    here = {text(other): text(where).partition("\n") for other, where in owners.items()}
+    dead = {o for o, (where, _, who) in here.items() if where == place and o != owner and who not in living}
     held = [message_id for other in sorted(dead) for message_id in abandon(connection, other, hold_seconds)]
     if dead:
         _dispatch_last(connection, dead, job_size)

@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import uvloop
@@ -51,6 +51,7 @@ _MONITOR_SECONDS = 1.0
 _INTRODUCTION_SECONDS = 1.0
 _IMPORT_SECONDS = 5.0  # for the batch in hand when we stop
 _GRACE_SECONDS = 30.0  # for clients between commands of a transaction while we drain
+LEAVE = signal.SIGUSR2  # to a process that another one of newer settings has taken the place of
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +168,7 @@ async def _for_ever(task: Callable[[], Awaitable[None]]) -> None:
 def serve(context: ChildContext, settings: Settings, place: Place, redis_url: str) -> int:
     """Be one relay process until SIGTERM; the ``run`` of a supervisor's child. Returns the exit status."""
     maillog.configure(settings.log.level, settings.log.format, context.name, threads=True)
+    place = replace(place, counters=place.counters.at_seat(context.seat))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_Relay(context, settings, place, redis_url).run())
     return 0
@@ -199,6 +201,7 @@ class _Relay:
         self._probe = async_client(server, seconds)
         self._continuity = Continuity(settings.backups, settings.state_dir, replicas=settings.redis.replicas)
         self._pulse = Pulse(place_of(settings, redis_url), context.name, os.getpid())
+        self._pulse.generation = context.generation
         self._watch = Monitor(
             self._probe,
             seconds=seconds,
@@ -249,13 +252,15 @@ class _Relay:
         self._shared.most_clients = self._fit.clients_here
         self._stop = asyncio.Event()
         self._introductions = asyncio.Event()
+        self._beside: frozenset[str] = frozenset()  # the instances at our place, as we last saw them
 
     async def run(self) -> None:
         """Start up, serve, drain."""
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self._stop.set)
-        loop.add_signal_handler(signal.SIGINT, self._stop.set)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
+        loop.add_signal_handler(LEAVE, self._leave)
         self._place.counters.take()
         self._reload_keys()
         if self._spool:
@@ -274,10 +279,12 @@ class _Relay:
             take = partial(commands.take, self._shared, tls=n >= self._place.plain)
             servers.append(await loop.create_server(take, sock=sock, backlog=self._fit.backlog))
         maillog.started("relay", pid=os.getpid(), listen=self._settings.smtp.listen, owner=self._shared.ids.owner)
+        self._context.ready()
         await self._stop.wait()
         maillog.stopping("relay", clients=len(self._shared.command_loops))
         self._shared.stopping = True
-        for sock in self._place.sockets if self._place.ours else ():
+        # Those that are shared with our successor go on listening: it takes what waits there.
+        for sock in self._place.sockets if self._place.ours and not self._shared.leaving else ():
             with contextlib.suppress(OSError):
                 # The supervisor holds it too: only a shutdown has new clients refused at once. At systemd's they wait.
                 sock.shutdown(socket.SHUT_RDWR)
@@ -285,8 +292,9 @@ class _Relay:
             server.close()
         await self._drain(importing)
         monitor.cancel()
-        with contextlib.suppress(RedisError, OSError):  # then it counts as dead before long
-            await asyncio.to_thread(heartbeats.forget, self._jobs, self._pulse.process)
+        if not self._shared.leaving:
+            with contextlib.suppress(RedisError, OSError):  # then it counts as dead before long
+                await asyncio.to_thread(heartbeats.forget, self._jobs, self._pulse.process)
         await self._pool.close()
         if self._spool:
             await self._spool.close()
@@ -294,6 +302,17 @@ class _Relay:
             await client.aclose()
         self._jobs.close()
         maillog.stopped("relay")
+
+    def _end(self) -> None:
+        self._shared.leaving = False
+        self._stop.set()
+
+    def _leave(self) -> None:
+        """Take no more clients, and let those that are here finish: a process with newer settings takes them."""
+        if not self._stop.is_set():
+            self._watch.look_alone()  # the sign of life at our place is our successor's
+            self._shared.leaving = True
+            self._stop.set()
 
     def _reload(self) -> None:
         """Read certificate, users and keys again, for what is to come; what cannot be used changes nothing."""
@@ -325,26 +344,38 @@ class _Relay:
                 await pipe.execute()
             await asyncio.to_thread(self._continuity.register, self._jobs)
             self._watch.is_stranger = False
-            hold_seconds = self._settings.relay.uncertain_hold
+            living = self._context.living()
+            if living is None:  # asked again in a moment
+                return
             await asyncio.to_thread(
                 recovery.take_over,
                 self._jobs,
                 me,
                 self._shared.ids.owner,
-                hold_seconds,
+                self._settings.relay.uncertain_hold,
                 self._settings.workers.job_size,
+                instance=self._context.instance,
+                living=living,
             )
             siblings = [f"relay-{n + 1}" for n in range(self._settings.smtp.process_count)]
             await asyncio.to_thread(heartbeats.forget, self._jobs, self._pulse.process, siblings)
+            self._beside = living
         except (RedisError, OSError) as error:
             maillog.ledger_trouble("start of a relay process", error)
             return
         self._introductions.set()
 
+    @property
+    def _has_lost_somebody(self) -> bool:
+        """Whether a process of other settings at our place has ended: it may have left something, if it was killed."""
+        return bool(self._beside - (self._context.living() or self._beside))
+
     async def _monitor(self) -> None:
         """Look how Redis is, and introduce us as soon as it answers."""
         while True:
-            if await self._watch.look() and (self._watch.is_stranger or not self._introductions.is_set()):
+            if await self._watch.look() and (
+                self._watch.is_stranger or not self._introductions.is_set() or self._has_lost_somebody
+            ):
                 await self._introduce()
             await asyncio.sleep(_MONITOR_SECONDS)
 

@@ -66,7 +66,7 @@ class CommandLoop:
                     await protocol.push(reply)
                     if self._over or transaction.is_lost or reply.code == 421:
                         break
-                if context.stopping and not transaction.in_transaction:
+                if context.stopping and not transaction.in_transaction and not self._may_stay:
                     await protocol.push(_SHUTDOWN)
                     break
         except ClientGone:
@@ -84,10 +84,16 @@ class CommandLoop:
     def stop(self, *, impatient: bool) -> None:
         """End an idle client's session now; one in a transaction after it, or, impatient, before its DATA."""
         transaction, protocol = self._transaction, self._protocol
-        if protocol.is_deaf or protocol.is_securing:
+        is_idle = not transaction.in_transaction and not self._may_stay
+        if protocol.is_deaf or (protocol.is_securing and not self._may_stay):
             protocol.abort()
-        elif protocol.waiting and (not transaction.in_transaction or (impatient and not transaction.in_data)):
+        elif protocol.waiting and (is_idle or (impatient and not transaction.in_data)):
             protocol.dismiss(_SHUTDOWN)
+
+    @property
+    def _may_stay(self) -> bool:
+        """Whether we are only replaced, and this client has come to us for a message that it has not sent yet."""
+        return self._context.leaving and not self._transaction.was_served
 
     async def _answer(self, line: bytes) -> Reply | None:
         """Return the reply to one command, None when it has been given: where the unforeseen becomes a reply."""

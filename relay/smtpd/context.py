@@ -33,6 +33,7 @@ class Context:
     credentials: Credentials = field(default_factory=Credentials)
     command_loops: set[Stoppable] = field(default_factory=set)
     stopping: bool = False
+    leaving: bool = False  # stopping, since another process takes the clients now: whoever came to us is served first
     most_clients: int = sys.maxsize  # of this process, by its descriptors
 
     @property

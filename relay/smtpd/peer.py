@@ -120,7 +120,7 @@ class Peer:
 
     def _unwelcome(self) -> Reply | None:
         context, settings = self._context, self._settings
-        if context.stopping:
+        if context.stopping and not context.leaving:
             return _SHUTDOWN
         if context.is_crowded:
             return _CROWDED

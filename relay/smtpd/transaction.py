@@ -78,6 +78,7 @@ class MailTransaction:
         self._counted = 0  # octets of the envelope, as counted in our numbers
         self.is_lost = False  # nobody knows where the next command begins
         self.in_data = False
+        self.was_served = False  # a message, to its end
         self._was_refused = False  # its MAIL, or what followed: a pipelining client goes on all the same
 
     @property
@@ -343,6 +344,7 @@ class MailTransaction:
 
     async def _conclude(self, incoming: IncomingBody) -> Reply:
         """The end of a message: make the copies durable, then give the primary its dot and the client its answer."""
+        self.was_served = True
         body = await incoming.complete()
         message = Message(self._envelope(len(body)), body)
         transaction, relay = self._transaction, self._context.settings.relay

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,95 +12,17 @@ from pathlib import Path
 import pytest
 
 from relay.child import ChildContext
-from relay.daemon.supervisor import Child, notify
+from relay.daemon.notify import notify
+from relay.daemon.slots import Child
+from support.supervised import Run, is_alive
 from support.waiting import wait_until
-
-PRELUDE = """
-import os, signal, subprocess, sys, time
-from pathlib import Path
-from relay.daemon.supervisor import Child, Supervisor
-
-folder = Path(sys.argv[1])
-
-def note(line):
-    with (folder / "events").open("a") as events:
-        events.write(line + "\\n")
-
-def serve(context):
-    "A child that drains, unless it is stubborn."
-    signals = {signal.SIGTERM, signal.SIGHUP}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    note(f"up {context.name} {os.getpid()} {context.predecessor}")
-    while signal.sigwait(signals) == signal.SIGHUP:
-        note(f"reload {context.name}")
-    note(f"term {context.name}")
-    while (folder / "stubborn").exists():
-        signal.pause()
-    note(f"down {context.name}")
-    return 0
-"""
-
-
-class Run:
-    """A supervisor under test."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self, program: str, **environment: str) -> subprocess.Popen[bytes]:
-        (self.folder / "program.py").write_text(PRELUDE + textwrap.dedent(program))
-        with (self.folder / "log").open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(self.folder / "program.py"), str(self.folder)],
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                process_group=0,
-            )
-        return self.process
-
-    @property
-    def events(self) -> list[list[str]]:
-        path = self.folder / "events"
-        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
-
-    @property
-    def log(self) -> str:
-        return (self.folder / "log").read_text()
-
-    def ups(self, name: str) -> list[tuple[int, str]]:
-        """Return (pid, predecessor) of each start of a child."""
-        return [(int(e[2]), e[3]) for e in self.events if e[:2] == ["up", name]]
-
-    def wait_up(self, name: str, count: int = 1) -> list[tuple[int, str]]:
-        wait_until(lambda: len(self.ups(name)) >= count, message=lambda: self.log)
-        return self.ups(name)
-
-    def end(self, timeout: float = 20) -> int:
-        assert self.process is not None
-        return self.process.wait(timeout)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
     under_test = Run(tmp_path)
     yield under_test
-    if under_test.process and under_test.process.poll() is None:
-        under_test.process.kill()
-        under_test.process.wait()
-    for event in under_test.events:
-        if event[0] == "up" and is_alive(int(event[2])):
-            os.kill(int(event[2]), signal.SIGKILL)
-
-
-def is_alive(pid: int) -> bool:
-    """Say whether a process runs; one that nobody has reaped yet does not."""
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
+    under_test.clean_up()
 
 
 def context_switches(pid: int) -> list[str]:

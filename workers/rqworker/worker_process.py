@@ -154,6 +154,7 @@ def serve(
             break
         except (RedisError, OSError) as error:
             away.came(str(error))
+            context.ready()  # it does what can be done without Redis
             time.sleep(pause)
             pause = min(pause * 2, 2.0)
     if worker is None:
@@ -165,6 +166,7 @@ def serve(
         worker.stopping = True
     jobs.bind(destination, courier, thread.loop)
     logger.info("worker {} serves {}", name, queue_name)
+    context.ready()
     try:
         worker.work()
     finally:

@@ -1,0 +1,16 @@
+"""What systemd is told (Type=notify)."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+
+
+def notify(state: str) -> None:
+    """Tell systemd (Type=notify), if it asked to be told; a failure to is ignored."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address[:1] in {"/", "@"}:
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.connect("\0" + address[1:] if address[0] == "@" else address)
+            channel.send(state.encode())
