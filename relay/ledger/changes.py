@@ -38,6 +38,7 @@ from relay.ledger.scripts import script as _script
 from relay.mail import ids
 from relay.mail.ids import text as as_text
 
+NOISE = 900.0  # seconds: see divergence.noise
 WANTED, SETTLED, UNKNOWN = range(3)  # what a ledger says of a file; see judge_files.lua
 
 Pipe = Any  # redis.client.Pipeline or redis.asyncio.client.Pipeline: both only queue commands here
@@ -53,7 +54,8 @@ _ADMIT = _script("admit")
 _UNSTAGE = _script("unstage")
 _REVIVE = _script("revive")
 _CLAIM = _script("claim")
-_SETTLE = _script("settle")
+_SETTLE = _script("settle", without="turned")
+_SETTLE_COUNTED = _script("settle")
 _DEFER = _script("defer")
 _FAIL = _script("fail")
 _UNLEASE = _script("unlease")
@@ -259,23 +261,35 @@ def renew(pipe: Pipe, destination: str, until: float, ids: Sequence[str]) -> Non
     pipe.zadd(BUSY + destination, dict.fromkeys(ids, until), xx=True)
 
 
-def settle(pipe: Pipe, destination: str, ids: Sequence[str]) -> None:
-    """Copies that are delivered. Result: how many were still pending."""
-    pipe.eval(_SETTLE, 0, destination, *ids)
+def settle(pipe: Pipe, destination: str, ids: Sequence[str], *, counted: bool = False, noise: float = NOISE) -> None:
+    """Copies that are delivered. Result: how many were still pending.
+
+    ``counted`` when some may be open in groups of divergence. Here and below, those that were only deferred, and for no
+    longer than ``noise`` seconds, are noise there.
+    """
+    pipe.eval(_SETTLE_COUNTED if counted else _SETTLE, 0, destination, str(noise), *ids)
 
 
-def defer(pipe: Pipe, destination: str, states: dict[str, CopyState]) -> None:
+def defer(pipe: Pipe, destination: str, states: dict[str, CopyState], *, noise: float = NOISE) -> None:
     """Copies to be tried again by the job named in their state; the lease ends. Result: how many were pending."""
-    pipe.eval(_DEFER, 0, destination, *(part for i, s in states.items() for part in (i, s.to_wire())))
+    pipe.eval(_DEFER, 0, destination, str(noise), *(part for i, s in states.items() for part in (i, s.to_wire())))
 
 
-def fail(pipe: Pipe, destination: str, message_id: str, failure: CopyState, remains: CopyState | None) -> None:
+def fail(
+    pipe: Pipe,
+    destination: str,
+    message_id: str,
+    failure: CopyState,
+    remains: CopyState | None,
+    *,
+    noise: float = NOISE,
+) -> None:
     """Move a copy, or the recipients in ``failure.owed``, to the failed list; what remains stays pending.
 
     Result: 1, or 0 for not pending.
     """
     left = remains.to_wire() if remains else ""
-    pipe.eval(_FAIL, 0, destination, message_id, failure.to_wire(), left)
+    pipe.eval(_FAIL, 0, destination, message_id, failure.to_wire(), left, str(noise))
 
 
 def unlease(pipe: Pipe, destination: str, ids: Sequence[str]) -> None:

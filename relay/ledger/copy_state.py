@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,6 +16,12 @@ REPLY = 1000  # characters of a reply that are kept: a server may say as much as
 _LONGEST = 1 << 20  # characters of a stored form that is looked into
 _MOST, _LATEST = 1 << 31, 1e11  # counts, and seconds since the epoch (the year 5138), that can be right
 UNREADABLE = "what Redis held of earlier attempts cannot be read: everybody is owed this copy"
+
+
+# Groups of divergence (see divergence.py), each with its kind's letter in front, and the recipients counted in it.
+Groups = tuple[tuple[str, tuple[int, ...]], ...]
+_GROUP = re.compile(r"[a-z][0-9a-f]{12}")
+_MOST_PAST = 20  # groups that a copy has left and is not counted in again: a reply that never repeats fills no state
 
 
 class Attempt(NamedTuple):
@@ -29,7 +37,8 @@ class CopyState:
 
     ``owed`` indexes the envelope's recipients; None means all. ``tries`` counts since ``since``, the time at which
     the clock of the retry schedule started; ``attempts`` counts for ever. ``job`` is the RQ job that owns
-    the copy: no other may claim it.
+    the copy: no other may claim it. ``open`` says which recipients are counted in which group of divergence now,
+    ``past`` which were before.
     """
 
     job: str = ""
@@ -38,6 +47,8 @@ class CopyState:
     since: float = 0.0
     owed: tuple[int, ...] | None = None
     history: tuple[Attempt, ...] = ()
+    open: Groups = ()
+    past: Groups = ()
 
     @property
     def last_reply(self) -> str:
@@ -48,6 +59,11 @@ class CopyState:
         history = (*self.history, Attempt(round(at, 3), reply[:REPLY]))[-_HISTORY:]
         return replace(self, attempts=self.attempts + 1, tries=self.tries + 1, history=history)
 
+    def owed_by(self, recipients: Iterable[int]) -> CopyState:
+        """Return the state of these recipients' part of the copy."""
+        owed = tuple(sorted(recipients))
+        return replace(self, owed=owed, open=_of(self.open, owed), past=_of(self.past, owed))
+
     def to_wire(self) -> str:
         """Return the stored form: the job id, a newline (Lua reads only that far), JSON."""
         record: dict[str, Any] = {"a": self.attempts, "t": self.tries, "s": round(self.since, 3)}
@@ -55,6 +71,10 @@ class CopyState:
             record["o"] = self.owed
         if self.history:
             record["h"] = self.history
+        if self.open:
+            record["g"] = dict(self.open)
+        if self.past:
+            record["q"] = dict(self.past[-_MOST_PAST:])
         return f"{self.job}\n{json.dumps(record, separators=(',', ':'))}"
 
     @classmethod
@@ -86,8 +106,27 @@ def _fields(record: str) -> dict[str, Any]:
         "tries": _count(found["t"]),
         "since": _time(found["s"]),
         "owed": None if owed is None else tuple(dict.fromkeys(map(_count, owed))),
+        "open": _groups(found.get("g")),
+        "past": _groups(found.get("q")),
         "history": tuple(Attempt(_time(at), any_text(reply)[:REPLY]) for at, reply in (history or [])[-_HISTORY:]),
     }
+
+
+def _of(groups: Groups, recipients: tuple[int, ...]) -> Groups:
+    wanted = set(recipients)
+    found = ((group, tuple(i for i in counted if i in wanted)) for group, counted in groups)
+    return tuple((group, counted) for group, counted in found if counted)
+
+
+def _groups(found: object) -> Groups:
+    """Read which recipients are counted where; what makes no sense is counted nowhere, and the copy is as it was."""
+    if not isinstance(found, dict):
+        return ()
+    try:
+        groups = ((key, tuple(dict.fromkeys(map(_count, counted or ())))) for key, counted in found.items())
+        return tuple((key, counted) for key, counted in groups if counted and _GROUP.fullmatch(key))
+    except (ValueError, TypeError):
+        return ()
 
 
 def _count(value: object) -> int:

@@ -16,6 +16,14 @@ FAILED = PREFIX + "failed:"  # zset id -> time failed
 FAILURE = PREFIX + "failure:"  # hash id -> CopyState of what failed
 DESTINATIONS = PREFIX + "destinations"  # hash name -> Destination, every one ever used
 HEALTH = PREFIX + "health:"  # hash: the breaker as the worker sees it, and the operator's flush
+# What a backup answered otherwise than the primary, see divergence.py; a group is 12 hex digits, or "other".
+DIVERGENCE = PREFIX + "divergence:"  # zset group -> last seen
+DIVERGED = PREFIX + "diverged:"  # "<destination>:<group>": hash of one group
+EXAMPLES = PREFIX + "examples:"  # likewise: zset id -> when, the first and the last
+WHOM = PREFIX + "whom:"  # likewise: zset recipient -> count; where mail is sealed, a pseudonym
+SEALED = PREFIX + "sealed:"  # likewise: hash pseudonym -> the sealed address
+DOMAINS = PREFIX + "domains:"  # hash domain -> "ok,deferred,refused,last"
+OUTAGES = PREFIX + "outages:"  # list of JSON: begin, end, reason; the last one first
 COUNTERS = PREFIX + "counters"  # hash name -> total
 OWNERS = PREFIX + "owners"  # hash owner -> "host state-dir process" of a relay process, and a line with its instance
 RECONCILER = PREFIX + "reconciler"  # lock of the reconciler

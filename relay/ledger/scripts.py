@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from importlib import resources
 
+_PARTS = {"destinations": "lists", "turned": "occurrences", "joined": "joined"}  # a function, and its file
 
-def script(name: str) -> str:
-    """Return a script without its comments and indentation; its lines keep the numbers that they have in the file.
 
-    It goes whole with every EVAL, and Redis makes a checksum of it each time. What must know all lists has lists.lua in
-    its first line, which is a comment in the file.
+def script(name: str, without: str = "") -> str:
+    """Return a script without comments and indentation; its lines keep the numbers that they have in the file.
+
+    It goes whole with every EVAL, and Redis makes a checksum of it each time. What a script calls of other files it has
+    in its first line, which is a comment in the file; the function that ``without`` names is false there.
     """
     lines = _lines(name)
-    if any("destinations()" in line for line in lines):
-        lines[0] = " ".join(line for line in _lines("lists") if line)
+    front: list[str] = []
+    for function, part in _PARTS.items():
+        if function == without:
+            front.append(f"local {function} = false")
+        elif any(f"{function}(" in line for line in lines):
+            front += [line for line in _lines(part) if line]
+    lines[0] = " ".join(front)
     return "\n".join(lines)
 
 

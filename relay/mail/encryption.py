@@ -128,6 +128,31 @@ def reload() -> None:
         _ring.read()
 
 
+# Words -----------------------------------------------------------------------------------------------------------
+
+
+def pseudonym(word: str) -> str:
+    """Return what stands for a word that must be known again and not read; only while it ``is_on``."""
+    if _ring is None or _ring.first is None:
+        raise RuntimeError("there is no key to make a pseudonym with")
+    octets = word.encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(octets, digest_size=8, key=_ring.first.secret, person=b"smtp-dup word").hexdigest()
+
+
+def seal_word(place: str, word: str) -> str:
+    """Seal a word that is kept at this place, an ASCII name; only while it ``is_on``."""
+    return base64.b64encode(seal(place, 0, word.encode("utf-8", "surrogateescape"), b"")[0]).decode("ascii")
+
+
+def open_word(place: str, sealed: str | bytes) -> str:
+    """Open a word that was sealed for this place. Raises MissingKey, Forged."""
+    try:
+        front = base64.b64decode(sealed, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Forged("it is not what was sealed") from error
+    return open_front(place, front).envelope.decode("utf-8", "surrogateescape")
+
+
 # Records ------------------------------------------------------------------------------------------------------
 
 

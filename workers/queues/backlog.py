@@ -312,7 +312,11 @@ class _Mover:
         self.failed += self._count(moves, done)
 
     def _state(self, state: CopyState, envelope: Envelope | None) -> CopyState | None:
-        """Return a copy's state at the new destination, None when nobody is owed it there."""
+        """Return a copy's state at the new destination, None when nobody is owed it there.
+
+        What the old one said is no divergence of the new one.
+        """
+        state = replace(state, open=(), past=())
         if envelope is None:
             return state
         owed = envelope.owed_to(self._old) if state.owed is None else state.owed

@@ -31,6 +31,7 @@ local function merged(state, other)
   else
     a.o = nil
   end
+  joined(a, b)
   return job .. '\n' .. cjson.encode(a)
 end
 

@@ -9,6 +9,7 @@ local count = 0
 for i = 3, #ARGV do
   local id = ARGV[i]
   if redis.call('ZREM', list, id) == 1 then
+    turned(destination, {redis.call('HGET', states, id) or ''}, {}, 'dropped', 0)
     redis.call('HDEL', states, id)
     if ARGV[2] == '1' then
       redis.call('ZREM', 'smtpdup:busy:' .. destination, id)

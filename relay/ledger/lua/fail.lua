@@ -1,4 +1,4 @@
--- ARGV: destination, id, state of what failed, state of what stays pending ('' for nothing).
+-- ARGV: destination, id, state of what failed, state of what stays pending ('' for nothing), seconds of noise.
 local destination, id = ARGV[1], ARGV[2]
 redis.call('ZREM', 'smtpdup:busy:' .. destination, id)
 redis.call('HDEL', 'smtpdup:holders:' .. destination, id)
@@ -21,8 +21,12 @@ if before then
   else
     a.o = nil
   end
+  if sound and type(b) == 'table' then joined(a, b) end
   state = head .. cjson.encode(a)
 end
+local own = 'smtpdup:own:' .. destination
+local was = redis.call('HGET', own, id) or ''
+turned(destination, {was, before or ''}, {state, ARGV[4]}, 'resolved', tonumber(ARGV[5]))
 redis.call('SADD', 'smtpdup:lists', destination)
 local time = redis.call('TIME')
 redis.call('ZADD', 'smtpdup:failed:' .. destination, time[1] .. '.' .. string.format('%06d', time[2]), id)
@@ -30,8 +34,8 @@ redis.call('HSET', 'smtpdup:failure:' .. destination, id, state)
 redis.call('HINCRBY', 'smtpdup:counters', 'failed:' .. destination, 1)
 if ARGV[4] == '' then
   redis.call('ZREM', 'smtpdup:pending:' .. destination, id)
-  redis.call('HDEL', 'smtpdup:own:' .. destination, id)
+  redis.call('HDEL', own, id)
 else
-  redis.call('HSET', 'smtpdup:own:' .. destination, id, ARGV[4])
+  redis.call('HSET', own, id, ARGV[4])
 end
 return 1

@@ -6,7 +6,12 @@ local pending = redis.call('ZCARD', 'smtpdup:pending:' .. name)
 local failed = redis.call('ZCARD', 'smtpdup:failed:' .. name)
 local busy = redis.call('ZCOUNT', 'smtpdup:busy:' .. name, time[1], '+inf')
 if pending == 0 and failed == 0 and busy == 0 then
-  for _, kind in ipairs({'own', 'busy', 'holders', 'failure', 'health'}) do
+  for _, group in ipairs(redis.call('ZRANGE', 'smtpdup:divergence:' .. name, 0, -1)) do
+    for _, kind in ipairs({'diverged', 'examples', 'whom', 'sealed'}) do
+      redis.call('DEL', 'smtpdup:' .. kind .. ':' .. name .. ':' .. group)
+    end
+  end
+  for _, kind in ipairs({'own', 'busy', 'holders', 'failure', 'health', 'divergence', 'domains', 'outages'}) do
     redis.call('DEL', 'smtpdup:' .. kind .. ':' .. name)
   end
   for _, counter in ipairs({'delivered', 'failed', 'body_missing'}) do

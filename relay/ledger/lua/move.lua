@@ -19,6 +19,7 @@ for i = 4, #ARGV, 3 do
     and not (after ~= '-' and (redis.call('ZSCORE', 'smtpdup:pending:' .. to, id) or redis.call('ZSCORE', 'smtpdup:failed:' .. to, id)))
   then
     redis.call('ZREM', 'smtpdup:' .. list .. ':' .. from, id)
+    turned(from, {before}, {}, 'moved', 0)
     redis.call('HDEL', states .. from, id)
     if list == 'pending' then
       redis.call('ZREM', 'smtpdup:busy:' .. from, id)

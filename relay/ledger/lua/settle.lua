@@ -1,15 +1,23 @@
--- ARGV: destination, ids. A body goes when no destination has its id pending or failed.
+-- ARGV: destination, seconds of noise, ids. A body goes when no destination has its id pending or failed. Without
+-- "turned" none of these copies is counted in a group of divergence.
 local destination = ARGV[1]
 local pending, own = 'smtpdup:pending:' .. destination, 'smtpdup:own:' .. destination
 local ids = {}
-for i = 2, #ARGV do ids[i - 1] = ARGV[i] end
+for i = 3, #ARGV do ids[i - 2] = ARGV[i] end
 redis.call('ZREM', 'smtpdup:busy:' .. destination, unpack(ids))
 redis.call('HDEL', 'smtpdup:holders:' .. destination, unpack(ids))
 local count = redis.call('ZREM', pending, unpack(ids))
 if count == 0 then
   return 0
 end
-if redis.call('EXISTS', own) == 1 then redis.call('HDEL', own, unpack(ids)) end
+if redis.call('EXISTS', own) == 1 then
+  if turned then
+    for _, state in ipairs(redis.call('HMGET', own, unpack(ids))) do
+      if state then turned(destination, {state}, {}, 'resolved', tonumber(ARGV[2])) end
+    end
+  end
+  redis.call('HDEL', own, unpack(ids))
+end
 local lists = {}
 if count < #ids then
   -- Asked for again: after a failover the others may be on their way to pending once more, and keep their bodies.

@@ -1,0 +1,402 @@
+"""The groups of divergence as they are stored: read, acknowledged, swept.
+
+What Redis says is data: a group that makes no sense is read as far as it does. An acknowledged group is open again by
+itself when its time is over, when a domain turns up that was not in it then, or when an hour has over three times the
+hourly rate of then, and at least ten: that follows from what is stored, whoever reads it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from relay.ledger import changes, keys
+from relay.ledger.divergence import DEFERRED, KINDS, MOST_OUTAGES, NOISE, OTHERS, place_of
+from relay.mail import encryption, refusal_class
+from relay.mail.ids import is_id, text
+
+HOUR = 3600
+DAY = 24 * HOUR
+HOURS_KEPT = 35 * 24
+_RATE_TIMES, _RATE_LEAST = 3, 10  # an hour that reopens: over so many times the rate of then, and at least so many
+_GROUP = re.compile(r"[0-9a-f]{12}|" + "|".join(sorted(set(OTHERS.values()))))
+_HOUR_FIELD = re.compile(r"h[0-9]{1,9}")
+_LATEST = 1e11  # seconds since the epoch (the year 5138) that can be right
+_MOST = 1 << 53
+_NOTE = 1000  # characters of an operator's words
+
+
+def is_group(value: object) -> bool:
+    """Say whether this can be the key of a group."""
+    return isinstance(value, str) and _GROUP.fullmatch(value) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledgement:
+    """An operator's word that a group does not count until it ends, and what the group was then."""
+
+    by: str
+    note: str
+    at: float
+    until: float
+    domains: tuple[str, ...] = ()
+    more_domains: int = 0
+    rate: float = 0.0  # recipients an hour
+    counted: int = 0  # in the hour of then
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, data: bytes | None) -> Acknowledgement | None:
+        """Read the stored form; what makes no sense is none: the group is open."""
+        try:
+            found = json.loads(data or b"null")
+            return found and cls(
+                by=str(found["by"]),
+                note=str(found["note"]),
+                at=_number(found["at"]),
+                until=_number(found["until"]),
+                domains=tuple(map(str, found["domains"])),
+                more_domains=int(_number(found["more_domains"])),
+                rate=_number(found["rate"]),
+                counted=int(_number(found["counted"])),
+            )
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One group: equal replies about recipients whom the primary took. Times are seconds since the epoch.
+
+    ``seen`` is how many recipients, ever; ``open`` how many have no end yet; the others were delivered later
+    (``resolved``, or ``noise`` when that was soon), ``dropped`` by an operator or by age, or ``moved``.
+    """
+
+    destination: str
+    key: str
+    kind: str
+    stage: str
+    code: int
+    status: str
+    text: str
+    reply: str  # one as it came; "" where mail is sealed
+    reason: str  # the name of its class
+    own: bool
+    soft: bool
+    first: float
+    last: float
+    seen: int
+    open: int
+    resolved: int
+    noise: int
+    dropped: int
+    moved: int
+    messages: int
+    more: int  # recipients that are not among those kept
+    turns: int
+    domains: Mapping[str, int]
+    more_domains: int
+    hours: Mapping[int, int]  # hour since the epoch -> recipients
+    ack: Acknowledgement | None
+
+    @property
+    def advice(self) -> str:
+        """What to do at the new server."""
+        return refusal_class.named(self.reason).advice
+
+    @property
+    def is_rest(self) -> bool:
+        """Whether it holds what came when there were groups enough."""
+        return self.key in OTHERS.values()
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether all that was put off has been delivered soon: greylisting, rate limits."""
+        return self.kind == DEFERRED and not self.open and self.noise > 0 and self.noise >= self.resolved
+
+    def reopened(self, now: float) -> str:
+        """Return why an acknowledgement does not hold any more, "" while it does or where there is none."""
+        ack = self.ack
+        if ack is None:
+            return ""
+        if now >= ack.until:
+            return "its time is over"
+        fresh = sorted(set(self.domains).difference(ack.domains)) if not ack.more_domains else []
+        if fresh or (self.more_domains and not ack.more_domains):
+            return f"a domain that was not in it: {fresh[0] if fresh else 'one of many'}"
+        most = max(_RATE_LEAST - 1, _RATE_TIMES * ack.rate)
+        since = int(ack.at // HOUR)
+        for hour, count in self.hours.items():
+            fresh_ones = count - ack.counted * (hour == since)
+            if since <= hour <= now // HOUR and fresh_ones > most:
+                return f"{fresh_ones} recipients in an hour, {ack.rate:.1f} were usual"
+        return ""
+
+    def is_acknowledged(self, now: float) -> bool:
+        return self.ack is not None and not self.reopened(now)
+
+    def counts(self, now: float) -> bool:
+        """Say whether it is open and not acknowledged."""
+        return self.open > 0 and not self.is_acknowledged(now)
+
+    def rate(self, now: float) -> float:
+        """Return recipients an hour, of the last day or since it began."""
+        last = int(now // HOUR)
+        recent = sum(count for hour, count in self.hours.items() if last - 24 < hour <= last)
+        return recent / min(24.0, max(1.0, (now - self.first) / HOUR))
+
+    def trend(self, now: float, hours: int = 24) -> list[int]:
+        """Return the recipients of each of the last hours."""
+        last = int(now // HOUR)
+        return [self.hours.get(hour, 0) for hour in range(last - hours + 1, last + 1)]
+
+
+# Reading ----------------------------------------------------------------------------------------------------------
+
+
+def groups(connection: Any, destination: str) -> list[Group]:
+    """Return the groups of a destination, the one seen last first."""
+    found = connection.zrevrange(keys.DIVERGENCE + destination, 0, -1)
+    names = [name for name in map(text, found) if is_group(name)]
+    with connection.pipeline(transaction=False) as pipe:
+        for name in names:
+            pipe.hgetall(_place(keys.DIVERGED, destination, name))
+        answers = pipe.execute(raise_on_error=False)
+    return [_group(destination, name, fields) for name, fields in zip(names, answers, strict=True) if _is_there(fields)]
+
+
+def group(connection: Any, destination: str, key: str) -> Group | None:
+    """Return one group, None where there is none."""
+    if not is_group(key) or connection.zscore(keys.DIVERGENCE + destination, key) is None:
+        return None
+    return _group(destination, key, connection.hgetall(_place(keys.DIVERGED, destination, key)))
+
+
+def examples(connection: Any, destination: str, key: str) -> list[tuple[str, float]]:
+    """Return ids of messages of a group and when each was counted, the first and the last ones, the oldest first."""
+    found = connection.zrange(_place(keys.EXAMPLES, destination, key), 0, -1, withscores=True)
+    return [(text(name), float(at)) for name, at in found if is_id(text(name))]
+
+
+def whom(connection: Any, destination: str, key: str, most: int) -> list[tuple[str, int]]:
+    """Return the recipients of a group and how often each was counted, the most frequent first.
+
+    A sealed one that cannot be opened here is its pseudonym.
+    """
+    found = connection.zrevrange(_place(keys.WHOM, destination, key), 0, most - 1, withscores=True)
+    names = [name for name, _ in found]
+    sealed = connection.hmget(_place(keys.SEALED, destination, key), names) if names else []
+    shown = []
+    for (name, times), word in zip(found, sealed, strict=True):
+        address = text(name)
+        if word is not None:
+            with contextlib.suppress(encryption.MissingKey, encryption.Forged):
+                address = encryption.open_word(place_of(destination), word)
+        shown.append((address, int(times)))
+    return shown
+
+
+def domains(connection: Any, destination: str) -> dict[str, tuple[int, int, int, int]]:
+    """Return by domain how many recipients a destination took, put off and refused, and when it last heard of it."""
+    found = {}
+    for domain, value in connection.hgetall(keys.DOMAINS + destination).items():
+        parts = text(value).split(",")
+        if len(parts) == 4 and all(part.isdecimal() and len(part) < 17 for part in parts):
+            taken, deferred, refused, last = map(int, parts)
+            found[text(domain)] = (taken, deferred, refused, last)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """A time in which a destination was paused; ``end`` is 0 while it goes on."""
+
+    begin: float
+    end: float
+    reason: str
+
+
+def outages(connection: Any, destination: str, since: float = 0.0) -> list[Outage]:
+    """Return the outages that had not ended by then, the last one first."""
+    found = []
+    for item in connection.lrange(keys.OUTAGES + destination, 0, MOST_OUTAGES - 1):
+        try:
+            record = json.loads(item)
+            outage = Outage(_number(record["begin"]), _number(record["end"]), str(record["reason"]))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if not outage.end or outage.end >= since:
+            found.append(outage)
+    return found
+
+
+def _place(prefix: str, destination: str, key: str) -> str:
+    return f"{prefix}{destination}:{key}"
+
+
+def _is_there(fields: object) -> bool:
+    return isinstance(fields, dict) and bool(fields)
+
+
+def _group(destination: str, key: str, fields: Mapping[bytes, bytes]) -> Group:
+    named = {text(name): value for name, value in fields.items()}
+
+    def word(name: str) -> str:
+        return text(named.get(name, b""))
+
+    def count(name: str) -> int:
+        return max(0, _integer(named.get(name)))
+
+    kind = word("kind")
+    return Group(
+        destination=destination,
+        key=key,
+        kind=kind if kind in KINDS else KINDS[0],
+        stage=word("stage"),
+        code=count("code"),
+        status=word("status"),
+        text=word("text") if key not in OTHERS.values() else "replies of all other kinds",
+        reply=word("reply"),
+        reason=refusal_class.named(word("class")).name,
+        own=bool(count("own")),
+        soft=bool(count("soft")),
+        first=_seconds(named.get("first")),
+        last=_seconds(named.get("last")),
+        seen=count("seen"),
+        open=count("open"),
+        resolved=count("resolved"),
+        noise=count(NOISE),
+        dropped=count("dropped"),
+        moved=count("moved"),
+        messages=count("messages"),
+        more=count("more"),
+        turns=count("turns"),
+        domains={name[2:]: count(name) for name in named if name.startswith("d:")},
+        more_domains=count("more_domains"),
+        hours={int(name[1:]): count(name) for name in named if _HOUR_FIELD.fullmatch(name)},
+        ack=Acknowledgement.from_json(named.get("ack")),
+    )  # fmt: skip
+
+
+def _integer(value: bytes | None) -> int:
+    try:
+        found = int(value or 0)
+    except ValueError:
+        return 0
+    return found if abs(found) < _MOST else 0
+
+
+def _seconds(value: bytes | None) -> float:
+    try:
+        found = float(value or 0)
+    except ValueError:
+        return 0.0
+    return found if 0 <= found < _LATEST else 0.0
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError("not a number")
+    return float(value)
+
+
+# Acknowledging ------------------------------------------------------------------------------------------------------
+
+
+def acknowledge(connection: Any, found: Group, by: str, note: str, seconds: float) -> Acknowledgement:
+    """Let a group not count for so many seconds; returns what is stored."""
+    now = changes.now(connection)
+    ack = Acknowledgement(
+        by=by[:_NOTE],
+        note=note[:_NOTE],
+        at=now,
+        until=now + seconds,
+        domains=tuple(found.domains),
+        more_domains=found.more_domains,
+        rate=found.rate(now),
+        counted=found.hours.get(int(now // HOUR), 0),
+    )
+    connection.hset(_place(keys.DIVERGED, found.destination, found.key), "ack", ack.to_json())
+    return ack
+
+
+def unacknowledge(connection: Any, found: Group) -> bool:
+    """Let a group count again; returns whether it was acknowledged."""
+    return bool(connection.hdel(_place(keys.DIVERGED, found.destination, found.key), "ack"))
+
+
+# Sweeping -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a sweep did to a group, and why."""
+
+    key: str
+    what: str
+
+
+def sweep(connection: Any, destination: str, keep: float) -> list[Swept]:
+    """Forget groups that are empty for longer than ``keep`` seconds, old hours, and acknowledgements that are over."""
+    now = changes.now(connection)
+    done = list(_mend_types(connection, destination))
+    for found in groups(connection, destination):
+        hash_key = _place(keys.DIVERGED, destination, found.key)
+        if found.last > now + HOUR:  # the clock was wrong then
+            connection.zadd(keys.DIVERGENCE + destination, {found.key: now}, xx=True)
+            connection.hset(hash_key, "last", f"{now:.6f}")
+        elif not found.open and found.last < now - keep:
+            forget(connection, destination, [found.key])
+            done.append(Swept(found.key, "empty, forgotten"))
+            continue
+        if why := found.reopened(now):
+            connection.hdel(hash_key, "ack")
+            done.append(Swept(found.key, f"open again: {why}"))
+        first, last = now // HOUR - HOURS_KEPT, now // HOUR + 1
+        if old := [f"h{hour}" for hour in found.hours if not first <= hour <= last]:
+            connection.hdel(hash_key, *old)
+    return done
+
+
+def forget(connection: Any, destination: str, names: Sequence[str]) -> None:
+    """Forget groups."""
+    with connection.pipeline(transaction=True) as pipe:
+        for name in names:
+            pipe.zrem(keys.DIVERGENCE + destination, name)
+            for prefix in (keys.DIVERGED, keys.EXAMPLES, keys.WHOM, keys.SEALED):
+                pipe.delete(_place(prefix, destination, name))
+        pipe.execute()
+
+
+def _mend_types(connection: Any, destination: str) -> list[Swept]:
+    """Forget what is no list of groups, and groups that are none: nothing could be counted there."""
+    key = keys.DIVERGENCE + destination
+    if connection.type(key) not in {b"zset", b"none"}:
+        connection.delete(key)
+        return [Swept("", "no list of groups, forgotten")]
+    names = [text(name) for name in cast("list[bytes]", connection.zrange(key, 0, -1))]
+    strange = [name for name in names if not is_group(name)]
+    if strange:
+        connection.zrem(key, *strange)
+    with connection.pipeline(transaction=False) as pipe:
+        kept = [name for name in names if is_group(name)]
+        for name in kept:
+            for prefix in (keys.DIVERGED, keys.EXAMPLES, keys.WHOM, keys.SEALED):
+                pipe.type(_place(prefix, destination, name))
+        types = pipe.execute()
+    expected = (b"hash", b"zset", b"zset", b"hash")
+    damaged = [
+        name
+        for n, name in enumerate(kept)
+        if types[4 * n] == b"none"
+        or any(t not in {e, b"none"} for t, e in zip(types[4 * n : 4 * n + 4], expected, strict=True))
+    ]
+    forget(connection, destination, damaged)
+    return [Swept(name, "damaged, forgotten") for name in damaged]
