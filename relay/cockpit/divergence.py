@@ -1,0 +1,194 @@
+"""Divergence as people see it: what stands open at a backup, by reason, domain, recipient or day.
+
+All is read from the groups in the ledger and never from the copies, whatever there are of them. An acknowledged group
+is not open, and neither is noise: what was put off at first and delivered soon after.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from relay.ledger import changes, divergence_groups, keys, queries
+from relay.ledger.copy_state import CopyState
+from relay.ledger.divergence import DEFERRED, GIVEN_UP, MOST_WHOM, NOISE, OTHERS, REFUSED
+from relay.ledger.divergence_groups import Group, Outage
+from relay.mail.ids import is_id, text
+
+DAY = 86400.0
+_PAGE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How one backup stands, for the question whether it is ready.
+
+    ``open`` are the groups that have open recipients and are not acknowledged, those with the most first. ``noise`` are
+    recipients that were put off at first and delivered soon, ``taken`` all that it took. ``unreached`` are domains of
+    which it was offered mail and took none; ``domains`` all of which it was.
+    """
+
+    destination: str
+    open: tuple[Group, ...]
+    acknowledged: int
+    noise: int
+    taken: int
+    outages: tuple[Outage, ...]
+    domains: tuple[str, ...]
+    unreached: tuple[str, ...]
+
+    def recipients(self, *kinds: str) -> int:
+        """Return how many recipients are open, of these kinds."""
+        return sum(group.open for group in self.open if group.kind in kinds)
+
+    @property
+    def refused(self) -> int:
+        """How many recipients were refused, or given up."""
+        return self.recipients(REFUSED, GIVEN_UP)
+
+    @property
+    def deferred(self) -> int:
+        """How many recipients are put off, and still owed their copy."""
+        return self.recipients(DEFERRED)
+
+    @property
+    def noise_share(self) -> float:
+        """The share of what it took that it had put off at first."""
+        return self.noise / self.taken if self.taken else 0.0
+
+
+def standing(connection: Any, destination: str, *, since: float = 0.0) -> Standing:
+    """Return how a backup stands; its outages since then, seconds since the epoch. Raises RedisError."""
+    now = changes.now(connection)
+    groups = divergence_groups.groups(connection, destination)
+    domains = divergence_groups.domains(connection, destination)
+    return Standing(
+        destination=destination,
+        open=tuple(sorted((g for g in groups if g.counts(now)), key=lambda g: g.open, reverse=True)),
+        acknowledged=sum(group.open > 0 and group.is_acknowledged(now) for group in groups),
+        noise=sum(group.noise for group in groups),
+        taken=sum(taken for taken, *_ in domains.values()),
+        outages=tuple(divergence_groups.outages(connection, destination, since)),
+        domains=tuple(sorted(domains)),
+        unreached=tuple(sorted(domain for domain, (taken, *_) in domains.items() if not taken)),
+    )
+
+
+# Looking at groups --------------------------------------------------------------------------------------------------
+
+
+def chosen(
+    connection: Any,
+    destination: str | None = None,
+    *,
+    since: float = 0.0,
+    kind: str | None = None,
+    everything: bool = False,
+) -> list[Group]:
+    """Return the groups that an operator asks for, those with the most open recipients first.
+
+    Unless for ``everything``, that is what is open and not acknowledged, and with ``kind`` what is of this kind: noise
+    is open no more. ``since`` (seconds since the epoch) leaves out what was last seen before. Raises RedisError,
+    UnknownDestination.
+    """
+    now = changes.now(connection)
+    found: list[Group] = []
+    for target in queries.destinations(connection, destination):
+        for group in divergence_groups.groups(connection, target.name):
+            if group.last < since or (kind is not None and not _is_of(group, kind)):
+                continue
+            if everything or group.counts(now) or (kind == NOISE and group.noise):
+                found.append(group)
+    return sorted(found, key=lambda group: (-group.open, -group.seen, group.destination, group.key))
+
+
+def _is_of(group: Group, kind: str) -> bool:
+    return group.noise > 0 if kind == NOISE else group.kind == kind
+
+
+def find(connection: Any, key: str) -> Group | None:
+    """Return a group by its key, of whichever destination, None where there is none."""
+    for target in queries.destinations(connection):
+        if (group := divergence_groups.group(connection, target.name, key)) is not None:
+            return group
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """Recipients in the chosen groups that have something in common: a domain, an address, a day."""
+
+    what: str
+    destination: str
+    recipients: int
+    groups: int
+
+
+def by_domain(groups: Iterable[Group]) -> list[Sum]:
+    """Add up recipients by their domains; those that are not kept stand under "other"."""
+
+    def parts(group: Group) -> Iterator[tuple[str, int]]:
+        yield from group.domains.items()
+        if group.more_domains:
+            yield "other", group.more_domains
+
+    return _sums((group, parts(group)) for group in groups)
+
+
+def by_day(groups: Iterable[Group]) -> list[Sum]:
+    """Add up recipients by the day on which each was first counted, the last one first."""
+    found = _sums((group, ((_day(hour), count) for hour, count in group.hours.items())) for group in groups)
+    return sorted(found, key=lambda one: (one.what, one.destination), reverse=True)
+
+
+def by_recipient(connection: Any, groups: Sequence[Group], most: int = MOST_WHOM) -> list[Sum]:
+    """Add up by recipient; those that are not kept stand under "other"."""
+
+    def parts(group: Group) -> Iterator[tuple[str, int]]:
+        yield from divergence_groups.whom(connection, group.destination, group.key, most)
+        if group.more:
+            yield "other", group.more
+
+    return _sums((group, parts(group)) for group in groups)
+
+
+def _day(hour: int) -> str:
+    return time.strftime("%Y-%m-%d", time.localtime(hour * divergence_groups.HOUR))
+
+
+def _sums(parts: Iterable[tuple[Group, Iterable[tuple[str, int]]]]) -> list[Sum]:
+    counts: Counter[tuple[str, str]] = Counter()
+    groups: dict[tuple[str, str], set[str]] = {}
+    for group, found in parts:
+        for what, count in found:
+            counts[group.destination, what] += count
+            groups.setdefault((group.destination, what), set()).add(group.key)
+    return [Sum(what, name, count, len(groups[name, what])) for (name, what), count in counts.most_common()]
+
+
+# The copies of a group ----------------------------------------------------------------------------------------------
+
+
+def failed_copies(connection: Any, group: Group) -> list[str]:
+    """Return the ids of failed copies that are open in a group: what a retry of it is about."""
+    listed = {found.key for found in divergence_groups.groups(connection, group.destination)}
+    ids = []
+    cursor = -1
+    while cursor:
+        cursor, page = connection.hscan(keys.FAILURE + group.destination, max(0, cursor), count=_PAGE)
+        for name, value in page.items():
+            if is_id(message_id := text(name)) and any(
+                _is_in(group, counted, listed) for counted, _ in CopyState.from_wire(value).open
+            ):
+                ids.append(message_id)
+    return sorted(set(ids))
+
+
+def _is_in(group: Group, counted: str, listed: set[str]) -> bool:
+    if counted[1:] in listed:
+        return counted[1:] == group.key
+    letter = {"d": DEFERRED, "g": GIVEN_UP}.get(counted[:1], REFUSED)
+    return OTHERS[letter] == group.key
