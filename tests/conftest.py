@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import redis
 
-from relay import ownership, private_files
+from relay import maillog, ownership, private_files
 from relay.mail import encryption, record
 from support import exim_instance, load, postfix_instance
 from support.certificates import Certificate
@@ -71,12 +71,13 @@ def sealed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(autouse=True)
 def process_wide(sealed: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put back what a process decides once for all of itself, keys, bounds, owners: tests share a process."""
+    """Put back what a process decides once for all of itself, keys, bounds, owners, the log: tests share a process."""
     for module, name in (
         (encryption, "_ring"),
         (record, "_most"),
         (ownership, "_trusted"),
         (private_files, "_owner"),
+        (maillog, "_events"),
     ):
         value = getattr(module, name)
         monkeypatch.setattr(module, name, set(value) if isinstance(value, set) else value)
