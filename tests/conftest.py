@@ -32,6 +32,7 @@ _SLOW = (*_DEMANDING, "test_crash_matrix", "test_outages", "test_postfix_crash",
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sealed", action="store_true", help="all stored mail is sealed: storage.key_file for everybody")
+    parser.addoption("--long", action="store_true", help="the tests marked long, and no others")
 
 
 def pytest_configure() -> None:
@@ -47,8 +48,13 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(8, (os.cpu_count() or 1) + 1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with what takes longest, so that the end is not one worker's; what wants the machine goes one by one."""
+    is_long = config.getoption("--long")
+    others = [item for item in items if bool(item.get_closest_marker("long")) != is_long]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if bool(item.get_closest_marker("long")) == is_long]
     slow = {name: place for place, name in enumerate(_SLOW)}
     items.sort(key=lambda item: slow.get(item.path.stem, len(slow)))  # stable: else the order stays
     for item in items:

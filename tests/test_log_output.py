@@ -140,6 +140,7 @@ def test_a_forked_process_repeats_nothing(pipe: tuple[int, int]) -> None:
 # The product
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("closed", [False, True], ids=["nobody reads", "broken pipe"])
 def test_mail_goes_on_while_nobody_reads_the_log(
     product: Make, primary: ScriptedServer, backup: ScriptedServer, pipe: tuple[int, int], closed: bool

@@ -339,6 +339,7 @@ def jobs_with(text: str, client: redis.Redis) -> list[bytes]:
     return [key for key in client.scan_iter("rq:*") if text.encode() in repr(read[client.type(key)](key)).encode()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sealed", [True, False])
 def test_a_canary_is_nowhere_to_be_found(
     product: Make, primary: ScriptedServer, backup: ScriptedServer, key_file: Path, sealed: bool

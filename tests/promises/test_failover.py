@@ -330,6 +330,7 @@ def test_without_a_replica_copies_go_to_the_spool_and_come_back_once(
     assert it.stop() == 0
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", ["kill", "pause"])
 def test_what_was_accepted_survives_the_end_of_the_master(

@@ -60,6 +60,7 @@ def numbers(server: ScriptedServer) -> Counter[int]:
     return Counter(int(number[1]) if number else -1 for number in found)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("required", [True, False])
 def test_memory_and_disk_full(
@@ -113,6 +114,7 @@ def test_memory_and_disk_full(
     assert relay.stop() == 0
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_one_dead_backup_and_little_memory(
     product: Callable[..., Product],

@@ -365,6 +365,7 @@ def test_start_without_redis(
     wait_until(lambda: spooled(relay) == 0)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_backlog_of_ten_times_the_memory(
     product: Callable[..., Product],

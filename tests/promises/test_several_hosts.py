@@ -188,6 +188,7 @@ def let_minutes_pass(client: redis.Redis, dead: str) -> None:
         client.delete(keys.RECONCILER)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_hosts_share_the_work_and_the_death_of_some_loses_nothing(
     network: Network, tls_redis: Redis, servers: tuple[ScriptedServer, ScriptedServer]

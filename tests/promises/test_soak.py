@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 SECONDS = 40
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_soak() -> None:
     """What got a 2xx is at each server as it was sent, or is listed; every duplicate has its line."""

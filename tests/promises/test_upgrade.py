@@ -22,6 +22,7 @@ def test_there_are_states() -> None:
     assert len({path.name.partition("-")[0] for path in STATES}) > 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("state", STATES, ids=lambda path: path.name.partition(".")[0])
 def test_what_an_older_version_owes_arrives(
     product: Callable[..., Product], primary: ScriptedServer, backup: ScriptedServer, state: Path
