@@ -167,6 +167,14 @@ class FailedSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class DivergenceSettings:
+    """What counts as noise, and how long reasons are listed that are over; in seconds."""
+
+    noise: float
+    keep: float
+
+
+@dataclass(frozen=True, slots=True)
 class StatusSettings:
     """Health and metrics over HTTP."""
 
@@ -211,6 +219,7 @@ class Settings:
     storage: StorageSettings
     retry: RetrySettings
     failed: FailedSettings
+    divergence: DivergenceSettings
     status: StatusSettings
     log: LogSettings
     workers: WorkersSettings
@@ -235,6 +244,7 @@ PARTS: dict[str, type] = {
     "storage": StorageSettings,
     "retry": RetrySettings,
     "failed": FailedSettings,
+    "divergence": DivergenceSettings,
     "status": StatusSettings,
     "log": LogSettings,
     "workers": WorkersSettings,

@@ -156,7 +156,8 @@ def _remembered(
     last = ("", Reply.of(0), "", "")
     for attempt in reversed(found.state.history):
         code, _, words = attempt.reply.partition(" ")
-        reply = Reply.of(int(code) if code.isdecimal() and len(code) == 3 else 0, words)
+        is_reply = code.isdecimal() and len(code) == 3
+        reply = Reply.of(int(code), words) if is_reply else Reply.of(451, attempt.reply)  # words of ours
         status, shown = reply_text.normalise(reply, known)
         for stage in STAGES:
             if key_of(destination, kind, stage, reply.code, status, shown) == key:

@@ -212,7 +212,7 @@ class ConnectionRuns:
             maillog.repeated(copy.id, self._destination.name, str(error))
         elif error.reply is not None and error.reply.is_permanent:
             copy.read(outcome, soft_bounce=self._destination.soft_bounce)  # it refused the body before its end
-        copy.defer(Reply.of(451, f"4.4.2 {error}"))
+        copy.defer(Reply.of(451, f"4.4.2 {error}"), is_about_it=is_its_own)
         return Ending.ANSWERED
 
     @staticmethod

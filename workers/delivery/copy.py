@@ -35,6 +35,9 @@ class Copy:
     never: dict[int, Reply] = field(default_factory=dict)
     later: dict[int, Reply] = field(default_factory=dict)
     stages: dict[int, Stage] = field(default_factory=dict)
+    uncounted: set[int] = field(
+        default_factory=set
+    )  # whose deferral says nothing of the copy: the server's trouble, ours
     most: int = sys.maxsize  # recipients in one transaction, as far as this server has said
     repeats: int = 0  # transactions that a reused connection did not carry through and a new one may
     doubted: Reply | None = None  # what such a connection said
@@ -113,8 +116,13 @@ class Copy:
         self.never.update(dict.fromkeys(self.owed, reply))
         self.owed = []
 
-    def defer(self, reply: Reply, *, is_own: bool = True) -> None:
-        """Count everybody who is owed as deferred; not ``is_own``: this is what the server has just said to them."""
+    def defer(self, reply: Reply, *, is_own: bool = True, is_about_it: bool = True) -> None:
+        """Count everybody who is owed as deferred; not ``is_own``: this is what the server has just said to them.
+
+        Not ``is_about_it``: that is the server's trouble, or ours, and no divergence.
+        """
+        if not is_about_it:
+            self.uncounted.update(self.owed)
         for i in self.owed:
             if is_own or i not in self.stages:
                 self.stages[i] = Stage.OWN

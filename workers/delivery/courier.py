@@ -30,6 +30,7 @@ from workers.delivery.bodies import Bodies
 from workers.delivery.claiming import Claiming
 from workers.delivery.connection_run import ConnectionRuns
 from workers.delivery.copy import Copy
+from workers.delivery.divergences import Divergences
 from workers.delivery.gate import Gate
 from workers.delivery.health import Health
 from workers.delivery.jobs_in_hand import JobInHand, JobsInHand
@@ -67,9 +68,23 @@ class Courier:
         refusals = Refusals()
 
         self._leases = Leases(self._redis, name)
-        self._outbox = Outbox(self._redis, jobs, name, now=self._leases.now, remembers=bool(server.sentinels))
+        self._outbox = Outbox(
+            self._redis,
+            jobs,
+            name,
+            now=self._leases.now,
+            remembers=bool(server.sentinels),
+            noise=settings.divergence.noise,
+        )
+        self._divergences = Divergences(destination, settings.divergence, pipelines, settings.smtp.domain)
         self._outcomes = Outcomes(
-            destination, jobs, self._outbox, settings.retry, failed_ttl=settings.failed.ttl, now=self._leases.now
+            destination,
+            jobs,
+            self._outbox,
+            settings.retry,
+            failed_ttl=settings.failed.ttl,
+            divergences=self._divergences,
+            now=self._leases.now,
         )
         self._jobs = JobsInHand(self._outcomes, self._leases)
         self._health = Health(self._redis, name, self._leases.now)
@@ -130,6 +145,7 @@ class Courier:
         self._spawn(self._runners.watch())
         self._spawn(self._outbox.follow())
         self._spawn(self._health.watch(self._breaker))
+        self._spawn(self._divergences.report())
 
     async def drain(self) -> None:
         """Start no further copy; finish those under way, stragglers too, and write their outcomes.
@@ -148,6 +164,7 @@ class Courier:
                 delivery.cancel()
         for task in self._background:
             task.cancel()
+        await self._divergences.write()
         await self._pool.close()
         await self._redis.aclose()
         await self._bulk.aclose()

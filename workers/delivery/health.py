@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from relay import maillog
-from relay.ledger import keys
+from relay.ledger import divergence, keys
 from workers.delivery.retry import Breaker
 
 _LOOK_SECONDS = 1.0
@@ -51,7 +51,7 @@ class Health:
             report, self._unwritten = self._unwritten, None
             try:
                 if report is not None:
-                    await self._connection.hset(key, items=[part for pair in report.items() for part in pair])
+                    await self._write(report)
                 if breaker.is_open or self._flushes is None:
                     flushes = int(await self._connection.hget(key, "flush") or 0)
                     if self._flushes is not None and flushes > self._flushes:
@@ -64,3 +64,13 @@ class Health:
                 self._unwritten = self._unwritten or report
                 maillog.ledger_trouble("health of a destination", error)
             await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _write(self, report: dict[str, str]) -> None:
+        """Write how the destination is, and in the list of its outages since when, or that it is over."""
+        async with self._connection.pipeline(transaction=True) as pipe:
+            pipe.hset(keys.HEALTH + self._name, items=[part for pair in report.items() for part in pair])
+            if report["state"] == "paused":
+                divergence.outage_begins(pipe, self._name, float(report["since"]), report["reason"])
+            else:
+                divergence.outage_ends(pipe, self._name, self._now())
+            await pipe.execute()

@@ -47,16 +47,20 @@ class Outbox:
         *,
         now: Callable[[], float] = time.time,
         remembers: bool = False,
+        noise: float = ledger_changes.NOISE,
     ) -> None:
         """Take an async client for what concerns only the ledger, a blocking one for what also makes RQ jobs.
 
-        ``now`` is Redis's clock; ``remembers`` what is settled, for the case of a failover.
+        ``now`` is Redis's clock; ``remembers`` what is settled, for the case of a failover. ``noise`` is
+        divergence.noise.
         """
         self._connection = connection
         self._wires = Pipelines(connection)
         self._jobs = jobs
         self._destination = destination
+        self._noise = noise
         self._settled: list[str] = []
+        self._counted: list[str] = []  # of these, who is open in a group of divergence
         self._changes: list[Change] = []
         self._waiters: list[asyncio.Future[None]] = []
         self._flight: asyncio.Task[None] | None = None
@@ -75,9 +79,9 @@ class Outbox:
         """Whether an outcome has been waiting for so long that a drain should not wait for it."""
         return self._oldest is not None and time.monotonic() - self._oldest > _STUCK
 
-    def settle(self, message_id: str) -> asyncio.Future[None]:
-        """Note a delivered copy."""
-        self._settled.append(message_id)
+    def settle(self, message_id: str, *, counted: bool = False) -> asyncio.Future[None]:
+        """Note a delivered copy; ``counted`` when it is open in a group of divergence."""
+        (self._counted if counted else self._settled).append(message_id)
         return self._submitted()
 
     def write(self, change: Change) -> asyncio.Future[None]:
@@ -146,11 +150,14 @@ class Outbox:
             while self._waiters:
                 await asyncio.sleep(0)  # the end of this turn of the loop: what else has an outcome in it goes along
                 settled, self._settled = self._settled, []
+                counted, self._counted = self._counted, []
                 changes, self._changes = self._changes, []
                 waiters, self._waiters = self._waiters, []
                 begun = self._oldest
                 if settled:
                     await self._until_written(lambda ids=settled: self._settle(ids))  # type: ignore[misc]
+                if counted:
+                    await self._until_written(lambda ids=counted: self._settle(ids, counted=True))  # type: ignore[misc]
                 if changes:
                     await self._until_written(lambda c=changes: asyncio.to_thread(self._change, c))  # type: ignore[misc]
                 for waiter in waiters:
@@ -161,11 +168,12 @@ class Outbox:
         finally:
             self._flight = None
 
-    async def _settle(self, ids: list[str]) -> None:
+    async def _settle(self, ids: list[str], *, counted: bool = False) -> None:
         faultpoints.reach("before settle")
         batch = CommandBatch()
         for start in range(0, len(ids), _PAGE):  # one script takes some 8,000
-            ledger_changes.settle(batch, self._destination, ids[start : start + _PAGE])
+            page = ids[start : start + _PAGE]
+            ledger_changes.settle(batch, self._destination, page, counted=counted, noise=self._noise)
         await self._wires.ask(batch)
         self._remember(ids)
 

@@ -24,6 +24,7 @@ from relay.mail.destination import Destination
 from relay.mail.envelope import Envelope
 from relay.mail.reply import Reply
 from workers.delivery.copy import Copy, begun
+from workers.delivery.divergences import Diverged, Divergences
 from workers.delivery.outbox import Outbox
 from workers.delivery.retry import next_delay
 from workers.queues import failed
@@ -37,6 +38,7 @@ class Deferral(NamedTuple):
 
     state: CopyState
     seconds: float
+    diverged: Diverged | None = None
 
 
 class Conclusion(NamedTuple):
@@ -60,8 +62,10 @@ class Outcomes:
         retry: RetrySettings,
         *,
         failed_ttl: float,
+        divergences: Divergences,
         now: Callable[[], float],
     ) -> None:
+        self._divergences = divergences
         self._name = destination.name
         self._jobs = jobs
         self._queue = rq_jobs.queue(jobs, destination.name)
@@ -78,17 +82,18 @@ class Outcomes:
         The deferral, for those who are still owed it, is the caller's to hand to ``defer``, together with others.
         """
         name, now = self._name, self._now()
-        state, attempts = copy.state, copy.state.attempts + 1
+        attempts = copy.state.attempts + 1
         written, deferral = None, None
+        delay = next_delay(self._retry, copy.state.tries + 1, now - copy.state.since) if copy.later else None
+        counted, diverged = self._divergences.count(copy, is_given_up=delay is None)
         if copy.later:
             reply = copy.said(copy.later)
-            state = state.tried(now, reply)
-            delay = next_delay(self._retry, state.tries, now - state.since)
             if delay is None:
                 copy.never.update(copy.later)
                 copy.later = {}
             else:
-                deferral = Deferral(replace(state, owed=tuple(sorted(copy.later)), job=job), delay)
+                state = replace(counted.tried(now, reply).owed_by(copy.later), job=job)
+                deferral = Deferral(state, delay, None if copy.never else diverged)
                 metrics.deliveries.labels(name, "deferred").inc()
                 maillog.deferred(copy.id, name, len(copy.later), attempts, reply, delay)
         if copy.taken:
@@ -98,18 +103,18 @@ class Outcomes:
             maillog.delivered(copy.id, name, copy.taken, attempts, age)
         if copy.never:
             reply = copy.said(copy.never)
-            failure = replace(copy.state.tried(now, reply), owed=tuple(sorted(copy.never)))
+            failure = counted.tried(now, reply).owed_by(copy.never)
             remains = deferral.state if deferral else None
-            written = self._fail(copy.id, failure, remains, reply, copy.message.envelope)
+            written = self._fail(copy.id, failure, remains, reply, copy.message.envelope, diverged)
             metrics.deliveries.labels(name, "failed").inc()
             maillog.failed(copy.id, name, len(copy.never), attempts, reply)
         elif deferral is None:
-            written = self._outbox.settle(copy.id)
+            written = self._outbox.settle(copy.id, counted=bool(copy.state.open))
         return Conclusion(written, deferral)
 
     def interrupted(self, copy: Copy, job: str) -> Conclusion:
         """Conclude a copy of which only some recipients were asked before the stop signal."""
-        copy.defer(_INTERRUPTED)
+        copy.defer(_INTERRUPTED, is_about_it=False)
         return self.conclude(copy, job)
 
     def defer(self, deferrals: dict[str, Deferral]) -> asyncio.Future[None]:
@@ -119,7 +124,9 @@ class Outcomes:
         when = datetime.fromtimestamp(self._now() + min(deferral.seconds for deferral in deferrals.values()), UTC)
 
         def change(pipe: object) -> None:
-            changes.defer(pipe, self._name, owned)
+            for deferral in deferrals.values():
+                self._divergences.note(pipe, deferral.diverged)
+            changes.defer(pipe, self._name, owned, noise=self._divergences.noise)
             rq_jobs.schedule(pipe, self._queue, job, when)
 
         return self._outbox.write(change)
@@ -175,11 +182,18 @@ class Outcomes:
         await self._outbox.write(lambda pipe: changes.unlease(pipe, self._name, ids))
 
     def _fail(
-        self, message_id: str, failure: CopyState, remains: CopyState | None, reply: str, envelope: Envelope | None
+        self,
+        message_id: str,
+        failure: CopyState,
+        remains: CopyState | None,
+        reply: str,
+        envelope: Envelope | None,
+        diverged: Diverged | None = None,
     ) -> asyncio.Future[None]:
-        name, ttl = self._name, self._failed_ttl
+        name, ttl, noise = self._name, self._failed_ttl, self._divergences.noise
 
         def change(pipe: object) -> None:
-            failed.add_failure(pipe, self._queue, name, message_id, failure, remains, reply, ttl, envelope)
+            self._divergences.note(pipe, diverged)
+            failed.add_failure(pipe, self._queue, name, message_id, failure, remains, reply, ttl, envelope, noise=noise)
 
         return self._outbox.write(change)

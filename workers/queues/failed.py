@@ -87,6 +87,8 @@ def add_failure(
     reply: str,
     ttl: float,
     envelope: Envelope | None = None,
+    *,
+    noise: float = changes.NOISE,
 ) -> CopyState:
     """Move a copy, or the recipients in ``failure.owed``, to the failed list, with a failed job of its own.
 
@@ -94,7 +96,7 @@ def add_failure(
     whose answer was lost can be repeated. ``ttl`` in seconds. What ``envelope`` says is in the job's description.
     """
     owned = replace(failure, job=_job_id(destination, message_id, failure.attempts))
-    changes.fail(pipe, destination, message_id, owned, remains)
+    changes.fail(pipe, destination, message_id, owned, remains, noise=noise)
     _list_job(pipe, queue, _job(queue, destination, message_id, owned, envelope), reply, int(ttl) + _DAY)
     return owned
 

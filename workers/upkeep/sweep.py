@@ -13,18 +13,24 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 from redis import Redis
 
 from relay import maillog
 from relay.config.loader import Settings
-from relay.ledger import archive, changes, queries, recovery, registry, rq_jobs
+from relay.ledger import archive, changes, divergence, divergence_groups, queries, recovery, registry, rq_jobs
 from relay.ledger import keys as ledger_keys
+from relay.ledger.changes import Claim
 from relay.ledger.continuity import Continuity, forget_kept
 from relay.ledger.copy_state import Attempt, CopyState
+from relay.ledger.divergence import Answer
+from relay.ledger.divergence_recount import recount
 from relay.mail.destination import Destination
+from relay.mail.envelope import Envelope
 from relay.mail.ids import text as as_text
+from relay.mail.reply import Reply
+from relay.mail.reply_text import Known
 from relay.topology import heartbeats
 from workers.queues import failed
 from workers.rqworker import live_jobs
@@ -39,7 +45,8 @@ _GIVE_UP_AT_ONCE = 5000  # copies in one sweep
 _CLAIM_SECONDS = 30.0
 # What a sweep does in the ordinary course; anything else is a repair.
 _ROUTINE = frozenset({
-    "failed copy expired", "failed body moved", "failed.max_bytes exceeded", "given up", "many small jobs", "uncertain",
+    "failed copy expired", "failed body moved", "failed.max_bytes exceeded", "given up", "many small jobs",
+    "reason for refusals", "uncertain",
 })  # fmt: skip
 
 
@@ -120,6 +127,8 @@ class Sweeper:
                 self._check_bodies(name, repair=repair)
             if repair:
                 self._tidy(destination, found, thorough=thorough)
+            if thorough:
+                self._recount(destination, repair=repair)
         if repair:
             self._move_bodies()
         if thorough:
@@ -149,12 +158,24 @@ class Sweeper:
         self._give_up(destination)
         for message_id in failed.expire(self._connection, name, self._settings.failed.ttl):
             self._report.add("failed copy expired", message_id, name, "dropped")
+        for swept in divergence_groups.sweep(self._connection, name, self._settings.divergence.keep):
+            self._report.add("reason for refusals", swept.key, name, swept.what)
         if thorough:
             for job in failed.forget_stray_jobs(self._connection, name, self._tick):
                 self._report.add("stray failed job", job, name, "deleted")
         if merge_jobs.is_worth_it(found.queued_jobs, found.queued_ids, self._job_size):
             fewer = merge_jobs.merge(self._connection, name, found.queued_jobs, self._tick, self._job_size)
             self._report.add("many small jobs", "", name, f"{fewer} jobs fewer")
+
+    def _recount(self, destination: Destination, *, repair: bool) -> None:
+        """Mend how many are open in each group of divergence, as the states of the copies have it."""
+        name, connection = destination.name, self._connection
+        for wrong in recount(connection, name, self._ours(destination), repair=repair, tick=self._tick):
+            action = f"{wrong.was} recipients, {'mended to' if repair else 'should be'} {wrong.now}"
+            self._report.add("wrong count of refusals", wrong.key, name, action)
+
+    def _ours(self, destination: Destination) -> Known:
+        return Known(ours=(self._settings.smtp.domain,), server=destination.host)
 
     def relieve(self) -> int:
         """Move failed bodies to disk now if Redis is filling up. Returns how many. Raises RedisError."""
@@ -320,10 +341,24 @@ class Sweeper:
         ttl = self._settings.failed.ttl
         with connection.pipeline(transaction=True) as pipe:
             for claim, envelope in zip(claims, envelopes, strict=True):
-                failure = replace(claim.state, history=(*claim.state.history, Attempt(clock, reply)))
+                state = self._given_up(pipe, destination, claim, envelope, reply)
+                failure = replace(state, history=(*state.history, Attempt(clock, reply)))
                 failed.add_failure(pipe, queue, name, claim.id, failure, None, reply, ttl, envelope)
             pipe.execute()
         for claim, envelope in zip(claims, envelopes, strict=True):
             count = len(queries.addressees(envelope, destination, claim.state))
             maillog.failed(claim.id, name, count, claim.state.attempts, reply)
             self._report.add("given up", claim.id, name, "failed")
+
+    def _given_up(
+        self, pipe: Any, destination: Destination, claim: Claim, envelope: Envelope | None, reply: str
+    ) -> CopyState:
+        """Count in a MULTI that a copy is given up; returns its state."""
+        if envelope is None:
+            return claim.state
+        answer = Answer(divergence.GIVEN_UP, divergence.OWN, Reply.of(451, reply))
+        owed = envelope.owed_to(destination) if claim.state.owed is None else claim.state.owed
+        answers = dict.fromkeys((i for i in owed if i < len(envelope.recipients)), answer)
+        state, noted = divergence.count(claim.state, envelope, destination.name, answers, self._ours(destination))
+        divergence.note(pipe, destination.name, envelope, claim.state.attempts, noted)
+        return state
