@@ -109,12 +109,13 @@ def _is_of(group: Group, kind: str) -> bool:
     return group.noise > 0 if kind == NOISE else group.kind == kind
 
 
-def find(connection: Any, key: str) -> Group | None:
-    """Return a group by its key, of whichever destination, None where there is none."""
-    for target in queries.destinations(connection):
-        if (group := divergence_groups.group(connection, target.name, key)) is not None:
-            return group
-    return None
+def find(connection: Any, key: str, destination: str | None = None) -> list[Group]:
+    """Return the groups with this key: at most one, but for those that hold the rest. Raises UnknownDestination."""
+    found = (
+        divergence_groups.group(connection, target.name, key)
+        for target in queries.destinations(connection, destination)
+    )
+    return [group for group in found if group is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,3 +193,42 @@ def _is_in(group: Group, counted: str, listed: set[str]) -> bool:
         return counted[1:] == group.key
     letter = {"d": DEFERRED, "g": GIVEN_UP}.get(counted[:1], REFUSED)
     return OTHERS[letter] == group.key
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One message of a group: what it is, and what each of both servers said of it, as far as that is known."""
+
+    id: str
+    at: float
+    sender: str
+    recipients: tuple[str, ...]
+    primary: str
+    backup: str
+    stands: str  # "waits", "failed", or "gone": delivered, dropped or moved since
+
+
+def examples(connection: Any, group: Group, most: int) -> list[Example]:
+    """Return the last examples of a group, the last one first."""
+    name = group.destination
+    chosen_ones = divergence_groups.examples(connection, name, group.key)[-most:][::-1]
+    ids = [message_id for message_id, _ in chosen_ones]
+    if not ids:
+        return []
+    waiting, failing = connection.hmget(keys.OWN + name, ids), connection.hmget(keys.FAILURE + name, ids)
+    found = []
+    rows = zip(chosen_ones, waiting, failing, queries.envelopes(connection, ids), strict=True)
+    for (message_id, at), own, failure, envelope in rows:
+        state = CopyState.from_wire(failure or own)
+        found.append(
+            Example(
+                id=message_id,
+                at=at,
+                sender=envelope.sender if envelope else "",
+                recipients=tuple(recipient.address for recipient in envelope.recipients) if envelope else (),
+                primary="accepted",
+                backup=state.last_reply or (group.reply or group.text),
+                stands="failed" if failure else "waits" if own else "gone",
+            )
+        )
+    return found

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from relay import __version__
-from relay.command.completion import DESTINATION, FAILED_ID, TOPIC, WAITING_ID, Names
+from relay.command.completion import DESTINATION, FAILED_ID, GROUP, TOPIC, WAITING_ID, Names
 from relay.command.exit_status import IN_A_LINE
 from relay.command.flags import SETTINGS_FLAGS, Given
 from relay.command.output import Output
@@ -124,6 +125,28 @@ class Group(_Completes, click.Group):
         return f"; did you mean {' or '.join(within)}?" if within else f"; see {ctx.command_path} --help"
 
 
+class Listing(Group):
+    """Commands about what the group itself shows, without one of them."""
+
+    def __init__(self, listing: Word, **rest: Any) -> None:
+        super().__init__(**rest)
+        self._listing = listing
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if not ctx._protected_args and not ctx.args:  # noqa: SLF001  (click 8.2 deprecates its public name)
+            assert self._listing.callback is not None  # noqa: S101 - a Word has one
+            return ctx.invoke(self._listing.callback, **ctx.params)
+        # Another command has options of its own, behind its name: one that is lost in front of it is no answer.
+        for param in self.params:
+            if param.name in ctx.params and ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"{param.opts[0]} belongs behind the command", ctx)
+        return super().invoke(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        click.Command.format_options(self, ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
 # Options that many have -----------------------------------------------------------------------------------------
 
 
@@ -192,6 +215,26 @@ def _word(
     )
 
 
+def _listing(listing: Word, commands: dict[str, Word | Group]) -> Listing:
+    """Make a group that shows something without any of its commands."""
+    made = Listing(
+        listing,
+        name=None,
+        commands={},
+        params=listing.params,
+        help=listing.help,
+        short_help=listing.short_help,
+        context_settings=_HELP,
+        no_args_is_help=False,
+        subcommand_metavar="[COMMAND [ARGS]...]",
+        callback=lambda **_: None,
+        invoke_without_command=True,
+    )
+    for name, command in commands.items():
+        made.add_command(command, name)
+    return made
+
+
 def _group(text: str, commands: dict[str, Word | Group], params: Sequence[click.Parameter] = ()) -> Group:
     made = Group(
         None,
@@ -244,6 +287,31 @@ _FAILED: dict[str, Word | Group] = {
     "export": _word("write a failed message as .eml", "failed:export", _argument("ID", Names(FAILED_ID)), output=False),
 }
 
+_KEY = _argument("KEY", Names(GROUP))
+_DIVERGENCE = _word(
+    "what a backup answers otherwise than the primary, by reason", "divergence:listing", _DESTINATION,
+    _option("--since", metavar="TIME", help="seen within this time: 90s, 5m, 1h, 5d"),
+    _option("--by", type=click.Choice(["reason", "domain", "recipient", "day"]), default="reason",
+            help="what to add up"),
+    _option("--kind", type=click.Choice(["refused", "given-up", "deferred", "noise", "accepts-more"]),
+            help="only these"),
+    _option("--all", "everything", is_flag=True, help="also what is acknowledged, or over"),
+)  # fmt: skip
+_DIVERGENCES: dict[str, Word | Group] = {
+    "show": _word("one reason: its text, examples, whom it concerns", "divergence:show", _KEY, _DESTINATION),
+    "ack": _word(
+        "let a reason not count for a time", "divergence:acknowledge", _KEY, _DESTINATION,
+        _option("--note", metavar="TEXT", required=True, help="why"),
+        _option("--for", "time", metavar="TIME", default="30d", help="how long: 1h, 5d; 30d"),
+        _option("--domain", "domains", metavar="DOMAIN", multiple=True, help="only while it is of this one"),
+    ),
+    "unack": _word(
+        "let a reason count again", "divergence:unacknowledge", _KEY, _DESTINATION,
+        _option("--note", metavar="TEXT", default="", help="why"),
+    ),
+    "retry": _word("try the failed copies of a reason again, now", "divergence:retry", _KEY, _DESTINATION),
+}  # fmt: skip
+
 ROOT = _group(
     "relay mail to a primary, and a durable copy of it to every backup",
     {
@@ -261,6 +329,7 @@ ROOT = _group(
         ),
         "queue": _group("what waits for the backups: summary, list, flush and more", _QUEUE),
         "failed": _group("the copies that could not be delivered: list, retry and more", _FAILED),
+        "divergence": _listing(_DIVERGENCE, _DIVERGENCES),
         "hash-password": _word(
             "read a password and write its hash for smtp.users_file", "credentials:hash_password",
             settings="", output=False,

@@ -24,7 +24,7 @@ from relay.command.flags import Given
 if TYPE_CHECKING:
     from redis import Redis
 
-DESTINATION, FAILED_ID, WAITING_ID, TOPIC = "destination", "failed id", "waiting id", "topic"
+DESTINATION, FAILED_ID, WAITING_ID, GROUP, TOPIC = "destination", "failed id", "waiting id", "group", "topic"
 
 _ANSWER_SECONDS = 0.2  # for each answer of Redis
 _PATIENCE = 0.8  # seconds for all of it, also where a name server is silent
@@ -198,7 +198,8 @@ def _look(given: Given, what: str, add: Callable[[str], Any]) -> None:
                 for name in sorted(destinations):
                     add(name)
                 return
-            key = ledger_keys.FAILED if what == FAILED_ID else ledger_keys.PENDING
+            lists = {FAILED_ID: ledger_keys.FAILED, WAITING_ID: ledger_keys.PENDING, GROUP: ledger_keys.DIVERGENCE}
+            key = lists[what]
             for message_id in _ids(connection, [key + name for name in destinations]):
                 add(message_id)
 

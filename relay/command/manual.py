@@ -78,7 +78,7 @@ def _commands(group: click.Group, names: tuple[str, ...]) -> Iterator[str]:
     common = {commands.COLOUR, commands.JSON, commands.WIDE}
     for name in group.list_commands(click.Context(group)):
         command = group.commands[name]
-        if isinstance(command, click.Group):
+        if isinstance(command, click.Group) and not isinstance(command, commands.Listing):
             yield from _commands(command, (*names, name))
             continue
         usage = " ".join(
@@ -89,6 +89,8 @@ def _commands(group: click.Group, names: tuple[str, ...]) -> Iterator[str]:
         for param in command.params:
             if isinstance(param, click.Option) and not param.hidden and param not in common:
                 yield from (".RS", *_option(param), ".RE")
+        if isinstance(command, click.Group):
+            yield from _commands(command, (*names, name))
 
 
 def _option(option: click.Option) -> Iterator[str]:

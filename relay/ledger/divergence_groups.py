@@ -310,15 +310,17 @@ def _number(value: object) -> float:
 # Acknowledging ------------------------------------------------------------------------------------------------------
 
 
-def acknowledge(connection: Any, found: Group, by: str, note: str, seconds: float) -> Acknowledgement:
-    """Let a group not count for so many seconds; returns what is stored."""
+def acknowledge(
+    connection: Any, found: Group, by: str, note: str, seconds: float, domains: Sequence[str] = ()
+) -> Acknowledgement:
+    """Let a group not count for so many seconds; returns what is stored. ``domains``: only while it is of these."""
     now = changes.now(connection)
     ack = Acknowledgement(
         by=by[:_NOTE],
         note=note[:_NOTE],
         at=now,
         until=now + seconds,
-        domains=tuple(found.domains),
+        domains=tuple(domain.lower() for domain in domains) or tuple(found.domains),
         more_domains=found.more_domains,
         rate=found.rate(now),
         counted=found.hours.get(int(now // HOUR), 0),

@@ -92,8 +92,10 @@ def test_the_failed_copies_of_a_group(contents: Contents, new: Backup) -> None:
         new.attempt(message_id, {0: refused(f"550 {word}")}, most=2)
     groups = new.groups()
     assert seen.failed_copies(connection, groups["klm"]) == [ids[0]]
-    rest = seen.find(connection, "other")
-    assert rest is not None
+    (rest,) = seen.find(connection, "other")
     assert seen.failed_copies(connection, rest) == sorted(ids[2:])
-    assert seen.find(connection, "0" * 12) is None
-    assert seen.find(connection, keys.FAILED) is None
+    assert seen.find(connection, "0" * 12) == []
+    assert seen.find(connection, keys.FAILED) == []
+    (example,) = seen.examples(connection, groups["klm"], 5)
+    assert (example.id, example.recipients, example.stands) == (ids[0], ("ann@a.test",), "failed")
+    assert (example.primary, example.backup) == ("accepted", "550 klm")

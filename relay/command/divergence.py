@@ -1,0 +1,273 @@
+"""`divergence`: what a backup answers otherwise than the primary, by reason, and what an operator can do about it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from redis import Redis
+
+from relay.cockpit import divergence as seen
+from relay.cockpit.sparkline import sparkline
+from relay.command.connection import ledger_of
+from relay.command.exit_status import NO, WELL, Misuse, Trouble
+from relay.command.output import GREEN, YELLOW, Column, Output, address, as_object, moment, span
+from relay.config.loader import Settings
+from relay.config.types import duration
+from relay.ledger import archive, audit, changes, divergence_groups
+from relay.ledger.audit import Act
+from relay.ledger.divergence_groups import Group
+from workers.queues import failed
+
+_EXAMPLES, _TOP, _IDS = 5, 20, 5
+_DAY = 24  # hours of a trend
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A group as a line of the table."""
+
+    group: Group
+    now: float
+
+    @property
+    def state(self) -> str:
+        group = self.group
+        if group.is_acknowledged(self.now) and group.ack and group.open:
+            return f"acknowledged until {moment(group.ack.until)}"
+        if group.open:
+            return "open"
+        return "noise" if group.is_noise else "over"
+
+    @property
+    def reply(self) -> str:
+        group = self.group
+        code = f"{group.code} {group.status}".strip() if group.code else ""
+        soft = " (5xx, softened)" if group.soft else ""
+        return f"{code} {group.text}{soft}".strip()
+
+
+_GROUPS = [
+    Column("key", lambda r: r.group.key),
+    Column("destination", lambda r: r.group.destination),
+    Column("kind", lambda r: r.group.kind),
+    Column("open/seen", lambda r: f"{r.group.open}/{r.group.seen}", numbers=True),
+    Column("class", lambda r: r.group.reason),
+    Column("reply", lambda r: r.reply, detail=True),
+    Column("stage", lambda r: r.group.stage, detail=True),
+    Column("messages", lambda r: str(r.group.messages), numbers=True, detail=True),
+    Column("domains", lambda r: _domains(r.group), numbers=True, detail=True),
+    Column("first", lambda r: moment(r.group.first), detail=True),
+    Column("last", lambda r: moment(r.group.last), detail=True),
+    Column("24 h", lambda r: _bars(r.group.trend(r.now, _DAY)), detail=True),
+    Column("state", lambda r: r.state, detail=True, colour=lambda r: YELLOW if r.state == "open" else GREEN),
+]  # fmt: skip
+
+
+def _sums(title: str) -> list[Column]:
+    return [
+        Column(title, lambda r: address(r.what)),
+        Column("destination", lambda r: r.destination),
+        Column("recipients", lambda r: str(r.recipients), numbers=True),
+        Column("reasons", lambda r: str(r.groups), numbers=True),
+    ]
+
+
+def listing(
+    settings: Settings,
+    out: Output,
+    destination: str | None,
+    since: str | None,
+    by: str,
+    kind: str | None,
+    everything: bool,
+) -> int:
+    """Show what is open, or all; says no when anything is open and not acknowledged."""
+    with ledger_of(settings) as connection:
+        now = changes.now(connection)
+        begin = now - _seconds("--since", since) if since else 0.0
+        groups = seen.chosen(connection, destination, since=begin, kind=kind, everything=everything)
+        nothing = "Nothing is open." if not everything else "Nothing has been refused or put off."
+        if by == "domain":
+            out.rows(seen.by_domain(groups), _sums("domain"), nothing=nothing)
+        elif by == "recipient":
+            out.rows(seen.by_recipient(connection, groups), _sums("recipient"), nothing=nothing)
+        elif by == "day":
+            out.rows(seen.by_day(groups), _sums("day"), nothing=nothing)
+        elif out.as_json:
+            for group in groups:
+                out.object(_as_object(connection, group, now))
+        else:
+            out.rows([_Row(group, now) for group in groups], _GROUPS, nothing=nothing)
+    return NO if any(group.counts(now) for group in groups) else WELL
+
+
+def show(settings: Settings, out: Output, key: str, destination: str | None) -> int:
+    """Show one reason: the text as it came, examples with both servers' words, whom it concerns, what to do."""
+    with ledger_of(settings) as connection:
+        group = _one(connection, key, destination)
+        now = changes.now(connection)
+        examples = seen.examples(connection, group, _EXAMPLES)
+        whom = divergence_groups.whom(connection, group.destination, group.key, _TOP)
+        if out.as_json:
+            out.object({
+                **_as_object(connection, group, now),
+                "examples": [as_object(example) for example in examples],
+                "whom": [{"recipient": name, "count": count} for name, count in whom],
+            })  # fmt: skip
+            return WELL
+    row = _Row(group, now)
+    ends = (
+        (group.resolved, "delivered later"),
+        (group.noise, "soon"),
+        (group.dropped, "dropped"),
+        (group.moved, "moved"),
+    )
+    ended = ", ".join(f"{count} {how}" for count, how in ends if count)
+    pairs = [
+        ("key", group.key),
+        ("destination", group.destination),
+        ("kind", group.kind + (", in words of ours" if group.own else "")),
+        ("stage", group.stage),
+        ("class", group.reason),
+        ("what to do", group.advice),
+        ("reply", row.reply),
+        *((("as it came", group.reply),) if group.reply else ()),
+        ("recipients", f"{group.open} open of {group.seen} seen" + (f"; {ended}" if ended else "")),
+        ("messages", str(group.messages)),
+        ("first", moment(group.first)),
+        ("last", moment(group.last)),
+        ("24 h", _bars(group.trend(now, _DAY))),
+        ("state", row.state),
+        *_acknowledgement(group, now),
+        *_listed("domains", [*_most(group.domains), *_others(group.more_domains)]),
+        *_listed("whom", [*whom, *_others(group.more + max(0, group.seen - group.more - sum(n for _, n in whom)))]),
+    ]
+    out.pairs(pairs)
+    for example in examples:
+        out.line("")
+        out.pairs((
+            ("example", f"{example.id}  {moment(example.at)}  {example.stands}"),
+            ("from", address(example.sender)),
+            ("to", ", ".join(example.recipients[:_TOP]) or "-"),
+            ("primary", example.primary),
+            (group.destination[:12], example.backup),
+        ))  # fmt: skip
+    return WELL
+
+
+def acknowledge(
+    settings: Settings, out: Output, key: str, destination: str | None, note: str, time: str, domains: tuple[str, ...]
+) -> int:
+    """Let a reason not count for a time."""
+    seconds = _seconds("--for", time)
+    with ledger_of(settings) as connection:
+        group = _one(connection, key, destination)
+        before = _Row(group, changes.now(connection)).state
+        ack = divergence_groups.acknowledge(connection, group, audit.operator(), note, seconds, domains)
+        group = _one(connection, key, group.destination)
+        state = _Row(group, changes.now(connection)).state
+        _record(connection, "divergence ack", group, before, state, note)
+    if out.as_json:
+        out.object({"acknowledged": group.key, "destination": group.destination, "until": ack.until, "note": ack.note})
+    else:
+        out.line(f"{group.key} does not count until {moment(ack.until)}, or until there is more of it than now.")
+        if why := group.reopened(ack.at):
+            out.line(f"It stays open, though: {why}.")
+    return WELL
+
+
+def unacknowledge(settings: Settings, out: Output, key: str, destination: str | None, note: str) -> int:
+    """Let a reason count again; says no when it did all the time."""
+    with ledger_of(settings) as connection:
+        group = _one(connection, key, destination)
+        was = divergence_groups.unacknowledge(connection, group)
+        if was:
+            _record(connection, "divergence unack", group, "acknowledged", "open", note)
+    if out.as_json:
+        out.object({"unacknowledged": group.key, "destination": group.destination, "was": was})
+    else:
+        out.line(f"{group.key} counts again." if was else f"{group.key} was not acknowledged.")
+    return WELL if was else NO
+
+
+def retry(settings: Settings, out: Output, key: str, destination: str | None) -> int:
+    """Have the failed copies of a reason tried again now."""
+    with ledger_of(settings) as connection:
+        group = _one(connection, key, destination)
+        ids = seen.failed_copies(connection, group)
+        count = 0
+        if ids:
+            folder = archive.folder(settings.state_dir)
+            count = failed.retry(connection, ids, group.destination, folder, settings.workers.job_size)
+            _record(connection, "divergence retry", group, f"{len(ids)} failed", f"{count} tried again", "")
+    out.count("retried", count, "{} will be tried again now.")
+    return WELL
+
+
+def _one(connection: Redis, key: str, destination: str | None) -> Group:
+    found = seen.find(connection, key, destination)
+    if not found:
+        raise Trouble(f"no such reason: {key}; `smtp-dup divergence --all` lists them")
+    if len(found) > 1:
+        names = ", ".join(group.destination for group in found)
+        raise Misuse(f"{key} is a reason of several destinations: give --destination, one of {names}")
+    return found[0]
+
+
+def _record(connection: Redis, command: str, group: Group, before: str, after: str, note: str) -> None:
+    details = {"key": group.key, "destination": group.destination, "reply": f"{group.code} {group.text}"}
+    audit.record(connection, Act(command, before, after, note, details))
+
+
+def _seconds(flag: str, text: str) -> float:
+    try:
+        return float(duration().read(text))
+    except ValueError as error:
+        raise Misuse(f"{flag}: {error}") from None
+
+
+def _as_object(connection: Redis, group: Group, now: float) -> dict[str, Any]:
+    ids = [message_id for message_id, _ in divergence_groups.examples(connection, group.destination, group.key)]
+    return {
+        **as_object(group),
+        "class": group.reason,
+        "advice": group.advice,
+        "state": _Row(group, now).state.partition(" ")[0],
+        "reopened": group.reopened(now),
+        "trend": group.trend(now, _DAY),
+        "examples": ids[-_IDS:],
+    }
+
+
+def _acknowledgement(group: Group, now: float) -> list[tuple[str, str]]:
+    if group.ack is None:
+        return []
+    pairs = [("by", f"{group.ack.by}, {moment(group.ack.at)}: {group.ack.note}")]
+    if why := group.reopened(now):
+        pairs.append(("open again", why))
+    else:
+        pairs.append(("ends in", span(group.ack.until - now)))
+    return pairs
+
+
+def _domains(group: Group) -> str:
+    return str(len(group.domains)) + ("+" if group.more_domains else "")
+
+
+def _most(domains: Any) -> list[tuple[str, int]]:
+    found = sorted(domains.items(), key=lambda one: (-one[1], one[0]))
+    return [*found[:_TOP], *_others(sum(count for _, count in found[_TOP:]))]
+
+
+def _others(count: int) -> list[tuple[str, int]]:
+    return [("others", count)] if count else []
+
+
+def _listed(title: str, counts: list[tuple[str, int]]) -> list[tuple[str, str]]:
+    return [("" if n else title, f"{count}  {address(name)}") for n, (name, count) in enumerate(counts)]
+
+
+def _bars(values: list[int]) -> str:
+    return sparkline(values, encoding=sys.stdout.encoding or "ascii").rstrip() or "-"
