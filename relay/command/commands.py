@@ -20,6 +20,9 @@ from click.shell_completion import CompletionItem
 from relay import __version__
 from relay.command.completion import DESTINATION, FAILED_ID, GROUP, TOPIC, WAITING_ID, Names
 from relay.command.exit_status import IN_A_LINE
+from relay.command.filter_flags import FILTER_FLAGS
+from relay.command.filter_flags import NAMES as FILTER_NAMES
+from relay.command.filter_flags import summary as filter_summary
 from relay.command.flags import SETTINGS_FLAGS, Given
 from relay.command.output import Output
 
@@ -80,6 +83,8 @@ class Word(_Completes):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_paragraph()
+        if FILTER_FLAGS[0] in self.params:
+            formatter.write(filter_summary(formatter.width))
         if any(param in SETTINGS_FLAGS for param in self.params):
             formatter.write(SETTINGS_HINT + "\n")
         formatter.write(IN_A_LINE + "\n")
@@ -165,11 +170,11 @@ COLOUR = _option("--color", type=click.Choice(["auto", "always", "never"]), expo
 JSON = _option("--json", "as_json", is_flag=True, help="one JSON object a line")
 WIDE = _option("--wide", is_flag=True, help="a line for each row, however long")
 _DESTINATION = _option("--destination", metavar="NAME", type=Names(DESTINATION), help="only this one")
-_ALL = _option("--all", "everything", is_flag=True, help="every one, or every one of --destination")
-_ALL_THAT_WAITS = _option("--all", "everything", is_flag=True, help="everything that waits, everywhere")
+_ALL = _option("--all", "everything", is_flag=True, help="every one, or all that the filters let pass")
 _UNCERTAIN = _option("--uncertain", is_flag=True, help="rather messages that the primary may not have")
 _WAIT = _option("--wait", is_flag=True, help="say what becomes of each, within a minute")
 _YES = _option("--yes", is_flag=True, help="do not ask")
+_NO_QUESTION = _option("--yes", is_flag=True, help="nothing is asked: nothing is lost by it")
 _DRY_RUN = _option("--dry-run", is_flag=True, help="say what would be done; change nothing")
 
 
@@ -202,6 +207,8 @@ def _word(
             arguments["out"] = look
         if colour:
             arguments["colour"] = given.colour
+        if FILTER_FLAGS[0] in params:
+            arguments["filters"] = {name: arguments.pop(name) for name in FILTER_NAMES}
         return Task(place, given, settings, arguments)
 
     return Word(
@@ -257,15 +264,15 @@ def _group(text: str, commands: dict[str, Word | Group], params: Sequence[click.
 
 _QUEUE: dict[str, Word | Group] = {
     "summary": _word("numbers for each backup", "queue:summary"),
-    "list": _word("the copies that wait", "queue:listing", _DESTINATION, _UNCERTAIN),
+    "list": _word("the copies that wait", "queue:listing", _UNCERTAIN, *FILTER_FLAGS),
     "show": _word("one message that waits and its history", "queue:show", _argument("ID", Names(WAITING_ID))),
-    "flush": _word("try all that waits now", "queue:flush", _DESTINATION),
+    "flush": _word(
+        "try what waits now: all of it, or what the filters let pass", "queue:flush",
+        _ids(Names(WAITING_ID)), _ALL, _DRY_RUN, _NO_QUESTION, *FILTER_FLAGS,
+    ),
     "drop": _word(
-        "forget copies that wait, for good", "queue:drop", _ids(Names(WAITING_ID)), _ALL_THAT_WAITS, _DESTINATION,
-        _option("--older-than", metavar="TIME", help="received longer ago: 90s, 5m, 1h, 5d"),
-        _option("--from", "sender", metavar="ADDRESS", help="of this sender, or of @domain"),
-        _option("--to", "recipient", metavar="ADDRESS", help="to this recipient, or @domain"),
-        _DRY_RUN, _YES,
+        "forget copies that wait, for good", "queue:drop",
+        _ids(Names(WAITING_ID)), _ALL, _DRY_RUN, _YES, *FILTER_FLAGS,
     ),
     "verify": _word("compare the ledger with RQ and repair what disagrees", "queue:verify", _DRY_RUN),
     "move": _word(
@@ -280,12 +287,21 @@ _QUEUE: dict[str, Word | Group] = {
 }  # fmt: skip
 
 _FAILED: dict[str, Word | Group] = {
-    "list": _word("the failed copies", "failed:listing", _DESTINATION),
+    "list": _word("the failed copies", "failed:listing", *FILTER_FLAGS),
     "show": _word("one failed message and its history", "failed:show", _argument("ID", Names(FAILED_ID))),
-    "retry": _word("try failed copies again, now", "failed:retry", _ids(Names(FAILED_ID)), _ALL, _DESTINATION, _WAIT),
-    "drop": _word("forget failed copies for good", "failed:drop", _ids(Names(FAILED_ID)), _ALL, _DESTINATION, _YES),
-    "export": _word("write a failed message as .eml", "failed:export", _argument("ID", Names(FAILED_ID)), output=False),
-}
+    "retry": _word(
+        "try failed copies again, now", "failed:retry",
+        _ids(Names(FAILED_ID)), _ALL, _WAIT, _DRY_RUN, _NO_QUESTION, *FILTER_FLAGS,
+    ),
+    "drop": _word(
+        "forget failed copies for good", "failed:drop", _ids(Names(FAILED_ID)), _ALL, _DRY_RUN, _YES, *FILTER_FLAGS
+    ),
+    "export": _word(
+        "write a failed message as .eml, or many into a folder", "export:export",
+        click.Argument(["words"], metavar="ID | [ID]... DIR", type=Names(FAILED_ID), nargs=-1),
+        _ALL, _DRY_RUN, *FILTER_FLAGS,
+    ),
+}  # fmt: skip
 
 _KEY = _argument("KEY", Names(GROUP))
 _DIVERGENCE = _word(
@@ -350,7 +366,7 @@ ROOT = _group(
             settings="", output=False, hidden=True,
         ),
         "help": _word(
-            "help on a command, or: settings, man", "help:show",
+            "help on a command, or: settings, filters, man", "help:show",
             click.Argument(["topic"], metavar="[TOPIC]...", nargs=-1, type=Names(TOPIC)), settings="", output=False,
         ),
         "version": _word("tell the version", "help:version", settings="", output=False),

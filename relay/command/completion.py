@@ -166,7 +166,7 @@ def _topics(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
     for word in ctx.params.get("topic") or ():
         within = within.commands.get(word, within) if isinstance(within, click.Group) else within
     found = within.list_commands(ctx) if isinstance(within, click.Group) else []
-    extra = ["settings", "man"] if within is commands.ROOT else []
+    extra = ["settings", "filters", "man"] if within is commands.ROOT else []
     return [CompletionItem(word) for word in (*extra, *found) if word.startswith(incomplete)]
 
 

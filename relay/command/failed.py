@@ -1,24 +1,27 @@
 """`failed`: the copies that a backup refused or that were given up, and what an operator can do about them.
 
-Message content is written by ``export`` only.
+Message content is written by ``export`` only, see export.py.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from redis import Redis
 
-from relay.command import prompt
+from relay.command import bulk
+from relay.command.bulk import Deed
 from relay.command.connection import ledger_of
-from relay.command.exit_status import NO, WELL, Misuse
+from relay.command.exit_status import NO, WELL
+from relay.command.filters import Given, read, read_for_change, words
 from relay.command.output import GREEN, RED, YELLOW, Column, Output, address, as_object, moment
 from relay.config.loader import Settings
-from relay.ledger import archive, changes
-from workers.queues import failed
+from relay.ledger import archive
+from workers.queues import failed, selection
+from workers.queues.selection import FAILED
 
 _FAILED = [
     Column("id", lambda r: r.id),
@@ -32,11 +35,17 @@ _FAILED = [
 ]
 
 
-def listing(settings: Settings, out: Output, destination: str | None) -> int:
+def listing(settings: Settings, out: Output, filters: Given) -> int:
     """Show the failed copies."""
+    chosen = read(filters)
     with ledger_of(settings) as connection:
-        out.rows(failed.listing(connection, destination), _FAILED, nothing="Nothing has failed.")
-    return WELL
+        unread: dict[str, str] = {}
+        pages = selection.select(connection, FAILED, chosen, whole=True)
+        rows = (row for page in bulk.judged(pages, chosen.asks_envelope(FAILED), unread) for row in failed.rows(page))
+        out.rows(
+            rows, _FAILED, nothing="Nothing has failed." if chosen.is_bare else "Nothing that failed is like that."
+        )
+    return bulk.tell_unread(unread)
 
 
 def show(settings: Settings, out: Output, id: str) -> int:  # noqa: A002 - as the argument is called
@@ -67,22 +76,41 @@ def show(settings: Settings, out: Output, id: str) -> int:  # noqa: A002 - as th
 
 
 def retry(
-    settings: Settings, out: Output, ids: tuple[str, ...], everything: bool, destination: str | None, wait: bool
+    settings: Settings,
+    out: Output,
+    ids: tuple[str, ...],
+    everything: bool,
+    wait: bool,
+    dry_run: bool,
+    yes: bool,
+    filters: Given,
 ) -> int:
-    """Have failed copies tried again; with ``wait`` say what became of each, and no unless all are delivered."""
-    wanted = _wanted(ids, everything)
+    """Have failed copies tried again; with ``wait`` say what became of each, and no unless all are delivered.
+
+    It loses nothing: there is no question.
+    """
+    chosen = read_for_change(filters, ids, everything)
+    folder = archive.folder(settings.state_dir)
+    before: dict[tuple[str, str], int] = {}
     with ledger_of(settings) as connection:
-        before = failed.attempts(connection, wanted, destination) if wait else {}
-        count = failed.retry(
-            connection, wanted, destination, archive.folder(settings.state_dir), settings.workers.job_size
-        )
-        out.count("retried", count, "{} will be tried again now.")
-        if not wait:
-            return WELL
+
+        def act(name: str, copies: Mapping[str, float]) -> int:
+            if wait:
+                before.update(failed.attempts_of(connection, name, list(copies)))
+            return failed.retry_copies(connection, name, list(copies), folder, settings.workers.job_size)
+
+        deed = Deed(
+            "failed retry", "retried", FAILED, act,
+            said="{} will be tried again now.",
+            conditions=words(filters, ids),
+        )  # fmt: skip
+        status = bulk.run(connection, out, deed, chosen, dry_run=dry_run, yes=yes)
+        if not wait or not before:
+            return status
         sys.stdout.flush()
         found: list[Outcome] = []
         out.rows(_keep(found, _outcomes(connection, before)), _OUTCOMES, nothing="")
-    return WELL if all(outcome.outcome == "delivered" for outcome in found) else NO
+    return status or (WELL if all(outcome.outcome == "delivered" for outcome in found) else NO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,37 +159,15 @@ def _outcomes(connection: Redis, before: dict[tuple[str, str], int]) -> Iterator
 
 
 def drop(
-    settings: Settings, out: Output, ids: tuple[str, ...], everything: bool, destination: str | None, yes: bool
+    settings: Settings, out: Output, ids: tuple[str, ...], everything: bool, dry_run: bool, yes: bool, filters: Given
 ) -> int:
-    """Forget failed copies, after a question."""
-    wanted = _wanted(ids, everything)
+    """Forget failed copies: those that meet every condition, after a question."""
+    chosen = read_for_change(filters, ids, everything)
     with ledger_of(settings) as connection:
-        if not yes and not _is_sure(connection, wanted, destination):
-            return NO
-        count = failed.drop(connection, wanted, destination)
-    out.count("dropped", count, "{} dropped.")
-    return WELL
-
-
-def export(settings: Settings, id: str) -> int:  # noqa: A002 - as the argument is called
-    """Write a failed message to standard output, byte for byte."""
-    with ledger_of(settings) as connection:
-        failed.show(connection, id)  # or it is not failed
-        content = failed.export(connection, id, archive.folder(settings.state_dir))
-    sys.stdout.buffer.write(content)
-    sys.stdout.buffer.flush()
-    return WELL
-
-
-def _wanted(ids: tuple[str, ...], everything: bool) -> list[str] | None:
-    """Return the ids on the command line, None for all. Raises Misuse unless it is one of the two."""
-    if bool(ids) == everything:
-        raise Misuse("give the ids of failed messages, or --all" + (", not both" if ids else ""))
-    return None if everything else list(ids)
-
-
-def _is_sure(connection: Redis, ids: list[str] | None, destination: str | None) -> bool:
-    rows = [r for r in changes.summary(connection) if destination in {None, r.destination}]
-    what = f"{len(ids)} failed message(s)" if ids else f"{sum(r.failed for r in rows)} failed copies, all there are"
-    of = f" of {destination}" if destination else ""
-    return prompt.ask(f"Drop {what}{of} for good?")
+        deed = Deed(
+            "failed drop", "dropped", FAILED,
+            lambda name, copies: failed.drop_copies(connection, name, copies),
+            question="Drop {} that failed, for good",
+            conditions=words(filters, ids),
+        )  # fmt: skip
+        return bulk.run(connection, out, deed, chosen, dry_run=dry_run, yes=yes)

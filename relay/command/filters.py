@@ -1,63 +1,91 @@
-"""Which copies a command is about: one filter for all that change many, its parts joined by "and"."""
+"""What the conditions on a command line mean: read into the one filter of all commands that list or change copies."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from relay.command.exit_status import Misuse
-from relay.config.types import duration
-from workers.queues.backlog import WaitingCopy
+from relay.config.types import NETWORKS, duration, integer, size
+from relay.mail.text import printable
+from workers.queues.selection import Attempts, Filter, code
+
+Given = Mapping[str, Sequence[str]]  # what the flags of a command line say, by the names of the filter's fields
 
 
-@dataclass(frozen=True, slots=True)
-class Filter:
-    """Ids, a destination, an age in seconds, a sender, a recipient; what is not given lets all pass.
-
-    An address that begins with @ stands for everybody in that domain; letters are not told apart by case.
-    """
-
-    ids: Collection[str] = ()
-    destination: str | None = None
-    older_than: float = 0.0
-    sender: str | None = None
-    recipient: str | None = None
-
-    @classmethod
-    def read(
-        cls,
-        ids: Collection[str],
-        *,
-        destination: str | None,
-        older_than: str | None,
-        sender: str | None,
-        recipient: str | None,
-    ) -> Filter:
-        """Read it from a command line. Raises Misuse."""
-        try:
-            age = duration().read(older_than) if older_than is not None else 0.0
-        except ValueError as error:
-            raise Misuse(f"--older-than: {error}") from None
-        return cls(frozenset(ids), destination, age, sender, recipient)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether it lets everything pass."""
-        return self == Filter(frozenset())
-
-    def takes(self, copy: WaitingCopy, now: float) -> bool:
-        """Say whether a copy passes."""
-        return (
-            (not self.ids or copy.id in self.ids)
-            and self.destination in {None, copy.destination}
-            and now - copy.received_at >= self.older_than
-            and (self.sender is None or _matches(self.sender, copy.sender))
-            and (self.recipient is None or any(_matches(self.recipient, r) for r in copy.recipients))
-        )
+def _text(value: str) -> str:
+    if not value.strip():
+        raise ValueError("expected something: an empty text is in everything")
+    return value
 
 
-def _matches(wanted: str, address: str) -> bool:
-    wanted, address = wanted.lower(), address.lower()
-    if wanted == "<>":
-        return not address
-    return address.endswith(wanted) if wanted.startswith("@") else address == wanted
+def _address(value: str) -> str:
+    if "@" not in _text(value) and value != "<>":
+        raise ValueError(f"expected an address or @domain, not {value!r}")
+    return value.strip()
+
+
+def _domain(value: str) -> str:
+    if "@" in _text(value.strip().lstrip("@")).strip().lstrip("@"):
+        raise ValueError(f"expected a domain, not {value!r}")
+    return value.strip().lstrip("@")
+
+
+def _group(value: str) -> str:
+    found = value.strip().lower()
+    if not re.fullmatch(r"[a-z]?[0-9a-f]{12}", found):
+        raise ValueError(f"expected the key of a group as `smtp-dup divergence` shows it, not {value!r}")
+    return found
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "destination": str,
+    "sender": lambda value: "<>" if value == "" else _address(value),
+    "recipient": _address,
+    "domain": _domain,
+    "client": NETWORKS.read,
+    "reply": _text,
+    "code": code,
+    "group": _group,
+    "attempts": Attempts.read,
+    "older": duration().read,
+    "newer": duration().read,
+    "larger": size().read,
+    "limit": integer(1).read,
+}
+
+
+def read(given: Given, ids: Sequence[str] = ()) -> Filter:
+    """Read a filter from a command line. Raises Misuse."""
+    fields: dict[str, Any] = {}
+    for name, values in given.items():
+        if len(values) > 1:
+            raise Misuse(f"--{name} is there {len(values)} times: a copy must meet every condition, so give it once")
+        for value in values:
+            try:
+                fields[name] = _READERS[name](value)
+            except ValueError as error:
+                raise Misuse(f"--{name}: {printable(str(error))}") from None
+    return Filter(tuple(dict.fromkeys(ids)), **fields)
+
+
+def read_for_change(given: Given, ids: Sequence[str], everything: bool) -> Filter:
+    """Read the filter of a word that changes copies: nobody changes all by leaving something out. Raises Misuse."""
+    chosen = read(given, ids)
+    if ids and everything:
+        raise Misuse("give the ids of messages, or --all, not both")
+    if chosen.is_empty and not everything:
+        raise Misuse("give ids, a filter such as --destination or --code (smtp-dup help filters), or --all")
+    return chosen
+
+
+_MOST_IDS = 5  # in words
+
+
+def words(given: Given, ids: Sequence[str] = ()) -> str:
+    """Return the conditions as they stand on a command line, for the audit."""
+    shown = [*ids[:_MOST_IDS], *([f"and {len(ids) - _MOST_IDS} more"] if len(ids) > _MOST_IDS else [])]
+    flags = [f"--{name} {shlex.quote(value)}" for name, values in given.items() for value in values]
+    return printable(" ".join([*shown, *flags]) or "--all")

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator
 
 from relay import __version__
-from relay.command import commands, manual
+from relay.command import commands, filter_flags, manual
 from relay.command.exit_status import WELL, Misuse
 from relay.command.output import terminal_width
 from relay.config.options import BACKUP_FIELDS, BACKUP_FLAGS, OPTIONS, SECTIONS, Option
@@ -21,9 +21,11 @@ commas, or the flag is given once for each.
 
 
 def show(topic: tuple[str, ...]) -> int:
-    """Print help on a topic, which is a command, or settings, or man."""
+    """Print help on a topic, which is a command, or settings, filters, or man."""
     if topic[:1] == ("settings",):
         sys.stdout.write(settings(topic[1:]))
+    elif topic == ("filters",):
+        sys.stdout.write(filter_flags.page(min(terminal_width(), 80)))
     elif topic == ("man",):
         sys.stdout.write(manual.page())
     else:

@@ -12,6 +12,7 @@ import click
 from relay import __version__
 from relay.command import commands
 from relay.command.exit_status import MEANINGS
+from relay.command.filter_flags import FILTER_FLAGS
 from relay.config.options import BACKUP_FIELDS, BACKUP_FLAGS, OPTIONS, SECTIONS, Option
 
 _DESCRIPTION = """\
@@ -57,6 +58,10 @@ def _lines() -> Iterator[str]:
     yield from _commands(commands.ROOT, ())
     yield ".SH OPTIONS OF MANY COMMANDS"
     for option in (commands.JSON, commands.WIDE, commands.COLOUR):
+        yield from _option(option)
+    yield from (".SH FILTERS", _roff("Conditions of the commands that list or change many copies."))
+    yield _roff("A copy must meet all that are given; changing words want at least one, ids, or --all.")
+    for option in FILTER_FLAGS:
         yield from _option(option)
     yield from _settings()
     yield ".SH EXIT STATUS"

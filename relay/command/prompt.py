@@ -8,10 +8,15 @@ from collections.abc import Iterable
 from relay.command.exit_status import Misuse
 
 
-def ask(question: str) -> bool:
-    """Ask at the terminal. Raises Misuse where nobody is there."""
+def require_somebody() -> None:
+    """Raise Misuse where nobody sits at a terminal."""
     if not sys.stdin or not sys.stdin.isatty():
         raise Misuse("nobody to ask: say --yes")
+
+
+def ask(question: str) -> bool:
+    """Ask at the terminal. Raises Misuse where nobody is there."""
+    require_somebody()
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
     return sys.stdin.readline().strip().lower() in {"y", "yes"}
@@ -22,11 +27,10 @@ _MANY = 100  # more than this is not agreed to with one letter
 
 def ask_for(count: int, action: str, lines: Iterable[str]) -> bool:
     """Ask before something is done to so many copies: above a hundred the number must be typed. Raises Misuse."""
-    if count > _MANY and sys.stdin and sys.stdin.isatty():
-        sys.stderr.writelines(f"{line}\n" for line in lines)
-        sys.stderr.write(f"{action}? Type the number: ")
-        sys.stderr.flush()
-        return sys.stdin.readline().strip() == str(count)
-    if sys.stdin and sys.stdin.isatty():
-        sys.stderr.writelines(f"{line}\n" for line in lines)
-    return ask(f"{action}?")
+    require_somebody()
+    sys.stderr.writelines(f"{line}\n" for line in lines)
+    if count <= _MANY:
+        return ask(f"{action}?")
+    sys.stderr.write(f"{action}? Type the number: ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip() == str(count)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from relay.command import prompt
+from relay.command import bulk
+from relay.command.bulk import Deed
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, CannotSay, Misuse, Trouble
-from relay.command.filters import Filter
+from relay.command.filters import Given, read, read_for_change, words
 from relay.command.output import GREEN, YELLOW, Column, Output, address, as_object, moment, span
 from relay.config.loader import Settings
-from relay.ledger import changes
-from relay.mail.text import printable
+from relay.ledger import audit, changes
+from relay.ledger.audit import Act
 from relay.spool import writer
-from workers.queues import backlog
-from workers.queues.backlog import WaitingCopy
+from workers.queues import backlog, selection
+from workers.queues.selection import WAITING
 
 _SUMMARY = [
     Column("destination", lambda r: r.destination),
@@ -95,16 +96,22 @@ def _spool_summary(settings: Settings, out: Output) -> None:
         out.line(f"Half written at a crash, never acknowledged: {found.unfinished} files in {where}.")
 
 
-def listing(settings: Settings, out: Output, destination: str | None, uncertain: bool) -> int:
+def listing(settings: Settings, out: Output, uncertain: bool, filters: Given) -> int:
     """Show the copies that wait, or the messages whose fate at the primary is unknown."""
-    if uncertain and destination:
-        raise Misuse("an uncertain message has no destination yet: --uncertain or --destination, not both")
+    chosen = read(filters)
+    if uncertain and not chosen.is_bare:
+        raise Misuse("an uncertain message has no destination yet: --uncertain or a filter, not both")
     with ledger_of(settings) as connection:
         if uncertain:
             out.rows(backlog.uncertain(connection), _UNCERTAIN, nothing="Nothing is uncertain.")
             return WELL
-        out.rows(backlog.listing(connection, destination), _WAITING, nothing="Nothing waits.")
-    return WELL
+        unread: dict[str, str] = {}
+        pages = bulk.judged(
+            selection.select(connection, WAITING, chosen, whole=True), chosen.asks_envelope(WAITING), unread
+        )
+        rows = (row for page in pages for row in backlog.rows(connection, page))
+        out.rows(rows, _WAITING, nothing="Nothing waits." if chosen.is_bare else "Nothing that waits is like that.")
+    return bulk.tell_unread(unread)
 
 
 def show(settings: Settings, out: Output, id: str) -> int:  # noqa: A002 - as the argument is called
@@ -134,67 +141,42 @@ def show(settings: Settings, out: Output, id: str) -> int:  # noqa: A002 - as th
     return WELL
 
 
-_EXAMPLES = 5  # shown before copies are dropped
-
-
 def drop(
-    settings: Settings,
-    out: Output,
-    ids: tuple[str, ...],
-    everything: bool,
-    dry_run: bool,
-    yes: bool,
-    destination: str | None,
-    **filters: str | None,
+    settings: Settings, out: Output, ids: tuple[str, ...], everything: bool, dry_run: bool, yes: bool, filters: Given
 ) -> int:
-    """Forget copies that wait: those that match every filter, after a question."""
-    chosen = Filter.read(ids, destination=destination, **filters)
-    if (chosen.is_empty and not everything) or (ids and everything):
-        raise Misuse("give ids or a filter (--destination, --older-than, --from, --to), or --all")
+    """Forget copies that wait: those that meet every condition, after a question."""
+    chosen = read_for_change(filters, ids, everything)
     with ledger_of(settings) as connection:
-        clock = changes.now(connection)
-        rows = [row for row in backlog.listing(connection, destination) if chosen.takes(row, clock)]
-        if missing := set(ids).difference(row.id for row in rows):
-            raise Trouble(f"does not wait: {', '.join(sorted(missing))}")
-        if dry_run or not rows:
-            return _would_drop(out, rows)
-        if not yes and not prompt.ask_for(len(rows), f"Drop {_copies(len(rows))} that wait, for good", _lines(rows)):
-            return NO
-        count = 0
-        for name in dict.fromkeys(row.destination for row in rows):
-            count += backlog.drop(connection, name, [row.id for row in rows if row.destination == name])
-    out.count("dropped", count, "{} dropped.")
-    return WELL
+        deed = Deed(
+            "queue drop", "dropped", WAITING,
+            lambda name, copies: backlog.drop_copies(connection, name, copies),
+            question="Drop {} that wait, for good",
+            finish=lambda name, count: backlog.tidy(connection, name, count),
+            nothing={"would_drop": 0, "bytes": 0},
+            conditions=words(filters, ids),
+        )  # fmt: skip
+        return bulk.run(connection, out, deed, chosen, dry_run=dry_run, yes=yes)
 
 
-def _would_drop(out: Output, rows: list[WaitingCopy]) -> int:
-    if out.as_json:
-        out.object({"would_drop": len(rows), "bytes": sum(row.size for row in rows)})
-        return WELL
-    out.line(f"{_copies(len(rows))} would be dropped, {sum(row.size for row in rows)} bytes.")
-    for line in _lines(rows):
-        out.line(line)
-    return WELL
-
-
-def _copies(count: int) -> str:
-    return "1 copy" if count == 1 else f"{count} copies"
-
-
-def _lines(rows: list[WaitingCopy]) -> list[str]:
-    shown = [
-        printable(f"  {row.id}  {row.destination}  {address(row.sender)} to {', '.join(row.recipients)}")
-        for row in rows[:_EXAMPLES]
-    ]
-    return [*shown, *([f"  and {len(rows) - _EXAMPLES} more"] if len(rows) > _EXAMPLES else [])]
-
-
-def flush(settings: Settings, out: Output, destination: str | None) -> int:
-    """Have all that waits tried now."""
+def flush(
+    settings: Settings, out: Output, ids: tuple[str, ...], everything: bool, dry_run: bool, yes: bool, filters: Given
+) -> int:
+    """Have what waits tried now: all, or what meets every condition. It loses nothing: there is no question."""
+    chosen = read(filters, ids) if not everything else read_for_change(filters, ids, everything)
     with ledger_of(settings) as connection:
-        count = backlog.flush(connection, destination)
-    out.count("flushed", count, "Everything that waits is due now: {}.")
-    return WELL
+        if chosen.is_destination_alone and not dry_run:
+            count = backlog.flush(connection, chosen.destination)
+            act = Act("queue flush", after=f"{count} flushed", details={"filter": words(filters, ids)})
+            audit.record(connection, act)
+            out.count("flushed", count, "Everything that waits is due now: {}.")
+            return WELL
+        deed = Deed(
+            "queue flush", "flushed", WAITING,
+            lambda name, copies: backlog.flush_copies(connection, name, list(copies), settings.workers.job_size),
+            said="Due now: {}.",
+            conditions=words(filters, ids),
+        )  # fmt: skip
+        return bulk.run(connection, out, deed, chosen, dry_run=dry_run, yes=yes)
 
 
 def move(settings: Settings, out: Output, source: str, target: str) -> int:

@@ -304,7 +304,16 @@ def release_leases(pipe: Pipe, destination: str, worker: str) -> None:
 
 def drop(pipe: Pipe, destination: str, ids: Sequence[str], *, pending: bool = False) -> None:
     """Forget failed copies (or pending ones) for good. Result: how many there were."""
-    pipe.eval(_DROP, 0, destination, "1" if pending else "0", *ids)
+    pipe.eval(_DROP, 0, destination, "1" if pending else "0", *(part for i in ids for part in (i, "")))
+
+
+def drop_unchanged(pipe: Pipe, destination: str, copies: Mapping[str, float], *, pending: bool = False) -> None:
+    """Forget failed copies (or pending ones) for good: id -> its score as it was read. Result: how many are gone.
+
+    What has another score by now was tried again, what is leased is being delivered: both stay.
+    """
+    parts = (part for message_id, score in copies.items() for part in (message_id, repr(score)))
+    pipe.eval(_DROP, 0, destination, "1" if pending else "0", *parts)
 
 
 # --- the reconciler's and the operator's side -----------------------------------------------------------------

@@ -17,6 +17,7 @@ from relay.mail.destination import Destination
 from relay.mail.envelope import Envelope, MalformedRecord
 from relay.mail.ids import is_id, is_job_id, text
 from relay.mail.record import LockedRecord, Message
+from relay.mail.text import printable
 
 PAGE = 1000
 _MESSAGES = (keys.PENDING, keys.FAILED, keys.STAGED, keys.UNCERTAIN)
@@ -52,9 +53,11 @@ def destinations(connection: Any, name: str | None = None) -> list[Destination]:
     return [known[name]]
 
 
-def pages(connection: Any, key: str, *, until: float = math.inf, size: int = PAGE) -> Iterator[list[tuple[str, float]]]:
-    """Yield the members of a list of messages or jobs with their scores, lowest first, up to a score."""
-    low, seen = "-inf", set[bytes]()
+def pages(
+    connection: Any, key: str, *, since: float = -math.inf, until: float = math.inf, size: int = PAGE
+) -> Iterator[list[tuple[str, float]]]:
+    """Yield the members of a list of messages or jobs with their scores, lowest first, from a score and up to one."""
+    low, seen = repr(since), set[bytes]()
     is_valid = is_id if key.startswith(_MESSAGES) else is_job_id
     while True:
         found = _scored(connection, key, low, until, size + len(seen))
@@ -81,8 +84,12 @@ def _scored(connection: Any, key: str, low: str, until: float, count: int) -> li
     return cast("list[tuple[bytes, float]]", found)
 
 
-def envelopes(connection: Any, ids: Sequence[str]) -> list[Envelope | None]:
-    """Return the envelopes of messages, None for what is missing or cannot be read. Bodies stay in Redis."""
+def envelopes(connection: Any, ids: Sequence[str], unread: dict[str, str] | None = None) -> list[Envelope | None]:
+    """Return the envelopes of messages, None for what is missing or cannot be read. Bodies stay in Redis.
+
+    Why one cannot be read is put into ``unread``, by its id.
+    """
+    why: dict[str, str] = {} if unread is None else unread
     found: list[Envelope | None] = [None] * len(ids)
     wanted = list(range(len(ids)))
     for octets in _HEADS:
@@ -91,11 +98,13 @@ def envelopes(connection: Any, ids: Sequence[str]) -> list[Envelope | None]:
         for n, record in zip(wanted, records, strict=True):
             try:
                 found[n] = Message.unpack_envelope(record, ids[n])
-            except LockedRecord:
-                continue
-            except MalformedRecord:
+            except LockedRecord as error:
+                why[ids[n]] = printable(str(error))
+            except MalformedRecord as error:
                 if len(record) == octets:
                     longer.append(n)
+                elif record:
+                    why[ids[n]] = f"damaged: {printable(str(error))}"
         wanted = longer
         if not wanted:
             break

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import termios
 from collections.abc import Callable
 from contextlib import suppress
-from fcntl import ioctl
 from pathlib import Path
 
 import pytest
@@ -28,6 +24,7 @@ from support.dialogue import Unexpected
 from support.product import Product
 from support.reactions import Close
 from support.scripted_server import ScriptedServer
+from support.terminal import on_terminal
 from support.waiting import free_port, wait_until
 
 REFUSED = "550 5.1.1 no such mailbox"
@@ -327,30 +324,6 @@ def test_ids_or_all(refusing):
     for words in (("failed", "retry"), ("failed", "drop", "--yes"), ("failed", "retry", "x", "--all")):
         done = refusing.run(*words)
         assert (done.returncode, "--all" in done.stderr) == (2, True)
-
-
-def on_terminal(instance: Product, *words: str, answer: str = "", columns: int = 60) -> str:
-    """Run a command on a terminal; return what was to be seen."""
-    ours, theirs = pty.openpty()
-    ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    with subprocess.Popen(
-        [sys.executable, "-m", "relay.command", *words],
-        env={**instance.environment, "TERM": "xterm"},
-        cwd=instance.directory,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-    ) as process:
-        os.close(theirs)
-        os.write(ours, answer.encode())
-        seen = b""
-        with suppress(OSError):  # EIO: the other end is closed
-            while chunk := os.read(ours, 4096):
-                seen += chunk
-        os.close(ours)
-        process.wait(20)
-    return seen.decode()
 
 
 def test_an_id_is_never_cut(refusing):

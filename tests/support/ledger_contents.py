@@ -151,6 +151,31 @@ class Contents:
         health = {"state": "paused", "reason": reason, "probe_at": clock + probe_in, "since": clock - 60}
         self.connection.hset(keys.HEALTH + name, mapping=health)
 
+    def many(
+        self, count: int, to: str = "new", *, failed: bool = False, replies: Sequence[str] = ("550 5.1.1 no",)
+    ) -> None:
+        """Put so many copies straight into a list: the n-th is n seconds old, from s<n>@n<n%10>.test.
+
+        It is for r<n>@d<n%100>.test. Those that failed have these replies in turn; those that wait were never tried.
+        """
+        clock = changes.now(self.connection)
+        for start in range(0, count, 2000):
+            records, scores, states = {}, {}, {}
+            for n in range(start, min(start + 2000, count)):
+                message_id, at = _ids.next(), clock - n
+                sender, recipient = f"s{n}@n{n % 10}.test", Recipient(f"r{n}@d{n % 100}.test")
+                envelope = Envelope(message_id, sender, (recipient,), at, 4, destinations=(to,))
+                records[keys.MESSAGE + message_id] = Message(envelope, b"xx\r\n").pack()
+                scores[message_id] = at
+                state = CopyState(f"job-{n}", since=at).tried(at, replies[n % len(replies)])
+                states[message_id] = state.to_wire()
+            with self.connection.pipeline(transaction=False) as pipe:
+                pipe.mset(records)
+                pipe.zadd((keys.FAILED if failed else keys.PENDING) + to, scores)
+                if failed:
+                    pipe.hset(keys.FAILURE + to, mapping=states)
+                pipe.execute()
+
     # Questions
 
     def pending_ids(self, name: str = "new") -> list[str]:

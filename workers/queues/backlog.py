@@ -8,7 +8,7 @@ not in the ledger raises UnknownDestination. ``forget`` ends a destination that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -18,11 +18,11 @@ from relay import maillog
 from relay.ledger import changes, keys, queries, rq_jobs
 from relay.ledger.changes import Move
 from relay.ledger.copy_state import Attempt, CopyState
-from relay.ledger.queries import UnknownId
 from relay.mail.destination import Destination
 from relay.mail.envelope import Envelope
 from relay.mail.ids import text as as_text
-from workers.queues import failed
+from workers.queues import failed, selection
+from workers.queues.selection import WAITING, Filter
 from workers.rqworker import live_jobs
 
 _PAGE = 500
@@ -82,30 +82,18 @@ class Moved:
 
 def listing(connection: Redis, destination: str | None = None) -> Iterator[WaitingCopy]:
     """Yield the pending copies, per destination, the oldest first. Raises UnknownDestination."""
-    for target in queries.destinations(connection, destination):
-        health = _Health.read(connection, target.name)
-        for page in queries.pages(connection, keys.PENDING + target.name, size=_PAGE):
-            yield from _rows(connection, target, health, page)
+    for page in selection.select(connection, WAITING, Filter(destination=destination), whole=True):
+        yield from rows(connection, page)
 
 
 def show(connection: Redis, message_id: str) -> list[WaitingDetail]:
     """Return a message's pending copies, one per destination where it waits. Raises UnknownId."""
     found: list[WaitingDetail] = []
-    for target in queries.destinations(connection):
-        at = connection.zscore(keys.PENDING + target.name, message_id)
-        if at is not None:
-            health = _Health.read(connection, target.name)
-            (row,) = _rows(connection, target, health, [(message_id, at)])
-            state = CopyState.from_wire(connection.hget(keys.OWN + target.name, message_id))
-            (envelope,) = queries.envelopes(connection, [message_id])
+    for page in selection.select(connection, WAITING, Filter(ids=(message_id,)), whole=True):
+        for copy, row in zip(page.found, rows(connection, page), strict=True):
             fields = {name: getattr(row, name) for name in WaitingCopy.__slots__}
-            found.append(
-                WaitingDetail(
-                    **fields, client_address=envelope.client_address if envelope else "", history=state.history
-                )
-            )
-    if not found:
-        raise UnknownId(f"does not wait: {message_id}")
+            client = copy.envelope.client_address if copy.envelope else ""
+            found.append(WaitingDetail(**fields, client_address=client, history=copy.state.history))
     return found
 
 
@@ -125,55 +113,58 @@ def uncertain(connection: Redis) -> Iterator[UncertainMessage]:
 
 
 def drop(connection: Redis, destination: str, ids: Sequence[str]) -> int:
-    """Forget pending copies for good. Returns how many. One that is being delivered may still arrive."""
-    count = 0
-    for start in range(0, len(ids), _BATCH):
-        with connection.pipeline(transaction=True) as pipe:
-            changes.drop(pipe, destination, ids[start : start + _BATCH], pending=True)
-            count += int(pipe.execute()[0])
-    live_jobs.forget_useless(connection, destination)
+    """Forget pending copies for good, with their jobs. Returns how many; what is being delivered stays."""
+    scores = connection.zmscore(keys.PENDING + destination, list(ids)) if ids else []
+    found = {i: score for i, score in zip(ids, scores, strict=True) if score is not None}
+    count = drop_copies(connection, destination, found)
+    tidy(connection, destination, count)
     return count
 
 
-@dataclass(frozen=True, slots=True)
-class _Health:
-    """What the courier tells of a destination: empty unless it is paused."""
+def drop_copies(connection: Redis, destination: str, copies: Mapping[str, float]) -> int:
+    """Forget pending copies for good: id -> its score as it was read. Returns how many.
 
-    reason: str = ""
-    probe_at: float | None = None
+    One that is being delivered at this moment, or has another score by now, stays.
+    """
+    count = 0
+    ids = list(copies)
+    for start in range(0, len(ids), _BATCH):
+        with connection.pipeline(transaction=True) as pipe:
+            batch = {i: copies[i] for i in ids[start : start + _BATCH]}
+            changes.drop_unchanged(pipe, destination, batch, pending=True)
+            count += int(pipe.execute()[0])
+    return count
 
-    @classmethod
-    def read(cls, connection: Redis, destination: str) -> _Health:
-        fields = cast("dict[bytes, bytes]", connection.hgetall(keys.HEALTH + destination))
-        if fields.get(b"state") != b"paused":
-            return cls()
-        probe = fields.get(b"probe_at")
-        return cls(as_text(fields.get(b"reason", b"")), float(probe) if probe else None)
+
+def tidy(connection: Redis, destination: str, dropped: int) -> None:
+    """Delete the jobs of copies that were dropped, unless looking at all jobs takes longer than the dropping did.
+
+    A job that stays finds nothing to do when its turn comes.
+    """
+    queue = rq_jobs.queue(connection, destination)
+    if connection.llen(queue.key) + connection.zcard(queue.scheduled_job_registry.key) <= dropped + _PAGE:
+        live_jobs.forget_useless(connection, destination)
 
 
-def _rows(
-    connection: Redis, target: Destination, health: _Health, page: Sequence[tuple[str, float]]
-) -> Iterator[WaitingCopy]:
-    ids = [message_id for message_id, _ in page]
-    data = cast("list[bytes | None]", connection.hmget(keys.OWN + target.name, ids))
-    states = [CopyState.from_wire(d) for d in data]
-    scheduled = rq_jobs.queue(connection, target.name).scheduled_job_registry.key
-    times = connection.zmscore(scheduled, [state.job for state in states])
+def rows(connection: Redis, page: selection.Page) -> Iterator[WaitingCopy]:
+    """Yield the rows of a page of copies that wait, for which it was read whole."""
+    if not page.found:
+        return
+    scheduled = rq_jobs.queue(connection, page.target.name).scheduled_job_registry.key
+    times = connection.zmscore(scheduled, [copy.state.job for copy in page.found])
     clock = changes.now(connection)
-    for (message_id, accepted), state, at, envelope in zip(
-        page, states, times, queries.envelopes(connection, ids), strict=True
-    ):
+    for (message_id, accepted, state, envelope), at in zip(page.found, times, strict=True):
         due = at if at is not None and at > clock else None
         yield WaitingCopy(
             id=message_id,
-            destination=target.name,
+            destination=page.target.name,
             sender=envelope.sender if envelope else "",
-            recipients=queries.addressees(envelope, target, state),
+            recipients=queries.addressees(envelope, page.target, state),
             size=envelope.size if envelope else 0,
             received_at=envelope.received_at if envelope else accepted,
             attempts=state.attempts,
-            next_attempt_at=due or health.probe_at,
-            last_reply=state.last_reply or health.reason,
+            next_attempt_at=due or page.health.probe_at,
+            last_reply=state.last_reply or page.health.reason,
         )
 
 
@@ -199,6 +190,28 @@ def flush(connection: Redis, destination: str | None = None) -> int:
             connection.zadd(key, dict.fromkeys(cast("list[bytes]", later), clock), xx=True)
         waiting += connection.zcard(keys.PENDING + target.name)
     return waiting
+
+
+def flush_copies(connection: Redis, destination: str, ids: Sequence[str], job_size: int = rq_jobs.JOB_SIZE) -> int:
+    """Make these copies due now, and have a paused destination probed. Returns how many still wait.
+
+    Those whose turn is later leave in jobs of their own, which own them from then on: the jobs that they were in find
+    the others only. What was never tried is due already.
+    """
+    connection.hincrby(keys.HEALTH + destination, "flush", 1)  # first, as above
+    queue = rq_jobs.queue(connection, destination)
+    owned = zip(ids, changes.owners(connection, destination, ids), strict=True)
+    owners = {message_id: job for message_id, job in owned if job}
+    times = connection.zmscore(queue.scheduled_job_registry.key, list(owners.values())) if owners else []
+    clock = changes.now(connection)
+    later = [i for i, at in zip(owners, times, strict=True) if at is not None and at > clock]
+    for start in range(0, len(later), job_size):
+        batch = later[start : start + job_size]
+        with connection.pipeline(transaction=True) as pipe:
+            job = rq_jobs.enqueue(pipe, queue, destination, batch)
+            changes.reassign(pipe, destination, job, {i: owners[i] for i in batch})
+            pipe.execute()
+    return sum(score is not None for score in connection.zmscore(keys.PENDING + destination, list(ids)))
 
 
 # --- move -----------------------------------------------------------------------------------------------------

@@ -23,12 +23,12 @@ from rq.job import Job, JobStatus
 from relay import maillog
 from relay.ledger import archive, changes, keys, queries, rq_jobs
 from relay.ledger.copy_state import Attempt, CopyState
-from relay.ledger.queries import UnknownId
 from relay.mail import encryption
-from relay.mail.destination import Destination
 from relay.mail.envelope import Envelope
 from relay.mail.record import BodyElsewhere, Message
 from relay.mail.text import printable
+from workers.queues import selection
+from workers.queues.selection import FAILED, Filter
 from workers.rqworker import live_jobs
 
 _BATCH = 100  # copies looked at in one step
@@ -152,22 +152,20 @@ def _list_job(pipe: Any, queue: Queue, job: Job, reply: str, ttl: int) -> None:
 
 def listing(connection: Redis, destination: str | None = None) -> Iterator[FailedCopy]:
     """Yield the failed copies, per destination, the oldest failure first. Raises UnknownDestination."""
-    for target in queries.destinations(connection, destination):
-        for page in queries.pages(connection, keys.FAILED + target.name, size=_PAGE):
-            for detail in _details(connection, target, page):
-                yield FailedCopy(**{name: getattr(detail, name) for name in FailedCopy.__slots__})
+    for page in selection.select(connection, FAILED, Filter(destination=destination), whole=True):
+        yield from rows(page)
+
+
+def rows(page: selection.Page) -> Iterator[FailedCopy]:
+    """Yield the rows of a page of failed copies, which was read whole."""
+    for detail in _details(page):
+        yield FailedCopy(**{name: getattr(detail, name) for name in FailedCopy.__slots__})
 
 
 def show(connection: Redis, message_id: str) -> list[FailedDetail]:
     """Return a message's failed copies, one per destination where it failed. Raises UnknownId."""
-    found: list[FailedDetail] = []
-    for target in queries.destinations(connection):
-        at = connection.zscore(keys.FAILED + target.name, message_id)
-        if at is not None:
-            found += _details(connection, target, [(message_id, at)])
-    if not found:
-        raise UnknownId(f"not in the failed list: {message_id}")
-    return found
+    pages = selection.select(connection, FAILED, Filter(ids=(message_id,)), whole=True)
+    return [detail for page in pages for detail in _details(page)]
 
 
 def retry(
@@ -183,14 +181,29 @@ def retry(
     list until its job runs. Bodies in files in ``folder`` come back into Redis while it has room; the others
     are read there by the workers of this host. Raises UnknownId, UnknownDestination.
     """
+    return sum(
+        retry_copies(connection, page.target.name, [copy.id for copy in page.found], folder, job_size)
+        for page in _selected(connection, ids, destination)
+    )
+
+
+def retry_copies(
+    connection: Redis,
+    destination: str,
+    ids: Sequence[str],
+    folder: Path | None = None,
+    job_size: int = rq_jobs.JOB_SIZE,
+) -> int:
+    """Have these failed copies of one destination tried again now, as ``retry`` does. Returns how many."""
+    queue = rq_jobs.queue(connection, destination)
     count = 0
-    for target, batch in _selected(connection, ids, destination, job_size):
+    for start in range(0, len(ids), job_size):
+        batch = ids[start : start + job_size]
         archive.restore(connection, batch, folder)
-        queue = rq_jobs.queue(connection, target.name)
-        before = changes.owners(connection, target.name, batch, failed=True)
+        before = changes.owners(connection, destination, batch, failed=True)
         with connection.pipeline(transaction=True) as pipe:
-            pipe.hincrby(keys.HEALTH + target.name, "flush", 1)  # a paused one is probed: it may have been mended
-            adopt(pipe, target.name, batch, rq_jobs.enqueue(pipe, queue, target.name, batch))
+            pipe.hincrby(keys.HEALTH + destination, "flush", 1)  # a paused one is probed: it may have been mended
+            adopt(pipe, destination, batch, rq_jobs.enqueue(pipe, queue, destination, batch))
             forget_jobs(pipe, queue, before)
             count += pipe.execute()[-2]
     return count
@@ -201,11 +214,15 @@ def attempts(
 ) -> dict[tuple[str, str], int]:
     """Return how often each failed copy was tried, by destination and id. Raises UnknownId, UnknownDestination."""
     found: dict[tuple[str, str], int] = {}
-    for target, batch in _selected(connection, ids, destination):
-        states = cast("list[bytes | None]", connection.hmget(keys.FAILURE + target.name, batch))
-        for message_id, state in zip(batch, states, strict=True):
-            found[target.name, message_id] = CopyState.from_wire(state).attempts
+    for page in _selected(connection, ids, destination):
+        found |= attempts_of(connection, page.target.name, [copy.id for copy in page.found])
     return found
+
+
+def attempts_of(connection: Redis, destination: str, ids: Sequence[str]) -> dict[tuple[str, str], int]:
+    """Return how often each of these failed copies was tried, by destination and id."""
+    states = cast("list[bytes | None]", connection.hmget(keys.FAILURE + destination, ids)) if ids else []
+    return {(destination, i): CopyState.from_wire(s).attempts for i, s in zip(ids, states, strict=True)}
 
 
 def fates(
@@ -236,7 +253,10 @@ def drop(connection: Redis, ids: Collection[str] | None, destination: str | None
 
     Raises UnknownId, UnknownDestination.
     """
-    return sum(_drop(connection, target.name, batch) for target, batch in _selected(connection, ids, destination))
+    return sum(
+        drop_copies(connection, page.target.name, {copy.id: copy.score for copy in page.found})
+        for page in _selected(connection, ids, destination)
+    )
 
 
 def export(connection: Redis, message_id: str, folder: Path | None = None) -> bytes:
@@ -260,7 +280,7 @@ def expire(connection: Redis, destination: str, ttl: float) -> list[str]:
     gone: list[str] = []
     for page in queries.pages(connection, keys.FAILED + destination, until=before, size=_BATCH):
         ids = [message_id for message_id, _ in page]
-        _drop(connection, destination, ids)
+        drop_copies(connection, destination, dict(page))
         for message_id in ids:
             maillog.failure_expired(message_id, destination, ttl)
         gone += ids
@@ -291,49 +311,39 @@ def forget_jobs(pipe: Any, queue: Queue, jobs: Sequence[str]) -> None:
     pipe.eval(_FORGET_JOBS, 1, queue.failed_job_registry.key, *(job for job in dict.fromkeys(jobs) if job))
 
 
-def _drop(connection: Redis, destination: str, ids: Sequence[str]) -> int:
+def drop_copies(connection: Redis, destination: str, copies: Mapping[str, float]) -> int:
+    """Forget failed copies of one destination for good: id -> its score as it was read. Returns how many.
+
+    One that has failed anew since stays.
+    """
     queue = rq_jobs.queue(connection, destination)
-    jobs = changes.owners(connection, destination, ids, failed=True)
-    with connection.pipeline(transaction=True) as pipe:
-        changes.drop(pipe, destination, ids)
-        forget_jobs(pipe, queue, jobs)
-        return int(pipe.execute()[0])
+    ids = list(copies)
+    count = 0
+    for start in range(0, len(ids), _BATCH):
+        batch = ids[start : start + _BATCH]
+        scores = connection.zmscore(keys.FAILED + destination, batch)
+        same = {i: copies[i] for i, score in zip(batch, scores, strict=True) if score == copies[i]}
+        jobs = changes.owners(connection, destination, list(same), failed=True)
+        with connection.pipeline(transaction=True) as pipe:
+            changes.drop_unchanged(pipe, destination, same)
+            forget_jobs(pipe, queue, jobs)
+            count += int(pipe.execute()[0])
+    return count
 
 
-def _selected(
-    connection: Redis, ids: Collection[str] | None, destination: str | None, size: int = _BATCH
-) -> Iterator[tuple[Destination, list[str]]]:
-    """Yield failed copies in batches. With ids all of them are looked for first. Raises UnknownId."""
-    targets = queries.destinations(connection, destination)
-    if ids is None:
-        for target in targets:
-            for page in queries.pages(connection, keys.FAILED + target.name, size=size):
-                yield target, [message_id for message_id, _ in page]
-        return
-    wanted = list(dict.fromkeys(ids))
-    present: list[tuple[Destination, list[str]]] = []
-    for target in targets:
-        scores = connection.zmscore(keys.FAILED + target.name, wanted) if wanted else []
-        present.append((target, [i for i, score in zip(wanted, scores, strict=True) if score is not None]))
-    if missing := set(wanted).difference(*(found for _, found in present)):
-        where = f" of {destination}" if destination else ""
-        raise UnknownId(f"not in the failed list{where}: {', '.join(i for i in wanted if i in missing)}")
-    for target, found in present:
-        for start in range(0, len(found), size):
-            yield target, found[start : start + size]
+def _selected(connection: Redis, ids: Collection[str] | None, destination: str | None) -> Iterator[selection.Page]:
+    """Yield failed copies in pages. With ids all of them are looked for first. Raises UnknownId."""
+    if ids is None or ids:
+        yield from selection.select(connection, FAILED, Filter(ids=ids or (), destination=destination))
 
 
-def _details(connection: Redis, target: Destination, page: Sequence[tuple[str, float]]) -> Iterator[FailedDetail]:
-    ids = [message_id for message_id, _ in page]
-    states = cast("list[bytes | None]", connection.hmget(keys.FAILURE + target.name, ids))
-    found = queries.envelopes(connection, ids)
-    for (message_id, at), data, envelope in zip(page, states, found, strict=True):
-        state = CopyState.from_wire(data)
+def _details(page: selection.Page) -> Iterator[FailedDetail]:
+    for message_id, at, state, envelope in page.found:
         yield FailedDetail(
             id=message_id,
-            destination=target.name,
+            destination=page.target.name,
             sender=envelope.sender if envelope else "",
-            recipients=queries.addressees(envelope, target, state),
+            recipients=queries.addressees(envelope, page.target, state),
             size=envelope.size if envelope else 0,
             reply=state.last_reply,
             attempts=state.attempts,

@@ -1,18 +1,27 @@
--- ARGV: destination, '1' to drop pending copies instead of failed ones, ids.
+-- ARGV: destination, '1' to drop pending copies instead of failed ones, then for each: id, and its score as it was read or
+-- ''. With a score only what is as it was goes: one that has another by now was tried again, and one that is leased may be
+-- delivered the next moment.
 local destination = ARGV[1]
 local list, states = 'smtpdup:failed:' .. destination, 'smtpdup:failure:' .. destination
+local busy = 'smtpdup:busy:' .. destination
 if ARGV[2] == '1' then
   list, states = 'smtpdup:pending:' .. destination, 'smtpdup:own:' .. destination
 end
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
 local names, whole = destinations()
 local count = 0
-for i = 3, #ARGV do
+for i = 3, #ARGV, 2 do
   local id = ARGV[i]
-  if redis.call('ZREM', list, id) == 1 then
+  local score, seen = redis.call('ZSCORE', list, id), ARGV[i + 1]
+  local lease = ARGV[2] == '1' and redis.call('ZSCORE', busy, id)
+  local same = tonumber(seen) == tonumber(score or 0) and not (lease and tonumber(lease) > now)
+  if score and (seen == '' or same) then
+    redis.call('ZREM', list, id)
     turned(destination, {redis.call('HGET', states, id) or ''}, {}, 'dropped', 0)
     redis.call('HDEL', states, id)
     if ARGV[2] == '1' then
-      redis.call('ZREM', 'smtpdup:busy:' .. destination, id)
+      redis.call('ZREM', busy, id)
       redis.call('HDEL', 'smtpdup:holders:' .. destination, id)
     end
     count = count + 1

@@ -1,0 +1,60 @@
+"""The conditions of the commands that list or change many copies, as flags: the same for all of them.
+
+They are not in the help of each command: `smtp-dup help filters` has them once. What they mean is in filters.py.
+"""
+
+from __future__ import annotations
+
+import textwrap
+
+import click
+
+from relay.command.completion import DESTINATION, GROUP, Names
+
+HINT = "What each one means: smtp-dup help filters"
+_HEAD = """\
+Conditions of the commands that list or change many copies. A copy must meet all
+that are given. Changing words want at least one, ids, or --all.
+"""
+
+
+def _flag(*names: str, kind: click.ParamType[str] | None = None, metavar: str, text: str) -> click.Option:
+    return click.Option(list(names), metavar=metavar, type=kind, help=text, hidden=True, multiple=True)
+
+
+FILTER_FLAGS: tuple[click.Option, ...] = (
+    _flag("--destination", kind=Names(DESTINATION), metavar="NAME", text="only the copies for this backup"),
+    _flag("--sender", "--from", "sender", metavar="ADDRESS",
+          text="of this sender, or of @domain; <> is the null sender"),
+    _flag("--recipient", "--to", "recipient", metavar="ADDRESS",
+          text="owed to this recipient, or to one in @domain; of a failed copy, failed for them"),
+    _flag("--domain", metavar="DOMAIN", text="owed to a recipient in this domain"),
+    _flag("--client", metavar="NET", text="from a client in this network: 192.0.2.7, 10.0.0.0/8, 2001:db8::/32"),
+    _flag("--reply", metavar="TEXT", text="the last reply has this text in it"),
+    _flag("--code", metavar="CODE", text="the last reply begins with this code, 550 or 5xx, or has the status 5.1.1"),
+    _flag("--group", kind=Names(GROUP), metavar="KEY", text="counted in this group of divergence"),
+    _flag("--attempts", metavar="N", text="tried so often: 3, '>3' or '<=2'"),
+    _flag("--older", "--older-than", "older", metavar="TIME",
+          text="received longer ago than 90s, 5m, 1h or 5d; in the failed list, failed longer ago"),
+    _flag("--newer", metavar="TIME", text="received, or failed, no longer ago"),
+    _flag("--larger", metavar="SIZE", text="of more octets: 64K, 10M"),
+    _flag("--limit", metavar="N", text="no more than so many, the oldest first; alone it is no condition"),
+)  # fmt: skip
+NAMES = tuple(str(flag.name) for flag in FILTER_FLAGS)
+
+
+def summary(width: int) -> str:
+    """Return the flags in the help of a command, in a few lines."""
+    flags = ", ".join(f"{flag.opts[0]} {flag.metavar}".replace(" ", "\xa0") for flag in FILTER_FLAGS)
+    text = textwrap.fill(f"Filters: {flags}.", width - 1, break_on_hyphens=False, break_long_words=False)
+    return text.replace("\xa0", " ") + f"\n{HINT}\n"
+
+
+def page(width: int) -> str:
+    """Return what `help filters` prints."""
+    blocks = [
+        f"  {', '.join(f'{name} {flag.metavar}' for name in flag.opts)}\n"
+        + "".join(f"      {line}\n" for line in textwrap.wrap(f"{flag.help}.", width - 6, break_on_hyphens=False))
+        for flag in FILTER_FLAGS
+    ]
+    return _HEAD + "\n" + "".join(blocks)

@@ -1,0 +1,61 @@
+"""What a command that takes long owes to whoever waits: a bar on the terminal, and a Ctrl-C that stops in order."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, Self, TypeVar
+
+T = TypeVar("T")
+_SHORT = 1000  # steps for which no bar is worth it
+
+
+class Stop:
+    """Ctrl-C ends what runs between two steps, so that what was done is known; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.is_asked = False
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        if self.is_asked:
+            raise KeyboardInterrupt
+        self.is_asked = True
+
+    def until(self, steps: Iterable[T]) -> Iterator[T]:
+        """Yield steps as long as nobody wants it to stop."""
+        for step in steps:
+            if self.is_asked:
+                return
+            yield step
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], Any]]:
+    """Show a bar on standard error, where that is a terminal; call what it gives with each step's size."""
+    if total <= _SHORT or not sys.stderr.isatty():
+        yield lambda _steps: None
+        return
+    from rich import progress as bars  # noqa: PLC0415  (0.1 s, which short commands do not take)
+    from rich.console import Console  # noqa: PLC0415  (0.1 s, which short commands do not take)
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda steps: bar.advance(task, steps)

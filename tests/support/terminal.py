@@ -1,0 +1,57 @@
+"""A command of the product on a terminal, with somebody who types, and who may press Ctrl-C at what is shown."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from contextlib import suppress
+from dataclasses import dataclass
+from fcntl import ioctl
+
+from support.product import Product
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What was to be seen, and how it ended."""
+
+    text: str
+    status: int
+
+
+def typed(instance: Product, *words: str, answer: str = "", columns: int = 60, interrupt_at: str = "") -> Seen:
+    """Run a command on a terminal; with ``interrupt_at``, a pattern, press Ctrl-C once as soon as that is shown."""
+    ours, theirs = pty.openpty()
+    ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with subprocess.Popen(
+        [sys.executable, "-m", "relay.command", *words],
+        env={**instance.environment, "TERM": "xterm"},
+        cwd=instance.directory,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    ) as process:
+        os.close(theirs)
+        os.write(ours, answer.encode())
+        seen = b""
+        with suppress(OSError):  # EIO: the other end is closed
+            while chunk := os.read(ours, 4096):
+                seen += chunk
+                if interrupt_at and re.search(interrupt_at.encode(), seen):
+                    process.send_signal(signal.SIGINT)
+                    interrupt_at = ""
+        os.close(ours)
+        status = process.wait(20)
+    return Seen(seen.decode(), status)
+
+
+def on_terminal(instance: Product, *words: str, answer: str = "", columns: int = 60) -> str:
+    """Run a command on a terminal; return what was to be seen."""
+    return typed(instance, *words, answer=answer, columns=columns).text
