@@ -21,6 +21,7 @@ import socket
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from relay.client.reply_parser import ReplyParser
 from relay.client.server_limits import server_limits
@@ -154,6 +155,11 @@ class Connection(asyncio.Protocol):
     @property
     def is_encrypted(self) -> bool:
         return self._transport.get_extra_info("ssl_object") is not None
+
+    @property
+    def certificate(self) -> dict[str, Any]:
+        """The server's, as ssl tells it; empty where nobody has verified it."""
+        return self._transport.get_extra_info("peercert") or {}
 
     @property
     def replies_owed(self) -> int:

@@ -14,6 +14,7 @@ import asyncio
 import ssl
 import sys
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 
 from relay.client.connect import ClientError, ConnectFailed, Connection, DeadlinePassed, connect
@@ -44,8 +45,11 @@ class Pool:
         idle_seconds: float = 60.0,
         max_refusals: int = 0,
         tls_context: ssl.SSLContext | None = None,
+        on_open: Callable[[Connection], None] | None = None,
     ) -> None:
         """Make an empty pool. ``timeouts`` are for a handshake and for the line; ``max_idle`` None: all are kept.
+
+        ``on_open`` is shown each new connection, and must not wait.
 
         One on which the server has refused more than ``max_refusals`` things since it last accepted a message is not
         kept. How much a connection may carry, and for how long, is the destination's.
@@ -60,6 +64,7 @@ class Pool:
         self._fresh_since = 0.0  # what is older is not lent any more
         self.refusals = SessionRefusals()  # what those on reused connections have turned out to be
         self._tls_context = tls_context
+        self._on_open = on_open
         self._idle: list[Connection] = []  # by last_used, the newest at the end
         self._leased: set[Connection] = set()
         self._out = 0  # slots taken: leased, or on the way to it
@@ -241,6 +246,8 @@ class Pool:
         if self._closed:
             connection.close()
             raise self._closing()
+        if self._on_open is not None:
+            self._on_open(connection)
         return connection
 
     def _keep(self, connection: Connection) -> None:

@@ -132,12 +132,20 @@ def _read(note: bytes | None) -> Totals | None:
         return None
 
 
-def keep_sampling(connection: Any, steps: Mapping[str, Callable[[Any], None]], stop: threading.Event) -> None:
-    """Take each step every ten seconds, and once more at the end; one that fails is tried again at its next turn."""
-    troubles = {name: Repeated(name, logger.warning, logger.info) for name in steps}
+Step = Callable[[Any], None]
+
+
+def keep_sampling(
+    connection: Any, steps: Mapping[str, Step], stop: threading.Event, farewell: Mapping[str, Step]
+) -> None:
+    """Take each step every ten seconds, at the end once more, and then those of the farewell.
+
+    One that fails is taken again at its next turn.
+    """
+    troubles = {name: Repeated(name, logger.warning, logger.info) for name in {**steps, **farewell}}
     is_last = False
     while True:
-        for name, step in steps.items():
+        for name, step in [*steps.items(), *(farewell.items() if is_last else ())]:
             try:
                 step(connection)
             except (RedisError, OSError) as error:

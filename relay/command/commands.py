@@ -338,6 +338,12 @@ ROOT = _group(
         "demo": _word("show what it does, with two servers of its own", "services:demo", settings="", output=False,
                       colour=True),
         "check": _word("validate the settings, probe Redis and every server", "check:check", settings="primary"),
+        "ready": _word(
+            "whether a backup is ready to be the primary, and why not", "ready:show",
+            click.Argument(["name"], metavar="[NAME]", required=False, type=Names(DESTINATION)),
+            _option("--nagios", is_flag=True, help="one line and exit status for a monitoring system"),
+            _option("--explain", is_flag=True, help="each criterion's rule, and its settings"),
+        ),
         "flow": _word(
             "what came in and what became of it, by hour or minute", "flow:show",
             _option("--hours", metavar="N", type=click.IntRange(1, 840), help="the last so many; 24"),

@@ -175,6 +175,25 @@ class DivergenceSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadySettings:
+    """What a backup must show before it may be the primary; 0 or false: it is not asked for."""
+
+    days: int = 7
+    min_messages: int = 1000
+    busiest_hour: bool = True
+    max_open: int = 0
+    max_deferred: int = 1  # percent
+    max_age: float = 60.0
+    max_age_p99: float = 300.0
+    calm: float = 86400.0
+    max_slower: int = 2
+    probe_age: float = 604800.0
+    arrived_age: float = 604800.0
+    require_arrived: bool = False
+    check_every: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
 class StatusSettings:
     """Health and metrics over HTTP."""
 
@@ -220,6 +239,7 @@ class Settings:
     retry: RetrySettings
     failed: FailedSettings
     divergence: DivergenceSettings
+    ready: ReadySettings
     status: StatusSettings
     log: LogSettings
     workers: WorkersSettings
@@ -245,6 +265,7 @@ PARTS: dict[str, type] = {
     "retry": RetrySettings,
     "failed": FailedSettings,
     "divergence": DivergenceSettings,
+    "ready": ReadySettings,
     "status": StatusSettings,
     "log": LogSettings,
     "workers": WorkersSettings,

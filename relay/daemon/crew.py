@@ -17,6 +17,8 @@ from redis import Redis
 
 from relay import limits, maillog
 from relay.child import ChildContext
+from relay.cockpit.host_news import HostNews
+from relay.cockpit.reach import Looks, keep_looking
 from relay.cockpit.sampler import Sampler, keep_sampling
 from relay.config.loader import Settings
 from relay.daemon.slots import Child
@@ -52,14 +54,12 @@ class Crew:
         """Return all children that these settings ask for."""
         children = self.workers(settings, settings.backups) if self.role.delivers else []
         duties = _sweeping(settings, self.url) if self.role.delivers else {}
-        if self.arena:
-            duties["flow"] = _sampling(settings, self.arena)
+        duties |= self._watching(settings)
         duties = {name: _after_the_former(duty) for name, duty in duties.items()}
         if self.listener:
             duties["status"] = self._status(settings, self.listener)
-        if duties:
-            own = [self.listener] if self.listener else []
-            children.append(self.holding(_housekeeping(settings, duties), own))
+        own = [self.listener] if self.listener else []
+        children.append(self.holding(_housekeeping(settings, duties), own))
         children += [
             self.holding(self._relay(n, settings, place), place.sockets) for n, place in enumerate(self.places)
         ]
@@ -102,6 +102,27 @@ class Crew:
             bury=lambda seat: place.counters.at_seat(seat).clear(),
             leave=relay_process.LEAVE,
         )
+
+    def _watching(self, settings: Settings) -> dict[str, Duty]:
+        """Return what tells the ledger of this host: its mail, its spool, whether it reaches the servers."""
+        place = relay_process.place_of(settings, self.url)
+        processes = len(self.places) + settings.workers.processes * len(settings.backups) * self.role.delivers
+
+        def sample(context: ChildContext, stop: threading.Event) -> None:
+            news = HostNews(place, self.role.name, processes, settings.spool.dir)
+            steps = {"news of this host": news.tell}
+            if self.arena:
+                is_fresh = context.predecessor is None and context.generation == 1
+                steps["flow"] = Sampler(self.arena, is_fresh=is_fresh).sample
+            with sync_client(settings.redis, settings.redis.timeout_seconds, retries=0) as client:
+                keep_sampling(client, steps, stop, {"end of this host": news.leave})
+
+        def look(_: ChildContext, stop: threading.Event) -> None:
+            looks = Looks(settings, place, delivers=self.role.delivers)
+            with sync_client(settings.redis, settings.redis.timeout_seconds, retries=0) as client:
+                keep_looking(client, looks, settings.ready.check_every, stop)
+
+        return {"flow": sample, **({"looks at the servers": look} if settings.ready.check_every else {})}
 
     def _status(self, settings: Settings, listener: socket.socket) -> Duty:
         seat = self.places[0].counters if self.places else None
@@ -179,15 +200,6 @@ def _after_the_former(duty: Duty) -> Duty:
         duty(context, stop)
 
     return begin
-
-
-def _sampling(settings: Settings, arena: metric_store.Arena) -> Duty:
-    def sample(context: ChildContext, stop: threading.Event) -> None:
-        sampler = Sampler(arena, is_fresh=context.predecessor is None and context.generation == 1)
-        with sync_client(settings.redis, settings.redis.timeout_seconds, retries=0) as client:
-            keep_sampling(client, {"flow": sampler.sample}, stop)
-
-    return sample
 
 
 def _sweeping(settings: Settings, url: str) -> dict[str, Duty]:

@@ -26,6 +26,7 @@ from relay.client.pool import Pool
 from relay.config.loader import Settings
 from relay.ledger import recovery, registry
 from relay.ledger.continuity import Continuity
+from relay.ledger.greetings import Greetings
 from relay.ledger.monitor import Monitor
 from relay.ledger.rq_jobs import Dispatcher
 from relay.mail import encryption
@@ -184,21 +185,22 @@ class _Relay:
         self._place = place
         seconds = settings.redis.timeout_seconds
         share = max(1, math.ceil(settings.smtp.max_connections / settings.smtp.process_count))
+        server = settings.redis.at(redis_url)
+        self._redis = async_client(server, seconds, confirmed=True)
+        self._probe = async_client(server, seconds)
         pool = Pool(
             settings.primary,
             local_hostname=settings.smtp.domain,
             timeouts=settings.relay.timeouts,
             limit=share,
+            on_open=Greetings(self._probe).note,
         )
-        server = settings.redis.at(redis_url)
-        self._redis = async_client(server, seconds, confirmed=True)
         self._bulk = async_client(server, max(seconds, 30.0), confirmed=True)
         self._jobs = sync_client(server, seconds)
         self._dispatcher = Dispatcher(
             self._redis, processes=settings.smtp.process_count, job_size=settings.workers.job_size
         )
         self._pool = pool
-        self._probe = async_client(server, seconds)
         self._continuity = Continuity(settings.backups, settings.state_dir, replicas=settings.redis.replicas)
         self._pulse = Pulse(place_of(settings, redis_url), context.name, os.getpid())
         self._pulse.generation = context.generation

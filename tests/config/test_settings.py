@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from relay.config import file, model
 from relay.config.loader import Settings, SettingsError, describe, load, render, resolve_password
-from relay.config.options import BACKUP_FIELDS, OPTIONS
+from relay.config.options import BACKUP_FIELDS, OPTIONS, SECTIONS
 from relay.mail.destination import Destination
 
 ROOT = Path(__file__).parents[2]
@@ -66,10 +66,7 @@ def test_the_file_at_the_root_is_the_schema_written_down() -> None:
 
 def test_the_file_at_the_root_changes_nothing() -> None:
     """Running from a checkout is running on defaults, flags and variables."""
-    assert tomllib.loads(render()) == {
-        section: {}
-        for section in ["smtp", "relay", "redis", "spool", "storage", "retry", "failed", "status", "log", "workers"]
-    }
+    assert tomllib.loads(render()) == {section: {} for section in SECTIONS}
     assert loaded(ROOT) == loaded()
 
 

@@ -23,6 +23,7 @@ from relay import faultpoints, maillog
 from relay.client.pool import Pool
 from relay.config.loader import Settings
 from relay.ledger import archive
+from relay.ledger.greetings import Greetings
 from relay.mail.destination import Destination
 from relay.redisio.clients import async_client, sync_client
 from relay.redisio.pipeline import Pipelines
@@ -98,6 +99,7 @@ class Courier:
             timeouts=settings.relay.timeouts,
             limit=width.most,
             max_refusals=_REFUSALS,
+            on_open=Greetings(self._redis).note,
         )
         self._bodies = Bodies(pipelines, self._bulk, archive.folder(settings.state_dir))
         self._claiming = Claiming(

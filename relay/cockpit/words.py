@@ -1,0 +1,53 @@
+"""How the cockpit says numbers and lengths of time to people."""
+
+from __future__ import annotations
+
+import time
+
+
+def count(number: int, one: str, many: str = "") -> str:
+    """Return "1 recipient", "1,200 recipients"."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def span(seconds: float) -> str:
+    """Return a length of time in its two largest units: "2 d 4 h", "14 m", "3 s"."""
+    rest = int(seconds)
+    parts: list[str] = []
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        number, rest = divmod(rest, length)
+        if number or (unit == "s" and not parts):
+            parts.append(f"{number} {unit}")
+        if len(parts) == 2 or (parts and unit == "m"):
+            break
+    return " ".join(parts)
+
+
+def duration(seconds: float | None) -> str:
+    """Return a short time, as of a reply: "18 ms", "1.4 s"."""
+    if seconds is None:
+        return "-"
+    if seconds < 0.0095:
+        return f"{seconds * 1000:.1f} ms"
+    return f"{seconds * 1000:.0f} ms" if seconds < 0.9995 else f"{seconds:.1f} s"
+
+
+def octets(number: int) -> str:
+    """Return a size as people say it: "25.0 MB"."""
+    size, unit = float(number), "bytes"
+    for larger in ("KB", "MB", "GB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{number} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
+def hour_of_week(start: float) -> str:
+    """Return the hour that a moment is in: "Monday 09-10", in the local zone."""
+    local = time.localtime(start)
+    return f"{time.strftime('%A', local)} {local.tm_hour:02d}-{(local.tm_hour + 1) % 24:02d}"
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """Return the first few of many."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")

@@ -1,0 +1,92 @@
+"""`ready`: whether a backup is ready to be the primary, by 17 criteria, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from relay.cockpit import extensions
+from relay.cockpit.finding import Result
+from relay.cockpit.readiness import Judged, UnknownBackup, Verdict, backups_now, gather, judge
+from relay.cockpit.words import span
+from relay.command.connection import ledger_of
+from relay.command.exit_status import CANNOT_SAY, NO, WELL, CannotSay, Misuse, Trouble
+from relay.command.output import GREEN, RED, YELLOW, Column, Output
+from relay.config.loader import Settings
+from relay.ledger.flow import total
+
+_COLOURS = {Result.PASS: GREEN, Result.WARN: YELLOW, Result.FAIL: RED, Result.UNKNOWN: YELLOW}
+_CRITERIA = [
+    Column("", lambda j: str(j.criterion.number), numbers=True),
+    Column("result", lambda j: j.finding.result.value, colour=lambda j: _COLOURS[j.finding.result]),
+    Column("criterion", lambda j: j.criterion.name),
+    Column("found", lambda j: j.finding.text, detail=True),
+]
+_EXPLAINED = [
+    *_CRITERIA,
+    Column("rule:", lambda j: j.criterion.rule, detail=True),
+    Column("settings:", lambda j: ", ".join(j.criterion.settings) or "none", detail=True),
+]
+EXTENSIONS = [
+    Column("extension", lambda r: r.extension),
+    Column("old", lambda r: r.old),
+    Column("new", lambda r: r.new),
+    Column("used by mail seen", lambda r: r.used or "-", detail=True),
+]
+
+
+def show(settings: Settings, out: Output, name: str | None, nagios: bool, explain: bool) -> int:
+    """Give the verdict on one backup, or on each. Says no unless all are ready."""
+    try:
+        with ledger_of(settings) as connection:
+            names = [name] if name else backups_now(connection, settings)
+            evidence = [gather(connection, settings, each) for each in names]
+    except UnknownBackup as error:
+        raise Misuse(str(error)) from error
+    except CannotSay as error:
+        if nagios:
+            out.line(f"SMTP-DUP UNKNOWN - {error}")
+        raise
+    if not evidence:
+        raise Trouble("there is no backup")
+    verdicts = [judge(known) for known in evidence]
+    if nagios:
+        return _nagios(verdicts, out)
+    for known, verdict in zip(evidence, verdicts, strict=True):
+        rows = extensions.compare(known.old_greeting, known.new_greeting, total(known.hours))
+        if out.as_json:
+            out.object({**verdict.as_object(), "ehlo": [asdict(row) for row in rows]})
+            continue
+        if known is not evidence[0]:
+            out.line("")
+        _show(verdict, rows, out, explain=explain)
+    return WELL if all(verdict.is_ready for verdict in verdicts) else NO
+
+
+def _show(verdict: Verdict, rows: Sequence[extensions.Row], out: Output, *, explain: bool) -> None:
+    out.line(f"{verdict.name}: {verdict.summary} (the primary is {verdict.old or 'not known'})")
+    for judged in verdict.judged:
+        if judged.finding.age is not None:
+            out.line(f"{judged.criterion.name}: {span(judged.finding.age)} ago")
+    out.line("")
+    out.rows(verdict.judged, _EXPLAINED if explain else _CRITERIA, nothing="")
+    if rows:
+        out.line("")
+        out.rows(rows, EXTENSIONS, nothing="")
+
+
+def _nagios(verdicts: Sequence[Verdict], out: Output) -> int:
+    """Write one line, and return a plug-in's status: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN."""
+    worst = [v.having(result) for result in (Result.FAIL, Result.UNKNOWN, Result.WARN) for v in verdicts]
+    first: list[Judged] = next((judged for judged in worst if judged), [])
+    status, word = {
+        None: (WELL, "OK"),
+        Result.WARN: (1, "WARNING"),
+        Result.FAIL: (2, "CRITICAL"),
+        Result.UNKNOWN: (CANNOT_SAY, "UNKNOWN"),
+    }[first[0].finding.result if first else None]
+    text = "; ".join(f"{v.name} {v.summary}" for v in verdicts)
+    why = f": {first[0].criterion.name}: {first[0].finding.text}" if first else ""
+    # A bar begins what a plug-in says of its performance.
+    out.line(f"SMTP-DUP {word} - {text}{why}".replace("|", "/"))
+    return status
