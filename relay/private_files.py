@@ -1,4 +1,4 @@
-"""Folders and files of ours: opened by their names alone, below a folder that is nobody else's, and no link followed.
+"""Folders, files and locks of ours: opened by their names alone, below a folder that is ours, and no link followed.
 
 A folder that others may write to is closed to them; one that belongs to another user is refused. A file that another
 user put there is theirs: it is left where it is. Both are a Foreign, an OSError whose text says whose it is. Root's are
@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import stat
 from pathlib import Path
 
 from relay import maillog, ownership
 from relay.ownership import is_ours
 
+_TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")
 _owner: tuple[int, int] | None = None  # user and group of the state folder, when we are root and they are not
 
 
@@ -92,6 +95,22 @@ def open_lock(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
     return descriptor
 
 
+def take_lock(descriptor: int, *, shared: bool = False) -> None:
+    """Lock an open file or folder until it is closed. Raises BlockingIOError while another process has the lock."""
+    fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+
+
+def open_locked(path: Path, flags: int = os.O_RDWR | os.O_CREAT, *, shared: bool = False) -> int:
+    """Open a lock file of ours and lock it until it is closed. Raises BlockingIOError, and what ``open_lock`` does."""
+    descriptor = open_lock(path, flags)
+    try:
+        take_lock(descriptor, shared=shared)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 def read(where: Path, name: str, size: int | None = None) -> bytes:
     """Return what is in a file of ours below a folder. Raises Foreign, OSError, FileNotFoundError.
 
@@ -119,22 +138,64 @@ def read(where: Path, name: str, size: int | None = None) -> bytes:
         return file.read() if size is None else file.read(size + 1)
 
 
-def write(where: Path, name: str, data: bytes, *, durable: bool = True) -> None:
-    """Put a file into a folder of ours, on stable storage unless it need not be ``durable``. Raises OSError."""
+def write(where: Path, name: str, data: bytes, *, durable: bool = True, like: os.stat_result | None = None) -> None:
+    """Put a file into a folder of ours as a whole, on stable storage unless it need not be ``durable``. Raises OSError.
+
+    It is readable for nobody else, or has the owner and the mode of another file, ``like``.
+    """
     directory = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    temporary = f"{name}.tmp"
     try:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=directory)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(temporary, flags, 0o600, dir_fd=directory), "wb") as file:
-            give(file.fileno())
-            file.write(data)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+        write_at(directory, name, data, f".{name}.{os.getpid()}.tmp", durable=durable, like=like)
         if durable:
             os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def write_at(
+    directory: int,
+    name: str,
+    data: bytes,
+    temporary: str,
+    *,
+    durable: bool = True,
+    like: os.stat_result | None = None,
+) -> None:
+    """Put a file into an open folder; the caller sees to it that its name is on stable storage. Raises OSError.
+
+    What stays behind under the ``temporary`` name is of a process that was killed; no two may write under the same.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(temporary, flags, 0o600, dir_fd=directory)
+    except FileExistsError:
+        os.unlink(temporary, dir_fd=directory)
+        descriptor = os.open(temporary, flags, 0o600, dir_fd=directory)
+    try:
+        try:
+            if like is None:
+                give(descriptor)
+            else:
+                os.fchown(descriptor, like.st_uid, like.st_gid)
+                os.fchmod(descriptor, like.st_mode & 0o777)
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            if durable:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary, dir_fd=directory)
+        raise
+
+
+def written(name: str) -> str:
+    """Return the name of the file that this one is, or was to become: a process that is killed leaves it half written.
+
+    0.1.0 had only the ending.
+    """
+    found = _TEMPORARY.fullmatch(name)
+    return found[1] if found else name.removesuffix(".tmp")

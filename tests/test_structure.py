@@ -18,6 +18,29 @@ DOORS = {
     "aiosmtpd": {"relay/smtpd/proxy_protocol.py", "relay/demo/servers.py"},
     "aiosmtplib": {"relay/client/connect.py"},
     "dynaconf": {"relay/config/file.py"},
+    "ctypes": {"relay/parent_death.py"},
+    "fcntl": {"relay/private_files.py", "relay/daemon/start.py"},  # the latter's lock is not inherited by children
+}
+# What must not be written a second time -> where it stands.
+ONE_OF_EACH = {
+    r"\bO_CREAT\b|\.write_(?:text|bytes)\(": {
+        "relay/private_files.py",
+        "relay/command/export.py",  # into an operator's folder: it stays whose command it was
+        "relay/faultpoints.py",  # in tests only
+        "relay/demo/main.py",  # in a temporary folder of its own
+    },
+    r"\bos\.fsync\(": {
+        "relay/private_files.py",
+        "relay/spool/writer.py",  # of folders, shared by many changes
+        "relay/redisio/aof.py",  # of Redis's own file
+    },
+    r"pause \* 2\b": {
+        "relay/repeated.py",
+        "relay/client/session_refusals.py",  # a pause for each kind of refusal, not of a loop
+        "relay/daemon/slots.py",  # a pause for each child
+        "workers/delivery/retry.py",  # a pause for each destination
+    },
+    r"\.call_soon\(self\._take_off": {"relay/gathering.py"},
 }
 _REASON = re.compile(r"# noqa: [A-Z0-9, ]*PLC0415  \(\S.+\)")
 
@@ -48,6 +71,13 @@ def test_a_library_is_imported_by_its_module_alone(library: str) -> None:
         if any(name.partition(".")[0] == library for _, name in _imports(ast.parse(path.read_text(encoding="utf-8"))))
     }
     assert found <= DOORS[library]
+
+
+@pytest.mark.parametrize("pattern", sorted(ONE_OF_EACH))
+def test_one_of_each(pattern: str) -> None:
+    """A file is replaced, a pause grows, and what comes together leaves together by the code of one module each."""
+    found = {str(path.relative_to(ROOT)) for path in MODULES if re.search(pattern, path.read_text(encoding="utf-8"))}
+    assert found == ONE_OF_EACH[pattern]
 
 
 def test_an_import_inside_a_function_has_its_reason() -> None:

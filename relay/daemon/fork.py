@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import signal
@@ -12,12 +11,11 @@ from typing import NoReturn
 
 from loguru import logger
 
-from relay import log_output
+from relay import log_output, parent_death
 from relay.child import ChildContext
 from relay.daemon.slots import Child
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)  # what a supervisor hears
-_PR_SET_PDEATHSIG = 1
 
 
 def fork(child: Child, context: Callable[[], ChildContext], leave: Callable[[], None]) -> int:
@@ -26,7 +24,6 @@ def fork(child: Child, context: Callable[[], ChildContext], leave: Callable[[], 
     Returns its pid.
     """
     parent = os.getpid()
-    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # loaded here: not in the fork
     sys.stdout.flush()
     sys.stderr.flush()
     # A signal between the fork and the child's own dispositions would be written to our pipe, and a SIGTERM
@@ -35,10 +32,8 @@ def fork(child: Child, context: Callable[[], ChildContext], leave: Callable[[], 
     gc.freeze()  # what all share: no collection of a child looks at it, and so makes a copy of its pages
     pid = os.fork()
     if pid == 0:
-        if prctl:
-            prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-            if os.getppid() != parent:  # it ended before the call
-                os._exit(0)
+        if parent_death.die_with(parent):
+            os._exit(0)
         _live(child, context, leave, mask)
     gc.unfreeze()
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,7 +30,8 @@ def remember(state_dir: Path, destinations: Iterable[Destination]) -> frozenset[
     kept = list(dict.fromkeys([*old, *new]))[-_KEPT:]
     if kept != old:
         try:
-            _write(path, json.dumps(kept, indent=1))
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            private_files.write(path.parent, path.name, json.dumps(kept, indent=1).encode())
         except OSError as error:
             maillog.notice("warning", "servers with a password cannot be noted", file=str(path), reason=str(error))
     return frozenset(kept)
@@ -40,14 +40,3 @@ def remember(state_dir: Path, destinations: Iterable[Destination]) -> frozenset[
 def files_of(destination: Destination) -> list[str]:
     """Return the files that a destination's TLS needs."""
     return [file for file in (destination.ca_file, destination.tls_certificate, destination.tls_key) if file]
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-    with os.fdopen(os.open(temporary, flags, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)

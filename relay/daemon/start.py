@@ -110,7 +110,7 @@ def make_state_dir(folder: Path) -> None:
             with suppress(OSError), ExitStack() as closing:  # locked: one of those runs, on the same state folder
                 descriptor = os.open(old, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 closing.callback(os.close, descriptor)
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                private_files.take_lock(descriptor)
                 shutil.rmtree(old, ignore_errors=True)
         (folder / "metrics").rmdir()
 

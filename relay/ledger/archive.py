@@ -35,7 +35,6 @@ _PAGE = 500
 _PRESSED, _RELIEVED = 0.55, 0.45  # of maxmemory: from where bodies leave, and down to where. At 0.6 no spool comes in
 _ROOM = 0.58  # of maxmemory: up to where a retry brings bodies back
 _COST = 1.25  # octets of memory for an octet of a record
-_TMP = ".tmp"
 _IDENTITY = "identity"  # the file that has a folder's; no message has such an id
 _unknown: dict[Path, frozenset[str]] = {}  # files that the log has been told of, by folder
 
@@ -151,7 +150,7 @@ def forget_delivered(connection: Redis, where: Path) -> list[str]:
 
     A file that the ledger never knew stays, and is told: it may be all that is left of a message.
     """
-    files = [(name.removesuffix(_TMP), name) for name in _names(where)]
+    files = [(private_files.written(name), name) for name in _names(where)]
     files = [(message_id, name) for message_id, name in files if is_id(message_id)]  # else it is no file of ours
     if not files:
         return []

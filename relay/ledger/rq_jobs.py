@@ -12,6 +12,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import redis.asyncio
@@ -23,6 +24,7 @@ from rq.serializers import JSONSerializer
 
 from relay import maillog
 from relay.redisio.pipeline import CommandBatch, Pipelines
+from relay.repeated import Backoff, until_done
 
 FUNCTION = "workers.jobs.deliver"
 JOB_OPTIONS: dict[str, Any] = {
@@ -38,6 +40,7 @@ _WINDOW = 0.02  # seconds for each process; while the workers keep up, a copy wa
 _LONGEST_WINDOW = 0.5
 _LONG_WINDOW = 0.25  # when the queue is longer than a few jobs, waiting costs nobody anything
 _FEW = 3
+_PAUSE = 1.0  # seconds until a job that could not be written is tried again
 _DRAIN_SECONDS = 5.0
 
 
@@ -143,18 +146,11 @@ class Dispatcher:
         try:
             waiting = self._waiting[destination]
             while waiting:
-                batch = waiting[: self._job_size]
-                try:
-                    length = await self._write(destination, batch)
-                except (RedisError, OSError) as error:
-                    maillog.dispatch_delayed(destination, len(waiting), error)
-                    await asyncio.sleep(1)
-                    continue
-                except Exception as error:  # the border: a fault of ours must not end it, nor go round in silence
-                    maillog.task_failed(f"jobs for {destination}", error)
-                    await asyncio.sleep(1)
-                    continue
-                del waiting[: len(batch)]
+                length = await until_done(
+                    partial(self._write_next, destination),
+                    partial(self._note_trouble, destination),
+                    Backoff(_PAUSE, _PAUSE),
+                )
                 self._windows[destination] = max(self._window, _LONG_WINDOW if length > _FEW else 0)
                 if len(waiting) < self._job_size:
                     break
@@ -163,6 +159,20 @@ class Dispatcher:
             if self._waiting[destination]:
                 loop = asyncio.get_running_loop()
                 self._timers[destination] = loop.call_later(self._windows[destination], self._start, destination)
+
+    def _note_trouble(self, destination: str, error: Exception) -> None:
+        if isinstance(error, RedisError | OSError):
+            maillog.dispatch_delayed(destination, len(self._waiting[destination]), error)
+        else:  # the border: a fault of ours must not end it, nor go round in silence
+            maillog.task_failed(f"jobs for {destination}", error)
+
+    async def _write_next(self, destination: str) -> int:
+        """Write a job for what waits; returns the length of the queue."""
+        waiting = self._waiting[destination]
+        batch = waiting[: self._job_size]
+        length = await self._write(destination, batch)
+        del waiting[: len(batch)]
+        return length
 
     async def _write(self, destination: str, ids: Sequence[str]) -> int:
         """Write one job; returns the length of the queue."""

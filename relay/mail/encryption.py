@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from relay import private_files
 from relay.ownership import fault_of_secret
 
 if TYPE_CHECKING:
@@ -271,17 +272,7 @@ def add_key(path: Path) -> Sequence[str]:
         if before is not None:
             _read(path)
             text = path.read_text("ascii")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            if before is not None:
-                if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
-                    os.fchown(file.fileno(), before.st_uid, before.st_gid)
-                os.fchmod(file.fileno(), before.st_mode & 0o777)
-            file.write(f"{new_key()}\n{text}")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        private_files.write(path.parent, path.name, f"{new_key()}\n{text}".encode("ascii"), like=before)
     except OSError as error:
-        raise BadKeyFile(f"{error.filename or path} cannot be written: {error.strerror}") from error
+        raise BadKeyFile(f"{path} cannot be written: {error.strerror}") from error
     return Keyring(path).ids

@@ -9,8 +9,6 @@ its log).
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import importlib.util
 import os
 import platform
@@ -18,15 +16,16 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import redis
 from loguru import logger
 
+from relay import parent_death, private_files
 from relay.redisio import aof, versions
 
 # sun_path has 108 bytes on Linux and 104 on macOS, with the final NUL; Redis cuts a longer one silently.
@@ -36,11 +35,9 @@ _SHORT_PREFIX = "smtp-dup-"
 _SOCKET_RECORD = "socket-folder"
 _PRIVATE = 0o700
 _CLOSING_SECONDS = 10.0  # a Redis that lost its parent has this long to go
-_PR_SET_PDEATHSIG = 1
 _KEPT_OCTETS = 64 << 20
 _MAPPED_FROM = 32 << 20  # octets; the most that glibc allows
 _KEPT_PIECES = 2000  # of each size up to 1 KB: not more than some 70 MB, and that after a backlog of all sizes
-_LIBC = ctypes.CDLL(None)  # loaded here, since little is safe between fork and exec
 
 
 class EmbeddedError(Exception):
@@ -103,14 +100,8 @@ def make_socket_folder(state_dir: Path) -> Path:
     if recorded := _recorded_folder(state_dir):
         return recorded
     made = Path(tempfile.mkdtemp(prefix=_SHORT_PREFIX, dir=_SHORT_FOLDERS))
-    record = folder(state_dir) / _SOCKET_RECORD
-    fresh = record.with_name(f"{record.name}.new")
     try:
-        fresh.unlink(missing_ok=True)
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(f"{made}\n")
-        fresh.replace(record)
+        private_files.write(folder(state_dir), _SOCKET_RECORD, f"{made}\n".encode(), durable=False)
     except OSError:
         made.rmdir()
         raise
@@ -193,9 +184,9 @@ def lock(state_dir: Path) -> int:
     _make_private(folder(state_dir))
     path = folder(state_dir) / "lock"
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = private_files.open_lock(path)
         try:
-            _wait_for_flock(descriptor, state_dir)
+            _wait_for_lock(descriptor, state_dir)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
         except BaseException:
@@ -245,7 +236,7 @@ def start(state_dir: Path) -> EmbeddedRedis:
                 # The server shares the lock: should we die without a word, the folder stays taken until it has closed.
                 pass_fds=(held,),
                 process_group=0,  # the terminal's Ctrl-C is for the supervisor, which stops us last
-                preexec_fn=lambda: die_with_parent(parent),  # safe: single-threaded, see above
+                preexec_fn=partial(_follow, parent),  # safe: single-threaded, see above
             )
     except OSError as error:
         os.close(held)
@@ -295,12 +286,9 @@ def stop(process: subprocess.Popen[bytes], timeout: float = 30.0) -> None:
         process.release()
 
 
-def die_with_parent(parent: int, signal_number: int = signal.SIGTERM) -> None:
-    """Have the kernel signal this process when its parent ends; to be called in a new child. Linux only."""
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal_number), 0, 0, 0)
-        if os.getppid() != parent:  # it ended before the call
-            os.kill(os.getpid(), signal_number)
+def _follow(parent: int) -> None:
+    if parent_death.die_with(parent):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _make_private(directory: Path) -> None:
@@ -322,11 +310,11 @@ def _see_that_it_is_whole(data: Path, program: Path, version: versions.Version |
         raise DataTrouble(objection)
 
 
-def _wait_for_flock(descriptor: int, state_dir: Path) -> None:
+def _wait_for_lock(descriptor: int, state_dir: Path) -> None:
     deadline = time.monotonic() + _CLOSING_SECONDS
     while True:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            private_files.take_lock(descriptor)
         except BlockingIOError:
             owner = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
             if time.monotonic() > deadline or (owner.isdecimal() and _is_alive(int(owner))):

@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from relay import private_files
+
 _RECORD = "written-by"
 _VERSION = re.compile(r"\b(Redis|Valkey) server v=(\d{1,4})\.(\d{1,4})\b", re.IGNORECASE)
 _RECORDED = re.compile(r"(redis|valkey) (\d{1,4})\.(\d{1,4})\n?")
@@ -60,10 +62,8 @@ def recorded(folder: Path) -> Version | None:
 def record(folder: Path, version: Version | None) -> None:
     """Note which server writes the data from now on. What cannot be noted keeps nothing from starting."""
     if version is not None and version != recorded(folder):
-        fresh = folder / f"{_RECORD}.new"
         with suppress(OSError):
-            fresh.write_text(f"{version}\n", "ascii")
-            fresh.replace(folder / _RECORD)
+            private_files.write(folder, _RECORD, f"{version}\n".encode("ascii"), durable=False)
 
 
 def objection(folder: Path, program: Path, version: Version | None) -> str:

@@ -25,11 +25,13 @@ from relay.ledger.monitor import Monitor
 from relay.ledger.rq_jobs import Dispatcher
 from relay.mail.envelope import Envelope
 from relay.mail.record import Message
+from relay.repeated import Backoff, until_done
 from relay.spool.writer import Spool
 
 _LARGE = 256 << 10  # bodies over this travel alone, on connections of their own
 _SPOOL_SECONDS = 30.0  # for one change in the spool: a disk that hangs is as good as full
 _FORGOT = "the ledger was emptied, or became an older one, between staging and release"
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds until a change that Redis has not taken is tried again
 _LATE_SECONDS = 60.0  # after a time-out, this long until what was on its way has come or never will
 
 
@@ -230,21 +232,16 @@ class Staging:
         await self._small.submit("hold", Held(message_id, digest, self._hold_seconds))
 
     def _repeat(self, change: Callable[[], Any]) -> None:
-        async def until_answered() -> None:
-            pause = 0.1
-            while True:
-                try:
-                    await change()
-                except (RedisError, OSError) as error:
-                    if isinstance(error, RedisError):
-                        self._watch.failed(error)
-                    if pause == 0.1:
-                        maillog.ledger_trouble("a change waits for Redis", error)
-                    await asyncio.sleep(pause)
-                    pause = min(5.0, pause * 2)
-                else:
-                    return
+        pauses = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
 
-        task = asyncio.get_running_loop().create_task(until_answered())
+        def trouble(error: Exception) -> None:
+            if not isinstance(error, RedisError | OSError):
+                raise error
+            if isinstance(error, RedisError):
+                self._watch.failed(error)
+            if pauses.is_at_first:
+                maillog.ledger_trouble("a change waits for Redis", error)
+
+        task = asyncio.get_running_loop().create_task(until_done(change, trouble, pauses))
         self._repeating.add(task)
         task.add_done_callback(self._repeating.discard)

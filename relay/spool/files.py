@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import heapq
 import json
 import math
@@ -71,13 +70,12 @@ class SpoolFiles:
     def take_over(self) -> int:
         """Return the lock's descriptor, -1 while another process has it."""
         writer.prepare(self._folder)
-        descriptor = private_files.open_lock(self._folder / "importer.lock")
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.name = self._identity()
+            descriptor = private_files.open_locked(self._folder / "importer.lock")
         except BlockingIOError:
-            os.close(descriptor)
             return -1
+        try:
+            self.name = self._identity()
         except BaseException:
             os.close(descriptor)
             raise
@@ -91,7 +89,7 @@ class SpoolFiles:
                 return found
             maillog.notice("error", "the spool has lost its name: it gets a new one", file=str(path))
         fresh = secrets.token_hex(8)
-        _write(path, fresh.encode("ascii"))
+        private_files.write(path.parent, path.name, fresh.encode("ascii"))
         return fresh
 
     def definitions(self, new: dict[str, str]) -> dict[str, str]:
@@ -107,7 +105,7 @@ class SpoolFiles:
             old = {}
         known = {**old, **new}
         if known != old:
-            _write(path, json.dumps(known, indent=1).encode("utf-8"))
+            private_files.write(path.parent, path.name, json.dumps(known, indent=1).encode("utf-8"))
         return known
 
     def survey(self) -> Survey:
@@ -207,7 +205,7 @@ class SpoolFiles:
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
-                _write(folder / name, private_files.read(source.parent, name))
+                private_files.write(folder, name, private_files.read(source.parent, name))
         writer.sync(folder)
 
     def _place(self, destination: str) -> Path:
@@ -350,13 +348,3 @@ def _unpacked(entry: Entry, record: bytes) -> Message:
     if len(record) != entry.size:
         raise MalformedRecord(f"damaged: it has {len(record)} octets, its name says {entry.size}")
     return Message.unpack(record, entry.id)
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    writer.sync(path.parent)

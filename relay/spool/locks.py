@@ -6,7 +6,6 @@ The kernel gives the lock back whatever ends the process, so a SIGKILL tells at 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import time
 from pathlib import Path
@@ -26,32 +25,27 @@ def lock(spool: Path, owner: str) -> int:
     path = folder_of(spool) / owner
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
-        descriptor = private_files.open_lock(path)
+        # An importer looks whether we live, or tidied the file away between our open and our lock.
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.stat().st_ino == os.fstat(descriptor).st_ino:
-                return descriptor
-        except (FileNotFoundError, BlockingIOError):
-            # An importer looks whether we live, or tidied the file away between our open and our lock.
+            descriptor = private_files.open_locked(path)
+        except BlockingIOError:
             if time.monotonic() > deadline:
-                os.close(descriptor)
                 raise
             time.sleep(0.01)
+            continue
+        if _is_at(path, descriptor):
+            return descriptor
         os.close(descriptor)
 
 
 def is_alive(spool: Path, owner: str) -> bool:
     """Say whether the relay process of that name runs. What another user put there is no process of ours."""
     try:
-        descriptor = private_files.open_lock(folder_of(spool) / owner, os.O_RDONLY)
-    except (FileNotFoundError, private_files.Foreign):
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        os.close(private_files.open_locked(folder_of(spool) / owner, os.O_RDONLY, shared=True))
     except BlockingIOError:
         return True
-    finally:
-        os.close(descriptor)
+    except (FileNotFoundError, private_files.Foreign):
+        return False
     return False
 
 
@@ -59,9 +53,15 @@ def forget(spool: Path, owner: str) -> None:
     """Remove the lock file of a process that is dead; a living one keeps it."""
     path = folder_of(spool) / owner
     with contextlib.suppress(OSError):
-        descriptor = private_files.open_lock(path, os.O_RDONLY)
+        descriptor = private_files.open_locked(path, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
         finally:
             os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return path.stat().st_ino == os.fstat(descriptor).st_ino
+    except FileNotFoundError:
+        return False

@@ -30,6 +30,7 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 from relay import private_files
+from relay.gathering import Gathering
 from relay.ledger.changes import Released
 from relay.mail.ids import is_destination_name, is_id
 from relay.spool import locks
@@ -171,9 +172,8 @@ class Spool:
         self._messages = -1
         self._mine: dict[str, str] = {}  # id -> stem of its file; what the primary has not answered yet
         self._noted: set[str] = set()
-        self._queue: list[_Change] = []
+        self._gathering = Gathering(self._begin, flights=_FLIGHTS, octets=_GROUP_BYTES)
         self._flights: set[asyncio.Task[None]] = set()
-        self._scheduled = False
 
     async def open(self) -> None:
         """Make the folders and take our owner's lock. Raises OSError."""
@@ -184,8 +184,7 @@ class Spool:
 
     async def close(self) -> None:
         """Finish what is under way and give the lock back: what we leave is the importer's."""
-        while self._flights:
-            await asyncio.wait(self._flights)
+        await self._gathering.drain()
         await asyncio.get_running_loop().run_in_executor(self._pool, self._close)
         self._pool.shutdown()
 
@@ -242,32 +241,18 @@ class Spool:
 
     async def _change(self, work: Callable[[], None], size: int = 0) -> None:
         """Do something in a thread, together with what others want done; it is durable at the end."""
-        loop = asyncio.get_running_loop()
-        change = _Change(work, size, loop.create_future())
-        self._queue.append(change)
-        if not self._scheduled and len(self._flights) < _FLIGHTS:
-            # At the end of this turn of the loop: what other sessions want in it goes along.
-            self._scheduled = True
-            loop.call_soon(self._take_off)
+        change = _Change(work, size, asyncio.get_running_loop().create_future())
+        self._gathering.add(change)
         await change.done
 
-    def _take_off(self) -> None:
-        self._scheduled = False
-        while self._queue and len(self._flights) < _FLIGHTS:
-            size = count = 0
-            for change in self._queue:
-                if count and size + change.size > _GROUP_BYTES:
-                    break
-                size += change.size
-                count += 1
-            group, self._queue = self._queue[:count], self._queue[count:]
-            task = asyncio.get_running_loop().create_task(self._fly(group))
-            self._flights.add(task)
-            task.add_done_callback(self._land)
+    def _begin(self, group: list[_Change]) -> None:
+        task = asyncio.get_running_loop().create_task(self._fly(group))
+        self._flights.add(task)
+        task.add_done_callback(self._land)
 
     def _land(self, task: asyncio.Task[None]) -> None:
         self._flights.discard(task)
-        self._take_off()
+        self._gathering.landed()
 
     async def _fly(self, group: list[_Change]) -> None:
         errors: list[OSError | None]
@@ -316,20 +301,7 @@ class Spool:
             disk = os.fstatvfs(self._messages)
             if disk.f_bavail * disk.f_frsize - len(data) < reserve:
                 raise OSError(errno.ENOSPC, "less than spool.min_free would be left", str(self._folder))
-        temporary = f"{stem}.{TMP}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(temporary, flags, 0o600, dir_fd=self._messages)
-        try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
-            os.fsync(descriptor)
-        except OSError:
-            self._remove(temporary)
-            raise
-        finally:
-            os.close(descriptor)
-        os.rename(temporary, f"{stem}.{state}", src_dir_fd=self._messages, dst_dir_fd=self._messages)
+        private_files.write_at(self._messages, f"{stem}.{state}", data, f"{stem}.{TMP}")
 
     def _rename(self, stem: str, state: str) -> None:
         before, after = f"{stem}.{STAGED}", f"{stem}.{state}"

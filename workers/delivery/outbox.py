@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import redis.asyncio
@@ -18,15 +20,17 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from relay import faultpoints, maillog
+from relay.gathering import Gathering
 from relay.ledger import changes as ledger_changes
 from relay.ledger import keys
 from relay.ledger.changes import Claim
 from relay.redisio import clients
 from relay.redisio.pipeline import CommandBatch, Pipelines
+from relay.repeated import Backoff, until_done
 
 _LATE = 1.0
 _STUCK = 60.0
-_LONGEST_PAUSE = 2.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 _FOLLOW_SECONDS = 0.5
 _AFTERMATH_SECONDS, _AGAIN_SECONDS = 60.0, 5.0
 _REMEMBERED_SECONDS = 300.0  # a failover takes as long as the Sentinels wait, and their election
@@ -34,6 +38,17 @@ _REMEMBERED = 50_000
 _PAGE = 1000
 
 Change = Callable[[Any], object]
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """An outcome on its way: a copy that is settled, or a change."""
+
+    done: asyncio.Future[None]
+    settled: str = ""
+    counted: bool = False  # in a group of divergence
+    change: Change | None = None
+    size: int = 0
 
 
 class Outbox:
@@ -59,10 +74,7 @@ class Outbox:
         self._jobs = jobs
         self._destination = destination
         self._noise = noise
-        self._settled: list[str] = []
-        self._counted: list[str] = []  # of these, who is open in a group of divergence
-        self._changes: list[Change] = []
-        self._waiters: list[asyncio.Future[None]] = []
+        self._gathering = Gathering(self._begin)
         self._flight: asyncio.Task[None] | None = None
         self._oldest: float | None = None
         self._now = now
@@ -81,13 +93,12 @@ class Outbox:
 
     def settle(self, message_id: str, *, counted: bool = False) -> asyncio.Future[None]:
         """Note a delivered copy; ``counted`` when it is open in a group of divergence."""
-        (self._counted if counted else self._settled).append(message_id)
-        return self._submitted()
+        done = asyncio.get_running_loop().create_future()
+        return self._submit(_Waiting(done, settled=message_id, counted=counted))
 
     def write(self, change: Change) -> asyncio.Future[None]:
         """Note a change that makes an RQ job too; called in a thread with a pipeline in MULTI, again if that fails."""
-        self._changes.append(change)
-        return self._submitted()
+        return self._submit(_Waiting(asyncio.get_running_loop().create_future(), change=change))
 
     def has_settled(self, claim: Claim) -> bool:
         """Say whether this very copy was settled here: Redis has it as pending because a failover lost that."""
@@ -135,38 +146,30 @@ class Outbox:
             ):
                 del self._lately[next(iter(self._lately))]
 
-    def _submitted(self) -> asyncio.Future[None]:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        self._waiters.append(future)
+    def _submit(self, outcome: _Waiting) -> asyncio.Future[None]:
+        self._gathering.add(outcome)
         if self._oldest is None:
             self._oldest = time.monotonic()
-        if self._flight is None:
-            self._flight = loop.create_task(self._fly())
-        return future
+        return outcome.done
 
-    async def _fly(self) -> None:
-        try:
-            while self._waiters:
-                await asyncio.sleep(0)  # the end of this turn of the loop: what else has an outcome in it goes along
-                settled, self._settled = self._settled, []
-                counted, self._counted = self._counted, []
-                changes, self._changes = self._changes, []
-                waiters, self._waiters = self._waiters, []
-                begun = self._oldest
-                if settled:
-                    await self._until_written(lambda ids=settled: self._settle(ids))  # type: ignore[misc]
-                if counted:
-                    await self._until_written(lambda ids=counted: self._settle(ids, counted=True))  # type: ignore[misc]
-                if changes:
-                    await self._until_written(lambda c=changes: asyncio.to_thread(self._change, c))  # type: ignore[misc]
-                for waiter in waiters:
-                    if not waiter.done():
-                        waiter.set_result(None)
-                if self._oldest == begun:
-                    self._oldest = time.monotonic() if self._waiters else None
-        finally:
-            self._flight = None
+    def _begin(self, group: list[_Waiting]) -> None:
+        self._flight = asyncio.get_running_loop().create_task(self._fly(group))
+        self._flight.add_done_callback(self._land)
+
+    def _land(self, flight: asyncio.Task[None]) -> None:
+        self._oldest = None if self._gathering.is_empty else time.monotonic()
+        if not flight.cancelled():  # else the loop ends
+            self._gathering.landed()
+
+    async def _fly(self, group: list[_Waiting]) -> None:
+        for counted in (False, True):
+            if settled := [outcome.settled for outcome in group if outcome.settled and outcome.counted == counted]:
+                await self._until_written(partial(self._settle, settled, counted=counted))
+        if changes := [outcome.change for outcome in group if outcome.change is not None]:
+            await self._until_written(partial(asyncio.to_thread, self._change, changes))
+        for outcome in group:
+            if not outcome.done.done():
+                outcome.done.set_result(None)
 
     async def _settle(self, ids: list[str], *, counted: bool = False) -> None:
         faultpoints.reach("before settle")
@@ -183,16 +186,11 @@ class Outbox:
                 change(pipe)
             pipe.execute()
 
-    async def _until_written(self, write: Callable[[], Any]) -> None:
-        pause = 0.05
-        while True:
-            try:
-                await write()
-            except (RedisError, OSError) as error:
-                maillog.ledger_trouble("outcomes wait for Redis", error)
-            except Exception as error:  # the border: whoever waits for these would wait in silence, for ever
-                maillog.task_failed(f"outcomes for {self._destination}", error)
-            else:
-                return
-            await asyncio.sleep(pause)
-            pause = min(_LONGEST_PAUSE, pause * 2)
+    async def _until_written(self, write: Callable[[], Awaitable[None]]) -> None:
+        await until_done(write, self._note_trouble, Backoff(_FIRST_PAUSE, _LONGEST_PAUSE))
+
+    def _note_trouble(self, error: Exception) -> None:
+        if isinstance(error, RedisError | OSError):
+            maillog.ledger_trouble("outcomes wait for Redis", error)
+        else:  # the border: whoever waits for these would wait in silence, for ever
+            maillog.task_failed(f"outcomes for {self._destination}", error)

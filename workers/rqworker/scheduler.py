@@ -21,7 +21,7 @@ from rq.registry import ScheduledJobRegistry
 from rq.scheduler import RQScheduler
 from rq.serializers import JSONSerializer
 
-from relay.repeated import Repeated
+from relay.repeated import Backoff, Repeated
 
 _ROUND_SECONDS = 1.0
 _LOCK_SECONDS = 15.0  # between two renewals; RQ's lock lives for 61 s
@@ -94,16 +94,17 @@ def keep_scheduling(
     """
     scheduler = Scheduler(connect(), name)
     away = Repeated("scheduler: Redis", logger.warning, logger.info)
-    pause = _ROUND_SECONDS
+    pauses = Backoff(_ROUND_SECONDS, _LONGEST_PAUSE)
     while not stop.is_set():
         try:
             more = scheduler.round(queues())
             away.is_over()
+            pauses.reset()
             pause = 0.0 if more else _ROUND_SECONDS
         except RedisError as error:
             away.came(str(error))
             scheduler.start_anew()
-            pause = min(max(pause, _ROUND_SECONDS / 2) * 2, _LONGEST_PAUSE)
+            pause = pauses.next()
         except Exception:  # a job that RQ cannot read
             logger.exception("scheduler: a round failed")
             pause = _ROUND_SECONDS

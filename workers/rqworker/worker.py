@@ -34,6 +34,7 @@ from rq.worker_registration import clean_worker_registry, register
 from relay.mail.ids import is_job_id
 from relay.mail.ids import text as as_text
 from relay.redisio.clients import master_of
+from relay.repeated import Backoff
 from workers import jobs
 from workers.rqworker.delivery_job import DeliveryJob
 from workers.rqworker.revival import BORN, PLACE, born, place, revive
@@ -71,7 +72,7 @@ class DeliveryWorker(SimpleWorker):
         self._behind = 0  # jobs in the queue, when it was last seen
         self._master: object = None  # with Sentinels
         self._in_doubt = False  # a command failed: it may or may not have been executed
-        self._pause = _FIRST_PAUSE
+        self._pauses = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
         self._give_up_at = 0.0
 
     # The loop
@@ -113,9 +114,9 @@ class DeliveryWorker(SimpleWorker):
             time.sleep(_NOT_ACCEPTING_SECONDS)
             return 0
         job = self.take(wait=wait)
-        if self._pause > _FIRST_PAUSE:
+        if not self._pauses.is_at_first:
             logger.info("worker {}: Redis is back", self.name)
-            self._pause = _FIRST_PAUSE
+            self._pauses.reset()
         if job is None:
             return 0
         taken = [job, *self._take_company(job, most)]
@@ -125,10 +126,9 @@ class DeliveryWorker(SimpleWorker):
     def _outlast(self, error: RedisError) -> None:
         """Wait a little for a Redis that is away; what was in hand may be anywhere, see _put_back."""
         self._in_doubt = True
-        if self._pause == _FIRST_PAUSE:
+        if self._pauses.is_at_first:
             logger.warning("worker {}: Redis: {}", self.name, error)
-        time.sleep(self._pause)
-        self._pause = min(self._pause * 2, _LONGEST_PAUSE)
+        time.sleep(self._pauses.next())
 
     def take(self, *, wait: bool) -> DeliveryJob | None:
         """Pop a job into the intermediate list, waiting up to a second, and read it; the unreadable is set aside."""
@@ -287,17 +287,16 @@ class DeliveryWorker(SimpleWorker):
 
     def _until_written(self, write: Callable[[], None]) -> None:
         """Repeat a write, which must allow it, until Redis has taken it; after a stop, for some seconds only."""
-        pause = _FIRST_PAUSE
+        pauses = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
         while True:
             try:
                 write()
             except RedisError as error:
-                if pause == _FIRST_PAUSE:
+                if pauses.is_at_first:
                     logger.warning("worker {}: a job's end waits for Redis: {}", self.name, error)
                 if self._gives_up():
                     raise
-                time.sleep(pause)
-                pause = min(pause * 2, _LONGEST_PAUSE)
+                time.sleep(pauses.next())
             else:
                 return
 

@@ -25,7 +25,7 @@ from rq.serializers import JSONSerializer
 from relay.child import ChildContext
 from relay.config.model import RedisSettings
 from relay.redisio.clients import sync_client
-from relay.repeated import Repeated
+from relay.repeated import Backoff, Repeated
 from workers import jobs
 from workers.jobs import Deliverer
 from workers.rqworker.revival import dead_here, forget, revive, worker_name
@@ -143,7 +143,7 @@ def serve(
         signal.signal(number, on_signal)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     connection = connect()
-    pause = 0.05
+    pauses = Backoff(0.05, 2.0)
     away = Repeated(f"worker {name}: waiting for Redis", logger.warning, logger.info)
     while not early:
         try:
@@ -155,8 +155,7 @@ def serve(
         except (RedisError, OSError) as error:
             away.came(str(error))
             context.ready()  # it does what can be done without Redis
-            time.sleep(pause)
-            pause = min(pause * 2, 2.0)
+            time.sleep(pauses.next())
     if worker is None:
         return 0
     courier = thread.start(lambda: make_courier(name))
