@@ -1,7 +1,7 @@
-"""One relay process: its sockets, what its command loops share, its life from the first accept to the drain.
+"""One relay process: its sockets, the context of its command loops, its life from the first accept to the drain.
 
-``listen`` binds for all processes in the supervisor, so that a port in use is one clear error at the start
-and a crashed process leaves no refused connection behind. ``serve`` is the run of one of them. Wiring only.
+``listen`` runs in the supervisor and binds for all processes, so that a port in use is one clear error at the start,
+and no connection is refused while a crashed process is replaced. ``serve`` runs one process. Wiring only.
 """
 
 from __future__ import annotations
@@ -44,33 +44,33 @@ from relay.spool.writer import Spool
 from relay.topology import heartbeats
 from relay.topology.heartbeats import Pulse
 
-_BACKLOG = 1024  # until the relay process, which knows what fits, sets its own
-# The kernel has none, it is disabled, or the interface has no such address.
+_BACKLOG = 1024  # until the relay process sets its own by its descriptor limit
+# The kernel has no IPv6, it is disabled, or no interface has the address.
 _NO_IPV6 = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT}
 _POOL_WAIT = 0.05
 _MONITOR_SECONDS = 1.0
 _INTRODUCTION_SECONDS = 1.0
-_IMPORT_SECONDS = 5.0  # for the batch in hand when we stop
-_GRACE_SECONDS = 30.0  # for clients between commands of a transaction while we drain
-LEAVE = signal.SIGUSR2  # to a process that another one of newer settings has taken the place of
+_IMPORT_SECONDS = 5.0  # for the importer's current batch when the process stops
+_GRACE_SECONDS = 30.0  # while draining, for clients between the commands of a transaction
+LEAVE = signal.SIGUSR2  # sent to a process after one with newer settings has replaced it
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What one relay process gets from the supervisor: its sockets, and its counters beside those of the others."""
+    """What one relay process gets from the supervisor: its sockets, and its part of the shared counters."""
 
     sockets: Sequence[socket.socket]
     counters: ProcessCounters
-    plain: int  # so many of the sockets are plain at first; the others begin with TLS
-    ours: bool = True  # bound by us; else systemd's, which go on listening when we end
+    plain: int  # the first ``plain`` sockets begin in plain text, the others with TLS
+    ours: bool = True  # bound by the supervisor; else by systemd, and they go on listening after the end
 
 
 def listen(settings: Settings) -> list[Place]:
-    """Bind every listening address once per relay process, or share what systemd has bound among all of them.
+    """Bind every listening address once per relay process, or share systemd's sockets among all of them.
 
-    Raises OSError with the setting or address in its text, and passed.NotAsSet.
+    Returns a place for each process. Raises OSError with the setting or address in its text, and systemd.NotAsSet.
     """
-    Credentials.load(settings.smtp)  # each process loads them again; what is wrong with them must show here
+    Credentials.load(settings.smtp)  # each process loads them again; this reports their errors at the start
     plain = [found for host, port in settings.smtp.addresses for found in _resolve(host, port)]
     tls = [found for host, port in settings.smtp.tls_addresses for found in _resolve(host, port)]
     if from_systemd := systemd.take(os.environ):
@@ -101,15 +101,15 @@ def _resolve(host: str, port: int) -> list[systemd.Address]:
 
 
 def _usable(host: str, port: int) -> list[systemd.Address]:
-    """Return what can be bound of the addresses that a setting stands for. Raises OSError.
+    """Return those addresses of a listen setting that can be bound. Raises OSError.
 
-    A machine without IPv6, or without an IPv6 address behind a name, listens on what is left, and says so.
+    If the machine lacks an IPv6 address, it listens on the others and logs a warning.
     """
     usable: list[systemd.Address] = []
     missing: list[OSError] = []
     for family, address in _resolve(host, port):
         try:
-            # SO_REUSEPORT would let a second smtp-dup share the port in silence: one bind without it finds out.
+            # SO_REUSEPORT would let a second smtp-dup share the port silently; a bind without it detects this.
             _bind(family, address, share=False).close()
         except OSError as error:
             if family != socket.AF_INET6 or error.errno not in _NO_IPV6:
@@ -140,34 +140,34 @@ def _bind(family: socket.AddressFamily, address: tuple[str, int], *, share: bool
         if sock is not None:
             sock.close()
         text = f"smtp.listen: cannot listen on {address[0]} port {address[1]}: {error.strerror}"
-        told = OSError(text)  # with a number as well its text would begin with that
-        told.errno = error.errno
-        raise told from error
+        clear = OSError(text)  # OSError(errno, text) would print the number first
+        clear.errno = error.errno
+        raise clear from error
     sock.setblocking(False)
     return sock
 
 
 def place_of(settings: Settings, redis_url: str) -> str:
-    """Return a stable name of where we run: the host, and the state folder, which two installations never share.
+    """Return a stable name of this installation: the host and the state folder, which two installations never share.
 
-    With a Redis on a socket there is one host, whose name may change: a container that is made anew has another.
+    With Redis on a Unix socket the host is left out: there is only one, and a recreated container changes its name.
     """
     host = "" if redis_url.startswith("unix:") else f"{socket.gethostname()} "
     return f"{host}{settings.state_dir.absolute()}"
 
 
 async def _for_ever(task: Callable[[], Awaitable[None]]) -> None:
-    """Run a task of the background again when it fails, until it ends."""
+    """Run a background task until it returns; a task that raises is logged and started again."""
     while True:
         try:
             return await task()
-        except Exception as error:  # the border: mail goes on, and so must this
+        except Exception as error:  # the border: mail continues, and so must this task
             maillog.task_failed(getattr(task, "__qualname__", "task"), error)
         await asyncio.sleep(_MONITOR_SECONDS)
 
 
 def serve(context: ChildContext, settings: Settings, place: Place, redis_url: str) -> int:
-    """Be one relay process until SIGTERM; the ``run`` of a supervisor's child. Returns the exit status."""
+    """Run one relay process until SIGTERM (the ``run`` of a supervisor's child). Returns the exit status."""
     maillog.configure(settings.log.level, settings.log.format, context.name, threads=True)
     place = replace(place, counters=place.counters.at_seat(context.seat))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -254,7 +254,7 @@ class _Relay:
         self._shared.most_clients = self._fit.clients_here
         self._stop = asyncio.Event()
         self._introductions = asyncio.Event()
-        self._beside: frozenset[str] = frozenset()  # the instances at our place, as we last saw them
+        self._beside: frozenset[str] = frozenset()  # living instances of this place, at the last introduction
 
     async def run(self) -> None:
         """Start up, serve, drain."""
@@ -268,11 +268,11 @@ class _Relay:
         if self._spool:
             try:
                 await self._spool.open()
-            except OSError as error:  # tried again when it is needed
+            except OSError as error:  # opened again when it is needed
                 maillog.spool_trouble("start", error)
         monitor = loop.create_task(_for_ever(self._monitor))
         with contextlib.suppress(TimeoutError):
-            # A Redis that is away must not keep us from the primary leg for long.
+            # A Redis that is down must not delay the primary leg for long.
             await asyncio.wait_for(self._introductions.wait(), _INTRODUCTION_SECONDS)
         importing = loop.create_task(_for_ever(self._importer.run)) if self._importer else None
         await self._shared.primary.announced()
@@ -285,17 +285,17 @@ class _Relay:
         await self._stop.wait()
         maillog.stopping("relay", clients=len(self._shared.command_loops))
         self._shared.stopping = True
-        # Those that are shared with our successor go on listening: it takes what waits there.
+        # Sockets shared with a successor go on listening: it accepts the connections that wait there.
         for sock in self._place.sockets if self._place.ours and not self._shared.leaving else ():
             with contextlib.suppress(OSError):
-                # The supervisor holds it too: only a shutdown has new clients refused at once. At systemd's they wait.
+                # The supervisor holds it too: only shutdown() refuses new clients at once. On systemd's they wait.
                 sock.shutdown(socket.SHUT_RDWR)
         for server in servers:
             server.close()
         await self._drain(importing)
         monitor.cancel()
         if not self._shared.leaving:
-            with contextlib.suppress(RedisError, OSError):  # then it counts as dead before long
+            with contextlib.suppress(RedisError, OSError):  # if this fails, the heartbeat expires
                 await asyncio.to_thread(heartbeats.forget, self._jobs, self._pulse.process)
         await self._pool.close()
         if self._spool:
@@ -310,14 +310,14 @@ class _Relay:
         self._stop.set()
 
     def _leave(self) -> None:
-        """Take no more clients, and let those that are here finish: a process with newer settings takes them."""
+        """Stop accepting clients and let the connected ones finish: a process with newer settings replaces this one."""
         if not self._stop.is_set():
-            self._watch.look_alone()  # the sign of life at our place is our successor's
+            self._watch.look_alone()  # the successor sends the heartbeat of this place now
             self._shared.leaving = True
             self._stop.set()
 
     def _reload(self) -> None:
-        """Read certificate, users and keys again, for what is to come; what cannot be used changes nothing."""
+        """Read certificate, users and keys again, for new connections; a file that cannot be used changes nothing."""
         try:
             self._shared.credentials = Credentials.load(self._settings.smtp)
         except OSError as error:
@@ -328,7 +328,7 @@ class _Relay:
 
     @staticmethod
     def _reload_keys() -> None:
-        """Read the key file again. Also at our start: the supervisor that forked us read it once, perhaps long ago."""
+        """Read the key file again; also at the start, since the supervisor may have read it long before the fork."""
         try:
             encryption.reload()
         except encryption.BadKeyFile as error:
@@ -338,7 +338,7 @@ class _Relay:
                 maillog.notice("info", "storage.key_file", mail=ring.words)
 
     async def _introduce(self) -> None:
-        """Tell the ledger who we are and where copies go; take over what our dead predecessors had staged."""
+        """Register this process and its destinations in the ledger; take over what dead predecessors had staged."""
         me = f"{place_of(self._settings, self._redis_url)} {self._context.name}"
         try:
             async with self._redis.pipeline(transaction=True) as pipe:
@@ -347,7 +347,7 @@ class _Relay:
             await asyncio.to_thread(self._continuity.register, self._jobs)
             self._watch.is_stranger = False
             living = self._context.living()
-            if living is None:  # asked again in a moment
+            if living is None:  # unknown; tried again in a moment
                 return
             await asyncio.to_thread(
                 recovery.take_over,
@@ -369,11 +369,11 @@ class _Relay:
 
     @property
     def _has_lost_somebody(self) -> bool:
-        """Whether a process of other settings at our place has ended: it may have left something, if it was killed."""
+        """Whether another process of this place has ended; if it was killed, staged messages may need a takeover."""
         return bool(self._beside - (self._context.living() or self._beside))
 
     async def _monitor(self) -> None:
-        """Look how Redis is, and introduce us as soon as it answers."""
+        """Watch Redis, and introduce this process whenever Redis does not know it or a neighbour has ended."""
         while True:
             if await self._watch.look() and (
                 self._watch.is_stranger or not self._introductions.is_set() or self._has_lost_somebody
@@ -382,7 +382,7 @@ class _Relay:
             await asyncio.sleep(_MONITOR_SECONDS)
 
     async def _drain(self, importing: asyncio.Task[None] | None) -> None:
-        """Let what is in flight finish: a client that only thinks has some seconds, one in DATA its deadline."""
+        """Let sessions finish: between commands within ``_GRACE_SECONDS``, within DATA by the usual time-outs."""
         loop = asyncio.get_running_loop()
         patience = loop.time() + _GRACE_SECONDS
         if self._importer:

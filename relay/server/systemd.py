@@ -1,8 +1,8 @@
-"""Listening sockets that systemd has bound for us: socket activation, sd_listen_fds(3).
+"""Listening sockets passed by systemd: socket activation, sd_listen_fds(3).
 
-It binds a port below 1024 without a right of ours, and clients wait instead of being refused while we are restarted.
-The sockets and the settings must name the same addresses, since the settings tell what begins with TLS and what is a
-loop. Where they differ nothing is started: NotAsSet says what is where.
+systemd can bind a port below 1024, so smtp-dup needs no privilege, and clients wait during a restart instead of being
+refused. The socket unit and the settings must name the same addresses, since the settings define which ports begin with
+TLS and which destination would be a loop. If they differ, nothing is started and NotAsSet names both.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Address = tuple[socket.AddressFamily, tuple[str, int]]
 
 
 class NotAsSet(Exception):
-    """What was passed cannot be used, or is not what the settings name; the text says what."""
+    """A passed socket cannot be used, or does not match the settings; the text says which."""
 
 
 def take(environ: MutableMapping[str, str]) -> list[socket.socket]:
-    """Return the sockets that were passed to this process; none where no socket unit started it.
+    """Return the sockets that systemd passed to this process, [] without a socket unit. Raises NotAsSet.
 
-    The variables are taken away: whoever we start has no part in this. Raises NotAsSet.
+    The variables are removed from ``environ``, so that child processes do not see them.
     """
     count, pid, _ = (environ.pop(name, "") for name in _VARIABLES)
     if pid != str(os.getpid()) or not count.isdecimal():
@@ -49,7 +49,7 @@ def _adopt(descriptor: int) -> socket.socket:
 def match(
     passed: Sequence[socket.socket], plain: Sequence[Address], tls: Sequence[Address]
 ) -> tuple[list[socket.socket], int]:
-    """Return the sockets, those of the ``plain`` addresses first, and how many of these there are. Raises NotAsSet."""
+    """Return the sockets, those of the ``plain`` addresses first, and the number of these. Raises NotAsSet."""
     kinds: dict[bool, list[socket.socket]] = {False: [], True: []}
     missing = dict.fromkeys([*plain, *tls])
     for sock in passed:
@@ -67,7 +67,7 @@ def match(
 
 
 def _covers(sock: socket.socket, address: Address) -> bool:
-    """Say whether clients of an address come to this socket: one for IPv6 may take IPv4, too."""
+    """Return whether this socket accepts connections to an address; an IPv6 socket may accept IPv4 too."""
     family, (host, port) = _of(sock)
     if (family, (host, port)) == address:
         return True

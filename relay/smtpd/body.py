@@ -1,7 +1,7 @@
-"""A message on its way in: each piece of it is looked at, passed on to the primary, and kept for the copies.
+"""The body of a message while it is received: each piece is checked, passed on to the primary and kept for the copies.
 
-A message that breaks a rule is given up at once at the primary, by a close of the connection, since parts of it may
-be there already; what still comes of it is dropped, and ``refusal`` is what the client hears at its end.
+When a message breaks a rule, the connection to the primary is closed at once, since the primary may have parts of the
+message already. The rest of the body is read and dropped, and the client gets ``refusal`` as the reply to its end.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _HEADER_BYTES = Reply.of(552, "5.3.4 The header is larger than this relay takes"
 _HEADERS = Reply.of(552, "5.3.4 The message has more header fields than this relay takes")
 _LOOP = Reply.of(554, "5.4.6 Too many hops, mail forwarding loop")
 _AT_ONCE = 64 << 10  # octets of a body that wait for the dot
-_HEADER_LOOK = 1 << 20  # octets of a header that are looked at where the settings have no limit
+_HEADER_LOOK = 1 << 20  # octets of a header that are checked when the settings have no limit
 _LONGEST_NAME = 1 << 10  # octets of a line that show whether it is a field
-LARGE = 256 << 10  # octets; work on bodies over this is a thread's
-# How a body begins that would go on with our Received line at whoever undoes the dot-stuffing, or drops NULs.
+LARGE = 256 << 10  # octets; work on larger bodies runs in a thread
+# A body that begins like this would continue our Received line at a server that undoes dot-stuffing or drops NULs.
 _CONTINUES = re.compile(rb"\0*\.?\0*[ \t\v\f]")
 _MAY_CONTINUE = re.compile(rb"\0*\.?\0*")
-_MOST_NULS = 1 << 10  # then no more is awaited before it is told
+_MOST_NULS = 1 << 10  # octets; after these, the beginning is judged as it is
 _OWN_LINES_LIMIT = 5  # Received lines of our own: a forward that lawfully comes back passes
 
 
@@ -70,21 +70,21 @@ class IncomingBody:
         self._ends = LineEnds(refuse=crlf_only, stuffed=stuffed)
         self._stuffing = None if stuffed else Stuffing()
         self._lines = LongestLine(settings.max_line_bytes) if settings.max_line_bytes else None
-        self._kept: list[bytes] = []  # what it has; in blocks, since a piece may be an octet and its object fifty
-        self._last = trace  # what the primary has not got yet: the end of the body leaves with the dot, in one write
-        self._front = b""  # of the body, while it cannot be told how it begins
+        self._kept: list[bytes] = []  # sent to the primary; in blocks: an object of one octet would take fifty
+        self._last = trace  # not yet sent to the primary: the end of the body leaves with the dot, in one write
+        self._front = b""  # the first octets, until it is certain how the body begins
         self._begun = False
-        self._octets = 0  # as counted in our numbers
+        self._octets = 0  # counted in the counters of this process
         self.refusal: Reply | None = None
         self.pace = Pace(settings.idle_timeout, settings.min_data_rate)
 
     async def take(self, piece: bytes) -> None:
-        """Take a piece as the client sent it."""
+        """Take a piece as the client sent it; after a ``refusal`` it is dropped."""
         if self.refusal is None:
             await self._pass_on(self._ends.feed(piece))
 
     async def complete(self) -> bytes:
-        """Take the end; returns the whole body in wire form, our Received line in front."""
+        """End the body; returns all of it in wire form, below our Received line. ``refusal`` is final now."""
         if self._stuffing is not None and self.refusal is None:
             await self._pass_on(self._ends.finish())
         if not self._begun and self.refusal is None:
@@ -99,7 +99,7 @@ class IncomingBody:
         return body
 
     def close(self) -> None:
-        """Have the message counted no more."""
+        """Remove the message from the counters of this process, and free its body."""
         self._counters.add_octets(-self._octets)
         self._octets = 0
         self._kept = []
@@ -121,9 +121,9 @@ class IncomingBody:
             self._give_up()
 
     def _beginning(self, piece: bytes, *, is_last: bool = False) -> bytes:
-        """Return the first octets of the body, below an empty line where no header begins like that.
+        """Return the first octets of the body, or b"" while they are undecided.
 
-        They would go on with our Received line. Postfix puts an empty line there, too.
+        An empty line goes in front of octets that would otherwise continue our Received line, as in Postfix.
         """
         piece, self._front = self._front + piece, b""
         undecided = _MAY_CONTINUE.fullmatch(piece) is not None
@@ -138,7 +138,7 @@ class IncomingBody:
         self._kept, self._last = [], b""
 
     def _too_much(self, piece: bytes) -> Reply | None:
-        """Count what is kept of the message; returns the refusal when that is over a limit."""
+        """Count a piece; returns the refusal when the message exceeds a limit."""
         octets, limit = len(piece), self._settings.max_message_bytes
         if limit and self._octets + octets > limit:
             return TOO_LARGE
@@ -151,10 +151,10 @@ class IncomingBody:
         return None
 
     async def _fault_of_header(self, body: bytes) -> Reply | None:
-        # A line more than the limit is enough to know: the header of a message without an empty line is all of it.
+        # One line beyond the limit is enough: in a message without an empty line, everything is header.
         block = headers.header_block(body, 0, (self._settings.max_header_bytes or _HEADER_LOOK) + _LONGEST_NAME)
         fault = self._fault_of_block(block)
-        if fault is not None:  # looked at closely only when it matters
+        if fault is not None:  # only now is it worth separating the fields from the body
             fault = self._fault_of_block(await headers.fields_only(block))
         return fault
 
@@ -162,7 +162,7 @@ class IncomingBody:
         settings = self._settings
         if settings.max_header_bytes and len(block) > settings.max_header_bytes:
             return _HEADER_BYTES
-        if headers.count_fields(block) - 1 > settings.max_headers:  # one is ours
+        if headers.count_fields(block) - 1 > settings.max_headers:  # not counting our Received field
             return _HEADERS
         hops, own = headers.count_hops(block, settings.domain)
         if hops - 1 > settings.max_hops or own - 1 > _OWN_LINES_LIMIT:

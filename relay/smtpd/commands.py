@@ -1,9 +1,8 @@
 """The command loop of one client: command lines in, replies out, until the client quits or is disconnected.
 
-A line is read, looked up in the table at the end, and answered: by the Peer where it says who the client
-is, by the MailTransaction where it is about mail. Replies leave from here, but for those in the middle of a command
-(354, 334, the 220 before TLS). What is not foreseen becomes 451. A client that disconnects cancels nothing: it shows as
-the end of input.
+Each line is looked up in the table at the end of this file and answered by the Peer (who the client is) or by the
+MailTransaction (MAIL, RCPT, DATA, BDAT). Replies are written here, except those in the middle of a command (354, 334,
+the 220 before TLS). An unexpected exception becomes 451. A disconnect cancels nothing: it is read as the end of input.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _SHUTDOWN = Reply.of(421, "4.3.2 Service shutting down, try again later")
 
 
 def take(context: Context, *, tls: bool = False) -> ClientProtocol:
-    """Return the protocol of a new connection, which starts its command loop; with ``tls`` by the handshake."""
+    """Return the protocol of a new connection, which starts its command loop; ``tls``: with a TLS handshake."""
     smtp = context.settings.smtp
     seconds = min(smtp.idle_timeout, smtp.lease_idle_timeout)
     return ClientProtocol(
@@ -82,7 +81,7 @@ class CommandLoop:
                 context.counters.add_client(-1)
 
     def stop(self, *, impatient: bool) -> None:
-        """End an idle client's session now; one in a transaction after it, or, impatient, before its DATA."""
+        """End an idle session now, and one in a transaction after it; if ``impatient``, before its DATA."""
         transaction, protocol = self._transaction, self._protocol
         is_idle = not transaction.in_transaction and not self._may_stay
         if protocol.is_deaf or (protocol.is_securing and not self._may_stay):
@@ -92,11 +91,11 @@ class CommandLoop:
 
     @property
     def _may_stay(self) -> bool:
-        """Whether we are only replaced, and this client has come to us for a message that it has not sent yet."""
+        """Whether this process is only being replaced and the client has not yet sent a message over it."""
         return self._context.leaving and not self._transaction.was_served
 
     async def _answer(self, line: bytes) -> Reply | None:
-        """Return the reply to one command, None when it has been given: where the unforeseen becomes a reply."""
+        """Return the reply to one command, or None if it has been sent; unexpected exceptions become 451 here."""
         try:
             command, argument = self._read(line)
             reply = await command(self, argument)
@@ -135,7 +134,7 @@ class CommandLoop:
         return reply
 
     async def _introduce(self, argument: str, command: Callable[[Peer, str], Awaitable[Reply | None]]) -> Reply | None:
-        """Take what may only come between messages: STARTTLS, AUTH, XFORWARD, XCLIENT."""
+        """Run a command that is only allowed between transactions: STARTTLS, AUTH, XFORWARD, XCLIENT."""
         if self._transaction.in_transaction:
             return self._transaction.out_of_order(_NESTED)
         return await command(self._peer, argument)
@@ -193,7 +192,7 @@ _COMMANDS: Mapping[bytes, _Command] = {
 }
 _IDLE = (b"HELO", b"EHLO", b"RSET", b"NOOP", b"VRFY", b"HELP", b"XFORWARD", b"XCLIENT", b"AUTH", b"STARTTLS")
 _UNIMPLEMENTED = (b"EXPN", b"SEND", b"SOML", b"SAML", b"TURN", b"ETRN")
-_OTHER_PROTOCOLS = (b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"CONNECT")  # a browser made to talk to us
+_OTHER_PROTOCOLS = (b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"CONNECT")  # a web page abuses a browser for SMTP
 
 
 def _unknown(verb: bytes) -> SyntaxProblem:

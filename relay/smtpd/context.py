@@ -1,4 +1,4 @@
-"""What the command loops of one relay process share, and which of them run."""
+"""The context that all command loops of one relay process share, and the set of loops that run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from relay.smtpd.staging import Staging
 
 
 class Stoppable(Protocol):
-    """A command loop, as the process sees it that is to stop."""
+    """A command loop, as the relay process sees it when it stops."""
 
     def stop(self, *, impatient: bool) -> None:
-        """End an idle client's session now; one in a transaction after it, or, impatient, before its DATA."""
+        """End an idle session now, and one in a transaction after it; if ``impatient``, before its DATA."""
 
 
 @dataclass(slots=True)
@@ -33,12 +33,12 @@ class Context:
     credentials: Credentials = field(default_factory=Credentials)
     command_loops: set[Stoppable] = field(default_factory=set)
     stopping: bool = False
-    leaving: bool = False  # stopping, since another process takes the clients now: whoever came to us is served first
-    most_clients: int = sys.maxsize  # of this process, by its descriptors
+    leaving: bool = False  # stopping, since a new process takes the clients now; those connected here are served first
+    most_clients: int = sys.maxsize  # what the file descriptors of this process allow
 
     @property
     def is_crowded(self) -> bool:
-        """Whether one client more is too many, for all processes together or for this one."""
+        """Whether one more client would exceed the limit of all processes together or of this one."""
         return (
             self.counters.clients > self.settings.smtp.max_connections or self.counters.own_clients > self.most_clients
         )

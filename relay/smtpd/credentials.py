@@ -1,7 +1,7 @@
 """The certificate that clients see and the users who may log in, read at the start and on SIGHUP.
 
-A file that cannot be used is an OSError of one line that names the setting. At the start that ends everything; on
-SIGHUP the old ones stay in use.
+A file that cannot be used raises an OSError whose one line names the setting. At the start this ends the program; on
+SIGHUP the previous certificate and users stay in use.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from relay.smtpd.passwords import Users
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """The TLS context for clients, and who may log in; None where there is none."""
+    """The TLS context for clients and the users who may log in; each None when not configured."""
 
     tls: ssl.SSLContext | None = None
     users: Users | None = None
@@ -32,7 +32,7 @@ def _tls(settings: SmtpSettings) -> ssl.SSLContext | None:
     if settings.tls_certificate is None or not settings.offers_tls:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.options |= ssl.OP_NO_RENEGOTIATION  # no handshakes without end; OpenSSL 3 has it by default
+    context.options |= ssl.OP_NO_RENEGOTIATION  # against endless handshakes; the default in OpenSSL 3
     key = settings.tls_key or settings.tls_certificate
     for name, path in (("smtp.tls_certificate", settings.tls_certificate), ("smtp.tls_key", key)):
         try:
@@ -43,7 +43,7 @@ def _tls(settings: SmtpSettings) -> ssl.SSLContext | None:
         if fault:
             raise OSError(f"{name}: {fault}")
     try:
-        # Without a password: a prompt would hold up the start.
+        # An empty password, since OpenSSL's prompt would block the start.
         context.load_cert_chain(settings.tls_certificate, settings.tls_key, password="")
     except (ssl.SSLError, ValueError) as error:
         reason = getattr(error, "reason", None) or "no certificate with its key"

@@ -1,16 +1,16 @@
-"""Reading a body: of DATA up to CRLF.CRLF and nothing else (RFC 5321 4.1.1.4), and at a pace that is bearable.
+"""Find the end of a DATA body, CRLF.CRLF and nothing else (RFC 5321 4.1.1.4), and limit how slowly it may arrive.
 
-The octets come out as they came, dot-stuffed; only the end-of-data line is kept back. Other line ends around a dot
-(LF.LF, CR.CR) are part of the body: taking them as the end is how mail is smuggled. Only the clients that the settings
-name, printers and scanners that know no CRLF, may end their lines and messages with LF (``EndOfLines``). A client that
-goes away before the end, or that is too slow, is a ClientGone.
+The octets come out as received, still dot-stuffed, without the end-of-data line. Other line ends around a dot (LF.LF,
+CR.CR) are part of the body: accepting them as the end allows SMTP smuggling. Only clients that the settings name, such
+as printers and scanners that do not send CRLF, may end lines and messages with LF (``EndOfLines``). A client that
+disconnects before the end, or is too slow, raises ClientGone in the reader of the body.
 """
 
 from __future__ import annotations
 
 import re
 
-_MOST_RETURNS = 8  # CRs that belong to the LF behind them
+_MOST_RETURNS = 8  # CRs that count as part of the LF after them
 _LF = re.compile(rb"\r{0,8}\n")
 _LONE_DOT = re.compile(rb"\n\.\r{0,8}\n")
 _MAY_BE_LONE_DOT = re.compile(rb"\n\.\r{0,8}\Z")
@@ -22,10 +22,10 @@ class ClientGone(ConnectionError):
 
 
 class EndOfData:
-    """Finds the end of data in a stream of chunks of any size; ``feed`` them, then read ``rest``."""
+    """Finds CRLF.CRLF in chunks of any size; once ``found``, ``rest`` holds the octets after it."""
 
     def __init__(self) -> None:
-        # The CRLF of the DATA line counts: a dot right after it is an empty message.
+        # The CRLF of the DATA line counts: a lone dot right after it ends an empty message.
         self._context = b"\r\n"
         self._held = 0
         self.found = False
@@ -33,7 +33,7 @@ class EndOfData:
 
     def feed(self, chunk: bytes) -> bytes:
         """Take a chunk, return what of it is body for certain; sets ``found`` and ``rest`` at the end."""
-        if not self._held and b"." not in chunk:  # as most of an attachment: nothing to look for, nothing to copy
+        if not self._held and b"." not in chunk:  # as in base64: nothing to search, nothing to copy
             self._context = chunk[-4:] if len(chunk) >= 4 else (self._context + chunk)[-4:]
             return chunk
         data = self._context + chunk
@@ -43,22 +43,22 @@ class EndOfData:
             self.found = True
             self.rest = data[end + len(_END) :]
             return data[start : end + 2]
-        # A dot at a line's start, alone so far or with a CR, may be the end-of-data line.
+        # A dot at the start of a line, followed by nothing or by a CR, may be the end-of-data line.
         self._held = 1 if data.endswith(b"\r\n.") else 2 if data.endswith(b"\r\n.\r") else 0
         self._context = data[-4:]
         return data[start : len(data) - self._held]
 
 
 class EndOfLines:
-    """The same for a client whose lines end with LF, with the CRs before it, as Postfix takes them.
+    """The same for a client whose lines end with LF; as in Postfix, CRs before the LF belong to the line end.
 
-    A line that is a dot ends the message. What comes out has CRLF for each of these line ends, and its dots as they
-    are: for this client they are stuffed where a line begins for us. A CR elsewhere is left.
+    A lone dot on a line ends the message. Each line end comes out as CRLF. Dots are left alone: the client stuffs them
+    at the same line starts that are recognised here. A CR elsewhere stays as it is.
     """
 
     def __init__(self) -> None:
-        self._at_start = True  # of a line, as after the line of DATA
-        self._held = b""  # CRs that may belong to a line end, with the dot before them where that is all of the line
+        self._at_start = True  # of a line, as after the DATA command
+        self._held = b""  # CRs that may belong to a line end, with the dot before them if the line has nothing else
         self.found = False
         self.rest = b""
 
@@ -77,7 +77,7 @@ class EndOfLines:
 
     @staticmethod
     def _certain(data: bytes) -> int:
-        """Return how much of the data nothing that comes can make a line end, or the end of the message."""
+        """Return how many octets are body whatever follows: neither half a line end nor half an end of data."""
         tail = data[-_MOST_RETURNS - 2 :]
         begins = len(data) - len(tail)
         if (dot := _MAY_BE_LONE_DOT.search(tail)) is not None:
@@ -86,31 +86,31 @@ class EndOfLines:
 
 
 def _with_crlf(data: bytes) -> bytes:
-    """Return data whose lines end with CRLF, whatever they ended with."""
+    """Return data with each line end (CRs and LF) as CRLF."""
     if b"\r" not in data:
         return data.replace(b"\n", b"\r\n")
     return _LF.sub(b"\r\n", data)
 
 
 class Pace:
-    """The time that a client may take for one message: a while without a word, and in all what a slow line needs.
+    """The time that a client may take for one message: a limit on each silence, and a minimum rate overall.
 
-    Without the second, an octet a minute would hold a connection to the primary for days.
+    Without the minimum rate, one octet a minute would hold a connection to the primary for days.
     """
 
     __slots__ = ("_idle_seconds", "_left", "_rate")
 
     def __init__(self, idle_seconds: float, rate: int) -> None:
-        """``rate`` is in octets a second; 0 is any."""
+        """``rate`` is the minimum in octets a second; 0 means none."""
         self._idle_seconds = self._left = idle_seconds
         self._rate = rate
 
     @property
     def seconds(self) -> float:
-        """How long the client may be silent now."""
+        """How long the reader may wait for the next octets."""
         return min(self._left, self._idle_seconds)
 
     def count(self, octets: int, seconds: float) -> None:
-        """Note that so many octets came after so long."""
+        """Note that ``octets`` arrived after a wait of ``seconds``."""
         if self._rate:
             self._left += octets / self._rate - seconds

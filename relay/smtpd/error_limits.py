@@ -1,20 +1,20 @@
-"""The error limits of one client: what it got wrong so far, and when it is disconnected for that.
+"""The error limits of one client: its errors are counted, and at the limit it is disconnected.
 
-Twenty commands that make no sense end a session. What a client could not know better, since it pipelines, is not
-counted at first; what merely brings no message forward is, once there is very much of it (smtpd_junk_command_limit is
-Postfix's word for it), and at a slow pace it is forgiven. An accepted message resets the counts. The log has so
-many lines about one client and message; then one line says how many more there were.
+Twenty bad commands end a session. Commands that a pipelining client sent behind a refused one count as bad only beyond
+a thousand; commands that advance no message (such as NOOP and RSET; compare Postfix's smtpd_junk_command_limit) only
+beyond a hundred, and one of these is forgotten every five seconds. An accepted message resets both counts. The log gets
+at most a hundred lines about one client and message; one more line gives the number of those left out.
 """
 
 from __future__ import annotations
 
 import time
 
-_BAD_LIMIT = 20  # commands that make no sense, then the client is disconnected
-_IDLE_LIMIT = 100  # commands that bring no message; from then on each is one that makes no sense
-_FORGIVEN = 5.0  # seconds, after which one of those is forgotten: who asks now and then how we are may go on for ever
-_EXCESS_LIMIT = 1000  # refused recipients, and commands behind a refused one; a client may send all it has at once
-_LINES = 100  # of the log
+_BAD_LIMIT = 20  # bad commands, then the client is disconnected
+_IDLE_LIMIT = 100  # commands that advance no message; each further one counts as bad
+_FORGIVEN = 5.0  # seconds, after which one of those is forgotten: a monitor may send NOOP now and then for ever
+_EXCESS_LIMIT = 1000  # refused recipients and commands behind a refused one; each further one counts as bad
+_LINES = 100  # log lines about one client and message
 
 
 class ErrorLimits:
@@ -23,18 +23,18 @@ class ErrorLimits:
     __slots__ = ("_excess", "_idle", "_idle_at", "_lines", "bad")
 
     def __init__(self) -> None:
-        self.bad = 0  # commands that made no sense
-        self._idle = 0.0  # commands since the last message
+        self.bad = 0  # bad commands
+        self._idle = 0.0  # commands that advanced no message since the last accepted one, less what is forgotten
         self._idle_at = 0.0
-        self._excess = 0  # refused recipients since then, and what was pipelined behind a refusal
-        self._lines = 0  # that the log has, or would have
+        self._excess = 0  # refused recipients, and commands behind a refused one, since the last accepted message
+        self._lines = 0  # log lines, written and left out
 
     @property
     def are_unbearable(self) -> bool:
         return self.bad >= _BAD_LIMIT
 
     def idle(self) -> None:
-        """Count a command that brings no message."""
+        """Count a command that advances no message."""
         now = time.monotonic()
         self._idle = max(0.0, self._idle - (now - self._idle_at) / _FORGIVEN) + 1
         self._idle_at = now
@@ -46,16 +46,16 @@ class ErrorLimits:
         self.bad += self._excess > _EXCESS_LIMIT
 
     def bring_a_message(self) -> None:
-        """Begin to count afresh."""
+        """Reset the counts after an accepted message; bad commands stay counted."""
         self._idle = 0.0
         self._excess = 0
 
     def may_be_logged(self) -> bool:
-        """Count a line of the log about this client; says whether it is written."""
+        """Count a log line about this client; returns whether it is to be written."""
         self._lines += 1
         return self._lines <= _LINES
 
     def unlogged(self) -> int:
-        """Return how many lines were not written, and begin afresh."""
+        """Return how many log lines were left out, and reset the count."""
         lines, self._lines = self._lines, 0
         return max(0, lines - _LINES)

@@ -1,4 +1,4 @@
-"""Which extensions and sizes accepted mail needs of a server: counted, so that two servers can be compared by them."""
+"""Counts the ESMTP extensions and sizes that accepted mail requires, so that two servers can be compared by them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SMTPUTF8, _EIGHT_BIT, _DSN = (metrics.features.labels(name) for name in metrics
 
 
 def note(envelope: Envelope) -> None:
-    """Count what a message needs that not every server has."""
+    """Count the extensions of a message that not every server offers, and note its size and recipients."""
     metrics.largest_message.note(envelope.size)
     metrics.most_recipients.note(len(envelope.recipients))
     given = envelope.parameters
@@ -22,4 +22,4 @@ def note(envelope: Envelope) -> None:
     if any(MAIL_EXTENSIONS.get(p.partition("=")[0].upper()) == "DSN" for p in given) or any(
         recipient.parameters for recipient in envelope.recipients
     ):
-        _DSN.inc()  # those of RCPT are NOTIFY and ORCPT, all of RFC 3461
+        _DSN.inc()  # the RCPT parameters are NOTIFY and ORCPT, both from RFC 3461

@@ -1,8 +1,8 @@
-"""The people and programs that may log in: a file of ``name:hash`` lines, and the check of a password.
+"""The users that may log in: a file of ``name:hash`` lines, and the check of a password.
 
-A hash is scrypt in PHC form, as `smtp-dup hash-password` writes it: ``$scrypt$ln=14,r=8,p=1$<salt>$<hash>`` (base64
-without padding). Checking one takes some 50 ms of a thread, a password that was right before takes none. A file that
-cannot be used is a ValueError that names the line, never a password.
+A hash is scrypt in PHC form, as written by `smtp-dup hash-password`: ``$scrypt$ln=14,r=8,p=1$<salt>$<hash>`` (base64
+without padding). A check takes some 50 ms of a thread; a password that was right before needs no check. A file that
+cannot be used raises a ValueError that names the line and never contains a password.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import NamedTuple, Protocol
 
 from relay.ownership import fault_of_secret
 
-_LN, _R, _P = 14, 8, 1  # 16 MiB and some 50 ms
+_LN, _R, _P = 14, 8, 1  # a check takes 16 MiB and some 50 ms
 _LONGEST = 1024  # octets of a password
-_AT_ONCE = 4  # checks that run at the same time; each has its 16 MiB
-_MOST_WAITING = 60  # for their turn, in all processes: some seconds of work
+_AT_ONCE = 4  # checks that run at the same time in a process
+_MOST_WAITING = 60  # checks that wait in all processes: some seconds of work
 _REMEMBERED = 1000
 _PHC = re.compile(r"\$scrypt\$ln=(\d{1,2}),r=(\d{1,2}),p=(\d{1,2})\$([A-Za-z0-9+/]{8,86})\$([A-Za-z0-9+/]{22,86})")
 
@@ -53,7 +53,7 @@ class _Hash(NamedTuple):
         return hmac.compare_digest(made, self.digest)
 
 
-_NOBODY = _Hash(_LN, _R, _P, b"nobody-has-this!", bytes(32))  # so that an unknown name takes as long as a known one
+_NOBODY = _Hash(_LN, _R, _P, b"nobody-has-this!", bytes(32))  # checked for an unknown name, to take as long
 
 
 def hash_password(password: str) -> str:
@@ -68,7 +68,7 @@ class Users:
 
     def __init__(self, hashes: Mapping[str, _Hash]) -> None:
         self._hashes = dict(hashes)
-        self._key = os.urandom(32)  # what is remembered of a password is of no use outside this process
+        self._key = os.urandom(32)  # keys the remembered digests, so that they are useless outside this process
         self._remembered: dict[bytes, None] = {}
         self._room = asyncio.Semaphore(_AT_ONCE)
 
@@ -100,9 +100,10 @@ class Users:
     async def check(
         self, name: str, password: str, wanted: Callable[[], bool] = lambda: True, queue: Queue | None = None
     ) -> bool:
-        """Say whether this is the user's password; nobody looks when it is not ``wanted`` any more. Raises Busy.
+        """Return whether this is the user's password. Raises Busy if too many checks wait.
 
-        ``queue`` counts those that wait for their turn; without it there is always room.
+        ``wanted`` is asked before the check; if it says no, the result is False. ``queue`` counts the waiting checks;
+        without it there is no limit.
         """
         known = self._hashes.get(name)
         secret = password.encode("utf-8", "surrogateescape")
@@ -134,7 +135,7 @@ class Users:
         return True
 
     def remembers(self, name: str, password: str) -> bool:
-        """Say whether this is a password that was right before, which takes no work."""
+        """Return whether this password was right before; this needs no check."""
         return self._mark(name, password.encode("utf-8", "surrogateescape")) in self._remembered
 
     def _mark(self, name: str, secret: bytes) -> bytes:

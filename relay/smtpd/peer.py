@@ -1,7 +1,7 @@
-"""Who the client is, and what it may do: from the connection to HELO, EHLO, STARTTLS, AUTH, XFORWARD and XCLIENT.
+"""Who the client is and what it may do: the connection, HELO, EHLO, STARTTLS, AUTH, XFORWARD and XCLIENT.
 
-Clients in an allowed network, and those that have logged in, may send mail; others are refused, at once where there is
-no way to log in. A password is asked for under TLS only, unless the settings say otherwise.
+Clients in an allowed network and clients that have logged in may send mail. Others are refused: at connect if there
+are no users to log in as, else at MAIL. AUTH is offered under TLS only, unless the settings say otherwise.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from relay.smtpd.syntax import SyntaxProblem, offers
 from relay.smtpd.xclient import BadAttribute
 
 AUTH_LINE = 12288  # octets; RFC 4954 4
-_PROXY_SECONDS = 5.0
+_PROXY_SECONDS = 5.0  # for the PROXY header
 _FAILURES = 5  # wrong passwords, then the client is disconnected
 _FAILURE_PAUSE = 1.0  # seconds before the reply to each
 
@@ -45,7 +45,7 @@ _WRONG = Reply.of(535, "5.7.8 Authentication credentials invalid")
 
 
 class Peer:
-    """What one client has said and proved about itself."""
+    """What one client has said and proved about itself, and the commands that say it."""
 
     def __init__(self, context: Context, protocol: ClientProtocol) -> None:
         self._context = context
@@ -53,28 +53,28 @@ class Peer:
         self._protocol = protocol
         self._take_for(*protocol.peer)
         self._may_forward = False
-        self._counted = ""  # the address under which we are counted
+        self._counted = ""  # the network prefix under which the client is counted
         self.helo = ""
         self.extended = False
         self.offered: frozenset[str] = frozenset()
         self.user = ""
         self._failures = 0
-        self._given_helo = ""  # by XCLIENT, in place of what HELO says
-        self._origin: Identity = ()  # by XCLIENT or PROXY
-        self._forwarded: dict[str, str] = {}  # by XFORWARD, for the next message
+        self._given_helo = ""  # set by XCLIENT; replaces the name in HELO
+        self._origin: Identity = ()  # set by XCLIENT
+        self._forwarded: dict[str, str] = {}  # set by XFORWARD, for the next message
 
     def _take_for(self, address: str, port: int) -> None:
-        """Take the client for who it says, or is said, to be."""
+        """Set the client's address, and what follows from it."""
         self.address, self.port = address, port
-        # An empty address is untrusted: a connection that was reset before it was accepted has none any more, and what
-        # was sent on it can still be read.
+        # An empty address is untrusted: a connection that is reset before it is accepted has no address any more, but
+        # its data can still be read.
         self._is_local = addresses.is_loopback(address)
         self._is_allowed = self._settings.allows(address)
 
     # --- the connection ---------------------------------------------------------------------------------------
 
     async def arrive(self, *, implicit_tls: bool) -> Reply | None:
-        """Do all that comes before the greeting; returns it, or None when the client has been refused."""
+        """Do everything that comes before the greeting; returns the greeting, or None if the client is refused."""
         protocol = self._protocol
         if self._settings.proxy_protocol and not await self._read_proxy_header():
             return None
@@ -99,7 +99,7 @@ class Peer:
         return Reply.of(220, f"{self._settings.domain} ESMTP smtp-dup")
 
     def leave(self) -> None:
-        """Count the client no more."""
+        """Stop counting the client."""
         if self._counted:
             self._context.counters.count_address(self._counted, -1)
             self._counted = ""
@@ -137,7 +137,7 @@ class Peer:
         return None
 
     async def _secure(self, context: ssl.SSLContext, first: Reply | None = None, *, keep: bool = False) -> bool:
-        """Negotiate TLS, after which nothing holds that was said before it (RFC 3207 4.2)."""
+        """Negotiate TLS and drop everything the client said before it (RFC 3207 4.2); returns whether it succeeded."""
         reason = await self._protocol.start_tls(context, first, keep=keep)
         if reason:
             maillog.tls_failed(self.address, reason)
@@ -147,7 +147,7 @@ class Peer:
     async def _kept_silent(self) -> bool:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.greeting_delay):
-                # Whatever comes now came too early, the end of input too.
+                # Any data, and the end of input too, is too early.
                 await self._protocol.read_buffer.read(1)
                 return False
         return True
@@ -159,7 +159,7 @@ class Peer:
         return self._is_allowed or bool(self.user)
 
     def objection(self) -> Reply | None:
-        """Return why this client may not send mail, if so."""
+        """Return the reply that refuses mail from this client, or None if it may send."""
         if self._needs_tls:
             return _TLS_FIRST
         if not self._is_trusted:
@@ -180,7 +180,7 @@ class Peer:
         return self._context.credentials.tls is not None and self._settings.tls != "none" and not self._protocol.tls
 
     def identity(self) -> Identity:
-        """Return whose mail it is, for the servers behind us."""
+        """Return the identity of the original client, for the servers behind this relay; () for a local client."""
         if self._forwarded:
             return tuple((name, value) for name, value in self._forwarded.items() if value)
         if self._is_local and not self._origin:
@@ -189,12 +189,12 @@ class Peer:
 
     @property
     def is_spoken_for(self) -> bool:
-        """Whether somebody else has said who it is, so that its address does not tell."""
+        """Whether the identity comes from XFORWARD or XCLIENT and not from the connection."""
         return bool(self._forwarded or self._origin)
 
     @property
     def may_end_lines_with_lf(self) -> bool:
-        """Whether its LF is a line end, and LF.LF the end of a message: for a program that does not know better."""
+        """Whether LF is a line end and LF.LF the end of data for this client (smtp.bare_newline_exclusions)."""
         return within(self.address, self._settings.bare_newline_exclusions)
 
     @property
@@ -203,7 +203,7 @@ class Peer:
         return self._settings.bare_newline == "refuse" and not self.may_end_lines_with_lf
 
     def end_transaction(self) -> None:
-        """Forget what was said for one message only."""
+        """Forget what XFORWARD said; it is for one message only."""
         self._forwarded = {}
 
     # --- commands ---------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ class Peer:
         return Reply.of(250, self._settings.domain, *lines)
 
     async def _offers(self) -> tuple[tuple[str, ...], frozenset[str]]:
-        """Return the lines of EHLO and the extensions they name."""
+        """Return the lines of the EHLO reply, and the extensions whose commands and parameters are accepted."""
         primary = self._context.primary
         announced = await primary.announced()
         verified = primary.destination.tls == "verify"
@@ -232,8 +232,8 @@ class Peer:
         if self._context.credentials.users is not None:
             offered |= {"AUTH"}
         if primary.extensions is None:
-            # Not announced, but not refused for good either: some clients ask for what they did not see (a proxy of
-            # Postfix does), and what the primary takes is known when it is back.
+            # The primary's extensions are not known yet: none is announced, but a parameter gets no permanent refusal.
+            # Some clients, such as a Postfix proxy, use extensions that they did not see.
             offered |= frozenset(MAIL_EXTENSIONS.values())
         return (*lines, *ours), offered
 
@@ -260,7 +260,7 @@ class Peer:
         return Reply.of(250, "2.0.0 Ok")
 
     async def xclient(self, argument: str) -> Reply:
-        """Take the client for the one that is named; then all begins anew, with another greeting."""
+        """Replace the client's identity by the one given; the session starts over with another greeting."""
         if not self._may_forward:
             return Reply.of(550, "5.7.0 XCLIENT is not for you")
         if self._needs_tls:
@@ -315,7 +315,7 @@ class Peer:
         return Reply.of(235, "2.7.0 Authentication successful")
 
     async def _turned_away(self, name: str) -> Reply:
-        """Answer a wrong password, after a while. Raises SyntaxProblem."""
+        """Answer a wrong password after a pause: returns 421 at the limit, else raises SyntaxProblem with 535."""
         self._failures += 1
         self._context.counters.guesses.add(addresses.network_prefix(self.address))
         metrics.logins.labels("refused").inc()
@@ -326,7 +326,7 @@ class Peer:
         raise SyntaxProblem(_WRONG.code, *_WRONG.lines)
 
     async def _is_right(self, name: str, password: str) -> bool | None:
-        """Say whether a password is right; None: nobody has looked at it, since there are too many (RFC 4954 6)."""
+        """Return whether a password is right, or None if it was not checked: too many at once or too many wrong."""
         users = self._context.credentials.users
         if users is None:
             return None
@@ -345,7 +345,7 @@ class Peer:
         if len(parts) != 3 or not parts[1]:
             raise SyntaxProblem(501, "5.5.2 Malformed PLAIN response")
         authorized, name, password = parts
-        # To act for somebody else is for nobody; the check will fail.
+        # Nobody may act for another user; with an empty name the check fails.
         return (name if authorized in ("", name) else ""), password
 
     async def _login(self, initial: str) -> tuple[str, str]:
@@ -353,7 +353,7 @@ class Peer:
         return name, await self._response("", "UGFzc3dvcmQ6")  # "Password:"
 
     async def _response(self, initial: str, challenge: str) -> str:
-        """Return a response, decoded: the one that came with AUTH, or the one to our challenge."""
+        """Return a decoded response: the initial one sent with AUTH, or the client's answer to our challenge."""
         if not initial:
             await self._protocol.push(Reply.of(334, challenge))
             line = await self._protocol.read_line(self._settings.idle_timeout, AUTH_LINE)

@@ -1,9 +1,9 @@
-"""The primary leg: one mail transaction on the primary for one of the client's.
+"""The primary leg: one mail transaction on the primary for each transaction of a client.
 
-The primary's replies are the client's. What goes wrong between us and it (no connection, no reply in
-time, a refusal that is about us and not about the message) becomes one temporary reply here and nowhere
-else. After the primary's 354 there are two ends only: the dot, or a close. A connection closed in that
-state is never used again: what came next would be text of the message.
+The client gets the primary's replies. A fault between the relay and the primary (no connection, no reply in time, a
+refusal of the relay rather than of the message) becomes a temporary reply here and nowhere else. After the primary's
+354 a transaction ends with the dot or with a close. A connection in that state is never used again: the primary would
+read the next command as text of the message.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from relay.mail.reply import Reply
 from relay.mail.timeouts import MAIL_SECONDS, Timeouts
 
 _BODY_SECONDS = 180.0  # RFC 5321 4.5.3.2.5, for one chunk
-_ABOUT_US = (530, 534, 535, 538)  # the server wants us to authenticate: RFC 4954 6
+_ABOUT_US = (530, 534, 535, 538)  # the server wants the relay to authenticate: RFC 4954 6
 _PROBE_PAUSE = 1.0
 _TOO_MANY = Reply.of(452, "4.5.3 Too many recipients")
-_REPETITIONS = 2  # of what a reused connection refused or did not live to answer; the pool may lend another such
+_REPETITIONS = 2  # of a MAIL that reused connections refused
 
 Build = Callable[[Mapping[str, str]], Sequence[bytes]]
 
-# What may be announced while the primary has not yet answered an EHLO.
+# The extensions to announce before the primary has answered an EHLO.
 SAFE_MINIMUM: Mapping[str, str] = {}
 
 
@@ -41,7 +41,7 @@ class NoReply(Exception):
 
 
 def for_client(reply: Reply) -> Reply:
-    """Return what the client hears of a primary's reply to MAIL, RCPT or DATA."""
+    """Return the reply for the client, made of the primary's reply to MAIL, RCPT or DATA."""
     if reply.code == 421:
         return Reply(451, reply.lines)
     if reply.code in _ABOUT_US or not 200 <= reply.code < 600 or 300 <= reply.code < 400:
@@ -50,10 +50,10 @@ def for_client(reply: Reply) -> Reply:
 
 
 def for_client_at_rcpt(reply: Reply, *, is_first: bool) -> Reply:
-    """Return what the client hears of a reply to RCPT.
+    """Return the reply for the client, made of the primary's reply to RCPT.
 
-    That this transaction has too many is never a reason to give the recipient up: 452 has the client send the message
-    to the rest in another one (RFC 5321 4.5.3.1.10), whatever word the primary has for it.
+    Too many recipients in this transaction is no permanent fault of the recipient: whatever the primary's code, the
+    client gets 452 and sends to the rest in another transaction (RFC 5321 4.5.3.1.10).
     """
     if reply.is_permanent and not is_first and _is_about_the_transaction(reply):
         return _TOO_MANY
@@ -65,7 +65,7 @@ def _is_about_the_transaction(reply: Reply) -> bool:
 
 
 def for_client_at_end(reply: Reply) -> Reply:
-    """Return what the client hears of a primary's reply to the message itself."""
+    """Return the reply for the client, made of the primary's reply to the final dot."""
     if reply.code == 421:
         return Reply(451, reply.lines)
     if not (reply.is_positive or 400 <= reply.code < 600):
@@ -74,23 +74,23 @@ def for_client_at_end(reply: Reply) -> Reply:
 
 
 class Primary:
-    """The primary as a place: its pool of connections, and what it last announced."""
+    """The primary server: its pool of connections, and the extensions it last announced."""
 
     def __init__(self, destination: Destination, pool: Pool, *, timeouts: Timeouts, final_timeout: float) -> None:
         self.destination = destination
         self.pool = pool
         self.timeouts = timeouts
         self.final_timeout = final_timeout
-        # LMTP answers the dot for each recipient and SMTP once: with two of them the client could not be told.
+        # LMTP answers the dot once for each recipient; the client can only be given one of these replies.
         self.most_recipients = 1 if destination.scheme == "lmtp" else sys.maxsize
         self.extensions: Mapping[str, str] | None = None
         self._probe: asyncio.Task[None] | None = None
         self._probed_at = -_PROBE_PAUSE
 
     async def announced(self) -> Mapping[str, str]:
-        """Return the extensions of the primary's last EHLO; asks for them once, and not twice a second.
+        """Return the extensions of the primary's last EHLO; until one is known, asks for it at most once a second.
 
-        Nobody waits longer than for a dead host: a primary that is slow to greet is asked on, and known later.
+        The wait is bounded by the connect timeout: a primary that greets slowly is known later, to other clients.
         """
         if self.extensions is None:
             if self._probe is None and time.monotonic() - self._probed_at >= _PROBE_PAUSE:
@@ -100,15 +100,15 @@ class Primary:
         return SAFE_MINIMUM if self.extensions is None else self.extensions
 
     async def begin(self, build: Build, identity: Identity = ()) -> tuple[PrimaryTransaction | None, Reply]:
-        """Send MAIL, as ``build`` makes it for the extensions of the connection that serves (two nodes may differ).
+        """Send MAIL; returns the transaction, or None with the reply that refuses it, and the reply for the client.
 
-        What ``build`` returns behind MAIL leaves with it: commands that the transaction will be asked for next. Returns
-        the transaction, or None with the reply that refuses it. What ``build`` raises passes through. The primary is
-        told first who the client is, where it wants to know.
+        ``build`` makes the commands for the extensions of the leased connection (two nodes may differ): MAIL, and
+        behind it the commands that the transaction will be asked for next. What ``build`` raises passes through.
+        ``identity`` is sent first, by XCLIENT or XFORWARD, to a primary that offers them.
 
-        A kept connection that turns out to be dead before it answered anything is replaced unseen, and so is one whose
-        refusal may be about the connection (session_refusals.py): what a new one says is the client's. Dead is also one
-        that is silent for as long as a new connection may take: its host may be gone without a word.
+        A reused connection is replaced without the client noticing when it is dead before its first answer, or when its
+        refusal may be about the connection (session_refusals.py); the client gets the reply of the new one. A silence
+        of ``timeouts.connect`` also counts as dead, since the host may have vanished.
         """
         until = time.monotonic() + MAIL_SECONDS
         repeated, doubted = 0, None
@@ -129,7 +129,7 @@ class Primary:
                     continue
                 return None, self.unavailable(error)
             except BaseException:
-                self.pool.give_back(connection)  # closed there, unless nothing was sent
+                self.pool.give_back(connection)  # the pool closes it, unless nothing was sent
                 raise
             if reused and (reply.code == 421 or (repeated < _REPETITIONS and self.pool.refusals.is_doubtful(reply))):
                 connection.close()
@@ -150,7 +150,7 @@ class Primary:
             return None, for_client(reply)
 
     def settle_doubt(self, doubted: Reply, reply: Reply) -> None:
-        """Note what a new connection replied where a reused one had refused."""
+        """Note whether a new connection repeated the refusal ``doubted`` of a reused one."""
         if reply.code < 400:
             self.pool.refusals.refuted(doubted)
         else:
@@ -159,7 +159,7 @@ class Primary:
     async def mail(
         self, connection: Connection, build: Build, identity: Identity, timeout: float
     ) -> tuple[list[bytes], Reply]:
-        """Send MAIL and what ``build`` wants to leave with it, which is returned, with the reply to MAIL."""
+        """Send MAIL and the commands ``build`` puts behind it; returns those commands and the reply to MAIL."""
         if identity or connection.introduced:
             return await self._introduced_mail(connection, build, identity, timeout)
         self.extensions = connection.extensions
@@ -178,7 +178,7 @@ class Primary:
         forward = xforward(identity, connection)
         if "PIPELINING" in connection.extensions:
             connection.send(*forward, mail, *ahead)
-            for _ in forward:  # whatever it says to them: they are for its log
+            for _ in forward:  # the replies to XFORWARD do not matter: it serves the primary's log
                 await connection.reply(timeout=timeout)
             return ahead, await connection.reply(timeout=timeout)
         for line in forward:
@@ -186,14 +186,14 @@ class Primary:
         return ahead, await connection.command(mail, timeout=timeout)
 
     def _left(self, until: float) -> float:
-        """Return how long a new connection may take for MAIL: the client waits since before it was opened."""
+        """Return how many seconds a new connection may take for MAIL, since the client has been waiting already."""
         return max(self.timeouts.connect, min(self.timeouts.command, until - time.monotonic()))
 
     async def take_back(self, connection: Connection) -> None:
-        """Hear the replies to commands that were sent ahead and came to nothing; it must not be in a DATA phase then.
+        """Read the replies to commands that were sent ahead in vain, so that the connection can be kept.
 
-        A server that says 354 where there is no recipient (RFC 2920 3.1 lets it) is closed, and so is one that is slow
-        to say so often no: our client waits meanwhile. Raises nothing of its own.
+        It is closed when a reply is positive, above all a 354 without recipients (allowed by RFC 2920 3.1), and when
+        the replies take longer than ``timeouts.connect``, since the client waits. Never raises ClientError.
         """
         deadline = time.monotonic() + self.timeouts.connect
         try:
@@ -205,7 +205,7 @@ class Primary:
             connection.close()
 
     def unavailable(self, error: ClientError) -> Reply:
-        """Return what the client hears when the primary cannot be had."""
+        """Log that no connection to the primary can be had; returns the reply for the client."""
         self.trouble(error.stage, error)
         if error.reply is not None and error.reply.code in (421, 450, 451, 452):
             return Reply(451, error.reply.lines)
@@ -241,9 +241,9 @@ class PrimaryTransaction:
         *,
         reused: bool,
     ) -> None:
-        """``ahead`` are commands that left behind MAIL: they must be the next ones asked for.
+        """``ahead`` are the commands sent behind MAIL: they must be the next ones asked for.
 
-        ``build`` and ``identity`` are for the case that a reused connection refuses what a new one may not.
+        ``build`` and ``identity`` serve to repeat the transaction on a new connection when a reused one fails.
         """
         self._primary = primary
         self._connection: Connection | None = connection
@@ -254,11 +254,11 @@ class PrimaryTransaction:
         self._accepted: list[bytes] = []  # RCPT commands
         self._asked = 0
         self._domains: set[bytes] = set()
-        self._last = b""  # of the body, to leave with the dot
+        self._last = b""  # the end of the body, to be sent with the dot
         self.extensions = connection.extensions
 
     async def rcpt(self, command: bytes) -> Reply:
-        """Send RCPT; the reply is for the client."""
+        """Send RCPT; returns the reply for the client."""
         connection = self._connection
         if connection is not None and connection.limits is not UNLIMITED and self._exceeds(connection.limits, command):
             return _TOO_MANY
@@ -271,9 +271,9 @@ class PrimaryTransaction:
         return for_client_at_rcpt(reply, is_first=is_first)
 
     def _exceeds(self, limits: ServerLimits, command: bytes) -> bool:
-        """Say whether the server has announced that it takes no more recipients, or domains, and note this one."""
+        """Return whether this RCPT exceeds the limits that the server announced; if not, note its domain."""
         domain = command.partition(b">")[0].rpartition(b"@")[2].lower()
-        if self._ahead:  # it was counted before it left
+        if self._ahead:  # checked before it was sent ahead
             self._domains.add(domain)
             return False
         if self._asked >= limits.recipients or len(self._domains | {domain}) > limits.domains:
@@ -282,21 +282,21 @@ class PrimaryTransaction:
         return False
 
     async def data(self) -> Reply:
-        """Send DATA. Only after 354 may ``write`` follow; any other reply ends the transaction."""
+        """Send DATA; returns the reply for the client. ``write`` may follow a 354; any other ends the transaction."""
         reply = await self._command(b"DATA", "DATA")
         if reply.code == 354 and self._connection is not None:
             self._connection.begin_data()
             return reply
-        if reply.is_positive:  # it took nothing, and nobody knows what it takes the next octets for
+        if reply.is_positive:  # a 2xx to DATA: it is unknown how the server would read the next octets
             self.abandon()
             return Reply.of(451, "4.3.0 Unexpected reply of the primary server")
         self.end()
         return reply if reply.code != 354 else _lost()
 
     async def withdraw(self) -> None:
-        """Have a DATA that was sent ahead forgotten. A server that goes into the DATA phase for it is closed.
+        """Undo a DATA that was sent ahead; the transaction stays open.
 
-        The transaction is open as without it, and as good as one whose server has closed.
+        If the server enters the DATA phase for it, the connection is closed, and the next command gets "lost".
         """
         connection = self._connection
         if connection is None or not self._ahead:
@@ -311,7 +311,7 @@ class PrimaryTransaction:
             self.abandon()
 
     async def write(self, chunks: Sequence[bytes]) -> Reply | None:
-        """Pass chunks of the body on; a reply that comes before our dot ends the transaction and is returned."""
+        """Send chunks of the body; returns None, or the reply for the client if the transaction has ended early."""
         connection = self._connection
         if connection is None:
             return _lost()
@@ -331,13 +331,13 @@ class PrimaryTransaction:
         return None
 
     def hold(self, last: bytes) -> None:
-        """Keep the end of the body for ``finish``: one write, and one wake-up of the primary, less."""
+        """Keep the end of the body for ``finish``, to save a write and a wake-up of the primary."""
         self._last = last
 
     async def finish(self) -> Reply:
-        """Send what is held of the body, and the dot; returns the reply for the client. Raises NoReply.
+        """Send the held end of the body and the dot; returns the reply for the client. Raises NoReply.
 
-        The connection is looked at first: lost before the dot, the message cannot have been accepted.
+        The connection is checked first: if it is lost before the dot, the message cannot have been accepted.
         """
         connection = self._connection
         if connection is None:
@@ -353,7 +353,7 @@ class PrimaryTransaction:
         except ClientError as error:
             self.abandon()
             if error.reply is not None:
-                # It spoke before it had read the dot: a refusal.
+                # A reply sent before the dot was read is a refusal.
                 return _early(error.reply)
             self._primary.trouble("dot", error)
             raise NoReply(str(error)) from error
@@ -365,20 +365,20 @@ class PrimaryTransaction:
         return for_client_at_end(reply)
 
     def end(self) -> None:
-        """End the transaction; the connection is kept when its state allows."""
+        """End the transaction; the pool keeps the connection if its state allows."""
         connection, self._connection = self._connection, None
         if connection is not None:
             self._primary.pool.give_back(connection)
 
     def abandon(self) -> None:
-        """End the transaction with a close: the only way out of DATA besides the dot."""
+        """End the transaction by closing the connection: besides the dot, the only way out of DATA."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
             self._primary.pool.give_back(connection)
 
     async def _command(self, command: bytes, stage: str) -> Reply:
-        """Send a command, on a new connection too where a reused one is not to be believed; returns the reply."""
+        """Send a command; returns the reply for the client. Repeats on a new connection if a reused one fails."""
         connection = self._connection
         if connection is None:
             return _lost()
@@ -411,14 +411,14 @@ class PrimaryTransaction:
         return _lost()
 
     async def _repeat(self, command: bytes, stage: str, doubted: Reply | None) -> Reply:
-        """Carry the transaction over to a new connection, up to this command; returns the reply to it.
+        """Repeat the transaction on a new connection, up to this command; returns the reply to it.
 
-        What the client has been told stays true: a recipient that was accepted is accepted there too, or the
-        transaction is lost, as with its connection.
+        Replies already given to the client must stay true: unless MAIL and all accepted recipients are accepted again,
+        the transaction is lost, as it is with its connection.
         """
         primary, ahead = self._primary, list(self._ahead)
         offered = self.extensions.keys()
-        self.abandon()  # nothing was sent that could be taken for a message
+        self.abandon()  # safe: no message has been sent
         self._ahead.clear()
         self._reused = False
         try:
@@ -432,7 +432,7 @@ class PrimaryTransaction:
 
         try:
             if not connection.extensions.keys() >= offered:
-                self.abandon()  # another node, which may not take what was said to the first
+                self.abandon()  # another node, without an extension that may be in use
                 return _lost()
             sent, reply = await primary.mail(connection, build, self._identity, primary.timeouts.command)
             self._ahead.extend(sent)
@@ -457,7 +457,7 @@ class PrimaryTransaction:
         return self._read(stage, reply)
 
     def _send(self, connection: Connection, command: bytes) -> None:
-        """Send a command, unless it went ahead."""
+        """Send a command, unless it was sent ahead."""
         if not self._ahead:
             connection.send(command)
         elif self._ahead.popleft() != command:
@@ -469,7 +469,7 @@ def _lost() -> Reply:
 
 
 def _early(reply: Reply) -> Reply:
-    # The primary closes after such a reply; a permanent one is about this message all the same (552).
+    # The primary usually closes after such a reply; still, a permanent one is about this message (552).
     if reply.is_positive:
         return _lost()
     return for_client_at_end(reply)

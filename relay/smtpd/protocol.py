@@ -1,9 +1,9 @@
 """The asyncio protocol of one client: lines and chunks in, replies out, deadlines, TLS.
 
-What is read and answered is up to the CommandLoop. A client that disconnects cancels nothing: it shows as the end of
-input (None for a line, b"" for a chunk), and what is written to it is dropped. What it sent before a reset is dropped,
-too, since it can hear no answer. The event loop may report its end late, or, in the middle of a change to TLS, never:
-so every wait has a deadline, and a client past it is aborted and taken for gone without asking the event loop.
+The CommandLoop decides what to read and answer. A disconnect cancels nothing: reads return the end of input (None for a
+line, b"" for a chunk), and writes are dropped. Input received before a reset is dropped too, since nobody would read
+the reply. The event loop may report a disconnect late, or never if it happens during the TLS handshake: so every wait
+has a deadline, and at the deadline the connection is aborted and treated as lost.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from relay.mail.reply import Reply
 from relay.smtpd.read_buffer import ReadBuffer
 
 _HANDSHAKE_SECONDS = 30.0
-_GOODBYE_SECONDS = 5.0  # for the client's side of a close: TLS ends with a word from both
+_GOODBYE_SECONDS = 5.0  # for the client's side of a close, such as its TLS close_notify
 _TIMEOUT = Reply.of(421, "4.4.2 Timeout while waiting for you")
 _GONE = "the client has gone"
-_MOST_HELD = 100  # replies; then it is seen whether the client reads them
-_MOST_IN_A_ROW = 3 * (_MOST_HELD + 1)  # commands of one client, some milliseconds' work; then it is the others' turn
+_MOST_HELD = 100  # replies written at once; then it is checked whether the client reads them
+_MOST_IN_A_ROW = 3 * (_MOST_HELD + 1)  # commands of one client, a few milliseconds; then other clients have a turn
 _TLS_ERRORS = (ssl.SSLError, ConnectionError, TimeoutError, OSError)
 
 
 class ClientProtocol(asyncio.Protocol):
-    """One client's connection; ``run`` is started with it; the connection is closed when that returns."""
+    """One client's connection; starts ``run`` when connected, and closes the connection when ``run`` returns."""
 
     def __init__(
         self,
@@ -36,32 +36,32 @@ class ClientProtocol(asyncio.Protocol):
         write_seconds: float,
         count: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """``count`` is told how many octets more, or less, of the client's are in memory."""
+        """``count`` is called with the change in the number of octets received and not yet read."""
         loop = asyncio.get_running_loop()
         self.loop = loop
         self.transport: Any = None
         self.read_buffer = ReadBuffer(loop, count)
-        self._writable: asyncio.Future[None] | None = None  # while the transport wants no more: done when it does
+        self._writable: asyncio.Future[None] | None = None  # while writing is paused: done when it resumes
         self._command_loop: asyncio.Task[None] | None = None
         self._run = run
-        self._write_seconds = write_seconds  # for a client that does not read what we say
+        self._write_seconds = write_seconds  # how long a client may leave our replies unread
         self._watch_every = write_seconds / 4
         self._watchdog: asyncio.TimerHandle | None = None
         self._deadline = 0.0
         self._deaf_at = math.inf
-        self._lost = loop.create_future()  # done when the connection is no more
+        self._lost = loop.create_future()  # done when the connection is lost
         self._handshake: asyncio.Task[Any] | None = None
         self._in_a_row = 0
-        self._held: list[bytes] = []  # replies to commands that came together, to leave together
-        self.waited = 0.0  # seconds, for what came last
-        self.waiting = False  # for the client; only then may a deadline or a shutdown end the session
+        self._held: list[bytes] = []  # replies to pipelined commands, to be written at once
+        self.waited = 0.0  # seconds that the last read took
+        self.waiting = False  # for input; only then may a deadline or a shutdown end the session
         self.tls = False
         self.peer: tuple[str, int] = ("", 0)
 
     # --- what asyncio calls -----------------------------------------------------------------------------------
 
     def connection_made(self, transport: Any) -> None:
-        """Start the command_loop."""
+        """Start the command loop."""
         self.transport = transport
         self.read_buffer.follow(transport)
         peer = transport.get_extra_info("peername")
@@ -75,20 +75,20 @@ class ClientProtocol(asyncio.Protocol):
         self.read_buffer.feed(data)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Tell the reader; the command loop ends by itself, after what must not be broken off."""
+        """End the input; the command loop ends by itself, once it has finished what must not be interrupted."""
         self.transport = None
         self.read_buffer.follow(None)
         if error is not None:
             self.read_buffer.clear()
         self.read_buffer.end()
         if self._handshake is not None:
-            self._handshake.cancel()  # nobody else would tell it
+            self._handshake.cancel()  # asyncio does not
         if not self._lost.done():
             self._lost.set_result(None)
         self.resume_writing()
 
     def pause_writing(self) -> None:
-        """Have who writes wait: the client does not read as fast."""
+        """Make ``push`` wait: the client reads too slowly."""
         if self._writable is None:
             self._writable = self.loop.create_future()
 
@@ -98,7 +98,7 @@ class ClientProtocol(asyncio.Protocol):
             writable.set_result(None)
 
     def eof_received(self) -> bool:
-        """Keep our side open where that can be done: the reply to the last command may still be wanted."""
+        """Keep our side open if TLS does not forbid it: the client may still read the reply to its last command."""
         self.read_buffer.end()
         return not self.tls
 
@@ -109,7 +109,7 @@ class ClientProtocol(asyncio.Protocol):
         self.read_buffer.end()
         self.read_buffer.clear()
         if not command_loop.cancelled():
-            command_loop.result()  # what it raises goes to the event loop's handler
+            command_loop.result()  # an exception goes to the event loop's handler
 
     # --- out --------------------------------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ class ClientProtocol(asyncio.Protocol):
 
     @property
     def is_deaf(self) -> bool:
-        """Whether the client has not read what we say for some seconds."""
+        """Whether the client has left our replies unread for at least ``_GOODBYE_SECONDS``."""
         return self.loop.time() >= self._deaf_at - self._write_seconds + _GOODBYE_SECONDS
 
     @property
@@ -128,10 +128,10 @@ class ClientProtocol(asyncio.Protocol):
         return self._handshake is not None
 
     async def push(self, reply: Reply) -> None:
-        """Write a reply. A client that has disconnected shows at the next read.
+        """Write a reply, and wait while the client reads too slowly. After a disconnect it is dropped.
 
-        While the next command is here already, replies leave together, at the latest when we wait for something: a
-        client that pipelines reads them at once, and each write costs more than most commands.
+        While the next command has already arrived, replies are collected and written at once, at the latest when this
+        task waits for something: a write costs more than most commands.
         """
         transport = self.transport
         if transport is None or transport.is_closing():
@@ -150,7 +150,7 @@ class ClientProtocol(asyncio.Protocol):
                 self._deaf_at = math.inf
 
     def dismiss(self, reply: Reply) -> None:
-        """Write a last reply and close; a reader finds the end of input, whatever has been received."""
+        """Write a last reply and close; unread input is dropped, and a reader gets the end of input."""
         if self.transport is not None:
             self._write(reply)
             self._close()
@@ -175,7 +175,7 @@ class ClientProtocol(asyncio.Protocol):
             self.transport.close()
 
     async def close(self) -> None:
-        """Close; returns when the connection is gone, and until then the client counts as connected."""
+        """Close, and wait until the connection is gone; until then the client counts as connected."""
         if self._lost.done():
             return
         self._close()
@@ -188,8 +188,8 @@ class ClientProtocol(asyncio.Protocol):
             self.abort()
 
     def abort(self) -> None:
-        """Abort the connection, and take it for gone whatever the event loop says."""
-        self.read_buffer.clear()  # nobody will hear the answers
+        """Abort the connection and treat it as lost, without waiting for the event loop to report it."""
+        self.read_buffer.clear()  # nobody would read the replies
         transport = self.transport
         if transport is not None:
             transport.abort()
@@ -198,7 +198,7 @@ class ClientProtocol(asyncio.Protocol):
     # --- in ---------------------------------------------------------------------------------------------------
 
     async def read_line(self, seconds: float, limit: int) -> bytes | None:
-        """Return the next line, b"" for one that is too long, None at the end of input; all of it in the time given."""
+        """Return the next line, b"" if longer than ``limit``, None at the end of input; after ``seconds``, 421."""
         if self.read_buffer.has_line:
             await self._let_others()
         begun = self.loop.time()
@@ -210,7 +210,7 @@ class ClientProtocol(asyncio.Protocol):
         return b"" if line is not None and len(line) > limit else line
 
     async def read_chunk(self, seconds: float, most: int = -1) -> bytes:
-        """Return what has come, at most so many octets; b"" at the end of input."""
+        """Return what has arrived, at most ``most`` octets; b"" at the end of input."""
         begun = self.loop.time()
         self._deadline = begun + seconds
         self.waiting = True
@@ -220,11 +220,11 @@ class ClientProtocol(asyncio.Protocol):
         return chunk
 
     async def pause(self, seconds: float) -> None:
-        """Wait, but not for a client that has gone."""
+        """Wait ``seconds``, or until the connection is lost."""
         await asyncio.wait([self._lost], timeout=seconds)
 
     async def _let_others(self) -> None:
-        """Let the others have their turn: what a client has sent at once may be a hundred thousand commands."""
+        """Now and then yield to other clients: one client may have pipelined a hundred thousand commands."""
         self._in_a_row += 1
         if self._in_a_row > _MOST_IN_A_ROW:
             self._in_a_row = 1
@@ -233,24 +233,24 @@ class ClientProtocol(asyncio.Protocol):
     # --- TLS --------------------------------------------------------------------------------------------------
 
     async def start_tls(self, context: ssl.SSLContext, first: Reply | None = None, *, keep: bool = False) -> str:
-        """Say ``first`` and negotiate TLS; returns "" or why it failed, and then the connection is of no more use.
+        """Write ``first`` and negotiate TLS; returns "", or the reason of the failure, and then the connection is lost.
 
-        What came in plain text after the command is dropped: it must not count as if it had come under TLS (RFC 3207
-        4.2). With ``keep``, where there was no plain text, it is the beginning of the handshake.
+        Plain text received after STARTTLS is dropped: it must not count as received under TLS (RFC 3207 4.2). With
+        ``keep`` (implicit TLS) it is the beginning of the handshake.
         """
         transport = self.transport
         if transport is None or transport.is_closing():
             return _GONE
-        transport.pause_reading()  # all that comes from now on goes to TLS
-        self.read_buffer.follow(None)  # until the handshake is over its transport is not ours to stop
+        transport.pause_reading()  # everything from now on belongs to TLS
+        self.read_buffer.follow(None)  # during the handshake the read buffer must not pause the transport
         early = self.read_buffer.clear()
         if first is not None:
             self._write(first)
         self._handshake = self.loop.create_task(self._negotiate(transport, context))
         if early and keep:
-            await asyncio.sleep(0)  # the task has asked for what connects its protocol, and then for reading to go on
+            await asyncio.sleep(0)  # lets the task start: its protocol gets connected, then ``early``, then reading
             self.loop.call_soon(_feed, transport, early)
-        # The loop's own limit cannot be relied on: it does not reach a connection that was lost a moment before.
+        # The loop's own time-out is not enough: it misses a connection that was lost just before.
         done, _ = await asyncio.wait([self._handshake], timeout=_HANDSHAKE_SECONDS + _GOODBYE_SECONDS)
         handshake, self._handshake = self._handshake, None
         try:
@@ -259,7 +259,7 @@ class ClientProtocol(asyncio.Protocol):
             reason = str(getattr(error, "reason", "") or type(error).__name__)
         else:
             if secured is not None and not self._lost.done():
-                self.resume_writing()  # what the plain transport had too much of is its own
+                self.resume_writing()  # a pause was for the plain transport
                 self.transport = secured
                 self.read_buffer.follow(secured)
                 self.tls = True
@@ -271,7 +271,7 @@ class ClientProtocol(asyncio.Protocol):
         return reason
 
     async def _negotiate(self, transport: Any, context: ssl.SSLContext) -> Any:
-        if transport.is_closing():  # with the reply a moment ago: the loop would wait for ever for its end
+        if transport.is_closing():  # since writing ``first``: the loop would wait for ever
             return None
         return await self.loop.start_tls(
             transport,
@@ -285,7 +285,7 @@ class ClientProtocol(asyncio.Protocol):
     # --- deadlines --------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        """Look at the deadline now and then: cheaper than a timer for every command."""
+        """Check the deadlines periodically, which is cheaper than a timer for every command."""
         if self.waiting and self.loop.time() >= self._deadline:
             self._watchdog = None
             self.dismiss(_TIMEOUT)
@@ -297,7 +297,7 @@ class ClientProtocol(asyncio.Protocol):
 
 
 def _feed(transport: Any, data: bytes) -> None:
-    """Give octets to the TLS protocol as if the transport had just read them (asyncio.BufferedProtocol)."""
+    """Pass octets to the TLS protocol as if the transport had just read them (asyncio.BufferedProtocol)."""
     protocol = transport.get_protocol()
     while data:
         room = protocol.get_buffer(len(data))

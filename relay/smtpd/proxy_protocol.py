@@ -1,7 +1,7 @@
-"""The PROXY protocol of load balancers, versions 1 and 2: the first octets of a connection say who the client is.
+"""The PROXY protocol of load balancers, versions 1 and 2: the first octets of a connection name the client.
 
-aiosmtpd reads the header; here it becomes an address. A connection that does not begin with a whole and true header
-is a BadHeader, and is closed without a word.
+aiosmtpd parses the header; here it becomes an address. A connection that does not begin with a complete and valid
+header raises BadHeader, and the caller closes it without a reply.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from aiosmtpd.proxy_protocol import AF, V2_CMD, AsyncReader, get_proxy
 
 from relay.mail.addresses import plain_address
 
-# Its lines would stand in our log as they came; what matters is in ours.
+# aiosmtpd would log what the peer sent, unescaped; the relay logs the failure itself.
 logging.getLogger("mail.debug").addHandler(logging.NullHandler())
 logging.getLogger("mail.debug").propagate = False
 
 
 class BadHeader(ValueError):
-    """No PROXY header, or one that says nonsense."""
+    """There is no PROXY header, or it is invalid."""
 
 
 class Origin(NamedTuple):
-    """Where the proxy says that a connection comes from."""
+    """The client's address and port as given by the proxy."""
 
     address: str
     port: int
 
 
 async def read_header(reader: AsyncReader) -> Origin | None:
-    """Read the header; None when the proxy speaks for itself (a health check). Raises BadHeader."""
+    """Read the header; returns None for the proxy's own connections (health checks). Raises BadHeader."""
     try:
         header = await get_proxy(reader)
     except (asyncio.IncompleteReadError, ConnectionError) as error:

@@ -1,8 +1,8 @@
-"""What a client has sent and nobody has read yet: lines and chunks of it, for the one task that reads.
+"""The input of a client that has not been read yet; one task reads lines and chunks from it.
 
-asyncio's StreamReader does the same at three times the price, and cannot be looked into: the commands that a client
-has sent ahead (RFC 2920) can. It is also a stream as aiosmtpd's reader of PROXY headers wants it. What is more than a
-few commands is counted where mail in memory is, since every client may have as much.
+asyncio's StreamReader costs three times as much and does not show the pipelined commands (RFC 2920) in its buffer. This
+class also has the methods that aiosmtpd's reader of PROXY headers needs. Input beyond a few commands is counted as mail
+in memory, since every client may send that much. Reading raises nothing but IncompleteReadError, for PROXY headers.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any
 
-_UNCOUNTED = 1 << 14  # octets; a client's commands are seldom more
-BUFFER = 1 << 16  # octets; at twice this the client is not read from, and no line is longer
+_UNCOUNTED = 1 << 14  # octets; commands seldom take more
+BUFFER = 1 << 16  # octets; the longest line; at twice this, reading from the client pauses
 
 
 class ReadBuffer:
-    """Octets in, by ``feed`` and ``end``; lines and chunks out. What is read after the end is empty."""
+    """Takes octets by ``feed`` and ``end``; gives lines and chunks, and nothing more after the end."""
 
     __slots__ = ("_at", "_count", "_counted", "_data", "_ended", "_loop", "_paused", "_transport", "_waiter")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, count: Callable[[int], None] = lambda _: None) -> None:
-        """``count`` is told how many octets more, or less, are in memory."""
+        """``count`` is called with the change in the number of octets in memory."""
         self._loop = loop
         self._count = count
         self._counted = 0
         self._data = b""
-        self._at = 0  # what is before has been read
+        self._at = 0  # where the unread octets begin
         self._ended = self._paused = False
         self._transport: Any = None
         self._waiter: asyncio.Future[None] | None = None
@@ -34,12 +34,12 @@ class ReadBuffer:
     # --- in ---------------------------------------------------------------------------------------------------
 
     def follow(self, transport: Any) -> None:
-        """Say whose reading stops while too much is here."""
+        """Set the transport whose reading is paused while the buffer is full."""
         self._transport = transport
         self._paused = False
 
     def feed(self, data: bytes) -> None:
-        """Take what has come; behind the end nothing does, though TLS hands it over while it closes."""
+        """Append received octets; after the end they are dropped (TLS still delivers some while it closes)."""
         if self._ended:
             return
         self._data = self._data[self._at :] + data if self._at < len(self._data) else data
@@ -52,17 +52,17 @@ class ReadBuffer:
             self._paused = True
 
     def end(self) -> None:
-        """Nothing more will come."""
+        """Mark the end of input."""
         self._ended = True
         self._wake()
 
     def unread(self, data: bytes) -> None:
-        """Put octets back in front."""
+        """Put octets back in front of the unread ones."""
         self._data, self._at = data + self._data[self._at :], 0
         self._recount()
 
     def clear(self) -> bytes:
-        """Forget what is here; returns it."""
+        """Remove the unread octets; returns them."""
         data, self._data, self._at = self._data[self._at :], b"", 0
         self._recount()
         return data
@@ -85,14 +85,14 @@ class ReadBuffer:
         return self._at < len(self._data) and self._data.find(b"\n", self._at) >= 0
 
     def lines_ahead(self) -> Iterator[bytes]:
-        """Yield the whole lines that are here, and leave them."""
+        """Yield the complete unread lines, without removing them."""
         at = self._at
         while end := self._data.find(b"\n", at) + 1:
             yield self._data[at:end]
             at = end
 
     async def line(self) -> bytes | None:
-        """Return the next line, b"" for one longer than the buffer, None at the end of input."""
+        """Return the next line, b"" if longer than ``BUFFER``, None at the end of input."""
         too_long = False
         while (end := self._data.find(b"\n", self._at) + 1) == 0:
             if len(self._data) - self._at > BUFFER:
@@ -104,21 +104,24 @@ class ReadBuffer:
         return b"" if too_long or len(line) > BUFFER else line
 
     async def read(self, n: int = -1) -> bytes:
-        """Return what is here, at most so many octets; waits for the first."""
+        """Return the unread octets, at most ``n``; waits for the first, b"" at the end of input."""
         if self._at == len(self._data) and not await self._more():
             return b""
         size = len(self._data) - self._at
         return self._take(self._at + (size if n < 0 else min(n, size)))
 
     async def readexactly(self, n: int) -> bytes:
-        """Return so many octets. Raises asyncio.IncompleteReadError."""
+        """Return exactly ``n`` octets. Raises asyncio.IncompleteReadError at the end of input."""
         while len(self._data) - self._at < n:
             if not await self._more():
                 raise asyncio.IncompleteReadError(self.clear(), n)
         return self._take(self._at + n)
 
     async def readuntil(self, separator: bytes = b"\n") -> bytes:
-        """Return all up to a separator. Raises asyncio.IncompleteReadError; a header has no end that is so far away."""
+        """Return the octets up to and with a separator.
+
+        Raises asyncio.IncompleteReadError at the end of input, or if there is none within ``BUFFER`` octets.
+        """
         while (end := self._data.find(separator, self._at)) < 0:
             if len(self._data) - self._at > BUFFER or not await self._more():
                 raise asyncio.IncompleteReadError(self.clear(), None)
@@ -143,7 +146,7 @@ class ReadBuffer:
             self._transport.resume_reading()
 
     async def _more(self) -> bool:
-        """Wait until something has come; False at the end of input."""
+        """Wait for more input; returns False at the end of input."""
         if self._ended:
             return False
         if self._paused:

@@ -1,9 +1,9 @@
-"""What all relay processes have in hand (clients, octets, password checks), so that limits count for them together.
+"""Counters that all relay processes share (clients, octets, password checks), so that limits apply to them together.
 
-Shared memory, made before the processes are forked: each writes only its own part and reads all. A process that dies
-leaves its numbers; the one that takes its place starts with zeros. Beside it processes of an earlier generation may
-still finish what they have in hand: each has a seat of its own, and all count. Clients by address are counted in a
-table whose slots some share by chance: seldom, and then a limit is reached too early.
+They are shared memory, made before the processes are forked: each process writes only its own part and reads all. A
+process that dies leaves its numbers; its replacement starts with zeros. Processes of an earlier generation may still
+drain beside it: each has a seat of its own, and all seats count. Clients by network prefix are counted in a hash table
+of fixed size: rarely, two prefixes share a slot and reach the limit early. Nothing here raises.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from dataclasses import dataclass, replace
 from relay.smtpd.password_guesses import Guesses
 
 _FIELDS = 3  # clients, octets, passwords that wait to be checked
-_SLOTS = 1 << 14  # for addresses
-SEATS = 8  # processes at one place at the same time: the one that takes clients, and earlier ones that drain
+_SLOTS = 1 << 14  # for network prefixes
+SEATS = 8  # processes with the same index at the same time: the one that takes clients, and earlier ones that drain
 
 
 class SharedCounters:
-    """The numbers of all processes."""
+    """The counters of all processes."""
 
     def __init__(self, processes: int) -> None:
         self._processes = max(1, processes)
-        seats = self._processes * SEATS  # what nobody sits on takes no memory
+        seats = self._processes * SEATS  # a seat that was never taken uses no memory
         self._numbers = memoryview(mmap.mmap(-1, seats * _FIELDS * 8)).cast("q")
         self._addresses = memoryview(mmap.mmap(-1, seats * _SLOTS * 4)).cast("i")
         self._rows = memoryview(mmap.mmap(-1, 8)).cast("q")
         self._guesses = Guesses()
-        self._salt = random.SystemRandom().getrandbits(64)  # nobody can choose whom to share a slot with
+        self._salt = random.SystemRandom().getrandbits(64)  # so that no client can aim at the slot of another
 
     def of_process(self, index: int) -> ProcessCounters:
-        """Return the counters of the process at one place."""
+        """Return the counters of the process with this index, at its first seat."""
         return ProcessCounters(
             self._numbers, self._addresses, self._salt, index, self._guesses, self._processes, self._rows
         )
@@ -41,7 +41,7 @@ class SharedCounters:
 
 @dataclass(slots=True)
 class ProcessCounters:
-    """One process's own numbers, and the sums of all."""
+    """The counters of one process, and the sums over all."""
 
     _numbers: memoryview
     _addresses: memoryview
@@ -49,19 +49,19 @@ class ProcessCounters:
     _index: int
     guesses: Guesses
     _processes: int
-    _rows: memoryview  # so many seats have ever been taken at one place; no more is summed up
+    _rows: memoryview  # one number: the highest seat taken so far; seats beyond it are not summed
 
     def at_seat(self, seat: int) -> ProcessCounters:
-        """Return those of another seat at the same place."""
+        """Return the counters of another seat with the same index."""
         return replace(self, _index=self._index % self._processes + seat * self._processes)
 
     def take(self) -> None:
-        """Start with zeros, whatever a predecessor left."""
+        """Take this seat, and set its counters to zero."""
         self._rows[0] = max(self._rows[0], self._index // self._processes + 1)
         self.clear()
 
     def clear(self) -> None:
-        """Forget what a process had in hand that has ended."""
+        """Set the counters of this seat to zero, after its process has ended."""
         at = self._index * _FIELDS
         self._numbers[at : at + _FIELDS] = memoryview(bytes(_FIELDS * 8)).cast("q")
         at = self._index * _SLOTS
@@ -97,14 +97,14 @@ class ProcessCounters:
         self._numbers[self._index * _FIELDS + 2] += change
 
     def connections_of(self, address: str) -> int:
-        """Return how many connections are counted for an address."""
+        """Return the number of connections from a network prefix, over all processes."""
         return sum(self._addresses[self._slot(address) : self._end * _SLOTS : _SLOTS])
 
     def count_address(self, address: str, change: int) -> None:
         self._addresses[self._index * _SLOTS + self._slot(address)] += change
 
     def _slot(self, address: str) -> int:
-        # Not hash(): it would differ in a process that was not forked from the one that made the table.
+        # Not hash(): its value differs between processes that were not forked from the same parent.
         return (
             int.from_bytes(hashlib.blake2b(address.encode(), digest_size=8, salt=self._salt.to_bytes(8)).digest())
             % _SLOTS

@@ -1,9 +1,9 @@
-"""Staging: stage, release, discard and hold, group-committed with whatever else is going on.
+"""Makes copies durable: stage before the final dot, then release, discard or hold by the primary's reply.
 
-Every message of every session of a process goes through one GroupCommit, so that one fsync serves
-many. A stage that Redis does not take in time goes to the spool, and only without a spool raises NotDurable; what
-must be told to Redis later (a release, a discard) is repeated until Redis has answered, for as long as the process
-lives, with a note in the spool for the case that it does not, and without a spool is left to the reconciler.
+All sessions of a process share one GroupCommit, so that one fsync serves many messages. A message that Redis does not
+take in time goes to the spool; if that fails too, ``stage`` raises NotDurable. Later changes (release, discard, hold)
+raise nothing: they are repeated until Redis answers, for as long as the process lives. A note in the spool keeps a
+release or discard over a crash; without a spool the reconciler repairs the ledger.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from relay.mail.record import Message
 from relay.repeated import Backoff, until_done
 from relay.spool.writer import Spool
 
-_LARGE = 256 << 10  # bodies over this travel alone, on connections of their own
-_SPOOL_SECONDS = 30.0  # for one change in the spool: a disk that hangs is as good as full
+_LARGE = 256 << 10  # larger bodies go alone, over connections of their own
+_SPOOL_SECONDS = 30.0  # for one change in the spool: a disk that hangs is treated as full
 _FORGOT = "the ledger was emptied, or became an older one, between staging and release"
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds until a change that Redis has not taken is tried again
-_LATE_SECONDS = 60.0  # after a time-out, this long until what was on its way has come or never will
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds between the tries of a change
+_LATE_SECONDS = 60.0  # after a time-out, a command sent before it may still reach Redis for this long
 
 
 class NotDurable(Exception):
     """The copy could be written neither to Redis nor to the spool.
 
-    ``is_own``: for want of descriptors, memory or threads of ours. Redis and the disk may be well, and this passes.
+    ``is_own``: this process lacks descriptors, memory or threads, which is temporary; Redis and the disk may be well.
     """
 
     def __init__(self, reason: str, *, is_own: bool = False) -> None:
@@ -47,7 +47,7 @@ class NotDurable(Exception):
 
 
 class Staging:
-    """The session's view of durability."""
+    """The ledger and the spool as a session uses them: it does not see which of the two holds a copy."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Staging:
         self._deadline_seconds = deadline_seconds
         self._hold_seconds = hold_seconds
         self._spool = spool
-        self._doubtful: set[str] = set()  # ids whose stage got no answer: Redis may have them all the same
+        self._doubtful: set[str] = set()  # ids whose stage got no answer: Redis may have them nevertheless
         self._repeating: set[asyncio.Task[None]] = set()
 
     def now(self) -> float:
@@ -77,8 +77,8 @@ class Staging:
         return time.time() + self._watch.clock_offset
 
     async def stage(self, message: Message) -> None:
-        """Put a message on stable storage, not yet due for anybody. Raises NotDurable."""
-        large = len(message.body) > _LARGE  # to compress and seal it takes its time, which is not everybody's
+        """Put a message on stable storage, not yet due at any backup. Raises NotDurable."""
+        large = len(message.body) > _LARGE  # compressing and encrypting it would block the other clients
         record = await asyncio.to_thread(message.packed) if large else message.packed()
         size = sum(map(len, record))
         envelope = message.envelope
@@ -94,14 +94,14 @@ class Staging:
             trouble = f"{trouble}; spool: {error.strerror or error}"
             untidy = self._spool is not None and self._spool.has(envelope.id)
             hopeless = envelope.id in self._doubtful or not self._watch.may_squeeze_in(size)
-            # A Redis that is only rather full is better than nothing.
+            # A Redis that is nearly full is better than no copy.
             if untidy or hopeless or await self._to_redis(envelope, record):
                 if untidy or envelope.id in self._doubtful:
                     self.discard(envelope.id)
                 raise NotDurable(trouble, is_own=is_own or self._watch.is_own) from error
 
     async def _to_redis(self, envelope: Envelope, record: tuple[bytes, ...]) -> str:
-        """Return why it could not be written, or "" when it was."""
+        """Stage a record in Redis; returns "", or the reason of the failure."""
         staged, size = Staged(envelope.id, record, self.now() + self._deadline_seconds), sum(map(len, record))
         if size > _LARGE:
             future = self._large.submit("stage large", staged, size)
@@ -117,7 +117,7 @@ class Staging:
         return ""
 
     async def _to_spool(self, envelope: Envelope, record: tuple[bytes, ...], reason: str) -> None:
-        """Write to the spool. Raises OSError; if ``has`` then says so, something may be left."""
+        """Write a record to the spool. Raises OSError; if ``has`` is then true, part of it may be left."""
         if self._spool is None:
             raise OSError("there is none")
         try:
@@ -125,7 +125,7 @@ class Staging:
                 large = sum(map(len, record)) > _LARGE
                 whole = await asyncio.to_thread(b"".join, record) if large else b"".join(record)
                 await self._spool.write(envelope.id, whole)
-        except (OSError, RuntimeError, MemoryError) as error:  # TimeoutError is an OSError
+        except (OSError, RuntimeError, MemoryError) as error:  # OSError includes TimeoutError
             with contextlib.suppress(OSError, RuntimeError, MemoryError):
                 async with asyncio.timeout(1):
                     await self._spool.discard(envelope.id)
@@ -136,10 +136,10 @@ class Staging:
         maillog.spooled(envelope, reason)
 
     async def release(self, released: Released) -> None:
-        """Make a staged message due at its backups. Returns at the first try's end; later ones go on behind."""
+        """Make a staged message due at its backups. Waits for the first try only; repetitions run in the background."""
         spool = self._spool
         if spool is not None and spool.has(released.id) and await self._in_spool(spool.release, released.id):
-            self._doubtful.discard(released.id)  # the importer sees to it
+            self._doubtful.discard(released.id)  # the importer merges it with what Redis may have
             return
         if not self._watch.is_down:
             try:
@@ -148,7 +148,7 @@ class Staging:
                 self._watch.failed(error)
                 maillog.ledger_trouble(f"release {released.id}", error)
             else:
-                # Whatever its result: a repetition on another connection finds it done. A job too many does no harm.
+                # Also when Redis had it done already, by a try that got no answer. A superfluous job does no harm.
                 self._dispatch(released)
                 if not is_new:
                     self._repeat(lambda: self._look_for(released))
@@ -158,15 +158,15 @@ class Staging:
         self._repeat(lambda: self._released_late(released))
 
     def discard(self, message_id: str) -> None:
-        """Forget a message that the primary refused; repeated until Redis has answered."""
+        """Delete a message that the primary refused; repeated in the background until Redis answers."""
         self._repeat(lambda: self._discard(message_id))
 
     def hold(self, message_id: str, digest: str) -> None:
-        """Mark a message as uncertain; repeated until Redis has answered."""
+        """Mark a message as uncertain; repeated in the background until Redis answers."""
         self._repeat(lambda: self._hold(message_id, digest))
 
     async def drain(self) -> None:
-        """Finish what is under way; bounded, since notes in the spool and the reconciler finish the rest."""
+        """Finish the changes under way; bounded, since notes in the spool and the reconciler complete the rest."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._small.drain(), self._stage_seconds * 2)
         if self._repeating:
@@ -178,7 +178,7 @@ class Staging:
             self._dispatcher.add(destination, released.id)
 
     async def _in_spool(self, change: Callable[[str], Awaitable[bool]], message_id: str) -> bool:
-        """Change a message's state if it is in the spool; one that the disk refuses is repeated behind."""
+        """Change a message in the spool; returns whether it is there. A failed change is repeated in the background."""
         try:
             async with asyncio.timeout(_SPOOL_SECONDS):
                 return await change(message_id)
@@ -192,11 +192,11 @@ class Staging:
         try:
             async with asyncio.timeout(_SPOOL_SECONDS):
                 await note
-        except OSError as error:  # only a crash before Redis is back would need it
+        except OSError as error:  # tolerable: only a crash before Redis is back needs the note
             maillog.spool_trouble("note", error)
 
     async def _look_for(self, released: Released) -> None:
-        """Say it where the ledger has forgotten a message between its staging and its release."""
+        """Log a lost copy if Redis lost data between the staging and the release of a message."""
         if await self._watch.has_forgotten() and not await self._watch.has(released.id):
             metrics.copies_lost.inc()
             maillog.notice("error", "copy lost", id=released.id, copies=",".join(released.destinations), reason=_FORGOT)
@@ -204,7 +204,7 @@ class Staging:
     async def _released_late(self, released: Released) -> None:
         if not await self._small.submit("release", released):
             await self._look_for(released)
-        # Whatever its result: the first try may have been done without our hearing of it.
+        # Also when there was nothing to release: the first try may have succeeded without an answer.
         self._dispatch(released)
         if self._spool is not None:
             await self._spool.strike(released.id)
@@ -218,7 +218,7 @@ class Staging:
                 await self._noted(self._spool.note_discard(message_id))
         await self._small.submit("discard", message_id)
         if doubtful:
-            # The stage may be on another connection still.
+            # The stage may still be under way on another connection.
             await asyncio.sleep(_LATE_SECONDS)
             await self._small.submit("discard", message_id)
             self._doubtful.discard(message_id)

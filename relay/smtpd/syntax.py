@@ -1,8 +1,8 @@
 """The syntax of command lines, above all of MAIL and RCPT: a path and its ESMTP parameters (RFC 5321 4.1.1, 4.1.2).
 
-Paths and parameters are carried as they came: no case folding, no rewriting of odd local parts. White space where
-Postfix and Exim take it is taken, too (around a command, tabs between its words, within the brackets of a path), and
-never passed on. What does not parse raises SyntaxProblem with the reply to give.
+Paths and parameters are passed on unchanged: no case folding, no rewriting of odd local parts. White space is accepted
+where Postfix and Exim accept it (around a command, tabs between words, within the brackets of a path), and is not
+passed on. A line that does not parse raises SyntaxProblem with the reply to give.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _NO_ORIGINAL = re.compile(r"ORCPT=[^;]+;", re.IGNORECASE)
 _SIZE = re.compile(r"[0-9]{1,20}")  # RFC 1870 3
 _CHUNK = re.compile(r" *([0-9]{1,20})(?: +(LAST))? *", re.IGNORECASE | re.ASCII)
-_WORD = re.IGNORECASE | re.ASCII  # without ASCII a long s is an S
+_WORD = re.IGNORECASE | re.ASCII  # without ASCII, the letter long s would match S
 
-# What a value looks like; "" is no value. The rest, xtext above all, is the primary's to judge: programs get that
-# wrong, and what goes through without us must go through with us.
+# The form of each value; "" means no value. Everything else, above all xtext, is left to the primary: programs get it
+# wrong, and mail that the primary accepts directly must not fail at the relay.
 _VALUES: Mapping[str, re.Pattern[str]] = {
     "SIZE": _SIZE,
     "BODY": re.compile("7BIT|8BITMIME", _WORD),  # RFC 6152 2; BINARYMIME is not offered
@@ -37,7 +37,7 @@ _VALUES: Mapping[str, re.Pattern[str]] = {
     "RET": re.compile("FULL|HDRS", _WORD),  # RFC 3461 4.3
     "ENVID": re.compile(".+"),
     "NOTIFY": re.compile("NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY)){0,2}", _WORD),  # 4.1
-    "ORCPT": re.compile("[^;]+;.*"),  # 4.2; of some clients without an address
+    "ORCPT": re.compile("[^;]+;.*"),  # 4.2; some clients send it without an address
     "AUTH": re.compile(".+"),
     "MT-PRIORITY": re.compile("0|-?[1-9]"),  # RFC 6710 4.2
     "HOLDFOR": re.compile("[1-9][0-9]{0,8}"),  # RFC 4865 4.2
@@ -46,7 +46,7 @@ _VALUES: Mapping[str, re.Pattern[str]] = {
 
 
 class SyntaxProblem(ValueError):
-    """A command that cannot be read; ``reply`` is what to answer."""
+    """A command that cannot be parsed; ``reply`` is the reply to it."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text)
@@ -54,7 +54,7 @@ class SyntaxProblem(ValueError):
 
 
 def split_command(line: bytes) -> tuple[bytes, bytes]:
-    """Return the verb of a command line, in capitals, and what stands behind it, without the blanks and tabs around."""
+    """Return the verb of a command line in capitals, and its argument without the blanks and tabs around it."""
     text = line.rstrip(b"\r\n").strip(_BLANKS)
     verb, _, argument = text.partition(b" ")
     if b"\t" in verb:
@@ -63,7 +63,7 @@ def split_command(line: bytes) -> tuple[bytes, bytes]:
 
 
 def argument_text(argument: bytes) -> str:
-    """Return an argument, its tabs as blanks; no UTF-8 survives as surrogates. Raises SyntaxProblem."""
+    """Decode an argument: tabs become blanks, invalid UTF-8 becomes surrogates. Raises SyntaxProblem."""
     text = argument.decode("utf-8", "surrogateescape")
     if text.isprintable():
         return text
@@ -94,23 +94,23 @@ def parse_path(argument: str | None, keyword: str) -> tuple[str, tuple[str, ...]
     return (quoted if quoted is not None else bare), parameters
 
 
-# What is announced with the primary's own parameters, where it announces it.
+# Extensions that are announced with the primary's own parameters.
 _PASSED_ON = ("8BITMIME", "SMTPUTF8", "DSN", "CHUNKING", "MT-PRIORITY", "FUTURERELEASE")
 
 
 def offers(
     announced: Mapping[str, str], size_limit: int, *, tls: bool = False, verified: bool = False
 ) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Return our EHLO lines and the extensions whose parameters we take: what we carry of what the primary announces.
+    """Return the EHLO lines, and the extensions whose parameters are accepted: those of the primary that we can carry.
 
-    PIPELINING and ENHANCEDSTATUSCODES are ours. SIZE is the smaller limit; 0 and no number mean none. REQUIRETLS takes
-    TLS on both sides, and a primary whose certificate is verified (RFC 8689 4.2.1). AUTH is the parameter of MAIL.
+    PIPELINING and ENHANCEDSTATUSCODES are our own. SIZE is the smaller limit; 0 or no number means none. REQUIRETLS
+    needs TLS on both sides and a verified certificate of the primary (RFC 8689 4.2.1). AUTH means the MAIL parameter.
     """
     limits = [n for n in (size_limit, _number(announced.get("SIZE", ""))) if n]
     lines = ["PIPELINING", f"SIZE {min(limits)}" if limits else "SIZE"]
     for name in _PASSED_ON:
         if name in announced:
-            # Only these two have parameters; a server that gives others some is not taken at its word.
+            # Only these two have parameters; those that a server gives to others are ignored.
             parameters = printable(announced[name]) if name in ("MT-PRIORITY", "FUTURERELEASE") else ""
             lines.append(f"{name} {parameters}".rstrip())
     if "REQUIRETLS" in announced and tls and verified:
@@ -125,7 +125,7 @@ def _number(text: str) -> int:
 
 
 def check(parameters: Collection[str], extensions: Mapping[str, str], offered: Collection[str]) -> None:
-    """Raise SyntaxProblem for a parameter not offered (RFC 5321 4.1.1.11), or with a value that means nothing."""
+    """Raise SyntaxProblem for a parameter that was not offered (RFC 5321 4.1.1.11) or has an invalid value."""
     for parameter in parameters:
         name, _, text = parameter.partition("=")
         name = name.upper()
@@ -140,17 +140,17 @@ def check(parameters: Collection[str], extensions: Mapping[str, str], offered: C
 
 
 def meaningful(parameters: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the parameters of RCPT without an ORCPT that names no address: some servers refuse that."""
+    """Return the RCPT parameters without an ORCPT that has no address, which some servers refuse."""
     if any(map(_NO_ORIGINAL.fullmatch, parameters)):
         return tuple(parameter for parameter in parameters if not _NO_ORIGINAL.fullmatch(parameter))
     return parameters
 
 
 def carried(parameters: Iterable[str], extensions: Mapping[str, str], available: Mapping[str, str]) -> list[str]:
-    """Return the parameters as this connection can take them.
+    """Return the parameters that a server with these extensions accepts.
 
-    SIZE, BODY=7BIT and AUTH (RFC 4954 5) say nothing that a server without the extension needs. Anything else that
-    it cannot take is never dropped: raises SyntaxProblem, temporary, since another node may be able to.
+    SIZE, BODY=7BIT and AUTH (RFC 4954 5) are dropped for a server without the extension. Any other parameter that it
+    lacks raises SyntaxProblem with a temporary reply, since another node may accept it.
     """
     result = []
     for parameter in parameters:
@@ -163,7 +163,7 @@ def carried(parameters: Iterable[str], extensions: Mapping[str, str], available:
 
 
 def parse_chunk(argument: str) -> tuple[int, bool]:
-    """Read ``size [LAST]`` of BDAT (RFC 3030 2). Raises SyntaxProblem."""
+    """Read ``size [LAST]`` of BDAT (RFC 3030 2): octets, and whether it is the last. Raises SyntaxProblem."""
     found = _CHUNK.fullmatch(argument)
     if not found:
         raise SyntaxProblem(501, "5.5.4 Syntax: BDAT size [LAST]")
@@ -171,11 +171,11 @@ def parse_chunk(argument: str) -> tuple[int, bool]:
 
 
 def nothing_after(verb: str, argument: str) -> None:
-    """Raise SyntaxProblem for an argument of a command that takes none."""
+    """Raise SyntaxProblem if a command that takes no argument has one."""
     if argument:
         raise SyntaxProblem(501, f"5.5.4 Syntax: {verb}")
 
 
 def declared_size(parameters: Iterable[str]) -> int:
-    """Return the SIZE of a MAIL command, 0 without one."""
+    """Return the SIZE parameter of a MAIL command in octets, 0 without one."""
     return int(value(parameters, "SIZE") or 0)

@@ -1,12 +1,12 @@
-"""What a client's mail commands do: the whole flow of a message reads here, from ``mail`` to ``_finish``.
+"""MAIL, RCPT, DATA and BDAT of one client: the whole flow of a message, from ``mail`` to ``_finish``.
 
-    MAIL, RCPT -> the primary's replies are the client's; DATA -> the body streams on to the primary while it
-    comes, all but the end-of-data line; the copy is staged; the held dot goes out; by the primary's reply the
-    copy is released, discarded, or held as uncertain; the client hears that reply. BDAT is the same in chunks.
+    MAIL, RCPT: the client gets the primary's replies. DATA: the body streams to the primary as it arrives, without
+    the end-of-data line; the copy is staged; the final dot, held until then, is sent. By the primary's reply the copy
+    is released, discarded or held as uncertain, and the client gets that reply. BDAT is the same in chunks.
 
-The commands come from a CommandLoop, which gives their replies; the Peer knows who the client is, and an IncomingBody
-takes what comes as a message. Trouble becomes a Reply, or a SyntaxProblem with one; a client that hangs up in its
-message is a ClientGone, and never cancels us.
+The CommandLoop calls these methods and writes the replies they return; the Peer knows who the client is; an
+IncomingBody receives the body. A failure becomes a Reply, or a SyntaxProblem that holds one. A client that disconnects
+within its message raises ClientGone; a disconnect never cancels a method.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from relay.smtpd.syntax import (
     split_command,
 )
 
-_ENTRY = 200  # octets that the parts of one address take besides their text
+_ENTRY = 200  # octets of memory that an address takes besides its text
 INTERNAL = Reply.of(451, "4.3.0 Internal error, try again later")
 _GO_AHEAD = Reply.of(354, "End data with <CR><LF>.<CR><LF>")
 _HELLO_FIRST = Reply.of(503, "5.5.1 HELO or EHLO first")
@@ -60,7 +60,7 @@ _NOT_DURABLE = Reply.of(451, "4.3.1 The copy cannot be stored at the moment, try
 
 
 class MailTransaction:
-    """The mail of one client, a transaction at a time."""
+    """The mail transactions of one client, one at a time."""
 
     def __init__(self, context: Context, protocol: ClientProtocol, peer: Peer, error_limits: ErrorLimits) -> None:
         self._context = context
@@ -75,11 +75,11 @@ class MailTransaction:
         self._identity: Identity = ()
         self._body: IncomingBody | None = None
         self._message_id = ""
-        self._counted = 0  # octets of the envelope, as counted in our numbers
-        self.is_lost = False  # nobody knows where the next command begins
+        self._counted = 0  # octets of the envelope, as added to the shared counters
+        self.is_lost = False  # it is unknown where the next command begins, so the session must end
         self.in_data = False
-        self.was_served = False  # a message, to its end
-        self._was_refused = False  # its MAIL, or what followed: a pipelining client goes on all the same
+        self.was_served = False  # a message came to its end
+        self._was_refused = False  # MAIL or a later command: what a pipelining client sent behind it is no error
 
     @property
     def in_transaction(self) -> bool:
@@ -87,7 +87,7 @@ class MailTransaction:
 
     @property
     def patience(self) -> float:
-        """How long the client may take for its next command."""
+        """Seconds that the client may take for its next command."""
         settings = self._settings
         if self._transaction is None:
             return settings.idle_timeout
@@ -96,7 +96,7 @@ class MailTransaction:
         return min(settings.lease_idle_timeout, self._body.pace.seconds)
 
     def forget(self) -> None:
-        """End the transaction, if any, without a message; one whose body has begun by a close."""
+        """End the transaction, if any, without a message; if its body has begun, by closing the primary connection."""
         transaction, self._transaction = self._transaction, None
         if transaction is not None:
             if self._body is None:
@@ -113,7 +113,7 @@ class MailTransaction:
         self._peer.end_transaction()
 
     def out_of_order(self, reply: Reply) -> Reply:
-        """Count a command in the wrong place, but for long not what a pipelining client could not know better."""
+        """Count a bad sequence of commands, mildly if the client may have pipelined it; returns ``reply``."""
         if self._was_refused:
             self._error_limits.exceed()
         else:
@@ -128,7 +128,7 @@ class MailTransaction:
             return self.out_of_order(_HELLO_FIRST)
         if self._transaction is not None:
             return self.out_of_order(Reply.of(503, "5.5.1 Nested MAIL command"))
-        self._was_refused = True  # until it is not
+        self._was_refused = True  # until the primary accepts it
         sender, given = parse_path(argument, "FROM")
         check(given, MAIL_EXTENSIONS, client.offered)
         size = declared_size(given)
@@ -181,12 +181,12 @@ class MailTransaction:
         return reply
 
     def _count(self, octets: int) -> None:
-        """Count what an envelope takes in memory, roughly, with what keeps the text."""
+        """Count the approximate memory of an address in the envelope."""
         self._counted += octets + _ENTRY
         self._context.counters.add_octets(octets + _ENTRY)
 
     def _refused(self, command: str, reply: Reply) -> Reply:
-        """Count a command that was to bring a message and does not."""
+        """Count and log a refused MAIL or DATA; returns ``reply``."""
         self._error_limits.idle()
         self._log_refused(command, reply)
         return reply
@@ -196,12 +196,12 @@ class MailTransaction:
             maillog.command_refused(self._peer.address, command, reply)
 
     def log_the_rest(self) -> None:
-        """Say how many refusals have no line of their own."""
+        """Log how many refusals have no line of their own."""
         if count := self._error_limits.unlogged():
             maillog.commands_refused(self._peer.address, count)
 
     def _recipient(self, argument: str) -> Recipient:
-        """Read what RCPT names. Raises SyntaxProblem."""
+        """Parse the argument of RCPT. Raises SyntaxProblem."""
         address, given = parse_path(argument, "TO")
         check(given, RCPT_EXTENSIONS, self._peer.offered)
         if not address:
@@ -213,17 +213,17 @@ class MailTransaction:
         return min(self._settings.max_recipients, self._context.primary.most_recipients)
 
     def _look_ahead(self, available: Mapping[str, str]) -> list[bytes]:
-        """Return what the client has sent behind its MAIL already, as it goes to a primary that takes it at once.
+        """Return the commands that the client has pipelined behind its MAIL, to be sent ahead to a PIPELINING primary.
 
-        Each command's turn comes all the same, and by then the primary's reply is on its way: three round trips become
-        one. Only what we would pass on for certain goes ahead; at anything else we stop.
+        Each is still processed in its turn, and by then the primary's reply is on its way: three round trips become
+        one. Only commands that are certain to be passed on go ahead; at the first other one this stops.
         """
         if self._protocol.read_buffer.is_empty or "PIPELINING" not in available:
             return []
         commands: list[bytes] = []
         limits, domains = server_limits(available), set()
         most = min(self._most_recipients, limits.recipients)
-        with suppress(SyntaxProblem):  # to be told when its turn comes
+        with suppress(SyntaxProblem):  # replied to in its turn
             for line in self._protocol.read_buffer.lines_ahead():
                 verb, argument = split_command(line)
                 if len(line) > LINE_LIMIT or not line.endswith(b"\r\n"):
@@ -242,9 +242,9 @@ class MailTransaction:
         return commands
 
     def _is_for_us(self, recipient: Recipient) -> bool:
-        """Whether mail for this recipient is relayed; Postmaster needs no domain (RFC 5321 4.5.1).
+        """Return whether mail for this recipient is relayed; Postmaster needs no domain (RFC 5321 4.5.1).
 
-        A local part that holds a route would be sent on by a primary that trusts us: then we were an open relay.
+        Not with a route in the local part: a primary that trusts the relay would forward it, as an open relay.
         """
         allowed = self._settings.allowed_domains
         if not allowed or recipient.address.lower() == "postmaster":
@@ -273,7 +273,7 @@ class MailTransaction:
             self.forget()
 
     async def bdat(self, argument: str) -> Reply:
-        """Take one chunk (RFC 3030 2). Its octets are read whatever the answer is, or they would pass for commands."""
+        """Take one chunk (RFC 3030 2). Its octets are read even if it is refused: they must not pass for commands."""
         try:
             size, is_last = parse_chunk(argument)
         except SyntaxProblem:
@@ -284,7 +284,7 @@ class MailTransaction:
             opened = self.out_of_order(Reply.of(503, "5.5.1 CHUNKING was not offered"))
         elif self._body is not None:
             opened = self._body
-            opened.pace.count(0, self._protocol.waited)  # between two chunks the clock runs on
+            opened.pace.count(0, self._protocol.waited)  # the time between two chunks counts too
         else:
             opened = await self._open(stuffed=False)
         smtp = self._settings
@@ -305,10 +305,10 @@ class MailTransaction:
             return await self._conclude(opened)
         finally:
             self.forget()
-            self._was_refused = not is_last  # the other chunks may be on their way
+            self._was_refused = not is_last  # more chunks may be on their way
 
     async def _open(self, *, stuffed: bool) -> IncomingBody | Reply:
-        """Ask the primary for the body; returns who receives it, or the reply that there will be none."""
+        """Send DATA to the primary; returns the body to be received, or the reply that refuses it."""
         transaction = self._transaction
         if transaction is None:
             return self.out_of_order(_MAIL_FIRST)
@@ -335,7 +335,7 @@ class MailTransaction:
         return self._body
 
     async def _octets(self, pace: Pace, most: int = -1) -> bytes:
-        """Return what has come of a body, at most so many octets. Raises ClientGone."""
+        """Return the next octets of the body, at most ``most``. Raises ClientGone."""
         piece = await self._protocol.read_chunk(pace.seconds, most)
         if not piece:
             raise ClientGone
@@ -343,7 +343,7 @@ class MailTransaction:
         return piece
 
     async def _conclude(self, incoming: IncomingBody) -> Reply:
-        """The end of a message: make the copies durable, then give the primary its dot and the client its answer."""
+        """End a message: make the copies durable, then send the primary the dot; returns the reply for the client."""
         self.was_served = True
         body = await incoming.complete()
         message = Message(self._envelope(len(body)), body)
@@ -357,13 +357,14 @@ class MailTransaction:
         if staged is None or (not staged and relay.require_durable_copies and envelope.destinations):
             return _NOT_DURABLE
         digest = await self._digest(envelope.sender, body) if staged else ""
-        del body, message  # the primary may take ten minutes to answer
+        del body, message  # frees memory: the primary may take ten minutes to answer
         return await self._finish(transaction, envelope, digest, staged=staged)
 
     async def _stage(self, message: Message) -> bool | None:
-        """Make the copies durable before the primary may accept. False: there are none, or nowhere to keep them.
+        """Make the copies durable before the primary may accept; returns whether they are.
 
-        None: for want of something of ours nobody knows whether they could be kept. The client comes again.
+        False: there are no copies, or neither Redis nor the spool can be written. None: this process lacks descriptors,
+        memory or threads, so the client gets a temporary refusal.
         """
         if not message.envelope.destinations:
             return False
@@ -385,7 +386,7 @@ class MailTransaction:
         return await asyncio.to_thread(headers.equality_digest, sender, body)
 
     async def _finish(self, transaction: PrimaryTransaction, envelope: Envelope, digest: str, *, staged: bool) -> Reply:
-        """Send the held dot, and do with the copy what the primary's answer says."""
+        """Send the held dot; release, discard or hold the copy by the primary's reply, and return that reply."""
         staging = self._context.staging
         begun = self._protocol.loop.time()
         try:
@@ -436,7 +437,7 @@ class MailTransaction:
         )
 
     def _copies(self) -> tuple[tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]:
-        """Decide, for good, which backups get a copy, and for which recipients where that is not for all."""
+        """Decide for good which backups get a copy; returns their names, and (name, recipient indices) if not all."""
         names, promised = [], []
         for backup in self._context.settings.backups:
             wanted = tuple(i for i, r in enumerate(self._recipients) if backup.wants(r)) if backup.domains else None

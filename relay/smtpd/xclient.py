@@ -1,8 +1,8 @@
-"""Who the client really is, as MTAs tell each other: XFORWARD (for the log) and XCLIENT (for access rules too).
+"""Parses the attributes of XFORWARD (for the log) and XCLIENT (for access rules too), which name the original client.
 
-Attributes are (name, value) pairs, decoded, in Postfix's names: NAME, ADDR, PORT, PROTO, HELO, IDENT, SOURCE. What is
-unknown is left out. Taken from clients that may say so, told to servers that offer to listen, on both legs. A server
-that does not want to know is told nothing; nothing here fails a message.
+Attributes are (name, value) pairs, decoded, with Postfix's names: NAME, ADDR, PORT, PROTO, HELO, IDENT, SOURCE. An
+invalid one raises BadAttribute. Only clients in smtp.xforward_networks may send them; peer.py checks that, and
+client/xforward.py sends them to the other servers.
 """
 
 from __future__ import annotations
@@ -21,14 +21,11 @@ _ENCODED = re.compile(r"\+([0-9A-Fa-f]{2})")
 
 
 class BadAttribute(ValueError):
-    """An attribute that cannot be taken as it stands."""
-
-
-# What a client says -------------------------------------------------------------------------------------------
+    """An attribute that is unknown, repeated or has an invalid value."""
 
 
 def read_attributes(argument: str, known: tuple[str, ...]) -> dict[str, str]:
-    """Read ``NAME=value ...``, xtext decoded; the value "" stands for what is unknown. Raises BadAttribute."""
+    """Read ``NAME=value ...`` with xtext decoded; the value "" means unknown. Raises BadAttribute."""
     found: dict[str, str] = {}
     for word in filter(None, argument.split(" ")):
         name, equals, value = word.partition("=")
@@ -52,7 +49,7 @@ def _decoded(value: str) -> str:
 
 
 def _checked(name: str, value: str) -> str:
-    """Return a value in the form that we keep. Raises BadAttribute."""
+    """Return a value in the form in which it is kept. Raises BadAttribute."""
     if len(value) > _LONGEST or not value.isprintable():
         raise BadAttribute(f"bad {name} value")
     if name in ("ADDR", "DESTADDR"):
@@ -71,7 +68,7 @@ def _checked(name: str, value: str) -> str:
 
 
 def read_address(value: str) -> str:
-    """Return an address as we write it, of ``192.0.2.1`` or ``IPv6:2001:db8::1``. Raises BadAttribute."""
+    """Return the plain address of ``192.0.2.1`` or ``IPv6:2001:db8::1``. Raises BadAttribute."""
     text = value[5:] if value[:5].upper() == "IPV6:" else value
     try:
         return plain_address(ipaddress.ip_address(text))
