@@ -16,13 +16,14 @@ import redis
 
 from relay import maillog, ownership, private_files
 from relay.mail import encryption, record
-from support import exim_instance, load, postfix_instance
+from support import exim_instance, load, postfix_instance, settable_clock
 from support.certificates import Certificate
 from support.load import SmtpSink
 from support.postfix_instance import PostfixInstance
 from support.product import Product
 from support.redis_servers import RedisServer
 from support.scripted_server import ScriptedServer
+from support.settable_clock import SettableClock
 from support.waiting import free_port
 
 # Files whose tests put the whole machine under load: never two of them at once.
@@ -115,14 +116,29 @@ def redis_client(redis_server: RedisServer, redis_url: str) -> Iterator[redis.Re
         yield client
 
 
+@pytest.fixture(scope="session")
+def clock_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library behind SettableClock; the test is skipped where it cannot be had."""
+    try:
+        return settable_clock.compile_into(tmp_path_factory.mktemp("clock"))
+    except settable_clock.NotThere as error:
+        pytest.skip(f"no clock that can be set: {error}")
+
+
+@pytest.fixture
+def clock(clock_library: Path, tmp_path: Path) -> SettableClock:
+    """A clock for whatever is started with its environment; right until the test sets it."""
+    return SettableClock(clock_library, tmp_path / "clock")
+
+
 @pytest.fixture
 def redis_factory(tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
     """Call it for a started Redis of the test's own, to stop, kill, pause and restart; options spoil its settings."""
     servers: list[RedisServer] = []
 
-    def make(**options: str) -> RedisServer:
+    def make(clock: SettableClock | None = None, **options: str) -> RedisServer:
         directory = tmp_path / f"redis-{len(servers)}"
-        servers.append(RedisServer(directory, **options))
+        servers.append(RedisServer(directory, clock, **options))
         return servers[-1].start()
 
     yield make

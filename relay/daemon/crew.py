@@ -203,6 +203,7 @@ def _after_the_former(duty: Duty) -> Duty:
 
 
 def _sweeping(settings: Settings, url: str) -> dict[str, Duty]:
+    from workers.delivery.retry import longest_delay  # noqa: PLC0415  (of the workers, that a relay alone does not need)
     from workers.rqworker.scheduler import keep_scheduling  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
     from workers.rqworker.worker_process import connector  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
     from workers.upkeep.reconciler import keep_reconciling  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
@@ -213,7 +214,8 @@ def _sweeping(settings: Settings, url: str) -> dict[str, Duty]:
     def schedule(_: ChildContext, stop: threading.Event) -> None:
         connect = connector(settings.redis)
         with connect() as client:
-            keep_scheduling(connect, _queues(client, settings.backups), name, stop)
+            longest = longest_delay(settings.retry)
+            keep_scheduling(connect, _queues(client, settings.backups), name, stop, longest=longest)
 
     def reconcile(_: ChildContext, stop: threading.Event) -> None:
         keep_reconciling(connector(settings.redis), settings, name, stop, every=settings.workers.sweep)

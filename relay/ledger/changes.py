@@ -34,6 +34,7 @@ from relay.ledger.keys import (
     PENDING,
     STAGED,
 )
+from relay.ledger.redis_clock import time_of
 from relay.ledger.scripts import script as _script
 from relay.mail import ids
 from relay.mail.ids import text as as_text
@@ -243,17 +244,21 @@ def claimed(result: Sequence[Sequence[bytes]]) -> tuple[list[Claim], list[str]]:
 
 
 class Heard(NamedTuple):
-    """How the ledger stood at a claim: who it is, how far it has come; what came before ``doubt`` may be repeated."""
+    """How the ledger stood at a claim: who it is, how far it has come; what came before ``doubt`` may be repeated.
+
+    ``at`` is the time of the claim by Redis's clock.
+    """
 
     identity: str
     progress: int
     doubt: float
+    at: float = 0.0
 
 
 def heard(result: Sequence[Sequence[bytes]]) -> Heard:
     """Read from claim's result how the ledger stands."""
-    _, identity, count, doubt = result[0]
-    return Heard(as_text(identity), int(count), float(doubt))
+    _, identity, count, doubt, at = result[0]
+    return Heard(as_text(identity), int(count), float(doubt), float(at))
 
 
 def renew(pipe: Pipe, destination: str, until: float, ids: Sequence[str]) -> None:
@@ -400,8 +405,7 @@ class Summary:
 
 def now(connection: Any) -> float:
     """Return Redis's own time, seconds since the epoch: the one clock that all hosts share."""
-    seconds, micros = connection.time()
-    return int(seconds) + int(micros) / 1e6
+    return time_of(connection.time())
 
 
 class Change(NamedTuple):

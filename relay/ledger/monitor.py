@@ -19,6 +19,7 @@ from redis.exceptions import RedisError, ResponseError
 from relay import limits, maillog
 from relay.ledger import keys
 from relay.ledger.continuity import Continuity
+from relay.ledger.redis_clock import RedisClock, time_of
 from relay.redisio import clients
 
 STOP_AT = 0.75  # of maxmemory
@@ -72,7 +73,7 @@ class Monitor:
         self._landed = 0  # octets written since the last look
         self._over = False
         self._changed_at = float("-inf")
-        self.clock_offset = 0.0  # seconds that Redis's clock is ahead of ours
+        self.clock = RedisClock()
         self.is_stranger = False  # the ledger must be told again where copies go
 
     @property
@@ -144,7 +145,7 @@ class Monitor:
     async def look(self) -> bool:
         """Find out how Redis is. Returns whether it answers."""
         failures = self._failures
-        before = time.time()
+        asked_at = time.monotonic()
         try:
             async with asyncio.timeout(self._seconds), self._connection.pipeline(transaction=False) as pipe:
                 doubted = bool(self._trouble)
@@ -169,8 +170,7 @@ class Monitor:
         except (RedisError, OSError, TimeoutError) as error:
             self.failed(error)
             return False
-        seconds, micros = needed[-1]
-        self.clock_offset = seconds + micros / 1e6 - (before + time.time()) / 2
+        self.clock.hear(time_of(needed[-1]), asked_at)
         self._recognise(known)
         self._take(memory)
         if errand:

@@ -10,7 +10,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeGuard
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # of ids. Crockford base 32: no i, l, o, u
@@ -18,6 +18,8 @@ _ID = re.compile(rf"[{ALPHABET}]{{16}}")
 _IDS = re.compile(rf"(?:[{ALPHABET}]{{16}},)*")
 # The name becomes a queue's name, a Redis key and a metric's label.
 _DESTINATION = re.compile(r"[A-Za-z0-9._:\-\[\]]{1,100}")
+_COUNT_BITS = 15
+_COUNTED = (1 << _COUNT_BITS) - 1
 _JOB = re.compile(r"[\w-]{1,200}", re.ASCII)
 
 
@@ -63,16 +65,19 @@ class IdSource:
     """Makes message ids: 16 characters, ordered by time (ms), that name the process which made them.
 
     Characters 9 to 12 are the owner: 20 random bits for each relay process, so that what a dead process
-    left staged can be found by its ids alone. The last three count within the process.
+    left staged can be found by its ids alone. The last three count within the process. Each is later than all before,
+    also while this host's clock is behind what it was: an id that comes twice is a message written over another.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.owner = _base32(random.SystemRandom().getrandbits(20), 4)
-        self._count = 0
+        self._clock = clock
+        self._last = 0  # milliseconds and count
 
     def next(self) -> str:
-        self._count = (self._count + 1) & 0x7FFF
-        return _base32(int(time.time() * 1000), 9) + self.owner + _base32(self._count, 3)
+        count = (self._last + 1) & _COUNTED
+        self._last = max(int(self._clock() * 1000) << _COUNT_BITS | count, self._last + 1)
+        return _base32(self._last >> _COUNT_BITS, 9) + self.owner + _base32(self._last & _COUNTED, 3)
 
 
 def owner_of(message_id: str) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -74,7 +73,7 @@ class Staging:
 
     def now(self) -> float:
         """Return the time by Redis's clock, seconds since the epoch."""
-        return time.time() + self._watch.clock_offset
+        return self._watch.clock.now()
 
     async def stage(self, message: Message) -> None:
         """Put a message on stable storage, not yet due at any backup. Raises NotDurable."""

@@ -263,7 +263,7 @@ def test_export_is_the_message_as_it_was(contents: Contents) -> None:
 def test_expired_failures_are_dropped(contents: Contents) -> None:
     """Only what is older than the time given goes, with body and job."""
     old, young = contents.failed(ago=2 * DAY), contents.failed(ago=DAY / 2)
-    assert failed.expire(contents.connection, "new", DAY) == [old]
+    assert failed.expire(contents.connection, "new", DAY, changes.now(contents.connection) - DAY) == [old]
     assert contents.failed_ids() == [young]
     assert not contents.has_body(old)
     assert contents.queue().failed_job_registry.count == 1

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import redis
 
+from relay.ledger.redis_clock import time_of
 from relay.redisio import embedded
 from support.child_processes import tied
-from support.waiting import PATIENCE
+from support.settable_clock import SettableClock
+from support.waiting import PATIENCE, wait_until
 
 
 class RedisServer:
@@ -19,8 +22,9 @@ class RedisServer:
     ``options`` are appended to the product's own, to spoil them: ``RedisServer(d, appendfsync="everysec")``.
     """
 
-    def __init__(self, directory: Path, **options: str) -> None:
+    def __init__(self, directory: Path, clock: SettableClock | None = None, **options: str) -> None:
         self.directory = directory
+        self.clock = clock
         self.options = options
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -38,7 +42,7 @@ class RedisServer:
         words = [w for name, value in self.options.items() for w in (f"--{name.replace('_', '-')}", value)]
         self.process = subprocess.Popen(
             tied([*embedded.server_argv(self.directory), *words]),
-            env=embedded.environment(),
+            env=embedded.environment() | (self.clock.environment if self.clock else {}),
             process_group=0,
         )
         embedded.wait_ready(self.directory, timeout, self.process)
@@ -50,6 +54,13 @@ class RedisServer:
             self.process.send_signal(signal.SIGCONT)
             embedded.stop(self.process, 10)
             self.process = None
+
+    def set_clock(self, seconds: float) -> None:
+        """Set its clock to so many seconds off the machine's, and wait until it has seen that."""
+        assert self.clock is not None
+        self.clock.set(seconds)
+        with self.client() as client:
+            wait_until(lambda: abs(time_of(client.time()) - time.time() - seconds) < 1)
 
     def kill(self) -> None:
         """End it as a power cut would."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from support.redis_servers import RedisServer
 from support.waiting import wait_until
 from workers.queues import backlog, failed
 from workers.rqworker import live_jobs
-from workers.upkeep import merge_jobs, reconciler
+from workers.upkeep import merge_jobs, reconciler, sweep
 from workers.upkeep.sweep import Report, Sweeper
 
 
@@ -243,13 +244,18 @@ def _start(contents: Contents, job_id: str, worker: str) -> None:
         pipe.execute()
 
 
-def test_the_job_of_a_worker_that_is_gone_is_queued_again(contents: Contents) -> None:
-    """A worker of another host that nobody has heard of for minutes loses its job and its leases."""
+def test_the_job_of_a_worker_that_is_gone_is_queued_again(contents: Contents, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker of another host that nobody has heard of for minutes, at two looks, loses its job and its leases."""
     message_id = contents.pending()
     job = contents.enqueue(message_id)
     _start(contents, job, "worker")
     contents.claim(job, message_id)
-    report = Sweeper(contents.connection, settings()).sweep()
+    sweeper = Sweeper(contents.connection, settings())
+    assert sweeper.sweep().findings == []
+    assert sweeper.sweep().findings == []  # not long enough after the first
+    later = time.monotonic() + 20
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: later)
+    report = sweeper.sweep()
     assert [(f.finding, f.id) for f in report.findings] == [("abandoned job", job)]
     assert list(contents.queued()) == [job]
     assert contents.queue().started_job_registry.get_job_ids(cleanup=False) == []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Sequence
 
 from redis.exceptions import RedisError
@@ -108,8 +109,10 @@ class Claiming:
         question = CommandBatch()
         changes.claim(question, self._destination, job_id, self._worker, leases.SECONDS, ids)
         question.add(("HGET", keys.HEALTH + self._destination, "flush"))
+        asked_at = time.monotonic()
         answer, flushes = await self._pipelines.ask(question)
         claims, later = changes.claimed(answer)
+        self._leases.hear(changes.heard(answer).at, asked_at)
         if flushes != self._flushes or any(claim.was_failed for claim in claims):
             self._flushes = flushes
             self._pool.renew()  # what an operator wants tried again is tried as for the first time
@@ -133,7 +136,7 @@ class Claiming:
             self._heard = Heard(as_text(identity), int(count), heard.doubt)
             if cause:
                 maillog.notice("error", warning(as_text(cause)), cause=as_text(cause))
-                self._doubt = max(self._doubt, self._leases.now())
+                self._doubt = max(self._doubt, self._leases.clock.now())
         for claim in claims:
             last = claim.state.history[-1].at if claim.state.history else claim.accepted_at
             if last < self._doubt:

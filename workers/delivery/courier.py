@@ -69,11 +69,12 @@ class Courier:
         refusals = Refusals()
 
         self._leases = Leases(self._redis, name)
+        clock = self._leases.clock
         self._outbox = Outbox(
             self._redis,
             jobs,
             name,
-            now=self._leases.now,
+            now=clock.now,
             remembers=bool(server.sentinels),
             noise=settings.divergence.noise,
         )
@@ -85,10 +86,10 @@ class Courier:
             settings.retry,
             failed_ttl=settings.failed.ttl,
             divergences=self._divergences,
-            now=self._leases.now,
+            clock=clock,
         )
         self._jobs = JobsInHand(self._outcomes, self._leases)
-        self._health = Health(self._redis, name, self._leases.now)
+        self._health = Health(self._redis, name, clock.now)
         self._breaker = Breaker(
             width.now, min(_LONGEST_PROBE, settings.retry.longest), on_change=self._health.on_change
         )

@@ -1,7 +1,8 @@
 """The leases of one courier: which copies are its own, and until when, by the clock of Redis.
 
 A lease is renewed until the outcome of its copy is in the ledger. One that is not renewed any more ends by itself, and
-the reconciler finds its copy: so it is after a fault, or while Redis is away for long.
+the reconciler finds its copy: so it is after a fault, or while Redis is away for long. All are renewed at once when
+Redis's clock has been set: forward they have ended too soon, back they would outlive a worker that is killed now.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from redis.exceptions import RedisError
 
 from relay import maillog
 from relay.ledger import changes
+from relay.ledger.redis_clock import RedisClock, time_of
 
 SECONDS = 60.0
 _RENEW = 15.0
-_RENEW_SOON = 1.0
+_LOOK = 1.0  # seconds between two looks at Redis's clock
 
 
 class Leases:
@@ -27,12 +29,14 @@ class Leases:
     def __init__(self, connection: Redis, destination: str) -> None:
         self._connection = connection
         self._destination = destination
-        self._offset = 0.0  # seconds that Redis's clock is ahead of ours
+        self._renewal_at = 0.0  # monotonic
+        self.clock = RedisClock()
         self.held: set[str] = set()
 
-    def now(self) -> float:
-        """Return the time by Redis's clock, as it was at the last renewal."""
-        return time.time() + self._offset
+    def hear(self, said: float, asked_at: float) -> None:
+        """Take Redis's time, as the answer to what was asked at that monotonic time."""
+        if self.clock.hear(said, asked_at):
+            self._renewal_at = 0.0
 
     def take(self, ids: Iterable[str]) -> None:
         """Count the copies with these ids as ours."""
@@ -47,17 +51,20 @@ class Leases:
         written.add_done_callback(lambda _: self.free(ids))
 
     async def renew(self) -> None:
-        """Renew what is held, and look at Redis's clock; runs until cancelled."""
+        """Look at Redis's clock once a second, and renew what is held when that is due; runs until cancelled."""
         while True:
-            pause = _RENEW
             try:
-                seconds, micros = await self._connection.time()
-                self._offset = int(seconds) + int(micros) / 1e6 - time.time()
-                if self.held:
-                    async with self._connection.pipeline(transaction=False) as pipe:
-                        changes.renew(pipe, self._destination, self.now() + SECONDS, list(self.held))
-                        await pipe.execute()
+                asked_at = time.monotonic()
+                self.hear(time_of(await self._connection.time()), asked_at)
+                if time.monotonic() >= self._renewal_at:
+                    await self._renew()
+                    self._renewal_at = time.monotonic() + _RENEW
             except (RedisError, OSError) as error:
                 maillog.ledger_trouble("renewing leases", error)
-                pause = _RENEW_SOON
-            await asyncio.sleep(pause)
+            await asyncio.sleep(_LOOK)
+
+    async def _renew(self) -> None:
+        if self.held:
+            async with self._connection.pipeline(transaction=False) as pipe:
+                changes.renew(pipe, self._destination, self.clock.now() + SECONDS, list(self.held))
+                await pipe.execute()

@@ -7,7 +7,7 @@ of its own, for inspection and requeue. Nothing here fails: the outbox writes un
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from relay.config.model import RetrySettings
 from relay.ledger import changes, rq_jobs
 from relay.ledger.changes import Claim
 from relay.ledger.copy_state import CopyState
+from relay.ledger.redis_clock import RedisClock
 from relay.mail.destination import Destination
 from relay.mail.envelope import Envelope
 from relay.mail.reply import Reply
@@ -63,7 +64,7 @@ class Outcomes:
         *,
         failed_ttl: float,
         divergences: Divergences,
-        now: Callable[[], float],
+        clock: RedisClock,
     ) -> None:
         self._divergences = divergences
         self._name = destination.name
@@ -74,17 +75,18 @@ class Outcomes:
         self._failed_ttl = failed_ttl
         self._delivered = metrics.deliveries.labels(self._name, "delivered")
         self._age = metrics.delivery_age_seconds.labels(self._name)
-        self._now = now
+        self._clock = clock
 
     def conclude(self, copy: Copy, job: str) -> Conclusion:
         """Write what became of a copy whose recipients all have an answer.
 
         The deferral, for those who are still owed it, is the caller's to hand to ``defer``, together with others.
         """
-        name, now = self._name, self._now()
+        name, now = self._name, self._clock.now()
         attempts = copy.state.attempts + 1
         written, deferral = None, None
-        delay = next_delay(self._retry, copy.state.tries + 1, now - copy.state.since) if copy.later else None
+        age = self._clock.age(copy.state.since)
+        delay = next_delay(self._retry, copy.state.tries + 1, age) if copy.later else None
         counted, diverged = self._divergences.count(copy, is_given_up=delay is None)
         if copy.later:
             reply = copy.said(copy.later)
@@ -97,9 +99,9 @@ class Outcomes:
                 metrics.deliveries.labels(name, "deferred").inc()
                 maillog.deferred(copy.id, name, len(copy.later), attempts, reply, delay)
         if copy.taken:
-            age = now - copy.message.envelope.received_at
+            age = self._clock.age(copy.message.envelope.received_at)
             self._delivered.inc()
-            self._age.observe(max(0.0, age))
+            self._age.observe(age)
             maillog.delivered(copy.id, name, copy.taken, attempts, age)
         if copy.never:
             reply = copy.said(copy.never)
@@ -121,7 +123,7 @@ class Outcomes:
         """Schedule one job for copies that are tried again, at the earliest time of any."""
         job = rq_jobs.create(self._queue, self._name, list(deferrals), JobStatus.SCHEDULED)
         owned = {message_id: replace(deferral.state, job=job.id) for message_id, deferral in deferrals.items()}
-        when = datetime.fromtimestamp(self._now() + min(deferral.seconds for deferral in deferrals.values()), UTC)
+        when = datetime.fromtimestamp(self._clock.now() + min(deferral.seconds for deferral in deferrals.values()), UTC)
 
         def change(pipe: object) -> None:
             for deferral in deferrals.values():
@@ -148,7 +150,7 @@ class Outcomes:
         if not ids:
             return
         job = rq_jobs.create(self._queue, self._name, ids, JobStatus.SCHEDULED)
-        when = datetime.fromtimestamp(self._now() + seconds, UTC)
+        when = datetime.fromtimestamp(self._clock.now() + seconds, UTC)
 
         def change(pipe: object) -> None:
             failed.adopt(pipe, self._name, ids, job.id)
@@ -158,9 +160,9 @@ class Outcomes:
 
     def postpone(self, claim: Claim, job: str, reply: str) -> Conclusion:
         """Defer a copy that cannot be tried here as yet."""
-        now = self._now()
+        now = self._clock.now()
         state = begun(claim).tried(now, reply)
-        delay = next_delay(self._retry, state.tries, now - state.since)
+        delay = next_delay(self._retry, state.tries, self._clock.age(state.since))
         if delay is None:
             return self.fail(claim, reply)
         metrics.deliveries.labels(self._name, "deferred").inc()
@@ -170,7 +172,7 @@ class Outcomes:
     def fail(self, claim: Claim, reply: str) -> Conclusion:
         """Put a copy (back) on the failed list that cannot be tried here."""
         maillog.failed(claim.id, self._name, len(claim.state.owed or ()), claim.state.attempts, reply)
-        return Conclusion(self._fail(claim.id, claim.state.tried(self._now(), reply), None, reply, None))
+        return Conclusion(self._fail(claim.id, claim.state.tried(self._clock.now(), reply), None, reply, None))
 
     def forget(self, message_id: str) -> Conclusion:
         """Remove a pending copy whose body is gone."""

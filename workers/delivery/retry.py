@@ -19,6 +19,7 @@ from relay.mail.reply import Reply
 
 _ABOUT_US = (530, 534, 535, 538)  # it wants us to authenticate, or better: nothing to do with the message
 _JITTER = 0.1
+_SLACK = 10.0  # seconds: what is not a try by the schedule is again after five
 _NEAR_CONNECTIONS, _FAR_CONNECTIONS = 20, 40  # a Postfix lets one client have 50
 _FAR = 0.02  # seconds of a round trip
 _FIRST_PROBE = 1.0
@@ -71,6 +72,11 @@ def next_delay(settings: RetrySettings, tries: int, age: float) -> float | None:
     delay = min(settings.longest, settings.first * 2.0 ** min(tries - 1, 40))
     delay *= 1 + random.uniform(-_JITTER, _JITTER)
     return max(0.1, min(delay, remaining))
+
+
+def longest_delay(settings: RetrySettings) -> float:
+    """Return the seconds that no copy waits longer for its next try, of whatever schedules one."""
+    return settings.longest * (1 + _JITTER) + _SLACK
 
 
 @dataclass(slots=True)

@@ -261,7 +261,8 @@ def _optional(envelope: Envelope) -> Iterator[str]:
             continue
         if name == "HOLDFOR":
             is_count = text.isascii() and text.isdigit() and len(text) < 12
-            left = int(envelope.received_at + int(text) - now) if is_count else 0
+            # Never longer than was asked for, should this host's clock be behind.
+            left = min(int(text), int(envelope.received_at + int(text) - now)) if is_count else 0
             text = str(left) if left > 0 else ""
         elif name == "HOLDUNTIL":
             try:

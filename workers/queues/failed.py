@@ -274,9 +274,8 @@ def export(connection: Redis, message_id: str, folder: Path | None = None) -> by
 # --- for the reconciler ---------------------------------------------------------------------------------------
 
 
-def expire(connection: Redis, destination: str, ttl: float) -> list[str]:
-    """Drop what failed longer than ``ttl`` seconds ago, with a log line each. Returns the ids."""
-    before = changes.now(connection) - ttl
+def expire(connection: Redis, destination: str, ttl: float, before: float) -> list[str]:
+    """Drop what failed before that time, ``ttl`` seconds ago, with a log line each. Returns the ids."""
     gone: list[str] = []
     for page in queries.pages(connection, keys.FAILED + destination, until=before, size=_BATCH):
         ids = [message_id for message_id, _ in page]

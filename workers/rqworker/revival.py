@@ -24,10 +24,12 @@ from rq.worker import BaseWorker
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
 from relay import limits
+from relay.ledger.redis_clock import shorten
 from relay.mail.ids import text
 
 PLACE = "place"  # field of the worker's hash: where its pid means something
 BORN = "born"  # field of the worker's hash: which of the processes that had this pid it is
+LIFE = 120  # seconds after its last beat that a worker's key lives
 _GRACE = 0.05  # seconds; a live worker leaves a job in the intermediate list for a few milliseconds
 
 # KEYS: started registry, intermediate list, queue. ARGV: worker name, ids found in the intermediate list.
@@ -119,6 +121,11 @@ def dead_here(connection: Redis, queue: Queue) -> list[str]:
         if is_another or not _is_alive(int(pid)):
             dead.append(name)
     return dead
+
+
+def shorten_lives(connection: Redis, queue: Queue) -> None:
+    """Let no worker's key live longer than it is meant to: Redis's clock may have been set back since its last beat."""
+    shorten(connection, [_key(name) for name in _workers(connection, queue)], LIFE)
 
 
 def forget(connection: Redis, queue: Queue, names: Iterable[str]) -> None:

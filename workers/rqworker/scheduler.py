@@ -2,12 +2,14 @@
 
 The lock's name is stable (host and state folder), so that a restarted scheduler goes on at once instead of
 waiting for its own lock to end. Redis going away is survived; a scheduled job that cannot be read is taken off
-the schedule (its copies are in the ledger and get a new job), so that it does not hold up the others.
+the schedule (its copies are in the ledger and get a new job), so that it does not hold up the others. What is due is so
+by Redis's clock, as it was written; when that is set back, the schedule is moved with it.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -21,6 +23,8 @@ from rq.registry import ScheduledJobRegistry
 from rq.scheduler import RQScheduler
 from rq.serializers import JSONSerializer
 
+from relay import maillog
+from relay.ledger.redis_clock import RedisClock, last_look, pull_in, shorten
 from relay.repeated import Backoff, Repeated
 
 _ROUND_SECONDS = 1.0
@@ -28,27 +32,71 @@ _LOCK_SECONDS = 15.0  # between two renewals; RQ's lock lives for 61 s
 _LONGEST_PAUSE = 10.0  # seconds between rounds while Redis is away
 
 
-class Scheduler(RQScheduler):
-    """RQ's scheduler for a set of queues that may change, run round by round by ``keep_scheduling``."""
+class _Registry(ScheduledJobRegistry):
+    """The scheduled jobs of a queue, due by a clock that is not this host's."""
 
-    def __init__(self, connection: Redis, name: str) -> None:
+    clock: RedisClock
+
+    def get_jobs_to_schedule(self, timestamp: int | None = None, chunk_size: int = 1000) -> list[str]:
+        return super().get_jobs_to_schedule(int(self.clock.now()), chunk_size)
+
+
+class Scheduler(RQScheduler):
+    """RQ's scheduler for a set of queues that may change, run round by round by ``keep_scheduling``.
+
+    ``longest`` is how many seconds ahead of its time a job is scheduled at most.
+    """
+
+    def __init__(self, connection: Redis, name: str, longest: float = math.inf) -> None:
         super().__init__([], connection, logging_level=logging.WARNING, serializer=JSONSerializer, name=name)
+        self._clock = RedisClock()
+        self._longest = longest
         # RQ would make a pool of its own from this one's options, which does not follow a master.
         self._connection = connection  # type: ignore[assignment]
         self._renewed = float("-inf")
+        self._was_asked = False
+        self._behind = 0.0  # seconds that Redis's clock was set back, and the schedule has not yet followed
 
     def round(self, queues: Iterable[str]) -> bool:
         """Move what is due, a thousand per queue. Returns whether more is due. Raises RedisError."""
         wanted = set(queues)
+        step = self._clock.ask(self.connection, 0.0 if self._was_asked else last_look(self.connection))
+        self._behind += max(0.0, -step)
+        if step:
+            maillog.notice("warning", "the clock of Redis has been set", seconds=round(step, 1))
+        self._was_asked = True
         if wanted != self._queue_names or time.monotonic() - self._renewed >= _LOCK_SECONDS:
             self._let_go(self._queue_names - wanted)
             self._queue_names = wanted
             self.acquire_locks()  # type: ignore[no-untyped-call]  # takes or renews each
             self.register_birth()
             self.prepare_registries(self._acquired_locks)
+            # Another's that is gone would else last for as long as the clock was set back.
+            others = [self.get_locking_key(queue) for queue in wanted - self._acquired_locks]
+            shorten(self.connection, others, self.interval + 60)
+            self._pull_in()
             self._renewed = time.monotonic()
+        elif self._behind:
+            self._pull_in()
         self.enqueue_scheduled_jobs()  # type: ignore[no-untyped-call]
         return any(r.get_jobs_to_schedule(chunk_size=1) for r in self._registries)
+
+    def prepare_registries(self, queue_names: Iterable[str] | None = None) -> None:
+        """Make the registries of these queues, as RQ does, with Redis's clock."""
+        self._scheduled_job_registries = []
+        for name in queue_names or self._acquired_locks:
+            registry = _Registry(name, connection=self.connection, serializer=self.serializer)  # type: ignore[no-untyped-call]
+            registry.clock = self._clock
+            self._scheduled_job_registries.append(registry)
+
+    def _pull_in(self) -> None:
+        """Have no job wait for the seconds by which the clock was set back, nor ever longer than any is meant to."""
+        for registry in self._registries:
+            count = pull_in(self.connection, registry.key, self._clock.now(), by=self._behind, most=self._longest)
+            if count:
+                text = "scheduler: {}: {} jobs come earlier: they were too far ahead of Redis's clock"
+                logger.warning(text, registry.name, count)
+        self._behind = 0.0
 
     def forget_unreadable(self) -> None:
         """Take due jobs that cannot be read off the schedule."""
@@ -85,14 +133,19 @@ class Scheduler(RQScheduler):
 
 
 def keep_scheduling(
-    connect: Callable[[], Redis], queues: Callable[[], Iterable[str]], name: str, stop: threading.Event
+    connect: Callable[[], Redis],
+    queues: Callable[[], Iterable[str]],
+    name: str,
+    stop: threading.Event,
+    *,
+    longest: float = math.inf,
 ) -> None:
     """Run the scheduler until ``stop``: a round a second, without a pause while more is due.
 
     ``queues`` gives the names and is asked each round (it may raise RedisError); ``name`` is the lock's and must
-    be the same after a restart.
+    be the same after a restart. No job is meant to wait for more than ``longest`` seconds.
     """
-    scheduler = Scheduler(connect(), name)
+    scheduler = Scheduler(connect(), name, longest)
     away = Repeated("scheduler: Redis", logger.warning, logger.info)
     pauses = Backoff(_ROUND_SECONDS, _LONGEST_PAUSE)
     while not stop.is_set():

@@ -37,12 +37,12 @@ from relay.redisio.clients import master_of
 from relay.repeated import Backoff
 from workers import jobs
 from workers.rqworker.delivery_job import DeliveryJob
-from workers.rqworker.revival import BORN, PLACE, born, place, revive
+from workers.rqworker.revival import BORN, LIFE, PLACE, born, place, revive
 
 _POLL_SECONDS = 1  # how long a pop blocks, and so how late a stop is seen when idle
 _NOT_ACCEPTING_SECONDS = 0.1  # between two looks at a courier that takes nothing
 _BEAT_SECONDS = 15.0
-_WORKER_TTL = 60  # RQ adds 60: a worker without a beat for 2 minutes is gone
+_WORKER_TTL = LIFE - 60  # RQ adds 60: a worker without a beat for 2 minutes is gone
 _EXECUTION_TTL = 420  # RQ's own for jobs without a time limit
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between tries while Redis is away
 _TOGETHER = 20  # jobs taken at once
@@ -338,7 +338,7 @@ class DeliveryWorker(SimpleWorker):
     def _register(self) -> None:
         with self.connection.pipeline() as pipeline:
             pipeline.hset(self.key, mapping={**self.serialize(), PLACE: self._place, BORN: self._born})
-            pipeline.expire(self.key, self.worker_ttl + 60)
+            pipeline.expire(self.key, LIFE)
             register(self, pipeline)
             pipeline.execute()
 

@@ -18,8 +18,9 @@ from redis.exceptions import RedisError
 from relay import maillog
 from relay.config.loader import Settings
 from relay.ledger import archive, keys
+from relay.ledger.redis_clock import shorten
 from relay.repeated import Repeated
-from workers.upkeep.sweep import Finding, Report, Sweeper
+from workers.upkeep.sweep import SILENT_SECONDS, Finding, Report, Sweeper
 
 __all__ = ["Finding", "Report", "keep_reconciling", "reconcile", "verify"]
 
@@ -61,6 +62,8 @@ def keep_reconciling(
             away.is_over()
             _tell(report)
             pause = max(every, min(_LONGEST, 4 * report.seconds))  # millions of copies: a fifth of the time at most
+            if sweeper.misses_workers:
+                pause = min(pause, max(SILENT_SECONDS, 4 * report.seconds))  # soon: whose job it was is not delivered
         except _Interrupted:
             continue
         except RedisError as error:
@@ -113,6 +116,9 @@ class _Lock:
         """Take the lock or renew it. Raises _Interrupted when another process has it."""
         if not self._connection.set(keys.RECONCILER, self._name, nx=True, ex=_LEASE):
             if self._connection.get(keys.RECONCILER) != self._name.encode():
+                shorten(
+                    self._connection, [keys.RECONCILER], _LEASE
+                )  # else it would last as long as a clock is set back
                 self._renewed = float("-inf")
                 raise _Interrupted
             self._connection.expire(keys.RECONCILER, _LEASE)
@@ -134,7 +140,7 @@ def reconcile(connection: Redis, settings: Settings, pause: float = _PAUSE, *, r
     """Sweep twice, so many seconds apart, and repair at the second. Raises RedisError."""
     sweeper = Sweeper(connection, settings)
     sweeper.sweep(repair=False, thorough=False)
-    time.sleep(pause)
+    time.sleep(max(pause, SILENT_SECONDS) if sweeper.misses_workers else pause)
     return sweeper.sweep(repair=repair, thorough=True)
 
 

@@ -4,6 +4,9 @@ A copy that is pending, not leased and in no live job at two sweeps gets a new j
 left behind by dead relay processes, copies that are too old for a paused destination, failed ones past
 ``failed.ttl``, and what RQ leaves behind. Stateless but for the suspects of the last sweep; in small steps that
 may be repeated, and that two processes may do at once. A sweep that Redis interrupts is begun again.
+
+When Redis's clock is set, what ends by itself ends too soon or too late: a worker is gone when two looks miss it, times
+that lie too far ahead come nearer, and time that did not pass makes nothing older.
 """
 
 from __future__ import annotations
@@ -26,15 +29,17 @@ from relay.ledger.continuity import Continuity, forget_kept
 from relay.ledger.copy_state import Attempt, CopyState
 from relay.ledger.divergence import Answer
 from relay.ledger.divergence_recount import recount
+from relay.ledger.redis_clock import RedisClock, last_look, note_look, pull_in
 from relay.mail.destination import Destination
 from relay.mail.envelope import Envelope
 from relay.mail.ids import text as as_text
 from relay.mail.reply import Reply
 from relay.mail.reply_text import Known
 from relay.topology import heartbeats
+from workers.delivery import leases
 from workers.queues import failed
 from workers.rqworker import live_jobs
-from workers.rqworker.revival import revive
+from workers.rqworker.revival import revive, shorten_lives
 from workers.upkeep import merge_jobs, orphan_bodies
 
 _SETTLED_SECONDS = 10.0  # what is pending for less is on its way into a job
@@ -43,6 +48,8 @@ _PAGE = 2000  # pending copies looked at in one step; Redis takes a few millisec
 _BATCH = 100
 _GIVE_UP_AT_ONCE = 5000  # copies in one sweep
 _CLAIM_SECONDS = 30.0
+SILENT_SECONDS = 20.0  # between two looks for a worker; a living one, whose key has ended with a clock, is back in 15
+_LEASE_SLACK = 5.0
 # What a sweep does in the ordinary course; anything else is a repair.
 _ROUTINE = frozenset({
     "failed copy expired", "failed body moved", "failed.max_bytes exceeded", "given up", "many small jobs",
@@ -90,6 +97,7 @@ class _Memory:
 
     suspects: dict[str, set[str]] = field(default_factory=dict)  # destination -> ids without a live job
     popped: dict[str, set[str]] = field(default_factory=dict)  # destination -> jobs between queue and worker
+    silent: dict[str, dict[str, float]] = field(default_factory=dict)  # destination -> worker -> missed since
     uncertain: set[str] = field(default_factory=set)  # whose digests were looked at
     thorough_at: float = -math.inf
 
@@ -104,6 +112,14 @@ class Sweeper:
         self._tick = tick
         self._memory = _Memory()
         self._report = Report()
+        self._clock = RedisClock()
+        self._was_asked = False
+        self._behind = 0.0  # seconds that Redis's clock was set back, and deadlines have not yet followed
+
+    @property
+    def misses_workers(self) -> bool:
+        """Whether the last sweep has missed the key of a worker that has a job."""
+        return any(self._memory.silent.values())
 
     def sweep(self, *, repair: bool = True, thorough: bool | None = None, kept: float = math.inf) -> Report:
         """Look at everything once. Raises RedisError.
@@ -115,6 +131,7 @@ class Sweeper:
         self._report = report = Report(kept)
         if thorough is None:
             thorough = begun - self._memory.thorough_at >= _THOROUGH_SECONDS
+        self._look_at_the_clock(repair=repair)
         if repair:
             self._complete(thorough=thorough)
             self._recover()
@@ -138,6 +155,26 @@ class Sweeper:
         report.seconds = time.monotonic() - begun
         return report
 
+    def _look_at_the_clock(self, *, repair: bool) -> None:
+        """See whether Redis's clock has been set, and bring nearer what has gone far away with that."""
+        connection, clock = self._connection, self._clock
+        step = clock.ask(connection, 0.0 if self._was_asked else last_look(connection))
+        self._was_asked = True
+        self._behind += max(0.0, -step)
+        if not repair:
+            return
+        note_look(connection, clock.now())
+        for key in (ledger_keys.STAGED, ledger_keys.UNCERTAIN) if self._behind else ():
+            self._nearer(key, "", "deadlines", by=self._behind)
+        self._behind = 0.0
+        for name in registry.destinations(connection):
+            self._nearer(ledger_keys.BUSY + name, name, "leases", most=leases.SECONDS + _LEASE_SLACK)
+            shorten_lives(connection, rq_jobs.queue(connection, name))
+
+    def _nearer(self, key: str, name: str, what: str, *, by: float = 0.0, most: float = math.inf) -> None:
+        if count := pull_in(self._connection, key, self._clock.now(), by=by, most=most):
+            self._report.add("too far ahead", "", name, f"{count} {what} brought nearer")
+
     def _complete(self, *, thorough: bool) -> None:
         """Make every destination known that a list is of, before anything is judged by what is known."""
         connection = self._connection
@@ -156,7 +193,8 @@ class Sweeper:
     def _tidy(self, destination: Destination, found: live_jobs.Live, *, thorough: bool) -> None:
         name = destination.name
         self._give_up(destination)
-        for message_id in failed.expire(self._connection, name, self._settings.failed.ttl):
+        ttl = self._settings.failed.ttl
+        for message_id in failed.expire(self._connection, name, ttl, self._clock.ago(ttl)):
             self._report.add("failed copy expired", message_id, name, "dropped")
         for swept in divergence_groups.sweep(self._connection, name, self._settings.divergence.keep):
             self._report.add("reason for refusals", swept.key, name, swept.what)
@@ -293,10 +331,12 @@ class Sweeper:
         """Queue the jobs of dead workers again, and those that stay between the queue and a worker."""
         before = self._memory.popped.get(name, set())
         self._memory.popped[name] = set(found.popped)
+        now, silent = time.monotonic(), self._memory.silent.get(name, {})
+        self._memory.silent[name] = silent = {worker: silent.get(worker, now) for worker in found.dead}
         if not repair:
             return
         queue = rq_jobs.queue(self._connection, name)
-        dead = set(found.dead)
+        dead = {worker for worker, since in silent.items() if now - since >= SILENT_SECONDS}
         if before.intersection(found.popped):
             dead.add("")
         for worker in sorted(dead):
@@ -314,7 +354,7 @@ class Sweeper:
         if health.get(b"state") != b"paused":
             return
         reply = f"given up while the destination was paused: {as_text(health.get(b'reason', b''))}"
-        before = changes.now(self._connection) - self._settings.retry.give_up
+        before = self._clock.ago(self._settings.retry.give_up)
         done = 0
         for page in queries.pages(self._connection, ledger_keys.PENDING + name, until=before, size=_BATCH):
             self._tick()

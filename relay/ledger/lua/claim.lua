@@ -87,5 +87,5 @@ end
 -- How the ledger itself stands, see ledger.heard: first, and under no id.
 redis.call('HINCRBY', 'smtpdup:ledger', 'count', 1)
 local ledger = redis.call('HMGET', 'smtpdup:ledger', 'id', 'count', 'doubt')
-table.insert(result, 1, {'', ledger[1] or '', ledger[2], ledger[3] or '0'})
+table.insert(result, 1, {'', ledger[1] or '', ledger[2], ledger[3] or '0', stamp})
 return result
