@@ -1,156 +1,19 @@
-"""The commands and their flags, as click reads them, and their help.
-
-Reading a command line runs nothing: it gives a Task, which names a function of a module of this package and what to
-call it with. That module is imported when the task is run, so that `version`, `--help` and completion pay for no
-Redis client and no server; nothing else here is imported late. Flags of the settings come from flags.py.
-"""
+"""The commands, their flags and their help. What they are made of is command_line.py; flags of settings: flags.py."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import click
-from click.core import ParameterSource
-from click.shell_completion import CompletionItem
 
 from relay import __version__
-from relay.command.completion import DESTINATION, FAILED_ID, GROUP, TOPIC, WAITING_ID, Names
-from relay.command.exit_status import IN_A_LINE
+from relay.command.command_line import HELP_OPTIONS, NAME, CommandGroup, Listing, Task, Word
+from relay.command.completed_names import DESTINATION, FAILED_ID, GROUP, TOPIC, WAITING_ID, Names
 from relay.command.filter_flags import FILTER_FLAGS
 from relay.command.filter_flags import NAMES as FILTER_NAMES
-from relay.command.filter_flags import summary as filter_summary
 from relay.command.flags import SETTINGS_FLAGS, Given
 from relay.command.output import Output
-
-NAME = "smtp-dup"
-SETTINGS_HINT = f"Any setting is also a flag: {NAME} help settings"
-_HELP = {"help_option_names": ["-h", "--help"]}
-_NEAR = 0.6
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What a command line asks for: "module:function" of this package, and its arguments.
-
-    ``settings`` says which the function takes first: "" for none, "any", or "primary" for settings that name one.
-    """
-
-    place: str
-    given: Given
-    settings: str = ""
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-    def run(self) -> int:
-        """Run it; returns the exit status."""
-        leading = [self.given.settings(require_primary=self.settings == "primary")] if self.settings else []
-        module, _, name = self.place.partition(":")
-        function: Callable[..., int] = getattr(importlib.import_module(f"relay.command.{module}"), name)
-        return function(*leading, **self.arguments)
-
-
-class MissingCommand(click.UsageError):
-    """A group without one of its commands."""
-
-
-# Groups and commands --------------------------------------------------------------------------------------------
-
-
-class _Completes(click.Command):
-    """A command whose settings flags are completed, too, although its help leaves them out."""
-
-    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Return commands of a group, or flags."""
-        found = super().shell_complete(ctx, incomplete)
-        if incomplete.startswith("-"):
-            known = {item.value for item in found}
-            for option in self.get_params(ctx):
-                if isinstance(option, click.Option) and option.hidden:
-                    text = (option.help or "").partition(". ")[0]
-                    found += [
-                        CompletionItem(name, help=text)
-                        for name in option.opts
-                        if name.startswith(incomplete) and name not in known
-                    ]
-        return found
-
-
-class Word(_Completes):
-    """A command that does something."""
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write_paragraph()
-        if FILTER_FLAGS[0] in self.params:
-            formatter.write(filter_summary(formatter.width))
-        if any(param in SETTINGS_FLAGS for param in self.params):
-            formatter.write(SETTINGS_HINT + "\n")
-        formatter.write(IN_A_LINE + "\n")
-
-
-class Group(_Completes, click.Group):
-    """Commands that belong together; whoever mistypes one is told what it may have been."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for name, command in self.commands.items() if not command.hidden]
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args[0] not in self.commands and not args[0].startswith("-"):
-            raise click.UsageError(f"no such command: {args[0]}{self._meant(ctx, args[0])}", ctx)
-        return super().resolve_command(ctx, args)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        if not ctx._protected_args and not ctx.args:  # noqa: SLF001  (click 8.2 deprecates its public name)
-            raise MissingCommand("which command?", ctx)
-        return super().invoke(ctx)
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write_paragraph()
-        formatter.write(f"Options: --color auto|always|never, {'' if ctx.parent else '--version, '}--help\n")
-        formatter.write(SETTINGS_HINT + "\n")
-        formatter.write(IN_A_LINE + "\n")
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        self.format_commands(ctx, formatter)  # the options are on one line, in the epilog: it is to fit a screen
-
-    def _meant(self, ctx: click.Context, name: str) -> str:
-        near = difflib.get_close_matches(name, self.list_commands(ctx), 1, _NEAR)
-        if near:
-            return f"; did you mean {near[0]}?"
-        # `smtp-dup list`: where it belongs.
-        within = [
-            f"{group} {name}"
-            for group, found in self.commands.items()
-            if isinstance(found, Group) and name in found.commands
-        ]
-        return f"; did you mean {' or '.join(within)}?" if within else f"; see {ctx.command_path} --help"
-
-
-class Listing(Group):
-    """Commands about what the group itself shows, without one of them."""
-
-    def __init__(self, listing: Word, **rest: Any) -> None:
-        super().__init__(**rest)
-        self._listing = listing
-
-    def invoke(self, ctx: click.Context) -> Any:
-        if not ctx._protected_args and not ctx.args:  # noqa: SLF001  (click 8.2 deprecates its public name)
-            assert self._listing.callback is not None  # noqa: S101 - a Word has one
-            return ctx.invoke(self._listing.callback, **ctx.params)
-        # Another command has options of its own, behind its name: one that is lost in front of it is no answer.
-        for param in self.params:
-            if param.name in ctx.params and ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE:
-                raise click.UsageError(f"{param.opts[0]} belongs behind the command", ctx)
-        return super().invoke(ctx)
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        click.Command.format_options(self, ctx, formatter)
-        self.format_commands(ctx, formatter)
-
 
 # Options that many have -----------------------------------------------------------------------------------------
 
@@ -217,12 +80,12 @@ def _word(
         params=[*own, *(SETTINGS_FLAGS if settings else ())],
         help=text[0].upper() + text[1:] + ".",
         short_help=text,
-        context_settings=_HELP,
+        context_settings=HELP_OPTIONS,
         hidden=hidden,
     )
 
 
-def _listing(listing: Word, commands: dict[str, Word | Group]) -> Listing:
+def _listing(listing: Word, commands: dict[str, Word | CommandGroup]) -> Listing:
     """Make a group that shows something without any of its commands."""
     made = Listing(
         listing,
@@ -231,7 +94,7 @@ def _listing(listing: Word, commands: dict[str, Word | Group]) -> Listing:
         params=listing.params,
         help=listing.help,
         short_help=listing.short_help,
-        context_settings=_HELP,
+        context_settings=HELP_OPTIONS,
         no_args_is_help=False,
         subcommand_metavar="[COMMAND [ARGS]...]",
         callback=lambda **_: None,
@@ -242,14 +105,14 @@ def _listing(listing: Word, commands: dict[str, Word | Group]) -> Listing:
     return made
 
 
-def _group(text: str, commands: dict[str, Word | Group], params: Sequence[click.Parameter] = ()) -> Group:
-    made = Group(
+def _group(text: str, commands: dict[str, Word | CommandGroup], params: Sequence[click.Parameter] = ()) -> CommandGroup:
+    made = CommandGroup(
         None,
         commands={},
         params=[*params, COLOUR, *SETTINGS_FLAGS],
         help=text[0].upper() + text[1:] + ".",
         short_help=text,
-        context_settings=_HELP,
+        context_settings=HELP_OPTIONS,
         no_args_is_help=False,
         subcommand_metavar="COMMAND [ARGS]...",
         options_metavar="",
@@ -262,7 +125,7 @@ def _group(text: str, commands: dict[str, Word | Group], params: Sequence[click.
 
 # The tree -------------------------------------------------------------------------------------------------------
 
-_QUEUE: dict[str, Word | Group] = {
+_QUEUE: dict[str, Word | CommandGroup] = {
     "summary": _word("numbers for each backup", "queue:summary"),
     "list": _word("the copies that wait", "queue:listing", _UNCERTAIN, *FILTER_FLAGS),
     "show": _word("one message that waits and its history", "queue:show", _argument("ID", Names(WAITING_ID))),
@@ -286,7 +149,7 @@ _QUEUE: dict[str, Word | Group] = {
     ),
 }  # fmt: skip
 
-_FAILED: dict[str, Word | Group] = {
+_FAILED: dict[str, Word | CommandGroup] = {
     "list": _word("the failed copies", "failed:listing", *FILTER_FLAGS),
     "show": _word("one failed message and its history", "failed:show", _argument("ID", Names(FAILED_ID))),
     "retry": _word(
@@ -313,7 +176,7 @@ _DIVERGENCE = _word(
             help="only these"),
     _option("--all", "everything", is_flag=True, help="also what is acknowledged, or over"),
 )  # fmt: skip
-_DIVERGENCES: dict[str, Word | Group] = {
+_DIVERGENCES: dict[str, Word | CommandGroup] = {
     "show": _word("one reason: its text, examples, whom it concerns", "divergence:show", _KEY, _DESTINATION),
     "ack": _word(
         "let a reason not count for a time", "divergence:acknowledge", _KEY, _DESTINATION,
@@ -395,11 +258,11 @@ def parse(words: Iterable[str]) -> Task | int:
 
 def path(words: Sequence[str]) -> click.Context:
     """Return the context of a command, for its help. Raises click.UsageError."""
-    ctx = click.Context(ROOT, info_name=NAME, **_HELP)  # type: ignore[arg-type]
+    ctx = click.Context(ROOT, info_name=NAME, **HELP_OPTIONS)  # type: ignore[arg-type]
     for n, word in enumerate(words):
-        if not isinstance(ctx.command, Group):
+        if not isinstance(ctx.command, CommandGroup):
             raise click.UsageError(f"{ctx.command_path} has no commands", ctx)
         _, command, _ = ctx.command.resolve_command(ctx, list(words[n:]))
         assert command is not None  # noqa: S101 - else resolve_command raises
-        ctx = click.Context(command, parent=ctx, info_name=word, **_HELP)  # type: ignore[arg-type]
+        ctx = click.Context(command, parent=ctx, info_name=word, **HELP_OPTIONS)  # type: ignore[arg-type]
     return ctx

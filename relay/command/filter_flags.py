@@ -9,7 +9,7 @@ import textwrap
 
 import click
 
-from relay.command.completion import DESTINATION, GROUP, Names
+from relay.command.completed_names import DESTINATION, GROUP, Names
 
 HINT = "What each one means: smtp-dup help filters"
 _HEAD = """\

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator
 
 from relay import __version__
-from relay.command import commands, filter_flags, manual
+from relay.command import command_line, commands, filter_flags, manual
 from relay.command.exit_status import WELL, Misuse
 from relay.command.output import terminal_width
 from relay.config.options import BACKUP_FIELDS, BACKUP_FLAGS, OPTIONS, SECTIONS, Option
@@ -35,7 +35,7 @@ def show(topic: tuple[str, ...]) -> int:
 
 def version() -> int:
     """Print the version."""
-    sys.stdout.write(f"{commands.NAME} {__version__}\n")
+    sys.stdout.write(f"{command_line.NAME} {__version__}\n")
     return WELL
 
 
@@ -44,7 +44,7 @@ def settings(words: tuple[str, ...] = ()) -> str:
     width = min(terminal_width(), 80)
     blocks = [block for block in _blocks(width) if not words or any(word in block[0] for word in words)]
     if not blocks:
-        raise Misuse(f"no setting has {' or '.join(words)} in its name; see {commands.NAME} help settings")
+        raise Misuse(f"no setting has {' or '.join(words)} in its name; see {command_line.NAME} help settings")
     parts = []
     before = ""
     for _, section, text in blocks:

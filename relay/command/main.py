@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import click
 
-from relay.command import commands, exit_status
+from relay.command import command_line, commands, exit_status
 from relay.mail.text import printable
 
 
@@ -24,7 +24,7 @@ def run(words: Sequence[str]) -> int:
         task = commands.parse(words)
         status = task if isinstance(task, int) else task.run()
         sys.stdout.flush()
-    except commands.MissingCommand as error:
+    except command_line.MissingCommand as error:
         sys.stderr.write(error.ctx.get_help() + "\n" if error.ctx else "")
         return exit_status.USAGE
     except click.UsageError as error:
@@ -88,7 +88,7 @@ _RAISED = (
 
 
 def _tell(line: str) -> None:
-    sys.stderr.write(f"{commands.NAME}: {line}\n")
+    sys.stderr.write(f"{command_line.NAME}: {line}\n")
 
 
 def main() -> NoReturn:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import click
 
 from relay import __version__
-from relay.command import commands
+from relay.command import command_line, commands
 from relay.command.exit_status import MEANINGS
 from relay.command.filter_flags import FILTER_FLAGS
 from relay.config.options import BACKUP_FIELDS, BACKUP_FLAGS, OPTIONS, SECTIONS, Option
@@ -83,7 +83,7 @@ def _commands(group: click.Group, names: tuple[str, ...]) -> Iterator[str]:
     common = {commands.COLOUR, commands.JSON, commands.WIDE}
     for name in group.list_commands(click.Context(group)):
         command = group.commands[name]
-        if isinstance(command, click.Group) and not isinstance(command, commands.Listing):
+        if isinstance(command, click.Group) and not isinstance(command, command_line.Listing):
             yield from _commands(command, (*names, name))
             continue
         usage = " ".join(

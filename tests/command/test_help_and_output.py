@@ -19,7 +19,7 @@ import click
 import pytest
 
 import relay
-from relay.command import commands, completion, exit_status, manual
+from relay.command import command_line, commands, completion, exit_status, manual
 from relay.command.flags import SETTINGS_FLAGS
 from relay.command.main import run
 from relay.command.output import Column, Output, cells_of, fold, wants_colour
@@ -74,7 +74,7 @@ def test_help_fits_a_screen(path, monkeypatch):
     assert not flags & set(re.findall(r"--[\w-]+", "\n".join(text)))
     assert exit_status.IN_A_LINE in text
     has_settings = any(param in SETTINGS_FLAGS for param in commands.path(path).command.params)
-    assert (commands.SETTINGS_HINT in text) == has_settings
+    assert (command_line.SETTINGS_HINT in text) == has_settings
 
 
 @pytest.mark.parametrize("path", [p for p in paths() if p], ids=" ".join)

@@ -1,0 +1,148 @@
+"""What the command line is made of: commands and groups as click reads them, and the task that a line asks for.
+
+Reading a command line runs nothing: it gives a Task, which names a function of a module of this package and what to
+call it with. That module is imported when the task is run, so that `version`, `--help` and completion pay for no
+Redis client and no server; nothing else here is imported late.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+from click.core import ParameterSource
+from click.shell_completion import CompletionItem
+
+from relay.command.exit_status import IN_A_LINE
+from relay.command.filter_flags import FILTER_FLAGS
+from relay.command.filter_flags import summary as filter_summary
+from relay.command.flags import SETTINGS_FLAGS, Given
+
+NAME = "smtp-dup"
+SETTINGS_HINT = f"Any setting is also a flag: {NAME} help settings"
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+_NEAR = 0.6
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a command line asks for: "module:function" of this package, and its arguments.
+
+    ``settings`` says which the function takes first: "" for none, "any", or "primary" for settings that name one.
+    """
+
+    place: str
+    given: Given
+    settings: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> int:
+        """Run it; returns the exit status."""
+        leading = [self.given.settings(require_primary=self.settings == "primary")] if self.settings else []
+        module, _, name = self.place.partition(":")
+        function: Callable[..., int] = getattr(importlib.import_module(f"relay.command.{module}"), name)
+        return function(*leading, **self.arguments)
+
+
+class MissingCommand(click.UsageError):
+    """A group without one of its commands."""
+
+
+# Groups and commands --------------------------------------------------------------------------------------------
+
+
+class _Completes(click.Command):
+    """A command whose settings flags are completed, too, although its help leaves them out."""
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return commands of a group, or flags."""
+        found = super().shell_complete(ctx, incomplete)
+        if incomplete.startswith("-"):
+            known = {item.value for item in found}
+            for option in self.get_params(ctx):
+                if isinstance(option, click.Option) and option.hidden:
+                    text = (option.help or "").partition(". ")[0]
+                    found += [
+                        CompletionItem(name, help=text)
+                        for name in option.opts
+                        if name.startswith(incomplete) and name not in known
+                    ]
+        return found
+
+
+class Word(_Completes):
+    """A command that does something."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_paragraph()
+        if FILTER_FLAGS[0] in self.params:
+            formatter.write(filter_summary(formatter.width))
+        if any(param in SETTINGS_FLAGS for param in self.params):
+            formatter.write(SETTINGS_HINT + "\n")
+        formatter.write(IN_A_LINE + "\n")
+
+
+class CommandGroup(_Completes, click.Group):
+    """Commands that belong together; whoever mistypes one is told what it may have been."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name, command in self.commands.items() if not command.hidden]
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            raise click.UsageError(f"no such command: {args[0]}{self._meant(ctx, args[0])}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if not ctx._protected_args and not ctx.args:  # noqa: SLF001  (click 8.2 deprecates its public name)
+            raise MissingCommand("which command?", ctx)
+        return super().invoke(ctx)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_paragraph()
+        formatter.write(f"Options: --color auto|always|never, {'' if ctx.parent else '--version, '}--help\n")
+        formatter.write(SETTINGS_HINT + "\n")
+        formatter.write(IN_A_LINE + "\n")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        self.format_commands(ctx, formatter)  # the options are on one line, in the epilog: it is to fit a screen
+
+    def _meant(self, ctx: click.Context, name: str) -> str:
+        near = difflib.get_close_matches(name, self.list_commands(ctx), 1, _NEAR)
+        if near:
+            return f"; did you mean {near[0]}?"
+        # `smtp-dup list`: where it belongs.
+        within = [
+            f"{group} {name}"
+            for group, found in self.commands.items()
+            if isinstance(found, CommandGroup) and name in found.commands
+        ]
+        return f"; did you mean {' or '.join(within)}?" if within else f"; see {ctx.command_path} --help"
+
+
+class Listing(CommandGroup):
+    """Commands about what the group itself shows, without one of them."""
+
+    def __init__(self, listing: Word, **rest: Any) -> None:
+        super().__init__(**rest)
+        self._listing = listing
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if not ctx._protected_args and not ctx.args:  # noqa: SLF001  (click 8.2 deprecates its public name)
+            assert self._listing.callback is not None  # noqa: S101 - a Word has one
+            return ctx.invoke(self._listing.callback, **ctx.params)
+        # Another command has options of its own, behind its name: one that is lost in front of it is no answer.
+        for param in self.params:
+            if param.name in ctx.params and ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"{param.opts[0]} belongs behind the command", ctx)
+        return super().invoke(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        click.Command.format_options(self, ctx, formatter)
+        self.format_commands(ctx, formatter)
