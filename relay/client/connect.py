@@ -1,11 +1,11 @@
-"""Opens a session with a server: TCP, greeting, EHLO, TLS, AUTH, each with its own deadline and its own name.
+"""Opens a session with a server: TCP, greeting, EHLO, TLS, AUTH, each with its own deadline.
 
-aiosmtplib does the handshake; then a Connection takes its transport over. Whatever goes wrong is a ConnectFailed whose
-``stage`` says where: that is the server's trouble, never a message's. Nothing secret is in its text.
+aiosmtplib does the handshake; then a Connection takes over its transport. Every failure is a ConnectFailed whose
+``stage`` names the step: it is about the server, never about a message. Its text holds no secret.
 
-TLS by ``destination.tls``: none; opportunistic (if offered, without looking at the certificate, and in plain text when
-it does not come about, as Postfix's "may"); encrypt (or fail, certificate not looked at); verify (or fail). The scheme
-smtps is TLS from the first octet. A password is sent without TLS only where ``tls`` is "none".
+TLS by ``destination.tls``: none; opportunistic (if offered, without checking the certificate, and in plain text if the
+handshake fails, as Postfix's "may"); encrypt (or fail, certificate not checked); verify (or fail). The scheme smtps is
+TLS from the first octet. A password is sent without TLS only if ``tls`` is "none".
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ __all__ = [
 ]
 
 
-_Address: TypeAlias = tuple[int, int, int, Any]  # family, type, protocol, and where
+_Address: TypeAlias = tuple[int, int, int, Any]  # family, type, protocol, socket address
 
 
 class _TLSFailed(ConnectFailed):
-    """STARTTLS was agreed on and the handshake failed; plain text may be worth a try."""
+    """The server accepted STARTTLS and the handshake failed; plain text may work."""
 
 
 async def connect(
@@ -60,11 +60,11 @@ async def connect(
     timeouts: Timeouts,
     tls_context: ssl.SSLContext | None = None,
 ) -> Connection:
-    """Open a session, ready for MAIL; each step has its deadline, and all of them together. Raises ConnectFailed.
+    """Open a session, ready for MAIL, with a deadline for each step and for all together. Raises ConnectFailed.
 
-    All addresses of the host are tried until one serves (RFC 5321 5.1); each has its share of the time that is left for
-    its connect, its greeting and its EHLO, and the last one all of it. A password that was refused is not shown to
-    another address.
+    The addresses of the host are tried in turn until one works (RFC 5321 5.1). Each gets an equal share of the time
+    left for its connect, greeting and EHLO; the last one gets all of it. After a refused password no other address is
+    tried.
     """
     context = tls_context
     if context is None and (destination.scheme == "smtps" or destination.tls != "none"):
@@ -75,18 +75,18 @@ async def connect(
     loop = asyncio.get_running_loop()
     begun = loop.time()
     deadline, left = begun + timeouts.connect, len(addresses)
-    told: ConnectFailed | None = None
+    trouble: ConnectFailed | None = None
     for address in addresses:
         patience = max(deadline - loop.time(), timeouts.connect / len(addresses)) / left
         share, left = left, left - 1
         try:
             return await _connect_to(address, destination, local_hostname, timeouts, begun, patience, share, context)
         except ConnectFailed as error:
-            if error.reply is not None or told is None or told.reply is None:
-                told = error  # what a server says tells more than that another one is not there
+            if error.reply is not None or trouble is None or trouble.reply is None:
+                trouble = error  # a reply says more than an address that does not answer
             if error.stage == "AUTH":
                 break
-    raise told or ConnectFailed("the name has no address", stage="connect")
+    raise trouble or ConnectFailed("the name has no address", stage="connect")
 
 
 async def _connect_to(
@@ -99,7 +99,7 @@ async def _connect_to(
     share: int,
     context: ssl.SSLContext | None,
 ) -> Connection:
-    """Open a session with one address; ``patience`` is for its connect, one of ``share`` parts for its greeting."""
+    """Open a session with one address; ``patience`` is for its connect, 1/``share`` of the usual for its greeting."""
     start_tls = destination.scheme != "smtps" and destination.tls != "none"
     try:
         return await _open(
@@ -124,14 +124,14 @@ async def _open(
     start_tls: bool,
 ) -> Connection:
     def left(most: float) -> float:
-        """Return how long the next step may take; no handshake is longer than all may take together."""
+        """Return the seconds that the next step may take, within the limit of the whole handshake."""
         spent = asyncio.get_running_loop().time() - begun
         return max(timeouts.connect, min(most, timeouts.session - spent))
 
     with _stage("connect"):
         connected = await _dial(address, patience)
     smtp = aiosmtplib.SMTP(
-        hostname=destination.host.rstrip("."),  # SNI and certificates have no dot of the root (RFC 6066 3)
+        hostname=destination.host.rstrip("."),  # no trailing dot in SNI and certificates (RFC 6066 3)
         local_hostname=local_hostname,
         sock=connected,
         use_tls=destination.scheme == "smtps",
@@ -149,7 +149,7 @@ async def _open(
         smtp.timeout = left(timeouts.command)
         if start_tls and await _start_tls(smtp, destination, offered="STARTTLS" in extensions):
             smtp.timeout = left(timeouts.command)
-            extensions = await _hello(smtp, destination)  # RFC 3207 4.2: forget what was said before TLS
+            extensions = await _hello(smtp, destination)  # RFC 3207 4.2: those announced before TLS do not count
         if destination.username:
             smtp.timeout = left(timeouts.command)
             await _log_in(smtp, destination)
@@ -157,7 +157,7 @@ async def _open(
     except BaseException:
         smtp.close()
         if protocol is not None and protocol.transport is not None:
-            # Its close waits for a server that may never answer: TLS wants to be shut down by both.
+            # close() waits for the server's TLS close_notify, which may never come.
             cast("asyncio.Transport", protocol.transport).abort()
         raise
 
@@ -172,7 +172,7 @@ def _take_over(
 
 async def _addresses(destination: Destination, timeout: float) -> list[_Address]:
     """Return the host's addresses in the resolver's order, each once."""
-    try:  # an address needs no resolver, and no thread for it
+    try:  # an IP address needs neither the resolver nor a thread for it
         found = socket.getaddrinfo(
             destination.host, destination.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
         )
@@ -200,7 +200,7 @@ async def _dial(address: _Address, timeout: float) -> socket.socket:
 
 
 async def _hello(smtp: aiosmtplib.SMTP, destination: Destination) -> dict[str, str]:
-    """Say EHLO (LHLO for LMTP, HELO to an old server) and return the extensions."""
+    """Send EHLO (LHLO for LMTP, HELO to an old server) and return the extensions."""
     verb = "LHLO" if destination.scheme == "lmtp" else "EHLO"
     name = (smtp.local_hostname or "localhost").encode("ascii")
     with _stage(verb):
@@ -210,18 +210,18 @@ async def _hello(smtp: aiosmtplib.SMTP, destination: Destination) -> dict[str, s
             return {}
         if response.code != 250:
             raise aiosmtplib.SMTPHeloError(response.code, response.message)
-    smtp.last_ehlo_response = response  # parses it; also what its starttls and login look at
+    smtp.last_ehlo_response = response  # the setter parses it; starttls() and login() use it too
     return {keyword.upper(): parameters for keyword, parameters in smtp.esmtp_extensions.items()}
 
 
 async def _start_tls(smtp: aiosmtplib.SMTP, destination: Destination, *, offered: bool) -> bool:
-    """Negotiate TLS; False means that the session goes on in plain text, which only "opportunistic" allows."""
+    """Negotiate TLS; returns False if the session continues in plain text, which only "opportunistic" allows."""
     optional = destination.tls == "opportunistic"
     if not offered:
         if optional:
             return False
         raise ConnectFailed("the server does not offer STARTTLS", stage="STARTTLS")
-    # A net below the deadlines of its reply and its handshake: the loop's own does not reach a connection lost before.
+    # An upper limit besides the deadlines of reply and handshake, which miss a connection that was lost before.
     seconds = None if smtp.timeout is None else 3 * smtp.timeout
     try:
         with _stage("STARTTLS"):
@@ -245,28 +245,28 @@ async def _log_in(smtp: aiosmtplib.SMTP, destination: Destination) -> None:
 
 @contextmanager
 def _stage(stage: str) -> Iterator[None]:
-    """Turn whatever a step raises into a ConnectFailed of this stage."""
+    """Turn any exception of a step into a ConnectFailed of this stage."""
     try:
         yield
     except ConnectFailed:
         raise
     except aiosmtplib.SMTPResponseException as error:
-        if error.code < 0:  # aiosmtplib's mark for octets that are no reply
+        if error.code < 0:  # aiosmtplib's mark for a malformed reply
             raise ConnectFailed("not an SMTP reply", stage=stage) from error
         raise ConnectFailed("refused", stage=stage, reply=_reply(error.code, error.message)) from error
     except (OSError, aiosmtplib.SMTPException, ValueError) as error:
         cause = error.__cause__
         if isinstance(error, aiosmtplib.SMTPConnectError) and not isinstance(cause, aiosmtplib.SMTPException):
-            stage = "TLS"  # the socket was connected before, so this is the handshake of smtps, before any greeting
+            stage = "TLS"  # the socket was connected before, so this is the TLS handshake of smtps
         raise ConnectFailed(_why(error if isinstance(error, TimeoutError) else cause or error), stage=stage) from error
 
 
 def _why(error: BaseException) -> str:
-    """Say in a few words what happened, without addresses or the library's own phrases."""
+    """Describe an error in a few words, without addresses or the library's own text."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate not accepted: {error.verify_message}"
     if isinstance(error, TimeoutError) or (isinstance(error, ConnectionAbortedError) and not error.errno):
-        return "no answer in time"  # the second is asyncio's word for it in a TLS handshake
+        return "no answer in time"  # asyncio raises ConnectionAbortedError for a TLS handshake time-out
     if isinstance(error, ssl.SSLError):
         return f"TLS handshake failed: {error.reason or 'connection closed'}"
     if isinstance(error, socket.gaierror):
@@ -283,7 +283,7 @@ def _reply(code: int, message: str) -> Reply:
 
 
 async def _context(destination: Destination) -> ssl.SSLContext:
-    """Return the TLS context for a destination; made once, and again when one of its files changes."""
+    """Return the TLS context for a destination; it is cached until one of its files changes."""
     files = (destination.ca_file, destination.tls_certificate, destination.tls_key)
     if destination.tls != "verify" and not any(files):
         return _made(destination.tls, files, ())
@@ -302,7 +302,7 @@ def _made(tls: str, files: tuple[str, str, str], _changed: tuple[int, ...]) -> s
     else:
         context = _unverified(strict=tls == "encrypt")
     if certificate:
-        context.load_cert_chain(certificate, key or None, password="")  # with None it would prompt for one
+        context.load_cert_chain(certificate, key or None, password="")  # None would prompt for a password
     return context
 
 
@@ -310,7 +310,7 @@ def _unverified(*, strict: bool) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    if not strict:  # old servers are the ones that people move away from, and weak TLS is better than none
+    if not strict:  # people migrate away from old servers, and weak TLS is better than none
         context.set_ciphers("DEFAULT:@SECLEVEL=0")
         context.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
     return context

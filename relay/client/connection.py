@@ -1,14 +1,14 @@
-"""One session with a server, past its handshake: pipelined commands, replies in order, a body that is streamed.
+"""One session with a server after its handshake: pipelined commands, replies in order, a streamed body.
 
-An asyncio.Protocol of our own, because aiosmtplib has neither pipelining nor a body that can be left open before its
-dot. What the server says without being asked is kept (``early_reply``) and never taken for the answer to a later
-command. Everything that can go wrong is a ClientError with the stage and, where the server said something, its reply:
+An asyncio.Protocol of its own, because aiosmtplib has neither pipelining nor a body that can be held open before its
+dot. An unsolicited reply is kept (``early_reply``) and never taken for the reply to a later command. Every failure is a
+ClientError with the stage and, if there was one, the server's reply:
 
     ClientError
-      ConnectFailed         TCP, greeting, EHLO, TLS or AUTH did not succeed (see client.connect)
-      ConnectionGone        the server closed, or spoke out of turn, before it gave the reply that it owed
+      ConnectFailed         TCP, greeting, EHLO, TLS or AUTH failed (see client.connect)
+      ConnectionGone        the server closed, or sent an unsolicited reply, before the reply that it owed
       DeadlinePassed        no reply, or no room to write, in time
-      MalformedReply        what came is no SMTP reply
+      MalformedReply        the server sent something that is no SMTP reply
       PoolExhausted         all connections are in use (see pool)
 """
 
@@ -29,13 +29,13 @@ from relay.mail.destination import Destination
 from relay.mail.reply import Reply
 
 _WRITE_HIGH = 256 * 1024  # octets buffered in the transport before a writer waits
-_MAX_UNASKED = 100  # replies to nothing before we hang up
+_MAX_UNASKED = 100  # unsolicited replies before the connection is closed
 _OF_MAIL = frozenset((b"MAIL", b"RCPT", b"DATA", b"."))
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 
 
 class ClientError(Exception):
-    """Trouble with the server. ``stage`` says during what; ``reply`` is the server's own word, if there was one."""
+    """Trouble with the server: ``stage`` names the step, ``reply`` is the server's reply if there was one."""
 
     def __init__(self, text: str, *, stage: str, reply: Reply | None = None) -> None:
         super().__init__(f"{stage}: {text}" + (f" ({reply.text})" if reply else ""))
@@ -45,15 +45,15 @@ class ClientError(Exception):
 
 
 class ConnectFailed(ClientError):
-    """No session came about: stage is connect, greeting, EHLO, STARTTLS, TLS or AUTH."""
+    """No session was established: stage is connect, greeting, EHLO, STARTTLS, TLS or AUTH."""
 
 
 class ConnectionGone(ClientError):
-    """The reply that is owed will not come."""
+    """The connection is lost; the owed reply will not come."""
 
 
 class DeadlinePassed(ClientError):
-    """The server was silent for too long. The connection is out of step and good for nothing but ``close``."""
+    """The server was silent for too long. Replies no longer match commands: only ``close`` is left."""
 
 
 class MalformedReply(ClientError):
@@ -61,9 +61,9 @@ class MalformedReply(ClientError):
 
 
 class Connection(asyncio.Protocol):
-    """A session past its handshake. Made by ``connect``; used by one task at a time.
+    """A session after its handshake. Made by ``connect``; used by one task at a time.
 
-    Each line given to ``send`` owes one reply, and ``reply`` returns them in that order. After a 354 the caller says
+    Each line given to ``send`` owes one reply, and ``reply`` returns them in that order. After a 354 the caller calls
     ``begin_data``, writes the body and ends it with ``end_body``; after the last reply to the dot, ``end_data``.
     """
 
@@ -105,9 +105,9 @@ class Connection(asyncio.Protocol):
         extensions: Mapping[str, str],
         hostname: str = "localhost",
     ) -> None:
-        """Take over a transport whose handshake is done. ``extensions``: EHLO keyword in capitals -> parameters.
+        """Take over a transport after its handshake. ``extensions``: EHLO keyword in capitals -> parameters.
 
-        ``hostname`` is the name that it was greeted with.
+        ``hostname`` is the name that was sent in EHLO.
         """
         self._loop = asyncio.get_running_loop()
         self._transport = transport
@@ -117,21 +117,21 @@ class Connection(asyncio.Protocol):
         self.limits = server_limits(extensions)
         self.created = self.last_used = self._loop.time()
         self.transactions = 0  # MAIL commands sent
-        self.refusals = 0  # of MAIL, RCPT, DATA and messages since one was accepted: servers slow down for them
-        self.in_data = False  # what is written now is body text, so nothing but the dot or a close may follow
-        self.is_dirty = False  # a MAIL was sent and neither its dot answered nor a RSET sent
+        self.refusals = 0  # of MAIL, RCPT, DATA and dot since the last accepted message: servers slow down for them
+        self.in_data = False  # the server reads body text, so only the dot or a close may follow
+        self.is_dirty = False  # a MAIL was sent, and neither was its dot answered nor a RSET sent
         self._is_ahead = False  # the next MAIL was sent behind the dot
-        self.introduced = b""  # the XCLIENT command that holds on it
-        self._owed: deque[bytes] = deque()  # verbs whose replies have not come
-        self._ready: deque[Reply] = deque()  # replies that came before they were awaited
+        self.introduced = b""  # the XCLIENT command in effect
+        self._owed: deque[bytes] = deque()  # verbs whose replies have not arrived
+        self._ready: deque[Reply] = deque()  # replies that arrived before they were awaited
         self._waiter: asyncio.Future[Reply] | None = None
         self._drain: asyncio.Future[None] | None = None
         self._deadline = self._patience = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._paused = self._lost = self._torn = False
-        self._fault: str = ""  # why the server's octets are no reply
+        self._fault: str = ""  # why the server's output is no SMTP reply
         self._unasked: Reply | None = None
-        self._extra = 0  # unasked replies so far
+        self._extra = 0  # unsolicited replies so far
         self._parser = ReplyParser()
         transport.set_write_buffer_limits(high=_WRITE_HIGH)
         transport.set_protocol(self)
@@ -142,7 +142,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_usable(self) -> bool:
-        """Whether a new transaction may start: open, in step, and nothing heard that was not asked for."""
+        """Whether a new transaction may start: open, no reply owed or unread, none unsolicited."""
         return not (
             self._owed
             or self._ready
@@ -158,17 +158,17 @@ class Connection(asyncio.Protocol):
 
     @property
     def certificate(self) -> dict[str, Any]:
-        """The server's, as ssl tells it; empty where nobody has verified it."""
+        """The server's certificate, as from ssl's getpeercert(); empty if it was not verified."""
         return self._transport.get_extra_info("peercert") or {}
 
     @property
     def replies_owed(self) -> int:
-        """Replies that ``reply`` has still to return."""
+        """The number of replies that ``reply`` has still to return."""
         return len(self._owed) + len(self._ready)
 
     @property
     def early_reply(self) -> Reply | None:
-        """What the server said unasked: a 552 or 421 before our dot, a 421 while idle."""
+        """The first unsolicited reply: a 552 or 421 before the dot, a 421 while idle."""
         return self._unasked
 
     async def command(self, line: bytes, *, timeout: float) -> Reply:
@@ -180,7 +180,7 @@ class Connection(asyncio.Protocol):
         """Send lines (each without CRLF) in one write; each owes a reply. Raises ConnectionGone, ValueError."""
         _check(lines)
         if self.in_data and lines != (b".",):
-            # It would be taken for body text, and the next dot would end a message of two transactions.
+            # The server would take it for body text, and the next dot would end a message made of two.
             raise RuntimeError("only the dot may be sent in the DATA phase")
         self._speak(lines[0])
         self._owe(lines)
@@ -203,7 +203,7 @@ class Connection(asyncio.Protocol):
             self._waiter = None
 
     def begin_data(self) -> None:
-        """Note that the server said 354: from now on it reads body text."""
+        """Note that the server replied 354: from now on it reads body text."""
         self.in_data = True
 
     def end_data(self) -> None:
@@ -212,13 +212,13 @@ class Connection(asyncio.Protocol):
         self.is_dirty, self._is_ahead = self._is_ahead, False
 
     async def write_body(self, chunk: bytes | memoryview, *, timeout: float) -> None:
-        """Write body text as it is, at most ``timeout`` seconds for each 256 KiB. The chunk must not change afterwards.
+        """Write body text unchanged, in at most ``timeout`` seconds for each 256 KiB. The chunk must not change later.
 
-        Returns early, with part of it unwritten, when the server speaks first (look at ``early_reply``). Raises
+        Returns early, with part of it unwritten, when the server replies before the dot (see ``early_reply``). Raises
         ConnectionGone (whose ``reply`` is that early reply) and DeadlinePassed.
         """
         self._speak(b"body")
-        self._torn = True  # until all of it is with the transport; a dot after half a chunk would end half a message
+        self._torn = True  # until the transport has all of it: a dot after half a chunk would end half a message
         size = len(chunk)
         if size <= _WRITE_HIGH:
             self._transport.write(chunk)
@@ -235,10 +235,10 @@ class Connection(asyncio.Protocol):
         self._torn = False
 
     def end_body(self, last: bytes | memoryview = b"", *, replies: int = 1, then: Sequence[bytes] = ()) -> None:
-        """Write the last of the body and the end-of-data line at once; LMTP owes a reply for each recipient.
+        """Write the last of the body and the end-of-data line at once. Raises ClientError before anything is written.
 
-        ``then`` are the commands that begin the next transaction, for a server with PIPELINING: RFC 2920 3.1 has the
-        content be the first "command" of a group.
+        ``replies``: LMTP owes one for each recipient. ``then`` are commands of the next transaction, for a server with
+        PIPELINING: RFC 2920 3.1 lets the content be the first "command" of a group.
         """
         if not self.in_data:
             raise RuntimeError("no DATA phase to end")
@@ -251,7 +251,7 @@ class Connection(asyncio.Protocol):
         self._transport.writelines((last, b".\r\n", *(line + b"\r\n" for line in then)))
 
     async def quit(self, timeout: float = 2.0) -> None:
-        """Take leave politely where the state allows it, then close. Raises nothing but CancelledError."""
+        """Send QUIT if the state allows it, then close. Raises nothing but CancelledError."""
         try:
             if not self.in_data:
                 self.send(b"QUIT")
@@ -263,7 +263,7 @@ class Connection(asyncio.Protocol):
             self.close()
 
     def close(self) -> None:
-        """Close at once and drop what the transport has not sent yet."""
+        """Close at once; data that the transport has not sent is dropped."""
         self._transport.abort()
 
     # -- what asyncio calls --
@@ -278,7 +278,7 @@ class Connection(asyncio.Protocol):
             self._malformed(str(error))
 
     def eof_received(self) -> None:
-        """Count a reply that the server broke off; returning None closes the transport."""
+        """Deliver a reply that ends without its last line; returning None closes the transport."""
         if self._fault:
             return
         try:
@@ -336,10 +336,10 @@ class Connection(asyncio.Protocol):
         self._transport.abort()
 
     def _read_remains(self) -> None:
-        """Read what the kernel still holds after a failed write: a server that refuses a body says why, then closes.
+        """Read what the kernel still holds after a failed write: a server that refuses a body replies, then closes.
 
-        The transport stops reading at EPIPE, but closes its socket only after connection_lost. Not for TLS, where
-        what is left cannot be decrypted without the transport.
+        The transport stops reading at EPIPE, but closes its socket only after connection_lost. Not for TLS, which
+        cannot be decrypted without the transport.
         """
         if self.is_encrypted or not (self._owed or self.in_data):
             return
@@ -352,7 +352,7 @@ class Connection(asyncio.Protocol):
     # -- waiting --
 
     def _owe(self, lines: Sequence[bytes]) -> None:
-        """Note commands whose replies are to come."""
+        """Note commands that owe a reply."""
         for line in lines:
             verb = line[:4].upper()
             self._owed.append(verb)
@@ -363,7 +363,7 @@ class Connection(asyncio.Protocol):
                 self.is_dirty = False
 
     def _speak(self, line: bytes) -> None:
-        """Raise unless the server can be expected to read and answer."""
+        """Raise ClientError unless the server can be expected to read and reply."""
         if self._unasked or self._fault or self._torn or not self.is_open:
             raise self._gone(line[:4])
 
@@ -392,7 +392,7 @@ class Connection(asyncio.Protocol):
             self._drain.set_result(None)
 
     def _arm(self, timeout: float) -> None:
-        """Set the deadline. One timer serves many replies: it is moved only when it would fire too late."""
+        """Set the deadline of the awaited reply. One timer serves many: it is only moved if it would fire too late."""
         self._patience = timeout
         self._deadline = when = self._loop.time() + timeout
         if self._timer is None or when < self._timer.when():
@@ -418,5 +418,5 @@ def _check(lines: Sequence[bytes]) -> None:
 
 
 def _stage(verb: bytes) -> str:
-    """Name the stage for people."""
+    """Return the name of the stage for messages."""
     return "end of data" if verb == b"." else "message body" if verb == b"body" else verb.decode("ascii", "replace")

@@ -1,11 +1,11 @@
-"""Kept-open connections to one destination, and the bound on how many there are.
+"""Connections to one destination, kept open for reuse, and the limit on their number.
 
-The connection used last is leased first, so that the rest grow old and are closed with a QUIT. A kept one that died
-or was spoken to by its server is dropped unseen. A server that leaves one RSET without a reply has every connection
-closed that is owed one, and for some minutes none is kept that needs one. Who comes when all are in use waits in line,
-and gets a PoolExhausted at its deadline. A server that greets with 421 while others of ours are in use has named its
-limit: wait for one of those. Whoever leases must give back, whatever happened: a connection out of step is closed
-here, never used again.
+The connection used last is leased first, so that the others grow idle and are closed with QUIT. An idle connection that
+was lost or got an unsolicited reply is dropped silently. If the server leaves a RSET without a reply, all idle
+connections that are owed one are closed, and for some minutes no connection that needs a RSET is kept. When all
+connections are in use, ``lease`` waits in line and raises PoolExhausted at its deadline. A 421 greeting while others
+are in use shows the server's own limit: ``lease`` waits for one of those. Every leased connection must be given back,
+whatever happened; one in an unknown state is closed here and never used again.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from relay.mail.destination import Destination
 from relay.mail.reply import Reply
 from relay.mail.timeouts import Timeouts
 
-_CEILING_SECONDS = 30.0  # how long a server's "421 too many connections" is believed
-_NO_RSET_SECONDS = 300.0  # how long a server that does not answer RSET is sent none
+_CEILING_SECONDS = 30.0  # how long a server's limit, known from a 421 greeting, is respected
+_NO_RSET_SECONDS = 300.0  # how long a server that did not answer a RSET is sent none
 
 
 class PoolExhausted(ClientError):
-    """All connections are in use; ``reply`` is the server's, when it is the one who limits them."""
+    """All connections are in use; ``reply`` is the server's 421 if the limit is the server's."""
 
 
 class Pool:
@@ -47,12 +47,10 @@ class Pool:
         tls_context: ssl.SSLContext | None = None,
         on_open: Callable[[Connection], None] | None = None,
     ) -> None:
-        """Make an empty pool. ``timeouts`` are for a handshake and for the line; ``max_idle`` None: all are kept.
+        """Make an empty pool. ``timeouts`` are for handshakes and for waiting in line; ``max_idle`` None: all are kept.
 
-        ``on_open`` is shown each new connection, and must not wait.
-
-        One on which the server has refused more than ``max_refusals`` things since it last accepted a message is not
-        kept. How much a connection may carry, and for how long, is the destination's.
+        ``on_open`` is called with each new connection, and must not block. A connection with more than ``max_refusals``
+        refusals since its last accepted message is not kept. The destination limits the messages and the age of each.
         """
         self.destination = destination
         self._local_hostname = local_hostname
@@ -61,16 +59,16 @@ class Pool:
         self._max_idle = max_idle
         self._idle_seconds = idle_seconds
         self._max_refusals = max_refusals
-        self._fresh_since = 0.0  # what is older is not lent any more
-        self.refusals = SessionRefusals()  # what those on reused connections have turned out to be
+        self._fresh_since = 0.0  # older connections are not leased any more
+        self.refusals = SessionRefusals()  # whether refusals on reused connections were about the connection
         self._tls_context = tls_context
         self._on_open = on_open
         self._idle: list[Connection] = []  # by last_used, the newest at the end
         self._leased: set[Connection] = set()
-        self._out = 0  # slots taken: leased, or on the way to it
-        self._waiters: deque[asyncio.Future[None]] = deque()  # a result is a slot that has been taken for the waiter
-        self._ceiling: tuple[int, float] | None = None  # the server's own limit, and until when it is believed
-        self._refusal: Reply | None = None  # the 421 that said so
+        self._out = 0  # slots taken: leased connections, and those being opened or checked
+        self._waiters: deque[asyncio.Future[None]] = deque()  # done: a slot has been taken for the waiter
+        self._ceiling: tuple[int, float] | None = None  # the server's own limit, and until when it is respected
+        self._refusal: Reply | None = None  # the 421 that showed it
         self._no_rset_until = 0.0
         self._reaper: asyncio.TimerHandle | None = None
         self._goodbyes: set[asyncio.Task[None]] = set()
@@ -82,7 +80,7 @@ class Pool:
 
     @property
     def room(self) -> int:
-        """How many connections may be in use now: the limit, or less where the server has named its own."""
+        """How many connections may be in use now: the limit, or less if the server has a lower one."""
         return self._room()
 
     @property
@@ -98,17 +96,17 @@ class Pool:
         return len(self._waiters)
 
     def set_limit(self, limit: int) -> None:
-        """Change the limit now; what is leased above it is closed when it comes back."""
+        """Change the limit at once; leased connections above it are closed when they are given back."""
         self._limit = max(1, limit)
         while self._idle and self._out + len(self._idle) > self._limit:
             self._say_goodbye(self._idle.pop(0))
         self._wake()
 
     async def lease(self, *, timeout: float | None = None, fresh: bool = False) -> Connection:
-        """Return a connection in step and without a transaction; None waits in line as long as for a connection.
+        """Return a connection that is ready for MAIL. ``timeout`` is for waiting in line; None: ``timeouts.connect``.
 
-        ``fresh`` passes over the kept ones, for the caller whose kept one has just turned out to be dead. Raises
-        PoolExhausted, and ConnectFailed from a new connection's handshake, which the timeout does not bound.
+        ``fresh`` skips the idle ones, for a caller whose reused connection was just lost. Raises PoolExhausted, and
+        ConnectFailed from the handshake of a new connection, which ``timeout`` does not bound.
         """
         deadline = asyncio.get_running_loop().time() + (self._timeouts.connect if timeout is None else timeout)
         if self._closed or self._waiters or self._out >= self._room():
@@ -129,7 +127,7 @@ class Pool:
                 self._ceiling = (others, asyncio.get_running_loop().time() + _CEILING_SECONDS)
                 self._free()
                 await self._wait(deadline, first=True)
-                fresh = False  # what comes back now is as good as new
+                fresh = False  # a connection given back now has just worked
             except BaseException:
                 self._free()
                 raise
@@ -138,11 +136,11 @@ class Pool:
                 return connection
 
     def can_go_on(self, connection: Connection) -> bool:
-        """Say whether a leased connection may carry another transaction before it is given back."""
+        """Return whether a leased connection may carry another transaction before it is given back."""
         return self._is_worth_keeping(connection) and self._out <= self._room() and not self._closed
 
     def give_back(self, connection: Connection) -> None:
-        """Take a connection back, whatever its state: kept when it can be used again, else closed. Never raises."""
+        """Take back a connection in any state: it is kept if it can be used again, else closed. Never raises."""
         if connection not in self._leased:
             connection.close()
             return
@@ -161,13 +159,13 @@ class Pool:
         self._free()
 
     def renew(self) -> None:
-        """Lend no connection again that is open now: a server keeps to the settings that it had when it opened."""
+        """Retire all connections that are open now: a server applies its new settings to new connections only."""
         self._fresh_since = asyncio.get_running_loop().time()
         while self._idle:
             self._say_goodbye(self._idle.pop())
 
     async def close(self) -> None:
-        """Close the kept connections with a QUIT; those in use are closed when they come back."""
+        """Close the idle connections with QUIT; those in use are closed when they are given back."""
         self._closed = True
         if self._reaper is not None:
             self._reaper.cancel()
@@ -184,7 +182,7 @@ class Pool:
     # -- connections --
 
     def _is_worth_keeping(self, connection: Connection) -> bool:
-        """Say whether a connection may carry another transaction, for somebody else perhaps."""
+        """Return whether a connection may carry another transaction, also of another caller."""
         destination = self.destination
         most = min(destination.messages_per_connection or sys.maxsize, connection.limits.mails)
         return (
@@ -194,14 +192,14 @@ class Pool:
         )
 
     def _oldest(self) -> float:
-        """When a connection must have been opened to be lent now."""
+        """Return the loop time before which a connection was opened too long ago to be used."""
         age = self.destination.connection_age
         if not age:
             return self._fresh_since
         return max(self._fresh_since, asyncio.get_running_loop().time() - age)
 
     async def _kept(self) -> Connection | None:
-        """Return the kept connection used last that is still good."""
+        """Return the idle connection used last that is still usable, or None."""
         while self._idle:
             connection = self._idle.pop()
             now = asyncio.get_running_loop().time()
@@ -209,7 +207,7 @@ class Pool:
                 self._say_goodbye(connection)
                 continue
             try:
-                while connection.replies_owed:  # to the RSET of give_back, and mostly here already
+                while connection.replies_owed:  # to the RSET sent by give_back; usually it has arrived already
                     reply = await connection.reply(timeout=self._timeouts.connect)
                     if not reply.is_positive:
                         connection.close()
@@ -226,7 +224,7 @@ class Pool:
         return None
 
     def _retire_owed(self) -> None:
-        """Close the kept ones that are owed a reply, too: waiting for each would cost a time-out each."""
+        """Close the other idle connections that are owed a reply: waiting would cost a time-out for each."""
         self._no_rset_until = asyncio.get_running_loop().time() + _NO_RSET_SECONDS
         for connection in self._idle:
             if connection.replies_owed:
@@ -234,7 +232,7 @@ class Pool:
         self._idle = [connection for connection in self._idle if connection.is_open]
 
     async def _connect(self) -> Connection:
-        # Passed over or not, the kept ones count: the oldest makes room.
+        # Idle connections count too: the oldest is closed to make room.
         while self._idle and self._out + len(self._idle) > self._room():
             self._say_goodbye(self._idle.pop(0))
         connection = await connect(
@@ -256,7 +254,7 @@ class Pool:
                 connection.close()
                 return
             try:
-                connection.send(b"RSET")  # its reply is read by the next lease, so that nobody waits for it
+                connection.send(b"RSET")  # the next lease reads the reply, so that nothing waits here
             except ClientError:
                 connection.close()
                 return
@@ -267,7 +265,7 @@ class Pool:
             self._reaper = loop.call_later(self._idle_seconds, self._reap)
 
     def _reap(self) -> None:
-        """Close what has been idle for too long; come back when the next one will be."""
+        """Close the connections that have been idle for too long, and set the timer for the next one."""
         loop = asyncio.get_running_loop()
         self._reaper = None
         now = loop.time()
@@ -297,7 +295,7 @@ class Pool:
         return min(self._limit, ceiling)
 
     async def _wait(self, deadline: float, *, first: bool) -> None:
-        """Wait in line for a slot. Cancelled or not, a slot that was granted is taken or passed on."""
+        """Wait in line for a slot. When cancelled, a slot that was granted already is passed on."""
         if self._closed:
             raise self._closing()
         loop = asyncio.get_running_loop()
@@ -306,7 +304,7 @@ class Pool:
             self._waiters.appendleft(waiter)
         else:
             self._waiters.append(waiter)
-        self._wake()  # the server's limit may have been forgotten since
+        self._wake()  # the server's limit may have expired since
         timer = loop.call_at(deadline, self._expire, waiter)
         try:
             await waiter

@@ -1,8 +1,8 @@
-"""Octets from a server -> replies, however they are cut into packets.
+"""Parses a server's octets into replies, however they are split into packets.
 
-Linear in what is fed, and bounded: a reply is at most 100 lines and 64 KiB, of each line 512 octets are kept. What is
-no reply raises ValueError, after which the parser is of no more use. A reply that the server broke off after its code
-("250-", then the end of the stream) counts: the code was said and the rest would have been text.
+Linear in the input, and bounded: a reply has at most 100 lines and 64 KiB, and 512 octets of each line are kept. A
+malformed reply raises ValueError, after which the parser must not be used. A reply that is cut off after its code
+("250-", then the end of the stream) counts: only text is missing.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from relay.mail.reply import Reply
 from relay.mail.text import printable
 
-_LINE_KEPT = 512 - len("250 \r\n")  # RFC 5321 4.5.3.1.5: what we keep, not what we accept
+_LINE_KEPT = 512 - len("250 \r\n")  # RFC 5321 4.5.3.1.5; longer lines are accepted and cut
 _MAX_LINES = 100
-_MAX_REPLY = 64 * 1024  # octets; no honest reply comes near
+_MAX_REPLY = 64 * 1024  # octets; no real reply comes near
 _MARKS = (b" ", b"-", b"")
 
 
 class ReplyParser:
-    """Collects one server's replies."""
+    """Parses the replies of one connection."""
 
     __slots__ = ("_code", "_lines", "_size", "_tail")
 
@@ -31,17 +31,17 @@ class ReplyParser:
 
     @property
     def is_between(self) -> bool:
-        """Whether no part of a reply is waiting for its rest."""
+        """Whether no incomplete reply is buffered."""
         return not (self._tail or self._lines)
 
     def feed(self, data: bytes) -> Iterator[Reply]:
-        """Yield the replies that are complete with these octets. Raises ValueError, after those before the fault."""
+        """Yield the replies that these octets complete. Raises ValueError, after the replies before the fault."""
         if (reply := self._single(data)) is not None:
             yield reply
             return
         if self._tail:
             self._tail += data
-            if b"\n" not in data:  # only the new octets are looked at: many tiny packets stay linear
+            if b"\n" not in data:  # only the new octets are searched: many tiny packets stay linear
                 if len(self._tail) > _MAX_REPLY:
                     raise ValueError("a line without an end")
                 return
@@ -57,7 +57,7 @@ class ReplyParser:
             raise ValueError("a line without an end")
 
     def finish(self) -> Reply | None:
-        """Return the reply that the end of the stream broke off, if its code was complete. Raises ValueError."""
+        """At the end of the stream, return the incomplete reply if its code is there, else None. Raises ValueError."""
         reply = None
         if len(self._tail) >= 3:
             reply = self._line(bytes(self._tail))
@@ -67,7 +67,7 @@ class ReplyParser:
         return reply
 
     def _single(self, data: bytes) -> Reply | None:
-        """Read what nearly all packets are: one reply of one plain line, whole."""
+        """Return the reply if the data is exactly one plain line, as nearly always, else None."""
         if data[3:4] != b" " or data[-2:] != b"\r\n" or len(data) > _LINE_KEPT or not self.is_between:
             return None
         code, text = data[:3], data[4:-2]
@@ -98,5 +98,5 @@ class ReplyParser:
 
 
 def safe_text(text: bytes) -> str:
-    """Return a reply's text as it may be shown and passed on: valid UTF-8 stays, all else is escaped, 512 are kept."""
+    """Return the text of a reply line, safe to log and pass on: valid UTF-8 stays, the rest is escaped, 506 octets."""
     return printable(text[:_LINE_KEPT].decode("utf-8", "backslashreplace"))

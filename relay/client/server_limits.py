@@ -1,4 +1,4 @@
-"""What a server says of its own limits in its EHLO: LIMITS (RFC 9422)."""
+"""The limits that a server announces in its EHLO reply: LIMITS (RFC 9422)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class ServerLimits(NamedTuple):
-    """How much a server takes: transactions on a connection, RCPT commands and recipient domains in a transaction."""
+    """The most transactions on a connection, RCPT commands and recipient domains in a transaction."""
 
     mails: int = sys.maxsize
     recipients: int = sys.maxsize
@@ -20,7 +20,7 @@ _FIELDS = {"MAILMAX": "mails", "RCPTMAX": "recipients", "RCPTDOMAINMAX": "domain
 
 
 def server_limits(extensions: Mapping[str, str]) -> ServerLimits:
-    """Return the limits that these extensions announce. What is unreadable, or 0, is no limit (RFC 9422 3)."""
+    """Return the announced limits. A value that cannot be parsed, or 0, means no limit (RFC 9422 3)."""
     text = extensions.get("LIMITS")
     if not text:
         return UNLIMITED
@@ -28,7 +28,7 @@ def server_limits(extensions: Mapping[str, str]) -> ServerLimits:
     for word in text.split():
         name, _, number = word.partition("=")
         field = _FIELDS.get(name.upper())
-        # At most six digits there, the first one not 0 (RFC 9422 3).
+        # A value has at most six digits, the first one not 0 (RFC 9422 3).
         if field and number.isascii() and number.isdigit() and len(number) <= 6 and int(number):
             found[field] = min(int(number), found.get(field, sys.maxsize))
     return ServerLimits(**found)

@@ -1,9 +1,9 @@
-"""Whether a refusal on a reused connection may be the connection's own, so that it is worth asking on a new one.
+"""Whether a refusal on a reused connection may be about the connection, so that it is repeated on a new one.
 
-Servers limit what one connection may carry (OpenSMTPD: 100 messages, Stalwart: 10), keep its errors in mind, or get
-out of step with it; many say so with a code that reads like a word about the message. A new connection tells. Where
-the new one says the same, it is not asked again for a while: a server that refuses everybody would otherwise get twice
-the load. What only the mailbox or the message can be the reason of is never asked twice.
+Servers limit the messages of one connection (OpenSMTPD: 100, Stalwart: 10) or count its errors; many refuse then with a
+code that seems to be about the message. A new connection shows which it is. If the new one gets the same refusal, this
+kind is not repeated for a while: a server that refuses everything would otherwise get twice the load. A refusal that
+can only be about the mailbox or the message is never repeated. Nothing here raises.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from collections.abc import Callable
 from relay.mail.reply import Reply
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
-_KINDS = 200  # remembered; a server that says everything in new words is bounded by the budget
-_BUDGET = 20.0  # repetitions in vain that may come at once ...
-_REFILL = 1.0  # ... and how many more of them in a second
-# RFC 3463, permanent: the address, the mailbox, the size, the content.
+_KINDS = 200  # remembered; the budget bounds a server whose texts are all different
+_BUDGET = 20.0  # repetitions in vain at once ...
+_REFILL = 1.0  # ... and more of them per second
+# RFC 3463, permanent: about the address, the mailbox, the size or the content.
 _ABOUT_IT = re.compile(r"5\.(?:[126]\.\d+|3\.4)(?!\d)")
 _WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*[.,:;!]?")
 
 
 class SessionRefusals:
-    """What one server's refusals on reused connections have turned out to be."""
+    """The kinds of refusals of one server that a new connection has confirmed."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._pauses: dict[str, tuple[float, float]] = {}  # kind -> until when it is believed, the pause until then
+        self._pauses: dict[str, tuple[float, float]] = {}  # kind -> until when it is not repeated, that pause
         self._budget = _BUDGET
         self._counted_at = clock()
 
     def is_doubtful(self, reply: Reply) -> bool:
-        """Say whether to ask again on a new connection; counts as asked if so."""
+        """Return whether to repeat the command on a new connection; if so, the repetition is counted."""
         if reply.code < 400 or (reply.code != 421 and _ABOUT_IT.match(reply.lines[0])):
             return False
         now = self._clock()
@@ -46,7 +46,7 @@ class SessionRefusals:
         return True
 
     def confirmed(self, reply: Reply) -> None:
-        """Note that a new connection was refused as well."""
+        """Note that a new connection got the same refusal."""
         kind = _kind(reply)
         _, pause = self._pauses.pop(kind, (0.0, 0.0))
         pause = min(_LONGEST_PAUSE, pause * 2) if pause else _FIRST_PAUSE
@@ -55,13 +55,13 @@ class SessionRefusals:
             del self._pauses[next(iter(self._pauses))]
 
     def refuted(self, reply: Reply) -> None:
-        """Note that a new connection was not refused: it was about the old one."""
+        """Note that a new connection was not refused: the refusal was about the old connection."""
         self._pauses.pop(_kind(reply), None)
         self._budget = min(_BUDGET, self._budget + 1.0)
 
 
 def _kind(reply: Reply) -> str:
-    """Return what is the same in all refusals of a kind: no address, number or id that the text quotes."""
+    """Return code, status and the first words of a refusal, without addresses, numbers and ids."""
     code, *words = f"{reply.code} {reply.lines[0]}".split()
     status = words[0] if words and re.fullmatch(r"[245]\.\d{1,3}\.\d{1,3}", words[0]) else ""
     return " ".join([code, status, *[word for word in words if _WORD.fullmatch(word)][:6]])

@@ -1,6 +1,7 @@
-"""Tells another server whose mail it is: XFORWARD (for its log) and XCLIENT (for its access rules).
+"""Sends the identity of the original client to a server: XFORWARD (for its log), XCLIENT (for its access rules).
 
-A server that does not want to know is told nothing; nothing here fails a message.
+Nothing is sent to a server that does not offer them. If the identity on a connection cannot be changed, ``introduce``
+raises NotIntroduced, and the caller needs a new connection.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ _LINE = 510  # octets of a command without CRLF
 
 
 class NotIntroduced(ClientError):
-    """The server knows this connection as another client's, and it cannot be made this one's."""
+    """The connection carries the identity of another client, and it cannot be changed."""
 
 
 def xforward(identity: Identity, connection: Connection) -> list[bytes]:
-    """Return the XFORWARD commands for this server, none where it does not offer it. They hold for one transaction."""
+    """Return the XFORWARD commands for this server, [] if it does not offer them. They hold for one transaction."""
     return [] if connection.introduced else _commands("XFORWARD", identity, connection.extensions)
 
 
 def _xclient(identity: Identity, extensions: Mapping[str, str]) -> list[bytes]:
-    """Return the XCLIENT command for this server, if it grants that.
+    """Return the XCLIENT command for this server, [] if it does not offer it.
 
-    Never with a loopback address: the server would take the client for a program of its own and trust it.
+    Never with a loopback address: the server would trust the client as a local program.
     """
     address = dict(identity).get("ADDR", "")
     return _commands("XCLIENT", identity, extensions)[:1] if address and not is_loopback(address) else []
@@ -56,7 +57,7 @@ def _encoded(value: str) -> str:
 
 
 def is_introduced(connection: Connection, identity: Identity) -> bool:
-    """Say whether ``introduce`` would have nothing to say."""
+    """Return whether ``introduce`` would send nothing."""
     return _introduction(connection, identity) == connection.introduced
 
 
@@ -68,9 +69,9 @@ def _introduction(connection: Connection, identity: Identity) -> bytes:
 
 
 async def introduce(connection: Connection, identity: Identity, *, timeout: float) -> Reply | None:
-    """Tell a server that grants XCLIENT who the client is, and greet it anew; once for each change on a connection.
+    """Send XCLIENT and a new EHLO to a server that offers it, if the identity on the connection changes.
 
-    Returns None, or the reply with which the server turns this client away. Raises ClientError, NotIntroduced.
+    Returns None, or the reply with which the server refuses this client. Raises ClientError, NotIntroduced.
     """
     wanted = _introduction(connection, identity)
     if wanted == connection.introduced:

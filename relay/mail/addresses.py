@@ -1,4 +1,4 @@
-"""IP addresses and networks of clients: parsed, compared, written in one way."""
+"""IP addresses and networks of clients: parse, compare, and write them in one form. Nothing here raises."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 @lru_cache(maxsize=4096)
 def parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Return an address in its shortest form, None for what is none. The same few ask again for every message."""
+    """Parse an IP address; returns None for anything else. Cached: a few clients send most messages."""
     try:
         found = ipaddress.ip_address(address)
     except ValueError:
@@ -21,26 +21,26 @@ def parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None
 
 
 def within(address: str, networks: tuple[Network, ...]) -> bool:
-    """Say whether an IP address is in one of the networks; what is no address is in none."""
+    """Return whether an IP address is in one of the networks; False for anything that is no address."""
     client = parsed(address)
     return client is not None and any(client in network for network in networks)
 
 
 def plain_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:
-    """Return an address as text, an IPv4 client on an IPv6 socket as IPv4, without a zone ("%eth0")."""
+    """Return an address as text: without a zone ("%eth0"), and an IPv4-mapped IPv6 address as IPv4."""
     if isinstance(address, ipaddress.IPv6Address):
         return str(address.ipv4_mapped or ipaddress.IPv6Address(int(address)))
     return str(address)
 
 
 def is_loopback(address: str) -> bool:
-    """Say whether an address is some machine's own."""
+    """Return whether an address is a loopback address."""
     found = parsed(address)
     return found is not None and found.is_loopback
 
 
 def network_prefix(address: str) -> str:
-    """Return under which name connections from an address are counted: an IPv6 client has a whole /64 of its own."""
+    """Return the name under which connections from an address are counted: an IPv6 address counts as its /64."""
     client = parsed(address)
     if client is None or client.version == 4:
         return address

@@ -12,7 +12,7 @@ from relay.mail.stored import texts
 from relay.mail.text import printable
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-MESSAGES_PER_CONNECTION = 10  # no common server minds: Exim queues what comes after the tenth, Stalwart refuses it
+MESSAGES_PER_CONNECTION = 10  # by default Exim queues further messages, and Stalwart refuses them
 CONNECTION_AGE = 300.0  # seconds, as Postfix's smtp_connection_reuse_time_limit
 _NUMBERS = {"port", "connections", "messages_per_connection", "connection_age"}  # fields of a destination
 _NO_TEXTS = _NUMBERS | {"soft_bounce", "domains"}
@@ -20,11 +20,11 @@ _NO_TEXTS = _NUMBERS | {"soft_bounce", "domains"}
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """A server that we deliver to: the primary or a backup.
+    """A server that mail is delivered to: the primary or a backup.
 
-    ``name`` labels it everywhere (settings, queue, metrics); it never holds user information. ``password`` is
-    the secret itself and is kept out of ``repr`` and of the stored form; ``password_from`` is a reference
-    (``env:NAME``, ``file:/path``) that a later process resolves.
+    ``name`` labels it everywhere (settings, queue, metrics); it never holds user information. ``password`` is the
+    secret itself, excluded from ``repr`` and from the stored form; ``password_from`` is a reference (``env:NAME``,
+    ``file:/path``) that a later process resolves.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Destination:
     messages_per_connection: int = MESSAGES_PER_CONNECTION  # transactions on one connection, at most; 0: no limit
     connection_age: float = CONNECTION_AGE  # seconds until a connection is not used again; 0: no limit
     ca_file: str = ""
-    tls_certificate: str = ""  # ours, for a server that asks for one
+    tls_certificate: str = ""  # client certificate, for a server that requests one
     tls_key: str = ""
 
     @property
@@ -56,7 +56,7 @@ class Destination:
         return f"backup-{self.name}"
 
     def wants(self, recipient: Recipient) -> bool:
-        """Say whether a copy for this recipient goes to this backup."""
+        """Return whether this backup gets a copy for this recipient."""
         return not self.domains or recipient.domain in self.domains
 
     def to_json(self) -> str:
@@ -66,7 +66,7 @@ class Destination:
 
     @classmethod
     def from_json(cls, data: str | bytes) -> Destination:
-        """Read the stored form. Raises ValueError for what is no destination."""
+        """Read the stored form. Raises ValueError if it is no destination."""
         try:
             record = json.loads(data)
             record["domains"] = texts(record.get("domains", []))
@@ -79,7 +79,7 @@ class Destination:
             is_destination_name(found.name)
             and all(isinstance(value, str) and not _CONTROL.search(value) for value in words)
             and type(found.port) is int
-            and 0 <= found.port < 65536  # 0: only its name is known, see relay.ledger.continuity
+            and 0 <= found.port < 65536  # 0: only the name is known, see relay.ledger.continuity
             and found.scheme in {"smtp", "smtps", "lmtp"}
             and found.tls in {"none", "opportunistic", "encrypt", "verify"}
             and found.sender in {"keep", "null"}

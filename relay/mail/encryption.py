@@ -1,12 +1,14 @@
-"""Encryption at rest: with ``storage.key_file`` every stored message is sealed, envelope and body, wherever it lies.
+"""Encryption at rest: with ``storage.key_file``, envelope and body of every stored message are sealed (encrypted).
 
-The file has a key a line, ``<id>:<key>``, as `smtp-dup new-key` writes it: the first seals, all of them open; with the
-word ``plain`` in front none seals. The id is a hash of the key, so a damaged line shows at the start. A process has one
-keyring, set before it stores or reads anything; without one nothing is sealed, and no cipher is even imported.
+The file has a key on each line, ``<id>:<key>``, as written by `smtp-dup new-key`: the first one seals, all of them
+open; below a first line ``plain`` none seals. The id is a hash of the key, so that a damaged line is detected at the
+start. A process has one keyring, set before it stores or reads anything; without one nothing is sealed, and no cipher
+is imported.
 
-Each record has a key of its own, made from ours, the message's id and a random salt (HMAC-SHA256), so that AES-256-GCM
-never sees a nonce twice and a record opens under its own id only. A key that is not here is a MissingKey, whose text
-is for the operator; what was changed or belongs to another message is Forged. A file that is no use is a BadKeyFile.
+Each record is sealed with a key of its own, derived (HMAC-SHA256) from the file's key, the message id and a random
+salt, so that AES-256-GCM never uses a nonce twice and a record opens under its own id only. A key that is not in the
+file raises MissingKey, with a text for the operator; a record that was changed or belongs to another message raises
+Forged; a file that cannot be used raises BadKeyFile.
 """
 
 from __future__ import annotations
@@ -31,18 +33,18 @@ if TYPE_CHECKING:
 _KEY_OCTETS = 32
 _ID_OCTETS = 4
 _SALT_OCTETS = 16
-_HEAD, _BODY = bytes(12), bytes(11) + b"\1"  # nonces: each key seals one envelope and one body, ever
+_HEAD, _BODY = bytes(12), bytes(11) + b"\1"  # nonces: each key seals exactly one envelope and one body
 _PURPOSE = b"smtp-dup record 2\0"
 
-Cut = tuple[bytes, bytes]  # what stands in front of the body (key id, salt, sealed envelope), and the sealed body
+Cut = tuple[bytes, bytes]  # the part before the body (key id, salt, sealed envelope), and the sealed body
 
 
 class MissingKey(LookupError):
-    """A record's key is not in our key file; the text says which, and what to do."""
+    """A record's key is not in the key file; the text names it and says what to do."""
 
 
 class Forged(ValueError):
-    """A sealed record that was changed, cut off or put under another message's id."""
+    """A sealed record that was changed, truncated or put under another message's id."""
 
 
 class BadKeyFile(ValueError):
@@ -69,7 +71,7 @@ class Keyring:
         self.path = path
         self._read_at: tuple[int, ...] = ()
         self._keys: dict[bytes, bytes] = {}
-        self.first: _Key | None = None  # None: nothing is sealed any more
+        self.first: _Key | None = None  # None: the file begins with ``plain``
         self.read()
 
     @property
@@ -78,7 +80,7 @@ class Keyring:
         return [key_id.hex() for key_id in self._keys]
 
     def read(self) -> None:
-        """Read the file (again). Raises BadKeyFile, and then nothing has changed."""
+        """Read the file (again). Raises BadKeyFile, and then keeps the keys as they are."""
         found = _read(self.path)
         self._read_at = found.state
         self._keys = {key.id: key.secret for key in found.keys}
@@ -86,13 +88,13 @@ class Keyring:
 
     @property
     def words(self) -> str:
-        """What it does, for the log and `check`."""
+        """Which key seals and which others open, for the log and `check`."""
         others = [key_id for key_id in self.ids if self.first is None or key_id != self.first.id.hex()]
         sealing = f"sealed with key {self.first.id.hex()}" if self.first else "stored as it is"
         return sealing + (f"; {', '.join(others)} can be opened" if others else "")
 
     def find(self, key_id: bytes) -> bytes:
-        """Return a key. One that is new in the file is found there, without a restart. Raises MissingKey."""
+        """Return a key by its id; the file is read again if it is not known yet. Raises MissingKey."""
         if key_id not in self._keys:
             try:
                 if _state(self.path.stat()) != self._read_at:
@@ -108,23 +110,23 @@ _ring: Keyring | None = None
 
 
 def use(path: Path | None) -> None:
-    """Seal and open with the keys of this file from now on, in this process; None: seal nothing. Raises BadKeyFile."""
+    """Use the keys of this file in this process from now on; None: seal nothing. Raises BadKeyFile."""
     global _ring  # noqa: PLW0603 - one for each process: what is stored passes through many hands
     _ring = None if path is None else Keyring(path)
 
 
 def ring() -> Keyring | None:
-    """Return this process's keys, None where there are none."""
+    """Return the keyring of this process, or None."""
     return _ring
 
 
 def is_on() -> bool:
-    """Say whether what is stored from now on is sealed."""
+    """Return whether messages stored from now on are sealed."""
     return _ring is not None and _ring.first is not None
 
 
 def reload() -> None:
-    """Read the key file again. Raises BadKeyFile, and then the keys stay as they are."""
+    """Read the key file again. Raises BadKeyFile, and then keeps the keys as they are."""
     if _ring is not None:
         _ring.read()
 
@@ -133,7 +135,7 @@ def reload() -> None:
 
 
 def pseudonym(word: str) -> str:
-    """Return what stands for a word that must be known again and not read; only while it ``is_on``."""
+    """Return a keyed hash of a word, which can be compared but not read; only while encryption ``is_on``."""
     if _ring is None or _ring.first is None:
         raise RuntimeError("there is no key to make a pseudonym with")
     octets = word.encode("utf-8", "surrogateescape")
@@ -141,7 +143,7 @@ def pseudonym(word: str) -> str:
 
 
 def seal_word(place: str, word: str) -> str:
-    """Seal a word that is kept at this place, an ASCII name; only while it ``is_on``."""
+    """Seal a word stored at this place, an ASCII name; only while encryption ``is_on``."""
     return base64.b64encode(seal(place, 0, word.encode("utf-8", "surrogateescape"), b"")[0]).decode("ascii")
 
 
@@ -158,7 +160,7 @@ def open_word(place: str, sealed: str | bytes) -> str:
 
 
 def seal(message_id: str, flags: int, envelope: bytes, body: bytes) -> Cut:
-    """Seal a message; only while it ``is_on``."""
+    """Seal a message; returns the parts before and of the body. Only while encryption ``is_on``."""
     if _ring is None or _ring.first is None:
         raise RuntimeError("there is no key to seal with")
     key, salt, owner = _ring.first, os.urandom(_SALT_OCTETS), message_id.encode("ascii", "surrogateescape")
@@ -169,14 +171,14 @@ def seal(message_id: str, flags: int, envelope: bytes, body: bytes) -> Cut:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The envelope of a sealed message, and how its body is opened."""
+    """The envelope of a sealed message, and a function that opens its body."""
 
     envelope: bytes
-    body: Callable[[bytes, int], bytes]  # of the sealed body and the record's flags. Raises Forged
+    body: Callable[[bytes, int], bytes]  # (sealed body, flags of the record) -> body. Raises Forged
 
 
 def open_front(message_id: str, front: bytes) -> Opened:
-    """Open what stands in front of a body. Raises MissingKey, Forged."""
+    """Open the part before the body. Raises MissingKey, Forged."""
     key_id, salt = front[:_ID_OCTETS], front[_ID_OCTETS : _ID_OCTETS + _SALT_OCTETS]
     if len(salt) < _SALT_OCTETS:
         raise Forged("truncated")
@@ -220,7 +222,7 @@ def _read(path: Path) -> _File:
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             found = os.fstat(file.fileno())
-            # A file of root's that the service's group may read is how Kubernetes and packages hand out secrets.
+            # Kubernetes and packages provide secrets as files of root that the service's group may read.
             if not stat.S_ISREG(found.st_mode):
                 raise BadKeyFile(f"{path} is no regular file")
             if found.st_mode & (0o027 if found.st_uid == 0 else 0o077):
@@ -257,14 +259,14 @@ def _read_line(line: str) -> _Key | None:
 
 
 def new_key() -> str:
-    """Return the line of a new key."""
+    """Return the line of a new random key for the key file."""
     return _Key.of(os.urandom(_KEY_OCTETS)).line
 
 
 def add_key(path: Path) -> Sequence[str]:
-    """Put a new key in front of those in a file, which is made if there is none. Returns the ids. Raises BadKeyFile.
+    """Put a new key in front of those in a file, which is created if missing. Returns the ids. Raises BadKeyFile.
 
-    The file is replaced as a whole; it stays its owner's, and readable for nobody else than before.
+    The file is replaced as a whole and keeps its owner and mode.
     """
     try:
         before = path.stat() if path.exists() else None

@@ -12,18 +12,18 @@ from relay.mail.recipient import Recipient
 from relay.mail.stored import any_text, line, number, texts
 from relay.mail.text import printable
 
-_to_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make one at every call
+_to_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make an encoder at each call
 
 
 class MalformedRecord(ValueError):
-    """A stored message that this version cannot read; it is set aside, never dropped."""
+    """A stored message that this version cannot read; the caller sets it aside and never drops it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """Who a message is from, for whom, and where it came from.
+    """Sender, recipients and origin of a message.
 
-    Addresses are str with surrogateescape, so that bytes that are no UTF-8 survive; the null sender is "".
+    Addresses are str with surrogateescape, so that octets that are no UTF-8 survive; the null sender is "".
     ``received_at`` is seconds since the epoch. ``size`` counts the octets of the body in wire form.
     """
 
@@ -36,8 +36,8 @@ class Envelope:
     client_address: str = ""
     client_helo: str = ""
     destinations: tuple[str, ...] = ()  # names of the backups that get a copy
-    identity: tuple[tuple[str, str], ...] = ()  # XFORWARD attributes of the real client, to pass on
-    # Which recipients a backup was promised, by index, where that is not all of them. None: an old record, without it.
+    identity: tuple[tuple[str, str], ...] = ()  # XFORWARD attributes of the original client, to pass on
+    # (backup, indices of its recipients), for each backup that does not get all. None: an old record, without it.
     promised: tuple[tuple[str, tuple[int, ...]], ...] | None = None
 
     def to_json(self) -> bytes:
@@ -65,7 +65,7 @@ class Envelope:
     def from_json(cls, data: bytes) -> Envelope:
         """Read the wire form. Raises MalformedRecord."""
         try:
-            record = json.loads(str(data, "utf-8"))  # given octets, it would look for their encoding first
+            record = json.loads(str(data, "utf-8"))  # given bytes, json would detect their encoding first
             envelope = cls(
                 id=record["id"],
                 sender=line(record["from"]),
@@ -88,12 +88,12 @@ class Envelope:
         return envelope
 
     def owed_to(self, destination: Destination) -> tuple[int, ...]:
-        """Return the indices of the recipients that a destination was promised a copy for, at acceptance.
+        """Return the indices of the recipients for whom this destination was promised a copy at acceptance.
 
-        Settings of today do not count: what was promised is kept whatever has become of them. Only an old record says
-        nothing of it; then the filter of today stands for the one of then, and where it would leave nobody, everybody
-        is owed: a copy too many beats a loss. A destination that the envelope does not name has copies that were moved
-        to it, with a state of their own where not everybody is owed.
+        Later changes of the settings do not matter. Only an old record does not hold the promise: then today's domain
+        filter applies, and if it leaves no recipient, all are owed, since a superfluous copy is better than a lost one.
+        A destination that the envelope does not name got the copy by `move`: all recipients are owed, unless the
+        state of the copy says otherwise.
         """
         everybody = tuple(range(len(self.recipients)))
         if self.promised is None:

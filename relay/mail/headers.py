@@ -1,8 +1,8 @@
-"""The Received line that we put on top of every message, and the hops that it has made before.
+"""The Received line that is put on top of every message, and the count of the hops it has made before.
 
-Only the header block is read: what looks like a trace line in a body counts for nothing. Nothing here
-fails; whatever a client said is made safe before it stands in a line. A message without an empty line is all header to
-its last octet: so everybody says how far to look, and no work here grows with a message but its digest.
+Only the header block is read: trace lines in a body do not count. Nothing here raises; text from a client is made safe
+before it becomes part of a line. A message without an empty line is all header: so callers limit how far to look, and
+no work here grows with the message except its digest.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._:\[\]-]")
 _MARK = "(smtp-dup)"
 _BLANKS = (b" ", b"\t")
 _RECEIVED = b"\r\nreceived:"
-_MOST_HOPS = 1 << 10  # that are told apart
+_MOST_HOPS = 1 << 10  # Received lines that are examined
 _TRACE_BLOCK = re.compile(
     rb"(?i)(?:(?:received|return-path|x-original-to|delivered-to):[^\r\n]*(?:\r\n[ \t][^\r\n]*)*\r\n)*"
 )
-_NO_FIELD = re.compile(rb"(?m)^(?![!-9;-~]++[ \t]*+:|[ \t])")  # a line that ends the header without being empty
+_NO_FIELD = re.compile(rb"(?m)^(?![!-9;-~]++[ \t]*+:|[ \t])")  # a line that is no field ends the header too
 _DIGEST_DIGITS = 30
 _DIGEST_LOOK = 256 << 10  # octets in which a Message-ID is looked for
 _SLICE = 64 << 10
@@ -31,7 +31,7 @@ _MESSAGE_ID = re.compile(rb"(?mi)^message-id:[ \t\r\n]*(\S+)")
 
 
 def received_line(*, helo: str, address: str, domain: str, protocol: str, message_id: str) -> bytes:
-    """Return our trace line (RFC 5321 4.4), ended by CRLF.
+    """Return the relay's trace line (RFC 5321 4.4), with its CRLF.
 
     No ``for`` clause: it would show a blind copy's address to the other recipients. ``protocol`` is the
     keyword of RFC 3848 and RFC 6531 (ESMTP, ESMTPS, UTF8SMTP...).
@@ -59,7 +59,7 @@ def protocol_keyword(*, extended: bool, tls: bool, authenticated: bool, utf8: bo
 
 
 def header_block(body: bytes, start: int = 0, most: int = sys.maxsize) -> bytes:
-    """Return the header block of a body in wire form, up to the empty line, or the first so many octets of it."""
+    """Return the header block of a body in wire form, up to the empty line, cut at ``most`` octets."""
     if body.startswith(b"\r\n", start):
         return b""
     stop = min(len(body), start + most)
@@ -68,9 +68,9 @@ def header_block(body: bytes, start: int = 0, most: int = sys.maxsize) -> bytes:
 
 
 async def fields_only(block: bytes) -> bytes:
-    """Return a header block up to the first line that is no field: without an empty line all of a text is one.
+    """Return a header block up to the first line that is no field, for a message without an empty line.
 
-    In slices, between which others have their turn.
+    Works in slices, and yields to other tasks between them.
     """
     at = 0
     while at < len(block):
@@ -84,14 +84,14 @@ async def fields_only(block: bytes) -> bytes:
 
 
 def count_fields(block: bytes) -> int:
-    """Return how many header fields a header block has; folded lines belong to the one above."""
+    """Return the number of header fields in a header block; folded lines belong to the field above."""
     return block.count(b"\r\n") - block.count(b"\r\n ") - block.count(b"\r\n\t")
 
 
 def count_hops(block: bytes, domain: str) -> tuple[int, int]:
-    """Return how many Received lines a header block has, and how many of them are ours; at most so many are told apart.
+    """Return the number of Received lines in a header block, and of those that this relay wrote.
 
-    A search in octets and no regular expression: that would be ten times as much work for a block of a megabyte.
+    Octets are searched directly: for a block of a megabyte, a regular expression takes ten times as long.
     """
     ours = f"by {domain} {_MARK} ".encode("ascii", "replace").lower()
     text = b"\r\n" + block.lower()
@@ -108,17 +108,17 @@ def count_hops(block: bytes, domain: str) -> tuple[int, int]:
 
 
 def equality_digest(sender: str, body: bytes) -> str:
-    """Return a name for equal mail: sender, Message-ID, all below the leading trace lines; "" without a Message-ID.
+    """Return a digest of sender, Message-ID and everything below the leading trace lines; "" without a Message-ID.
 
-    A client that sends again after a lost reply may add other trace lines, but changes nothing else. The work of a
-    large body belongs into a thread.
+    It is equal for the same message sent again after a lost reply: a client may change the trace lines, but nothing
+    else. For a large body, call it in a thread.
     """
     leading = _TRACE_BLOCK.match(body, 0, _DIGEST_LOOK)
     start = leading.end() if leading else 0
     found = _MESSAGE_ID.search(header_block(body, start, _DIGEST_LOOK))
     if not found:
         return ""
-    # Processors have instructions for SHA-256: it is twice as fast as BLAKE2, which counts for a large message.
+    # Processors have instructions for SHA-256, which makes it twice as fast as BLAKE2 for a large message.
     digest = hashlib.sha256(memoryview(body)[start:])
     digest.update(b"\0" + sender.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:_DIGEST_DIGITS]

@@ -1,7 +1,7 @@
-"""What may be a name: message ids, names of destinations, ids of jobs, checked where they come in from Redis or a job.
+"""Message ids, names of destinations and ids of jobs: making them, and checking those that come from Redis or a job.
 
-What Redis says is data. Such a name becomes a key, a queue, a file, a label or a line of a listing only when it has
-the form that we give it; what has not is no name of ours, whoever wrote it.
+Data from Redis is not trusted: a name becomes a key, a queue, a file, a label or a line of a listing only if it has the
+form that smtp-dup gives it. Anything else is ignored or refused. Nothing here raises.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeGuard
 
-ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # of ids. Crockford base 32: no i, l, o, u
+ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # of ids: Crockford base 32, without i, l, o, u
 _ID = re.compile(rf"[{ALPHABET}]{{16}}")
 _IDS = re.compile(rf"(?:[{ALPHABET}]{{16}},)*")
-# The name becomes a queue's name, a Redis key and a metric's label.
+# The name becomes part of a queue name, a Redis key and a metric label.
 _DESTINATION = re.compile(r"[A-Za-z0-9._:\-\[\]]{1,100}")
 _COUNT_BITS = 15
 _COUNTED = (1 << _COUNT_BITS) - 1
@@ -24,49 +24,49 @@ _JOB = re.compile(r"[\w-]{1,200}", re.ASCII)
 
 
 def is_id(value: object) -> TypeGuard[str]:
-    """Say whether this is a message id of ours in form."""
+    """Return whether this has the form of a message id."""
     return isinstance(value, str) and _ID.fullmatch(value) is not None
 
 
 def are_ids(values: object) -> TypeGuard[list[str]]:
-    """Say whether this is a list of message ids; a long one is looked at as a whole."""
+    """Return whether this is a list of message ids; a long one is checked in one pass."""
     if not isinstance(values, list) or not set(map(type, values)) <= {str}:
         return False
-    # With a comma in one of them there are more of 16 than there are.
+    # A comma within an element would make more words of 16 characters than there are elements.
     return _IDS.fullmatch(",".join([*values, ""])) is not None and all(len(value) == 16 for value in values)
 
 
 def is_destination_name(value: object) -> TypeGuard[str]:
-    """Say whether this can be the name of a destination."""
+    """Return whether this has the form of a destination name."""
     return isinstance(value, str) and _DESTINATION.fullmatch(value) is not None
 
 
 def is_job_id(value: object) -> TypeGuard[str]:
-    """Say whether this can be the id of an RQ job of ours."""
+    """Return whether this has the form of the id of an RQ job of smtp-dup."""
     return isinstance(value, str) and _JOB.fullmatch(value) is not None
 
 
 def text(value: bytes | str) -> str:
-    """Return what Redis holds as text; octets that are no UTF-8 are escaped, since any may be there."""
+    """Return a value from Redis as text; octets that are no UTF-8 are escaped."""
     return value if isinstance(value, str) else value.decode("utf-8", "backslashreplace")
 
 
 def message_ids(members: Iterable[bytes | str]) -> list[str]:
-    """Return the members of a list in Redis that are message ids."""
+    """Return those members of a list from Redis that are message ids."""
     return [member for member in map(text, members) if is_id(member)]
 
 
 def names(members: Sequence[bytes | str]) -> list[str]:
-    """Return the members of a list in Redis that can be names of destinations."""
+    """Return those members of a list from Redis that have the form of destination names."""
     return [member for member in map(text, members) if is_destination_name(member)]
 
 
 class IdSource:
-    """Makes message ids: 16 characters, ordered by time (ms), that name the process which made them.
+    """Makes message ids: 16 characters, ordered by time (ms), that identify the process which made them.
 
-    Characters 9 to 12 are the owner: 20 random bits for each relay process, so that what a dead process
-    left staged can be found by its ids alone. The last three count within the process. Each is later than all before,
-    also while this host's clock is behind what it was: an id that comes twice is a message written over another.
+    Characters 9 to 12 are the owner: 20 random bits for each relay process, so that messages that a dead process left
+    staged are found by their ids alone. The last three count within the process. Ids always increase, even when the
+    clock is set back: with a repeated id, one message would overwrite another.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
@@ -86,7 +86,7 @@ def owner_of(message_id: str) -> str:
 
 
 def made_at(message_id: str) -> float:
-    """Return when a message id was made, seconds since the epoch; infinity for what is no id of ours."""
+    """Return when a message id was made, in seconds since the epoch; infinity if it is no message id."""
     digits = [ALPHABET.find(character) for character in message_id[:9]]
     if len(message_id) != 16 or min(digits) < 0:
         return math.inf

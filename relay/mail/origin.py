@@ -1,4 +1,4 @@
-"""Where a message comes from: the attributes of its client, in XFORWARD's names."""
+"""The identity of the client that a message comes from, as (name, value) pairs with XFORWARD's attribute names."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from relay.mail.envelope import Envelope
 Identity = tuple[tuple[str, str], ...]
 
 
-# What a server is told ----------------------------------------------------------------------------------------
-
-
 def of_client(address: str, port: int, helo: str, *, extended: bool) -> Identity:
-    """Return what we know ourselves of a client; nothing of one on our own machine, which would tell nobody who."""
+    """Return the identity of a connected client; () for a local one, whose address identifies nobody."""
     if not address or is_loopback(address):
         return ()
     known = [("ADDR", address), ("PORT", str(port) if port else ""), ("PROTO", "ESMTP" if extended else "SMTP")]
@@ -20,5 +17,5 @@ def of_client(address: str, port: int, helo: str, *, extended: bool) -> Identity
 
 
 def of_envelope(envelope: Envelope) -> Identity:
-    """Return whose message this is, for a backup."""
+    """Return the identity of a message's client, for a backup."""
     return envelope.identity or of_client(envelope.client_address, 0, envelope.client_helo, extended=True)

@@ -1,4 +1,4 @@
-"""A recipient of a message, as RCPT named it."""
+"""A recipient of a message, as given by RCPT."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Recipient(NamedTuple):
-    """One accepted RCPT: the address without angle brackets, and its ESMTP parameters as they came."""
+    """One RCPT: the address without angle brackets, and the ESMTP parameters unchanged."""
 
     address: str
     parameters: tuple[str, ...] = ()

@@ -1,12 +1,12 @@
-"""What crosses the seams: a Reply, an Envelope with its recipients, a Message record, a Destination.
+"""The stored record of a message: ``Message.pack`` compresses and seals it, ``Message.unpack`` reads it.
 
-All are frozen. A Message has a wire form (version 1, or 2 when it is sealed) that the ledger and the spool
-share, so that a record moves between them byte for byte. A record that is damaged, makes no sense or could not be sent
-as one message raises MalformedRecord, one whose key is not here its child LockedRecord; nothing here does I/O.
+The stored form (version 1, or 2 when sealed) is the same in the ledger and in the spool, so that a record moves between
+them byte for byte. A record that is damaged, invalid or could not be sent as one message raises MalformedRecord; one
+whose key is missing raises its subclass LockedRecord. Nothing here does I/O.
 
-A record of version 1 ends its envelope with a checksum, and says so with a flag, so that neither is lost unseen: CRC-32
-of the stored body, then of header and envelope with it. A version that knows of neither reads past both. What was
-stored before there were checksums is read without. A sealed record is authentic or Forged.
+In version 1 the envelope ends with a checksum, and a flag says so, so that the loss of either is detected: CRC-32 of
+the stored body, continued over header and envelope. Versions without checksums ignore both, and records stored by them
+are read without. A sealed record is authentic or Forged.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ T = TypeVar("T")
 
 RECORD_VERSION = 1
 SEALED_VERSION = 2
-_HEADER = struct.Struct("!BBI")  # version, flags, octets up to the body: the envelope JSON, or what seals it
+_HEADER = struct.Struct("!BBI")  # version, flags, octets before the body: the envelope as JSON, or sealed
 _FLAG_ZSTD = 1
-_FLAG_ELSEWHERE = 2  # instead of the body: JSON of the host and the path of the file that has the whole record
+_FLAG_ELSEWHERE = 2  # in place of the body: JSON with host and path of the file that holds the whole record
 _FLAG_CHECKED = 4  # the envelope ends with a checksum
 _FLAGS = _FLAG_ZSTD | _FLAG_ELSEWHERE | _FLAG_CHECKED
 _CHECKSUM = re.compile(rb',"crc":"([0-9a-f]{8})([0-9a-f]{8})"\}')
 _CHECKSUM_OCTETS = len(b',"crc":"0123456789abcdef"}')
-_COMPRESS_FROM = 512  # bytes; below this zstd's frame eats what it saves
-# A larger body is compressed only if samples of it shrink to this part. Base64 of what is compressed already (images,
-# archives) goes to 3/4: less than it costs in processor time, twice, to have a quarter less to move.
+_COMPRESS_FROM = 512  # octets; in a smaller body zstd's frame costs more than it saves
+# A larger body is compressed only if samples of it shrink to this part. Base64 of compressed data (images, archives)
+# shrinks to 3/4: moving a quarter less is not worth the processor time of both sides.
 _SAMPLE_FROM, _WORTH = 256 << 10, 0.7
 _SAMPLES, _SAMPLE = 4, 16 << 10
-# A lone dot would end DATA. Where a bare CR or LF ends a line nothing of ours wrote it, but servers differ about that.
+# A lone dot would end DATA. The relay writes no bare CR or LF, but some servers take one as a line end.
 _LONE_DOT = re.compile(rb"\n\.[\r\n]")
 _LONE_DOT_ANYHOW = re.compile(rb"\r\.[\r\n]")
-_UNFOLDS = 64 << 20  # octets that a compressed body may have in any case
+_UNFOLDS = 64 << 20  # octets; any body up to this size may be decompressed
 
 
 class _Codecs(threading.local):
-    """zstd contexts, which are costly to make and belong to one thread each."""
+    """zstd contexts, which are expensive to make and must not be shared between threads."""
 
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(level=1)
@@ -61,23 +61,23 @@ _most = _UNFOLDS
 
 
 def bound(octets: int) -> None:
-    """Let a compressed body have this many octets, in this process: ``smtp.max_message_bytes``, 0 for any.
+    """Limit the size of decompressed bodies in this process; ``octets`` is ``smtp.max_message_bytes``, 0 for no limit.
 
-    Dots are stuffed and our line is in front: twice as many can be right. What may have been taken under a former
-    limit is not refused while it is small enough to do no harm.
+    Twice as many are allowed, for stuffed dots and the Received line. A body up to ``_UNFOLDS`` is always allowed: it
+    may have been accepted under an earlier limit.
     """
     global _most  # noqa: PLW0603 - one for each process: what is stored passes through many hands
     _most = max(_UNFOLDS, 2 * octets) if octets else 0
 
 
 class LockedRecord(MalformedRecord):
-    """A stored message that is sealed with a key which is not here, as yet; it waits."""
+    """A stored message that is sealed with a missing key; it waits until the key is in the file again."""
 
 
 class BodyElsewhere(Exception):
-    """A stored message whose body has been moved to a file; ``host`` and ``path`` say where.
+    """A stored message whose body has been moved to the file ``path`` on ``host``.
 
-    ``trouble`` says why the file cannot be read here, where it is.
+    ``trouble`` says why the file cannot be read on that host.
     """
 
     def __init__(self, host: str, path: str, trouble: str = "") -> None:
@@ -92,20 +92,20 @@ class BodyElsewhere(Exception):
 class Message:
     """An envelope and its body.
 
-    ``body`` is the wire form: dot-stuffed, with our Received line in front, every line ended by CRLF,
-    without the end-of-data line. It is written to a server as it is, followed by ``.CRLF``. A worker's may
-    be a view of the record, which is good for writing it.
+    ``body`` is the wire form: dot-stuffed, below the relay's Received line, every line ended by CRLF, without the
+    end-of-data line. It is sent to a server unchanged, followed by ``.CRLF``. In a worker it may be a memoryview of the
+    record, which serves for writing only.
     """
 
     envelope: Envelope
     body: bytes
 
     def pack(self) -> bytes:
-        """Return the stored record, the body compressed where that pays, sealed where there is a key."""
+        """Return the stored record: the body is compressed if that pays, the whole is sealed if there is a key."""
         return b"".join(self.packed())
 
     def packed(self) -> tuple[bytes, ...]:
-        """Return the stored record in parts, of which the last may be the body itself: no copy of a large one."""
+        """Return the stored record in parts; the last may be the body itself, to avoid a copy of a large one."""
         head = self.envelope.to_json()
         body, flags = self.body, 0
         if _is_worth_compressing(body):
@@ -119,7 +119,7 @@ class Message:
 
     @classmethod
     def stub(cls, record: bytes, host: str, path: str) -> bytes:
-        """Return a stored record without its body, which has been moved. Raises MalformedRecord."""
+        """Return a stored record with host and path in place of its body. Raises MalformedRecord."""
         version, flags, start = cls._layout(record)
         head = bytes(record[_HEADER.size : start])
         where = json.dumps([host, path]).encode("ascii")
@@ -133,8 +133,8 @@ class Message:
     def unpack(cls, record: bytes, message_id: str) -> Message:
         """Read the stored record of a message. Raises MalformedRecord, LockedRecord, BodyElsewhere."""
         version, flags, start = cls._layout(record)
-        head, body = bytes(record[_HEADER.size : start]), record[start:]  # it may be a view
-        # What is of the form was seen to be in its place.
+        head, body = bytes(record[_HEADER.size : start]), record[start:]  # the record may be a memoryview
+        # _layout has checked the header.
         if flags & _FLAG_CHECKED and b"%08x" % zlib.crc32(body) != head[-_CHECKSUM_OCTETS + 8 : -10]:
             raise MalformedRecord("damaged: its body does not match its checksum")
         if flags & _FLAG_ELSEWHERE:
@@ -154,7 +154,7 @@ class Message:
 
     @classmethod
     def unpack_envelope(cls, record: bytes, message_id: str) -> Envelope:
-        """Read only the envelope, which needs only the first part of the record. Raises as ``unpack`` does."""
+        """Read only the envelope; the first part of the record is enough. Raises as ``unpack`` does."""
         version, _, start = cls._layout(record)
         head = record[_HEADER.size : start]
         if version == SEALED_VERSION:
@@ -163,7 +163,7 @@ class Message:
 
     @staticmethod
     def _layout(record: bytes) -> tuple[int, int, int]:
-        """Return version, flags and where the body begins; what has a checksum of its envelope matches it."""
+        """Return version, flags and the offset of the body; checks the checksum. Raises MalformedRecord."""
         if len(record) < _HEADER.size:
             raise MalformedRecord("truncated record")
         version, flags, length = _HEADER.unpack_from(record)
@@ -195,7 +195,7 @@ class Message:
 
 
 def _checked(flags: int, head: bytes, body: bytes) -> bytes:
-    """Return what stands in front of a body: header, and envelope with the checksum."""
+    """Return the part before the body: header, and envelope with the checksum."""
     header = _HEADER.pack(RECORD_VERSION, flags | _FLAG_CHECKED, len(head) - 1 + _CHECKSUM_OCTETS)
     of_body = b"%08x" % zlib.crc32(body)
     return b"".join((header, head[:-1], b',"crc":"', of_body, _checksum(header, head, of_body), b'"}'))
@@ -206,11 +206,11 @@ def _checksum(header: bytes, head: bytes, of_body: bytes) -> bytes:
 
 
 def _unfolded(body: bytes, size: int) -> bytes:
-    """Return a compressed body of so many octets: no more than that is ever made of it. Raises MalformedRecord."""
+    """Decompress a body of ``size`` octets; never allocates more than that. Raises MalformedRecord."""
     if _most and size > _most:
         raise MalformedRecord(f"its body would unfold to {size} octets: more than twice smtp.max_message_bytes")
     try:
-        # zstd makes room for as much as a frame announces, whatever it is told.
+        # zstd allocates what the frame announces, whatever limit it is given.
         announced = zstandard.get_frame_parameters(body).content_size
         if announced not in {size, zstandard.CONTENTSIZE_UNKNOWN}:
             raise MalformedRecord(f"body has {announced} octets, its envelope says {size}")
@@ -220,7 +220,7 @@ def _unfolded(body: bytes, size: int) -> bytes:
 
 
 def _check_wire_form(body: bytes, *, trusted: bool) -> None:
-    """Raise MalformedRecord for what is no body of one message: its end, or the server's, would come elsewhere."""
+    """Raise MalformedRecord if a server would not read this body as exactly one message."""
     if not body:
         return
     if bytes(body[-2:]) != b"\r\n":

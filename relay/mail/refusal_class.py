@@ -1,7 +1,7 @@
-"""What a refusal is about, in words for people, and what to do about it at the new server.
+"""The class of a refusal: what it is about, and what to do about it at the new server.
 
-By the enhanced status code where the reply has one (RFC 3463, the IANA registry), else by its basic code and its words.
-What fits nowhere is "other": nothing here fails.
+The enhanced status code decides if the reply has one (RFC 3463, the IANA registry), else the basic code and the text.
+A reply that fits no class is "other". Nothing here raises.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class RefusalClass(NamedTuple):
-    """A kind of reason: its name, and one line on what to do at the new server."""
+    """A class of refusals: its name, and one line on what to do at the new server."""
 
     name: str
     advice: str
@@ -73,7 +73,7 @@ _BY_CODE = {
     421: SYSTEM, 451: SYSTEM, 452: SYSTEM, 500: PROTOCOL, 501: PROTOCOL, 502: PROTOCOL, 503: PROTOCOL, 504: PROTOCOL,
     555: PROTOCOL, 553: SENDER,
 }  # fmt: skip
-# The words of servers that give no enhanced code, or a general one (x.0.0, x.1.0, x.2.0, x.7.1), in this order.
+# Texts of servers that give no enhanced code or a general one (x.0.0, x.1.0, x.2.0, x.7.1); the first match counts.
 _WORDS = (
     (re.compile(r"gr[ea]y[ -]?list|postgrey"), GREYLISTING),
     (re.compile(r"relay(?:ing)? (?:access |is |was )?(?:denied|not|prohibited)|not (?:permitted|allowed) to relay"
@@ -99,7 +99,7 @@ _GENERAL = frozenset({"", "0.0", "1.0", "2.0", "5.0", "6.0", "7.0", "7.1", "4.1"
 
 
 def classify(code: int, status: str, text: str) -> RefusalClass:
-    """Return what a reply is about: its basic code, its enhanced one ("" for none), and its normalised text."""
+    """Return the class of a reply, given its basic code, its enhanced code ("" for none) and its normalised text."""
     detail = status[2:]
     if detail not in _GENERAL and (found := _BY_DETAIL.get(detail)):
         if found is RATE or code >= 500 or not _WORDS[0][0].search(text):
@@ -116,5 +116,5 @@ def classify(code: int, status: str, text: str) -> RefusalClass:
 
 
 def named(name: str) -> RefusalClass:
-    """Return the class of this name, "other" where there is none."""
+    """Return the class of this name, "other" if there is none."""
     return _BY_NAME.get(name, OTHER)

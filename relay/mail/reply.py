@@ -1,4 +1,4 @@
-"""An SMTP reply as a value."""
+"""An SMTP reply as a value: code, text lines, and what the code means."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Reply(NamedTuple):
 
     @classmethod
     def of(cls, code: int, *lines: str) -> Reply:
-        """Make a reply of our own."""
+        """Make a reply of the relay's own."""
         return cls(code, lines or ("",))
 
     @property
@@ -29,7 +29,7 @@ class Reply(NamedTuple):
 
     @property
     def is_temporary(self) -> bool:
-        """Everything that is neither 2xx, 354 nor 5xx: the unknown counts as temporary."""
+        """Whether it is neither 2xx, 354 nor 5xx: an unknown code counts as temporary."""
         return not self.is_positive and not self.is_permanent and self.code != 354
 
     @property
@@ -38,15 +38,15 @@ class Reply(NamedTuple):
 
     @property
     def status(self) -> str:
-        """The enhanced status code (RFC 3463), "" where there is none."""
+        """The enhanced status code (RFC 3463), "" if there is none."""
         found = _STATUS.match(self.lines[0])
         return found[0] if found else ""
 
     @property
     def is_too_many_recipients(self) -> bool:
-        """Whether it says that this transaction has too many recipients, in which code ever.
+        """Whether it says that this transaction has too many recipients, with whatever code.
 
-        RFC 5321 4.5.3.1.10 has 452, which was 552 before; servers have 451, 503, 550 and 554 for it, too.
+        RFC 5321 4.5.3.1.10 has 452, formerly 552; some servers use 451, 503, 550 or 554.
         """
         if self.code < 400:
             return False
@@ -59,7 +59,7 @@ class Reply(NamedTuple):
 
     @property
     def wire(self) -> bytes:
-        """The reply as sent, each line printable and at most 512 octets with its CRLF."""
+        """The reply as sent to a client: each line printable and at most 512 octets with its CRLF."""
         if len(self.lines) == 1:
             (text,) = self.lines
             if text.isascii() and text.isprintable():

@@ -1,24 +1,24 @@
-"""Fields of a stored form, read as what they must be: data from outside is never taken at its word."""
+"""Type checks for the fields of a stored form, since stored data is not trusted. A wrong type raises TypeError."""
 
 from __future__ import annotations
 
 import math
 import re
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # what no command of ours has, see relay.client.connection
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # never sent in a command, see relay.client.connection
 
 
 def any_text(value: object) -> str:
-    """Return a text. Raises TypeError."""
+    """Return the value if it is a str. Raises TypeError."""
     if not isinstance(value, str):
         raise TypeError("not a text")
     return value
 
 
 def line(value: object) -> str:
-    """Return an address or a parameter of an envelope, which can be sent in a command. Raises TypeError."""
+    """Return the value if it is a str that can be sent in a command. Raises TypeError."""
     text = any_text(value)
-    if text.isascii() and text.isprintable():  # nearly always, and a tenth of the cost
+    if text.isascii() and text.isprintable():  # nearly always; costs a tenth of the search below
         return text
     if _CONTROL.search(text):
         raise TypeError("a control character in a command")
@@ -31,14 +31,14 @@ def line(value: object) -> str:
 
 
 def texts(values: object) -> tuple[str, ...]:
-    """Return a list of addresses or parameters. Raises TypeError."""
+    """Return the value as a tuple if it is a list of addresses or parameters. Raises TypeError."""
     if not isinstance(values, list):
         raise TypeError("not a list")
     return tuple(map(line, values)) if values else ()
 
 
 def number(value: object) -> float:
-    """Return a finite number. Raises TypeError."""
+    """Return the value if it is a finite number. Raises TypeError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise TypeError("not a number")
     return value
