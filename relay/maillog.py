@@ -382,6 +382,13 @@ def moved(message_id: str, destination: str, target: str) -> None:
 # --- processes ------------------------------------------------------------------------------------------------
 
 
+def promoted(primary: str, former: str, epoch: int, *, by: str, reason: str) -> None:
+    """Transactions that begin from now on have another primary; one that has begun goes on with the former."""
+    fields = {"by": by, "reason": reason}
+    said = {name: value for name, value in fields.items() if value}
+    _event("INFO", "promoted", primary=primary, former=former, epoch=epoch, **said)
+
+
 def started(what: str, **fields: Any) -> None:
     """A process is ready."""
     _event("INFO", f"{what} started", **fields)

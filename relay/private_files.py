@@ -95,9 +95,9 @@ def open_lock(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
     return descriptor
 
 
-def take_lock(descriptor: int, *, shared: bool = False) -> None:
+def take_lock(descriptor: int, *, shared: bool = False, wait: bool = False) -> None:
     """Lock an open file or folder until it is closed. Raises BlockingIOError while another process has the lock."""
-    fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
 
 
 def open_locked(path: Path, flags: int = os.O_RDWR | os.O_CREAT, *, shared: bool = False) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from relay.command import manual
-from relay.config.options import BACKUP_FIELDS, OPTIONS, SECTIONS, Option
+from relay.config.options import BACKUP_FIELDS, OPTIONS, SECTIONS, Option, as_toml
 
 PAGES = Path(__file__).parents[1]
 MANUAL = Path(__file__).with_name("smtp-dup.1")
@@ -43,7 +43,7 @@ def options() -> Iterator[str]:
             if section:
                 yield from (SECTIONS[section], "")
             yield from ("| option | default | meaning |", "|---|---|---|")
-        yield f"| `{option.key}` | `{json.dumps(option.default)}` | {_meaning(option)} |"
+        yield f"| `{option.key}` | `{as_toml(option.default)}` | {_meaning(option)} |"
 
 
 def backup_fields() -> Iterator[str]:
@@ -58,7 +58,7 @@ def variables() -> Iterator[str]:
     """Yield a row for each option: variable, flag, option, default."""
     yield from ("", "| variable | flag | option | default |", "|---|---|---|---|")
     for option in OPTIONS:
-        yield f"| `{option.variables[0]}` | `{option.flag}` | `{option.key}` | `{json.dumps(option.default)}` |"
+        yield f"| `{option.variables[0]}` | `{option.flag}` | `{option.key}` | `{as_toml(option.default)}` |"
 
 
 TABLES = {"options": options, "backup-fields": backup_fields, "variables": variables}

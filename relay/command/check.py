@@ -13,7 +13,10 @@ from relay.command.output import GREEN, RED, Column, Output, as_object
 from relay.config.loader import Settings, describe
 from relay.ledger import changes
 from relay.monitoring.probes import Finding, probe_all
+from relay.monitoring.topology import about_topology
 from relay.redisio import embedded
+from relay.topology import decisions
+from relay.topology.roles import backups_now
 
 _SETTINGS = [
     Column("option", lambda r: r.key),
@@ -46,6 +49,7 @@ def check(settings: Settings, out: Output) -> int:
     answers = True
     try:
         findings += _left_behind(settings)
+        findings += _roles(settings)
     except CannotSay:  # the probe of Redis says so
         answers = False
     except Trouble:
@@ -66,10 +70,20 @@ def _left_behind(settings: Settings) -> Iterator[Finding]:
     """Say which destinations are no backup any more but have copies left: they are served until they have none."""
     if not settings.redis.url:
         return
-    configured = {backup.name for backup in settings.backups}
     with ledger_of(settings) as connection:
+        topology, _ = decisions.topology(connection)
         rows = changes.summary(connection)
+    configured = {backup.name for backup in (*settings.backups, *backups_now(settings, topology))}
     for row in rows:
         if row.destination not in configured and (row.pending or row.failed):
             left = f"no backup any more, but {row.pending} copies wait and {row.failed} have failed"
             yield Finding(f"destination {row.destination}", True, f"{left}; see queue list, queue move, failed list")
+
+
+def _roles(settings: Settings) -> Iterator[Finding]:
+    """Say whether the settings name the primary that was promoted, and which relay process does not follow."""
+    if not settings.redis.url:
+        return
+    with ledger_of(settings) as connection:
+        seen = decisions.view(connection)
+    yield from about_topology(settings, seen)

@@ -38,6 +38,9 @@ _UNCERTAIN = _option("--uncertain", is_flag=True, help="rather messages that the
 _WAIT = _option("--wait", is_flag=True, help="say what becomes of each, within a minute")
 _YES = _option("--yes", is_flag=True, help="do not ask")
 _NO_QUESTION = _option("--yes", is_flag=True, help="nothing is asked: nothing is lost by it")
+_WAIT_FOR = _option("--wait", metavar="TIME", default="10s", show_default=True, help="for the relay processes")
+_AT_ONCE = _option("--now", is_flag=True, help="do not ask whether they can use the server: the other one burns")
+_REASON = _option("--reason", metavar="TEXT", default="", help="why, for the audit")
 _DRY_RUN = _option("--dry-run", is_flag=True, help="say what would be done; change nothing")
 
 
@@ -211,6 +214,22 @@ ROOT = _group(
             "what came in and what became of it, by hour or minute", "flow:show",
             _option("--hours", metavar="N", type=click.IntRange(1, 840), help="the last so many; 24"),
             _option("--minutes", metavar="N", type=click.IntRange(1, 1500), help="rather the last so many minutes"),
+        ),
+        "promote": _word(
+            "make a backup the primary, without a restart", "promote:promote",
+            click.Argument(["name"], metavar="[NAME]", required=False, type=Names(DESTINATION)),
+            _DRY_RUN, _WAIT_FOR, _option("--cancel", is_flag=True, help="end what is being prepared, by anybody"),
+            _AT_ONCE, _option("--force", is_flag=True, help="although it is not known to be ready"), _REASON, _YES,
+            settings="primary",
+        ),
+        "undo": _word(
+            "make the primary before the last change the primary again", "promote:undo",
+            _DRY_RUN, _WAIT_FOR, _AT_ONCE, _REASON, _YES, settings="primary",
+        ),
+        "topology": _word("who is the primary since when, and who follows", "topology:show"),
+        "audit": _word(
+            "what operators have changed, the newest first", "audit:listing",
+            _option("--since", metavar="TIME", help="not longer ago: 90s, 5m, 1h, 5d"),
         ),
         "queue": _group("what waits for the backups: summary, list, flush and more", _QUEUE),
         "failed": _group("the copies that could not be delivered: list, retry and more", _FAILED),

@@ -34,3 +34,11 @@ def ask_for(count: int, action: str, lines: Iterable[str]) -> bool:
     sys.stderr.write(f"{action}? Type the number: ")
     sys.stderr.flush()
     return sys.stdin.readline().strip() == str(count)
+
+
+def ask_for_word(word: str, question: str) -> bool:
+    """Have a word typed, for what must not happen by a slip of the hand. Raises Misuse where nobody is there."""
+    require_somebody()
+    sys.stderr.write(f"{question}: ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip() == word

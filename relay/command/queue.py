@@ -12,6 +12,8 @@ from relay.config.loader import Settings
 from relay.ledger import audit, changes
 from relay.ledger.audit import Act
 from relay.spool import writer
+from relay.topology import decisions
+from relay.topology.roles import backups_now
 from workers.queues import backlog, selection
 from workers.queues.selection import WAITING
 
@@ -203,6 +205,9 @@ def forget(settings: Settings, out: Output, name: str) -> int:
     if waiting:
         raise Trouble(f"{waiting} copies for {name} are in this host's spool")
     with ledger_of(settings) as connection:
+        topology, _ = decisions.topology(connection)
+        if any(backup.name == name for backup in backups_now(settings, topology)):
+            raise Trouble(f"{name} is a backup since {topology.primary if topology else 'another'} was promoted")
         try:
             backlog.forget(connection, name)
         except backlog.StillNeeded as error:

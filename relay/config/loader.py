@@ -15,8 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relay import ownership
-from relay.config.destinations import conflicts, is_loopback, is_own_address, read_destination, resolve_password
-from relay.config.model import PARTS, Settings, Shown, describe
+from relay.config.destinations import (
+    conflicts,
+    is_loopback,
+    is_own_address,
+    read_destination,
+    resolve_password,
+    same_server,
+)
+from relay.config.model import DEMOTED_ORIGIN, PARTS, Settings, Shown, describe
 from relay.config.options import BACKUP_FIELDS, BACKUP_FLAGS, BY_KEY, ENV_PREFIX, OPTIONS, SECTIONS, Option, render
 from relay.config.types import listen_addresses
 from relay.mail.addresses import Network
@@ -107,6 +114,7 @@ class _Loader:
         self.problems: list[Problem] = []
         self.strange_variables: list[str] = []
         self.connections = 0  # workers.connections, which a backup has unless it says otherwise
+        self.demoted_table = 0  # the number of the [[backup]] that says how the primary would get copies; 0: none
         self.file_failed = False  # what seems to be missing may stand there
 
     def load(self, directories: Sequence[Path], require_primary: bool) -> Settings:
@@ -118,7 +126,7 @@ class _Loader:
         values = self._values()
         if isinstance(values["state_dir"], Path):
             ownership.trust(values["state_dir"])
-        primary, backups = self._destinations(values)
+        primary, demoted, backups = self._destinations(values)
         if require_primary and not values["relay.destination_primary"]:
             self._primary_is_missing()
         self._check_together(values)
@@ -128,8 +136,18 @@ class _Loader:
             name: kind(**{f.name: values[f"{name}.{f.name}"] for f in fields(kind)}) for name, kind in PARTS.items()
         }
         origins = {key: given.origin for key, given in self.given.items()}
-        origins |= {f"backup[{n}]": where[""] for n, (_, where) in enumerate(self.tables, 1)}
-        return Settings(**sections, state_dir=values["state_dir"], primary=primary, backups=backups, origins=origins)
+        origins |= {
+            f"backup[{n}]" if n != self.demoted_table else DEMOTED_ORIGIN: where[""]
+            for n, (_, where) in enumerate(self.tables, 1)
+        }
+        return Settings(
+            **sections,
+            state_dir=values["state_dir"],
+            primary=primary,
+            demoted=demoted,
+            backups=backups,
+            origins=origins,
+        )
 
     def _primary_is_missing(self) -> None:
         option = BY_KEY["relay.destination_primary"]
@@ -261,9 +279,14 @@ class _Loader:
             values["spool.dir"] = Path(str(values["state_dir"]) + written.removeprefix("<state_dir>"))
         return values
 
-    def _destinations(self, values: dict[str, Any]) -> tuple[Destination | None, tuple[Destination, ...]]:
+    def _destinations(
+        self, values: dict[str, Any]
+    ) -> tuple[Destination | None, Destination | None, tuple[Destination, ...]]:
+        """Return the primary, the primary as it would be a backup, and the backups."""
         self.connections = values["workers.connections"]
         primary = self._primary(values)
+        sender, soft_bounce = values["relay.demoted"]
+        demoted = replace(primary, sender=sender, soft_bounce=soft_bounce) if primary else None
         backups: list[tuple[Destination, str, str]] = []  # with key and origin
         key = "relay.destination_backups"
         for n, text in enumerate(values[key], 1):
@@ -273,7 +296,10 @@ class _Loader:
             if backup := self._backup(label, named[2] if named else text, fields, {"": self.given[key].origin}):
                 backups.append((backup, label, self.given[key].origin))
         for n, (table, where) in enumerate(self.tables, 1):
-            if backup := self._backup_table(f"backup[{n}]", table, where):
+            backup = self._backup_table(f"backup[{n}]", table, where)
+            if backup and primary and _is_the_same(table, backup, primary) and not self.demoted_table:
+                demoted, self.demoted_table = backup, n
+            elif backup:
                 backups.append((backup, f"backup[{n}]", where[""]))
         for name, field in [(name, field) for name, given in self.of_backups.items() for field in given]:
             self._unknown(name, [b.name for b, _, _ in backups], BACKUP_FLAGS[field], "backup")
@@ -283,13 +309,15 @@ class _Loader:
                 self._wrong("relay.destination_primary", text)
             else:
                 self._wrong(backups[index][1], text, backups[index][2])
-        return primary, found
+        return primary, demoted, found
 
     def _primary(self, values: dict[str, Any]) -> Destination | None:
         text = values["relay.destination_primary"]
         if not text:
             return None
-        primary, faults = read_destination(text, {}, environ=self.environ, connections=self.connections)
+        named = _NAMED.fullmatch(text)
+        url, fields = (named[2], {"name": named[1]}) if named else (text, {})
+        primary, faults = read_destination(url, fields, environ=self.environ, connections=self.connections)
         for _, fault in faults:
             self._wrong("relay.destination_primary", fault)
         if primary is None:
@@ -362,6 +390,11 @@ class _Loader:
             everybody = ", ".join(str(n) for n in values["smtp.allowed_networks"] if _is_everybody(n))
             if everybody:
                 self._wrong("smtp.allowed_networks", OPEN_RELAY.format(everybody))
+
+
+def _is_the_same(table: Any, backup: Destination, primary: Destination) -> bool:
+    """Say whether a [[backup]] is meant to be the primary: by its name, which it has been given, and its address."""
+    return "name" in table and backup.name == primary.name and same_server(backup, primary)
 
 
 OPEN_RELAY = (

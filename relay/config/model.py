@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from relay.config.options import OPTIONS
-from relay.config.types import PATH, listen_addresses, mask, sentinel_url
+from relay.config.types import PATH, Demoted, listen_addresses, mask, sentinel_url
 from relay.mail.addresses import Network, within
 from relay.mail.destination import CONNECTION_AGE, MESSAGES_PER_CONNECTION, Destination
 from relay.mail.timeouts import Timeouts
@@ -92,6 +92,7 @@ class RelaySettings:
     final_timeout_seconds: float
     require_durable_copies: bool
     uncertain_hold: float
+    demoted: Demoted
 
     @property
     def timeouts(self) -> Timeouts:
@@ -245,6 +246,7 @@ class Settings:
     workers: WorkersSettings
     state_dir: Path
     primary: Destination | None
+    demoted: Destination | None  # the primary as it gets copies, once another has been promoted
     backups: tuple[Destination, ...]
     origins: Mapping[str, str]
 
@@ -272,6 +274,9 @@ PARTS: dict[str, type] = {
 }
 
 
+DEMOTED_ORIGIN = "demoted"  # of the [[backup]] that the primary would be
+
+
 class Shown(NamedTuple):
     """One option as `smtp-dup check` shows it."""
 
@@ -291,6 +296,8 @@ def describe(settings: Settings) -> list[Shown]:
     tables = [key for key in settings.origins if key.startswith("backup[")]
     for key, backup in zip(tables, settings.backups[len(settings.relay.destination_backups) :], strict=True):
         rows.append(Shown(f"backup.{backup.name}", _in_words(backup), "", settings.origins[key]))
+    if settings.demoted and (origin := settings.origins.get(DEMOTED_ORIGIN)):
+        rows.append(Shown(f"backup.{settings.demoted.name}", _in_words(settings.demoted), "", origin))
     return rows
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from relay.config.types import (
     BOOLEAN,
+    DEMOTED,
     DESTINATION,
     DESTINATIONS,
     DOMAINS,
@@ -141,7 +142,8 @@ OPTIONS: tuple[Option, ...] = (
            "lmtp://user:password@host:port (special "
            "characters percent-encoded), with ?tls=none|opportunistic|encrypt|verify, ca_file=/path, "
            "tls_certificate=/path and tls_key=/path (client certificate, if the server asks for one), and "
-           "password_from=env:NAME or file:/path. Default ports: 25, 465, 24. Required.", "--primary"),
+           "password_from=env:NAME or file:/path. Default ports: 25, 465, 24. With name= in front it has a name, which "
+           "`smtp-dup promote` and `topology` use; else host:port is its name. Required.", "--primary"),
     Option("relay.destination_backups", DESTINATIONS, [], "",
            "The servers that get a copy, each written like the primary, with name= in front for one with a name; in a "
            "variable comma-separated. A variable or flag replaces this list and every [[backup]] below.",
@@ -172,6 +174,10 @@ OPTIONS: tuple[Option, ...] = (
            "If it is unknown whether the primary accepted a message, its copy waits this long for the client to send "
            "the "
            "message again; then it is delivered anyway."),
+    Option("relay.demoted", DEMOTED, {"sender": "null", "soft_bounce": False}, "",
+           "How the former primary gets its copies after `smtp-dup promote`: sender and soft_bounce as of a backup. A "
+           "backup table with the name and the address of the primary says it all instead; it gets no copies before. "
+           "In a variable: sender=null,soft_bounce=false."),
     Option("redis.url", REDIS_URL, "", "",
            "redis://[:password@]host:6379/0, rediss://... or unix:///path. Empty: `smtp-dup up` starts its own.",
            "--redis"),
@@ -286,7 +292,10 @@ _HEAD = """\
 """
 
 
-def _as_toml(value: object) -> str:
+def as_toml(value: object) -> str:
+    """Return a default as settings.toml has it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {as_toml(item)}" for name, item in value.items()) + "}"
     return json.dumps(value)  # TOML's strings, numbers, booleans and lists of them are written like JSON's
 
 
@@ -306,10 +315,10 @@ def render() -> str:
         if dot and head != section:
             section = head
             lines += [f"\n# {SECTIONS[section]}", f"[{section}]", ""]
-        lines += [*_explained(option, variable=True), f"# {name} = {_as_toml(option.default)}", ""]
+        lines += [*_explained(option, variable=True), f"# {name} = {as_toml(option.default)}", ""]
     lines += ["", "# A backup with options of its own. Repeat the table for each such backup.", "# [[backup]]"]
     for field in BACKUP_FIELDS:
-        lines += [*_explained(field, variable=False), f"# {field.key} = {_as_toml(field.default)}"]
+        lines += [*_explained(field, variable=False), f"# {field.key} = {as_toml(field.default)}"]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from relay.mail.addresses import Network
 from relay.mail.text import printable
@@ -295,6 +295,30 @@ def _read_sentinels(value: object) -> tuple[str, ...]:
     return found
 
 
+class Demoted(NamedTuple):
+    """How a former primary gets its copies, where no [[backup]] of its name says otherwise."""
+
+    sender: str
+    soft_bounce: bool
+
+
+def _read_demoted(value: object) -> Demoted:
+    """Read it as a table, or from ``sender=null, soft_bounce=false``; what is left out stands at its default."""
+    expected = 'sender = "null" or "keep" and soft_bounce = true or false'
+    if isinstance(value, Demoted):
+        return value
+    pairs = (item.partition("=") for item in _items_of(value, expected)) if isinstance(value, str) else ()
+    given = dict(value) if isinstance(value, Mapping) else {name.strip(): text.strip() for name, _, text in pairs}
+    if not isinstance(value, Mapping | str) or not given.keys() <= set(Demoted._fields):
+        raise _fail(expected, value)
+    sender, soft_bounce = given.get("sender", "null"), given.get("soft_bounce", False)
+    return Demoted(choice("keep", "null").read(sender), _read_boolean(soft_bounce))
+
+
+def _show_demoted(value: Demoted) -> str:
+    return f"sender={value.sender}, soft_bounce={BOOLEAN.show(value.soft_bounce)}"
+
+
 def _joined(values: Iterable[object]) -> str:
     return ", ".join(mask(str(v)) for v in values)
 
@@ -305,6 +329,7 @@ DESTINATION = OptionType("a destination", lambda v: _text_of(v, "host:port or a 
 DESTINATIONS = OptionType(
     "destinations", lambda v: tuple(_items_of(v, "destinations, each host:port or a URL")), _joined, several=True
 )
+DEMOTED = OptionType("a table", _read_demoted, _show_demoted)
 NETWORKS = OptionType("networks", _read_networks, _joined, several=True)
 NETWORKS_OR_NONE = OptionType("networks", lambda v: _read_networks(v, none=True), _joined, several=True)
 DOMAINS = OptionType("domains", _read_domains, _joined, several=True)

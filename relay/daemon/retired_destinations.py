@@ -1,4 +1,6 @@
-"""The workers that no setting asks for: a destination that is no backup any more is served while it has copies.
+"""The workers that no setting asks for: of a primary that was demoted, and of who is no backup any more but has copies.
+
+A demoted primary is a backup like the others, from the moment at which another is promoted.
 
 Its copies may come at any time: from a spool, from another host's relay, by `queue move` or `failed retry`. So the
 supervisor asks every few seconds, with one connection and one round trip or two. A Redis that does not answer changes
@@ -25,6 +27,8 @@ from relay.ledger.continuity import Continuity
 from relay.mail import ids
 from relay.mail.destination import Destination
 from relay.redisio.clients import sync_client
+from relay.topology import decisions
+from relay.topology.roles import backups_now
 
 _OLD = 5.0  # seconds that a copy has been pending for when nobody seems to serve it
 _LOOKS = 2  # so many in a row must agree before a worker starts for a job alone, and before one ends
@@ -46,7 +50,8 @@ class RetiredDestinations:
         self._continuity = continuity or Continuity(settings.backups)
         self._undefined: set[str] = set()  # told once
         self._is_told = False  # of what makes no sense
-        self._named = known_passwords.remember(settings.state_dir, settings.backups)
+        demoted = (settings.demoted,) if settings.demoted else ()
+        self._named = known_passwords.remember(settings.state_dir, (*settings.backups, *demoted))
         self._configured = {backup.name for backup in settings.backups}
         self._serving: dict[str, Sequence[Child]] = {}
         self._looks: dict[str, int] = {}  # in a row that spoke for a change
@@ -70,7 +75,7 @@ class RetiredDestinations:
 
     def _look(self, client: Redis, workers_for: Callable[[Destination], Sequence[Child]]) -> None:
         known = cast("list[bytes]", client.hkeys(keys.DESTINATIONS))
-        names = set(ids.names(known)) - self._configured
+        names = set(ids.names(known)) - self._configured - self._serve_the_demoted(client, workers_for)
         if not names:
             return
         with client.pipeline(transaction=False) as pipe:
@@ -83,6 +88,18 @@ class RetiredDestinations:
             age = seconds - oldest[0][1] if oldest else None
             if self._judge(name, age, jobs):
                 self._begin(client, name, workers_for)
+
+    def _serve_the_demoted(self, client: Redis, workers_for: Callable[[Destination], Sequence[Child]]) -> set[str]:
+        """See that whoever is a backup since a promotion has workers. Returns their names."""
+        topology, _ = decisions.topology(client)
+        now = {server.name: server for server in backups_now(self._settings, topology)}
+        demoted = now.keys() - self._configured
+        for name in demoted - self._serving.keys():
+            maillog.notice("info", "a backup since another was promoted: its worker starts", destination=name)
+            self._serving[name] = workers_for(now[name])
+        for name in demoted:
+            self._looks.pop(name, None)
+        return demoted
 
     def _judge(self, name: str, age: float | None, jobs: int) -> bool:
         """Say whether a worker must begin; one that is not needed any more ends."""
@@ -116,7 +133,13 @@ class RetiredDestinations:
             destination=name,
             pending=client.zcard(keys.PENDING + name),
         )
-        self._serving[name] = workers_for(_with_password(destination, self._named))
+        primary = self._settings.primary
+        if primary and _is_the_same(destination, primary):  # it had copies as a backup, and the settings know it well
+            kept = {field: getattr(destination, field) for field in ("sender", "soft_bounce", "domains", "connections")}
+            destination = replace(primary, **kept)
+        else:
+            destination = _with_password(destination, self._named)
+        self._serving[name] = workers_for(destination)
         self._looks.pop(name, None)
 
 
@@ -126,6 +149,10 @@ def _defined(text: str | bytes, name: str) -> Destination | None:
     except ValueError:  # also one with continuity.NO_PORT, which is how one is listed that nobody has defined
         return None
     return destination if destination.name == name else None
+
+
+def _is_the_same(one: Destination, other: Destination) -> bool:
+    return all(getattr(one, field) == getattr(other, field) for field in ("name", "scheme", "host", "port", "username"))
 
 
 def _with_password(destination: Destination, known: frozenset[str]) -> Destination:

@@ -6,8 +6,10 @@ The one place besides the commands that knows relay and workers alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+
+from redis.exceptions import RedisError
 
 from relay import maillog
 from relay.config.destinations import is_loopback
@@ -23,7 +25,12 @@ from relay.daemon.vitals import Vitals
 from relay.ledger.continuity import Continuity
 from relay.mail import encryption, record
 from relay.monitoring import status_server
+from relay.redisio.clients import sync_client
 from relay.server import relay_process, systemd
+from relay.topology import decisions, remembered
+from relay.topology.roles import disagreement
+
+_PATIENCE = 1.0  # seconds for Redis to say who was promoted: the relay follows in any case
 
 
 def run(settings: Settings, role: Role, extra: Sequence[Child] = ()) -> int:
@@ -71,6 +78,7 @@ def _tell(settings: Settings, role: Role) -> None:
         for address in settings.smtp.listen.split(","):
             maillog.notice("info", "listening", smtp=address.strip(), processes=settings.smtp.process_count)
         maillog.notice("info", "primary", address=settings.primary.address)
+        _tell_who_was_promoted(settings)
         _tell_who_is_let_in(settings.smtp)
     for backup in settings.backups:
         maillog.notice("info", "backup", name=backup.name, address=backup.address)
@@ -78,6 +86,19 @@ def _tell(settings: Settings, role: Role) -> None:
         maillog.notice("warning", "no backup is configured: mail is relayed, nothing is copied")
     if settings.status.listen:
         maillog.notice("info", "status", address=f"http://{settings.status.listen}")
+
+
+def _tell_who_was_promoted(settings: Settings) -> None:
+    """Say it where the settings are not the last word on who is the primary."""
+    topology = remembered.load(settings.state_dir)
+    patience = min(_PATIENCE, settings.redis.timeout_seconds)
+    with suppress(RedisError, OSError), sync_client(settings.redis, patience, retries=0) as client:
+        found, _ = decisions.topology(client)
+        topology = max((t for t in (found, topology) if t), key=lambda t: t.epoch, default=None)
+    if words := disagreement(settings, topology):
+        maillog.notice("warning", "settings and topology disagree", reason=words)
+    elif topology:
+        maillog.notice("info", "settings and topology agree", epoch=topology.epoch, primary=topology.primary)
 
 
 def _tell_who_is_let_in(smtp: SmtpSettings) -> None:

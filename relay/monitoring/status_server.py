@@ -41,10 +41,13 @@ from relay.ledger import archive, changes
 from relay.ledger.continuity import warning
 from relay.ledger.monitor import STOP_AT
 from relay.metric_store import Arena
+from relay.monitoring import topology
 from relay.monitoring.probes import Finding, probe_redis
 from relay.redisio.clients import sync_client
 from relay.smtpd.shared_counters import ProcessCounters
 from relay.spool import writer
+from relay.topology import decisions
+from relay.topology.decisions import View
 
 _HEAD_LIMIT = 8192  # octets of request line and headers
 _SECONDS = 5.0  # for a request's head, and for each write of the answer
@@ -155,6 +158,7 @@ def readiness(settings: Settings, redis_url: str, *, relaying: bool) -> list[Fin
     if all(finding.ok for finding in findings):
         findings += _memory(settings, redis_url)
     findings += _ledger(settings.redis.at(redis_url))
+    findings += topology.find(settings, settings.redis.at(redis_url))
     if relaying:
         patience = _PORT_SECONDS + settings.smtp.greeting_delay
         first = b"PROXY UNKNOWN\r\n" if settings.smtp.proxy_protocol else b""
@@ -192,7 +196,11 @@ def ready(findings: list[Finding]) -> Answer:
         f
         for f in findings
         if not f.ok
-        and ((f.subject in _SPOOLED and can_spool) or f.subject == _LEDGER or f.subject.startswith(_ABOUT_FAILOVER))
+        and (
+            (f.subject in _SPOOLED and can_spool)
+            or f.subject in {_LEDGER, topology.SUBJECT}
+            or f.subject.startswith(_ABOUT_FAILOVER)
+        )
     ]
     reasons = [f for f in findings if not f.ok and f not in warnings]
     content = {
@@ -313,10 +321,12 @@ class LedgerCollector(Collector):
         self._server = server
 
     def collect(self) -> Iterator[Metric]:
-        rows, changed_at = self._read()
+        rows, changed_at, seen = self._read()
         yield GaugeMetricFamily("smtpdup_redis_up", "Whether Redis answered this scrape", value=float(rows is not None))
         if rows is None:
             return  # no sample at all: zero would say that nothing waits
+        if seen is not None:
+            yield from topology.families(seen)
         gauges: tuple[tuple[str, str, Callable[[changes.Summary], float]], ...] = (
             ("smtpdup_pending", "Copies that wait", lambda r: r.pending),
             ("smtpdup_oldest_pending_seconds", "Age of the copy that waits longest", lambda r: r.oldest_age_s),
@@ -337,13 +347,13 @@ class LedgerCollector(Collector):
             counter.add_metric([row.destination], row.delivered)
         yield counter
 
-    def _read(self) -> tuple[list[changes.Summary] | None, float]:
+    def _read(self) -> tuple[list[changes.Summary] | None, float, View | None]:
         try:
             with sync_client(self._server, self._server.timeout_seconds, retries=0) as client:
-                return changes.summary(client), changes.change(client).at
+                return changes.summary(client), changes.change(client).at, decisions.view(client)
         except (RedisError, OSError) as error:
             logger.debug("no numbers from the ledger: {}", error)
-            return None, 0.0
+            return None, 0.0, None
 
 
 # HTTP ---------------------------------------------------------------------------------------------------------

@@ -30,9 +30,11 @@ from relay.ledger.greetings import Greetings
 from relay.ledger.monitor import Monitor
 from relay.ledger.rq_jobs import Dispatcher
 from relay.mail import encryption
+from relay.mail.destination import Destination
 from relay.mail.ids import IdSource
 from relay.redisio.clients import async_client, sync_client
 from relay.server import systemd
+from relay.server.follower import Follower
 from relay.smtpd import commands
 from relay.smtpd.context import Context
 from relay.smtpd.credentials import Credentials
@@ -177,33 +179,24 @@ def serve(context: ChildContext, settings: Settings, place: Place, redis_url: st
 
 class _Relay:
     def __init__(self, context: ChildContext, settings: Settings, place: Place, redis_url: str) -> None:
-        if settings.primary is None:
-            raise ValueError("a relay needs a primary")
         self._context = context
         self._settings = settings
         self._redis_url = redis_url
         self._place = place
         seconds = settings.redis.timeout_seconds
-        share = max(1, math.ceil(settings.smtp.max_connections / settings.smtp.process_count))
         server = settings.redis.at(redis_url)
         self._redis = async_client(server, seconds, confirmed=True)
         self._probe = async_client(server, seconds)
-        pool = Pool(
-            settings.primary,
-            local_hostname=settings.smtp.domain,
-            timeouts=settings.relay.timeouts,
-            limit=share,
-            on_open=Greetings(self._probe).note,
-        )
+        self._greetings = Greetings(self._probe)
         self._bulk = async_client(server, max(seconds, 30.0), confirmed=True)
         self._jobs = sync_client(server, seconds)
         self._dispatcher = Dispatcher(
             self._redis, processes=settings.smtp.process_count, job_size=settings.workers.job_size
         )
-        self._pool = pool
         self._continuity = Continuity(settings.backups, settings.state_dir, replicas=settings.redis.replicas)
         self._pulse = Pulse(place_of(settings, redis_url), context.name, os.getpid())
         self._pulse.generation = context.generation
+        self._follower = Follower(settings, self._pulse, self._primary)
         self._watch = Monitor(
             self._probe,
             seconds=seconds,
@@ -237,17 +230,13 @@ class _Relay:
         )
         self._shared = Context(
             settings=settings,
-            primary=Primary(
-                settings.primary,
-                pool,
-                timeouts=settings.relay.timeouts,
-                final_timeout=settings.relay.final_timeout_seconds,
-            ),
+            snapshot=self._follower.begin(),
             staging=self._staging,
             ids=ids,
             counters=place.counters,
             credentials=Credentials.load(settings.smtp),
         )
+        self._follower.serve(self._shared)
         smtp = settings.smtp
         addresses = len(smtp.addresses + smtp.tls_addresses)
         self._fit = limits.relay_fit(limits.files(), smtp.max_connections, smtp.process_count, addresses)
@@ -255,6 +244,20 @@ class _Relay:
         self._stop = asyncio.Event()
         self._introductions = asyncio.Event()
         self._beside: frozenset[str] = frozenset()  # living instances of this place, at the last introduction
+
+    def _primary(self, destination: Destination) -> Primary:
+        """Return a server as the primary, with a pool of its own."""
+        settings = self._settings
+        share = max(1, math.ceil(settings.smtp.max_connections / settings.smtp.process_count))
+        timeouts, final = settings.relay.timeouts, settings.relay.final_timeout_seconds
+        pool = Pool(
+            destination,
+            local_hostname=settings.smtp.domain,
+            timeouts=timeouts,
+            limit=share,
+            on_open=self._greetings.note,
+        )
+        return Primary(destination, pool, timeouts=timeouts, final_timeout=final)
 
     async def run(self) -> None:
         """Start up, serve, drain."""
@@ -275,7 +278,7 @@ class _Relay:
             # A Redis that is down must not delay the primary leg for long.
             await asyncio.wait_for(self._introductions.wait(), _INTRODUCTION_SECONDS)
         importing = loop.create_task(_for_ever(self._importer.run)) if self._importer else None
-        await self._shared.primary.announced()
+        await self._shared.snapshot.primary.announced()
         servers = []
         for n, sock in enumerate(self._place.sockets):
             take = partial(commands.take, self._shared, tls=n >= self._place.plain)
@@ -297,7 +300,8 @@ class _Relay:
         if not self._shared.leaving:
             with contextlib.suppress(RedisError, OSError):  # if this fails, the heartbeat expires
                 await asyncio.to_thread(heartbeats.forget, self._jobs, self._pulse.process)
-        await self._pool.close()
+        await self._follower.close()
+        await self._shared.snapshot.primary.pool.close()
         if self._spool:
             await self._spool.close()
         for client in (self._redis, self._bulk, self._probe):
@@ -342,7 +346,7 @@ class _Relay:
         me = f"{place_of(self._settings, self._redis_url)} {self._context.name}"
         try:
             async with self._redis.pipeline(transaction=True) as pipe:
-                registry.register(pipe, self._settings.backups)
+                registry.register(pipe, (*self._settings.backups, *self._follower.roles.backups))
                 await pipe.execute()
             await asyncio.to_thread(self._continuity.register, self._jobs)
             self._watch.is_stranger = False
@@ -375,11 +379,11 @@ class _Relay:
     async def _monitor(self) -> None:
         """Watch Redis, and introduce this process whenever Redis does not know it or a neighbour has ended."""
         while True:
-            if await self._watch.look() and (
-                self._watch.is_stranger or not self._introductions.is_set() or self._has_lost_somebody
-            ):
-                await self._introduce()
-            await asyncio.sleep(_MONITOR_SECONDS)
+            if await self._watch.look():
+                await self._follower.follow(self._redis)
+                if self._watch.is_stranger or not self._introductions.is_set() or self._has_lost_somebody:
+                    await self._introduce()
+            await self._follower.pause(_MONITOR_SECONDS)
 
     async def _drain(self, importing: asyncio.Task[None] | None) -> None:
         """Let sessions finish: between commands within ``_GRACE_SECONDS``, within DATA by the usual time-outs."""

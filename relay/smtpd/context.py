@@ -9,8 +9,8 @@ from typing import Protocol
 from relay.config.loader import Settings
 from relay.mail.ids import IdSource
 from relay.smtpd.credentials import Credentials
-from relay.smtpd.primary import Primary
 from relay.smtpd.shared_counters import ProcessCounters
+from relay.smtpd.snapshot import Snapshot
 from relay.smtpd.staging import Staging
 
 
@@ -26,7 +26,7 @@ class Context:
     """What the command loops of one relay process share."""
 
     settings: Settings
-    primary: Primary
+    snapshot: Snapshot  # of the roles, for the next transaction
     staging: Staging
     ids: IdSource
     counters: ProcessCounters

@@ -218,7 +218,7 @@ class Peer:
 
     async def _offers(self) -> tuple[tuple[str, ...], frozenset[str]]:
         """Return the lines of the EHLO reply, and the extensions whose commands and parameters are accepted."""
-        primary = self._context.primary
+        primary = self._context.snapshot.primary
         announced = await primary.announced()
         verified = primary.destination.tls == "verify"
         lines, offered = offers(announced, self._settings.max_message_bytes, tls=self._protocol.tls, verified=verified)

@@ -211,14 +211,17 @@ class Primary:
             return Reply(451, error.reply.lines)
         return Reply.of(451, "4.4.1 The primary server is not available, try again later")
 
+    async def connect(self) -> None:
+        """Open a connection as for mail, with EHLO, TLS and AUTH, and keep it for the next. Raises ClientError."""
+        connection = await self.pool.lease(timeout=self.timeouts.connect)
+        self.extensions = connection.extensions
+        self.pool.give_back(connection)
+
     async def _ask(self) -> None:
         try:
-            connection = await self.pool.lease(timeout=self.timeouts.connect)
+            await self.connect()
         except ClientError as error:
             self.trouble(error.stage, error)
-        else:
-            self.extensions = connection.extensions
-            self.pool.give_back(connection)
         finally:
             self._probed_at = time.monotonic()
             self._probe = None

@@ -69,6 +69,8 @@ class MailTransaction:
         self._peer = peer
         self._error_limits = error_limits
         self._transaction: PrimaryTransaction | None = None
+        self._snapshot = context.snapshot  # of the roles, in a transaction and before its MAIL is answered
+        self._has_snapshot = False
         self._sender = ""
         self._parameters: tuple[str, ...] = ()
         self._recipients: list[Recipient] = []
@@ -106,11 +108,17 @@ class MailTransaction:
         if self._body is not None:
             self._body.close()
             self._body = None
+        self._give_back()
         self._recipients = []
         self._context.counters.add_octets(-self._counted)
         self._counted = 0
         self.in_data = self._was_refused = False
         self._peer.end_transaction()
+
+    def _give_back(self) -> None:
+        if self._has_snapshot:
+            self._has_snapshot = False
+            self._snapshot.give_back()
 
     def out_of_order(self, reply: Reply) -> Reply:
         """Count a bad sequence of commands, mildly if the client may have pipelined it; returns ``reply``."""
@@ -144,7 +152,12 @@ class MailTransaction:
             return [mail, *self._look_ahead(available)]
 
         self._identity = client.identity()
-        self._transaction, reply = await self._context.primary.begin(commands, self._identity)
+        self._snapshot, self._has_snapshot = self._context.snapshot.take(), True
+        try:
+            self._transaction, reply = await self._snapshot.primary.begin(commands, self._identity)
+        finally:
+            if self._transaction is None:
+                self._give_back()
         self._was_refused = self._transaction is None
         if self._was_refused:
             self._refused("MAIL", reply)
@@ -210,7 +223,7 @@ class MailTransaction:
 
     @property
     def _most_recipients(self) -> int:
-        return min(self._settings.max_recipients, self._context.primary.most_recipients)
+        return min(self._settings.max_recipients, self._snapshot.primary.most_recipients)
 
     def _look_ahead(self, available: Mapping[str, str]) -> list[bytes]:
         """Return the commands that the client has pipelined behind its MAIL, to be sent ahead to a PIPELINING primary.
@@ -439,7 +452,7 @@ class MailTransaction:
     def _copies(self) -> tuple[tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]:
         """Decide for good which backups get a copy; returns their names, and (name, recipient indices) if not all."""
         names, promised = [], []
-        for backup in self._context.settings.backups:
+        for backup in self._snapshot.backups:
             wanted = tuple(i for i, r in enumerate(self._recipients) if backup.wants(r)) if backup.domains else None
             if wanted is None or wanted:
                 names.append(backup.name)

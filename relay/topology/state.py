@@ -66,11 +66,11 @@ class Topology:
 class Intent:
     """A promotion that is being prepared: every relay process is to say whether it could use the new primary.
 
-    ``base`` is the epoch that it starts from; ``old`` the primary that will be a backup, "" where nobody knows it.
+    ``epoch`` is the one that would begin; ``old`` the primary that would be a backup, "" where nobody knows it.
     """
 
     id: str
-    base: int
+    epoch: int
     primary: str
     old: str
     by: str
@@ -119,7 +119,7 @@ def _decision(found: dict[str, Any]) -> Decision:
 def _intent(found: dict[str, Any]) -> Intent:
     return Intent(
         id=text(found["id"]),
-        base=count(found["base"]),
+        epoch=count(found["epoch"]),
         primary=_name(found["primary"]),
         old=_name(found["old"]) if found["old"] else "",
         by=text(found["by"]),

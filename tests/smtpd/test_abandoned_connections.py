@@ -112,7 +112,7 @@ async def test_gone_at_once(chunking: ScriptedServer, redis_url: str, options: d
         pauses = (0, 0, 0.0002, 0.001)
         await asyncio.gather(*(asyncio.to_thread(run_through, port, stages, p, way, 12) for p in pauses))
         await until(lambda: not made.command_loops, 10, lambda: f"{len(made.command_loops)} are still there")
-        assert (made.counters.clients, made.counters.octets, made.primary.pool.in_use) == (0, 0, 0)
+        assert (made.counters.clients, made.counters.octets, made.snapshot.primary.pool.in_use) == (0, 0, 0)
         async with await AsyncDialogue.open(port) as client:
             await client.hello()
             await client.mail("whole@example.com", "b@example.com")
@@ -218,7 +218,7 @@ async def test_gone_in_a_proxy_header(chunking: ScriptedServer, redis_url: str) 
         ways = ("reset", "close", "half-close")
         await asyncio.gather(*(asyncio.to_thread(run_through, port, stages * 30, 0, way, 1) for way in ways))
         await until(lambda: not made.command_loops, 15, lambda: f"{len(made.command_loops)} are still there")
-        assert (made.counters.clients, made.counters.octets, made.primary.pool.in_use) == (0, 0, 0)
+        assert (made.counters.clients, made.counters.octets, made.snapshot.primary.pool.in_use) == (0, 0, 0)
 
 
 def test_a_stop_waits_for_nobody_who_does_nothing(

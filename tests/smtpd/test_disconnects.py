@@ -86,7 +86,7 @@ async def test_broken_off(
             await client.hello()
             await client.mail("whole@example.com", "b@example.com")
         await until(lambda: not made.command_loops)
-        assert (made.counters.clients, made.counters.octets, made.primary.pool.in_use) == (0, 0, 0)
+        assert (made.counters.clients, made.counters.octets, made.snapshot.primary.pool.in_use) == (0, 0, 0)
     assert [message.sender for message in chunking.messages] == ["whole@example.com"]
 
 

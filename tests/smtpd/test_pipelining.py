@@ -228,7 +228,7 @@ async def test_no_recipient_and_a_go_ahead(primary: ScriptedServer, redis_url: s
             await client.hello()
             await client.send(MAIL, RCPT, "DATA")
             begins(await hear(client, 3), "250", "550 5.1.1 unknown", "554 5.5.1 No valid recipients")
-            await until(lambda: made.primary.pool.in_use == 0)
+            await until(lambda: made.snapshot.primary.pool.in_use == 0)
             await client.say("RCPT TO:<late@example.com>", "451 4.4.2")
             await client.say("DATA", "554 5.5.1")
             await next_message(client, reset=True)
@@ -250,7 +250,7 @@ async def test_mail_refused(primary: ScriptedServer, redis_url: str, at_data: st
         await client.hello()
         await client.send(MAIL, RCPT, "DATA")
         assert (await hear(client, 3)) == ["550 5.7.1 not you", *["503 5.5.1 MAIL first"] * 2]
-        assert made.primary.pool.in_use == 0
+        assert made.snapshot.primary.pool.in_use == 0
         await next_message(client)
     assert senders(primary) == ["next@example.com"]
     assert len(primary.connections) == 2  # nobody inherits a refusal
@@ -275,7 +275,7 @@ async def test_mail_refused_slowly(primary: ScriptedServer, redis_url: str) -> N
         await client.expect("550 5.7.1 not you")
         assert time.monotonic() - begun < 4
         await hear(client, 32)
-        await until(lambda: made.primary.pool.in_use == 0 == made.primary.pool.idle)
+        await until(lambda: made.snapshot.primary.pool.in_use == 0 == made.snapshot.primary.pool.idle)
 
 
 @both_loops
@@ -384,7 +384,7 @@ async def test_too_much_mail_at_once(primary: ScriptedServer, redis_url: str) ->
             await client.say(RCPT, "451 4.4.2")
             await client.say("DATA", "451 4.4.2")
             await next_message(client)
-        await until(lambda: made.primary.pool.in_use == 0)
+        await until(lambda: made.snapshot.primary.pool.in_use == 0)
     assert senders(primary) == ["next@example.com"]
 
 
@@ -400,7 +400,7 @@ async def test_given_up(primary: ScriptedServer, redis_url: str, behind: str) ->
         async with await AsyncDialogue.open(port) as client:
             await client.hello()
             await next_message(client)
-        await until(lambda: made.primary.pool.in_use == 0)
+        await until(lambda: made.snapshot.primary.pool.in_use == 0)
     assert senders(primary) == ["next@example.com"]
     assert len(primary.connections) == 1
 
@@ -417,9 +417,9 @@ async def test_the_primary_goes(primary: ScriptedServer, redis_url: str, stage: 
     async with serve(settings_of(primary.address), redis_url) as (made, port):
         async with await AsyncDialogue.open(port) as client:
             await client.hello()
-            await until(lambda: made.primary.pool.idle == 1)
+            await until(lambda: made.snapshot.primary.pool.idle == 1)
             primary.drop()
-            await until(lambda: not made.primary.pool._idle[0].is_open)
+            await until(lambda: not made.snapshot.primary.pool._idle[0].is_open)
             primary.replies[stage] = ending
             await client.send(MAIL, RCPT, "RCPT TO:<c@example.com>", "DATA")
             replies = await hear(client, 4)
@@ -433,7 +433,7 @@ async def test_the_primary_goes(primary: ScriptedServer, redis_url: str, stage: 
             assert not primary.messages
             primary.replies.clear()
             await next_message(client, reset=True)
-        await until(lambda: made.primary.pool.in_use == 0)
+        await until(lambda: made.snapshot.primary.pool.in_use == 0)
     assert senders(primary) == ["next@example.com"]
 
 
@@ -475,7 +475,7 @@ async def test_the_client_goes(primary: ScriptedServer, redis_url: str, stage: s
             client.writer.close()
         gate.open()
         await until(lambda: not made.command_loops)
-        assert (made.counters.clients, made.counters.octets, made.primary.pool.in_use) == (0, 0, 0)
+        assert (made.counters.clients, made.counters.octets, made.snapshot.primary.pool.in_use) == (0, 0, 0)
         client.writer.close()
         async with await AsyncDialogue.open(port) as client:
             await client.hello()
@@ -543,7 +543,7 @@ async def test_in_time_or_not(primary: ScriptedServer, redis_url: str) -> None:
         client.writer.write(BODY[-1:])
         time.sleep(1.5)  # on purpose: the loop stands still, so that deadline and octets come in one turn of it
         reply = await client.reply()
-        await until(lambda: made.primary.pool.in_use == 0)
+        await until(lambda: made.snapshot.primary.pool.in_use == 0)
         await client.close()
         await until(lambda: not made.command_loops)
     assert reply.startswith("250") == (len(primary.messages) == 1)

@@ -82,7 +82,7 @@ async def test_a_server_that_refuses_everybody(scripted: Scripted, redis_url: st
                 await client.say(line, code)
             await client.raw(TEXT)
             await client.expect(250)
-        assert context.primary.pool.idle == len(clients)
+        assert context.snapshot.primary.pool.idle == len(clients)
         count = 0
 
         def refused(_: Moment) -> str:

@@ -19,6 +19,7 @@ from relay.smtpd.context import Context
 from relay.smtpd.credentials import Credentials
 from relay.smtpd.primary import Primary
 from relay.smtpd.shared_counters import SharedCounters
+from relay.smtpd.snapshot import Snapshot
 from relay.smtpd.staging import Staging
 
 # A server that says nothing is given up after relay.timeout_seconds, which the defaults leave for minutes.
@@ -44,7 +45,9 @@ async def serve(settings: Settings, redis_url: str, *, tls: bool = False) -> Asy
     counters = SharedCounters(1).of_process(0)
     made = Context(
         settings=settings,
-        primary=Primary(settings.primary, pool, timeouts=settings.relay.timeouts, final_timeout=600),
+        snapshot=Snapshot(
+            Primary(settings.primary, pool, timeouts=settings.relay.timeouts, final_timeout=600), settings.backups
+        ),
         staging=staging,
         ids=IdSource(),
         counters=counters,

@@ -1,0 +1,41 @@
+"""`audit`: who changed what, when and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from relay.command.connection import ledger_of
+from relay.command.exit_status import WELL, Misuse
+from relay.command.output import Column, Output, moment
+from relay.config.loader import Settings
+from relay.config.types import duration
+from relay.ledger import audit
+from relay.ledger.audit import Act
+
+_ACTS = [
+    Column("when", lambda act: moment(act.at)),
+    Column("who", lambda act: f"{act.who}@{act.host}"),
+    Column("command", lambda act: act.command),
+    Column("before", lambda act: act.before or "-", detail=True),
+    Column("after", lambda act: act.after or "-", detail=True),
+    Column("why", lambda act: act.reason or "-", detail=True),
+    Column("details", lambda act: ", ".join(f"{n}={v}" for n, v in act.details.items()) or "-", detail=True),
+]
+
+
+def listing(settings: Settings, out: Output, since: str | None) -> int:
+    """Show the acts, newest first."""
+    try:
+        age = duration().read(since) if since else None
+    except ValueError as error:
+        raise Misuse(f"--since: {error}") from None
+    with ledger_of(settings) as connection:
+        seconds, micros = connection.time()
+        begin = seconds + micros / 1e6 - age if age else 0.0
+        rows: Iterator[Act] = audit.acts(connection, begin)
+        if out.as_json:
+            for act in rows:
+                out.object(act.to_json())
+        else:
+            out.rows(rows, _ACTS, nothing="Nothing was changed by a command.")
+    return WELL

@@ -1,0 +1,107 @@
+"""`topology`: which server answers since when, which relay process follows, and the last changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from relay.command.connection import ledger_of
+from relay.command.exit_status import NO, WELL
+from relay.command.output import GREEN, RED, YELLOW, Column, Output, as_object, moment, span
+from relay.config.loader import Settings
+from relay.ledger import audit
+from relay.topology import decisions, promotion
+from relay.topology.decisions import View
+from relay.topology.heartbeats import Heartbeat
+
+_CHANGES = 5
+_COMMANDS = ("promote", "undo")
+_PROCESSES = [
+    Column("process", lambda row: row[0].label),
+    Column("follows", lambda row: "yes" if row[1] else "dead" if not row[0].is_alive else "NO",
+           colour=lambda row: GREEN if row[1] else YELLOW if not row[0].is_alive else RED),
+    Column("epoch", lambda row: str(row[0].epoch), numbers=True),
+    Column("primary", lambda row: row[0].primary, detail=True),
+    Column("in old", lambda row: str(row[0].in_old), numbers=True),
+    Column("heard", lambda row: f"{span(row[0].age)} ago", numbers=True),
+    Column("pid", lambda row: str(row[0].pid), numbers=True),
+    Column("version", lambda row: row[0].version, detail=True),
+    Column("trouble", lambda row: row[0].trouble or "-", detail=True, colour=lambda row: RED if row[0].trouble else ""),
+]  # fmt: skip
+_HISTORY = [
+    Column("when", lambda act: moment(act.at)),
+    Column("who", lambda act: act.who),
+    Column("what", lambda act: act.command),
+    Column("before", lambda act: act.before or "-"),
+    Column("after", lambda act: act.after or "-"),
+    Column("why", lambda act: act.reason or "-", detail=True),
+]
+
+
+def show(settings: Settings, out: Output) -> int:
+    """Show who is the primary since when, which process follows, and the last changes. Says no when one does not."""
+    with ledger_of(settings) as connection:
+        seen = decisions.view(connection)
+        last = list(islice((act for act in audit.acts(connection) if act.command in _COMMANDS), _CHANGES))
+    late = [beat for beat in seen.living if not seen.follows(beat)]
+    if out.as_json:
+        out.object(_as_object(seen, settings))
+        for beat in seen.beats:
+            out.object({"kind": "process", **as_object(beat), "alive": beat.is_alive, "follows": seen.follows(beat)})
+        for act in last:
+            out.object({"kind": "change", **act.to_json()})
+        return NO if late else WELL
+    out.pairs(_head(seen, settings))
+    out.line("")
+    rows: list[tuple[Heartbeat, bool]] = [(beat, beat.is_alive and seen.follows(beat)) for beat in seen.beats]
+    out.rows(rows, _PROCESSES, nothing="No relay process lives.")
+    if last:
+        out.line("")
+        out.rows(last, _HISTORY, nothing="")
+    return NO if late else WELL
+
+
+def _as_object(seen: View, settings: Settings) -> dict[str, object]:
+    now = seen.topology.now if seen.topology else None
+    intent = seen.intent
+    return {
+        "kind": "topology",
+        "epoch": seen.epoch,
+        "primary": promotion.current(seen, settings),
+        "backups": list(now.backups if now else (b.name for b in settings.backups)),
+        "by": now.by if now else "",
+        "at": now.at if now else None,
+        "reason": now.reason if now else "",
+        "previous": seen.topology.previous.primary if seen.topology else None,
+        "preparing": {"primary": intent.primary, "by": intent.by, "at": intent.at} if intent else None,
+        "settings_agree": _agree(seen, settings),
+        "trouble": seen.nonsense,
+    }
+
+
+def _agree(seen: View, settings: Settings) -> bool | None:
+    """Say whether the settings name the same primary; None for settings without one."""
+    if settings.primary is None:
+        return None
+    return promotion.current(seen, settings) == settings.primary.name
+
+
+def _head(seen: View, settings: Settings) -> Iterator[tuple[str, str]]:
+    primary = promotion.current(seen, settings) or "each host's settings say"
+    yield "primary", primary
+    names = seen.topology.now.backups if seen.topology else tuple(b.name for b in settings.backups)
+    yield "backups", ", ".join(names) or "none"
+    if seen.topology is None:
+        yield "epoch", "0: nobody has promoted a server, the settings hold"
+    else:
+        now = seen.topology.now
+        why = f": {now.reason}" if now.reason else ""
+        yield "epoch", f"{now.epoch}, by {now.by or 'somebody'} at {moment(now.at)}{why}"
+        yield "before", f"{seen.topology.previous.primary}; `smtp-dup undo` goes back to it"
+    if seen.intent:
+        ago = max(0.0, seen.now - seen.intent.at)
+        yield "preparing", f"{seen.intent.primary}, by {seen.intent.by} for {ago:.0f} s"
+    if seen.nonsense:
+        yield "trouble", f"what Redis holds as topology makes no sense: {seen.nonsense}"
+    if _agree(seen, settings) is False and settings.primary:
+        yield "settings", f"they name {settings.primary.name} as the primary: edit them to agree before long"

@@ -1,0 +1,62 @@
+"""What `check`, /readyz and /metrics say of who is the primary, and of which relay process follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+from redis.exceptions import RedisError
+
+from relay.config.model import RedisSettings, Settings
+from relay.monitoring.probes import Finding
+from relay.redisio.clients import sync_client
+from relay.topology import decisions
+from relay.topology.decisions import View
+from relay.topology.roles import disagreement
+
+SUBJECT = "topology"
+
+
+def about_topology(settings: Settings, seen: View) -> Iterator[Finding]:
+    """Say whether settings and topology agree, and whether everybody follows; nothing before the first promotion."""
+    troubles = [f"{beat.label}: {beat.trouble}" for beat in seen.living if beat.trouble]
+    late = [beat for beat in seen.living if not beat.trouble and not seen.follows(beat)]
+    troubles += [f"{beat.label} has not followed: it takes {beat.primary} for the primary" for beat in late]
+    if seen.nonsense:
+        troubles.append(f"what Redis holds as topology makes no sense: {seen.nonsense}")
+    if troubles:
+        yield Finding(SUBJECT, False, "; ".join(troubles))
+    elif seen.topology:
+        now, count = seen.topology.now, len(seen.living)
+        yield Finding(
+            SUBJECT, True, f"{now.primary} is the primary (epoch {now.epoch}), {count} relay processes follow"
+        )
+    if words := disagreement(settings, seen.topology):  # as it may be for days: mail goes on
+        yield Finding("settings", True, words)
+
+
+def find(settings: Settings, server: RedisSettings) -> list[Finding]:
+    """Ask Redis for it; nothing where that does not answer."""
+    try:
+        with sync_client(server, server.timeout_seconds, retries=0) as client:
+            return list(about_topology(settings, decisions.view(client)))
+    except (RedisError, OSError):
+        return []
+
+
+def families(seen: View) -> Iterator[Metric]:
+    """Yield the metrics of the roles."""
+    text = "How often a server has been promoted; 0: the settings say who is the primary"
+    yield GaugeMetricFamily("smtpdup_topology_epoch", text, value=seen.epoch)
+    roles = GaugeMetricFamily(
+        "smtpdup_role", "1 for the role that a server has since the last promotion", labels=["destination", "role"]
+    )
+    if seen.topology:
+        roles.add_metric([seen.topology.primary, "primary"], 1)
+        for name in seen.topology.now.backups:
+            roles.add_metric([name, "backup"], 1)
+    yield roles
+    text = "Relay processes, over all hosts, that have been heard of within ten seconds"
+    yield GaugeMetricFamily("smtpdup_relays", text, value=len(seen.living))
+    text = "Those of them that follow the last promotion"
+    yield GaugeMetricFamily("smtpdup_topology_followers", text, value=sum(map(seen.follows, seen.living)))

@@ -1,0 +1,226 @@
+"""How one relay process follows a promotion: it prepares what it is asked for, and takes a decision that was made.
+
+What is asked and decided comes with the beat that the process sends anyway (relay.topology.heartbeats). While a
+promotion is prepared the process opens a connection to the new primary as for mail, and says whether that went well.
+Once it is decided, the next transactions have the new roles; those under way keep theirs. A decision that these
+settings do not know, one that makes no sense, and an epoch lower than one that was seen change nothing, and are told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from relay import maillog
+from relay.client.connection import ClientError
+from relay.config.loader import Settings
+from relay.ledger import registry
+from relay.mail.destination import Destination
+from relay.mail.text import printable
+from relay.smtpd.context import Context
+from relay.smtpd.primary import Primary
+from relay.smtpd.snapshot import Snapshot
+from relay.topology import remembered, roles
+from relay.topology.heartbeats import Pulse
+from relay.topology.roles import Roles
+from relay.topology.state import Intent, Topology, Unreadable
+
+_DISK_SECONDS = 2.0  # a disk that hangs keeps nobody from following
+_SOON = 0.2  # seconds to the next beat while a promotion is under way
+_UNDER_WAY_SECONDS = 15.0  # so long after it, transactions that go on with the former primary are told as soon
+
+
+class Follower:
+    """The roles of one relay process, from its start on."""
+
+    def __init__(self, settings: Settings, pulse: Pulse, connect_to: Callable[[Destination], Primary]) -> None:
+        """``connect_to`` makes a primary of a server, without any connection yet."""
+        self._settings = settings
+        self._pulse = pulse
+        self._connect_to = connect_to
+        self._topology = remembered.load(settings.state_dir)  # the highest epoch that was seen
+        self.roles = (self._topology and roles.decided(settings, self._topology)) or roles.as_settings_say(settings)
+        self._context: Context | None = None
+        self._retired: list[Snapshot] = []
+        self._seen: str | None = None  # what was last found in Redis
+        self._trouble = ""  # why that is not followed
+        self._is_registered = False  # whether the ledger knows all who get copies now
+        self._intent: Intent | None = None
+        self._preparing: asyncio.Task[None] | None = None
+        self._ready: Primary | None = None  # the one that is prepared
+        self._answer = ("", "")  # to the intent: its id, and why we cannot
+        self._news = asyncio.Event()  # something is to be told at once
+        self._busy_until = 0.0  # loop time
+        self._tell()
+
+    def begin(self) -> Snapshot:
+        """Return the snapshot to begin with."""
+        return Snapshot(self._connect_to(self.roles.primary), self.roles.backups, self.roles.epoch)
+
+    def serve(self, context: Context) -> None:
+        """Change the snapshot of this context from now on."""
+        self._context = context
+
+    async def pause(self, seconds: float) -> None:
+        """Wait for the next beat; shorter while a promotion is under way or there is something to tell."""
+        is_busy = bool(self._in_old()) and asyncio.get_running_loop().time() < self._busy_until
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait(), _SOON if is_busy or self._intent else seconds)
+        self._news.clear()
+        self._pulse.in_old = self._in_old()
+
+    async def follow(self, ledger: Redis) -> None:
+        """Do what the last beat has brought. ``ledger`` hears of the new backups."""
+        if self._pulse.topology != self._seen:
+            self._seen = self._pulse.topology
+            await self._look(self._seen)
+        if not self._is_registered:
+            await self._register(ledger)
+        self._prepare(self._pulse.intent)
+
+    async def close(self) -> None:
+        """Close what is open beside the snapshot that serves."""
+        self._stop_preparing()
+        for snapshot in self._retired:
+            await snapshot.primary.pool.close()
+
+    # --- a decision -----------------------------------------------------------------------------------------------
+
+    async def _look(self, text: str) -> None:
+        known = self._topology
+        try:
+            found = Topology.from_json(text) if text else None
+        except Unreadable as error:
+            self._disagree(f"what Redis holds as topology makes no sense: {error}")
+            return
+        if known and (found is None or found.epoch < known.epoch):
+            older = f"epoch {found.epoch}" if found else "none"
+            self._disagree(f"it keeps epoch {known.epoch} with {known.primary}: Redis has an older one, {older}")
+        elif found:
+            trouble = await self._remember(found) if found != known else ""
+            self._topology = found
+            decided = roles.decided(self._settings, found)
+            if decided is None:
+                self._disagree(f"its settings do not name {found.primary}, which was promoted")
+            else:
+                if decided != self.roles:
+                    self._adopt(decided, found)
+                self._disagree(trouble)
+        else:
+            self._disagree("")
+
+    def _disagree(self, trouble: str) -> None:
+        """Note why what stands in Redis is not followed; "" where it is."""
+        if trouble and trouble != self._trouble:
+            maillog.notice("warning", "the topology is not followed", reason=trouble)
+        self._trouble = trouble
+        self._tell()
+
+    async def _remember(self, topology: Topology) -> str:
+        """Put it on disk before anything is done by it: we never go back behind it. Returns what went wrong."""
+        try:
+            await asyncio.wait_for(
+                asyncio.to_thread(remembered.save, self._settings.state_dir, topology), _DISK_SECONDS
+            )
+        except OSError as error:  # TimeoutError is one
+            return f"its state folder cannot be written: {printable(str(error)) or 'the disk does not answer'}"
+        return ""
+
+    def _adopt(self, decided: Roles, topology: Topology) -> None:
+        """Have the next transactions begin with the new roles."""
+        before, self.roles = self.roles, decided
+        self._is_registered = False
+        if self._context is not None:
+            primary, self._ready = self._ready, None
+            if primary is None or primary.destination != decided.primary:
+                _close(primary)
+                primary = self._connect_to(decided.primary)
+            old, self._context.snapshot = self._context.snapshot, Snapshot(primary, decided.backups, decided.epoch)
+            old.retire()
+            self._retired = [s for s in self._retired if s.in_use] + [old]
+            self._busy_until = asyncio.get_running_loop().time() + _UNDER_WAY_SECONDS
+        if decided.primary.name != before.primary.name:
+            now = topology.now
+            maillog.promoted(decided.primary.name, before.primary.name, decided.epoch, by=now.by, reason=now.reason)
+
+    async def _register(self, ledger: Redis) -> None:
+        """Tell the ledger where copies go now, so that whatever is pending there is delivered."""
+        try:
+            async with ledger.pipeline(transaction=True) as pipe:
+                registry.register(pipe, self.roles.backups)
+                await pipe.execute()
+        except (RedisError, OSError) as error:
+            maillog.ledger_trouble("a change of the roles", error)
+        else:
+            self._is_registered = True
+
+    # --- an intent ------------------------------------------------------------------------------------------------
+
+    def _prepare(self, text: str) -> None:
+        """Begin with an intent that is new, and end with one that is gone."""
+        try:
+            intent = Intent.from_json(text) if text else None
+        except Unreadable:  # whoever wants to promote will not find us prepared
+            intent = None
+        if intent == self._intent:
+            return
+        self._stop_preparing()
+        self._intent, self._answer = intent, ("", "")
+        self._tell()
+        if intent:
+            self._preparing = asyncio.get_running_loop().create_task(self._try(intent))
+
+    async def _try(self, intent: Intent) -> None:
+        """Find out whether we can use the new primary; what was opened is kept for its mail."""
+        trouble = self._objection(intent)
+        if not trouble:
+            known = (self._settings.primary, *self._settings.backups)
+            primary = self._connect_to(next(s for s in known if s and s.name == intent.primary))
+            try:
+                await primary.connect()
+            except ClientError as error:
+                trouble = f"{primary.destination.address} cannot be used: {error}"
+                _close(primary)
+            except BaseException:
+                _close(primary)
+                raise
+            else:
+                self._ready = primary
+        self._answer = intent.id, printable(trouble)
+        self._tell()
+
+    def _objection(self, intent: Intent) -> str:
+        if self._topology and intent.epoch <= self._topology.epoch:
+            return f"it has seen epoch {self._topology.epoch} already"
+        return roles.objection(self._settings, intent)
+
+    def _stop_preparing(self) -> None:
+        if self._preparing is not None:
+            self._preparing.cancel()
+            self._preparing = None
+        _close(self._ready)
+        self._ready = None
+
+    # --- what is told ---------------------------------------------------------------------------------------------
+
+    def _in_old(self) -> int:
+        return sum(snapshot.in_use for snapshot in self._retired)
+
+    def _tell(self) -> None:
+        pulse = self._pulse
+        prepared, objection = self._answer
+        before = (pulse.epoch, pulse.primary, pulse.prepared, pulse.trouble)
+        pulse.epoch, pulse.primary = self._topology.epoch if self._topology else 0, self.roles.primary.name
+        pulse.prepared, pulse.trouble = prepared, objection if prepared else self._trouble
+        if before != (pulse.epoch, pulse.primary, pulse.prepared, pulse.trouble):
+            self._news.set()
+
+
+def _close(primary: Primary | None) -> None:
+    """Close what was opened for a primary that nobody has served with."""
+    if primary is not None:
+        Snapshot(primary, ()).retire()
