@@ -1,4 +1,4 @@
-"""What a forked child process knows of itself."""
+"""The context that the supervisor gives to a forked child process."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def _nobody() -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True)
 class ChildContext:
-    """What a forked child knows of itself. An instance is ``<pid>.<start, ms>``, unique on its host.
+    """The name and place of a child process. An instance is ``<pid>.<start, ms>``, unique on its host.
 
-    ``living`` returns the instances of this name that run, those of an earlier generation that drain too; None while
-    that cannot be told. ``ready`` is to be called once this process does its work.
+    ``living`` returns the running instances of this name, including those of an earlier generation that drain; None
+    while that is unknown. The child calls ``ready`` once it does its work.
     """
 
     name: str
     instance: str
     predecessor: str | None = None  # the instance that this one replaces
-    generation: int = 1  # of its settings: one more with every reload
-    seat: int = 0  # its part of the memory that the processes of a name share, its own while it lives
+    generation: int = 1  # of the settings: incremented by each reload
+    seat: int = 0  # distinguishes the processes of one name in shared memory
     ready: Callable[[], None] = _nothing
     living: Callable[[], frozenset[str] | None] = _nobody

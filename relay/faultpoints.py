@@ -1,7 +1,7 @@
-"""Fault points: places in the flow of a message at which a test stops a process dead, to kill it or others there.
+"""Fault points: places in the flow of a message where a test stops a process, to kill it or another one there.
 
-``SMTPDUP_FAULT=point:n:/path`` has whichever process reaches the point for the n-th time create the path and stop
-itself (SIGSTOP), once: where the path exists, nobody stops. Without the variable a point calls an empty function.
+With ``SMTPDUP_FAULT=point:n:/path``, the process that reaches the point for the n-th time creates the path and stops
+itself (SIGSTOP); once the path exists, no other process stops. Without the variable a point calls an empty function.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ POINTS = frozenset(
 
 
 def _nothing(_point: str) -> None:
-    """Cost nothing."""
+    """Do nothing."""
 
 
 def _armed(wanted: str) -> Callable[[str], None]:

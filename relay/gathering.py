@@ -1,7 +1,7 @@
-"""Group commit: what comes while a write is on its way leaves together in the next one.
+"""Group commit: items that arrive during a write are written together in the next one.
 
-So one fsync, of Redis or of a disk, serves many, and who comes alone does not wait for others. A group leaves at the
-end of the turn of the loop in which its first item came; whoever begins the write says when it has ended.
+So one fsync, of Redis or of a disk, serves many items, and a single item does not wait for others. A group is written
+at the end of the event-loop iteration in which its first item arrived; the writer calls ``landed`` when it is done.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Generic, Protocol, TypeVar
 
 
 class Sized(Protocol):
-    """What is gathered; ``size`` is in octets."""
+    """An item with its ``size`` in octets."""
 
     size: int
 
@@ -22,9 +22,9 @@ T = TypeVar("T", bound=Sized)
 
 
 class Gathering(Generic[T]):
-    """Items on their way into groups; ``begin`` is called with each group, and ``landed`` is called when it is written.
+    """Collects items into groups. ``begin`` is called with each group; the caller calls ``landed`` when it is written.
 
-    So many ``flights`` are on their way at once. A group ends after so many ``octets``, but has one item at least.
+    At most ``flights`` groups are written at the same time. A group has at most ``octets``, but at least one item.
     """
 
     def __init__(self, begin: Callable[[list[T]], None], *, flights: int = 1, octets: int = sys.maxsize) -> None:
@@ -34,22 +34,22 @@ class Gathering(Generic[T]):
         self._queue: list[T] = []
         self._flights = 0
         self._is_scheduled = False
-        self._has_landed = asyncio.Event()  # any of them; for who drains
+        self._has_landed = asyncio.Event()  # set when any write ends; ``drain`` waits for it
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing waits; some may be on its way."""
+        """Whether no item waits; a write may be under way."""
         return not self._queue
 
     def add(self, item: T) -> None:
-        """Have an item leave with the next group."""
+        """Add an item to the next group."""
         self._queue.append(item)
         if not self._is_scheduled and self._flights < self._limit:
             self._is_scheduled = True
             asyncio.get_running_loop().call_soon(self._take_off)
 
     def landed(self) -> None:
-        """Note that a group's write has ended, well or not."""
+        """Note that the write of a group has ended, successfully or not."""
         self._flights -= 1
         self._take_off()
         self._has_landed.set()

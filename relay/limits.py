@@ -1,11 +1,11 @@
-"""What the system lets one process have open, and what of ours fits into that.
+"""The limit of open files, and how many clients and connections fit below it.
 
-The limit of open files is raised to the hard one at the start, and ``smtp.max_connections`` cut to what fits below it:
-descriptors for Redis, the spool and the primary are kept back, since a client is taken only while they are left. Each
-client may need one at the primary as well, and the kernel hands over all that wait for accept() at once. A limit that
-leaves no room for a few clients is a TooLow of one line.
+At the start the limit is raised to the hard limit, and ``smtp.max_connections`` is reduced to what fits: descriptors
+for Redis and the spool are reserved, each client may need another one for the primary, and the kernel hands over all
+connections in the accept queue at once. A limit without room for a few clients raises TooLow, a text of one line.
 
-Trouble of our own (no descriptor, no memory, no thread) says nothing about whoever was to be reached: ``is_own``.
+``is_own`` recognises errors of this process (no descriptor, memory or thread), which say nothing about the server that
+was to be reached.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import resource
 import socket
 from dataclasses import dataclass
 
-RESERVE = 64  # descriptors of a process for all but clients and the primary: Redis, spool, look-ups, TLS files
-_MOST = 1 << 20  # more is of no use, and some programs visit every descriptor that they might have
-_BACKLOG = 1024  # connections that wait for accept()
-_FEWEST = 8  # clients; with room for fewer a relay is not worth its start
+RESERVE = 64  # descriptors of a process besides those for clients and the primary: Redis, spool, DNS, TLS files
+_MOST = 1 << 20  # more is useless, and some programs iterate over all possible descriptors
+_BACKLOG = 1024  # connections in the accept queue
+_FEWEST = 8  # clients; with room for fewer, the relay does not start
 _OWN = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN})
 
-_OWN_NAMES = frozenset({socket.EAI_MEMORY, socket.EAI_SYSTEM})  # of a look-up, whose numbers are others
+_OWN_NAMES = frozenset({socket.EAI_MEMORY, socket.EAI_SYSTEM})  # of getaddrinfo, which has its own error numbers
 
 
 class TooLow(Exception):
@@ -32,7 +32,7 @@ class TooLow(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What fits: clients of all relay processes and of one of them, and how many may wait for accept()."""
+    """What fits: clients of all relay processes, clients of one, and the length of its accept queue."""
 
     clients: int
     clients_here: int
@@ -40,12 +40,12 @@ class Fit:
 
 
 def raise_files() -> int:
-    """Raise the limit of open files as far as may be. Returns the limit."""
+    """Raise the limit of open files to the hard limit, at most ``_MOST``. Returns the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST if hard == resource.RLIM_INFINITY else min(hard, _MOST)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return _MOST if soft == resource.RLIM_INFINITY else soft
-    # macOS has a limit of its own below an infinite hard one.
+    # macOS has another limit below an infinite hard limit.
     for limit in (wanted, 10_240):
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
@@ -60,10 +60,10 @@ def files() -> int:
 
 
 def relay_fit(limit: int, wanted: int, processes: int, sockets: int = 0) -> Fit:
-    """Return what fits into relay processes with this limit, of so many clients wanted. Raises TooLow.
+    """Return how many of the ``wanted`` clients fit into relay processes with this limit. Raises TooLow.
 
     ``sockets`` is the number of addresses to listen on. The kernel may give one process more clients than another, so
-    that each has a bound of its own beside the common one.
+    each has a limit of its own besides the common one.
     """
     room = limit - RESERVE - 2 * sockets  # two families
     share = math.ceil(wanted / processes)
@@ -78,7 +78,7 @@ def relay_fit(limit: int, wanted: int, processes: int, sockets: int = 0) -> Fit:
 
 
 def worker_connections(limit: int, wanted: int) -> int:
-    """Return how many connections to its backup a worker process may have, of so many wanted. Raises TooLow."""
+    """Return how many of the ``wanted`` connections a worker process may have to its backup. Raises TooLow."""
     room = limit - RESERVE // 2
     if room < 1:
         least = RESERVE // 2 + _FEWEST
@@ -90,7 +90,7 @@ _HOW = "raise it (ulimit -Hn, LimitNOFILE= of systemd, --ulimit nofile= of docke
 
 
 def is_own(error: BaseException | None) -> bool:
-    """Say whether an error, or what caused it, is that we lack descriptors, memory or threads."""
+    """Return whether an error, or its cause, is that this process lacks descriptors, memory or threads."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

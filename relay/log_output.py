@@ -1,10 +1,10 @@
-"""Standard error that nobody needs to read: log lines are dropped and counted, never waited for.
+"""Log output to standard error that never blocks: lines that cannot be written are buffered, then dropped and counted.
 
-A line goes out at once where that cannot block: a pipe or a terminal is opened anew, since O_NONBLOCK on the one that
-we were given would hold for everybody who shares it; a socket (journald's) has a flag for each write; a file takes
-lines, or refuses them. What does not go out at once is kept, up to a bound, and a thread writes it when that can be
-done. One that cannot be opened anew is the thread's from the first line. The supervisor forks, and so has no thread:
-it tries again whenever it wakes up. As soon as lines can be written again, one says how many are missing.
+A line is written at once if that cannot block: a pipe or a terminal is opened again, since O_NONBLOCK on the inherited
+descriptor would apply to all processes that share it; a socket (journald's) has a flag for each write; a file accepts
+lines or refuses them. Other lines are buffered, up to a limit, and a thread writes them when possible. If a descriptor
+cannot be opened again, the thread writes all lines. The supervisor forks and so has no thread: it tries again whenever
+it wakes up. Once lines can be written again, a line gives the number of dropped ones. Nothing here raises.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from collections import deque
 from collections.abc import Callable
 
 _KEPT_OCTETS = 256 << 10
-_PIECE = 4096  # PIPE_BUF: a pipe takes it whole or not at all, so that lines of several processes do not mix
+_PIECE = 4096  # PIPE_BUF: a write up to this size is atomic, so that lines of several processes do not mix
 _LOOK_SECONDS = 1.0
-_LAST_SECONDS = 1.0  # for what is kept when a process ends
+_LAST_SECONDS = 1.0  # for the buffered lines when a process ends
 
-on_drop: Callable[[int], None] | None = None  # metrics.py counts
+on_drop: Callable[[int], None] | None = None  # set by metrics.py
 
 
 class Output:
-    """A descriptor for lines. ``threads``: whether a thread may wait for it."""
+    """A descriptor that log lines are written to. ``threads``: whether a thread may block on it."""
 
     def __init__(self, descriptor: int = 2, *, threads: bool = True) -> None:
         self.threads = threads
         self.tell: Callable[[int], str] = "{} log lines were dropped\n".format
-        self.dropped = 0  # and not yet told
-        self._refused = False  # the last one
+        self.dropped = 0  # and not yet reported
+        self._refused = False  # the last write failed
         self._descriptor = descriptor
         self._send, self._polled = _never_blocking(descriptor)
         self.restart()
 
     def restart(self) -> None:
-        """Forget what is kept and who writes it: after a fork that is another process's."""
+        """Drop the buffer and the thread, which belong to the parent after a fork."""
         self.dropped = 0
         self._kept: deque[bytes] = deque()
         self._octets = 0
@@ -53,11 +53,11 @@ class Output:
 
     @property
     def waits(self) -> bool:
-        """Whether something is kept that could not be written yet."""
+        """Whether lines are buffered, or dropped and not yet reported."""
         return bool(self._kept or self.dropped)
 
     def write(self, text: str) -> None:
-        """Write whole lines, or keep them, or drop them. Never waits, never raises."""
+        """Write whole lines, or buffer them, or drop them. Never blocks, never raises."""
         data = text.encode("utf-8", "backslashreplace")
         with self._lock:
             if self._kept and self._thread is None:
@@ -68,7 +68,7 @@ class Output:
                 self._keep(data)
 
     def flush(self, seconds: float = 0.0) -> None:
-        """Wait so long, at most, until nothing is kept any more."""
+        """Wait until the buffer is empty, at most ``seconds``."""
         deadline = time.monotonic() + seconds
         while self.waits:
             with self._lock:
@@ -85,7 +85,7 @@ class Output:
         return self._send is not None or not self.threads
 
     def _attempt(self, data: bytes, *, is_line: bool = True) -> bytes:
-        """Write without waiting; returns what is left to write. What is refused is dropped."""
+        """Write without blocking; returns the rest that is left to write. After an error the data is dropped."""
         while data:
             try:
                 if self._send is not None:
@@ -96,7 +96,7 @@ class Output:
                     return data
             except (BlockingIOError, InterruptedError):
                 return data
-            except OSError:  # nobody reads it any more, the disk is full, it was closed
+            except OSError:  # no reader, a full disk, or a closed descriptor
                 self._refused = True
                 if is_line:
                     self._drop(data)
@@ -105,7 +105,7 @@ class Output:
         return data
 
     def _catch_up(self) -> bool:
-        """Say how many lines are missing, if any. False: that cannot be written now."""
+        """Report the number of dropped lines, if any; returns False if that cannot be written now."""
         count = self.dropped
         if not count:
             return True
@@ -114,7 +114,7 @@ class Output:
         if len(rest) == len(notice):
             return False
         if not rest and self._refused:
-            return True  # as the line will be
+            return True  # the line will be refused and counted as well
         self.dropped = 0
         if rest:
             self._kept.append(rest)
@@ -154,12 +154,12 @@ class Output:
                 on_drop(count)
 
     def _begin(self) -> None:
-        # A signal is for the main thread, which may wait for it with sigwait: this one has them all blocked.
+        # Signals are for the main thread, which may wait for them with sigwait: this thread blocks them all.
         thread = threading.Thread(target=self._run, name="log", daemon=True)
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             thread.start()
-        except RuntimeError:  # no thread can be had: tried again with the next line
+        except RuntimeError:  # no thread can be started; tried again with the next line
             return
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -176,11 +176,11 @@ class Output:
                 if self._send is not None:
                     self._write_kept()
                     if not self._kept and (self._refused or not self.dropped):
-                        self._thread = None  # from here on lines go out at once again
+                        self._thread = None  # from now on lines are written at once again
                         return
                     data = b""
                 else:
-                    # A notice that is refused in its turn would make another.
+                    # A report that is refused as well must not cause another one.
                     while not self._kept and (self._refused or not self.dropped):
                         self._more.wait()
                     if self.dropped and not self._refused and self._octets < _KEPT_OCTETS // 2:
@@ -192,7 +192,7 @@ class Output:
                 _wait_for_room(self._polled)
                 continue
             try:
-                written = os.write(self._descriptor, data[:_PIECE])  # may take for ever: then only this thread waits
+                written = os.write(self._descriptor, data[:_PIECE])  # may block for ever, but only this thread
             except OSError:
                 with self._lock:
                     self._refused = True
@@ -211,7 +211,7 @@ class Output:
 
 
 class Stream(io.TextIOBase):
-    """What stands for sys.stderr: whoever writes there does not wait either."""
+    """A replacement for sys.stderr that does not block either."""
 
     def __init__(self, output: Output) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ _output: Output | None = None
 
 
 def take_over(*, threads: bool) -> Output:
-    """Return the output of this process's standard error."""
+    """Return the Output of this process for standard error."""
     global _output  # noqa: PLW0603 - there is one in a process
     if _output is None:
         _output = Output(2)
@@ -246,12 +246,12 @@ def take_over(*, threads: bool) -> Output:
 
 
 def waits() -> bool:
-    """Whether lines are kept that could not be written yet."""
+    """Return whether lines are buffered, or dropped and not yet reported."""
     return _output is not None and _output.waits
 
 
 def flush(seconds: float = _LAST_SECONDS) -> None:
-    """Write what is kept, waiting so long at most."""
+    """Write the buffered lines, waiting at most ``seconds``."""
     if _output is not None:
         _output.flush(seconds)
 
@@ -265,7 +265,7 @@ os.register_at_fork(after_in_child=_restart)
 
 
 def _never_blocking(descriptor: int) -> tuple[Callable[[bytes], int] | None, int]:
-    """Return what writes without waiting, and what to ask for room; None where only a thread can do it."""
+    """Return a function that writes without blocking (None: there is none), and the descriptor to poll."""
     try:
         kind = os.fstat(descriptor).st_mode
         if stat.S_ISSOCK(kind):
@@ -275,7 +275,7 @@ def _never_blocking(descriptor: int) -> tuple[Callable[[bytes], int] | None, int
             return lambda data: os.write(descriptor, data), descriptor
         flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
         again = os.open(f"/proc/self/fd/{descriptor}", flags)
-    except OSError:  # closed, another user's, nobody reads it, or no Linux
+    except OSError:  # closed, owned by another user, without a reader, or no Linux
         return None, descriptor
     return lambda data: os.write(again, data[:_PIECE]), again
 
@@ -290,4 +290,4 @@ def _wait_for_room(descriptor: int) -> None:
     poll = select.poll()
     poll.register(descriptor, select.POLLOUT)
     if any(mask & ~select.POLLOUT for _, mask in poll.poll(round(_LOOK_SECONDS * 1000))):
-        time.sleep(0.05)  # an error is told by the next attempt
+        time.sleep(0.05)  # the next write shows the error

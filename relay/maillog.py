@@ -1,7 +1,8 @@
-"""The mail log: one function per event, so that its words never drift; one id finds a message's whole life.
+"""The mail log: one function for each event, so that names and fields stay the same wherever an event is logged.
 
-Every line has the event's name, the message id where there is one, and key=value fields. No body, no
-subject, no password; control characters are escaped. ``configure`` chooses text or JSON lines.
+A new event is a new function here. Each line has the event's name, the message id if there is one, which finds all
+lines about a message, and key=value fields; never a body, a subject or a password. Control characters are escaped.
+``configure`` chooses text or JSON lines. Logging never raises.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from loguru import Message as LogMessage
 
 _TIME = "{time:YYYY-MM-DDTHH:mm:ss.SSSZZ}"
-_quoted = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make one at every call
-_PLAIN = ("process", "_line", "_trace")  # of a record's extra: not fields of the event
+_quoted = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder at each call
+_PLAIN = ("process", "_line", "_trace")  # keys of loguru's "extra" that are not fields of the event
 
 Values = Mapping[str, Any]
 
@@ -36,7 +37,8 @@ def configure(
 ) -> None:
     """Send the log to stderr. ``style`` is "text" or "json" (one object a line).
 
-    With ``threads`` nobody ever waits for it (log_output.py): whether it may have one. None is for commands that end.
+    ``threads``: the log never blocks (log_output.py), and may use a thread for that (True) or not (False). With None,
+    for commands that end soon, it is written directly and may block.
     """
     global _events  # noqa: PLW0603 - there is one log in a process
     logger.remove()
@@ -58,12 +60,12 @@ def configure(
 
 
 def _to_stderr(text: str) -> None:
-    with suppress(OSError, ValueError, AttributeError):  # nobody reads it: no reason to fail a message
+    with suppress(OSError, ValueError, AttributeError):  # a log without a reader must not fail a message
         sys.stderr.write(text)
 
 
 class _Events:
-    """Lines of events as loguru would write them, at a tenth of its price: there are two for every message."""
+    """Writes events in loguru's format at a tenth of its cost, since each message has two lines or more."""
 
     def __init__(self, level: str, style: str, process: str) -> None:
         self._lowest = logger.level(level.upper()).no
@@ -78,14 +80,14 @@ class _Events:
             _to_stderr(self._compose(level, event, fields))
 
     def dropped(self, count: int) -> str:
-        """Return the line that says how many are missing."""
+        """Return the line that reports dropped lines."""
         return self._compose("WARNING", f"{count} log lines were dropped", {"reason": "nobody took them in time"})
 
     def _text(self, level: str, event: str, fields: Values) -> str:
         return f"{self._time()}{self._zone} {level: <7} {self._process} {_words(event, fields)}\n"
 
     def _json(self, level: str, event: str, fields: Values) -> str:
-        moment = self._time()  # first: the zone is known from then on
+        moment = self._time()  # must come first: it sets the zone
         zone = f"{self._zone[:3]}:{self._zone[3:]}"
         return _json_line(f"{moment}{zone}", level, event, {"process": self._process, **fields})
 
@@ -95,7 +97,7 @@ class _Events:
         if second != self._second:
             local = time.localtime(second)
             self._date, self._zone = time.strftime("%Y-%m-%dT%H:%M:%S", local), time.strftime("%z", local)
-            self._second = second  # last: another thread may be at it, too
+            self._second = second  # must come last: another thread may run this too
         return f"{self._date}.{int((now - second) * 1000):03d}"
 
 
@@ -107,7 +109,7 @@ def _text_format(record: Any) -> str:
     text = _TIME + " {level: <7} {extra[process]} {extra[_line]}\n"
     if not record["exception"]:
         return text
-    # What an exception says may come from outside: indented, none of its lines passes for one of ours.
+    # The text of an exception may come from outside: indented, it cannot pass for a log line.
     lines = "".join(traceback.format_exception(record["exception"].value)).splitlines()
     record["extra"]["_trace"] = "\n".join(f"  {printable(line)}" for line in lines)
     return text + "{extra[_trace]}\n"
@@ -150,7 +152,7 @@ def _event(level: str, event: str, **fields: Any) -> None:
 
 
 def accepted(envelope: Envelope, reply: Reply, seconds: float, *, late: bool = False) -> None:
-    """The primary took the message; its copies are released."""
+    """The primary accepted the message; its copies are released. ``late``: the client had disconnected."""
     _event(
         "INFO",
         "accepted late" if late else "accepted",
@@ -178,22 +180,22 @@ def refused(envelope: Envelope, reply: Reply) -> None:
 
 
 def command_refused(client: str, command: str, reply: Reply) -> None:
-    """The primary, or a rule of ours, refused MAIL, RCPT or DATA."""
+    """The primary, or a rule of the relay, refused MAIL, RCPT or DATA."""
     _event("INFO", "command refused", client=client, command=command, reply=reply.text)
 
 
 def commands_refused(client: str, count: int) -> None:
-    """So many more were refused on one connection than there are lines for."""
+    """``count`` more commands were refused on a connection; the log has no lines of their own for them."""
     _event("INFO", "more commands refused", client=client, count=count)
 
 
 def tls_failed(client: str, reason: str) -> None:
-    """A client and we did not come to terms about TLS."""
+    """The TLS handshake with a client failed."""
     _event("INFO", "tls failed", client=client, reason=reason)
 
 
 def proxy_failed(client: str, reason: str) -> None:
-    """A connection did not begin with a PROXY header that can be used; it was closed."""
+    """A connection did not begin with a valid PROXY header; it was closed."""
     _event("WARNING", "proxy header refused", client=client, reason=reason)
 
 
@@ -203,35 +205,35 @@ def logged_in(client: str, user: str) -> None:
 
 
 def login_refused(client: str, user: str, reason: str = "") -> None:
-    """A name and a password that do not belong together, or to nobody; with a reason, they were not looked at."""
+    """A login with a wrong name or password; with a ``reason``, the password was not checked."""
     _event("WARNING", "login refused", client=client, user=user, **({"reason": reason} if reason else {}))
 
 
 def uncertain(envelope: Envelope, hold_seconds: float, reason: str) -> None:
-    """The primary went away between the dot and its reply."""
+    """The connection to the primary was lost between the dot and its reply."""
     _event(
         "WARNING", "uncertain", id=envelope.id, sender=f"<{envelope.sender}>", hold_seconds=hold_seconds, reason=reason
     )
 
 
 def abandoned(message_id: str, hold_seconds: float) -> None:
-    """A relay process died between staging and the primary's reply; the client sends again."""
+    """A relay process died between staging and the primary's reply; the client will send the message again."""
     _event("WARNING", "uncertain", id=message_id, hold_seconds=hold_seconds, reason="the relay process died")
 
 
 def not_durable(envelope: Envelope, reason: str) -> None:
-    """Neither Redis nor the spool could take the copy; the settings decide what the client hears."""
+    """Neither Redis nor the spool could be written; relay.require_durable_copies decides the reply to the client."""
     _event("ERROR", "not durable", id=envelope.id, sender=f"<{envelope.sender}>", reason=reason)
 
 
 def copy_lost(envelope: Envelope) -> None:
-    """The primary accepted a message whose copy could be stored nowhere, and the settings let that stand."""
+    """The primary accepted a message whose copy could not be stored; relay.require_durable_copies is false."""
     lost = ",".join(envelope.destinations)
     _event("ERROR", "copy lost", id=envelope.id, sender=f"<{envelope.sender}>", copies=lost)
 
 
 def spooled(envelope: Envelope, reason: str) -> None:
-    """The copy went to the spool instead of the ledger."""
+    """The copy was written to the spool instead of the ledger."""
     _event("WARNING", "spooled", id=envelope.id, reason=reason)
 
 
@@ -241,47 +243,47 @@ def unspooled(message_id: str, copies: tuple[str, ...]) -> None:
 
 
 def spool_set_aside(name: str, reason: str) -> None:
-    """A file of the spool cannot be used; it is kept in the folder ``corrupt`` for a person to look at."""
+    """A file of the spool cannot be used; it is kept in the folder ``corrupt`` for the operator."""
     _event("ERROR", "spool file set aside", file=name, reason=reason)
 
 
 def record_damaged(message_id: str, destination: str, reason: str) -> None:
-    """A stored message is not what was stored, or is no message: it is kept for a person to look at, and never sent."""
+    """A stored message is damaged: it is kept for the operator and never sent."""
     _event("ERROR", "damaged record", id=message_id, destination=destination, reason=reason)
 
 
 def spool_unfinished(name: str) -> None:
-    """A file was half written when its process was killed; kept in ``unfinished``, it is nobody's loss."""
+    """A process was killed while it wrote a file, before any 2xx; the file is kept in ``unfinished``."""
     _event("WARNING", "spool file unfinished", file=name, reason="its process was killed before the client heard 2xx")
 
 
 def spool_trouble(what: str, error: BaseException) -> None:
-    """The spool's disk refused something."""
+    """Reading or writing the spool failed."""
     _event("ERROR", "spool trouble", what=what, reason=f"{type(error).__name__}: {error}")
 
 
 def primary_trouble(address: str, stage: str, reason: str) -> None:
-    """The primary could not be used; the client was told 451."""
+    """The primary could not be used; the client got 451."""
     _event("WARNING", "primary trouble", primary=address, stage=stage, reason=reason)
 
 
 def session_error(client: str, error: BaseException) -> None:
-    """Something in a session that should not happen; the client was told 451."""
+    """An unexpected exception in a session; the client got 451."""
     logger.bind(client=client).opt(exception=error).error("session error")
 
 
 def task_failed(what: str, error: BaseException) -> None:
-    """Something in the background that should not happen; it is started again."""
+    """An unexpected exception in a background task, which is started again."""
     logger.bind(what=what).opt(exception=error).error("task failed")
 
 
 def dispatch_delayed(destination: str, waiting: int, error: BaseException) -> None:
-    """Jobs could not be written; the copies are pending in the ledger all the same."""
+    """RQ jobs could not be written; the copies are pending in the ledger, and get their jobs later."""
     _event("WARNING", "dispatch delayed", destination=destination, waiting=waiting, reason=str(error))
 
 
 def ledger_trouble(what: str, error: BaseException) -> None:
-    """Redis refused or did not answer; what depends on it is tried again."""
+    """Redis returned an error or did not reply; the operation is tried again."""
     _event("WARNING", "ledger trouble", what=what, reason=f"{type(error).__name__}: {error}")
 
 
@@ -289,7 +291,7 @@ def ledger_trouble(what: str, error: BaseException) -> None:
 
 
 def delivered(message_id: str, destination: str, recipients: int, attempts: int, age: float) -> None:
-    """A backup took a copy, for so many recipients; age in seconds since it was accepted."""
+    """A backup accepted a copy for this number of recipients; ``age`` is in seconds since acceptance."""
     _event(
         "INFO",
         "delivered",
@@ -304,7 +306,7 @@ def delivered(message_id: str, destination: str, recipients: int, attempts: int,
 def deferred(
     message_id: str, destination: str, recipients: int, attempts: int, reply: str, next_seconds: float
 ) -> None:
-    """A copy stays owed to so many recipients and is tried again."""
+    """A copy is still owed to this number of recipients and will be tried again."""
     _event(
         "INFO",
         "deferred",
@@ -318,7 +320,7 @@ def deferred(
 
 
 def failed(message_id: str, destination: str, recipients: int, attempts: int, reply: str) -> None:
-    """A copy is in the failed list for so many recipients."""
+    """A copy is put on the failed list for this number of recipients."""
     _event(
         "WARNING",
         "failed",
@@ -336,46 +338,46 @@ def repeated(message_id: str, destination: str, reason: str) -> None:
 
 
 def destination_paused(destination: str, reason: str, probe_seconds: float) -> None:
-    """The breaker opened: only probes go there now."""
+    """A backup is paused (the breaker opened): only probes are sent to it."""
     _event(
         "WARNING", "destination paused", destination=destination, probe_seconds=round(probe_seconds, 1), reason=reason
     )
 
 
 def destination_resumed(destination: str, paused_seconds: float) -> None:
-    """A probe went through; delivery starts again, one connection first."""
+    """A probe succeeded; delivery starts again, with one connection at first."""
     _event("INFO", "destination resumed", destination=destination, paused_seconds=round(paused_seconds, 1))
 
 
 def body_missing(message_id: str, destination: str) -> None:
-    """A pending copy has no body any more; it is removed and counted."""
+    """The body of a pending copy is missing; the copy is removed and counted."""
     _event("ERROR", "body missing", id=message_id, destination=destination)
 
 
 def failure_expired(message_id: str, destination: str, ttl: float) -> None:
-    """A failed copy was kept for failed.ttl and is dropped."""
+    """A failed copy was kept for failed.ttl and is deleted."""
     _event("WARNING", "failed copy expired", id=message_id, destination=destination, ttl_seconds=round(ttl))
 
 
 def uncertain_copied(message_id: str, destination: str, recipients: int, covered: int) -> None:
-    """Nobody knows whether the primary took it: a copy goes out all the same, but for recipients that a twin covers."""
+    """The copy of an uncertain message is delivered, except to ``covered`` recipients of an accepted repetition."""
     _event(
         "WARNING", "uncertain copied", id=message_id, destination=destination, recipients=recipients, covered=covered
     )
 
 
 def uncertain_covered(message_id: str) -> None:
-    """An uncertain message has nobody left to be copied for: a twin was accepted for them all."""
+    """The copy of an uncertain message is dropped: a repetition was accepted for all its recipients."""
     _event("INFO", "uncertain covered", id=message_id)
 
 
 def requeued(message_id: str, destination: str, job: str) -> None:
-    """A pending copy that no RQ job would have delivered has a new one."""
+    """A pending copy that no RQ job would deliver gets a new job."""
     _event("WARNING", "requeued", id=message_id, destination=destination, job=job)
 
 
 def moved(message_id: str, destination: str, target: str) -> None:
-    """An operator moved a copy to another destination, where it is tried at once or listed as failed."""
+    """An operator moved a copy to another destination."""
     _event("INFO", "moved", id=message_id, destination=destination, to=target)
 
 
@@ -390,12 +392,12 @@ def promoted(primary: str, former: str, epoch: int, *, by: str, reason: str) -> 
 
 
 def started(what: str, **fields: Any) -> None:
-    """A process is ready."""
+    """A process has started."""
     _event("INFO", f"{what} started", **fields)
 
 
 def stopping(what: str, **fields: Any) -> None:
-    """A process drains."""
+    """A process begins to drain."""
     _event("INFO", f"{what} stopping", **fields)
 
 
@@ -405,5 +407,5 @@ def stopped(what: str, **fields: Any) -> None:
 
 
 def notice(level: str, text: str, **fields: Any) -> None:
-    """Anything about the product itself that is no mail event: configuration, persistence, reconciliation."""
+    """Log anything that is no mail event: settings, persistence, reconciliation."""
     _event(level.upper(), text, **fields)

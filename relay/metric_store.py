@@ -1,10 +1,9 @@
-"""Counters of several processes in memory that they share: no file, so that no disk can end a message with SIGBUS.
+"""Metrics of several processes in shared memory; not in files, since a full disk would kill a process with SIGBUS.
 
-An Arena is made before the first fork and has a region for each process to come. A process writes only in its own and
-who tells the metrics reads all. Whoever replaces a process goes on in its region: what was counted stays, and nothing
-is left of the dead. Of a name several may run, those of earlier settings to their end: each has a seat of its own.
-A region that makes no sense is skipped and counted; one that is full, or that there is not, costs
-its metrics and nothing else: changing a value never fails.
+An Arena is made before the first fork and has a region for each process to come. A process writes only its own region,
+and the status server reads all. The successor of a process continues in its region, so that counts are kept and regions
+do not accumulate. Several processes of one name may run while those of earlier settings drain: each has a seat of its
+own. A damaged region is skipped and counted; a full or missing one loses its metrics. Changing a value never raises.
 """
 
 from __future__ import annotations
@@ -25,39 +24,39 @@ from prometheus_client.registry import Collector
 
 _REGIONS = 1024
 _SIZE = 128 << 10
-_HEAD = 8  # octets: how many are used, and what makes that a multiple of eight
+_HEAD = 8  # octets: the number of used octets, and padding
 _length = struct.Struct("=I")
 
-# A sample's name and its labels, and its value: a bucket's is what fell into it alone.
+# ((sample name, labels), value); the value of a bucket is not cumulative.
 Reading: TypeAlias = tuple[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 class Arena(Collector):
-    """The regions; a collector of what is in them."""
+    """The regions of all processes, and the collector that sums them."""
 
     def __init__(self, regions: int = _REGIONS, size: int = _SIZE) -> None:
-        """Make empty regions. Raises OSError without memory; what is not written takes none."""
+        """Make empty regions, which use memory only once written. Raises OSError without memory."""
         self._size = size
         self._memory = memoryview(mmap.mmap(-1, regions * size))
         self._numbers: dict[tuple[str, int], int] = {}
-        self._count = memoryview(mmap.mmap(-1, 8)).cast("q")  # of those given, also after the fork of whoever asks
+        self._count = memoryview(mmap.mmap(-1, 8)).cast("q")  # number of reserved regions, shared with children
         self._most = regions
-        self.identity = secrets.token_hex(8)  # who compares what is here with an earlier look asks for it
+        self.identity = secrets.token_hex(8)  # readings can be compared only within one Arena
 
     def reserve(self, name: str, seat: int = 0) -> None:
-        """Give the process of this name at this seat a region; to be called before it is forked."""
+        """Reserve a region for the process of this name and seat, before it is forked."""
         if (name, seat) not in self._numbers and len(self._numbers) < self._most:
             self._numbers[name, seat] = len(self._numbers)
             self._count[0] = len(self._numbers)
 
     def take(self, name: str, seat: int = 0) -> None:
-        """Count in this region from now on, from where its last process was."""
+        """Use this region for the metrics of this process, continuing the counts of its predecessor."""
         number = self._numbers.get((name, seat))
         if number is not None:
             _bind(_Region(self._of(number)))
 
     def readings(self) -> Iterator[tuple[int, list[Reading]]]:
-        """Yield the number of each region and what was counted there; one that makes no sense is left out."""
+        """Yield the number and the values of each region, without the damaged ones."""
         for number in range(self._count[0]):
             try:
                 entries = list(_entries(self._of(number)))
@@ -67,7 +66,7 @@ class Arena(Collector):
                 yield number, [((sample, labels), value) for (_, _, sample, labels, _), value in entries]
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the sums over all regions; of a gauge the largest."""
+        """Yield the sums over all regions; for a gauge, the largest value."""
         metrics: dict[str, Metric] = {}
         unreadable = 0
         for number in range(self._count[0]):
@@ -83,7 +82,7 @@ class Arena(Collector):
                     metrics[metric]._multiprocess_mode = "max"  # type: ignore[attr-defined]  # noqa: SLF001 - of a gauge
                 metrics[metric].add_sample(name, labels, value)  # type: ignore[arg-type]  # as it does itself
         yield from MultiProcessCollector._accumulate_metrics(metrics, True)  # type: ignore[no-untyped-call]  # noqa: SLF001 - sums buckets
-        text = "Processes whose counters make no sense and are left out"
+        text = "Processes whose metrics are damaged and left out"
         yield GaugeMetricFamily("smtpdup_metrics_unreadable", text, value=unreadable)
 
     def _of(self, number: int) -> memoryview:
@@ -91,14 +90,14 @@ class Arena(Collector):
 
 
 def _entries(memory: memoryview) -> Iterator[tuple[tuple[str, str, str, tuple[tuple[str, str], ...], str], float]]:
-    """Yield the keys and values of a region. Raises ValueError when it makes no sense."""
+    """Yield the keys and values of a region. Raises ValueError if it is damaged."""
     for key, at in _positions(memory):
         yield _read_key(key), memory[at : at + 8].cast("d")[0]
 
 
 @functools.lru_cache(maxsize=16384)
 def _read_key(key: bytes) -> tuple[str, str, str, tuple[tuple[str, str], ...], str]:
-    """Return kind, metric, sample, labels and help. Raises ValueError for what is no key of ours."""
+    """Return kind, metric, sample, labels and help. Raises ValueError if the key is damaged."""
     try:
         kind, metric, name, labels, text = json.loads(key)
         return str(kind), str(metric), str(name), tuple(sorted(labels.items())), str(text)
@@ -107,7 +106,7 @@ def _read_key(key: bytes) -> tuple[str, str, str, tuple[tuple[str, str], ...], s
 
 
 def _positions(memory: memoryview) -> Iterator[tuple[bytes, int]]:
-    """Yield the keys of a region and where their values are. Raises ValueError when it makes no sense."""
+    """Yield the keys of a region and the offsets of their values. Raises ValueError if it is damaged."""
     (used,) = _length.unpack_from(memory)
     if used > len(memory) or used % 8:
         raise ValueError("more is used than there is")
@@ -132,14 +131,14 @@ class _Region:
         self._memory = memory
         try:
             self._places = dict(_positions(memory))
-        except ValueError:  # nobody can say what a predecessor counted
+        except ValueError:  # the predecessor's region is damaged
             self._places = {}
             _length.pack_into(memory, 0, 0)
         (used,) = _length.unpack_from(memory)
         self._used = max(_HEAD, used)
 
     def place(self, key: bytes) -> memoryview[float] | None:
-        """Return where a value is, made if need be; None when there is no room."""
+        """Return the memory of a value, created if missing; None if the region is full."""
         at = self._places.get(key)
         if at is None:
             at = self._used + _padded(len(key))
@@ -149,7 +148,7 @@ class _Region:
             _length.pack_into(self._memory, self._used, len(key))
             self._memory[at : at + 8] = bytes(8)
             self._used = at + 8
-            _length.pack_into(self._memory, 0, self._used)  # last: who reads finds it whole
+            _length.pack_into(self._memory, 0, self._used)  # last, so that a reader sees a complete entry
             self._places[key] = at
         return self._memory[at : at + 8].cast("d")
 
@@ -160,7 +159,7 @@ _lock = threading.Lock()
 
 
 class Value:
-    """What prometheus-client keeps a number in."""
+    """The value class that prometheus-client uses for each number."""
 
     _multiprocess = True
 
@@ -202,10 +201,10 @@ class Value:
         return self._value
 
     def set_exemplar(self, exemplar: Any) -> None:
-        """Keep none."""
+        """Ignore it."""
 
     def get_exemplar(self) -> None:
-        """Return none."""
+        """Return None."""
 
 
 def _bind(region: _Region | None) -> None:
@@ -219,7 +218,7 @@ def _bind(region: _Region | None) -> None:
 def _forked() -> None:
     global _lock  # noqa: PLW0603
     _lock = threading.Lock()
-    _bind(None)  # the region is our parent's
+    _bind(None)  # the region belongs to the parent
 
 
 os.register_at_fork(after_in_child=_forked)

@@ -1,7 +1,7 @@
 """Every metric of smtp-dup, declared once with its help.
 
-Processes share them in memory (tallies.py). What the ledger knows (pending, oldest age, failed) is not counted here but
-read at scrape time, in status.py. Updating a metric never fails a message.
+Processes share them in memory (metric_store.py). Numbers that are in the ledger (pending, oldest age, failed) are not
+counted here but read at scrape time, in monitoring/status_server.py. Updating a metric never raises.
 """
 
 import time
@@ -10,24 +10,24 @@ from prometheus_client import Counter, Gauge, Histogram, values
 
 from relay import log_output, metric_store
 
-values.ValueClass = metric_store.Value  # before the first of them is made
+values.ValueClass = metric_store.Value  # must be set before the first metric is made
 
-connections = Counter("smtpdup_connections_total", "Client connections taken")
-connections_refused = Counter("smtpdup_connections_refused_total", "Client connections turned away at once")
-session_errors = Counter("smtpdup_session_errors_total", "Unforeseen errors in a session, answered 451")
+connections = Counter("smtpdup_connections_total", "Client connections accepted")
+connections_refused = Counter("smtpdup_connections_refused_total", "Client connections refused at once")
+session_errors = Counter("smtpdup_session_errors_total", "Unexpected errors in a session, answered 451")
 logins = Counter("smtpdup_logins_total", "Passwords checked: accepted, refused", ["result"])
 primary_trouble = Counter(
     "smtpdup_primary_trouble_total",
-    "Failures to use the primary, answered 451, by what was being done: connect, EHLO, MAIL, RCPT, DATA, body, dot...",
+    "Failures at the primary, answered 451, by stage: connect, EHLO, MAIL, RCPT, DATA, body, dot...",
     ["stage"],
 )
 messages = Counter(
     "smtpdup_messages_total",
-    "Messages by the answer at their end: accepted, refused_4xx, refused_5xx, uncertain (none), own (a rule of ours)",
+    "Messages by the reply to the dot: accepted, refused_4xx, refused_5xx, uncertain (none), own (a rule of the relay)",
     ["result"],
 )
 recipients = Counter(
-    "smtpdup_recipients_total", "RCPT commands by answer: accepted, refused_4xx, refused_5xx", ["result"]
+    "smtpdup_recipients_total", "RCPT commands by reply: accepted, refused_4xx, refused_5xx", ["result"]
 )
 bytes_accepted = Counter("smtpdup_accepted_bytes_total", "Octets of the messages that the primary accepted")
 _DOT_TO_REPLY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)
@@ -38,12 +38,12 @@ backup_seconds = Histogram(
     "smtpdup_backup_seconds",
     "Time from the dot of a copy to the backup's reply",
     ["destination"],
-    buckets=_DOT_TO_REPLY,  # the same, or the two servers could not be compared
+    buckets=_DOT_TO_REPLY,  # the same as for the primary, to compare the two
 )
 MAIL_FEATURES = ("SMTPUTF8", "8BITMIME", "DSN")
 features = Counter(
     "smtpdup_mail_features_total",
-    "Accepted messages that a server without this extension could not take as they are: SMTPUTF8, 8BITMIME, DSN",
+    "Accepted messages that need this extension of a server: SMTPUTF8, 8BITMIME, DSN",
     ["extension"],
 )
 stage_seconds = Histogram(
@@ -55,15 +55,13 @@ spooled = Counter("smtpdup_spooled_total", "Copies that went to the spool instea
 unspooled = Counter("smtpdup_unspooled_total", "Messages moved from the spool into Redis")
 damaged_records = Counter(
     "smtpdup_damaged_records_total",
-    "Stored messages that are not what was stored, kept and never sent, by where they were found: redis, spool",
+    "Damaged stored messages, kept and never sent, by place: redis, spool",
     ["where"],
 )
 for _where in ("redis", "spool"):
-    damaged_records.labels(_where)  # so that it is there from the start, as zero
-copies_lost = Counter("smtpdup_copies_lost_total", "Accepted messages whose copies could be written nowhere")
-log_lines_dropped = Counter(
-    "smtpdup_log_lines_dropped_total", "Log lines that standard error did not take in time, or refused"
-)
+    damaged_records.labels(_where)  # so that it is exported as zero from the start
+copies_lost = Counter("smtpdup_copies_lost_total", "Accepted messages whose copies could not be stored")
+log_lines_dropped = Counter("smtpdup_log_lines_dropped_total", "Log lines that could not be written to standard error")
 log_output.on_drop = log_lines_dropped.inc
 deliveries = Counter(
     "smtpdup_deliveries_total",
@@ -84,7 +82,7 @@ def reply_class(code: int) -> str:
 
 
 class HourlyMaximum:
-    """The largest value of the clock's hour in which this process last noted one."""
+    """A gauge with the largest value in the latest hour (by the clock) in which this process noted one."""
 
     def __init__(self, name: str, text: str) -> None:
         self._gauge = Gauge(name, text, multiprocess_mode="max")

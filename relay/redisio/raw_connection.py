@@ -1,7 +1,7 @@
-"""What the pipelines use of redis-py's asyncio connections that is not public: the one place that names it.
+"""The private attributes of redis-py's asyncio connections that the pipelines use, all in this one module.
 
-redis-py has no public way past its stream and parser. Written for redis-py 5.2 to 8.1 (bounded in pyproject.toml); a
-later one is let in when tests/redisio/test_raw_connection.py passes with it.
+redis-py has no public way to bypass its stream and parser. Written for redis-py 5.2 to 8.1 (bounded in pyproject.toml);
+before a later version is allowed, tests/redisio/test_raw_connection.py must pass with it.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from typing import Any
 
 
 def transport(connection: Any) -> asyncio.Transport:
-    """Return the transport of a connected connection; its protocol may be replaced, and must be given back."""
+    """Return the transport of a connected connection; whoever replaces its protocol must restore it."""
     found: asyncio.Transport = connection._writer.transport  # noqa: SLF001
     return found
 
 
 def error_parser(connection: Any) -> Callable[[str], Exception]:
-    """Return what makes an exception of an error reply, so that errors are the same as redis-py's own."""
+    """Return the function that turns the text of an error reply into redis-py's exception."""
     found: Callable[[str], Exception] = connection._parser.parse_error  # noqa: SLF001
     return found
 
 
 async def living(pool: Any) -> Any:
-    """Return a connection of a pool that Redis has not closed while it was at rest.
+    """Return a connection from a pool, but not one that Redis closed while it was idle.
 
-    With RESP3 the pool hands out such a one all the same, and its transport, which has seen the end already, would
-    never tell another protocol of it.
+    With RESP3 the pool would return such a connection, and its transport, which has seen the end of input already,
+    would never report it to a new protocol.
     """
     connection = await pool.get_connection()
     try:
@@ -41,7 +41,7 @@ async def living(pool: Any) -> Any:
 
 
 async def discard(pool: Any, connection: Any) -> None:
-    """Close a connection and give its place back: a pool has so many only."""
+    """Close a connection and give it back to the pool, which limits their number."""
     try:
         await connection.disconnect(nowait=True)
     finally:

@@ -1,9 +1,8 @@
-"""Which server has written the data of the embedded Redis, and whether another can read them.
+"""Which server wrote the data of the embedded Redis, and whether another one can read them.
 
-The format of the log grows with the server: an older one does not start on what a newer one has written, or, worse,
-starts and writes what the newer one then calls damaged. So the name and version of the server are kept beside the data,
-and the next start compares. A server that does not say its version, or data without a record, are not judged: Redis
-speaks up itself.
+The format of the log changes with the server version: an older server does not start on newer data or, worse, starts
+and writes data that the newer one calls damaged. So the server's name and version are recorded beside the data and
+compared at the next start. Without a version or a record nothing is checked; Redis itself may report an error.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ _RECORD = "written-by"
 _VERSION = re.compile(r"\b(Redis|Valkey) server v=(\d{1,4})\.(\d{1,4})\b", re.IGNORECASE)
 _RECORDED = re.compile(r"(redis|valkey) (\d{1,4})\.(\d{1,4})\n?")
 _SECONDS = 5.0
-_LAST_COMMON = (7, 2)  # of Redis: what it wrote, Valkey reads
+_LAST_COMMON = (7, 2)  # the last Redis version whose data Valkey reads
 
 
 class Version(NamedTuple):
-    """A server's name, in small letters, and the numbers that decide about its format."""
+    """A server's name in lower case, and the version numbers that decide its format."""
 
     name: str
     number: tuple[int, int]
@@ -33,14 +32,14 @@ class Version(NamedTuple):
         return f"{self.name} {self.number[0]}.{self.number[1]}"
 
     def reads(self, writer: Version) -> bool:
-        """Say whether this server reads what that one has written."""
+        """Return whether this server can read data that ``writer`` wrote."""
         if self.name == writer.name:
             return self.number >= writer.number
         return self.name == "valkey" and writer.number <= _LAST_COMMON
 
 
 def of(program: Path) -> Version | None:
-    """Ask a server program which it is."""
+    """Ask a server program for its name and version; None if it does not say."""
     try:
         answer = subprocess.run([program, "--version"], capture_output=True, timeout=_SECONDS, check=False)  # noqa: S603  (ours)
     except (OSError, subprocess.TimeoutExpired):
@@ -50,7 +49,7 @@ def of(program: Path) -> Version | None:
 
 
 def recorded(folder: Path) -> Version | None:
-    """Return which server has last written the data in this folder."""
+    """Return the server that last wrote the data in this folder, None without a record."""
     try:
         text = (folder / _RECORD).read_text("ascii", "replace")
     except OSError:
@@ -60,14 +59,14 @@ def recorded(folder: Path) -> Version | None:
 
 
 def record(folder: Path, version: Version | None) -> None:
-    """Note which server writes the data from now on. What cannot be noted keeps nothing from starting."""
+    """Record which server writes the data from now on. A failure is ignored: it must not prevent the start."""
     if version is not None and version != recorded(folder):
         with suppress(OSError):
             private_files.write(folder, _RECORD, f"{version}\n".encode("ascii"), durable=False)
 
 
 def objection(folder: Path, program: Path, version: Version | None) -> str:
-    """Say why this server may not open the data in this folder; "" when it may."""
+    """Return why this server must not open the data in this folder, "" if it may."""
     writer = recorded(folder)
     if version is None or writer is None or version.reads(writer):
         return ""
