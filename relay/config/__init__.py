@@ -1,1 +1,1 @@
-"""The settings: every option once, files, variables and flags to one frozen Settings."""
+"""The settings: all options, and the reading of files, variables and flags into one frozen Settings."""

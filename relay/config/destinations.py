@@ -1,7 +1,7 @@
-"""A destination as the settings write it -> Destination, and the checks between destinations.
+"""Reads a destination in the settings into a Destination, and checks destinations against each other.
 
-``host:port``, a URL with user information, or the fields of a [[backup]] table. Each problem comes back as
-(field, text); no text repeats what may hold a password, not even a badly escaped one.
+A destination is ``host:port``, a URL with user information, or the fields of a [[backup]] table. Each problem is
+returned as (field, text); no text repeats anything that may hold a password, not even a badly escaped one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Faults = list[tuple[str, str]]
 
 
 def resolve_password(reference: str, environ: Mapping[str, str]) -> str:
-    """Return the secret that ``env:NAME`` or ``file:/path`` stands for. Raises ValueError, the secret not in it."""
+    """Return the secret that ``env:NAME`` or ``file:/path`` refers to. Raises ValueError, without the secret."""
     kind, _, where = reference.partition(":")
     if kind == "env" and where:
         if not environ.get(where):
@@ -63,7 +63,7 @@ def _split_url(text: str) -> tuple[dict[str, Any], Mapping[str, str]]:
         username, _, password = (unquote(p, errors="strict") for p in userinfo.partition(":"))
     except ValueError:
         raise ValueError(_ESCAPING) from None  # the library's own text may repeat the password
-    # The @ behind a raw / ? or # is the real one, and what looks like the host is a piece of the password.
+    # An @ after a raw / ? or # is the real separator, and the apparent host is a part of the password.
     if "@" in userinfo or "@" in parts.path + parts.fragment or ("@" in parts.query and not userinfo):
         raise ValueError(_ESCAPING)
     if parts.path not in {"", "/"} or parts.fragment:
@@ -102,7 +102,7 @@ def read_destination(
 ) -> tuple[Destination | None, Faults]:
     """Build a Destination from its URL and the other fields of its table.
 
-    Returns None with the faults when there are any; a fault's field "" is the URL itself.
+    Returns the destination, or None if there are faults, and the faults; the field "" is the URL itself.
     """
     faults: Faults = []
     values: dict[str, Any] = {"connections": connections}
@@ -128,7 +128,7 @@ def read_destination(
 
 
 def _secrets(values: dict[str, Any], environ: Mapping[str, str]) -> Faults:
-    """Put the password that is given by reference into values."""
+    """Resolve password_from into ``values``; returns the faults."""
     reference = values.get("password_from", "")
     if not reference:
         if values["username"] and not values["password"]:
@@ -146,7 +146,7 @@ def _secrets(values: dict[str, Any], environ: Mapping[str, str]) -> Faults:
 
 
 def _transport(values: dict[str, Any], *, given: bool) -> Faults:
-    """Settle TLS. Without a word about it a password never travels in the clear."""
+    """Set the TLS mode and check its fields; returns the faults. By default a password is never sent in the clear."""
     faults: Faults = []
     scheme, ca_file = values["scheme"], values.get("ca_file", "")
     if not given:
@@ -175,7 +175,7 @@ def _transport(values: dict[str, Any], *, given: bool) -> Faults:
 
 
 def _hosts(host: str) -> frozenset[str]:
-    """Return the host in every form in which it may stand: localhost and its addresses are one."""
+    """Return all equivalent forms of a host: localhost and its addresses are one host."""
     host = host.lower().rstrip(".")
     if host in {"localhost", "localhost.localdomain", "ip6-localhost"}:
         return frozenset({"127.0.0.1", "::1"})
@@ -191,17 +191,17 @@ def _hosts(host: str) -> frozenset[str]:
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether only this machine can reach what listens on host ("" stands for all interfaces)."""
+    """Return whether only this machine can reach a socket that listens on host ("" means all interfaces)."""
     if host in _EVERYWHERE:
         return False
     try:
         return all(ipaddress.ip_address(address).is_loopback for address in _hosts(host))
     except ValueError:
-        return False  # a name: where it leads is not asked here
+        return False  # a name, which is not resolved here
 
 
 def _is_this_machine(host: str) -> bool:
-    """Say whether host is one of our own, without asking the network."""
+    """Return whether host is an address of this machine, without a DNS query."""
     own = socket.gethostname().lower()
     if host.lower().rstrip(".") in {own, own.partition(".")[0]}:
         return True
@@ -209,7 +209,7 @@ def _is_this_machine(host: str) -> bool:
         try:
             family = socket.AF_INET6 if ipaddress.ip_address(candidate).version == 6 else socket.AF_INET
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.bind((candidate, 0))  # only an address of ours can be bound
+                probe.bind((candidate, 0))  # only an address of this machine can be bound
                 return True
         except (ValueError, OSError):
             continue
@@ -217,12 +217,12 @@ def _is_this_machine(host: str) -> bool:
 
 
 def same_server(one: Destination, other: Destination) -> bool:
-    """Say whether both stand for the same host and port, as far as one can tell without the network."""
+    """Return whether both are the same host and port, as far as can be known without a DNS query."""
     return one.port == other.port and bool(_hosts(one.host) & _hosts(other.host))
 
 
 def is_own_address(host: str, port: int, listening: Sequence[tuple[str, int]]) -> bool:
-    """Say whether a connection to host:port would reach one of our own listening sockets."""
+    """Return whether a connection to host:port would reach one of the relay's own listening sockets."""
     for own_host, own_port in listening:
         if own_port != port or port == 0:
             continue
@@ -237,7 +237,7 @@ def is_own_address(host: str, port: int, listening: Sequence[tuple[str, int]]) -
 def conflicts(
     primary: Destination | None, backups: Sequence[Destination], listening: Sequence[tuple[str, int]]
 ) -> Iterator[tuple[int, str]]:
-    """Yield (index of the backup, or -1 for the primary; what is wrong with it)."""
+    """Yield (index of the backup, or -1 for the primary; text of the problem)."""
     seen: list[tuple[str, Destination]] = [("the primary", primary)] if primary else []
     if primary and is_own_address(primary.host, primary.port, listening):
         yield -1, f"{primary.address} is our own listening address (smtp.listen): mail would go round in a loop"

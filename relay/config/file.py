@@ -1,7 +1,7 @@
-"""A settings file, TOML or YAML, as plain dicts, with the line of each key.
+"""Reads a settings file, TOML or YAML, into plain dicts, with the line of each key.
 
-The only importer of dynaconf, which here does one thing: it reads the file. It is large, so settings.py imports this
-module only when there is a file. One that is no use is Unreadable, whose text has no secret.
+The only importer of dynaconf, used for nothing but reading the file. dynaconf is large, so loader.py imports this
+module only if there is a file. A file that cannot be used raises Unreadable, whose text has no secret.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from relay.mail.text import printable
 
 
 class Unreadable(Exception):
-    """A file that cannot be read, or is not what its name says; the text is one line."""
+    """A file that cannot be read or parsed; the text is one line."""
 
 
 class FileContent(NamedTuple):
-    """What one file sets, and where."""
+    """The settings of one file, and the line of each."""
 
     data: dict[str, Any]
-    lines: dict[str, int]  # of each key, "section.key" or "backup[0].field"
+    lines: dict[str, int]  # "section.key" or "backup[0].field" -> line
 
 
 def read(path: Path) -> FileContent:
-    """Read a TOML or YAML file by way of dynaconf. Raises Unreadable."""
+    """Read a TOML or YAML file with dynaconf. Raises Unreadable."""
     if path.suffix not in {".toml", ".yaml", ".yml"}:
         raise Unreadable("expected a file that ends in .toml, .yaml or .yml")
-    # The loader is called by itself: Dynaconf(settings_files=...) would also read settings.local.toml, includes
-    # and hooks, and cast "@format {env[...]}". No folder is searched and no variable read.
+    # The loader is called directly: Dynaconf(settings_files=...) would also read settings.local.toml, includes and
+    # hooks, and cast "@format {env[...]}". No folder is searched and no variable is read.
     box = Dynaconf(
         settings_files=[], loaders=[], core_loaders=[], preload=[], includes=[], environments=False, load_dotenv=False,
         auto_cast=False, merge_enabled=True, dotted_lookup=False, envvar_prefix=False, sysenv_fallback=False,
     )  # fmt: skip
     try:
-        text = path.read_text(encoding="utf-8-sig")  # an editor may have put a mark in front
+        text = path.read_text(encoding="utf-8-sig")  # an editor may have written a byte order mark
         before = set(box.as_dict())
         if path.suffix == ".toml":
             _toml(box).load(filename=str(path.absolute()), key=None, silent=False)
@@ -60,16 +60,16 @@ def read(path: Path) -> FileContent:
         raise Unreadable("is not UTF-8") from None
     except (ValueError, YAMLError, DuplicateKeyError) as error:
         raise Unreadable(f"cannot be read: {_syntax(error)}") from None
-    except (AttributeError, TypeError):  # a list or a lone word where sections are expected
+    except (AttributeError, TypeError):  # a list or a single word where sections are expected
         raise Unreadable("expected sections with options") from None
-    data |= dict.fromkeys(sorted(loaded - set(data)), True)  # dynaconf's own switches are unknown options here
+    data |= dict.fromkeys(sorted(loaded - set(data)), True)  # dynaconf's own options are unknown here
     lowered = {str(key).lower(): _lower(value) for key, value in data.items()}
     told = {key: value for key, value in lowered.items() if value or key not in {*SECTIONS, "backup"}}
     return FileContent(told, dict(_lines(text, path.suffix)))
 
 
 def _toml(box: Dynaconf) -> Any:
-    """Return dynaconf's loader of TOML, for files that may begin with a byte order mark: its own refuses those."""
+    """Return dynaconf's TOML loader, changed to accept a file that begins with a byte order mark."""
     return BaseLoader(
         obj=box, env=None, identifier="toml", extensions=TOML_EXTENSIONS, validate=False,
         file_reader=lambda file: tomllib.loads(file.read()), string_reader=tomllib.loads,
@@ -78,7 +78,7 @@ def _toml(box: Dynaconf) -> Any:
 
 
 def _lower(value: Any) -> Any:
-    """Return plain dicts with lower-case keys, at every depth."""
+    """Return the value with plain dicts and lower-case keys at every depth."""
     if isinstance(value, dict):
         return {str(key).lower(): _lower(item) for key, item in value.items()}
     return [_lower(item) for item in value] if isinstance(value, list) else value
@@ -88,12 +88,12 @@ def _syntax(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return printable(str(error).partition("\n")[0])
-    text = (getattr(error, "problem", "") or "not YAML").partition(" with value")[0]  # which may be a secret
+    text = (getattr(error, "problem", "") or "not YAML").partition(" with value")[0]  # the value may be a secret
     return f"{printable(text)} (at line {mark.line + 1}, column {mark.column + 1})"
 
 
 def _lines(text: str, suffix: str) -> Iterator[tuple[str, int]]:
-    """Yield each key and its line. Good enough for messages: it does not follow multi-line values."""
+    """Yield each key and its line; multi-line values are not parsed, which is good enough for messages."""
     section, tables = "", -1
     for number, line in enumerate(text.lower().splitlines(), 1):
         if suffix == ".toml":

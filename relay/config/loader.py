@@ -1,7 +1,7 @@
-"""Settings: a file, then SMTP_DUP_* variables, then flags -> one frozen Settings.
+"""Loads and validates the settings: a file, then SMTP_DUP_* variables, then flags -> one frozen Settings.
 
-What may be set follows from the table in options.py. A wrong setting never stops at the first: SettingsError carries
-every problem, one line each, with the place that it came from and without any secret.
+The table in options.py defines what can be set. Validation does not stop at the first fault: SettingsError holds every
+problem, one line each, with its place (file and line, variable or flag) and without any secret.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ __all__ = [
 DIRECTORIES = (Path(), Path("/etc/smtp-dup"))
 FILE_NAMES = ("settings.toml", "config.yaml")
 CONFIG_VARIABLE = ENV_PREFIX + "CONFIG"
-DEFAULTS_VARIABLE = ENV_PREFIX + "DEFAULTS"  # a package's own defaults, as the container image has; below every file
+DEFAULTS_VARIABLE = ENV_PREFIX + "DEFAULTS"  # a file of defaults (container image); other files override it
 _OURS = (CONFIG_VARIABLE, DEFAULTS_VARIABLE)
-# Kubernetes puts these into every container beside a service that is called smtp-dup...; they are not ours.
+# Kubernetes sets these in every container if there is a service named smtp-dup...; they are no settings.
 _KUBERNETES = re.compile(r"SMTP_DUP_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)")
-# A field of one backup as a flag gives it, and a backup with its name in front; a host has no "=".
+# A field of one backup given by a flag; a backup with its name in front (a host has no "=").
 _OF_BACKUP = re.compile(r"backup\[(.*)\]\.(\w+)")
 _NAMED = re.compile(r"([\w.:\-\[\]]+)=(.*)", re.DOTALL)
 _BARE_LINE = re.compile(rf"\s*(\[({'|'.join(SECTIONS)})\]\s*)?(#.*)?")
@@ -61,7 +61,7 @@ _BARE_LINE = re.compile(rf"\s*(\[({'|'.join(SECTIONS)})\]\s*)?(#.*)?")
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong: the key (or variable, or field), where it stands, what was expected."""
+    """One problem: the key (or variable, or field), its place, and what was expected."""
 
     key: str
     where: str
@@ -72,7 +72,7 @@ class Problem:
 
 
 class SettingsError(Exception):
-    """The settings cannot be used; ``problems`` are all the reasons, one line each."""
+    """The settings cannot be used; ``problems`` holds all reasons, one line each."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = list(problems)
@@ -94,26 +94,26 @@ def load(
     *,
     require_primary: bool = True,
 ) -> Settings:
-    """Read the settings. Raises SettingsError with every problem there is.
+    """Read and validate the settings. Raises SettingsError with all problems.
 
     ``flags`` maps a key to its text, lists comma-separated; the key "config" names the only file to read, and
-    "backup[NAME].FIELD" is about one backup, wherever that is defined.
+    "backup[NAME].FIELD" sets a field of one backup, wherever the backup is defined.
     """
     return _Loader(dict(flags or {}), os.environ if environ is None else environ).load(directories, require_primary)
 
 
 class _Loader:
-    """One run of load(): what was given so far, and what is wrong with it."""
+    """One run of load(): the values given so far, and their problems."""
 
     def __init__(self, flags: dict[str, str], environ: Mapping[str, str]) -> None:
         self.flags = flags
         self.environ = environ
         self.given: dict[str, _Given] = {}
-        self.tables: list[tuple[Any, dict[str, str]]] = []  # [[backup]]: its fields, and where each stands
+        self.tables: list[tuple[Any, dict[str, str]]] = []  # [[backup]]: its fields, and the place of each
         self.of_backups: dict[str, dict[str, str]] = {}  # name -> fields that flags give
         self.problems: list[Problem] = []
         self.strange_variables: list[str] = []
-        self.connections = 0  # workers.connections, which a backup has unless it says otherwise
+        self.connections = 0  # workers.connections, the default of each backup
         self.demoted_table = 0  # the number of the [[backup]] that says how the primary would get copies; 0: none
         self.file_failed = False  # what seems to be missing may stand there
 
@@ -173,7 +173,7 @@ class _Loader:
         candidates = [[Path(named)]] if named else [[folder / name for name in FILE_NAMES] for folder in directories]
         for paths in candidates:
             try:
-                # A file without a single setting, as the one of a fresh checkout, is as good as none.
+                # A file without any setting, as in a fresh checkout, is skipped.
                 present = [path for path in paths if named or (_is_there(path) and not _is_bare(path))]
                 files = [(path, content) for path in present if (content := _read(path)).data or named]
             except SettingsError as error:
@@ -217,7 +217,7 @@ class _Loader:
 
     def _unknown(self, name: str, known: Iterable[str], where: str, what: str = "option", within: str = "") -> None:
         names = list(known)
-        meant = re.sub(r"(?i)(port|host|bind)$", "LISTEN" if name.isupper() else "listen", name)  # as others call it
+        meant = re.sub(r"(?i)(port|host|bind)$", "LISTEN" if name.isupper() else "listen", name)  # as elsewhere
         near = [meant] if meant in names else difflib.get_close_matches(name, names, 1)
         self._wrong(within + printable(name), f"unknown {what}" + (f"; did you mean {near[0]}?" if near else ""), where)
 
@@ -233,7 +233,7 @@ class _Loader:
                 continue
             key = ours[name]
             if key in set_by and self.environ[set_by[key]] != value:
-                self._wrong(name, f"{set_by[key]} says something else; set one of them", "environment")
+                self._wrong(name, f"{set_by[key]} has another value; set only one of them", "environment")
             set_by[key] = name
             self._override(key, value, name)
 
@@ -245,7 +245,7 @@ class _Loader:
                 self._override(key, value, BY_KEY[key].flag)
 
     def _check_variables(self) -> None:
-        """Name the SMTP_DUP_ variables that are no option, but for those that hold a password (env:NAME)."""
+        """Report SMTP_DUP_ variables that are no option, except those that hold a password (env:NAME)."""
         given = [str(given.value) for given in self.given.values()] + [str(table) for table, _ in self.tables]
         passwords = {name for text in given for name in re.findall(r"\benv:(\w+)", text)}
         for name in self.strange_variables:
@@ -256,12 +256,12 @@ class _Loader:
     def _override(self, key: str, value: str, origin: str) -> None:
         self.given[key] = _Given(value, origin)
         if key == "relay.destination_backups":
-            self.tables.clear()  # who names the backups in a variable or a flag means these and no others
+            self.tables.clear()  # a variable or a flag replaces all backups of the file
 
     # From what was given to values
 
     def _values(self) -> dict[str, Any]:
-        """Read every option; one that cannot be read is a problem and stands at its default."""
+        """Return the value of every option; one that cannot be read is a problem and gets its default."""
         values: dict[str, Any] = {}
         for option in OPTIONS:
             if option.key in self.given:
@@ -341,7 +341,7 @@ class _Loader:
         return self._backup(label, url.strip(), rest, where)
 
     def _backup(self, label: str, url: str, fields: Mapping[str, Any], where: Mapping[str, str]) -> Destination | None:
-        """Read one backup, with what flags say of it: they go by the name that it has without them."""
+        """Read one backup with its flags, which refer to the name that it has without them."""
         connections = self.connections
         backup, faults = read_destination(url, fields, environ=self.environ, connections=connections)
         name = str(fields.get("name") or (backup.name if backup else url))
@@ -352,7 +352,7 @@ class _Loader:
             backup, faults = read_destination(url, fields, environ=self.environ, connections=connections)
         for field, fault in faults:
             place = field or "url"
-            is_apart = label.startswith("backup[") or place in where  # a text has no fields with places of their own
+            is_apart = label.startswith("backup[") or place in where  # fields in a list have no place
             self._wrong(f"{label}.{place}" if is_apart else label, fault, where.get(place, where[""]))
         return backup
 
@@ -375,7 +375,7 @@ class _Loader:
         self._check_door(values)
 
     def _check_door(self, values: dict[str, Any]) -> None:
-        """Check what clients meet: TLS that can be had, and no open relay."""
+        """Check the client side: TLS needs a certificate, and the relay must not be open."""
         for host, port in listen_addresses(values["smtp.listen_tls"]):
             if is_own_address(host or "127.0.0.1", port, listen_addresses(values["smtp.listen"])):
                 self._wrong("smtp.listen_tls", "is the same address as smtp.listen")
@@ -398,8 +398,8 @@ def _is_the_same(table: Any, backup: Destination, primary: Destination) -> bool:
 
 
 OPEN_RELAY = (
-    "{} lets everybody send mail to everywhere, an open relay: name your clients' networks, or set "
-    "smtp.allowed_domains; who logs in (smtp.users_file) is let in from anywhere without this"
+    "{} makes this an open relay, through which everybody can send mail to any domain: name your clients' networks, "
+    "or set smtp.allowed_domains; users who log in (smtp.users_file) may connect from anywhere without this"
 )
 
 
@@ -408,12 +408,12 @@ def _own_addresses(values: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
 
 
 def _is_everybody(network: Network) -> bool:
-    """Say whether a network is no one's: more than anybody was ever given."""
+    """Return whether a network is so large that it must contain strangers."""
     return network.prefixlen < (8 if network.version == 4 else 16) and not network.is_private
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:
-    """Return the folder for our data where nobody named one."""
+    """Return the default of state_dir."""
     if given := environ.get("STATE_DIRECTORY"):
         return Path(given.partition(":")[0]).absolute()  # systemd may list several
     if os.geteuid() == 0:
@@ -434,16 +434,16 @@ def _is_there(path: Path) -> bool:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except OSError:  # a folder that we may not enter: reading the file will say so
+    except OSError:  # no permission: reading the file will report it
         return True
     return True
 
 
 def _is_bare(path: Path) -> bool:
-    """Say whether a TOML file has nothing but comments and our sections' headings: it is told without dynaconf."""
+    """Return whether a TOML file has only comments and headings of known sections, without loading dynaconf."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):  # reading it again will say so
+    except (OSError, UnicodeDecodeError):  # reading it again will report it
         return False
     return path.suffix == ".toml" and all(_BARE_LINE.fullmatch(line) for line in lines)
 

@@ -1,6 +1,6 @@
-"""The Settings as the rest of the program sees them, one frozen part for each section, and how they are shown.
+"""The Settings as the rest of the program uses them: one frozen dataclass for each section, and how they are shown.
 
-Seconds are float, sizes are bytes, everything is checked: whoever holds a Settings asks nothing more.
+Durations are seconds (float), sizes are bytes. The loader has validated every value.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from relay.mail.timeouts import Timeouts
 
 @dataclass(frozen=True, slots=True)
 class SmtpSettings:
-    """What clients meet."""
+    """The client side."""
 
     listen: str
     domain: str
@@ -54,7 +54,7 @@ class SmtpSettings:
 
     @property
     def addresses(self) -> tuple[tuple[str, int], ...]:
-        """(host, port) of each listening socket; the host "" stands for all interfaces."""
+        """(host, port) of each listening socket; the host "" means all interfaces."""
         return listen_addresses(self.listen)
 
     @property
@@ -64,23 +64,23 @@ class SmtpSettings:
 
     @property
     def offers_tls(self) -> bool:
-        """Whether a certificate has a use."""
+        """Whether clients can use TLS."""
         return self.tls_certificate is not None and (self.tls != "none" or bool(self.listen_tls))
 
     def allows(self, address: str) -> bool:
-        """Say whether a client with this IP address may send mail without logging in."""
+        """Return whether a client with this IP address may send mail without logging in."""
         return within(address, self.allowed_networks)
 
     @property
     def process_count(self) -> int:
-        """``processes``, or as many as there are cores for us."""
+        """``processes``, or the number of cores that this process may use."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return self.processes or cores or 1
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class RelaySettings:
-    """The destinations are kept as they were written, passwords included: use Settings.primary and .backups."""
+    """The primary leg. The destinations are raw texts with passwords: use Settings.primary and .backups instead."""
 
     destination_primary: str
     destination_backups: tuple[str, ...]
@@ -96,18 +96,18 @@ class RelaySettings:
 
     @property
     def timeouts(self) -> Timeouts:
-        """How long servers may take; who has set ``timeout_seconds`` to minutes means every step by it."""
+        """The time-outs of a server; a ``timeout_seconds`` of minutes raises the others to at least that."""
         least = self.timeout_seconds
         return Timeouts(least, max(least, self.greeting_timeout_seconds), max(least, self.command_timeout_seconds))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class RedisSettings:
-    """Where copies wait; the URLs may hold passwords, so they are not in repr."""
+    """The Redis in which copies wait. The URLs may hold passwords, so they are excluded from repr."""
 
-    url: str  # "": the embedded one, which only `up` starts; with Sentinels its host means nothing
+    url: str  # "": the embedded Redis, which only `up` starts; with Sentinels the host is ignored
     timeout_seconds: float
-    sentinels: tuple[str, ...] = ()  # as they were written
+    sentinels: tuple[str, ...] = ()  # as written in the settings
     service: str = "mymaster"
     replicas: int = 0
 
@@ -125,19 +125,19 @@ class RedisSettings:
 
     @property
     def shown(self) -> str:
-        """What a person reads: the URL without its password, or the service and its Sentinels."""
+        """The URL without its password, or the service and its Sentinels, for logs and listings."""
         if self.sentinels:
             return f"{self.service} of the Sentinels {', '.join(self.sentinel_addresses)}"
         return mask(self.url)
 
     def at(self, url: str) -> RedisSettings:
-        """Return the same with another URL: the embedded Redis has one that no setting names."""
+        """Return these settings with another URL, such as that of the embedded Redis."""
         return replace(self, url=url) if url else self
 
 
 @dataclass(frozen=True, slots=True)
 class SpoolSettings:
-    """Where copies go that Redis cannot take."""
+    """The spool, which holds the copies that Redis cannot take."""
 
     dir: Path | None  # None: no spool
     min_free: int
@@ -145,9 +145,9 @@ class SpoolSettings:
 
 @dataclass(frozen=True, slots=True)
 class StorageSettings:
-    """How copies are stored, wherever they are."""
+    """How copies are stored in Redis and in the spool."""
 
-    key_file: Path | None  # None: as they are
+    key_file: Path | None  # None: not encrypted
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ class RetrySettings:
 
 @dataclass(frozen=True, slots=True)
 class FailedSettings:
-    """How long and how much of the failed list is kept."""
+    """How long failed copies are kept, and how many bytes of them in Redis."""
 
     ttl: float
     max_bytes: int
@@ -169,7 +169,7 @@ class FailedSettings:
 
 @dataclass(frozen=True, slots=True)
 class DivergenceSettings:
-    """What counts as noise, and how long reasons are listed that are over; in seconds."""
+    """What counts as noise, and how long closed reasons are listed; in seconds."""
 
     noise: float
     keep: float
@@ -177,7 +177,7 @@ class DivergenceSettings:
 
 @dataclass(frozen=True, slots=True)
 class ReadySettings:
-    """What a backup must show before it may be the primary; 0 or false: it is not asked for."""
+    """What `smtp-dup ready` requires of a backup before it may become the primary; 0 or false: not required."""
 
     days: int = 7
     min_messages: int = 1000
@@ -207,7 +207,7 @@ class StatusSettings:
 
 @dataclass(frozen=True, slots=True)
 class LogSettings:
-    """The log lines."""
+    """Level and format of the log."""
 
     level: str
     format: str
@@ -215,7 +215,7 @@ class LogSettings:
 
 @dataclass(frozen=True, slots=True)
 class WorkersSettings:
-    """The delivering processes."""
+    """The worker processes."""
 
     processes: int
     batch: int
@@ -224,13 +224,13 @@ class WorkersSettings:
 
     @property
     def job_size(self) -> int:
-        """How many copies a job has at most: its claim is one script, and Lua's ``unpack`` takes some 8,000 values."""
+        """The most copies in a job: one script claims them, and Lua's ``unpack`` is limited to some 8,000 values."""
         return min(self.batch, 1000)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """All settings, in seconds and bytes; ``origins`` says for each key that was set where it came from."""
+    """All settings, in seconds and bytes; ``origins`` maps each key that was set to its place."""
 
     smtp: SmtpSettings
     relay: RelaySettings

@@ -1,6 +1,6 @@
-"""Every option once: its key, its kind, its default, what it means; and settings.toml written from that.
+"""The table of all options: key, type, default, unit and help; settings.toml is generated from it.
 
-Nothing here reads a file or the environment. `python -m relay.config.options > settings.toml` writes the file anew.
+Nothing here reads a file or the environment. `python -m relay.config.options > settings.toml` writes the file again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ENV_PREFIX = "SMTP_DUP_"
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option: ``default`` is written as in settings.toml; ``unit`` is "" where the kind has none."""
+    """One option: ``default`` is written as in settings.toml; ``unit`` is "" if the type has none."""
 
     key: str
     kind: OptionType
@@ -53,7 +53,7 @@ class Option:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Every spelling: the short one, and the one that follows from the key."""
+        """All spellings of the flag: the short one, and the one derived from the key."""
         return tuple(dict.fromkeys((self.flag, "--" + self.key.replace(".", "-").replace("_", "-"))))
 
     @property
@@ -69,10 +69,10 @@ SECTIONS = {
     "redis": "Where copies wait. It must have appendonly yes, appendfsync always, maxmemory-policy noeviction.",
     "spool": "Files for the copies that Redis cannot take: it is down, full or slow.",
     "storage": "How mail is stored, in Redis, in the spool and on the failed list.",
-    "retry": "When a copy is tried again that a backup deferred (4xx).",
+    "retry": "When a copy that a backup deferred (4xx) is tried again.",
     "failed": "Copies that a backup refused or that were not delivered in time.",
-    "divergence": "Recipients that the primary took and a backup refused or put off: `smtp-dup divergence`.",
-    "ready": "What `smtp-dup ready` asks of a backup before it may be the primary; see docs/readiness.md.",
+    "divergence": "Recipients that the primary accepted and a backup refused or deferred: `smtp-dup divergence`.",
+    "ready": "What `smtp-dup ready` requires of a backup before it becomes the primary; see docs/readiness.md.",
     "status": "HTTP with /healthz, /readyz and /metrics.",
     "log": "One line per event, on standard error.",
     "workers": "The processes that deliver to the backups.",
@@ -109,15 +109,14 @@ OPTIONS: tuple[Option, ...] = (
            "refuse: the message is refused with 550 5.6.11."),
     Option("smtp.bare_newline_exclusions", NETWORKS_OR_NONE, [], "",
            "Clients that end lines and messages with LF, as some printers and scanners do: for them LF ends a line and "
-           "LF.LF a message (Postfix's smtpd_forbid_bare_newline_exclusions). Never name a server here that passes on "
-           "mail of others: through it mail can be smuggled. Empty: none."),
+           "LF.LF a message (Postfix's smtpd_forbid_bare_newline_exclusions). Never name a server here that relays "
+           "mail of others: it would allow SMTP smuggling. Empty: none."),
     Option("smtp.allowed_networks", NETWORKS, ["127.0.0.0/8", "::1/128"], "",
            "Clients that may send mail without logging in. Others are refused or, with users_file, must log in."),
     Option("smtp.allowed_domains", DOMAINS, [], "", "Recipient domains that are relayed. Empty: every domain."),
     Option("smtp.users_file", PATH, "", "",
            "File of users who may log in (AUTH PLAIN, LOGIN) and send mail from anywhere: lines name:hash, the hash "
-           "from "
-           "`smtp-dup hash-password`. Read again on SIGHUP."),
+           "from `smtp-dup hash-password`. Read again on SIGHUP."),
     Option("smtp.auth_without_tls", BOOLEAN, False, "", "Let users log in without TLS, their passwords in the clear."),
     Option("smtp.tls", choice("none", "may", "encrypt"), "may", "",
            "none: no STARTTLS. may: clients can use STARTTLS, if there is a certificate. encrypt: they must."),
@@ -139,69 +138,64 @@ OPTIONS: tuple[Option, ...] = (
            "Wait before the greeting; a client that sends anything before it is disconnected. 0: no wait."),
     Option("relay.destination_primary", DESTINATION, "", "",
            "The server whose replies the client gets: host:port, or smtp://, smtps:// or "
-           "lmtp://user:password@host:port (special "
-           "characters percent-encoded), with ?tls=none|opportunistic|encrypt|verify, ca_file=/path, "
-           "tls_certificate=/path and tls_key=/path (client certificate, if the server asks for one), and "
-           "password_from=env:NAME or file:/path. Default ports: 25, 465, 24. With name= in front it has a name, which "
-           "`smtp-dup promote` and `topology` use; else host:port is its name. Required.", "--primary"),
+           "lmtp://user:password@host:port (special characters percent-encoded), with "
+           "?tls=none|opportunistic|encrypt|verify, ca_file=/path, "
+           "tls_certificate=/path and tls_key=/path (client certificate, if the server requests one), and "
+           "password_from=env:NAME or file:/path. Default ports: 25, 465, 24. name= in front gives it a name for "
+           "`smtp-dup promote` and `topology`; the default is host:port. Required.", "--primary"),
     Option("relay.destination_backups", DESTINATIONS, [], "",
            "The servers that get a copy, each written like the primary, with name= in front for one with a name; in a "
            "variable comma-separated. A variable or flag replaces this list and every [[backup]] below.",
            "--backup"),
     Option("relay.timeout_seconds", duration(), 10, "seconds",
-           "Longest wait for a server to be connected: a dead host fails after this. Applies to the primary and the "
+           "Longest wait for a connection to a server: a dead host fails after this. Applies to the primary and the "
            "backups, as do the next two."),
     Option("relay.greeting_timeout_seconds", duration(), 60, "seconds",
-           "Longest wait for the greeting of a server that is connected. Some delay it on purpose: cPanel hosts 15 s. "
+           "Longest wait for the greeting of a connected server. Some delay it on purpose, cPanel hosts by 15 s. "
            "At least relay.timeout_seconds."),
     Option("relay.command_timeout_seconds", duration(), 120, "seconds",
            "Longest wait for the reply to EHLO, STARTTLS, AUTH, MAIL, RCPT or DATA, which a server may delay for "
-           "look-ups, call-outs or tarpits. The client must wait longer: Postfix waits 300 s. At least "
+           "DNS look-ups, call-outs or tarpitting. The client must wait longer: Postfix waits 300 s. At least "
            "relay.timeout_seconds."),
     Option("relay.messages_per_connection", integer(0), 10, "messages",
-           "Messages on one connection to the primary, at most. By default Exim queues what comes after the tenth, and "
-           "Stalwart refuses it. 0: no limit."),
+           "Messages on one connection to the primary, at most. By default, after the tenth Exim only queues messages "
+           "and Stalwart refuses them. 0: no limit."),
     Option("relay.connection_age", duration(zero=True), "5m", "seconds",
-           "A connection to the primary is not used again after this time, so that a change of its address or settings "
-           "is noticed. 0: no limit."),
+           "Age after which a connection to the primary is not used again, so that a new address or new settings of "
+           "the server take effect. 0: no limit."),
     Option("relay.final_timeout_seconds", duration(), 600, "seconds",
-           "Longest wait for the answer to the whole message (RFC 5321 4.5.3.2.6)."),
+           "Longest wait for the reply to the final dot (RFC 5321 4.5.3.2.6)."),
     Option("relay.require_durable_copies", BOOLEAN, False, "",
            "If neither Redis nor the spool can be written: false, the primary's reply stands, and the lost copy is "
-           "logged "
-           "and counted; true, the client gets 451 before the primary has the message."),
+           "logged and counted; true, the client gets 451 before the primary has the message."),
     Option("relay.uncertain_hold", duration(), "1h", "seconds",
            "If it is unknown whether the primary accepted a message, its copy waits this long for the client to send "
-           "the "
-           "message again; then it is delivered anyway."),
+           "the message again; then it is delivered anyway."),
     Option("relay.demoted", DEMOTED, {"sender": "null", "soft_bounce": False}, "",
-           "How the former primary gets its copies after `smtp-dup promote`: sender and soft_bounce as of a backup. A "
-           "backup table with the name and the address of the primary says it all instead; it gets no copies before. "
+           "How the former primary gets its copies after `smtp-dup promote`: sender and soft_bounce, as for a backup. "
+           "A [[backup]] table with the name and address of the primary takes precedence, and has no effect before. "
            "In a variable: sender=null,soft_bounce=false."),
     Option("redis.url", REDIS_URL, "", "",
            "redis://[:password@]host:6379/0, rediss://... or unix:///path. Empty: `smtp-dup up` starts its own.",
            "--redis"),
     Option("redis.timeout_seconds", duration(), 5, "seconds", "A write slower than this goes to the spool."),
     Option("redis.sentinels", SENTINELS, [], "",
-           "Sentinels that say which Redis is the master now: host:26379, or redis(s)://[user:]password@host:26379 for "
-           "one that wants a password or TLS. redis.url then gives only user, password, database and TLS "
+           "Sentinels that know the Redis master: host:26379, or redis(s)://[user:]password@host:26379 for one that "
+           "needs a password or TLS. redis.url then gives only user, password, database and TLS "
            "(redis://user:password@/0, rediss://...?ssl_ca_certs=/path), not a host."),
-    Option("redis.service", TEXT, "mymaster", "", "The name that the Sentinels have for this Redis."),
+    Option("redis.service", TEXT, "mymaster", "", "The name of this Redis at the Sentinels."),
     Option("redis.replicas", integer(0, 100), 0, "replicas",
            "Number of replicas that must have a copy before it counts as stored; otherwise it goes to the spool, "
-           "too. 0: a "
-           "failover can lose what was just accepted."),
+           "too. 0: a failover can lose the latest copies."),
     Option("spool.dir", PATH, "<state_dir>/spool", "",
-           'Folder of the spool, on a disk that outlives a restart. "none": no spool; relay.require_durable_copies '
+           'Folder of the spool, on a disk that survives a restart. "none": no spool; relay.require_durable_copies '
            "must then be true."),
     Option("spool.min_free", size(), "1G", "bytes",
            "The spool stops growing when the disk has less free space than this."),
     Option("storage.key_file", PATH, "", "",
            "Encrypt stored mail, envelope and body, with the first key of this file; the other keys decrypt older "
-           "mail. "
-           "`smtp-dup new-key FILE` creates it, or adds a new key at the front. Relay and workers need the same "
-           "keys. Read "
-           "again on SIGHUP."),
+           "mail. `smtp-dup new-key FILE` creates it, or adds a new key at the front. Relay and workers need the same "
+           "keys. Read again on SIGHUP."),
     Option("retry.first", duration(), "1m", "seconds",
            "Wait before the second attempt; it doubles after each further one."),
     Option("retry.longest", duration(), "1h", "seconds", "The longest wait between two attempts."),
@@ -210,35 +204,36 @@ OPTIONS: tuple[Option, ...] = (
     Option("failed.ttl", duration(), "30d", "seconds", "How long a failed copy is kept before it is deleted."),
     Option("failed.max_bytes", size(), "1G", "bytes", "Failed copies beyond this are moved from Redis to the disk."),
     Option("divergence.noise", duration(), "15m", "seconds",
-           "What a backup put off (4xx) and took within this time of the first try counts as noise: greylisting and "
-           "rate limits, not a refusal."),
+           "A recipient that a backup deferred (4xx) and accepted within this time of the first try counts as noise "
+           "(greylisting, rate limits), not as a refusal."),
     Option("divergence.keep", duration(), "30d", "seconds",
-           "How long a reason for refusals is listed when none of its recipients is open any more."),
-    Option("ready.days", integer(0, 35), 7, "days", "For so long a backup must have got copies. 0: any time will do."),
+           "How long a reason for refusals is still listed after none of its recipients is open any more."),
+    Option("ready.days", integer(0, 35), 7, "days",
+           "A backup must have received copies for this long. 0: for any time."),
     Option("ready.min_messages", integer(0), 1000, "messages",
-           "So many copies a backup must have taken or refused in these days. 0: any number."),
+           "A backup must have accepted or refused this many copies in these days. 0: any number."),
     Option("ready.busiest_hour", BOOLEAN, True, "",
-           "A backup must have got copies in that hour of the week in which the primary has most mail."),
+           "A backup must have received copies in the hour of the week in which the primary has most mail."),
     Option("ready.max_open", integer(0), 0, "recipients",
-           "Recipients that a backup refused, or that were given up, at most; not counted are acknowledged ones."),
+           "Recipients that a backup refused or that were given up, at most, without acknowledged ones."),
     Option("ready.max_deferred", integer(0, 100), 1, "percent",
-           "Recipients that a backup has put off for over an hour, at most; fewer than 10 always pass."),
-    Option("ready.max_age", duration(), "1m", "seconds", "Age of the oldest copy that waits, at most."),
+           "Recipients that a backup has deferred for over an hour, at most; fewer than 10 always pass."),
+    Option("ready.max_age", duration(), "1m", "seconds", "Age of the oldest waiting copy, at most."),
     Option("ready.max_age_p99", duration(), "5m", "seconds",
-           "99 of 100 copies of the last 24 hours must have been delivered within this time."),
+           "99 % of the copies of the last 24 hours must have been delivered within this time."),
     Option("ready.calm", duration(zero=True), "1d", "seconds",
-           "A backup must not have been paused for so long. 0: past pauses do not count."),
+           "A backup must not have been paused within this time. 0: past pauses do not count."),
     Option("ready.max_slower", integer(0, 1000), 2, "times",
-           "A backup may take so many times as long as the primary for its reply to a message (95 of 100, over 24 "
-           "hours), if that is over half a second. 0: as long as it wants."),
+           "A backup may take at most this many times as long as the primary to reply to a message (95th percentile "
+           "of 24 hours); below half a second it always passes. 0: no limit."),
     Option("ready.probe_age", duration(zero=True), "7d", "seconds",
-           "A probe of the recipients counts for so long. 0: no probe is asked for."),
+           "How long a probe of the recipients is valid. 0: no probe is required."),
     Option("ready.arrived_age", duration(zero=True), "7d", "seconds",
-           "A comparison of the mailboxes counts for so long. 0: none is asked for."),
-    Option("ready.require_arrived", BOOLEAN, False, "", "Without a comparison of the mailboxes a backup is not ready."),
+           "How long a comparison of the mailboxes is valid. 0: none is required."),
+    Option("ready.require_arrived", BOOLEAN, False, "", "A backup is ready only with a comparison of the mailboxes."),
     Option("ready.check_every", duration(zero=True), "5m", "seconds",
-           "How often each host connects to every server, to see whether it is let in: EHLO, where workers run also "
-           "MAIL and RSET, then QUIT. 0: never, and `smtp-dup ready` does not ask for it."),
+           "How often each host connects to every server to check that it is accepted: EHLO, if workers run there also "
+           "MAIL and RSET, then QUIT. 0: never, and `smtp-dup ready` does not require it."),
     Option("status.listen", listening(may_be_off=True, several=False), "127.0.0.1:8025", "",
            'Where to listen. "off": not at all.'),
     Option("log.level", choice("debug", "info", "warning", "error"), "info", "", "debug, info, warning or error."),
@@ -247,16 +242,16 @@ OPTIONS: tuple[Option, ...] = (
     Option("workers.batch", integer(1, 10_000), 100, "copies",
            "Copies in one job, at most. More than 1000 count as 1000."),
     Option("workers.connections", integer(0, 10_000), 0, "connections",
-           "Connections from one worker process to one backup, at most. 0: 20, and up to 40 if a round trip takes "
-           "over 20 ms."),
+           "Connections from one worker process to one backup, at most. 0: 20, or up to 40 if the round trip takes "
+           "more than 20 ms."),
     Option("workers.sweep", duration(), "1m", "seconds",
-           "How often the reconciler compares the ledger with RQ's jobs. A copy that no job would deliver gets a new "
-           "one at its second sweep."),
+           "How often the reconciler compares the ledger with RQ's jobs. A copy without a job gets a new one at the "
+           "second sweep."),
 )
 
 BACKUP_FIELDS: tuple[Option, ...] = (
     Option("url", DESTINATION, "new.example.com:25", "", "host:port or a URL, as for the primary. Required."),
-    Option("name", TEXT, "new", "", "Its name in listings, queues and metrics. Default: host:port."),
+    Option("name", TEXT, "new", "", "The name of the backup in listings, queues and metrics. Default: host:port."),
     Option("domains", DOMAINS, [], "", "Only recipients in these domains are copied. Empty: all."),
     Option("sender", choice("keep", "null"), "keep", "", "null: copies carry the null sender, so nothing can bounce."),
     Option("soft_bounce", BOOLEAN, False, "", "Treat refusals (5xx) as temporary: the copy is tried again."),
@@ -267,14 +262,14 @@ BACKUP_FIELDS: tuple[Option, ...] = (
            "none, opportunistic, encrypt, or verify (the certificate too). With a password, encrypt is the default."),
     Option("ca_file", TEXT, "", "",
            "PEM file of the certificate authorities to trust with verify. Empty: the system's."),
-    Option("tls_certificate", TEXT, "", "", "PEM file of the client certificate, for a server that asks for one."),
+    Option("tls_certificate", TEXT, "", "", "PEM file of the client certificate, for a server that requests one."),
     Option("tls_key", TEXT, "", "", "PEM file of its key. Default: the certificate's file."),
     Option("password_from", TEXT, "", "", "env:NAME or file:/path instead of a password in the URL."),
 )
 # fmt: on
 
 BY_KEY = {option.key: option for option in OPTIONS}
-# A field of [[backup]] is a flag, too, whose value is NAME=VALUE: of the backup of this name, wherever that is defined.
+# Each field of [[backup]] is also a flag with NAME=VALUE, for the backup of this name, wherever it is defined.
 BACKUP_FLAGS = {field.key: "--backup-" + field.key.replace("_", "-") for field in BACKUP_FIELDS}
 
 

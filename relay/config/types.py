@@ -1,7 +1,7 @@
-"""How a value in the settings is read and shown: a duration, a size, a list of networks, a URL.
+"""The types of settings: how a duration, a size, a list of networks or a URL is read and shown.
 
-A kind reads what a file, a variable or a flag gave (a variable gives text, a file also numbers and lists)
-and raises ValueError with what was expected; it never puts a secret into that text.
+A type reads the value from a file, a variable or a flag (variables and flags give text, a file also numbers and lists)
+and raises ValueError with what was expected, never with a secret in the text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?\.?")
 
 
 def quoted(value: object) -> str:
-    """Return value for an error message: printable, short, without user information."""
+    """Return a value for an error message: printable, at most 80 characters, without user information."""
     text = mask(str(value).lower() if isinstance(value, bool) else str(value))
     return f'"{printable(text if len(text) <= 80 else text[:77] + "...")}"'
 
@@ -31,8 +31,8 @@ def quoted(value: object) -> str:
 def mask(text: str) -> str:
     """Return text with the secrets of every URL in it replaced by ``***``.
 
-    What stands before the last @ counts as user information even where a strict parser would
-    disagree: a password with an unescaped / or # must not show either.
+    Everything before the last @ counts as user information, even where a strict parser would disagree: a password
+    with an unescaped / or # must not show either.
     """
     scheme, mark, rest = text.partition("://")
     if not mark:
@@ -40,7 +40,7 @@ def mask(text: str) -> str:
     userinfo, at, host = rest.rpartition("@")
     if at:
         user, colon, _ = userinfo.partition(":")
-        # A lone name before the @ is as a rule the password in a Redis URL.
+        # In a Redis URL, a single word before the @ is usually the password.
         shown = f"{user}:***" if colon else "***" if scheme.startswith("redis") else user
         rest = f"{shown}@{host}"
     return re.sub(r"([?&]password=)[^&]*", r"\1***", f"{scheme}{mark}{rest}")
@@ -51,13 +51,13 @@ def mask(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class OptionType:
-    """How one sort of value is read, and shown again."""
+    """How values of one type are read and shown."""
 
     expected: str
     read: Callable[[Any], Any]
     show: Callable[[Any], str] = str
-    words: tuple[str, ...] = ()  # all that it may be, where that is a handful
-    several: bool = False  # a list: in a flag that is given again the values add up
+    words: tuple[str, ...] = ()  # all possible values, if they are few
+    several: bool = False  # a list: a repeated flag adds values
 
 
 def _fail(expected: str, value: object) -> ValueError:
@@ -71,7 +71,7 @@ def _text_of(value: object, expected: str) -> str:
 
 
 def _items_of(value: object, expected: str) -> list[str]:
-    """Read a list from a file, or its comma-separated form from anywhere; blanks and stray commas are nothing."""
+    """Read a list from a file, or its comma-separated form; blanks and stray commas are ignored."""
     parts = value if isinstance(value, list | tuple) else _text_of(value, expected).split(",")
     return [text for part in parts if (text := _text_of(part, expected))]
 
@@ -93,7 +93,7 @@ def _shown_in_units(value: float, units: dict[str, int]) -> str:
 
 
 def duration(*, zero: bool = False) -> OptionType:
-    """Seconds as float."""
+    """Return the type of a duration: seconds as float."""
     expected = "a duration such as 30, 90s, 5m, 1h or 5d" + ("" if zero else ", more than 0")
 
     def read(value: object) -> float:
@@ -106,7 +106,7 @@ def duration(*, zero: bool = False) -> OptionType:
 
 
 def size() -> OptionType:
-    """Bytes."""
+    """Return the type of a size in bytes."""
     expected = "a size in bytes such as 1024, 64K, 10M or 1G"
 
     def read(value: object) -> int:
@@ -119,7 +119,7 @@ def size() -> OptionType:
 
 
 def integer(least: int = 0, most: int = 1_000_000) -> OptionType:
-    """A whole number within limits."""
+    """Return the type of a whole number within limits."""
     expected = f"a whole number from {least} to {most}"
 
     def read(value: object) -> int:
@@ -141,7 +141,7 @@ def _read_boolean(value: object) -> bool:
 
 
 def choice(*words: str, **synonyms: str) -> OptionType:
-    """One of these words, in any case, or another word for one of them."""
+    """Return the type of one of these words, in any case; ``synonyms`` maps further words to them."""
     expected = " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 2 else words)
 
     def read(value: object) -> str:
@@ -161,7 +161,7 @@ def _read_networks(value: object, *, none: bool = False) -> tuple[Network, ...]:
         try:
             networks.append(ipaddress.ip_network(item))
         except ValueError as error:
-            # The usual slip is 10.1.2.3/8.
+            # A common mistake is 10.1.2.3/8.
             wrong.append(quoted(item) + (" (it has host bits set)" if "host bits" in str(error) else ""))
     if wrong:
         raise ValueError(f"expected {expected}, not {', '.join(wrong)}")
@@ -179,7 +179,7 @@ def _read_domains(value: object) -> tuple[str, ...]:
 
 
 def split_host_port(text: str, default_port: int | None = None) -> tuple[str, int]:
-    """Return host (without brackets) and port of ``host:port``, ``[v6]:port`` or ``:port`` (host is then "").
+    """Return host (without brackets) and port of ``host:port``, ``[v6]:port`` or ``:port`` (the host is then "").
 
     Raises ValueError without repeating the text, which may hold a secret.
     """
@@ -203,12 +203,12 @@ def split_host_port(text: str, default_port: int | None = None) -> tuple[str, in
 
 
 def listen_addresses(text: str) -> tuple[tuple[str, int], ...]:
-    """Return (host, port) for each listening address in text; the host "" stands for all interfaces."""
+    """Return (host, port) of each listening address in a text; the host "" means all interfaces."""
     return tuple(split_host_port(part.strip()) for part in text.split(",") if part.strip())
 
 
 def listening(*, may_be_off: bool, several: bool = True) -> OptionType:
-    """One or more listening addresses; "" is off where it may be off."""
+    """Return the type of one or more listening addresses; "" means off, if allowed."""
     expected = "host:port, :port (all interfaces) or [IPv6]:port" + (', or "off"' if may_be_off else "")
 
     def read(value: object) -> str:
@@ -267,7 +267,7 @@ def _read_redis_url(value: object) -> str:
 
 
 def sentinel_url(text: str) -> str:
-    """Return the URL of a Sentinel that is written host:port, host, or as a URL. Raises ValueError without the text."""
+    """Return the URL of a Sentinel given as host:port, host or URL. Raises ValueError without the text."""
     scheme, mark, rest = text.partition("://")
     if not mark:
         scheme, rest = "redis", text
