@@ -30,7 +30,7 @@ _LAST_SECONDS = 1.0  # for the buffered lines when a process ends
 on_drop: Callable[[int], None] | None = None  # set by metrics.py
 
 
-class Output:
+class LogStream:
     """A descriptor that log lines are written to. ``threads``: whether a thread may block on it."""
 
     def __init__(self, descriptor: int = 2, *, threads: bool = True) -> None:
@@ -213,7 +213,7 @@ class Output:
 class Stream(io.TextIOBase):
     """A replacement for sys.stderr that does not block either."""
 
-    def __init__(self, output: Output) -> None:
+    def __init__(self, output: LogStream) -> None:
         super().__init__()
         self._output = output
 
@@ -232,14 +232,14 @@ class Stream(io.TextIOBase):
         return 2
 
 
-_output: Output | None = None
+_output: LogStream | None = None
 
 
-def take_over(*, threads: bool) -> Output:
-    """Return the Output of this process for standard error."""
+def take_over(*, threads: bool) -> LogStream:
+    """Return the LogStream of this process for standard error."""
     global _output  # noqa: PLW0603 - there is one in a process
     if _output is None:
-        _output = Output(2)
+        _output = LogStream(2)
         atexit.register(flush, _LAST_SECONDS)
     _output.threads = threads
     return _output

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from relay import log_output
-from relay.log_output import Output
+from relay.log_output import LogStream
 from support.child_processes import tied
 from support.product import Product
 from support.scripted_server import ScriptedServer
@@ -48,7 +48,7 @@ def read_all(descriptor: int, seconds: float = 0.3) -> bytes:
     return found
 
 
-def write_much(output: Output, count: int = 10_000) -> float:
+def write_much(output: LogStream, count: int = 10_000) -> float:
     begun = time.monotonic()
     for _ in range(count):
         output.write(LINE)
@@ -63,7 +63,7 @@ def test_a_pipe_that_nobody_reads(
     """Lines are kept up to a bound, then dropped; once somebody reads, all that was kept comes, and a number."""
     if not again:
         monkeypatch.setattr(log_output, "_never_blocking", lambda descriptor: (None, descriptor))
-    output = Output(pipe[1], threads=threads)
+    output = LogStream(pipe[1], threads=threads)
     assert write_much(output) < 10
     assert os.get_blocking(pipe[1])  # it is others' as well
     assert output.dropped > 1000
@@ -84,7 +84,7 @@ def test_a_pipe_that_nobody_reads(
 
 def test_a_slow_reader_gets_all(pipe: tuple[int, int]) -> None:
     """What fits into the bound is only late, and in its order."""
-    output = Output(pipe[1])
+    output = LogStream(pipe[1])
     lines = [f"{n:099}\n" for n in range(2000)]
     reading = threading.Thread(target=lambda: found.append(read_all(pipe[0], 2)))
     found: list[bytes] = []
@@ -101,11 +101,11 @@ def test_a_socket_and_a_terminal_that_nobody_reads() -> None:
     """journald's socket, and a terminal that is paused."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        assert write_much(Output(ours.fileno())) < 10
+        assert write_much(LogStream(ours.fileno())) < 10
         assert ours.getblocking()
     master, terminal = pty.openpty()
     termios.tcflow(terminal, termios.TCOOFF)
-    output = Output(terminal)
+    output = LogStream(terminal)
     assert write_much(output) < 10
     termios.tcflow(terminal, termios.TCOON)
     assert b"x" * 80 in read_all(master)
@@ -117,10 +117,10 @@ def test_a_socket_and_a_terminal_that_nobody_reads() -> None:
 def test_an_output_that_refuses(path: str) -> None:
     """A full disk, or a descriptor that was closed: dropped, counted, no exception."""
     descriptor = os.open(path or "/dev/null", os.O_WRONLY)
-    output = Output(descriptor)
+    output = LogStream(descriptor)
     if not path:
         os.close(descriptor)
-        output = Output(descriptor)
+        output = LogStream(descriptor)
     output.write(LINE)
     output.flush(1)
     wait_until(lambda: output.dropped == 1)
@@ -130,7 +130,7 @@ def test_an_output_that_refuses(path: str) -> None:
 
 def test_a_forked_process_repeats_nothing(pipe: tuple[int, int]) -> None:
     """What the parent could not write is the parent's."""
-    output = Output(pipe[1])
+    output = LogStream(pipe[1])
     write_much(output, 100)
     assert output.waits
     output.restart()

@@ -80,6 +80,16 @@ def test_one_of_each(pattern: str) -> None:
     assert found == ONE_OF_EACH[pattern]
 
 
+def test_each_class_has_a_name_of_its_own() -> None:
+    """Whoever reads a name in a message, or looks it up, finds one class."""
+    places: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
 def test_an_import_inside_a_function_has_its_reason() -> None:
     """Such an import saves start-up time or an optional dependency, never a circle; the reason stands beside it."""
     for path in MODULES:

@@ -50,7 +50,7 @@ class Deferrals:
 
 
 @dataclass(frozen=True, slots=True)
-class Outage:
+class Pause:
     """A time in which a backup was paused; ``end`` None: it still is."""
 
     begin: float
@@ -128,7 +128,7 @@ class Evidence:
     summary: Summary | None = None
     refusals: Refusals | Missing = field(default_factory=Refusals)
     deferrals: Deferrals | Missing = field(default_factory=Deferrals)
-    outages: Sequence[Outage] | Missing = ()
+    outages: Sequence[Pause] | Missing = ()
     domains: Mapping[str, Domain] | Missing = field(default_factory=dict)
     old_greeting: Greeting | None = None
     new_greeting: Greeting | None = None

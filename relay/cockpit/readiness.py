@@ -14,7 +14,7 @@ from redis.exceptions import ResponseError
 
 from relay.cockpit.criteria import CRITERIA, Criterion
 from relay.cockpit.divergence import Standing, standing
-from relay.cockpit.evidence import Deferrals, Domain, Evidence, Missing, OpenGroup, Outage, Refusals, Relay, Restraint
+from relay.cockpit.evidence import Deferrals, Domain, Evidence, Missing, OpenGroup, Pause, Refusals, Relay, Restraint
 from relay.cockpit.finding import Finding, Result
 from relay.config.model import Settings
 from relay.ledger import changes, divergence_groups, flow, greetings, hosts, keys, registry
@@ -200,8 +200,8 @@ def _standing(connection: Any, name: str) -> Standing | Missing:
         return Missing(f"the ledger's record of it makes no sense: {printable(str(error))}; see `smtp-dup divergence`")
 
 
-def _outages(found: Standing) -> list[Outage]:
-    return [Outage(o.begin, o.end or None, printable(o.reason)) for o in found.outages]
+def _outages(found: Standing) -> list[Pause]:
+    return [Pause(o.begin, o.end or None, printable(o.reason)) for o in found.outages]
 
 
 def _refusals(found: Standing) -> Refusals:

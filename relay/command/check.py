@@ -12,7 +12,7 @@ from relay.command.exit_status import CANNOT_SAY, NO, WELL, CannotSay, Trouble
 from relay.command.output import GREEN, RED, Column, Output, as_object
 from relay.config.loader import Settings, describe
 from relay.ledger import changes
-from relay.monitoring.probes import Finding, probe_all
+from relay.monitoring.probes import ProbeResult, probe_all
 from relay.monitoring.topology import about_topology
 from relay.redisio import embedded
 from relay.topology import decisions
@@ -66,7 +66,7 @@ def check(settings: Settings, out: Output) -> int:
     return CANNOT_SAY
 
 
-def _left_behind(settings: Settings) -> Iterator[Finding]:
+def _left_behind(settings: Settings) -> Iterator[ProbeResult]:
     """Say which destinations are no backup any more but have copies left: they are served until they have none."""
     if not settings.redis.url:
         return
@@ -77,10 +77,12 @@ def _left_behind(settings: Settings) -> Iterator[Finding]:
     for row in rows:
         if row.destination not in configured and (row.pending or row.failed):
             left = f"no backup any more, but {row.pending} copies wait and {row.failed} have failed"
-            yield Finding(f"destination {row.destination}", True, f"{left}; see queue list, queue move, failed list")
+            yield ProbeResult(
+                f"destination {row.destination}", True, f"{left}; see queue list, queue move, failed list"
+            )
 
 
-def _roles(settings: Settings) -> Iterator[Finding]:
+def _roles(settings: Settings) -> Iterator[ProbeResult]:
     """Say whether the settings name the primary that was promoted, and which relay process does not follow."""
     if not settings.redis.url:
         return

@@ -108,13 +108,13 @@ def retry(
         if not wait or not before:
             return status
         sys.stdout.flush()
-        found: list[Outcome] = []
+        found: list[Retried] = []
         out.rows(_keep(found, _outcomes(connection, before)), _OUTCOMES, nothing="")
     return status or (WELL if all(outcome.outcome == "delivered" for outcome in found) else NO)
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Retried:
     """What became of a copy that was tried again."""
 
     id: str
@@ -135,13 +135,13 @@ _LOOK_EVERY = 0.2
 _BATCH = 500  # copies asked about at once
 
 
-def _keep(found: list[Outcome], outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
+def _keep(found: list[Retried], outcomes: Iterator[Retried]) -> Iterator[Retried]:
     for outcome in outcomes:
         found.append(outcome)
         yield outcome
 
 
-def _outcomes(connection: Redis, before: dict[tuple[str, str], int]) -> Iterator[Outcome]:
+def _outcomes(connection: Redis, before: dict[tuple[str, str], int]) -> Iterator[Retried]:
     """Yield what became of copies, each once its attempt has ended, or when the patience has."""
     end = time.monotonic() + _WAIT_SECONDS
     rest = dict(before)
@@ -153,7 +153,7 @@ def _outcomes(connection: Redis, before: dict[tuple[str, str], int]) -> Iterator
                 is_over = time.monotonic() > end
                 if outcome or is_over:
                     del rest[key]
-                    yield Outcome(key[1], key[0], outcome or "not tried yet", reply)
+                    yield Retried(key[1], key[0], outcome or "not tried yet", reply)
         if rest:
             time.sleep(_LOOK_EVERY)
 

@@ -74,7 +74,7 @@ def summary(settings: Settings, out: Output) -> int:
     return WELL
 
 
-def _spool(settings: Settings) -> writer.Summary:
+def _spool(settings: Settings) -> writer.SpoolSummary:
     try:
         return writer.summary(settings.spool.dir)
     except OSError as error:

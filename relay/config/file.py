@@ -1,7 +1,7 @@
 """Reads a settings file, TOML or YAML, into plain dicts, with the line of each key.
 
 The only importer of dynaconf, used for nothing but reading the file. dynaconf is large, so loader.py imports this
-module only if there is a file. A file that cannot be used raises Unreadable, whose text has no secret.
+module only if there is a file. A file that cannot be used raises UnreadableFile, whose text has no secret.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from relay.config.options import SECTIONS
 from relay.mail.text import printable
 
 
-class Unreadable(Exception):
+class UnreadableFile(Exception):
     """A file that cannot be read or parsed; the text is one line."""
 
 
@@ -35,9 +35,9 @@ class FileContent(NamedTuple):
 
 
 def read(path: Path) -> FileContent:
-    """Read a TOML or YAML file with dynaconf. Raises Unreadable."""
+    """Read a TOML or YAML file with dynaconf. Raises UnreadableFile."""
     if path.suffix not in {".toml", ".yaml", ".yml"}:
-        raise Unreadable("expected a file that ends in .toml, .yaml or .yml")
+        raise UnreadableFile("expected a file that ends in .toml, .yaml or .yml")
     # The loader is called directly: Dynaconf(settings_files=...) would also read settings.local.toml, includes and
     # hooks, and cast "@format {env[...]}". No folder is searched and no variable is read.
     box = Dynaconf(
@@ -55,13 +55,13 @@ def read(path: Path) -> FileContent:
         loaded = {key for source, keys in box.loaded_by_loaders.items() if source.identifier == str(path.absolute())
                   for key in keys}  # fmt: skip
     except OSError as error:
-        raise Unreadable(f"cannot be read: {error.strerror}") from None
+        raise UnreadableFile(f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise Unreadable("is not UTF-8") from None
+        raise UnreadableFile("is not UTF-8") from None
     except (ValueError, YAMLError, DuplicateKeyError) as error:
-        raise Unreadable(f"cannot be read: {_syntax(error)}") from None
+        raise UnreadableFile(f"cannot be read: {_syntax(error)}") from None
     except (AttributeError, TypeError):  # a list or a single word where sections are expected
-        raise Unreadable("expected sections with options") from None
+        raise UnreadableFile("expected sections with options") from None
     data |= dict.fromkeys(sorted(loaded - set(data)), True)  # dynaconf's own options are unknown here
     lowered = {str(key).lower(): _lower(value) for key, value in data.items()}
     told = {key: value for key, value in lowered.items() if value or key not in {*SECTIONS, "backup"}}

@@ -453,5 +453,5 @@ def _read(path: Path) -> FileContent:
 
     try:
         return file.read(path)
-    except file.Unreadable as error:
+    except file.UnreadableFile as error:
         raise SettingsError([Problem("", str(path), str(error))]) from None

@@ -27,7 +27,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from relay.demo.setup import Stage, command_line
+from relay.demo.setup import DemoSetup, command_line
 from relay.ledger import keys
 
 _PATIENCE = 60.0  # seconds until all must have been shown
@@ -79,7 +79,7 @@ def samples() -> list[Sample]:
     ]
 
 
-def show(stage: Stage) -> int:
+def show(stage: DemoSetup) -> int:
     """Send, show, suggest commands, follow; the ``run`` of a supervisor's child. Returns the exit status."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # we are not the terminal's foreground process group
@@ -92,9 +92,9 @@ def show(stage: Stage) -> int:
             console.show_cursor()  # SIGTERM may have come just after a Live had hidden it
 
 
-def _show(stage: Stage, console: Console, redis: Redis) -> int:
+def _show(stage: DemoSetup, console: Console, redis: Redis) -> int:
     programme = samples()
-    view, watch = View(console, programme), Watch(stage, programme, redis)
+    view, watch = DemoView(console, programme), Watch(stage, programme, redis)
     with view.shown(transient=True) as changed:
         done = _play(stage, programme, changed, watch)
     if not done:
@@ -111,7 +111,7 @@ def _show(stage: Stage, console: Console, redis: Redis) -> int:
             watch.look()
 
 
-def _play(stage: Stage, programme: list[Sample], changed: Callable[[], None], watch: Watch) -> bool:
+def _play(stage: DemoSetup, programme: list[Sample], changed: Callable[[], None], watch: Watch) -> bool:
     deadline = time.monotonic() + _PATIENCE
     client = _client(stage, deadline)
     if client is None:
@@ -130,7 +130,7 @@ def _play(stage: Stage, programme: list[Sample], changed: Callable[[], None], wa
     return True
 
 
-def _client(stage: Stage, deadline: float) -> smtplib.SMTP | None:
+def _client(stage: DemoSetup, deadline: float) -> smtplib.SMTP | None:
     while time.monotonic() < deadline:
         with suppress(OSError, smtplib.SMTPException):
             return smtplib.SMTP(*stage.smtp, local_hostname="client.example.org", timeout=30)
@@ -168,7 +168,7 @@ def _reply(code: int, text: bytes) -> str:
 class Watch:
     """Keeps the programme up to date with what the servers did and what the ledger says; mail of others is added."""
 
-    def __init__(self, stage: Stage, programme: list[Sample], redis: Redis) -> None:
+    def __init__(self, stage: DemoSetup, programme: list[Sample], redis: Redis) -> None:
         self._seen = stage.seen
         self._programme = programme
         self._redis = redis
@@ -242,7 +242,7 @@ def _state(redis: Redis, sample: Sample) -> str:
 # The view ------------------------------------------------------------------------------------------------------
 
 
-class View:
+class DemoView:
     """Shows the programme: as a table, or line by line what is new."""
 
     def __init__(self, console: Console, programme: list[Sample]) -> None:
@@ -312,7 +312,7 @@ def _coloured(reply: str) -> str:
     return f"[{colours.get(reply[0], 'red')}]{escape(reply)}[/]" if reply else ""
 
 
-def _say_what_next(console: Console, stage: Stage, programme: list[Sample]) -> None:
+def _say_what_next(console: Console, stage: DemoSetup, programme: list[Sample]) -> None:
     failed = next((sample.id for sample in programme if sample.copy == "failed list"), "ID")
     host, port = stage.smtp
     another = (

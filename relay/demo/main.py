@@ -20,7 +20,7 @@ from relay.config.loader import load
 from relay.daemon import services, start
 from relay.daemon.slots import Child
 from relay.demo import servers
-from relay.demo.setup import Stage, free_port
+from relay.demo.setup import DemoSetup, free_port
 from relay.redisio import embedded
 
 _SMTP_PORT = 2525
@@ -55,7 +55,7 @@ def run(colour: str = "auto") -> int:
     return status
 
 
-def _children(stage: Stage, old: socket.socket, new: socket.socket) -> list[Child]:
+def _children(stage: DemoSetup, old: socket.socket, new: socket.socket) -> list[Child]:
     def be_servers(_: ChildContext) -> int:
         return servers.serve({"old": old, "new": new}, stage.seen)
 
@@ -68,7 +68,7 @@ def _children(stage: Stage, old: socket.socket, new: socket.socket) -> list[Chil
     return [Child("servers", run=be_servers, stage=3), Child("display", run=be_display, stage=0, restart=False)]
 
 
-def _set(folder: Path, old: socket.socket, new: socket.socket, colour: str) -> Stage:
+def _set(folder: Path, old: socket.socket, new: socket.socket, colour: str) -> DemoSetup:
     smtp = free_port(_SMTP_PORT)
     status = free_port(_STATUS_PORT)
     old_address, new_address = (f"127.0.0.1:{s.getsockname()[1]}" for s in (old, new))
@@ -86,7 +86,9 @@ def _set(folder: Path, old: socket.socket, new: socket.socket, colour: str) -> S
     file = folder / "settings.toml"
     file.write_text(f'[[backup]]\nname = "new"\nurl = "{new_address}"\n')
     settings = load({**flags, "config": str(file)}, environ={}, directories=())
-    return Stage(settings, folder, ("127.0.0.1", smtp), f"http://127.0.0.1:{status}", old_address, new_address, colour)
+    return DemoSetup(
+        settings, folder, ("127.0.0.1", smtp), f"http://127.0.0.1:{status}", old_address, new_address, colour
+    )
 
 
 @contextmanager

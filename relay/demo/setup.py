@@ -15,7 +15,7 @@ from relay.redisio import embedded
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class DemoSetup:
     """Where the demo plays."""
 
     settings: Settings
@@ -57,7 +57,7 @@ def free_port(wanted: int) -> int:
     raise start.StartError("there is no free port on 127.0.0.1")
 
 
-def command_line(stage: Stage, words: str) -> str:
+def command_line(stage: DemoSetup, words: str) -> str:
     """Return a command of ours for copy and paste: it finds this demo from any folder, whatever settings are there."""
     program = Path(sys.argv[0])
     on_path = shutil.which(program.name)
@@ -70,7 +70,7 @@ def command_line(stage: Stage, words: str) -> str:
     return shlex.join([*name, *words.split(), "--state-dir", str(stage.folder), *_redis_flag(stage)])
 
 
-def _redis_flag(stage: Stage) -> list[str]:
+def _redis_flag(stage: DemoSetup) -> list[str]:
     """Return the flag that a `failed retry` must have on a machine whose settings name another Redis."""
     try:
         elsewhere = load(require_primary=False).redis.url

@@ -33,7 +33,7 @@ _COLLECTED = 5.0  # seconds before the newest copy; well over a dispatcher's win
 _LOOKED_AT = 50_000  # newest copies of a backup: what others have taken while the dead one's successor was started
 
 
-class Share(NamedTuple):
+class Owed(NamedTuple):
     """What a backup gets of an uncertain message: the recipients owed, how many a twin covers, the copy's state."""
 
     owed: tuple[int, ...]
@@ -46,7 +46,7 @@ class Recovered:
     """A message that is not uncertain any more, and what each backup gets of it."""
 
     id: str
-    shares: dict[str, Share]
+    shares: dict[str, Owed]
 
 
 def abandon(connection: Redis, owner: str, hold_seconds: float) -> list[str]:
@@ -162,14 +162,14 @@ def copy_due(connection: Redis, backups: Sequence[Destination] = (), job_size: i
         yield from _revive(connection, due)
 
 
-def _shares(envelope: Envelope, definitions: Mapping[str, Destination], covered: set[str]) -> dict[str, Share]:
+def _shares(envelope: Envelope, definitions: Mapping[str, Destination], covered: set[str]) -> dict[str, Owed]:
     shares = {}
     for name in envelope.destinations:
         wanted = envelope.owed_to(definitions.get(name) or Destination(name, "", 0))
         owed = tuple(i for i in wanted if envelope.recipients[i].address not in covered)
         if owed:
             state = "" if len(owed) == len(wanted) else CopyState(owed=owed).to_wire()
-            shares[name] = Share(owed, len(wanted) - len(owed), state)
+            shares[name] = Owed(owed, len(wanted) - len(owed), state)
     return shares
 
 

@@ -1,7 +1,7 @@
 """Probes of what the settings name: can Redis keep a copy for good, does each server answer?
 
 Used by `smtp-dup check` and by /readyz. A probe never raises for trouble with the other side, and each of its steps
-has a deadline: whatever happens becomes a Finding in plain words, without secrets.
+has a deadline: whatever happens becomes a ProbeResult in plain words, without secrets.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _WORTH_KNOWING = ("SIZE", "PIPELINING", "8BITMIME", "SMTPUTF8", "DSN", "CHUNKING
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class ProbeResult:
     """What a probe found out about one subject: "redis", "redis appendonly", "primary", "backup new"."""
 
     subject: str
@@ -43,7 +43,7 @@ class Finding:
     text: str
 
 
-async def probe_all(settings: Settings) -> list[Finding]:
+async def probe_all(settings: Settings) -> list[ProbeResult]:
     """Probe Redis and every destination, all at the same time."""
     servers = [(settings.primary, "primary")] if settings.primary else []
     servers += [(backup, f"backup {backup.name}") for backup in settings.backups]
@@ -59,33 +59,33 @@ async def probe_all(settings: Settings) -> list[Finding]:
     return [*door, *redis.result(), *(task.result() for task in others)]
 
 
-def probe_credentials(settings: Settings) -> Finding | None:
+def probe_credentials(settings: Settings) -> ProbeResult | None:
     """Look whether certificate and users can be used; None where the settings name neither."""
     try:
         credentials = Credentials.load(settings.smtp)
     except OSError as error:
         subject, _, text = str(error).partition(": ")
-        return Finding(subject, False, text)
+        return ProbeResult(subject, False, text)
     words = [] if credentials.tls is None else ["the certificate and its key can be used"]
     words += [] if credentials.users is None else [f"{len(credentials.users)} users may log in"]
-    return Finding("smtp", True, "; ".join(words)) if words else None
+    return ProbeResult("smtp", True, "; ".join(words)) if words else None
 
 
-def probe_keys(settings: Settings) -> Finding | None:
+def probe_keys(settings: Settings) -> ProbeResult | None:
     """Look whether the key file can be used; None where the settings name none."""
     if settings.storage.key_file is None:
         return None
     try:
         keys = encryption.Keyring(settings.storage.key_file)
     except encryption.BadKeyFile as error:
-        return Finding("storage.key_file", False, str(error))
-    return Finding("storage.key_file", True, f"new mail is {keys.words}")
+        return ProbeResult("storage.key_file", False, str(error))
+    return ProbeResult("storage.key_file", True, f"new mail is {keys.words}")
 
 
 # Redis --------------------------------------------------------------------------------------------------------
 
 
-async def probe_redis(settings: Settings, url: str = "") -> list[Finding]:
+async def probe_redis(settings: Settings, url: str = "") -> list[ProbeResult]:
     """Look whether Redis answers and keeps what it acknowledges.
 
     ``url`` stands for settings.redis.url where the embedded Redis runs. The first finding, "redis", says whether it
@@ -93,16 +93,16 @@ async def probe_redis(settings: Settings, url: str = "") -> list[Finding]:
     """
     server = settings.redis.at(url)
     if not server.url:
-        return [Finding("redis", True, "redis.url is not set: `smtp-dup up` starts an embedded one")]
+        return [ProbeResult("redis", True, "redis.url is not set: `smtp-dup up` starts an embedded one")]
     found = await _probe_server(server)
     if not server.sentinels:
         return found
     rows, replicas = await probe_sentinels(server)
     others = await asyncio.gather(*(probe_settings(server, address, _settings_of) for address in replicas))
-    return found + [Finding(*row) for row in (*rows, *(row for others_rows in others for row in others_rows))]
+    return found + [ProbeResult(*row) for row in (*rows, *(row for others_rows in others for row in others_rows))]
 
 
-async def _probe_server(server: RedisSettings) -> list[Finding]:
+async def _probe_server(server: RedisSettings) -> list[ProbeResult]:
     """Probe the Redis that is written to: the master, where there are Sentinels."""
     patience, shown = server.timeout_seconds, server.shown
     client = async_client(server, patience, retries=0, decode=True)
@@ -112,14 +112,14 @@ async def _probe_server(server: RedisSettings) -> list[Finding]:
             await client.execute_command("PING")  # type: ignore[no-untyped-call]
             took = _milliseconds(started)
             first = await _state(client, f"{shown} answers in {took}")
-            replicas = [Finding(*row) for row in await probe_replicas(server, client)]
+            replicas = [ProbeResult(*row) for row in await probe_replicas(server, client)]
             return [first, *await _persistence(client), *replicas]
     except BusyLoadingError:
-        return [Finding("redis", False, f"{shown} is still loading its data")]
+        return [ProbeResult("redis", False, f"{shown} is still loading its data")]
     except TimeoutError:
-        return [Finding("redis", False, f"{shown} does not answer within {patience:g} s")]
+        return [ProbeResult("redis", False, f"{shown} does not answer within {patience:g} s")]
     except (RedisError, OSError) as error:
-        return [Finding("redis", False, f"{shown} cannot be used: {printable(str(error))}")]
+        return [ProbeResult("redis", False, f"{shown} cannot be used: {printable(str(error))}")]
     finally:
         await client.aclose()
 
@@ -128,12 +128,12 @@ async def _settings_of(client: Redis) -> list[tuple[str, bool, str]]:
     return [(f.subject.removeprefix("redis "), f.ok, f.text) for f in await _persistence(client)]
 
 
-async def _state(client: Redis, answers: str) -> Finding:
+async def _state(client: Redis, answers: str) -> ProbeResult:
     """Say what INFO tells that makes a Redis useless for us, whatever its settings are."""
     try:
         info = await client.info("all")
     except ResponseError:
-        return Finding("redis", True, f"{answers} (INFO is refused to us)")
+        return ProbeResult("redis", True, f"{answers} (INFO is refused to us)")
     trouble = ""
     if info.get("role") == "slave":
         trouble = "it is a read-only replica; name the master"
@@ -143,10 +143,10 @@ async def _state(client: Redis, answers: str) -> Finding:
         trouble = "it cannot write its append-only file; look at its disk and its log"
     name = "Valkey" if info.get("server_name") == "valkey" else "Redis"
     version = info.get("valkey_version") or info.get("redis_version", "")
-    return Finding("redis", not trouble, f"{answers}, {name} {version}" + (f", but {trouble}" if trouble else ""))
+    return ProbeResult("redis", not trouble, f"{answers}, {name} {version}" + (f", but {trouble}" if trouble else ""))
 
 
-async def _persistence(client: Redis) -> list[Finding]:
+async def _persistence(client: Redis) -> list[ProbeResult]:
     findings = []
     for name, (wanted, because) in _MUST_BE.items():
         subject = f"redis {name}"
@@ -156,13 +156,13 @@ async def _persistence(client: Redis) -> list[Finding]:
             text = (
                 f"cannot be verified, CONFIG GET is refused ({printable(str(error))}); it must be {wanted}, {because}"
             )
-            findings.append(Finding(subject, False, text))
+            findings.append(ProbeResult(subject, False, text))
             continue
         found = answer.get(name, "not known to this server")
         if found == wanted:
-            findings.append(Finding(subject, True, found))
+            findings.append(ProbeResult(subject, True, found))
         else:
-            findings.append(Finding(subject, False, f"is {found}; set `{name} {wanted}`, {because}"))
+            findings.append(ProbeResult(subject, False, f"is {found}; set `{name} {wanted}`, {because}"))
     return findings
 
 
@@ -171,7 +171,7 @@ async def _persistence(client: Redis) -> list[Finding]:
 
 async def probe_destination(
     destination: Destination, subject: str = "", *, local_hostname: str, timeouts: Timeouts, certificate: bool = True
-) -> Finding:
+) -> ProbeResult:
     """Open a session as the relay would, up to and including AUTH, and leave with QUIT.
 
     With ``certificate`` a second session finds out whether the certificate would pass "verify" where nobody checks it.
@@ -181,7 +181,7 @@ async def probe_destination(
     try:
         connection = await connect(destination, local_hostname=local_hostname, timeouts=timeouts)
     except ClientError as error:
-        return Finding(subject, False, f"{destination.address} cannot be used: {printable(str(error))}")
+        return ProbeResult(subject, False, f"{destination.address} cannot be used: {printable(str(error))}")
     took = _milliseconds(started)
     security = _security(connection)
     offered = [
@@ -196,7 +196,7 @@ async def probe_destination(
         f"logged in as {destination.username}" if destination.username else "",
         f"offers {', '.join(offered)}" if offered else "offers no extensions",
     ]
-    return Finding(subject, True, printable("; ".join(word for word in words if word)))
+    return ProbeResult(subject, True, printable("; ".join(word for word in words if word)))
 
 
 def _security(connection: Connection) -> str:

@@ -42,7 +42,7 @@ from relay.ledger.continuity import warning
 from relay.ledger.monitor import STOP_AT
 from relay.metric_store import Arena
 from relay.monitoring import topology
-from relay.monitoring.probes import Finding, probe_redis
+from relay.monitoring.probes import ProbeResult, probe_redis
 from relay.redisio.clients import sync_client
 from relay.smtpd.shared_counters import ProcessCounters
 from relay.spool import writer
@@ -66,7 +66,7 @@ _ABOUT_FAILOVER = ("sentinel ", "replica ")  # mail goes on as long as the maste
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  (where to reach such a listener)
 
 
-class Answer(NamedTuple):
+class HttpAnswer(NamedTuple):
     """What one path answers."""
 
     status: HTTPStatus
@@ -74,19 +74,19 @@ class Answer(NamedTuple):
     body: bytes
 
 
-Answers = Mapping[str, Callable[[], Answer]]
+Answers = Mapping[str, Callable[[], HttpAnswer]]
 
 
 class Shared:
     """An answer that all who ask at the same time, or within a second, get from one computation."""
 
-    def __init__(self, find: Callable[[], Answer]) -> None:
+    def __init__(self, find: Callable[[], HttpAnswer]) -> None:
         self._find = find
         self._lock = threading.Lock()  # whoever comes meanwhile waits for what is being found out
-        self._found: Answer | Exception | None = None
+        self._found: HttpAnswer | Exception | None = None
         self._at = 0.0
 
-    def __call__(self) -> Answer:
+    def __call__(self) -> HttpAnswer:
         with self._lock:
             if self._found is None or time.monotonic() - self._at >= _SHARED_SECONDS:
                 try:
@@ -141,18 +141,18 @@ def serve(
             server.handle_request()  # or nothing, for a while
 
 
-def healthy(failing: Sequence[str]) -> Answer:
+def healthy(failing: Sequence[str]) -> HttpAnswer:
     """Return the answer of /healthz: 503 while processes die again and again."""
     if not failing:
-        return Answer(HTTPStatus.OK, "text/plain; charset=utf-8", b"ok\n")
+        return HttpAnswer(HTTPStatus.OK, "text/plain; charset=utf-8", b"ok\n")
     text = f"{', '.join(failing)}: ended again and again, soon after the start; the log says how\n"
-    return Answer(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain; charset=utf-8", text.encode())
+    return HttpAnswer(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain; charset=utf-8", text.encode())
 
 
 # /readyz ------------------------------------------------------------------------------------------------------
 
 
-def readiness(settings: Settings, redis_url: str, *, relaying: bool) -> list[Finding]:
+def readiness(settings: Settings, redis_url: str, *, relaying: bool) -> list[ProbeResult]:
     """Look at all that taking a message and keeping its copies needs, now."""
     findings = asyncio.run(probe_redis(settings, redis_url))
     if all(finding.ok for finding in findings):
@@ -167,25 +167,25 @@ def readiness(settings: Settings, redis_url: str, *, relaying: bool) -> list[Fin
     return findings
 
 
-def _memory(settings: Settings, redis_url: str) -> list[Finding]:
+def _memory(settings: Settings, redis_url: str) -> list[ProbeResult]:
     """Say how full Redis is: nothing where it has no bound."""
     try:
         with sync_client(settings.redis.at(redis_url), settings.redis.timeout_seconds, retries=0) as client:
             used, limit = archive.memory(client)
             failed = sum(row.failed for row in changes.summary(client)) if limit else 0
     except (RedisError, OSError) as error:
-        return [Finding(_MEMORY, False, f"cannot be asked: {error}")]
+        return [ProbeResult(_MEMORY, False, f"cannot be asked: {error}")]
     if not limit:
         return []
     text = f"{used / limit:.0%} of maxmemory is used"
     if used <= STOP_AT * limit:
-        return [Finding(_MEMORY, True, text)]
+        return [ProbeResult(_MEMORY, True, text)]
     text += ": new copies go to the spool. Raise maxmemory, or let the backups take what waits"
     text += f"; {failed} failed copies: failed retry, failed drop" if failed else ""
-    return [Finding(_MEMORY, False, text)]
+    return [ProbeResult(_MEMORY, False, text)]
 
 
-def ready(findings: list[Finding]) -> Answer:
+def ready(findings: list[ProbeResult]) -> HttpAnswer:
     """Return the answer of /readyz: 503 with the reasons as soon as mail cannot be taken and kept.
 
     A Redis that cannot be used is only a warning beside a spool that can. One that acknowledges what it may lose is
@@ -211,10 +211,10 @@ def ready(findings: list[Finding]) -> Answer:
     }
     body = json.dumps(content, indent=2) + "\n"
     status = HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK
-    return Answer(status, "application/json", body.encode())
+    return HttpAnswer(status, "application/json", body.encode())
 
 
-def _ledger(server: RedisSettings) -> list[Finding]:
+def _ledger(server: RedisSettings) -> list[ProbeResult]:
     """Say whether the ledger turned out lately to be another than it was; nothing where it does not answer."""
     try:
         with sync_client(server, server.timeout_seconds, retries=0) as client:
@@ -223,11 +223,11 @@ def _ledger(server: RedisSettings) -> list[Finding]:
     except (RedisError, OSError):
         return []
     if not change.cause or ago > _TOLD_SECONDS:
-        return [Finding(_LEDGER, True, "is the one that was here before")]
-    return [Finding(_LEDGER, False, f"{warning(change.cause)} ({ago:.0f} s ago)")]
+        return [ProbeResult(_LEDGER, True, "is the one that was here before")]
+    return [ProbeResult(_LEDGER, False, f"{warning(change.cause)} ({ago:.0f} s ago)")]
 
 
-def _port(host: str, port: int, patience: float, first: bytes = b"") -> Finding:
+def _port(host: str, port: int, patience: float, first: bytes = b"") -> ProbeResult:
     """Connect as a client: the kernel alone would take a connection also where no process accepts it any more."""
     subject = f"relay {host or '*'}:{port}"
     try:
@@ -237,36 +237,38 @@ def _port(host: str, port: int, patience: float, first: bytes = b"") -> Finding:
             code = client.recv(512)[:3]
             client.sendall(b"QUIT\r\n")
     except OSError as error:
-        return Finding(subject, False, f"does not accept: {error.strerror or error}")
+        return ProbeResult(subject, False, f"does not accept: {error.strerror or error}")
     # Any other reply is a living relay's too: it may be set not to talk to this machine.
     living = code.isdigit() and code != b"421"
-    return Finding(subject, living, "accepts" if living else f"turns clients away ({code.decode('ascii', 'replace')})")
+    return ProbeResult(
+        subject, living, "accepts" if living else f"turns clients away ({code.decode('ascii', 'replace')})"
+    )
 
 
-def _spool(settings: Settings) -> list[Finding]:
+def _spool(settings: Settings) -> list[ProbeResult]:
     folder = settings.spool.dir
     if folder is None:
         return []
     place = next((p for p in (folder, *folder.parents) if p.exists()), folder)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        return [Finding(_SPOOL, False, f"{folder} cannot be written")]
+        return [ProbeResult(_SPOOL, False, f"{folder} cannot be written")]
     free = shutil.disk_usage(place).free
     least = settings.spool.min_free
     if free < least:
-        return [Finding(_SPOOL, False, f"{free} bytes are free at {folder}, spool.min_free is {least}")]
-    return [Finding(_SPOOL, True, f"{folder} can be written")]
+        return [ProbeResult(_SPOOL, False, f"{free} bytes are free at {folder}, spool.min_free is {least}")]
+    return [ProbeResult(_SPOOL, True, f"{folder} can be written")]
 
 
 # /metrics -----------------------------------------------------------------------------------------------------
 
 
-def metrics(arena: Arena | None, *others: Collector) -> Answer:
+def metrics(arena: Arena | None, *others: Collector) -> HttpAnswer:
     """Return the answer of /metrics: the sum over all processes, ended ones too, and what is so at this moment."""
     registry = CollectorRegistry()
     for collector in (arena, *others):
         if collector is not None:
             registry.register(collector)
-    return Answer(HTTPStatus.OK, CONTENT_TYPE_LATEST, generate_latest(registry))
+    return HttpAnswer(HTTPStatus.OK, CONTENT_TYPE_LATEST, generate_latest(registry))
 
 
 def _relay_collectors(settings: Settings, seat: ProcessCounters | None) -> list[Collector]:
@@ -470,7 +472,7 @@ class _Request(BaseHTTPRequestHandler):
         self.connection.settimeout(_SECONDS)
         find = self.server.answers.get(re.split(r"[?#]", self.path, maxsplit=1)[0])
         with self.server.answering(self.connection):
-            answer = find() if find else Answer(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"not found\n")
+            answer = find() if find else HttpAnswer(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"not found\n")
             self.send_response(answer.status)
             self.send_header("Content-Type", answer.content_type)
             self.send_header("Content-Length", str(len(answer.body)))

@@ -8,7 +8,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from redis.exceptions import RedisError
 
 from relay.config.model import RedisSettings, Settings
-from relay.monitoring.probes import Finding
+from relay.monitoring.probes import ProbeResult
 from relay.redisio.clients import sync_client
 from relay.topology import decisions
 from relay.topology.decisions import View
@@ -17,7 +17,7 @@ from relay.topology.roles import disagreement
 SUBJECT = "topology"
 
 
-def about_topology(settings: Settings, seen: View) -> Iterator[Finding]:
+def about_topology(settings: Settings, seen: View) -> Iterator[ProbeResult]:
     """Say whether settings and topology agree, and whether everybody follows; nothing before the first promotion."""
     troubles = [f"{beat.label}: {beat.trouble}" for beat in seen.living if beat.trouble]
     late = [beat for beat in seen.living if not beat.trouble and not seen.follows(beat)]
@@ -25,17 +25,17 @@ def about_topology(settings: Settings, seen: View) -> Iterator[Finding]:
     if seen.nonsense:
         troubles.append(f"what Redis holds as topology makes no sense: {seen.nonsense}")
     if troubles:
-        yield Finding(SUBJECT, False, "; ".join(troubles))
+        yield ProbeResult(SUBJECT, False, "; ".join(troubles))
     elif seen.topology:
         now, count = seen.topology.now, len(seen.living)
-        yield Finding(
+        yield ProbeResult(
             SUBJECT, True, f"{now.primary} is the primary (epoch {now.epoch}), {count} relay processes follow"
         )
     if words := disagreement(settings, seen.topology):  # as it may be for days: mail goes on
-        yield Finding("settings", True, words)
+        yield ProbeResult("settings", True, words)
 
 
-def find(settings: Settings, server: RedisSettings) -> list[Finding]:
+def find(settings: Settings, server: RedisSettings) -> list[ProbeResult]:
     """Ask Redis for it; nothing where that does not answer."""
     try:
         with sync_client(server, server.timeout_seconds, retries=0) as client:

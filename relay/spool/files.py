@@ -37,7 +37,7 @@ _TOLD = 100  # files of others that the log names
 _AHEAD = 5000  # entries of a backlog kept in mind: it is listed again when they are done
 
 
-class Survey(NamedTuple):
+class Due(NamedTuple):
     """What one pass finds to do: ids that Redis must not have staged, mail and notes to bring in, dead owners."""
 
     ids: list[str]
@@ -108,14 +108,14 @@ class SpoolFiles:
             private_files.write(path.parent, path.name, json.dumps(known, indent=1).encode("utf-8"))
         return known
 
-    def survey(self) -> Survey:
+    def survey(self) -> Due:
         """Look at all but the backlogs; half-written files of the dead, and what is no file of ours, are set aside."""
         place = writer.messages(self._folder)
         names = self._of_ours(place, writer.names(place))
         self.skipped.retain({*names, *(name for b in self.backlogs() for name in writer.names(self._place(b)))})
         entries = sorted(writer.entry_of(name) for name in names)
         known = {owner_of(e.id) for e in entries if e.state} | set(writer.names(locks.folder_of(self._folder)))
-        survey = Survey([], [], [], {owner for owner in known if not locks.is_alive(self._folder, owner)})
+        survey = Due([], [], [], {owner for owner in known if not locks.is_alive(self._folder, owner)})
         for entry in entries:
             if entry.name not in self.skipped:
                 try:
@@ -124,7 +124,7 @@ class SpoolFiles:
                     self._pass_over(entry.name, error)
         return survey
 
-    def _judge(self, entry: Entry, survey: Survey) -> None:
+    def _judge(self, entry: Entry, survey: Due) -> None:
         abandoned = owner_of(entry.id) in survey.dead
         if not entry.state:
             self._set_aside(entry.name, "no file of ours")

@@ -53,7 +53,7 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class SpoolSummary:
     """The spool at a glance. ``backlogs`` counts the copies of those backups that alone are waited for."""
 
     messages: int = 0
@@ -125,10 +125,10 @@ def entry_of(name: str) -> Entry:
     return Entry(message_id, name, "")  # nobody of ours made it
 
 
-def summary(folder: Path | None) -> Summary:
+def summary(folder: Path | None) -> SpoolSummary:
     """Count what is in a spool; one that is off or was never used is empty. Raises OSError."""
     if folder is None:
-        return Summary()
+        return SpoolSummary()
     waiting = {e: messages(folder) for e in scan(folder) if e.state in {STAGED, READY, HELD}}
     counts: dict[str, int] = {}
     for backup in backlogs(folder):
@@ -144,7 +144,7 @@ def summary(folder: Path | None) -> Summary:
             age = max(0.0, time.time() - (waiting[entry] / entry.name).stat().st_mtime)
             break
     corrupt, unfinished = (len(names(folder / name)) for name in ("corrupt", "unfinished"))
-    return Summary(len(waiting), sum(e.size for e in waiting), round(age, 1), corrupt, unfinished, counts)
+    return SpoolSummary(len(waiting), sum(e.size for e in waiting), round(age, 1), corrupt, unfinished, counts)
 
 
 # One process's side -------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from relay.ledger import keys
 from relay.redisio.clients import async_client
 from support.redis_servers import RedisServer
 from support.waiting import until
-from workers.delivery.health import Health
+from workers.delivery.health import HealthReport
 from workers.delivery.retry import Breaker
 
 
@@ -27,7 +27,7 @@ async def test_a_report_outlives_an_outage_of_redis(
     monkeypatch.setattr(maillog, "ledger_trouble", lambda what, error: troubles.append(what))
     server = redis_factory()
     connection = async_client(RedisSettings(server.url, 1), 1)
-    health = Health(connection, "new", time.time)
+    health = HealthReport(connection, "new", time.time)
     breaker = Breaker(1, on_change=health.on_change)
     watching = asyncio.ensure_future(health.watch(breaker))
 

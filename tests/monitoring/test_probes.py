@@ -11,7 +11,7 @@ import pytest
 from relay.config.loader import Settings, load
 from relay.mail.destination import Destination
 from relay.mail.timeouts import Timeouts
-from relay.monitoring.probes import Finding, probe_all, probe_destination, probe_redis
+from relay.monitoring.probes import ProbeResult, probe_all, probe_destination, probe_redis
 from support.certificates import Certificate
 from support.reactions import Silence
 from support.redis_servers import RedisServer
@@ -22,7 +22,7 @@ def settings_for(url: str, **flags: str) -> Settings:
     return load({"redis.url": url} | flags, {}, (), require_primary=False)
 
 
-async def probed(destination: Destination, timeout: float = 5) -> Finding:
+async def probed(destination: Destination, timeout: float = 5) -> ProbeResult:
     return await probe_destination(destination, local_hostname="relay.example", timeouts=Timeouts.of(timeout))
 
 
@@ -83,7 +83,7 @@ async def test_a_redis_that_is_not_there() -> None:
     assert not finding.ok
     assert finding.text.startswith(f"redis://:***@127.0.0.1:{port} cannot be used: ")
     assert await probe_redis(settings_for("")) == [
-        Finding("redis", True, "redis.url is not set: `smtp-dup up` starts an embedded one")
+        ProbeResult("redis", True, "redis.url is not set: `smtp-dup up` starts an embedded one")
     ]
 
 
@@ -133,7 +133,7 @@ async def test_a_server_that_cannot_be_used(scripted: Callable[..., ScriptedServ
     server = scripted()
     server.down()
     closed = await probed(server.destination("new"))
-    assert closed == Finding("new", False, f"{server.address} cannot be used: connect: Connection refused")
+    assert closed == ProbeResult("new", False, f"{server.address} cannot be used: connect: Connection refused")
 
 
 async def test_everything_at_once(redis_url: str, primary: ScriptedServer, backup: ScriptedServer) -> None:

@@ -65,8 +65,8 @@ def serve() -> Iterator[Callable[..., int]]:
         server.server_close()
 
 
-def alive() -> status_server.Answer:
-    return status_server.Answer(status_server.HTTPStatus.OK, "text/plain", b"ok\n")
+def alive() -> status_server.HttpAnswer:
+    return status_server.HttpAnswer(status_server.HTTPStatus.OK, "text/plain", b"ok\n")
 
 
 def talk(port: int, request: bytes) -> bytes:
@@ -146,7 +146,7 @@ def test_those_who_ask_at_once_get_one_computation(serve):
     asked, go = threading.Semaphore(0), threading.Event()
     count: list[int] = []
 
-    def find() -> status_server.Answer:
+    def find() -> status_server.HttpAnswer:
         count.append(1)
         asked.release()
         assert go.wait(20)
@@ -170,9 +170,9 @@ def test_those_who_ask_at_once_get_one_computation(serve):
 
 def test_what_fails_is_found_out_once_and_then_again():
     """A computation that raises does so for everybody who waited, and is made anew a second later."""
-    outcomes: list[Exception | status_server.Answer] = [ValueError("no"), alive()]
+    outcomes: list[Exception | status_server.HttpAnswer] = [ValueError("no"), alive()]
 
-    def find() -> status_server.Answer:
+    def find() -> status_server.HttpAnswer:
         outcome = outcomes.pop(0)
         if isinstance(outcome, Exception):
             raise outcome
@@ -186,7 +186,7 @@ def test_what_fails_is_found_out_once_and_then_again():
     assert shared() == alive()
 
 
-LARGE = status_server.Answer(status_server.HTTPStatus.OK, "text/plain", b"x" * (8 << 20))
+LARGE = status_server.HttpAnswer(status_server.HTTPStatus.OK, "text/plain", b"x" * (8 << 20))
 
 
 def test_slow_readers_of_a_large_answer_keep_nobody_out(serve, monkeypatch):

@@ -180,8 +180,8 @@ async def test_notes(mine: Spool, folder: Path) -> None:
 
 async def test_summary(mine: Spool, folder: Path) -> None:
     """Count, octets, age of the oldest, and what is set aside; no spool and no folder are empty."""
-    assert writer.summary(None) == writer.Summary()
-    assert writer.summary(folder) == writer.Summary()
+    assert writer.summary(None) == writer.SpoolSummary()
+    assert writer.summary(folder) == writer.SpoolSummary()
     first = _ids.next()
     await mine.write(first, b"12345")
     await mine.write(_ids.next(), b"1234567")

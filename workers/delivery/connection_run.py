@@ -24,10 +24,10 @@ from workers.delivery.bodies import Bodies
 from workers.delivery.copy import Copy
 from workers.delivery.gate import Gate
 from workers.delivery.jobs_in_hand import Ending, JobInHand, JobsInHand
-from workers.delivery.refusals import Refusals
+from workers.delivery.refusals import RefusalMemory
 from workers.delivery.retry import Breaker, Width
 from workers.delivery.runners import Runner
-from workers.delivery.transaction import Group, Outcome, Unfit, can_follow, group, send
+from workers.delivery.transaction import Opening, Outcome, Unfit, can_follow, opening, send
 
 _SMOOTH = 20  # copies taken one after the other, each soon, before the next one's MAIL is sent behind a dot
 _SOON = 2.0  # seconds that a transaction may take for that
@@ -42,7 +42,7 @@ class Trial:
     job: JobInHand
     copy: Copy
     runner: Runner
-    begun: Group | None = None
+    begun: Opening | None = None
     is_look: bool = False  # it was chosen to be unlike what was refused before
     outcome: Outcome = field(default_factory=Outcome)
     following: Trial | None = None
@@ -62,7 +62,7 @@ class ConnectionRuns:
         gate: Gate,
         breaker: Breaker,
         width: Width,
-        refusals: Refusals,
+        refusals: RefusalMemory,
     ) -> None:
         self._destination = destination
         self._relay = relay
@@ -130,7 +130,7 @@ class ConnectionRuns:
                 following, trial.following = trial.following, None
                 self._jobs.finish(following.job, following.copy, Ending.AGAIN)
 
-        def following() -> Group | None:
+        def following() -> Opening | None:
             trial.following = None if runner.is_slow else self._follower(connection, runner)
             return None if trial.following is None else trial.following.begun
 
@@ -181,7 +181,7 @@ class ConnectionRuns:
         copy = Copy.of(item, message, self._destination)
         with suppress(Unfit):  # refused when its turn comes
             if copy.owed:
-                trial = Trial(job, copy, runner, group(connection, message, copy.next_owed))
+                trial = Trial(job, copy, runner, opening(connection, message, copy.next_owed))
                 self._jobs.begin(job)
                 self._bodies.drop([item.id])
                 return trial

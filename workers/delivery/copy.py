@@ -14,10 +14,10 @@ from relay.ledger.copy_state import CopyState
 from relay.mail.destination import Destination
 from relay.mail.record import Message
 from relay.mail.reply import Reply
-from workers.delivery.retry import Verdict, judge
+from workers.delivery.retry import Meaning, judge
 from workers.delivery.transaction import Outcome, Stage
 
-_CERTAIN = (Verdict.TAKEN, Verdict.SPLIT)
+_CERTAIN = (Meaning.TAKEN, Meaning.SPLIT)
 
 
 @dataclass(slots=True)
@@ -92,20 +92,20 @@ class Copy:
                     owed.append(i)
                     self.doubted = reply
                     continue
-            if verdict is Verdict.TAKEN:
+            if verdict is Meaning.TAKEN:
                 self.taken += 1
                 continue
             self.stages[i] = outcome.stage(i)
             if not is_asked_first and len(outcome.accepted) > 1 and reply.is_too_many_recipients:
                 owed.append(i)  # it counts them late
                 self.most = len(outcome.accepted) // 2
-            elif verdict is Verdict.LATER:
+            elif verdict is Meaning.LATER:
                 self.later[i] = reply
-            elif verdict is Verdict.NEVER:
+            elif verdict is Meaning.NEVER:
                 self.never[i] = reply
             else:
                 owed.append(i)
-                if verdict is Verdict.SERVER:
+                if verdict is Meaning.SERVER:
                     server = reply
         self.owed = sorted(owed)
         return server

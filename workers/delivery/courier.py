@@ -33,14 +33,14 @@ from workers.delivery.connection_run import ConnectionRuns
 from workers.delivery.copy import Copy
 from workers.delivery.divergences import Divergences
 from workers.delivery.gate import Gate
-from workers.delivery.health import Health
+from workers.delivery.health import HealthReport
 from workers.delivery.jobs_in_hand import JobInHand, JobsInHand
 from workers.delivery.leases import Leases
 from workers.delivery.loading import Loading
 from workers.delivery.outbox import Outbox
 from workers.delivery.outcomes import Conclusion, Outcomes
 from workers.delivery.probe_choice import ProbeChoice
-from workers.delivery.refusals import Refusals
+from workers.delivery.refusals import RefusalMemory
 from workers.delivery.retry import Breaker, Width
 from workers.delivery.runners import SLOW, Runner, Runners
 from workers.jobs import Interrupted
@@ -66,7 +66,7 @@ class Courier:
         jobs = sync_client(server, seconds)
         pipelines = Pipelines(self._redis)
         width = Width(destination.connections)
-        refusals = Refusals()
+        refusals = RefusalMemory()
 
         self._leases = Leases(self._redis, name)
         clock = self._leases.clock
@@ -89,7 +89,7 @@ class Courier:
             clock=clock,
         )
         self._jobs = JobsInHand(self._outcomes, self._leases)
-        self._health = Health(self._redis, name, clock.now)
+        self._health = HealthReport(self._redis, name, clock.now)
         self._breaker = Breaker(
             width.now, min(_LONGEST_PROBE, settings.retry.longest), on_change=self._health.on_change
         )

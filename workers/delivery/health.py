@@ -18,7 +18,7 @@ from workers.delivery.retry import Breaker
 _LOOK_SECONDS = 1.0
 
 
-class Health:
+class HealthReport:
     """Reports when a Breaker opens or closes, and lets a flush make it probe at once."""
 
     def __init__(self, connection: Redis, destination: str, now: Callable[[], float]) -> None:

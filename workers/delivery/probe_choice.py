@@ -14,7 +14,7 @@ from workers.delivery.claiming import Claiming
 from workers.delivery.connection_run import ConnectionRuns
 from workers.delivery.copy import Copy
 from workers.delivery.jobs_in_hand import JobInHand
-from workers.delivery.refusals import Refusals
+from workers.delivery.refusals import RefusalMemory
 from workers.delivery.retry import Breaker
 
 
@@ -22,7 +22,7 @@ class ProbeChoice:
     """Chooses the probes of one courier."""
 
     def __init__(
-        self, breaker: Breaker, runs: ConnectionRuns, refusals: Refusals, bodies: Bodies, claiming: Claiming
+        self, breaker: Breaker, runs: ConnectionRuns, refusals: RefusalMemory, bodies: Bodies, claiming: Claiming
     ) -> None:
         self._breaker = breaker
         self._runs = runs

@@ -16,7 +16,7 @@ from workers.delivery.transaction import Outcome
 _MOST = 5000  # addresses of each kind
 
 
-class Refusals:
+class RefusalMemory:
     """The refusals of one destination."""
 
     def __init__(self) -> None:

@@ -33,7 +33,7 @@ _STATUS = re.compile(r"5\.\d{1,3}\.\d{1,3}(?![\d.])")
 _BROKEN_TRANSACTIONS = 3  # connections lost in the middle of one, in a row, before the server is to blame
 
 
-class Verdict(enum.Enum):
+class Meaning(enum.Enum):
     """What a reply means for a copy."""
 
     TAKEN = "taken"
@@ -43,21 +43,21 @@ class Verdict(enum.Enum):
     SERVER = "server"  # the server, not the message
 
 
-def judge(reply: Reply, *, soft_bounce: bool = False, some_accepted: bool = False) -> Verdict:
+def judge(reply: Reply, *, soft_bounce: bool = False, some_accepted: bool = False) -> Meaning:
     """Return what a reply to MAIL, RCPT, DATA or the dot is about."""
     if reply.is_positive:
-        return Verdict.TAKEN
+        return Meaning.TAKEN
     if reply.code == 421 or reply.code in _ABOUT_US:
-        return Verdict.SERVER
+        return Meaning.SERVER
     is_too_many = reply.is_too_many_recipients
     if some_accepted and (is_too_many or (reply.code in (452, 552) and reply.status[2:] != "2.2")):
         # RFC 5321 4.5.3.1.10; 552 is what it was called before. x.2.2 is one full mailbox.
-        return Verdict.SPLIT
+        return Meaning.SPLIT
     if is_too_many:
-        return Verdict.LATER  # of a transaction, never of a recipient
+        return Meaning.LATER  # of a transaction, never of a recipient
     if reply.is_permanent and not soft_bounce:
-        return Verdict.NEVER
-    return Verdict.LATER
+        return Meaning.NEVER
+    return Meaning.LATER
 
 
 def next_delay(settings: RetrySettings, tries: int, age: float) -> float | None:

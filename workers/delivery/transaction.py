@@ -84,7 +84,7 @@ class Unfit(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class Opening:
     """The commands that begin a copy's transaction with one server: DATA is last (RFC 2920 3.1)."""
 
     xforward: list[bytes]
@@ -96,7 +96,7 @@ class Group:
         return [*self.xforward, self.mail, *(command for _, command in self.recipients), b"DATA"]
 
 
-def group(connection: Connection, message: Message, owed: Sequence[int]) -> Group:
+def opening(connection: Connection, message: Message, owed: Sequence[int]) -> Opening:
     """Return what begins a copy's transaction for the recipients with these indices. Raises Unfit.
 
     Where the server announces how many it takes (RFC 9422), for the first of them only.
@@ -104,7 +104,7 @@ def group(connection: Connection, message: Message, owed: Sequence[int]) -> Grou
     envelope = message.envelope
     if connection.limits is not UNLIMITED:
         owed = _within(connection.limits, envelope, owed)
-    return Group(
+    return Opening(
         xforward(of_envelope(envelope), connection),
         mail_command(envelope, connection.destination, connection),
         [(i, rcpt_command(envelope.recipients[i], connection)) for i in owed],
@@ -135,8 +135,8 @@ async def send(
     *,
     timeout: float,
     final_timeout: float,
-    begun: Group | None = None,
-    following: Callable[[], Group | None] = lambda: None,
+    begun: Opening | None = None,
+    following: Callable[[], Opening | None] = lambda: None,
 ) -> None:
     """Send a copy to the recipients with these indices; fills ``outcome``. Raises ClientError, Unfit.
 
@@ -147,7 +147,7 @@ async def send(
         if refusal is not None:
             outcome.replies.update(dict.fromkeys(owed, refusal))
             return
-    accepted = await _ask(connection, begun, begun or group(connection, message, owed), outcome, timeout)
+    accepted = await _ask(connection, begun, begun or opening(connection, message, owed), outcome, timeout)
     if accepted is None:
         return
     connection.begin_data()
@@ -179,7 +179,7 @@ async def send(
 
 
 async def _ask(
-    connection: Connection, begun: Group | None, asked: Group, outcome: Outcome, timeout: float
+    connection: Connection, begun: Opening | None, asked: Opening, outcome: Outcome, timeout: float
 ) -> list[int] | None:
     """Send XFORWARD, MAIL, RCPT and DATA; returns the recipients accepted once DATA has got its 354, else None."""
     pipelining = begun is not None or "PIPELINING" in connection.extensions

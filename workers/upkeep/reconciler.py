@@ -20,9 +20,9 @@ from relay.config.loader import Settings
 from relay.ledger import archive, keys
 from relay.ledger.redis_clock import shorten
 from relay.repeated import Repeated
-from workers.upkeep.sweep import SILENT_SECONDS, Finding, Report, Sweeper
+from workers.upkeep.sweep import SILENT_SECONDS, Report, Sweeper
 
-__all__ = ["Finding", "Report", "keep_reconciling", "reconcile", "verify"]
+__all__ = ["Report", "keep_reconciling", "reconcile", "verify"]
 
 _EVERY = 60.0  # seconds between sweeps
 _LONGEST = 120.0

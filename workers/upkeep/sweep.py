@@ -58,7 +58,7 @@ _ROUTINE = frozenset({
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Repair:
     """One thing that was not as it should be, and what was done about it."""
 
     finding: str
@@ -77,7 +77,7 @@ class Report:
 
     kept: float = math.inf
     counts: Counter[str] = field(default_factory=Counter)
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Repair] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -88,7 +88,7 @@ class Report:
     def add(self, finding: str, message_id: str, destination: str, action: str) -> None:
         self.counts[finding] += 1
         if len(self.findings) < self.kept:
-            self.findings.append(Finding(finding, message_id, destination, action))
+            self.findings.append(Repair(finding, message_id, destination, action))
 
 
 @dataclass(slots=True)
