@@ -11,7 +11,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +141,14 @@ def _json_line(when: str, level: str, event: str, fields: Values) -> str:
     return json.dumps(line, ensure_ascii=True) + "\n"
 
 
+# Gets the events that are no success, as whoever watches the mail sees them: when, which, and their fields.
+on_trouble: Callable[[float, str, Values], None] | None = None
+_TROUBLE = {"refused", "command refused", "deferred"}  # beside what is a warning or worse
+
+
 def _event(level: str, event: str, **fields: Any) -> None:
+    if on_trouble is not None and (level in {"WARNING", "ERROR"} or event in _TROUBLE):
+        on_trouble(time.time(), event, fields)
     if _events is None:
         logger.bind(**fields).log(level, event)
     else:

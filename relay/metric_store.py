@@ -22,6 +22,8 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from relay.event_ring import EventRing
+
 _REGIONS = 1024
 _SIZE = 128 << 10
 _HEAD = 8  # octets: the number of used octets, and padding
@@ -41,6 +43,7 @@ class Arena(Collector):
         self._numbers: dict[tuple[str, int], int] = {}
         self._count = memoryview(mmap.mmap(-1, 8)).cast("q")  # number of reserved regions, shared with children
         self._most = regions
+        self.events = EventRing(regions)
         self.identity = secrets.token_hex(8)  # readings can be compared only within one Arena
 
     def reserve(self, name: str, seat: int = 0) -> None:
@@ -54,6 +57,7 @@ class Arena(Collector):
         number = self._numbers.get((name, seat))
         if number is not None:
             _bind(_Region(self._of(number)))
+        self.events.take(number)
 
     def readings(self) -> Iterator[tuple[int, list[Reading]]]:
         """Yield the number and the values of each region, without the damaged ones."""

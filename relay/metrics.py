@@ -51,6 +51,7 @@ stage_seconds = Histogram(
     "Time to make a copy durable before the dot",
     buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
 )
+copies = Counter("smtpdup_copies_total", "Copies of accepted messages, by the backup that gets them", ["destination"])
 spooled = Counter("smtpdup_spooled_total", "Copies that went to the spool instead of Redis")
 unspooled = Counter("smtpdup_unspooled_total", "Messages moved from the spool into Redis")
 damaged_records = Counter(

@@ -8,6 +8,7 @@ begins to count anew has counted all that it shows. Mail pays nothing for this: 
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import zlib
 from collections.abc import Callable, Mapping
@@ -16,7 +17,8 @@ from typing import Any
 from loguru import logger
 from redis.exceptions import RedisError
 
-from relay.ledger import changes, flow
+from relay.ledger import changes, events, flow
+from relay.mail import encryption
 from relay.metric_store import Arena
 from relay.repeated import Repeated
 
@@ -51,6 +53,8 @@ def field_of(sample: str, labels: Mapping[str, str]) -> str | None:
             return f"seconds {labels['le']} {labels['destination']}"
         case "smtpdup_delivery_age_seconds_bucket":
             return f"age {labels['le']} {labels['destination']}"
+        case "smtpdup_copies_total":
+            return f"copied {labels['destination']}"
         case "smtpdup_deliveries_total":
             return f"{labels[_RESULTS]} {labels['destination']}"
     return _FIELDS.get(sample)
@@ -112,6 +116,22 @@ class Sampler:
             flow.add(connection, self._arena.identity, _note(now), sums, maxima, at)
             self._is_certain = True
         self._before = now
+
+
+class EventTeller:
+    """Brings the events of this installation's processes that are no success to the ledger."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._ring = arena.events
+        self._seen: dict[int, int] = {}
+
+    def tell(self, connection: Any) -> None:
+        """Tell what has come since the last time; what Redis does not take is not told again. Raises RedisError."""
+        found = self._ring.since(self._seen)
+        if found:
+            with connection.pipeline(transaction=True) as pipe:
+                events.add(pipe, socket.gethostname(), found, is_sealed=encryption.ring() is not None)
+                pipe.execute()
 
 
 def _note(counted: Totals) -> bytes:

@@ -210,6 +210,12 @@ ROOT = _group(
             _option("--nagios", is_flag=True, help="one line and exit status for a monitoring system"),
             _option("--explain", is_flag=True, help="each criterion's rule, and its settings"),
         ),
+        "top": _word(
+            "watch the mail that goes through", "top:show",
+            _option("--interval", metavar="SECONDS", type=click.FloatRange(0.2, 3600), default=1.0,
+                    help="from one look to the next; 1"),
+            _option("--once", is_flag=True, help="one look only"),
+        ),
         "flow": _word(
             "what came in and what became of it, by hour or minute", "flow:show",
             _option("--hours", metavar="N", type=click.IntRange(1, 840), help="the last so many; 24"),

@@ -19,7 +19,7 @@ from relay import limits, maillog
 from relay.child import ChildContext
 from relay.cockpit.host_news import HostNews
 from relay.cockpit.reach import Looks, keep_looking
-from relay.cockpit.sampler import Sampler, keep_sampling
+from relay.cockpit.sampler import EventTeller, Sampler, keep_sampling
 from relay.config.loader import Settings
 from relay.daemon.slots import Child
 from relay.daemon.start import Role
@@ -114,6 +114,7 @@ class Crew:
             if self.arena:
                 is_fresh = context.predecessor is None and context.generation == 1
                 steps["flow"] = Sampler(self.arena, is_fresh=is_fresh).sample
+                steps["events"] = EventTeller(self.arena).tell
             with sync_client(settings.redis, settings.redis.timeout_seconds, retries=0) as client:
                 keep_sampling(client, steps, stop, {"end of this host": news.leave})
 

@@ -152,4 +152,5 @@ def arena(name: str) -> metric_store.Arena | None:
         return None
     made.reserve(name)
     made.take(name)
+    maillog.on_trouble = made.events.note
     return made

@@ -81,12 +81,16 @@ class Buckets:
 
 @dataclass(frozen=True, slots=True)
 class DestinationFlow:
-    """What became of the copies for one backup: ``seconds`` from dot to reply, ``age`` from acceptance to delivery."""
+    """What became of the copies for one backup, and how many there were to come (``copied``).
+
+    ``seconds`` are from dot to reply, ``age`` is from acceptance to delivery.
+    """
 
     delivered: int = 0
     deferred: int = 0
     failed: int = 0
     trouble: int = 0
+    copied: int = 0
     seconds: Buckets = field(default_factory=Buckets)
     age: Buckets = field(default_factory=Buckets)
 
@@ -132,7 +136,7 @@ class Flow:
 
 _NOTHING = DestinationFlow()
 _PLAIN = {name for name in Flow.__slots__ if name not in {"start", "length", "uses", "seconds", "destinations"}}
-_RESULTS = ("delivered", "deferred", "failed", "trouble")
+_RESULTS = ("delivered", "deferred", "failed", "trouble", "copied")
 
 Counted = Mapping[str, int]  # field -> number
 
@@ -185,12 +189,13 @@ def total(flows: Sequence[Flow]) -> Flow:
 
 
 def _total(flows: Sequence[DestinationFlow]) -> DestinationFlow:
-    delivered, deferred, failed, trouble = (sum(getattr(flow, name) for flow in flows) for name in _RESULTS)
+    delivered, deferred, failed, trouble, copied = (sum(getattr(flow, name) for flow in flows) for name in _RESULTS)
     return DestinationFlow(
         delivered,
         deferred,
         failed,
         trouble,
+        copied,
         seconds=Buckets(_sum(flow.seconds.counts for flow in flows)),
         age=Buckets(_sum(flow.age.counts for flow in flows)),
     )

@@ -1,6 +1,13 @@
-"""Counts the ESMTP extensions and sizes that accepted mail requires, so that two servers can be compared by them."""
+"""What is counted of accepted mail: who gets copies, and which extensions and sizes it needs of a server.
+
+So two servers can be compared by what mail has needed of them.
+"""
 
 from __future__ import annotations
+
+import functools
+
+from prometheus_client import Counter
 
 from relay import metrics
 from relay.mail.envelope import Envelope
@@ -9,8 +16,15 @@ from relay.mail.esmtp import MAIL_EXTENSIONS, value
 _SMTPUTF8, _EIGHT_BIT, _DSN = (metrics.features.labels(name) for name in metrics.MAIL_FEATURES)
 
 
+@functools.cache
+def _copies(destination: str) -> Counter:
+    return metrics.copies.labels(destination)  # looks it up under a lock, and there are few
+
+
 def note(envelope: Envelope) -> None:
-    """Count the extensions of a message that not every server offers, and note its size and recipients."""
+    """Count a message's copies, and what it needs that not every server has."""
+    for name in envelope.destinations:
+        _copies(name).inc()
     metrics.largest_message.note(envelope.size)
     metrics.most_recipients.note(len(envelope.recipients))
     given = envelope.parameters
