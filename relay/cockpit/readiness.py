@@ -22,8 +22,8 @@ from relay.ledger.divergence import DEFERRED, GIVEN_UP, REFUSED
 from relay.ledger.divergence_groups import Group
 from relay.ledger.flow import Flow
 from relay.mail.text import printable
-from relay.topology import heartbeats
-from relay.topology.state import Topology, Unreadable
+from relay.topology import decisions, heartbeats
+from relay.topology.state import Topology
 
 _HOURS = 35 * 24
 
@@ -120,11 +120,7 @@ def primary_now(connection: Any, settings: Settings) -> str:
 
 def topology_now(connection: Any) -> Topology | None:
     """Return the decision that holds, None before the first, or where it makes no sense."""
-    try:
-        stored = connection.get(keys.TOPOLOGY)
-        return Topology.from_json(stored) if stored else None
-    except Unreadable:
-        return None
+    return decisions.topology(connection)[0]
 
 
 def backups_now(connection: Any, settings: Settings) -> list[str]:
