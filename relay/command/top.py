@@ -121,16 +121,26 @@ def _objects(watch: _Watch, out: Output, interval: float, *, once: bool) -> None
 
 def _live(watch: _Watch, interval: float, *, colour: bool) -> None:
     console = Console(no_color=not colour, highlight=False)
-    with _keys() as key, Live(watch.text(), console=console, screen=True, auto_refresh=False) as live:
-        while True:
-            until = time.monotonic() + interval
-            while (patience := until - time.monotonic()) > 0:
-                if pressed := key(patience):
-                    if not all(map(watch.press, pressed)):
-                        return
-                    live.update(watch.text(), refresh=True)
-            watch.go_on()
-            live.update(watch.text(), refresh=True)
+    live = Live(watch.text(), console=console, screen=True, auto_refresh=False)
+    with _keys() as key:
+        try:  # its start included: a Ctrl-C at the first frame must leave no strange screen behind
+            live.start(refresh=True)
+            _go_on(watch, live, key, interval)
+        finally:
+            live.stop()
+
+
+def _go_on(watch: _Watch, live: Live, key: Callable[[float], str], interval: float) -> None:
+    """Show frame after frame until a key ends it."""
+    while True:
+        until = time.monotonic() + interval
+        while (patience := until - time.monotonic()) > 0:
+            if pressed := key(patience):
+                if not all(map(watch.press, pressed)):
+                    return
+                live.update(watch.text(), refresh=True)
+        watch.go_on()
+        live.update(watch.text(), refresh=True)
 
 
 @contextmanager
