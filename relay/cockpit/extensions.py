@@ -13,7 +13,7 @@ _ABSENT = "-"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Extension:
     """An extension as both servers offer it, "-" where they do not, and what of mail seen needs it."""
 
     extension: str
@@ -22,19 +22,19 @@ class Row:
     used: str
 
 
-def compare(old: Greeting | None, new: Greeting | None, seen: Flow) -> list[Row]:
+def compare(old: Greeting | None, new: Greeting | None, seen: Flow) -> list[Extension]:
     """Return a row for each extension that either offers, or that the mail ``seen`` has needed."""
     return list(_rows(old or Greeting(), new or Greeting(), seen))
 
 
-def _rows(old: Greeting, new: Greeting, seen: Flow) -> Iterator[Row]:
+def _rows(old: Greeting, new: Greeting, seen: Flow) -> Iterator[Extension]:
     used = {name: count(number, "message") for name, number in seen.uses.items() if number}
     if seen.largest:
         used["SIZE"] = f"up to {octets(seen.largest)}"
     if seen.most:
         used["LIMITS"] = f"up to {count(seen.most, 'recipient')}"
     for name in sorted({*old.extensions, *new.extensions, *used, "STARTTLS"} - {"TURN"}):
-        row = Row(name, _shown(old, name), _shown(new, name), used.get(name, ""))
+        row = Extension(name, _shown(old, name), _shown(new, name), used.get(name, ""))
         if (row.old, row.new) != (_ABSENT, _ABSENT) or name in seen.uses:
             yield row
 

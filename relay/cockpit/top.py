@@ -29,7 +29,7 @@ _NAME = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ServerNow:
     """One server: messages a second in and out, what waits, p95 of its replies in seconds, and how it is."""
 
     name: str
@@ -54,7 +54,7 @@ class Frame:
     epoch: int
     primary: str
     verdicts: Sequence[Verdict]
-    rows: Sequence[Row]
+    rows: Sequence[ServerNow]
     events: Sequence[Event]
     hosts: Sequence[Host]
     relays: Sequence[Heartbeat]
@@ -98,13 +98,13 @@ def look(connection: Any, settings: Settings, known: Sequence[Verdict] | None = 
 
 def _rows(
     connection: Any, primary: str, backups: Sequence[str], moments: Sequence[Flow], recent: Flow
-) -> Iterator[Row]:
+) -> Iterator[ServerNow]:
     rates = flow.total(moments[-_RATE:])
     seconds = _RATE * flow.MOMENT.seconds
     accepted = rates.accepted / seconds
     trend = tuple(moment.accepted for moment in moments)
     put_off, refused = recent.refused_4xx + recent.uncertain, recent.refused_5xx + recent.own
-    yield Row(
+    yield ServerNow(
         primary or "primary", True, (rates.accepted + rates.refused + rates.uncertain) / seconds, accepted,
         0, 0.0, recent.seconds.quantile(0.95), put_off, refused, "primary", "", trend,
     )  # fmt: skip
@@ -112,7 +112,7 @@ def _rows(
         if row.destination == primary or (row.destination not in backups and not row.pending):
             continue  # a former backup without anything that waits
         copies = rates.of(row.destination)
-        yield Row(
+        yield ServerNow(
             name=row.destination,
             is_primary=False,
             in_rate=copies.copied / seconds,
@@ -131,7 +131,7 @@ def _rows(
 # As text ----------------------------------------------------------------------------------------------------------
 
 
-SORTS: dict[str, Callable[[Row], Any]] = {
+SORTS: dict[str, Callable[[ServerNow], Any]] = {
     "name": lambda row: row.name,
     "pending": lambda row: -row.pending,
     "out/s": lambda row: -row.out_rate,
@@ -182,7 +182,7 @@ def _head(frame: Frame, how: Look) -> str:
     return "   ".join([*parts, *([how.note] if how.note else [])])
 
 
-def _row(row: Row, how: Look) -> Iterator[str]:
+def _row(row: ServerNow, how: Look) -> Iterator[str]:
     trend = sparkline(row.trend, encoding=how.encoding)
     pending, oldest = ("-", "-") if row.is_primary else (str(row.pending), _age(row.oldest_s) if row.pending else "-")
     numbers = (

@@ -63,7 +63,7 @@ def show(settings: Settings, out: Output, name: str | None, nagios: bool, explai
     return WELL if all(verdict.is_ready for verdict in verdicts) else NO
 
 
-def _show(verdict: Verdict, rows: Sequence[extensions.Row], out: Output, *, explain: bool) -> None:
+def _show(verdict: Verdict, rows: Sequence[extensions.Extension], out: Output, *, explain: bool) -> None:
     out.line(f"{verdict.name}: {verdict.summary} (the primary is {verdict.old or 'not known'})")
     for judged in verdict.judged:
         if judged.finding.age is not None:

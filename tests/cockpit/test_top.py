@@ -11,7 +11,7 @@ import redis
 
 from relay.cockpit import top
 from relay.cockpit.readiness import Verdict
-from relay.cockpit.top import SORTS, Frame, Look, Row, lines
+from relay.cockpit.top import SORTS, Frame, Look, ServerNow, lines
 from relay.ledger import changes, events, flow, keys
 from relay.ledger.events import Event
 from relay.ledger.hosts import Host
@@ -20,15 +20,15 @@ from support.ledger_contents import Contents, settings
 AT = 1_795_796_640.0
 
 
-def row(name: str, **values: Any) -> Row:
+def row(name: str, **values: Any) -> ServerNow:
     given: dict[str, Any] = {
         "is_primary": False, "in_rate": 12.34, "out_rate": 0.0, "pending": 0, "oldest_s": 0.0, "p95_s": 0.12,
         "deferred": 0, "failed": 0, "state": "ok", "reason": "", "trend": (0, 1, 8) * 10, **values,
     }  # fmt: skip
-    return Row(name, **given)
+    return ServerNow(name, **given)
 
 
-def frame(rows: Sequence[Row], *, told: int = 10, hosts: int = 1, **values: Any) -> Frame:
+def frame(rows: Sequence[ServerNow], *, told: int = 10, hosts: int = 1, **values: Any) -> Frame:
     return Frame(
         AT, 3, "old", [Verdict("new", "old", AT, ())], [row("old", is_primary=True, state="primary"), *rows],
         [Event(AT - n, "a", "failed", f"550 {n} " + "x" * 180) for n in range(told)],
