@@ -21,6 +21,7 @@ from typing import Any, Self
 import relay
 from relay.mail import encryption
 from relay.redisio import embedded
+from support import command_server
 from support.child_processes import tied
 from support.dialogue import Dialogue, Unexpected
 from support.waiting import PATIENCE, free_port, wait_until
@@ -250,16 +251,7 @@ class Product:
 
     def run(self, *words: str, input: str = "", timeout: float = 30) -> subprocess.CompletedProcess[str]:  # noqa: A002
         """Run another command of the product with the same settings, whatever its exit status."""
-        return subprocess.run(
-            self._argv(*words),
-            cwd=self.directory,
-            env=self.environment,
-            input=input,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        return command_server.run(words, cwd=self.directory, env=self.environment, input=input, timeout=timeout)
 
     def json(self, *words: str) -> list[dict[str, Any]]:
         """Run a listing with --json; fails unless it ends with 0. Return its objects."""
