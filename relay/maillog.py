@@ -19,8 +19,10 @@ from loguru import logger
 
 from relay import log_output
 from relay.mail.envelope import Envelope
+from relay.mail.ids import is_id
 from relay.mail.reply import Reply
 from relay.mail.text import printable
+from relay.repeated import Seldom
 
 if TYPE_CHECKING:
     from loguru import Message as LogMessage
@@ -30,6 +32,8 @@ _quoted = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make a
 _PLAIN = ("process", "_line", "_trace")  # keys of loguru's "extra" that are not fields of the event
 
 Values = Mapping[str, Any]
+
+_seldom = Seldom()
 
 
 def configure(
@@ -286,12 +290,24 @@ def task_failed(what: str, error: BaseException) -> None:
 
 def dispatch_delayed(destination: str, waiting: int, error: BaseException) -> None:
     """RQ jobs could not be written; the copies are pending in the ledger, and get their jobs later."""
-    _event("WARNING", "dispatch delayed", destination=destination, waiting=waiting, reason=str(error))
+    if times := _seldom.times(f"dispatch delayed {destination}"):
+        _event(
+            "WARNING", "dispatch delayed", destination=destination, waiting=waiting, reason=str(error), **_more(times)
+        )
 
 
 def ledger_trouble(what: str, error: BaseException) -> None:
-    """Redis returned an error or did not reply; the operation is tried again."""
-    _event("WARNING", "ledger trouble", what=what, reason=f"{type(error).__name__}: {error}")
+    """Redis returned an error or did not reply; the operation is tried again.
+
+    What fails every second or for every message, while Redis is down, is logged once a minute, with a count.
+    """
+    kind = " ".join(word for word in what.split() if not is_id(word))
+    if times := _seldom.times(f"ledger trouble {kind}"):
+        _event("WARNING", "ledger trouble", what=what, reason=f"{type(error).__name__}: {error}", **_more(times))
+
+
+def _more(times: int) -> dict[str, int]:
+    return {"times": times} if times > 1 else {}
 
 
 # --- the backup leg -------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ or two while Redis is down would bury everything else in the log.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -49,6 +50,21 @@ async def until_done(attempt: Callable[[], Awaitable[T]], trouble: Callable[[Exc
         else:
             pauses.reset()
             return done
+
+
+class Seldom:
+    """Failures that nobody says the end of, of many kinds: each kind is logged once a minute, with a count."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, tuple[float, int]] = {}  # when it was told last, and how often it came since
+
+    def times(self, kind: str) -> int:
+        """Return how many failures of a kind, this one included, a line is to be logged for now; 0 for no line."""
+        now = time.monotonic()
+        told_at, count = self._kinds.get(kind, (-math.inf, 0))
+        is_due = now - told_at >= _AGAIN_SECONDS
+        self._kinds[kind] = (now, 0) if is_due else (told_at, count + 1)
+        return count + 1 if is_due else 0
 
 
 class Repeated:

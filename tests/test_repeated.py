@@ -4,7 +4,44 @@ from __future__ import annotations
 
 import pytest
 
-from relay import repeated
+from relay import maillog, repeated
+from relay.mail.ids import IdSource
+
+
+def test_what_has_no_end_is_told_once_a_minute_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first at once, those of the next minute with the line after it; kinds do not hide each other."""
+    now = [0.0]
+    monkeypatch.setattr(repeated.time, "monotonic", lambda: now[0])
+    seldom = repeated.Seldom()
+    told = []
+    for _ in range(125):
+        told.append((seldom.times("a"), seldom.times("b") if now[0] >= 30 else 0))
+        now[0] += 1.0
+    assert {second: times for second, times in enumerate(told) if any(times)} == {
+        0: (1, 0),
+        30: (0, 1),
+        60: (60, 0),
+        90: (0, 60),
+        120: (60, 0),
+    }
+
+
+def test_ledger_trouble_is_few_lines_whatever_it_is_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that fails every second, and a failure for each of many messages, are a line a minute each."""
+    now = [1000.0]
+    monkeypatch.setattr(repeated.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(maillog, "_seldom", repeated.Seldom())
+    lines: list[tuple[str, dict[str, object]]] = []
+    monkeypatch.setattr(maillog, "_event", lambda _, event, **fields: lines.append((event, fields)))
+    source = IdSource()
+    for _ in range(100):
+        maillog.ledger_trouble(f"release {source.next()}", OSError("refused"))
+        maillog.ledger_trouble("renewing leases", OSError("refused"))
+        maillog.dispatch_delayed("new", 5, OSError("refused"))
+        now[0] += 1.0
+    assert [event for event, _ in lines] == ["ledger trouble", "ledger trouble", "dispatch delayed"] * 2
+    assert ["times" in fields for _, fields in lines] == [False] * 3 + [True] * 3
+    assert lines[-1][1]["times"] == 60
 
 
 def test_begin_once_a_minute_and_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
