@@ -6,6 +6,7 @@ needs no more than the connection; what Redis says is data.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,12 @@ from relay.ledger import changes, divergence_groups, flow, greetings, hosts, key
 from relay.ledger.divergence import DEFERRED, GIVEN_UP, REFUSED
 from relay.ledger.divergence_groups import Group
 from relay.ledger.flow import Flow
+from relay.ledger.health import Health
 from relay.mail.text import printable
 from relay.topology import decisions, heartbeats
 from relay.topology.state import Topology
 
-_HOURS = 35 * 24
+HOURS = 35 * 24 + 1  # that the flow is remembered for, and the one that is not over
 
 
 class UnknownBackup(LookupError):
@@ -140,7 +142,7 @@ def gather(connection: Any, settings: Settings, name: str) -> Evidence:
     if name == old:
         raise UnknownBackup(f"{name} is the primary")
     now = changes.now(connection)
-    hours = flow.read(connection, flow.HOUR, _HOURS + 1, now)
+    hours = flow.read(connection, flow.HOUR, HOURS, now)
     stands = _standing(connection, name)
     said = greetings.read(connection, [name, old])
     return Evidence(
@@ -149,7 +151,7 @@ def gather(connection: Any, settings: Settings, name: str) -> Evidence:
         now=now,
         ready=settings.ready,
         destination=next((b for b in settings.backups if b.name == name), known.get(name)),
-        restraint=_restraint(connection, name),
+        restraint=_restraint(connection, name, now),
         first=_first(connection, hours, name),
         hours=hours,
         day=flow.total(hours[-25:]),
@@ -185,8 +187,15 @@ def _uncertain(connection: Any, now: float) -> float:
     return max(0.0, now - first[0][1]) if first else 0.0
 
 
-def _restraint(connection: Any, name: str) -> Restraint:
-    return Restraint()
+def _restraint(connection: Any, name: str, now: float) -> Restraint:
+    """Return what operators have set: a hold, a throttle."""
+    health = Health.read(connection, name)
+    hold, rate, connections = (getattr(health, field, None) for field in ("hold", "rate", "connections"))
+    held = ""
+    if hold is not None and hold.is_on(now):
+        held = f"by {hold.by} since {time.strftime('%H:%M', time.localtime(hold.since))}: {hold.reason}"
+    bounds = ([f"{rate:g}/s"] if rate else []) + ([f"{connections} connections"] if connections else [])
+    return Restraint(held=held, throttled=f"to {' and '.join(bounds)}" if bounds else "")
 
 
 def _standing(connection: Any, name: str) -> Standing | Missing:

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from relay import maillog
+from relay.cockpit import extensions, readiness
+from relay.cockpit.extensions import Extension
 from relay.command.connection import ledger_of
 from relay.command.exit_status import CANNOT_SAY, NO, WELL, CannotSay, Trouble
 from relay.command.output import GREEN, RED, Column, Output, as_object
+from relay.command.ready import EXTENSIONS
 from relay.config.loader import Settings, describe
-from relay.ledger import changes
+from relay.ledger import changes, flow, greetings
 from relay.monitoring.probes import ProbeResult, probe_all
 from relay.monitoring.topology import about_topology
 from relay.redisio import embedded
@@ -47,9 +50,11 @@ def check(settings: Settings, out: Output) -> int:
         out.rows(shown, _SETTINGS, nothing="")
     findings = asyncio.run(probe_all(settings))
     answers = True
+    said: list[tuple[str, list[Extension]]] = []
     try:
         findings += _left_behind(settings)
         findings += _roles(settings)
+        said = _extensions(settings)
     except CannotSay:  # the probe of Redis says so
         answers = False
     except Trouble:
@@ -60,10 +65,22 @@ def check(settings: Settings, out: Output) -> int:
     else:
         out.line("")
         out.rows(findings, _FINDINGS, nothing="")
+    _show_extensions(said, out)
     troubles = [finding for finding in findings if not finding.ok]
     if answers or any(finding.subject != "redis" for finding in troubles):
         return NO if troubles else WELL
     return CANNOT_SAY
+
+
+def _show_extensions(said: list[tuple[str, list[Extension]]], out: Output) -> None:
+    for name, compared in said:
+        if out.as_json:
+            for extension in compared:
+                out.object({"kind": "extension", "destination": name, **as_object(extension)})
+        else:
+            out.line("")
+            out.line(f"EHLO of the primary (old) and of {name} (new), as mail has met them:")
+            out.rows(compared, EXTENSIONS, nothing="")
 
 
 def _left_behind(settings: Settings) -> Iterator[ProbeResult]:
@@ -89,3 +106,14 @@ def _roles(settings: Settings) -> Iterator[ProbeResult]:
     with ledger_of(settings) as connection:
         seen = decisions.view(connection)
     yield from about_topology(settings, seen)
+
+
+def _extensions(settings: Settings) -> list[tuple[str, list[Extension]]]:
+    """Return for each backup that has been talked to its EHLO beside the primary's."""
+    if not settings.redis.url:
+        return []
+    with ledger_of(settings) as connection:
+        backups, old = readiness.backups_now(connection, settings), readiness.primary_now(connection, settings)
+        said = greetings.read(connection, [old, *backups])
+        seen = flow.total(flow.read(connection, flow.HOUR, readiness.HOURS, changes.now(connection)))
+    return [(name, extensions.compare(said.get(old), said[name], seen)) for name in backups if name in said]

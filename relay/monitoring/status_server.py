@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -43,6 +44,7 @@ from relay.ledger.monitor import STOP_AT
 from relay.metric_store import Arena
 from relay.monitoring import topology
 from relay.monitoring.probes import ProbeResult, probe_redis
+from relay.monitoring.readiness_metrics import ReadinessCollector
 from relay.redisio.clients import sync_client
 from relay.smtpd.shared_counters import ProcessCounters
 from relay.spool import writer
@@ -130,15 +132,17 @@ def serve(
     failing: Callable[[], list[str]] = list,
 ) -> None:
     """Answer until ``stop``. With a relay's ``seat`` its port is watched too; ``failing`` names who dies in a loop."""
-    collectors = [LedgerCollector(settings.redis.at(redis_url)), *_relay_collectors(settings, seat)]
+    server = settings.redis.at(redis_url)
+    verdicts = ReadinessCollector(replace(settings, redis=server))
+    collectors = [LedgerCollector(server), verdicts, *_relay_collectors(settings, seat)]
     answers = {
         "/healthz": Shared(lambda: healthy(failing())),
         "/readyz": Shared(lambda: ready(readiness(settings, redis_url, relaying=seat is not None))),
         "/metrics": Shared(lambda: metrics(arena, *collectors)),
     }
-    with StatusServer(listener, answers) as server:
+    with StatusServer(listener, answers) as http:
         while not stop.is_set():
-            server.handle_request()  # or nothing, for a while
+            http.handle_request()  # or nothing, for a while
 
 
 def healthy(failing: Sequence[str]) -> HttpAnswer:
