@@ -6,20 +6,15 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 
 import pytest
-import redis
 
-from relay.config import loader
-from relay.ledger import changes, keys
-from relay.spool import writer
+from support.drained import is_drained
 from support.product import Product
 from support.redis_servers import RedisServer
 from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
-from workers.upkeep.reconciler import reconcile
 
 SETTINGS = {
     "retry.first": "1",
@@ -36,15 +31,6 @@ LATER = {"RCPT": "451 4.7.1 later"}
 
 def numbers(server: ScriptedServer) -> Counter[int]:
     return Counter(int(m.header("Subject") or -1) for m in server.messages)
-
-
-def is_drained(product: Product) -> bool:
-    """Say whether nothing is under way; sweeps first, as the reconciler does once a minute."""
-    with suppress(redis.RedisError), redis.Redis.from_url(product.redis_url) as client:
-        reconcile(client, loader.load(environ=product.environment, directories=()), pause=0.5)
-        left = writer.summary(product.state_dir / "spool").messages + client.zcard(keys.UNCERTAIN)
-        return not left and all(row.pending == 0 for row in changes.summary(client))
-    return False
 
 
 def wait_for(server: ScriptedServer, wanted: set[int], product: Product) -> None:
