@@ -179,6 +179,39 @@ def group(connection: Any, destination: str, key: str) -> Group | None:
     return _group(destination, key, connection.hgetall(_place(keys.DIVERGED, destination, key)))
 
 
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """A destination's groups in numbers: recipients that are open and not acknowledged by kind, and all of the rest."""
+
+    open: Mapping[str, int]
+    groups: int
+    acknowledged: int
+    noise: int
+
+
+def numbers(connection: Any, destination: str) -> Numbers:
+    """Return a destination's groups in numbers; only those that are acknowledged are read whole."""
+    now = changes.now(connection)
+    names = [name for name in map(text, connection.zrange(keys.DIVERGENCE + destination, 0, -1)) if is_group(name)]
+    with connection.pipeline(transaction=False) as pipe:
+        for name in names:
+            pipe.hmget(_place(keys.DIVERGED, destination, name), "kind", "open", NOISE, "ack")
+        answers = pipe.execute(raise_on_error=False)
+    opened: dict[str, int] = {}
+    acknowledged = noise = 0
+    for name, fields in zip(names, answers, strict=True):
+        if not isinstance(fields, list):
+            continue
+        kind, count, noisy, ack = fields
+        noise += max(0, _integer(noisy))
+        found = group(connection, destination, name) if ack else None
+        if found is not None and found.is_acknowledged(now):
+            acknowledged += found.open > 0
+        elif (shown := text(kind or b"")) in KINDS:
+            opened[shown] = opened.get(shown, 0) + max(0, _integer(count))
+    return Numbers(opened, len(names), acknowledged, noise)
+
+
 def examples(connection: Any, destination: str, key: str) -> list[tuple[str, float]]:
     """Return ids of messages of a group and when each was counted, the first and the last ones, the oldest first."""
     found = connection.zrange(_place(keys.EXAMPLES, destination, key), 0, -1, withscores=True)

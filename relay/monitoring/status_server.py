@@ -38,11 +38,12 @@ from redis.exceptions import RedisError
 
 from relay import limits
 from relay.config.model import RedisSettings, Settings
-from relay.ledger import archive, changes
+from relay.ledger import archive, changes, divergence_groups
 from relay.ledger.continuity import warning
+from relay.ledger.divergence_groups import Numbers
 from relay.ledger.monitor import STOP_AT
 from relay.metric_store import Arena
-from relay.monitoring import topology
+from relay.monitoring import divergence_metrics, topology
 from relay.monitoring.probes import ProbeResult, probe_redis
 from relay.monitoring.readiness_metrics import ReadinessCollector
 from relay.redisio.clients import sync_client
@@ -327,7 +328,7 @@ class LedgerCollector(Collector):
         self._server = server
 
     def collect(self) -> Iterator[Metric]:
-        rows, changed_at, seen = self._read()
+        rows, changed_at, seen, divergences = self._read()
         yield GaugeMetricFamily("smtpdup_redis_up", "Whether Redis answered this scrape", value=float(rows is not None))
         if rows is None:
             return  # no sample at all: zero would say that nothing waits
@@ -352,14 +353,17 @@ class LedgerCollector(Collector):
         for row in rows:
             counter.add_metric([row.destination], row.delivered)
         yield counter
+        yield from divergence_metrics.families(divergences)
 
-    def _read(self) -> tuple[list[changes.Summary] | None, float, View | None]:
+    def _read(self) -> tuple[list[changes.Summary] | None, float, View | None, dict[str, Numbers]]:
         try:
             with sync_client(self._server, self._server.timeout_seconds, retries=0) as client:
-                return changes.summary(client), changes.change(client).at, decisions.view(client)
+                rows = changes.summary(client)
+                found = {row.destination: divergence_groups.numbers(client, row.destination) for row in rows}
+                return rows, changes.change(client).at, decisions.view(client), found
         except (RedisError, OSError) as error:
             logger.debug("no numbers from the ledger: {}", error)
-            return None, 0.0, None
+            return None, 0.0, None, {}
 
 
 # HTTP ---------------------------------------------------------------------------------------------------------

@@ -200,8 +200,9 @@ def test_age_ends_it_too(contents: Contents, new: Backup) -> None:
     """What leaves the failed list by failed.ttl is dropped."""
     message_id = contents.pending("ann@a.test")
     new.attempt(message_id, {0: refused()})
-    contents.connection.zadd(keys.FAILED + "new", {message_id: changes.now(contents.connection) - 31 * DAY})
-    assert failed.expire(contents.connection, "new", 30 * DAY) == [message_id]
+    now = changes.now(contents.connection)
+    contents.connection.zadd(keys.FAILED + "new", {message_id: now - 31 * DAY})
+    assert failed.expire(contents.connection, "new", 30 * DAY, now - 30 * DAY) == [message_id]
     assert _numbers(new.group()) == (1, 0, 0, 0, 1, 0)
 
 

@@ -18,13 +18,15 @@ import redis
 from relay import metrics
 from relay.config.loader import Settings, load
 from relay.config.model import RedisSettings
-from relay.ledger import changes, keys, registry
+from relay.ledger import changes, divergence_groups, keys, registry
 from relay.mail.destination import Destination
 from relay.metric_store import Arena
 from relay.monitoring import status_server
 from relay.monitoring.status_server import LedgerCollector
 from relay.smtpd.shared_counters import SharedCounters
 from relay.spool import writer
+from support.diverged_copies import Backup, deferred, refused
+from support.ledger_contents import Contents
 from support.reactions import Close
 from support.scripted_server import ScriptedServer
 from support.waiting import free_port, wait_until
@@ -473,6 +475,28 @@ def test_metrics_tell_what_the_ledger_knows(redis_client, redis_url, tmp_path):
     assert float(samples['smtpdup_failed{destination="new"}']) == 1
     assert float(samples['smtpdup_paused{destination="new"}']) == 1
     assert float(samples['smtpdup_delivered_total{destination="new"}']) == 7
+
+
+def test_metrics_tell_of_divergence(redis_client, redis_url):
+    """Open recipients by kind, from the start as zero; an acknowledged reason is counted apart, and so is noise."""
+    contents = Contents(redis_client, "new", "other")
+    backup = Backup(contents)
+    for text in ("550 first", "550 second"):
+        backup.attempt(contents.pending("ann@a.test", "bob@a.test"), dict.fromkeys(range(2), refused(text)))
+    noisy = contents.pending("ann@a.test")
+    backup.attempt(noisy, {0: deferred()})
+    backup.attempt(noisy, {})
+    divergence_groups.acknowledge(redis_client, backup.groups()["second"], "alice", "known", 600)
+    text = status_server.metrics(None, LedgerCollector(RedisSettings(redis_url, 5))).body.decode()
+    for line in (
+        'open{destination="new",kind="refused"} 2.0',
+        'open{destination="new",kind="deferred"} 0.0',
+        'open{destination="other",kind="given-up"} 0.0',
+        'reasons{destination="new"} 3.0',
+        'acknowledged{destination="new"} 1.0',
+        'noise{destination="new"} 1.0',
+    ):
+        assert "smtpdup_divergence_" + line in text
 
 
 def test_without_redis_the_other_metrics_stay(tmp_path):
