@@ -173,10 +173,10 @@ _KEY = _argument("KEY", Names(GROUP))
 _DIVERGENCE = _word(
     "what a backup answers otherwise than the primary, by reason", "divergence:listing", _DESTINATION,
     _option("--since", metavar="TIME", help="seen within this time: 90s, 5m, 1h, 5d"),
-    _option("--by", type=click.Choice(["reason", "domain", "recipient", "day"]), default="reason",
-            help="what to add up"),
-    _option("--kind", type=click.Choice(["refused", "given-up", "deferred", "noise", "accepts-more"]),
-            help="only these"),
+    _option("--by", metavar="WHAT", type=click.Choice(["reason", "domain", "recipient", "day"]), default="reason",
+            help="add up by reason, domain, recipient or day"),
+    _option("--kind", metavar="KIND", type=click.Choice(["refused", "given-up", "deferred", "noise", "accepts-more"]),
+            help="refused, given-up, deferred or noise"),
     _option("--all", "everything", is_flag=True, help="also what is acknowledged, or over"),
 )  # fmt: skip
 _DIVERGENCES: dict[str, Word | CommandGroup] = {
