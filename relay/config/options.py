@@ -173,7 +173,7 @@ OPTIONS: tuple[Option, ...] = (
            "the message again; then it is delivered anyway."),
     Option("relay.demoted", DEMOTED, {"sender": "null", "soft_bounce": False}, "",
            "How the former primary gets its copies after `smtp-dup promote`: sender and soft_bounce, as for a backup. "
-           "A [[backup]] table with the name and address of the primary takes precedence, and has no effect before. "
+           "A backup table with the name and address of the primary takes precedence, and has no effect before. "
            "In a variable: sender=null,soft_bounce=false."),
     Option("redis.url", REDIS_URL, "", "",
            "redis://[:password@]host:6379/0, rediss://... or unix:///path. Empty: `smtp-dup up` starts its own.",
