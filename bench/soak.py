@@ -28,7 +28,7 @@ import redis
 
 from bench import audit, programs
 from bench.disturbances import Disturbance, Disturber, Server
-from relay.ledger import changes, keys
+from relay.ledger import keys, overview
 from relay.spool import writer
 from support.product import Product
 from support.waiting import free_port
@@ -183,7 +183,7 @@ class Soak:
         """Return what is not yet where it belongs."""
         try:
             with redis.Redis.from_url(self.product.redis_url) as connection:
-                left = {f"pending for {row.destination}": row.pending for row in changes.summary(connection)}
+                left = {f"pending for {row.destination}": row.pending for row in overview.summary(connection)}
                 left["staged"] = connection.zcard(keys.STAGED)
                 left["uncertain"] = connection.zcard(keys.UNCERTAIN)
         except redis.RedisError as error:

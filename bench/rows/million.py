@@ -20,7 +20,7 @@ from bench import ROOT, content
 from bench.course import Course, Stage
 from bench.results import Goal, Row
 from relay.config.loader import load
-from relay.ledger import changes, continuity, keys, rq_jobs
+from relay.ledger import changes, continuity, keys, overview, rq_jobs
 from relay.ledger.changes import Released, Staged
 from relay.mail.destination import Destination
 from relay.mail.envelope import Envelope
@@ -184,7 +184,7 @@ def _compare(row: Row, empty: dict[str, tuple[float, float]], full: dict[str, tu
 def _summary(row: Row, client: redis.Redis, count: int) -> None:
     client.config_resetstat()
     begun = time.perf_counter()
-    (found,) = changes.summary(client)
+    (found,) = overview.summary(client)
     waited = 1000 * (time.perf_counter() - begun)
     spent = sum(s["usec"] for name, s in client.info("commandstats").items() if "config" not in name) / 1000
     if found.pending != count:

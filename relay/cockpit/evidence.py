@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from relay.config.model import ReadySettings
-from relay.ledger.changes import Summary
 from relay.ledger.flow import Flow
 from relay.ledger.greetings import Greeting
 from relay.ledger.hosts import Host, Reach
+from relay.ledger.overview import Summary
 from relay.mail.destination import Destination
 
 

@@ -18,7 +18,7 @@ from relay.cockpit.divergence import Standing, standing
 from relay.cockpit.evidence import Deferrals, Domain, Evidence, Missing, OpenGroup, Pause, Refusals, Relay, Restraint
 from relay.cockpit.finding import Finding, Result
 from relay.config.model import Settings
-from relay.ledger import changes, divergence_groups, flow, greetings, hosts, keys, registry
+from relay.ledger import changes, divergence_groups, flow, greetings, hosts, keys, overview, registry
 from relay.ledger.divergence import DEFERRED, GIVEN_UP, REFUSED
 from relay.ledger.divergence_groups import Group
 from relay.ledger.flow import Flow
@@ -155,7 +155,7 @@ def gather(connection: Any, settings: Settings, name: str) -> Evidence:
         first=_first(connection, hours, name),
         hours=hours,
         day=flow.total(hours[-25:]),
-        summary=next((row for row in changes.summary(connection) if row.destination == name), None),
+        summary=next((row for row in overview.summary(connection) if row.destination == name), None),
         refusals=stands if isinstance(stands, Missing) else _refusals(stands),
         deferrals=stands if isinstance(stands, Missing) else _deferrals(stands, now),
         outages=stands if isinstance(stands, Missing) else _outages(stands),

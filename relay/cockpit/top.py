@@ -14,7 +14,7 @@ from relay.cockpit.readiness import Verdict, backups_now, primary_now, topology_
 from relay.cockpit.sparkline import sparkline
 from relay.cockpit.words import count
 from relay.config.model import Settings
-from relay.ledger import changes, events, flow, hosts
+from relay.ledger import changes, events, flow, hosts, overview
 from relay.ledger.events import Event
 from relay.ledger.flow import Flow
 from relay.ledger.hosts import LATE, Host
@@ -108,7 +108,7 @@ def _rows(
         primary or "primary", True, (rates.accepted + rates.refused + rates.uncertain) / seconds, accepted,
         0, 0.0, recent.seconds.quantile(0.95), put_off, refused, "primary", "", trend,
     )  # fmt: skip
-    for row in changes.summary(connection):
+    for row in overview.summary(connection):
         if row.destination == primary or (row.destination not in backups and not row.pending):
             continue  # a former backup without anything that waits
         copies = rates.of(row.destination)

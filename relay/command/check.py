@@ -14,7 +14,7 @@ from relay.command.exit_status import CANNOT_SAY, NO, WELL, CannotSay, Trouble
 from relay.command.output import GREEN, RED, Column, Output, as_object
 from relay.command.ready import EXTENSIONS
 from relay.config.loader import Settings, describe
-from relay.ledger import changes, flow, greetings
+from relay.ledger import changes, flow, greetings, overview
 from relay.monitoring.probes import ProbeResult, probe_all
 from relay.monitoring.topology import about_topology
 from relay.redisio import embedded
@@ -89,7 +89,7 @@ def _left_behind(settings: Settings) -> Iterator[ProbeResult]:
         return
     with ledger_of(settings) as connection:
         topology, _ = decisions.topology(connection)
-        rows = changes.summary(connection)
+        rows = overview.summary(connection)
     configured = {backup.name for backup in (*settings.backups, *backups_now(settings, topology))}
     for row in rows:
         if row.destination not in configured and (row.pending or row.failed):

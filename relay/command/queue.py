@@ -9,7 +9,7 @@ from relay.command.exit_status import NO, WELL, CannotSay, Misuse, Trouble
 from relay.command.filters import Given, read, read_for_change, words
 from relay.command.output import GREEN, YELLOW, Column, Output, address, as_object, moment, span
 from relay.config.loader import Settings
-from relay.ledger import audit, changes
+from relay.ledger import audit, overview
 from relay.ledger.audit import Act
 from relay.spool import writer
 from relay.topology import decisions
@@ -58,7 +58,7 @@ def summary(settings: Settings, out: Output) -> int:
     """Show one line for each destination, and this host's spool, also while Redis is away."""
     try:
         with ledger_of(settings) as connection:
-            rows = changes.summary(connection)
+            rows = overview.summary(connection)
     except CannotSay:
         _spool_summary(settings, out)
         raise

@@ -22,21 +22,13 @@ from typing import Any, NamedTuple
 from relay.ledger.copy_state import CopyState
 from relay.ledger.keys import (
     BUSY,
-    COUNTERS,
-    DESTINATIONS,
-    FAILED,
-    HEALTH,
     IMPORTED,
-    LEDGER,
     MESSAGE,
     MOVED,
-    OWN,
-    PENDING,
     STAGED,
 )
 from relay.ledger.redis_clock import time_of
 from relay.ledger.scripts import script as _script
-from relay.mail import ids
 from relay.mail.ids import text as as_text
 
 NOISE = 900.0  # seconds: see divergence.noise
@@ -386,21 +378,7 @@ def forget_twins(pipe: Pipe, pairs: Iterable[tuple[str, str]]) -> None:
     pipe.eval(_TWINS, 0, "0", *(part for pair in pairs for part in pair))
 
 
-# --- questions that both sides ask ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """One backup at a glance. ``oldest_age_s`` is in seconds, 0 when nothing is pending."""
-
-    destination: str
-    pending: int
-    oldest_age_s: float
-    retrying: int
-    failed: int
-    delivered: int
-    state: str = "ok"  # or "paused": the breaker is open
-    reason: str = ""
+# --- questions that many ask ----------------------------------------------------------------------------------
 
 
 def now(connection: Any) -> float:
@@ -408,58 +386,7 @@ def now(connection: Any) -> float:
     return time_of(connection.time())
 
 
-class Change(NamedTuple):
-    """What the ledger last turned out to be: emptied, replaced, older; "" and 0 where it never did."""
-
-    cause: str
-    at: float
-
-
-def change(connection: Any) -> Change:
-    """Return what the ledger last turned out to be, and when."""
-    cause, at = connection.hmget(LEDGER, "cause", "doubt")
-    return Change((cause or b"").decode("ascii", "replace"), float(at or 0))
-
-
 def owners(connection: Any, destination: str, ids: Sequence[str], *, failed: bool = False) -> list[str]:
     """Return the job that owns each pending (or failed) copy, "" where none does."""
     found = connection.eval(_OWNERS, 0, destination, "failure" if failed else "own", *ids) if ids else []
     return [as_text(job) for job in found]
-
-
-def summary(connection: Any) -> list[Summary]:
-    """Return one Summary per destination that is or was used."""
-    names = sorted(ids.names(connection.hkeys(DESTINATIONS)))
-    pipe = connection.pipeline(transaction=False)
-    pipe.time()
-    pipe.hgetall(COUNTERS)
-    for name in names:
-        pipe.zcard(PENDING + name)
-        pipe.zrange(PENDING + name, 0, 0, withscores=True)
-        pipe.hlen(OWN + name)
-        pipe.zcard(FAILED + name)
-        pipe.hgetall(HEALTH + name)
-    (seconds, micros), counters, *rest = pipe.execute()
-    clock = float(seconds) + micros / 1e6
-    rows = []
-    for name, (pending, oldest, retrying, failed, health) in zip(
-        names, zip(*[iter(rest)] * 5, strict=True), strict=True
-    ):
-        rows.append(
-            Summary(
-                destination=name,
-                pending=pending,
-                oldest_age_s=round(max(0.0, clock - oldest[0][1]), 1) if oldest else 0.0,
-                retrying=retrying,
-                failed=failed,
-                delivered=_count(counters.get(f"delivered:{name}".encode())),
-                state=ids.text(health.get(b"state", b"ok")),
-                reason=ids.text(health.get(b"reason", b"")),
-            )
-        )
-    return rows
-
-
-def _count(value: bytes | None) -> int:
-    """Read a counter; one that is none counts nothing."""
-    return int(value) if value and value.isdigit() and len(value) < 20 else 0

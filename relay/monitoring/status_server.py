@@ -38,7 +38,7 @@ from redis.exceptions import RedisError
 
 from relay import limits
 from relay.config.model import RedisSettings, Settings
-from relay.ledger import archive, changes, divergence_groups
+from relay.ledger import archive, changes, divergence_groups, overview
 from relay.ledger.continuity import warning
 from relay.ledger.divergence_groups import Numbers
 from relay.ledger.monitor import STOP_AT
@@ -177,7 +177,7 @@ def _memory(settings: Settings, redis_url: str) -> list[ProbeResult]:
     try:
         with sync_client(settings.redis.at(redis_url), settings.redis.timeout_seconds, retries=0) as client:
             used, limit = archive.memory(client)
-            failed = sum(row.failed for row in changes.summary(client)) if limit else 0
+            failed = sum(row.failed for row in overview.summary(client)) if limit else 0
     except (RedisError, OSError) as error:
         return [ProbeResult(_MEMORY, False, f"cannot be asked: {error}")]
     if not limit:
@@ -223,7 +223,7 @@ def _ledger(server: RedisSettings) -> list[ProbeResult]:
     """Say whether the ledger turned out lately to be another than it was; nothing where it does not answer."""
     try:
         with sync_client(server, server.timeout_seconds, retries=0) as client:
-            change = changes.change(client)
+            change = overview.change(client)
             ago = changes.now(client) - change.at
     except (RedisError, OSError):
         return []
@@ -334,7 +334,7 @@ class LedgerCollector(Collector):
             return  # no sample at all: zero would say that nothing waits
         if seen is not None:
             yield from topology.families(seen)
-        gauges: tuple[tuple[str, str, Callable[[changes.Summary], float]], ...] = (
+        gauges: tuple[tuple[str, str, Callable[[overview.Summary], float]], ...] = (
             ("smtpdup_pending", "Copies that wait", lambda r: r.pending),
             ("smtpdup_oldest_pending_seconds", "Age of the copy that waits longest", lambda r: r.oldest_age_s),
             ("smtpdup_retrying", "Copies that wait for another try", lambda r: r.retrying),
@@ -355,12 +355,12 @@ class LedgerCollector(Collector):
         yield counter
         yield from divergence_metrics.families(divergences)
 
-    def _read(self) -> tuple[list[changes.Summary] | None, float, View | None, dict[str, Numbers]]:
+    def _read(self) -> tuple[list[overview.Summary] | None, float, View | None, dict[str, Numbers]]:
         try:
             with sync_client(self._server, self._server.timeout_seconds, retries=0) as client:
-                rows = changes.summary(client)
+                rows = overview.summary(client)
                 found = {row.destination: divergence_groups.numbers(client, row.destination) for row in rows}
-                return rows, changes.change(client).at, decisions.view(client), found
+                return rows, overview.change(client).at, decisions.view(client), found
         except (RedisError, OSError) as error:
             logger.debug("no numbers from the ledger: {}", error)
             return None, 0.0, None, {}

@@ -27,10 +27,10 @@ from relay.cockpit.evidence import (
 from relay.cockpit.finding import Finding, Result
 from relay.cockpit.readiness import judge
 from relay.config.model import ReadySettings
-from relay.ledger.changes import Summary
 from relay.ledger.flow import Buckets, DestinationFlow, Flow
 from relay.ledger.greetings import Greeting
 from relay.ledger.hosts import Host, Reach
+from relay.ledger.overview import Summary
 from relay.mail.destination import Destination
 
 NOW = 1_795_796_640.0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from relay.ledger import changes, continuity, keys, registry
+from relay.ledger import changes, continuity, keys, overview, registry
 from relay.ledger.changes import Released, Staged
 from relay.ledger.continuity import Continuity
 from relay.mail.destination import Destination
@@ -176,7 +176,7 @@ def test_what_becomes_of_a_ledger_is_said_once(redis_client: redis.Redis, monkey
     redis_client.flushall()
     assert look() == ["emptied"]
     assert set(registry.destinations(redis_client)) == {"a"}
-    assert changes.change(redis_client).cause == "emptied"
+    assert overview.change(redis_client).cause == "emptied"
     redis_client.restore(keys.LEDGER, 0, before, replace=True)
     assert look() == ["replaced"]
     before = redis_client.dump(keys.LEDGER)
@@ -198,9 +198,9 @@ def test_what_a_failover_may_take_back_is_no_loss(redis_client: redis.Redis, mon
         relay.look(redis_client)
     redis_client.restore(keys.LEDGER, 0, before, replace=True)
     relays[1].look(redis_client)
-    assert not changes.change(redis_client).cause
+    assert not overview.change(redis_client).cause
     relays[0].look(redis_client)  # as a worker does
-    assert changes.change(redis_client).cause == "older"
+    assert overview.change(redis_client).cause == "older"
     relays[1].look(redis_client)
     assert {replicas: relay.changes for replicas, relay in relays.items()} == {0: 1, 1: 0}
     redis_client.flushall()

@@ -14,7 +14,7 @@ import redis
 
 from relay import faultpoints
 from relay.config import loader
-from relay.ledger import changes
+from relay.ledger import overview
 from relay.spool import writer
 from support.product import Product
 from support.retrying_sender import Sender
@@ -105,6 +105,6 @@ def drained(pair: Product) -> bool:
         with redis.Redis.from_url(pair.redis_url) as connection:
             reconcile(connection, loader.load(environ=pair.environment, directories=()), pause=0.5)
             spooled = writer.summary(pair.state_dir / "spool").messages
-            return spooled == 0 and all(row.pending == 0 for row in changes.summary(connection))
+            return spooled == 0 and all(row.pending == 0 for row in overview.summary(connection))
     except redis.RedisError:
         return False  # it is being started again

@@ -22,7 +22,7 @@ import pytest
 import redis
 
 from relay.config import loader
-from relay.ledger import changes, keys
+from relay.ledger import keys, overview
 from relay.spool import writer
 from support.child_processes import tied
 from support.product import Product
@@ -214,5 +214,5 @@ def _is_drained(pair: Product) -> bool:
         # In the order in which a message goes through them, so that none is passed by on its way.
         left = writer.summary(pair.state_dir / "spool").messages
         left += client.zcard(keys.STAGED) + client.zcard(keys.UNCERTAIN)
-        return not left and all(row.pending == 0 for row in changes.summary(client))
+        return not left and all(row.pending == 0 for row in overview.summary(client))
     return False

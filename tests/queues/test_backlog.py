@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import redis
 
-from relay.ledger import changes, keys
+from relay.ledger import changes, keys, overview
 from relay.ledger.copy_state import CopyState
 from relay.ledger.queries import UnknownDestination
 from relay.mail.destination import Destination
@@ -175,7 +175,7 @@ def test_what_is_moved_stays_as_old_as_it_is(contents: Contents) -> None:
     before = changes.now(contents.connection)
     backlog.move(contents.connection, "new", "target")
     assert [row.id for row in backlog.listing(contents.connection, "target")] == [old, deferred, later]
-    (summary,) = [row for row in changes.summary(contents.connection) if row.destination == "target"]
+    (summary,) = [row for row in overview.summary(contents.connection) if row.destination == "target"]
     assert summary.oldest_age_s == pytest.approx(9 * DAY, abs=60)
     for claim in (c for job, ids in contents.queued("target").items() for c in contents.claim(job, *ids, to="target")):
         state = begun(claim)
@@ -290,7 +290,7 @@ def test_a_destination_without_copies_is_forgotten_for_good(contents: Contents) 
     failed.drop(contents.connection, [failing])
     backlog.forget(contents.connection, "formerly")
     assert traces(contents, "formerly") == []
-    assert [row.destination for row in changes.summary(contents.connection)] == ["new"]
+    assert [row.destination for row in overview.summary(contents.connection)] == ["new"]
     with pytest.raises(UnknownDestination):
         backlog.forget(contents.connection, "formerly")
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 import redis
 
 from relay.config import loader
-from relay.ledger import changes, keys
+from relay.ledger import keys, overview
 from relay.spool import writer
 from support.product import Product
 from workers.upkeep.reconciler import reconcile
@@ -18,5 +18,5 @@ def is_drained(product: Product) -> bool:
     with suppress(redis.RedisError), redis.Redis.from_url(product.redis_url) as client:
         reconcile(client, loader.load(environ=product.environment, directories=()), pause=0.5)
         left = writer.summary(product.state_dir / "spool").messages + client.zcard(keys.UNCERTAIN)
-        return not left and all(row.pending == 0 for row in changes.summary(client))
+        return not left and all(row.pending == 0 for row in overview.summary(client))
     return False
