@@ -59,7 +59,7 @@ class Pool:
         self._max_idle = max_idle
         self._idle_seconds = idle_seconds
         self._max_refusals = max_refusals
-        self._fresh_since = 0.0  # older connections are not leased any more
+        self._fresh_since = float("-inf")  # older connections are not leased any more
         self.refusals = SessionRefusals()  # whether refusals on reused connections were about the connection
         self._tls_context = tls_context
         self._on_open = on_open
