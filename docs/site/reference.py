@@ -26,7 +26,7 @@ def _cell(text: str) -> str:
 
 
 def _meaning(option: Option) -> str:
-    return _cell(option.help + (f" Unit: {option.unit}." if option.unit else ""))
+    return _cell(option.explained)
 
 
 def _section(name: str) -> str:

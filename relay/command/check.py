@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from relay import maillog
@@ -13,7 +14,9 @@ from relay.command.connection import ledger_of
 from relay.command.exit_status import CANNOT_SAY, NO, WELL, CannotSay, Trouble
 from relay.command.output import GREEN, RED, Column, Output, as_object
 from relay.command.ready import EXTENSIONS
-from relay.config.loader import Settings, describe
+from relay.config.differences import Difference, differences
+from relay.config.loader import Settings, SettingsError, Shown, describe
+from relay.daemon import running
 from relay.ledger import changes, flow, greetings, overview
 from relay.monitoring.probes import ProbeResult, probe_all
 from relay.monitoring.topology import about_topology
@@ -25,6 +28,12 @@ _SETTINGS = [
     Column("option", lambda r: r.key),
     Column("value", lambda r: r.value or "-"),
     Column("from", lambda r: r.origin),
+]
+_DRIFT = [
+    Column("option", lambda r: r.key),
+    Column("what runs has", lambda r: r.before or "-", detail=True),
+    Column("these are", lambda r: r.after or "-", detail=True),
+    Column("takes", lambda r: "a restart" if r.takes_restart else "smtp-dup reload"),
 ]
 _FINDINGS = [
     Column("", lambda f: "ok" if f.ok else "TROUBLE", colour=lambda f: GREEN if f.ok else RED),
@@ -39,15 +48,10 @@ def check(settings: Settings, out: Output) -> int:
     Where the only trouble is that Redis does not answer, nothing can be said of the copies.
     """
     maillog.configure("warning")  # the findings are the output
-    shown = describe(settings)
+    _tell_settings(describe(settings), _drift(settings), out)
     if not settings.redis.url and embedded.socket_path(settings.state_dir).exists():
         # `up` runs with this state folder: its Redis is the one that counts.
         settings = replace(settings, redis=settings.redis.at(embedded.url(settings.state_dir)))
-    if out.as_json:
-        for row in shown:
-            out.object({"kind": "setting", **row._asdict()})
-    else:
-        out.rows(shown, _SETTINGS, nothing="")
     findings = asyncio.run(probe_all(settings))
     answers = True
     said: list[tuple[str, list[Extension]]] = []
@@ -81,6 +85,30 @@ def _show_extensions(said: list[tuple[str, list[Extension]]], out: Output) -> No
             out.line("")
             out.line(f"EHLO of the primary (old) and of {name} (new), as mail has met them:")
             out.rows(compared, EXTENSIONS, nothing="")
+
+
+def _tell_settings(shown: Sequence[Shown], drift: Sequence[Difference], out: Output) -> None:
+    if out.as_json:
+        for row in shown:
+            out.object({"kind": "setting", **row._asdict()})
+        for change in drift:
+            out.object({"kind": "drift", **change._asdict()})
+        return
+    out.rows(shown, _SETTINGS, nothing="")
+    if drift:
+        out.line("")
+        out.rows(drift, _DRIFT, nothing="")
+
+
+def _drift(settings: Settings) -> list[Difference]:
+    """Return where a smtp-dup that runs with this state folder has other settings than these."""
+    found = running.read(settings.state_dir)
+    if found is None:
+        return []
+    try:
+        return differences(found.settings(os.environ, require_primary=False), settings)
+    except SettingsError:  # a file with a password that we may not read
+        return []
 
 
 def _left_behind(settings: Settings) -> Iterator[ProbeResult]:

@@ -32,7 +32,8 @@ _NEAR = 0.6
 class Task:
     """What a command line asks for: "module:function" of this package, and its arguments.
 
-    ``settings`` says which the function takes first: "" for none, "any", or "primary" for settings that name one.
+    ``settings`` says which the function takes first: "" for none, "any", "primary" for settings that name one, or
+    "given" for what the command line gives, to be loaded by the function.
     """
 
     place: str
@@ -42,10 +43,18 @@ class Task:
 
     def run(self) -> int:
         """Run it; returns the exit status."""
-        leading = [self.given.settings(require_primary=self.settings == "primary")] if self.settings else []
+        leading: list[Any] = []
+        if self.settings == "given":
+            leading = [self.given]
+        elif self.settings:
+            leading = [self.given.settings_here(require_primary=self.settings == "primary", tell=_tell)]
         module, _, name = self.place.partition(":")
         function: Callable[..., int] = getattr(importlib.import_module(f"relay.command.{module}"), name)
         return function(*leading, **self.arguments)
+
+
+def _tell(text: str) -> None:
+    click.echo(f"{NAME}: {text}", err=True)
 
 
 class MissingCommand(click.UsageError):

@@ -198,11 +198,16 @@ ROOT = _group(
     "relay mail to a primary, and a durable copy of it to every backup",
     {
         "up": _word("run all of it: relay, workers, a Redis unless one is named", "services:up",
-                    settings="primary", output=False),
-        "relay": _word("run the relay only", "services:relay", settings="primary", output=False),
-        "workers": _word("run the delivery to the backups only", "services:workers", output=False),
+                    settings="given", output=False),
+        "relay": _word("run the relay only", "services:relay", settings="given", output=False),
+        "workers": _word("run the delivery to the backups only", "services:workers", settings="given", output=False),
         "demo": _word("show what it does, with two servers of its own", "services:demo", settings="", output=False,
                       colour=True),
+        "reload": _word(
+            "have what runs here take new settings, without a restart", "reload:reload",
+            _DRY_RUN, _option("--wait", metavar="TIME", default="10s", help="for all processes to follow; 10s"),
+            settings="given",
+        ),
         "check": _word("validate the settings, probe Redis and every server", "check:check", settings="primary"),
         "ready": _word(
             "whether a backup is ready to be the primary, and why not", "ready:show",

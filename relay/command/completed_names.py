@@ -65,7 +65,7 @@ def names(given: Given, what: str) -> list[str]:
 
 def _look(given: Given, what: str, add: Callable[[str], Any]) -> None:
     with suppress(Exception):
-        settings = given.settings(require_primary=False)
+        settings = given.settings_here(require_primary=False)
         if what == DESTINATION:
             for backup in settings.backups:
                 add(backup.name)

@@ -7,8 +7,9 @@ values of a list add up. They are not in the help of each command: `smtp-dup hel
 from __future__ import annotations
 
 import difflib
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +21,7 @@ from relay.mail.text import printable
 
 if TYPE_CHECKING:
     from relay.config.loader import Settings
+    from relay.config.model import Layers
 
 _FIELDS = {field.key: field for field in BACKUP_FIELDS}
 _OF_BACKUP = re.compile(r"backup\[(.+)\]\.(\w+)")
@@ -45,6 +47,35 @@ class Given:
         if problems:
             raise SettingsError(problems)
         return settings
+
+    def settings_here(self, *, require_primary: bool, tell: Callable[[str], object] | None = None) -> Settings:
+        """Load the settings; where these add nothing to what a smtp-dup beside us runs with, take that, and tell so.
+
+        Raises SettingsError with every problem there is.
+        """
+        from relay.config.loader import SettingsError, load  # noqa: PLC0415  (as above)
+        from relay.daemon import running  # noqa: PLC0415  (as above)
+
+        try:
+            own = None if self.problems else load(self.flags, require_primary=False)
+        except SettingsError:
+            own = None
+        found = running.read(own.state_dir) if own else None
+        if own and found and own.layers != found.layers and own.layers.are_within(found.layers):
+            try:
+                settings = found.settings(os.environ, require_primary=require_primary)
+            except SettingsError:  # a file with a password that we may not read
+                return self.settings(require_primary=require_primary)
+            if tell:
+                tell(f"using the settings of the smtp-dup that runs here (`{found.role}`, process {found.pid})")
+            return settings
+        return self.settings(require_primary=require_primary)
+
+    def reader(self, *, require_primary: bool) -> Callable[[Layers | None], Settings]:
+        """Return what loads the settings again; see relay.daemon.reload.Read."""
+        from relay.config.loader import load  # noqa: PLC0415  (as above)
+
+        return lambda running: load(self.flags, require_primary=require_primary, running=running)
 
     def note(self, key: str, value: str, *, adds: bool = False) -> None:
         known = self.flags.get(key) if adds else None

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from relay.config.loader import Settings
+from relay.command.flags import Given
 from relay.daemon import services, start
 
 
-def up(settings: Settings) -> int:
+def up(given: Given) -> int:
     """Run relay and workers, and a Redis unless the settings name one."""
-    return services.run(settings, start.UP)
+    return _run(given, start.UP)
 
 
-def relay(settings: Settings) -> int:
+def relay(given: Given) -> int:
     """Run the relay."""
-    return services.run(settings, start.RELAY)
+    return _run(given, start.RELAY)
 
 
-def workers(settings: Settings) -> int:
+def workers(given: Given) -> int:
     """Run the delivery to the backups."""
-    return services.run(settings, start.WORKERS)
+    return _run(given, start.WORKERS)
+
+
+def _run(given: Given, role: start.Role) -> int:
+    settings = given.settings(require_primary=role.relays)
+    return services.run(settings, role, read=given.reader(require_primary=role.relays))
 
 
 def demo(colour: str) -> int:

@@ -15,18 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relay import ownership
-from relay.config.destinations import (
-    conflicts,
-    is_loopback,
-    is_own_address,
-    read_destination,
-    resolve_password,
-    same_server,
-)
-from relay.config.model import DEMOTED_ORIGIN, PARTS, Settings, Shown, describe
+from relay.config.agreement import disagreements, own_addresses
+from relay.config.destinations import conflicts, read_destination, resolve_password, same_server
+from relay.config.model import DEMOTED_ORIGIN, PARTS, Layers, Settings, Shown, describe
 from relay.config.options import BACKUP_FIELDS, BACKUP_FLAGS, BY_KEY, ENV_PREFIX, OPTIONS, SECTIONS, Option, render
-from relay.config.types import listen_addresses
-from relay.mail.addresses import Network
 from relay.mail.destination import Destination
 from relay.mail.text import printable
 
@@ -93,13 +85,28 @@ def load(
     directories: Sequence[Path] = DIRECTORIES,
     *,
     require_primary: bool = True,
+    running: Layers | None = None,
 ) -> Settings:
     """Read and validate the settings. Raises SettingsError with all problems.
 
     ``flags`` maps a key to its text, lists comma-separated; the key "config" names the only file to read, and
-    "backup[NAME].FIELD" sets a field of one backup, wherever the backup is defined.
+    "backup[NAME].FIELD" sets a field of one backup, wherever the backup is defined. Options that take a restart keep
+    the values of ``running``.
     """
-    return _Loader(dict(flags or {}), os.environ if environ is None else environ).load(directories, require_primary)
+    loader = _Loader(dict(flags or {}), os.environ if environ is None else environ)
+    loader.take_layers(directories)
+    if running:
+        loader.keep(running)
+    return loader.load(require_primary)
+
+
+def load_layers(layers: Layers, environ: Mapping[str, str], *, require_primary: bool = True) -> Settings:
+    """Read the settings from what was given elsewhere. Raises SettingsError."""
+    loader = _Loader({}, environ)
+    loader.given = {key: _Given(*given) for key, given in layers.given.items() if key in BY_KEY}
+    loader.tables = [(table, dict(where)) for table, where in layers.tables]
+    loader.of_backups = {name: dict(fields) for name, fields in layers.of_backups.items()}
+    return loader.load(require_primary)
 
 
 class _Loader:
@@ -117,19 +124,33 @@ class _Loader:
         self.demoted_table = 0  # the number of the [[backup]] that says how the primary would get copies; 0: none
         self.file_failed = False  # what seems to be missing may stand there
 
-    def load(self, directories: Sequence[Path], require_primary: bool) -> Settings:
+    def take_layers(self, directories: Sequence[Path]) -> None:
+        """Take what is given, the later layer wins."""
         self._layer_defaults()
         self._layer_file(directories)
         self._layer_environment()
         self._layer_flags()
         self._check_variables()
+
+    def keep(self, running: Layers) -> None:
+        """Have what takes a restart as it runs."""
+        for option in OPTIONS:
+            if option.takes_restart:
+                self.given.pop(option.key, None)
+                if option.key in running.given:
+                    self.given[option.key] = _Given(*running.given[option.key])
+
+    def load(self, require_primary: bool) -> Settings:
+        """Make the settings of what was given. Raises SettingsError."""
+        layers = Layers(dict(self.given), list(self.tables), {n: dict(f) for n, f in self.of_backups.items()})
         values = self._values()
         if isinstance(values["state_dir"], Path):
             ownership.trust(values["state_dir"])
         primary, demoted, backups = self._destinations(values)
         if require_primary and not values["relay.destination_primary"]:
             self._primary_is_missing()
-        self._check_together(values)
+        for key, text in disagreements(values):
+            self._wrong(key, text)
         if self.problems:
             raise SettingsError(self.problems)
         sections: dict[str, Any] = {
@@ -147,6 +168,7 @@ class _Loader:
             demoted=demoted,
             backups=backups,
             origins=origins,
+            layers=layers,
         )
 
     def _primary_is_missing(self) -> None:
@@ -159,7 +181,7 @@ class _Loader:
             where = self.given[key].origin if key in self.given else ""
         self.problems.append(Problem(key, where, text))
 
-    # The layers, the later one wins
+    # The layers
 
     def _layer_defaults(self) -> None:
         if named := self.environ.get(DEFAULTS_VARIABLE, ""):
@@ -304,7 +326,7 @@ class _Loader:
         for name, field in [(name, field) for name, given in self.of_backups.items() for field in given]:
             self._unknown(name, [b.name for b, _, _ in backups], BACKUP_FLAGS[field], "backup")
         found = tuple(backup for backup, _, _ in backups)
-        for index, text in conflicts(primary, found, _own_addresses(values)):
+        for index, text in conflicts(primary, found, own_addresses(values)):
             if index < 0:
                 self._wrong("relay.destination_primary", text)
             else:
@@ -356,60 +378,10 @@ class _Loader:
             self._wrong(f"{label}.{place}" if is_apart else label, fault, where.get(place, where[""]))
         return backup
 
-    def _check_together(self, values: dict[str, Any]) -> None:
-        """Check the options that must agree with each other."""
-        first, longest, give_up = (values[f"retry.{name}"] for name in ("first", "longest", "give_up"))
-        if first > longest:
-            self._wrong("retry.first", "expected no more than retry.longest")
-        if longest > give_up:
-            self._wrong("retry.longest", "expected no more than retry.give_up")
-        if values["spool.dir"] is None and not values["relay.require_durable_copies"]:
-            self._wrong("spool.dir", "without a spool relay.require_durable_copies must be true")
-        if values["redis.sentinels"] and values["redis.url"].startswith("unix:"):
-            self._wrong("redis.url", "with redis.sentinels it must be redis:// or rediss://")
-        if values["redis.replicas"] and not values["redis.url"]:
-            self._wrong("redis.replicas", "the embedded Redis has none; set redis.url or redis.sentinels")
-        for host, port in listen_addresses(values["status.listen"]):
-            if is_own_address(host or "127.0.0.1", port, _own_addresses(values)):
-                self._wrong("status.listen", "is the same address as smtp.listen")
-        self._check_door(values)
-
-    def _check_door(self, values: dict[str, Any]) -> None:
-        """Check the client side: TLS needs a certificate, and the relay must not be open."""
-        for host, port in listen_addresses(values["smtp.listen_tls"]):
-            if is_own_address(host or "127.0.0.1", port, listen_addresses(values["smtp.listen"])):
-                self._wrong("smtp.listen_tls", "is the same address as smtp.listen")
-        if values["smtp.tls_certificate"] is None:
-            for key, asks in (("smtp.tls", "encrypt"), ("smtp.listen_tls", values["smtp.listen_tls"] or None)):
-                if values[key] == asks:
-                    self._wrong(key, "needs smtp.tls_certificate")
-            if values["smtp.tls_key"] is not None:
-                self._wrong("smtp.tls_key", "has a meaning only with smtp.tls_certificate")
-        public = values["smtp.proxy_protocol"] or any(not is_loopback(host) for host, _ in _own_addresses(values))
-        if public and not values["smtp.allowed_domains"]:
-            everybody = ", ".join(str(n) for n in values["smtp.allowed_networks"] if _is_everybody(n))
-            if everybody:
-                self._wrong("smtp.allowed_networks", OPEN_RELAY.format(everybody))
-
 
 def _is_the_same(table: Any, backup: Destination, primary: Destination) -> bool:
     """Say whether a [[backup]] is meant to be the primary: by its name, which it has been given, and its address."""
     return "name" in table and backup.name == primary.name and same_server(backup, primary)
-
-
-OPEN_RELAY = (
-    "{} makes this an open relay, through which everybody can send mail to any domain: name your clients' networks, "
-    "or set smtp.allowed_domains; users who log in (smtp.users_file) may connect from anywhere without this"
-)
-
-
-def _own_addresses(values: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
-    return listen_addresses(values["smtp.listen"]) + listen_addresses(values["smtp.listen_tls"])
-
-
-def _is_everybody(network: Network) -> bool:
-    """Return whether a network is so large that it must contain strangers."""
-    return network.prefixlen < (8 if network.version == 4 else 16) and not network.is_private
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:

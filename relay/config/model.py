@@ -6,8 +6,8 @@ Durations are seconds (float), sizes are bytes. The loader has validated every v
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -228,6 +228,27 @@ class WorkersSettings:
         return min(self.batch, 1000)
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class Layers:
+    """What the settings were made of, secrets too: values as they were given, and where each came from.
+
+    ``tables`` are the [[backup]], each with the place of every field; ``of_backups`` what flags say of one.
+    """
+
+    given: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
+    tables: Sequence[tuple[Any, Mapping[str, str]]] = ()
+    of_backups: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def are_within(self, others: Layers) -> bool:
+        """Say whether all that is given here, but for the state folder, is given there, too, wherever it came from."""
+        keys = self.given.keys() - {"state_dir"}
+        return (
+            all(key in others.given and self.given[key][0] == others.given[key][0] for key in keys)
+            and all(any(table == other for other, _ in others.tables) for table, _ in self.tables)
+            and all(fields == others.of_backups.get(name) for name, fields in self.of_backups.items())
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """All settings, in seconds and bytes; ``origins`` maps each key that was set to its place."""
@@ -249,6 +270,7 @@ class Settings:
     demoted: Destination | None  # the primary as it gets copies, once another has been promoted
     backups: tuple[Destination, ...]
     origins: Mapping[str, str]
+    layers: Layers = field(default_factory=Layers, repr=False, compare=False)
 
     def value(self, key: str) -> Any:
         """Return the value of a dotted key."""
@@ -295,13 +317,14 @@ def describe(settings: Settings) -> list[Shown]:
         rows.append(Shown(option.key, value, default, settings.origins.get(option.key, "default")))
     tables = [key for key in settings.origins if key.startswith("backup[")]
     for key, backup in zip(tables, settings.backups[len(settings.relay.destination_backups) :], strict=True):
-        rows.append(Shown(f"backup.{backup.name}", _in_words(backup), "", settings.origins[key]))
+        rows.append(Shown(f"backup.{backup.name}", in_words(backup), "", settings.origins[key]))
     if settings.demoted and (origin := settings.origins.get(DEMOTED_ORIGIN)):
-        rows.append(Shown(f"backup.{settings.demoted.name}", _in_words(settings.demoted), "", origin))
+        rows.append(Shown(f"backup.{settings.demoted.name}", in_words(settings.demoted), "", origin))
     return rows
 
 
-def _in_words(backup: Destination) -> str:
+def in_words(backup: Destination) -> str:
+    """Return a backup on a line, its password masked."""
     user = f"{backup.username}:***@" if backup.username else ""
     words = [f"{backup.scheme}://{user}{backup.address}", f"tls={backup.tls}", f"sender={backup.sender}"]
     words += [f"connections={backup.connections}"]

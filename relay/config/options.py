@@ -46,6 +46,13 @@ class Option:
     unit: str
     help: str
     short_flag: str = ""
+    takes_restart: bool = False  # a reload leaves it as it is
+
+    @property
+    def explained(self) -> str:
+        """Its help, its unit, and whether a change takes a restart."""
+        unit = f" Unit: {self.unit}." if self.unit else ""
+        return self.help + unit + (" A change takes a restart." if self.takes_restart else "")
 
     @property
     def flag(self) -> str:
@@ -82,11 +89,13 @@ SECTIONS = {
 OPTIONS: tuple[Option, ...] = (
     Option("state_dir", PATH, "", "",
            "Folder for the spool and the embedded Redis. Default: $STATE_DIRECTORY (systemd sets it), else "
-           "/var/lib/smtp-dup for root, else ~/.local/state/smtp-dup."),
+           "/var/lib/smtp-dup for root, else ~/.local/state/smtp-dup.", takes_restart=True),
     Option("smtp.listen", listening(may_be_off=False), "127.0.0.1:2525", "",
-           "Where to listen: host:port, :port for all interfaces, [::1]:port; several with commas.", "--listen"),
+           "Where to listen: host:port, :port for all interfaces, [::1]:port; several with commas.", "--listen",
+           takes_restart=True),
     Option("smtp.domain", HOST_NAME, "localhost", "", "Our name in the greeting, in EHLO and in Received lines."),
-    Option("smtp.processes", integer(0, 1024), 0, "processes", "Relay processes on the port. 0: one for each core."),
+    Option("smtp.processes", integer(0, 1024), 0, "processes", "Relay processes on the port. 0: one for each core.",
+           takes_restart=True),
     Option("smtp.max_connections", integer(1), 1000, "connections",
            "Simultaneous client connections, over all processes."),
     Option("smtp.max_message_bytes", size(), "100M", "bytes",
@@ -116,14 +125,14 @@ OPTIONS: tuple[Option, ...] = (
     Option("smtp.allowed_domains", DOMAINS, [], "", "Recipient domains that are relayed. Empty: every domain."),
     Option("smtp.users_file", PATH, "", "",
            "File of users who may log in (AUTH PLAIN, LOGIN) and send mail from anywhere: lines name:hash, the hash "
-           "from `smtp-dup hash-password`. Read again on SIGHUP."),
+           "from `smtp-dup hash-password`. Read again by a reload."),
     Option("smtp.auth_without_tls", BOOLEAN, False, "", "Let users log in without TLS, their passwords in the clear."),
     Option("smtp.tls", choice("none", "may", "encrypt"), "may", "",
            "none: no STARTTLS. may: clients can use STARTTLS, if there is a certificate. encrypt: they must."),
-    Option("smtp.tls_certificate", PATH, "", "", "PEM file of our certificate and its chain. Read again on SIGHUP."),
+    Option("smtp.tls_certificate", PATH, "", "", "PEM file of our certificate and its chain. Read again by a reload."),
     Option("smtp.tls_key", PATH, "", "", "PEM file of its key. Default: the certificate's file."),
     Option("smtp.listen_tls", listening(may_be_off=True), "", "",
-           "Where to listen for TLS from the first byte (usually :465), written like listen."),
+           "Where to listen for TLS from the first byte (usually :465), written like listen.", takes_restart=True),
     Option("smtp.xforward_networks", NETWORKS_OR_NONE, ["127.0.0.0/8", "::1/128"], "",
            "Clients whose XFORWARD and XCLIENT commands are trusted. Empty: none."),
     Option("smtp.proxy_protocol", BOOLEAN, False, "",
@@ -177,25 +186,27 @@ OPTIONS: tuple[Option, ...] = (
            "In a variable: sender=null,soft_bounce=false."),
     Option("redis.url", REDIS_URL, "", "",
            "redis://[:password@]host:6379/0, rediss://... or unix:///path. Empty: `smtp-dup up` starts its own.",
-           "--redis"),
-    Option("redis.timeout_seconds", duration(), 5, "seconds", "A write slower than this goes to the spool."),
+           "--redis", takes_restart=True),
+    Option("redis.timeout_seconds", duration(), 5, "seconds", "A write slower than this goes to the spool.",
+           takes_restart=True),
     Option("redis.sentinels", SENTINELS, [], "",
            "Sentinels that know the Redis master: host:26379, or redis(s)://[user:]password@host:26379 for one that "
            "needs a password or TLS. redis.url then gives only user, password, database and TLS "
-           "(redis://user:password@/0, rediss://...?ssl_ca_certs=/path), not a host."),
-    Option("redis.service", TEXT, "mymaster", "", "The name of this Redis at the Sentinels."),
+           "(redis://user:password@/0, rediss://...?ssl_ca_certs=/path), not a host.", takes_restart=True),
+    Option("redis.service", TEXT, "mymaster", "", "The name of this Redis at the Sentinels.",
+           takes_restart=True),
     Option("redis.replicas", integer(0, 100), 0, "replicas",
            "Number of replicas that must have a copy before it counts as stored; otherwise it goes to the spool, "
-           "too. 0: a failover can lose the latest copies."),
+           "too. 0: a failover can lose the latest copies.", takes_restart=True),
     Option("spool.dir", PATH, "<state_dir>/spool", "",
            'Folder of the spool, on a disk that survives a restart. "none": no spool; relay.require_durable_copies '
-           "must then be true."),
+           "must then be true.", takes_restart=True),
     Option("spool.min_free", size(), "1G", "bytes",
            "The spool stops growing when the disk has less free space than this."),
     Option("storage.key_file", PATH, "", "",
            "Encrypt stored mail, envelope and body, with the first key of this file; the other keys decrypt older "
            "mail. `smtp-dup new-key FILE` creates it, or adds a new key at the front. Relay and workers need the same "
-           "keys. Read again on SIGHUP."),
+           "keys. Read again by a reload.", takes_restart=True),
     Option("retry.first", duration(), "1m", "seconds",
            "Wait before the second attempt; it doubles after each further one."),
     Option("retry.longest", duration(), "1h", "seconds", "The longest wait between two attempts."),
@@ -235,7 +246,7 @@ OPTIONS: tuple[Option, ...] = (
            "How often each host connects to every server to check that it is accepted: EHLO, if workers run there also "
            "MAIL and RSET, then QUIT. 0: never, and `smtp-dup ready` does not require it."),
     Option("status.listen", listening(may_be_off=True, several=False), "127.0.0.1:8025", "",
-           'Where to listen. "off": not at all.'),
+           'Where to listen. "off": not at all.', takes_restart=True),
     Option("log.level", choice("debug", "info", "warning", "error"), "info", "", "debug, info, warning or error."),
     Option("log.format", choice("text", "json"), "text", "", "text for people, json for machines."),
     Option("workers.processes", integer(1, 1024), 1, "processes", "Worker processes for each backup."),
@@ -295,9 +306,8 @@ def as_toml(value: object) -> str:
 
 
 def _explained(option: Option, *, variable: bool) -> list[str]:
-    unit = f" Unit: {option.unit}." if option.unit else ""
     name = f" ({option.variables[0]}, {option.flag})" if variable else ""
-    return textwrap.wrap(option.help + unit + name, 116, initial_indent="# ", subsequent_indent="# ",
+    return textwrap.wrap(option.explained + name, 116, initial_indent="# ", subsequent_indent="# ",
                          break_on_hyphens=False)  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from contextlib import suppress
 
 
@@ -14,3 +15,8 @@ def notify(state: str) -> None:
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
             channel.connect("\0" + address[1:] if address[0] == "@" else address)
             channel.send(state.encode())
+
+
+def reloading() -> None:
+    """Tell it that a reload has begun, which READY=1 ends (Type=notify-reload)."""
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")

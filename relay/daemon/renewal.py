@@ -10,7 +10,7 @@ from relay.daemon.slots import Child, Slot
 
 Roster = Callable[[], Sequence[Child] | None]
 
-_SECONDS = 30.0  # for all new children to be ready
+SECONDS = 30.0  # for all new children to be ready
 
 
 @dataclass(slots=True)
@@ -21,7 +21,7 @@ class Renewal:
     children: Sequence[Child]
     roster: Roster | None
     ended: Callable[[str], None]
-    seconds: float = _SECONDS
+    seconds: float = SECONDS
     slots: list[Slot] = field(init=False)
     deadline: float = field(init=False)  # monotonic
     trouble: str = ""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from relay import maillog
 from relay.config.loader import Settings, resolve_password
 from relay.daemon import known_passwords
 from relay.daemon.slots import Child
-from relay.ledger import keys, rq_jobs
+from relay.ledger import keys, registry, rq_jobs
 from relay.ledger.continuity import Continuity
 from relay.mail import ids
 from relay.mail.destination import Destination
@@ -43,8 +43,12 @@ class RetiredDestinations:
         settings: Settings,
         workers_for: Callable[[Destination], Sequence[Child]] | None,
         continuity: Continuity | None = None,
+        former: Iterable[Destination] = (),
     ) -> None:
-        """Without ``workers_for`` it only sees that the ledger is the one that we knew, as it does anyway."""
+        """Without ``workers_for`` it only sees that the ledger is the one that we knew, as it does anyway.
+
+        ``former`` are those that this process has had as backups, with the passwords that the ledger does not have.
+        """
         self._settings = settings
         self._workers_for = workers_for
         self._continuity = continuity or Continuity(settings.backups)
@@ -53,6 +57,8 @@ class RetiredDestinations:
         demoted = (settings.demoted,) if settings.demoted else ()
         self._named = known_passwords.remember(settings.state_dir, (*settings.backups, *demoted))
         self._configured = {backup.name for backup in settings.backups}
+        self._former = {backup.to_json(): backup for backup in former}
+        self._is_registered = False  # as long as the ledger may not know the backups of new settings
         self._serving: dict[str, Sequence[Child]] = {}
         self._looks: dict[str, int] = {}  # in a row that spoke for a change
 
@@ -61,6 +67,8 @@ class RetiredDestinations:
             with sync_client(self._settings.redis, _SECONDS, retries=0) as client:
                 with contextlib.suppress(ResponseError):  # full, or not to be written: that is told elsewhere
                     self._continuity.look(client)
+                    if self._workers_for and not self._is_registered:
+                        self._register(client)
                 if self._workers_for:
                     self._look(client, self._workers_for)
         except (RedisError, OSError):
@@ -72,6 +80,12 @@ class RetiredDestinations:
                 maillog.notice("error", "what Redis knows of destinations makes no sense", reason=reason)
             return None
         return [child for children in self._serving.values() for child in children]
+
+    def _register(self, client: Redis) -> None:
+        with client.pipeline() as pipe:
+            registry.register(pipe, self._settings.backups)
+            pipe.execute()
+        self._is_registered = True
 
     def _look(self, client: Redis, workers_for: Callable[[Destination], Sequence[Child]]) -> None:
         known = cast("list[bytes]", client.hkeys(keys.DESTINATIONS))
@@ -138,7 +152,7 @@ class RetiredDestinations:
             kept = {field: getattr(destination, field) for field in ("sender", "soft_bounce", "domains", "connections")}
             destination = replace(primary, **kept)
         else:
-            destination = _with_password(destination, self._named)
+            destination = self._former.get(destination.to_json()) or _with_password(destination, self._named)
         self._serving[name] = workers_for(destination)
         self._looks.pop(name, None)
 

@@ -5,7 +5,7 @@ The one place besides the commands that knows relay and workers alike.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 
@@ -15,8 +15,10 @@ from relay import maillog
 from relay.config.destinations import is_loopback
 from relay.config.loader import Problem, Settings, SettingsError
 from relay.config.model import SmtpSettings
-from relay.daemon import ledger_redis, start
+from relay.daemon import ledger_redis, running, start
+from relay.daemon.control import Control
 from relay.daemon.crew import Crew
+from relay.daemon.reload import Read, Reload
 from relay.daemon.retired_destinations import RetiredDestinations
 from relay.daemon.slots import Child
 from relay.daemon.start import EarlyStop, Role, StartError
@@ -24,6 +26,7 @@ from relay.daemon.supervisor import Supervisor
 from relay.daemon.vitals import Vitals
 from relay.ledger.continuity import Continuity
 from relay.mail import encryption, record
+from relay.mail.destination import Destination
 from relay.monitoring import status_server
 from relay.redisio.clients import sync_client
 from relay.server import relay_process, systemd
@@ -33,10 +36,11 @@ from relay.topology.roles import disagreement
 _PATIENCE = 1.0  # seconds for Redis to say who was promoted: the relay follows in any case
 
 
-def run(settings: Settings, role: Role, extra: Sequence[Child] = ()) -> int:
+def run(settings: Settings, role: Role, extra: Sequence[Child] = (), read: Read | None = None) -> int:
     """Start everything, keep it running until a signal, drain. Returns the exit status.
 
-    Raises StartError, and SettingsError where systemd has bound other addresses than they name.
+    With ``read`` the settings can be reloaded. Raises StartError, and SettingsError where systemd has bound other
+    addresses than they name.
     """
     maillog.configure(settings.log.level, settings.log.format, f"smtp-dup-{role.name}", threads=False)
     try:
@@ -44,7 +48,7 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = ()) -> int:
         record.bound(settings.smtp.max_message_bytes)
     except encryption.BadKeyFile as error:
         raise StartError(f"storage.key_file: {error}") from error
-    settings = start.fitted(settings, role)
+    given, settings = settings, start.fitted(settings, role)
     early = EarlyStop()
     with ExitStack() as ends:
         start.make_state_dir(settings.state_dir)
@@ -60,17 +64,55 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = ()) -> int:
         url, children = ledger_redis.redis_of(settings, role, ends)
         settings = replace(settings, redis=settings.redis.at(url))
         ledger_redis.warn_of_lost_promises(settings, url)
-        continuity = Continuity(settings.backups, settings.state_dir, replicas=settings.redis.replicas)
+        continuity = _continuity(settings)
         ledger_redis.register(settings, continuity, role)
         vitals = Vitals()
         crew = Crew(role, url, places, listener, arena, vitals)
         children += [*crew.of(settings), *map(crew.holding, extra)]
         early.check()
-        workers_for = (lambda d: crew.workers(settings, [d])) if role.delivers else None
-        roster = RetiredDestinations(settings, workers_for, continuity)
-        status_code = Supervisor(children, on_ready=lambda: _tell(settings, role), roster=roster, vitals=vitals).run()
+        supervisor = Supervisor(
+            children,
+            on_ready=lambda: _tell(settings, role),
+            roster=_roster(crew, settings, continuity),
+            vitals=vitals,
+        )
+        if read is not None:
+            _let_reload(supervisor, crew, given, read, ends)
+        status_code = supervisor.run()
         early.end()
         return status_code
+
+
+def _roster(
+    crew: Crew, settings: Settings, continuity: Continuity, former: Iterable[Destination] = ()
+) -> RetiredDestinations:
+    workers_for = (lambda d: crew.workers(settings, [d])) if crew.role.delivers else None
+    return RetiredDestinations(settings, workers_for, continuity, former)
+
+
+def _let_reload(supervisor: Supervisor, crew: Crew, given: Settings, read: Read, ends: ExitStack) -> None:
+    """Have the settings reloaded when somebody asks, and known to the commands."""
+    state_dir, role = given.state_dir, crew.role.name
+    known: dict[str, Destination] = {}
+
+    def roster_for(settings: Settings) -> RetiredDestinations:
+        return _roster(crew, settings, _continuity(settings), known.values())
+
+    def on_taken(settings: Settings, generation: int) -> None:
+        known.update((backup.name, backup) for backup in settings.backups)
+        running.write(state_dir, role, settings, generation)
+
+    reload = Reload(given, read, crew, supervisor, roster_for, on_taken)
+    supervisor.on_reload = reload.hang_up
+    control = Control(state_dir, role, supervisor.watch, supervisor.forget, reload.answer)
+    control.open()
+    ends.callback(control.close)
+    on_taken(given, supervisor.generation)
+    ends.callback(running.remove, state_dir, role)
+
+
+def _continuity(settings: Settings) -> Continuity:
+    return Continuity(settings.backups, settings.state_dir, replicas=settings.redis.replicas)
 
 
 def _tell(settings: Settings, role: Role) -> None:

@@ -59,6 +59,7 @@ _SHARED_SECONDS = 1.0
 _LINGER_SECONDS = 1.0  # after an answer, for whatever else the client has sent
 _LINGER_OCTETS = 65536
 _LOOK_EVERY = 0.25  # seconds between two looks whether to stop
+_FINISH_EVERY = 0.02  # and between two looks whether all have their answers
 _PORT_SECONDS = 3.0  # for a greeting on the relay's port
 _SPOOL = "spool"
 _LEDGER = "ledger"
@@ -144,6 +145,7 @@ def serve(
     with StatusServer(listener, answers) as http:
         while not stop.is_set():
             http.handle_request()  # or nothing, for a while
+        http.finish()
 
 
 def healthy(failing: Sequence[str]) -> HttpAnswer:
@@ -381,6 +383,16 @@ class StatusServer(ThreadingHTTPServer):
         self._slots = threading.BoundedSemaphore(_AT_ONCE)
         self._open: dict[Any, bool] = {}  # oldest first; whether an answer is being made
         self._lock = threading.Lock()
+
+    def finish(self) -> None:
+        """Let whoever has asked have the answer: another process may be in our place already, and nobody see us go."""
+        begun = time.monotonic()
+        while (waited := time.monotonic() - begun) < _SECONDS:
+            with self._lock:
+                are_busy, are_open = any(self._open.values()), bool(self._open)
+            if not (are_busy or (are_open and waited < _LOOK_EVERY)):
+                break
+            time.sleep(_FINISH_EVERY)
 
     def get_request(self) -> tuple[Any, Any]:
         try:

@@ -278,7 +278,7 @@ class _Relay:
             # A Redis that is down must not delay the primary leg for long.
             await asyncio.wait_for(self._introductions.wait(), _INTRODUCTION_SECONDS)
         importing = loop.create_task(_for_ever(self._importer.run)) if self._importer else None
-        await self._shared.snapshot.primary.announced()
+        await self._hear_the_primary()
         servers = []
         for n, sock in enumerate(self._place.sockets):
             take = partial(commands.take, self._shared, tls=n >= self._place.plain)
@@ -308,6 +308,13 @@ class _Relay:
             await client.aclose()
         self._jobs.close()
         maillog.stopped("relay")
+
+    async def _hear_the_primary(self) -> None:
+        """Wait for the primary's EHLO, as long as nobody tells us to stop: it may be silent."""
+        waits = {asyncio.create_task(w) for w in (self._shared.snapshot.primary.announced(), self._stop.wait())}
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for task in waits:
+            task.cancel()
 
     def _end(self) -> None:
         self._shared.leaving = False

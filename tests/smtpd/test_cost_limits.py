@@ -132,6 +132,23 @@ def test_a_slow_pace_is_forgiven(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hasty.are_unbearable
 
 
+def test_what_drains_beside_us_counts() -> None:
+    """Each process at one place has a seat of its own: who takes one starts with zeros there, and all are added up."""
+    counters = SharedCounters(2)
+    former, other = counters.of_process(0), counters.of_process(1)
+    successor = former.at_seat(1)
+    for one in (former, other, successor):
+        one.take()
+        one.add_client(1)
+        one.add_octets(10)
+        one.count_address("192.0.2.1", 1)
+    for one in (former, other, successor):
+        assert (one.clients, one.own_clients, one.octets, one.connections_of("192.0.2.1")) == (3, 1, 30, 3)
+    former.clear()  # it was killed
+    assert (other.clients, other.octets, other.connections_of("192.0.2.1")) == (2, 20, 2)
+    assert successor.at_seat(0).own_clients == 0
+
+
 def test_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
     """An address may be wrong some times, and again after a while; another's are its own; all processes count."""
     now = [1000.0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -300,6 +301,19 @@ def test_what_a_dead_relay_released_last_gets_jobs_however_long_its_successor_to
     recovery.take_over(contents.connection, "here relay-1", IdSource().owner, 60)
     assert list(contents.queued().values()) == [last]
     assert early not in last
+
+
+def test_a_process_of_other_settings_at_the_same_place_is_not_dead(contents: Contents) -> None:
+    """What one has staged that still drains there stays its own; once it has gone it is taken over."""
+    leaving, coming = IdSource(), IdSource()
+    recovery.take_over(contents.connection, "here relay-1", leaving.owner, 60, instance="7.1")
+    staged = contents.staged(message_id=leaving.next())
+    both = frozenset({"7.1", "8.2"})
+    take_over = partial(recovery.take_over, contents.connection, "here relay-1", coming.owner, 60, instance="8.2")
+    assert take_over(living=both) == []
+    assert contents.connection.zscore(keys.STAGED, staged) is not None
+    assert take_over(living=both - {"7.1"}) == [staged]
+    assert contents.connection.hkeys(keys.OWNERS) == [coming.owner.encode()]
 
 
 # Staged and uncertain messages
