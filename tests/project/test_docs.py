@@ -207,7 +207,7 @@ def site(product: Callable[..., Product], primary: ScriptedServer, backup: Scrip
     backup.replies["RCPT TO:<unknown@example.com>"] = UNKNOWN
     backup.replies["RCPT TO:<later@example.com>"] = "450 4.2.0 greylisted"
     table = f'[[backup]]\nname = "new"\nurl = "{backup.address}"\n'
-    instance = product(primary=primary.address, files={"settings.toml": table})
+    instance = product(primary=f"old={primary.address}", files={"settings.toml": table})
     for user in ("unknown", "later", "bob"):
         instance.send("alice@example.net", f"{user}@example.com")
     wait_failed(instance)
@@ -243,43 +243,15 @@ def test_commands_do_what_the_page_says(page: str, site: Product, programs: Path
         if "| jq" in block.text and not shutil.which("jq"):
             pytest.skip("jq is not installed")
         done = run(site, re.sub(r"\bID\b", message, block.text), programs)
-        assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
-        assert not done.stderr.replace("\n", "") or "curl" in block.text, f"{block}: {done.stderr}"
+        status = int(block.words[1]) if len(block.words) > 1 else 0
+        assert done.returncode == status, f"{block}\n{done.stdout}{done.stderr}"
+        assert status or not done.stderr.replace("\n", "") or "curl" in block.text, f"{block}: {done.stderr}"
         if " drop " in block.text:
             wait_until(lambda: site.summary()["failed"] == 0)
-        elif " retry " in block.text:
+        elif " retry " in block.text and "--dry-run" not in block.text.splitlines()[-1]:
             wait_failed(site)
         elif " export " in block.text:
             assert b"Subject: " in (site.directory / "message.eml").read_bytes()
-
-
-REFUSALS = {
-    "550 5.1.1 ADDRESS: Recipient address rejected: User unknown": [
-        "550 5.1.1 <bob@example.com>: Recipient address rejected: User unknown",
-        "550 5.1.1 <eve+tag@example.com>: Recipient address rejected: User unknown",
-        '550 5.1.1 <"e v e"@example.com>: Recipient address rejected: User unknown',
-    ],
-    "550-5.7.26 unauthenticated mail from ADDRESS; see https://example.net/a ID": [
-        "550-5.7.26 unauthenticated mail from alice@example.net; see https://example.net/a k12-20020a170902b00",
-        "550-5.7.26 unauthenticated mail from bob@example.net; see https://example.net/a 5a478bee46e88-2a9dff1",
-    ],
-    "552 5.3.4 Message size exceeds fixed limit": ["552 5.3.4 Message size exceeds fixed limit"],
-}
-
-
-@pytest.mark.skipif(not shutil.which("jq"), reason="jq is not installed")
-def test_the_report_by_reason_counts_a_reply_once_whoever_it_names(tmp_path: Path) -> None:
-    """Replies that differ by addresses and queue ids only are one reason in the first report of migration.md."""
-    rows = [json.dumps({"reply": reply}) for replies in REFUSALS.values() for reply in replies]
-    (tmp_path / "rows").write_text("\n".join(rows) + "\n")
-    (tmp_path / "smtp-dup").write_text(f"#!/bin/sh\nexec cat {shlex.quote(str(tmp_path / 'rows'))}\n")
-    (tmp_path / "smtp-dup").chmod(0o755)
-    (block,) = (b for b in documents.of("run", page="migration.md") if ".reply" in b.text)
-    report = block.text.partition("\nsmtp-dup ")[0]
-    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", report], env=environment, capture_output=True, text=True, check=True)
-    counts = {reason: int(count) for count, reason in (line.split(maxsplit=1) for line in done.stdout.splitlines())}
-    assert counts == {reason: len(replies) for reason, replies in REFUSALS.items()}
 
 
 class AsWritten(Product):

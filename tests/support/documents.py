@@ -4,7 +4,7 @@ The block's language says it; an HTML comment right above it, `<!-- test: WORDS 
 
     toml, yaml    read as settings; a yaml that is something else is told by its keys
     sh            bash's syntax, and every smtp-dup command in it by the command's own parser
-    run           (sh) run against a running product as well
+    run STATUS    (sh) run against a running product as well; STATUS is its exit status, 0 unless given
     up            (sh) starts the product, which then relays and copies
     postfix S F   a piece of Postfix's file F; the pieces of one scenario S make an instance
     exim S        a piece of an Exim configuration
@@ -21,6 +21,8 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from relay.command.commands import ROOT as ROOT_GROUP
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,10 +47,7 @@ LANGUAGES = {"", "text", "sh", "toml", "yaml", "ini", "json", "xml"}
 
 _FENCE = re.compile(r"^( *)```([\w+-]*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _COMMENT = re.compile(r"<!-- test: (.*?) -->\s*$")
-_WORDS = {
-    "up", "demo", "relay", "workers", "check", "queue", "failed", "hash-password", "new-key", "completion", "help",
-    "version",
-}  # fmt: skip
+_WORDS = set(ROOT_GROUP.commands)
 
 
 @dataclass(frozen=True)
