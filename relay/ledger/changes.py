@@ -32,6 +32,7 @@ from relay.ledger.scripts import script as _script
 from relay.mail.ids import text as as_text
 
 NOISE = 900.0  # seconds: see divergence.noise
+COVERING = 2  # of a release: an uncertain message with the same digest has the recipients too
 WANTED, SETTLED, UNKNOWN = range(3)  # what a ledger says of a file; see judge_files.lua
 
 Pipe = Any  # redis.client.Pipeline or redis.asyncio.client.Pipeline: both only queue commands here
@@ -138,7 +139,7 @@ def stage_large(pipe: Pipe, messages: Sequence[Staged]) -> None:
 
 
 def release(pipe: Pipe, messages: Sequence[Released]) -> None:
-    """Make staged (or uncertain) messages pending for their backups. Result: for each 1, or 0 for not in that state."""
+    """Make staged (or uncertain) messages pending for their backups. Result: for each 1, COVERING, or 0 for neither."""
     arguments: list[str] = []
     for m in messages:
         recipients = json.dumps(m.recipients) if m.digest else ""

@@ -18,6 +18,7 @@ from redis import Redis
 
 from relay import maillog
 from relay.ledger import changes, keys, queries, registry, rq_jobs
+from relay.ledger.changes import Released
 from relay.ledger.copy_state import CopyState
 from relay.ledger.queries import UnknownId
 from relay.ledger.rq_jobs import JOB_SIZE
@@ -142,6 +143,20 @@ def note_twins(connection: Redis, known: set[str]) -> None:
         pipe.execute()
     known.clear()
     known |= uncertain
+
+
+def tell_of_repeats(connection: Redis, released: Released) -> None:
+    """Log which backups may have a message already that was released now and covers an uncertain one.
+
+    A backup that the uncertain one is not for was its primary: another was promoted since. It may have the one, and
+    gets a copy of the other.
+    """
+    twins = cast("bytes | None", connection.hget(keys.TWINS, released.digest))
+    for twin in text(twins or b"").split():
+        envelope = queries.envelopes(connection, [twin])[0] if is_id(twin) else None
+        for name in released.destinations if envelope else ():
+            if envelope and name not in envelope.destinations:
+                maillog.repeated(released.id, name, f"it may have taken {twin}, the same mail, when it was the primary")
 
 
 def copy_due(connection: Redis, backups: Sequence[Destination] = (), job_size: int = JOB_SIZE) -> Iterator[Recovered]:

@@ -12,13 +12,14 @@ import asyncio
 import contextlib
 import errno
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from relay import limits, maillog, metrics
-from relay.ledger.changes import Held, Released, Staged
+from relay.ledger.changes import COVERING, Held, Released, Staged
 from relay.ledger.group_commit import GroupCommit
 from relay.ledger.monitor import Monitor
 from relay.ledger.rq_jobs import Dispatcher
@@ -59,7 +60,9 @@ class Staging:
         deadline_seconds: float,
         hold_seconds: float,
         spool: Spool | None = None,
+        covering: Callable[[Released], Awaitable[None]] | None = None,
     ) -> None:
+        """``covering`` is told of a release that stands for an uncertain message too."""
         self._small = GroupCommit(connection, seconds=stage_seconds)
         self._large = GroupCommit(bulk, seconds=stage_seconds)
         self._dispatcher = dispatcher
@@ -68,6 +71,7 @@ class Staging:
         self._deadline_seconds = deadline_seconds
         self._hold_seconds = hold_seconds
         self._spool = spool
+        self._covering = covering
         self._doubtful: set[str] = set()  # ids whose stage got no answer: Redis may have them nevertheless
         self._repeating: set[asyncio.Task[None]] = set()
 
@@ -151,6 +155,8 @@ class Staging:
                 self._dispatch(released)
                 if not is_new:
                     self._repeat(lambda: self._look_for(released))
+                elif is_new == COVERING and self._covering:
+                    self._repeat(partial(self._covering, released))
                 return
         if self._spool is not None:
             await self._noted(self._spool.note_release(released))

@@ -562,3 +562,66 @@ def test_a_byte_order_mark_in_front_is_no_part_of_the_file(tmp_path, name, text)
     assert found.data["state_dir"] == "/srv/x"
     assert found.data["smtp"]["listen"] == "127.0.0.1:2526"
     assert found.lines["smtp.listen"] in {2, 3}
+
+
+# The primary as it would be a backup -----------------------------------------------------------------------------
+
+
+def test_a_primary_may_have_a_name() -> None:
+    """As a backup's: in front of its address or URL, which may hold = itself; else host:port is its name."""
+    for text, name, host in (
+        ("old=old.example.com:25", "old", "old.example.com"),
+        ("old=smtp://user:a=b@old.example.com:25", "old", "old.example.com"),
+        ("smtp://user:a=b@old.example.com", "old.example.com:25", "old.example.com"),
+        ("old.example.com:2525", "old.example.com:2525", "old.example.com"),
+    ):
+        primary = loaded(flags={"relay.destination_primary": text}).primary
+        assert primary
+        assert (primary.name, primary.host) == (name, host)
+    with pytest.raises(SettingsError, match="taken by the primary"):
+        loaded(flags={"relay.destination_primary": "x=a.example:25", "relay.destination_backups": "x=b.example:25"})
+
+
+@pytest.mark.parametrize(
+    ("written_as", "sender", "soft_bounce"),
+    [
+        ("", "null", False),
+        ('demoted = {sender = "keep", soft_bounce = true}', "keep", True),
+        ("demoted = {soft_bounce = true}", "null", True),
+        ('demoted = "sender=keep"', "keep", False),
+    ],
+)
+def test_how_a_demoted_primary_gets_copies(tmp_path: Path, written_as: str, sender: str, soft_bounce: bool) -> None:
+    """A table in the file, text in a variable; what is left out stands at its default."""
+    found = loaded(written(tmp_path / "a", f"[relay]\n{written_as}\n"))
+    assert found.demoted
+    assert (found.demoted.sender, found.demoted.soft_bounce) == (sender, soft_bounce)
+    assert (found.demoted.name, found.demoted.host) == ("old.example.com:25", "old.example.com")
+    environ = {"SMTP_DUP_RELAY_DEMOTED": f"sender={sender}, soft_bounce={str(soft_bounce).lower()}"}
+    assert loaded(environ=environ).demoted == found.demoted
+
+
+@pytest.mark.parametrize("value", ["sender=maybe", "soft_bounce", "senders=null", "sender", "soft_bounce=2"])
+def test_nonsense_about_a_demoted_primary(value: str) -> None:
+    """It is a problem as any other, with what was expected."""
+    with pytest.raises(SettingsError, match=r"relay\.demoted.*expected"):
+        loaded(environ={"SMTP_DUP_RELAY_DEMOTED": value})
+
+
+def test_a_table_says_how_the_primary_would_be_a_backup(tmp_path: Path) -> None:
+    """With its name and its address: it is no backup, and `check` shows it; one of the two alone is a mistake."""
+    primary = '[relay]\ndestination_primary = "old=old.example.com:25"\n'
+    table = primary + '[[backup]]\nname = "{}"\nurl = "{}"\nconnections = 7\n'
+    other = '[[backup]]\nname = "new"\nurl = "new.example.com"\n'
+    folder = written(tmp_path / "a", table.format("old", "old.example.com:25") + other)
+    found = load({}, {}, (folder,))
+    assert [backup.name for backup in found.backups] == ["new"]
+    assert found.demoted
+    assert (found.demoted.connections, found.demoted.sender) == (7, "keep")
+    assert any(row.key == "backup.old" and "connections=7" in row.value for row in describe(found))
+    for name, url, text in (
+        ("older", "old.example.com:25", "same server as the primary"),
+        ("old", "other.example.com:25", "is taken by the primary"),
+    ):
+        with pytest.raises(SettingsError, match=text):
+            load({}, {}, (written(tmp_path / name, table.format(name, url) + other),))

@@ -16,7 +16,9 @@ from relay.ledger import keys
 from relay.topology import decisions, promotion, remembered
 from relay.topology.promotion import Impossible, Plan, Unprepared
 from relay.topology.state import Topology
+from support.drained import is_drained
 from support.product import Product
+from support.reactions import Reset
 from support.redis_servers import RedisServer
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
@@ -471,3 +473,27 @@ def test_whoever_is_demoted_has_workers_at_once(product: Make, scripted: Callabl
     refused = both.run("queue", "forget", "old")
     assert refused.returncode == 1
     assert "backup since new was promoted" in refused.stderr
+
+
+def test_what_was_uncertain_at_the_old_primary(product: Make, scripted: Callable[..., ScriptedServer]) -> None:
+    """Its second try, which the new one takes, stands for it there; the old one may have it twice, and that is told."""
+    old, new = scripted({".": Reset()}), scripted()
+    both = pair(product, old, new, settings={"relay.uncertain_hold": "5m"})
+    mail = b"Subject: once\r\nMessage-ID: <1@example.com>\r\n\r\nx\r\n"
+    with both.dialogue() as client, redis.Redis.from_url(both.redis_url) as connection:
+        client.hello()
+        client.mail("a@example.com", "b@example.com", data=mail, end=451)
+        wait_until(lambda: connection.hlen(keys.TWINS))
+        (twin,) = (i.decode() for i in connection.zrange(keys.UNCERTAIN, 0, -1))
+        old.replies.clear()
+        promoted(connection, both, "new")
+        client.mail("a@example.com", "b@example.com", data=mail)
+        old.wait_for(1)
+        both.wait_for_log("may repeat")
+        connection.zadd(keys.UNCERTAIN, {twin: 1}, xx=True)  # its hold is over
+        wait_until(lambda: is_drained(both))
+    assert subjects(new) == ["once"]
+    (event,) = (e for e in both.events if e["event"] == "may repeat")
+    assert event["destination"] == "old"
+    assert twin in event["reason"]
+    assert event["id"] != twin

@@ -1,4 +1,5 @@
 -- ARGV: for each message: id, digest, recipients (JSON), time accepted (0 for now), number of backups, their names.
+-- Returns for each 1, 2 where it covers an uncertain twin, 0 where it was in neither state.
 -- Only what was staged or uncertain becomes pending: a repeated release must not revive a settled copy.
 local time = redis.call('TIME')
 local now = time[1] .. '.' .. string.format('%06d', time[2])
@@ -30,12 +31,15 @@ end
 
 -- cjson cannot read lone surrogates (addresses that are no UTF-8), so the lists are kept as text, one a line.
 local function cover_twins(digest, recipients)
+  local result = 1
   for twin in string.gmatch(redis.call('HGET', 'smtpdup:twins', digest) or '', '%S+') do
     if redis.call('ZSCORE', 'smtpdup:uncertain', twin) then
       local before = redis.call('HGET', 'smtpdup:covered', twin)
       redis.call('HSET', 'smtpdup:covered', twin, before and (before .. '\n' .. recipients) or recipients)
+      result = 2
     end
   end
+  return result
 end
 
 while i <= #ARGV do
@@ -48,7 +52,7 @@ while i <= #ARGV do
     if moved == 1 then no_longer_uncertain(id, digest) end
   end
   if moved == 1 then
-    if has_twins and digest ~= '' then cover_twins(digest, recipients) end
+    if has_twins and digest ~= '' then moved = cover_twins(digest, recipients) end
     if count == 0 then redis.call('DEL', 'smtpdup:message:' .. id) end
     local score = accepted > 0 and accepted < seconds and ARGV[i - 2] or now
     for n = 0, count - 1 do
