@@ -1,1 +1,1 @@
-"""The spool: messages as files while Redis cannot take them, and their way into the ledger."""
+"""The spool: messages as files while Redis cannot take them, and their import into the ledger."""

@@ -1,9 +1,9 @@
-"""Room in Redis for what was spooled: who may have more copies there while memory is short.
+"""Room in Redis for spooled copies: which backups may get more copies there while memory is short.
 
-Up to 60 % of ``maxmemory`` everybody may. Beyond that, a backup that does not take its copies would keep Redis full and
-everybody else's copies on disk. So the last part is for those that do take them: few of their copies are waiting there,
-and the next few come in when these are gone. What a backup has deferred (it lives, but says "later") does not count
-as waiting, yet has to leave some room to those that say "yes". The others' copies stay on disk, where there is more.
+While less than 60 % of ``maxmemory`` is used, all may. Beyond that, a backup that does not accept its copies would keep
+Redis full and the copies of all others on disk. So the rest is for backups that accept theirs: only a few of their
+copies are in Redis at once, and the next few follow when these are delivered. Copies that a backup has deferred do not
+count as waiting, but such a backup gets a little less room. The copies of the other backups stay on disk.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from relay.ledger.monitor import Monitor
 _EVERYBODY = 0.75  # of maxmemory: up to where copies may come in while it is under 60 %
 _DEFERRING = 0.80
 _TAKING = 0.85
-_RESERVE = 0.10  # what those that take theirs share
+_RESERVE = 0.10  # the part that the accepting backups share
 _MOST = 1000  # copies of one backup
 
 
 class Admission:
-    """Asks the ledger, since every host's relays fill the same memory."""
+    """Decides by the ledger, since the relays of all hosts fill the same memory."""
 
     def __init__(self, connection: Redis, watch: Monitor) -> None:
         self._connection = connection
         self._watch = watch
 
     async def levels(self, destinations: Iterable[str], octets: int) -> dict[str, float]:
-        """Return up to which part of maxmemory copies of so many octets may come in, for each backup that may have any.
+        """Return for each backup that may get copies of this size: up to which part of maxmemory they may be imported.
 
         Raises RedisError.
         """
         names = sorted(destinations)
         if self._watch.may_import():
-            return dict.fromkeys([*names, ""], _EVERYBODY)  # and what is due nowhere as yet
+            return dict.fromkeys([*names, ""], _EVERYBODY)  # "": messages that are not due at any backup yet
         if not self._watch.is_calm or not names or not await self._watch.look():
-            return {}  # what came in a moment ago may have gone out again: hence another look
+            return {}  # the look refreshes the numbers: copies imported a moment ago may be delivered by now
         share = self._watch.copies(_RESERVE / (len(names) + 1), octets)
         few = max(1, min(_MOST, share))
         async with self._connection.pipeline(transaction=False) as pipe:

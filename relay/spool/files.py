@@ -1,7 +1,7 @@
-"""The importer's view of the spool's files: what there is, what is in it, and where to put what cannot be read.
+"""The spool's files as the importer uses them: listing, reading, moving and deleting.
 
-All of it waits for the disk and runs in threads. Trouble with the disk is an OSError; a file that makes no sense
-is moved to the folder ``corrupt``, as it is, and logged.
+Everything here blocks on the disk and runs in threads. A disk failure raises OSError; a file that cannot be read as a
+message or a note is moved unchanged to the folder ``corrupt`` and logged.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from relay.spool import locks, writer
 from relay.spool.skipped import Skipped, is_of_all
 from relay.spool.writer import DISCARD, READY, RELEASE, STAGED, TMP, Entry
 
-_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # the disk has none: copies, then
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # no hard links: files are copied instead
 _LIST_EVERY = 60.0  # seconds, also when some of it could not come in
 _TOLD = 100  # files of others that the log names
 _AHEAD = 5000  # entries of a backlog kept in mind: it is listed again when they are done
 
 
 class Due(NamedTuple):
-    """What one pass finds to do: ids that Redis must not have staged, mail and notes to bring in, dead owners."""
+    """The work of one pass: ids that must not stay staged in Redis, mail and notes to import, dead owners."""
 
     ids: list[str]
     mail: list[Entry]
@@ -47,7 +47,7 @@ class Due(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """One file, read."""
+    """The content of one file."""
 
     entry: Entry
     record: bytes
@@ -60,15 +60,15 @@ class SpoolFiles:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.name = ""  # under which Redis knows this folder, wherever it is mounted; known once it is ours
-        self._made: set[str] = set()  # backups whose folders are there for good
-        self._locked: set[str] = set()  # names of files whose key is not here, told once
-        self._ours: set[Path] = set()  # files that were seen to be ours
-        self._foreign: set[Path] = set()  # those that are not, told once
+        self.name = ""  # identifies this folder in Redis, wherever it is mounted; known once the lock is held
+        self._made: set[str] = set()  # backups whose folders exist durably
+        self._locked: set[str] = set()  # names of files with a missing key, logged once
+        self._ours: set[Path] = set()  # files known to belong to a trusted user
+        self._foreign: set[Path] = set()  # files of other users, logged once
         self.skipped = Skipped()
 
     def take_over(self) -> int:
-        """Return the lock's descriptor, -1 while another process has it."""
+        """Take the importer's lock; returns its descriptor, -1 while another process holds it. Raises OSError."""
         writer.prepare(self._folder)
         try:
             descriptor = private_files.open_locked(self._folder / "importer.lock")
@@ -93,7 +93,7 @@ class SpoolFiles:
         return fresh
 
     def definitions(self, new: dict[str, str]) -> dict[str, str]:
-        """Return the destinations that this spool has ever known, the present ones among them, and keep them."""
+        """Add the current destinations to those that the spool has recorded; returns all of them. Raises OSError."""
         path = self._folder / "destinations.json"
         try:
             found: dict[str, str] = dict(json.loads(private_files.read(self._folder, path.name)))
@@ -109,7 +109,7 @@ class SpoolFiles:
         return known
 
     def survey(self) -> Due:
-        """Look at all but the backlogs; half-written files of the dead, and what is no file of ours, are set aside."""
+        """List everything except the backlogs; set aside half-written files of dead processes and foreign files."""
         place = writer.messages(self._folder)
         names = self._of_ours(place, writer.names(place))
         self.skipped.retain({*names, *(name for b in self.backlogs() for name in writer.names(self._place(b)))})
@@ -140,7 +140,7 @@ class SpoolFiles:
                 survey.mail.append(entry)
 
     def _of_ours(self, place: Path, names: Sequence[str]) -> list[str]:
-        """Return those that are regular files of ours; what another user put there is left alone, and told once."""
+        """Return the names of regular files of trusted users; others are left alone and logged once."""
         ours = []
         there = {place / name for name in names}
         self._ours -= {path for path in self._ours if path.parent == place and path not in there}
@@ -162,13 +162,13 @@ class SpoolFiles:
         return ours
 
     def _pass_over(self, name: str, error: Exception) -> None:
-        """Go on without this file for a while. Raises the trouble that all files have."""
+        """Skip this file for a while. Raises ``error`` if it concerns all files."""
         if is_of_all(error):
             raise error
         self.skipped.add(name, error)
 
     def bury(self, dead: set[str]) -> None:
-        """Forget the dead who have left nothing more."""
+        """Remove the locks of dead processes that have no files left."""
         left = {owner_of(e.id) for e in writer.scan(self._folder) if e.state}
         for owner in dead - left:
             locks.forget(self._folder, owner)
@@ -176,11 +176,11 @@ class SpoolFiles:
     # One backup's backlog
 
     def backlogs(self) -> list[str]:
-        """Return the backups for which something may wait."""
+        """Return the backups that have a backlog folder."""
         return writer.backlogs(self._folder)
 
     def backlog(self, destination: str) -> list[Entry]:
-        """Return the oldest of what waits for a backup alone; an empty folder goes."""
+        """Return the oldest entries of a backup's backlog; an empty folder is removed."""
         folder = writer.backlog(self._folder, destination)
         names = writer.names(folder)
         if not names:
@@ -190,11 +190,11 @@ class SpoolFiles:
         return [entry for entry in map(writer.entry_of, ours) if entry.state]
 
     def put_by(self, destination: str, names: Sequence[str]) -> None:
-        """Have messages wait for this backup as well as where they are; durable at the end, and may be repeated."""
+        """Link messages into this backup's backlog, durably; their files stay where they are. May be repeated."""
         folder = writer.backlog(self._folder, destination)
         if destination not in self._made or not folder.exists():
             private_files.folder(folder)
-            writer.sync(folder.parent)  # also where a predecessor made it, and died before this
+            writer.sync(folder.parent)  # also for a folder whose creator died before the fsync
             self._made.add(destination)
         for name in names:
             source = writer.messages(self._folder) / name
@@ -214,7 +214,7 @@ class SpoolFiles:
     # What is in the files
 
     def load(self, batch: Sequence[Entry], destination: str = "") -> list[Loaded]:
-        """Read messages, of a backup's backlog where one is named; what makes no sense is set aside."""
+        """Read messages, from a backup's backlog if named; those that cannot be read are set aside."""
         loaded = []
         for entry in batch:
             if entry.name in self.skipped:
@@ -223,7 +223,7 @@ class SpoolFiles:
                 loaded.append(self._loaded(entry, destination))
             except FileNotFoundError:
                 continue
-            except LockedRecord as error:  # it stays, and comes in as soon as the key is here
+            except LockedRecord as error:  # it stays, and is imported as soon as the key is in the file
                 if entry.name not in self._locked:
                     self._locked.add(entry.name)
                     maillog.notice("error", "a spooled message waits for its key", id=entry.id, reason=str(error))
@@ -233,7 +233,7 @@ class SpoolFiles:
                     self._set_aside(entry.name, str(error), destination)
                 except OSError as trouble:
                     self._pass_over(entry.name, trouble)
-            except Exception as error:  # this one may be readable later; the others are now
+            except Exception as error:  # this file may be readable later; the others can be imported now
                 self._pass_over(entry.name, error)
         return loaded
 
@@ -248,7 +248,7 @@ class SpoolFiles:
         return Loaded(entry, record, released, held=entry.state != READY)
 
     def notes(self, entries: Sequence[Entry]) -> list[tuple[Entry, Released | None]]:
-        """Read notes of releases, and name those of discards; what makes no sense is set aside."""
+        """Return notes: (entry, Released), or (entry, None) for a discard; unreadable ones are set aside."""
         found: list[tuple[Entry, Released | None]] = []
         for entry in entries:
             if entry.state == DISCARD:
@@ -276,7 +276,7 @@ class SpoolFiles:
         return Released(entry.id, names, any_text(note["digest"]), texts(note["recipients"]), at)
 
     def gone(self, members: Sequence[str]) -> list[str]:
-        """Return those of these notes (see ``ledger.note_of``) whose files are gone for good."""
+        """Return those of these notes (see ``changes.note_of``) whose files are durably deleted."""
         left = writer.scan(self._folder)
         known = {e.id for e in left} | {e.name for e in left}
         notes = {member: changes.note_of(member) for member in members}
@@ -290,7 +290,7 @@ class SpoolFiles:
         return bool(destination) and (writer.backlog(self._folder, destination) / file).exists()
 
     def _tidy(self, name: str) -> None:
-        """Put away what was being written when its process was killed: the client has not heard 2xx for it."""
+        """Set aside a file whose process was killed while writing it: its client got no 2xx."""
         if self._move(name, "unfinished", ""):
             maillog.spool_unfinished(name)
 
@@ -299,7 +299,7 @@ class SpoolFiles:
             maillog.spool_set_aside(moved, reason)
 
     def _move(self, name: str, folder: str, destination: str) -> str:
-        """Move a file into this folder. Returns its name there, "" where it is gone."""
+        """Move a file into this folder; returns its name there, "" if it is gone."""
         source = self._place(destination)
         target = self._folder / folder / name
         if target.exists():
@@ -313,23 +313,23 @@ class SpoolFiles:
         return target.name
 
     def delete(self, names: Sequence[str], destination: str = "") -> None:
-        """Forget files that are in the ledger now, or where another folder has them."""
+        """Delete files that are in the ledger now or in another folder."""
         for name in names:
             try:
                 (self._place(destination) / name).unlink(missing_ok=True)
-            except OSError as error:  # its note in Redis stays as long as it does: it comes in once
+            except OSError as error:  # its note stays in Redis as long as the file, so it is not imported again
                 self._pass_over(name, error)
 
 
 class Ahead:
-    """What comes next of each backlog. A long one is not listed for every handful that comes in."""
+    """The next entries of each backlog, so that a long one is not listed for each small batch."""
 
     def __init__(self, shelf: SpoolFiles) -> None:
         self._shelf = shelf
         self._listed: dict[str, tuple[float, dict[str, Entry]]] = {}
 
     def of(self, destination: str) -> list[Entry]:
-        """Return the oldest of what waits for this backup alone."""
+        """Return the oldest entries of this backup's backlog that have not been processed yet."""
         at, entries = self._listed.get(destination, (-math.inf, {}))
         now = time.monotonic()
         if not entries or now - at > _LIST_EVERY:
@@ -338,7 +338,7 @@ class Ahead:
         return list(entries.values())
 
     def had_their_turn(self, destination: str, entries: Sequence[Entry]) -> None:
-        """Do not name these again, until the folder is listed anew."""
+        """Remove processed entries, until the folder is listed again."""
         _, listed = self._listed.get(destination, (0.0, {}))
         for entry in entries:
             listed.pop(entry.name, None)

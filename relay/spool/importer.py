@@ -1,12 +1,12 @@
-"""The importer: moves what is in the spool into the ledger, oldest first, under the same id, when Redis is back.
+"""The importer: moves spooled messages into the ledger, oldest first and with the same id, when Redis is back.
 
-One process per spool does it (a lock that dies with it). It touches only what no living process will touch again:
-released and held messages, and what dead processes left; a staged message of a dead one becomes uncertain. New
-mail goes first: it rests three times as long as each batch took, and stops while stages fail. While Redis is nearly
-full (see room.py), a message comes in for those backups that may have more, and waits in a folder for each of the
-others: linked there before it is gone from here, so that no share is ever nowhere.
-Every step may be cut off and repeated: each share is noted as brought in, in the script that brings it in, until its
-file is gone for good. What cannot be read is set aside in the spool's folder ``corrupt``, never deleted.
+One process per spool does this, under a lock that the kernel releases when it ends. It touches only files that no
+living process will change: released and held messages, and those that dead processes left; a staged message of a dead
+process becomes uncertain. New mail has priority: after each batch the importer rests three times as long as the batch
+took, and it stops while stages fail. While Redis is nearly full (see admission.py), a message is imported for the
+backups that may get more, and linked into the backlog folders of the others before its file is deleted.
+Every step may be interrupted and repeated: the script that imports a share also notes it, and the note stays until the
+file is durably deleted. A file that cannot be read is set aside in the spool's folder ``corrupt``, never deleted.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from relay.spool.writer import STAGED, Entry
 T = TypeVar("T")
 
 _LOOK_SECONDS = 1.0
-_SHORT_SECONDS = 0.1  # until a few copies, for which there was room, may have gone out again
+_SHORT_SECONDS = 0.1  # while memory is short: the few imported copies may be delivered by then
 _BATCH = 100
-_BATCH_BYTES = 1 << 20  # Redis is not held up for longer than by a group of new mail
-_BATCH_PART = 0.02  # of maxmemory: a batch must fit into what is left when it is nearly full
-_SLICE_SECONDS = 2.0  # for one backup's backlog, until it is the others' turn
+_BATCH_BYTES = 1 << 20  # blocks Redis for no longer than a group of new mail does
+_BATCH_PART = 0.02  # of maxmemory: a batch must fit into the rest when Redis is nearly full
+_SLICE_SECONDS = 2.0  # for one backup's backlog, then the others have a turn
 _PAGE = 1000
 _SHARE = 3  # seconds of rest for each second of work
-_FORGET_AFTER = 60.0  # seconds; by then whatever was on its way to Redis has come or never will
+_FORGET_AFTER = 60.0  # seconds; a command under way has reached Redis by then or never will
 _TRIES = 3
-_TROUBLE_SECONDS = 10.0  # until a disk that refused is asked again
+_TROUBLE_SECONDS = 10.0  # until the next try after a disk failure
 
 
 class Importer:
@@ -78,11 +78,11 @@ class Importer:
         self._room = Admission(connection, watch)
         self._known: set[str] | None = None  # backups that this spool may have copies for
         self._stopping = asyncio.Event()
-        self._is_short = False  # of memory for what else could come in
-        self._told: set[str] = set()  # names of files that do not fit, told once
+        self._is_short = False  # files were left for lack of memory in Redis
+        self._told: set[str] = set()  # names of files that do not fit, logged once
         self._tries: Counter[str] = Counter()  # of batches that Redis refused, by their first file
-        self.passes = 0  # through all that there was
-        self.waits = 0  # for calm, or room
+        self.passes = 0  # complete passes over the spool
+        self.waits = 0  # for Redis to answer, or for room
 
     async def run(self) -> None:
         """Wait for the lock, then import until ``stop``."""
@@ -103,7 +103,7 @@ class Importer:
                     await self._rest(_TROUBLE_SECONDS)
                 except RedisError as error:
                     self._watch.failed(error)
-                except Exception as error:  # nothing that can happen here ends the import
+                except Exception as error:  # the border: no fault must end the import
                     maillog.spool_trouble("import", error)
                     await self._rest(_TROUBLE_SECONDS)
                 await self._rest(_SHORT_SECONDS if self._is_short else _LOOK_SECONDS)
@@ -112,7 +112,7 @@ class Importer:
                 os.close(lock)
 
     def stop(self) -> None:
-        """End after the batch in hand."""
+        """Stop after the current batch."""
         self._stopping.set()
 
     async def _rest(self, seconds: float) -> None:
@@ -122,10 +122,10 @@ class Importer:
     # One pass ---------------------------------------------------------------------------------------------------
 
     async def _once(self) -> bool:
-        """Bring in what there is and may come in. Returns whether there is more that may."""
+        """Import once everything that there is room for; returns whether more can be imported now."""
         found = await asyncio.to_thread(self._shelf.survey)
         await self._introduce()
-        # First of all: what a stage that timed out has left in Redis must not become due by itself.
+        # First of all: a stage that timed out may be in Redis too, and must not become uncertain there.
         for page in _pages(found.ids):
             await self._execute(partial(changes.unstage, spool=self._shelf.name, ids=page))
         await self._settle_notes(found.notes)
@@ -137,7 +137,7 @@ class Importer:
         return more
 
     async def _introduce(self) -> None:
-        """Make known where spooled copies go, as set up when they came: perhaps by a relay that never met Redis."""
+        """Register the recorded destinations of spooled copies: their relay may never have reached Redis."""
         if self._known is not None:
             return
         definitions = {d.name: d.to_json() for d in self._destinations}
@@ -149,7 +149,7 @@ class Importer:
         self._known = set(known)
 
     async def _settle_notes(self, notes: Sequence[Entry]) -> None:
-        """Do what a dead process was about to tell Redis."""
+        """Apply the noted releases and discards of dead processes."""
         for page in _pages(notes):
             found = await asyncio.to_thread(self._shelf.notes, page)
             try:
@@ -157,7 +157,7 @@ class Importer:
             except (ResponseError, DataError) as error:
                 if isinstance(error, OutOfMemoryError):
                     raise
-                for note in found:  # one that Redis does not take must not stop the others
+                for note in found:  # a note that Redis refuses must not stop the others
                     try:
                         await self._settle_page([note])
                     except (ResponseError, DataError) as trouble:
@@ -174,7 +174,7 @@ class Importer:
         await asyncio.to_thread(self._shelf.delete, [entry.name for entry, _ in found])
 
     async def _import(self, entries: Sequence[Entry], backup: str = "", seconds: float = math.inf) -> bool:
-        """Bring messages in, those of a backup's backlog where one is named. Returns whether the time was too short."""
+        """Import messages, from a backup's backlog if named; returns whether ``seconds`` were too short."""
         deadline = time.monotonic() + seconds
         for batch in _batches(entries, self._watch.part(_BATCH_PART, _BATCH_BYTES)):
             while not await self._try(batch, backup):
@@ -189,7 +189,7 @@ class Importer:
         return False
 
     async def _try(self, batch: Sequence[Entry], backup: str) -> bool:
-        """Bring in what has room. Returns whether they have had their turn; if not, there is no room or calm now."""
+        """Import those of a batch that fit; returns False if it must be tried again later."""
         started = time.monotonic()
         try:
             levels = await self._room.levels({backup} if backup else self._known or (), _mean(batch))
@@ -200,7 +200,7 @@ class Importer:
             self._ahead.had_their_turn(backup, fitting)
         except RedisError as error:
             self._watch.failed(error)
-            # Between two tries it was seen to be well: one record that it does not take must not stop others.
+            # Redis answered between the tries, so it is this record that it refuses; the others must go on.
             self._tries[batch[0].name] += not isinstance(error, OutOfMemoryError)
             if self._tries[batch[0].name] < _TRIES:
                 return False
@@ -210,14 +210,14 @@ class Importer:
                 raise
             await self._skip(batch, backup, error)
         else:
-            # New mail goes first; but short of memory, what is spooled is the new mail.
+            # New mail has priority; but while memory is short, new mail goes to the spool.
             share = _SHARE if self._watch.may_import() else 1
             await self._rest(share * (time.monotonic() - started))
         self._tries.pop(batch[0].name, None)
         return True
 
     async def _import_backlogs(self) -> bool:
-        """Go on with each backup's backlog for a moment; returns whether one has more that may come in now."""
+        """Import from each backup's backlog for ``_SLICE_SECONDS``; returns whether one has more to import now."""
         more = False
         for name in await asyncio.to_thread(self._shelf.backlogs):
             if await self._room.levels({name}, 1):
@@ -226,7 +226,7 @@ class Importer:
         return more
 
     async def _skip(self, batch: Sequence[Entry], backup: str, error: Exception) -> None:
-        """Find the one of a batch that gives the trouble: it is passed over for a while, the others come in."""
+        """Import a failed batch one by one; the entry that fails alone is skipped for a while."""
         if len(batch) > 1:
             for entry in batch:
                 await self._import([entry], backup)
@@ -234,7 +234,7 @@ class Importer:
             self._shelf.skipped.add(batch[0].name, error)
 
     def _fitting(self, batch: Sequence[Entry], level: float) -> list[Entry]:
-        """Return those that may come in together."""
+        """Return the entries that fit into Redis together, up to this part of maxmemory."""
         fitting: list[Entry] = []
         octets = 0
         for entry in batch:
@@ -253,22 +253,22 @@ class Importer:
         return fitting
 
     async def _bring_in(self, batch: Sequence[Entry], levels: Mapping[str, float], backup: str) -> None:
-        """Bring in what each backup may have now; the rest of a message goes to the backlogs of the others first."""
+        """Import each message for the backups with room; it goes to the backlogs of the others first."""
         loaded = await asyncio.to_thread(self._shelf.load, batch, backup)
         octets = sum(m.entry.size for m in loaded)
         welcome = {name for name, level in levels.items() if self._watch.fits(octets, level)}
         if backup and backup not in welcome:
-            return  # Redis has filled up this moment: what waits for a backup alone is nowhere else
+            return  # Redis has just filled up; the files stay in the backlog
         due = [Share.of(m, welcome) for m in loaded if not m.held]
-        # What nobody is owed as yet waits for everybody's room.
+        # Uncertain messages, which are not due yet, wait until there is room for all.
         held = [m for m in loaded if m.held] if self._watch.may_import() else []
         if not due and not held:
             return
         for name, files in shares.left(due).items():
             await asyncio.to_thread(self._shelf.put_by, name, files)
         await self._write(due, held)
-        # Also for what had been brought in before: nothing says that we lived long enough then to make its job. And
-        # before the file goes: a successor of ours sees nothing else of it.
+        # Also for copies imported before: that import may have ended before it made the job. And before the file is
+        # deleted: a successor could not know of the copy otherwise.
         await self._dispatch([s.released for s in due])
         names = [s.admitted.file for s in due] + [m.entry.name for m in held]
         await asyncio.to_thread(self._shelf.delete, names, backup)
@@ -290,7 +290,7 @@ class Importer:
             landing.set_result(None)
 
     def _tell(self, due: Sequence[Share], held: Sequence[Loaded]) -> None:
-        """Log and count what has come in."""
+        """Log and count the imported messages."""
         for m in held:
             if m.entry.state == STAGED:
                 maillog.abandoned(m.entry.id, self._hold_seconds)
@@ -300,7 +300,7 @@ class Importer:
                 maillog.unspooled(released.id, released.destinations)
 
     async def _forget(self) -> None:
-        """Strike the notes of what was brought in some time ago, once the files are gone for good."""
+        """Delete the notes of earlier imports whose files are durably deleted."""
         key = keys.IMPORTED + self._shelf.name
         now = await self._connection.time()
         while True:
@@ -308,7 +308,7 @@ class Importer:
             members = cast("list[bytes]", reply)
             old = [note for note in map(text, members) if _is_note(note)]
             if junk := [member for member in members if not _is_note(text(member))]:
-                await self._connection.zrem(key, *junk)  # nobody of ours wrote it, and nothing would ever strike it
+                await self._connection.zrem(key, *junk)  # not written by smtp-dup, and never deleted otherwise
             gone = await asyncio.to_thread(self._shelf.gone, old) if old else []
             if not gone:
                 return
@@ -327,7 +327,7 @@ class Importer:
         try:
             for destination, those in ids.items():
                 await self._dispatcher.put(destination, those)
-        except OSError as error:  # not the spool's: Redis is asked again as soon as it is well
+        except OSError as error:  # of the connection to Redis, not of the disk
             raise NoConnection(str(error)) from error
 
 

@@ -1,6 +1,6 @@
-"""Which relay processes live, as seen from the spool: each holds a flock on a file of its name for life.
+"""Which relay processes are alive: each holds a flock on a file with its name in the spool as long as it runs.
 
-The kernel gives the lock back whatever ends the process, so a SIGKILL tells at once and a SIGSTOP does not count.
+The kernel releases the lock however the process ends: after SIGKILL it counts as dead at once, under SIGSTOP as alive.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def folder_of(spool: Path) -> Path:
 
 
 def lock(spool: Path, owner: str) -> int:
-    """Show that a relay process lives, until the descriptor is closed. Raises OSError when another has that name."""
+    """Take the lock of a relay process; returns its descriptor. Raises OSError if another process holds it."""
     path = folder_of(spool) / owner
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
-        # An importer looks whether we live, or tidied the file away between our open and our lock.
+        # An importer is testing the lock, or removed the file between the open and the lock.
         try:
             descriptor = private_files.open_locked(path)
         except BlockingIOError:
@@ -39,7 +39,7 @@ def lock(spool: Path, owner: str) -> int:
 
 
 def is_alive(spool: Path, owner: str) -> bool:
-    """Say whether the relay process of that name runs. What another user put there is no process of ours."""
+    """Return whether the relay process with this name runs; a file of another user counts as none."""
     try:
         os.close(private_files.open_locked(folder_of(spool) / owner, os.O_RDONLY, shared=True))
     except BlockingIOError:
@@ -50,7 +50,7 @@ def is_alive(spool: Path, owner: str) -> bool:
 
 
 def forget(spool: Path, owner: str) -> None:
-    """Remove the lock file of a process that is dead; a living one keeps it."""
+    """Remove the lock file of a dead process; that of a living one stays."""
     path = folder_of(spool) / owner
     with contextlib.suppress(OSError):
         descriptor = private_files.open_locked(path, os.O_RDONLY)

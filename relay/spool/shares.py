@@ -1,4 +1,4 @@
-"""A spooled message's share: the backups for which it comes into the ledger now, and those that must wait."""
+"""The share of a spooled message: the backups for which it is imported now, and those that must wait."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from relay.spool.files import Loaded
 
 
 class Share(NamedTuple):
-    """What comes in now, and the names of the backups whose copies stay on disk."""
+    """What is imported now, and the names of the backups whose copies stay on disk."""
 
     admitted: Admitted
     left: tuple[str, ...]
 
     @classmethod
     def of(cls, loaded: Loaded, welcome: Collection[str]) -> Share:
-        """Share a message out to the backups that may have it now, and the others."""
+        """Divide a message between the ``welcome`` backups and the others."""
         names = loaded.released.destinations
         released = loaded.released._replace(destinations=tuple(name for name in names if name in welcome))
         admitted = Admitted(loaded.entry.name, loaded.record, released)
@@ -29,12 +29,12 @@ class Share(NamedTuple):
 
     @property
     def octets(self) -> int:
-        """What Redis must hold."""
+        """The octets that Redis needs for it."""
         return len(self.admitted.record) if self.released.destinations else 0
 
 
 def left(shares: Sequence[Share]) -> dict[str, list[str]]:
-    """Return the files that must wait for a backup, by backup."""
+    """Return the files that must wait: backup -> file names."""
     found: dict[str, list[str]] = {}
     for share in shares:
         for name in share.left:

@@ -1,7 +1,7 @@
-"""Files of the spool that are passed over for a while: one that gives trouble holds up nothing behind it.
+"""Files of the spool that are skipped for a while after a failure, so that they do not hold up the others.
 
-Each is tried again, after a minute first, then twice as long each time, up to an hour. The log has one line for a file,
-and no more than a hundred an hour for all of them.
+Each is tried again after a minute, then after twice as long each time, up to an hour. The log gets one line for each
+file, and at most a hundred an hour for all of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from relay import limits, maillog
 
 _FIRST, _LONGEST = 60.0, 3600.0  # seconds
 _LINES = 100  # an hour
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # the trouble of all files
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # errors that concern all files
 
 
 class _Pause(NamedTuple):
@@ -23,26 +23,26 @@ class _Pause(NamedTuple):
 
 
 def is_of_all(error: Exception) -> bool:
-    """Say whether trouble is the disk's, this process's or a connection's, and not one file's."""
+    """Return whether an error concerns the disk, this process or a connection, and not a single file."""
     if isinstance(error, ConnectionError | TimeoutError | MemoryError | EOFError):
         return True
     return isinstance(error, OSError) and (error.errno in _DISK or limits.is_own(error))
 
 
 class Skipped:
-    """The files of one spool that are passed over, by name."""
+    """The skipped files of one spool, by name."""
 
     def __init__(self) -> None:
         self._pauses: dict[str, _Pause] = {}
         self._lines: list[float] = []
 
     def __contains__(self, name: str) -> bool:
-        """Say whether it is not this file's turn as yet."""
+        """Return whether this file is to be skipped now."""
         pause = self._pauses.get(name)
         return pause is not None and time.monotonic() < pause.until
 
     def add(self, name: str, error: Exception) -> None:
-        """Pass over a file from now on, for longer than the last time."""
+        """Skip a file from now on, for twice as long as the last time."""
         before = self._pauses.get(name)
         seconds = min(2 * before.seconds, _LONGEST) if before else _FIRST
         self._pauses[name] = _Pause(time.monotonic() + seconds, seconds)
@@ -50,7 +50,7 @@ class Skipped:
             self._tell(name, error)
 
     def retain(self, names: set[str]) -> None:
-        """Forget the files that are gone."""
+        """Forget all files except these."""
         for name in self._pauses.keys() - names:
             del self._pauses[name]
 

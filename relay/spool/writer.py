@@ -4,11 +4,11 @@
     messages/<id>-<octets>.staged   the packed record, on stable storage before the primary sees the dot
     messages/<id>-<octets>.ready    the primary accepted: its copies are due
     messages/<id>-<octets>.held     no reply from the primary: uncertain
-    messages/<id>.release, .discard notes about a message in Redis, which Redis could not be told
-    backlog/<backup>/<id>-...ready  the same file (a hard link), once only that backup's copy is still to come in
-    owners/<owner>                  flock'd by the living relay process of that name, so that a SIGKILL frees it
-    corrupt/                        what cannot be read, set aside for a person
-    unfinished/                     half written when a process was killed: nobody was promised anything
+    messages/<id>.release, .discard notes about a message in Redis, for changes that Redis did not confirm
+    backlog/<backup>/<id>-...ready  the same file (a hard link), once only that backup's copy has to be imported
+    owners/<owner>                  locked (flock) by the living relay process of that name; SIGKILL frees the lock
+    corrupt/                        files that cannot be read, kept for the operator
+    unfinished/                     half written when a process was killed, before any 2xx
 
 A change is a rename in one folder, durable after the fsync of that folder, which many changes share. A write
 that cannot be durable (disk full, ``min_free``, I/O error) raises OSError. Nothing here blocks the event loop.
@@ -37,14 +37,14 @@ from relay.spool import locks
 
 TMP, STAGED, READY, HELD = "tmp", "staged", "ready", "held"
 RELEASE, DISCARD = "release", "discard"
-_FLIGHTS = 8  # groups being written at once: a journal commits together what waits for it
+_FLIGHTS = 8  # groups written at once: a file system's journal commits them together
 _GROUP_BYTES = 1 << 20
 _STATES = {TMP, STAGED, READY, HELD}
 _NOTES = {RELEASE, DISCARD}
 
 
 class Entry(NamedTuple):
-    """One file of ``messages``; ``size`` is that of the record as its name tells it, 0 for a note."""
+    """One file of ``messages``; ``size`` is the octets of the record by the file's name, 0 for a note."""
 
     id: str
     name: str
@@ -54,7 +54,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SpoolSummary:
-    """The spool at a glance. ``backlogs`` counts the copies of those backups that alone are waited for."""
+    """The numbers of a spool. ``backlogs`` has the number of files in each backup's backlog."""
 
     messages: int = 0
     bytes: int = 0
@@ -70,18 +70,18 @@ def messages(folder: Path) -> Path:
 
 
 def backlog(folder: Path, destination: str) -> Path:
-    """Return the folder of what waits for one backup alone."""
+    """Return the folder of the messages that wait for this backup only."""
     return folder / "backlog" / f"to-{quote(destination, safe='')}"
 
 
 def backlogs(folder: Path) -> list[str]:
-    """Return the backups that have, or had, such a folder. Raises OSError."""
+    """Return the backups that have a backlog folder. Raises OSError."""
     found = {name: unquote(name.removeprefix("to-")) for name in names(folder / "backlog") if name.startswith("to-")}
     return sorted(backup for backup in found.values() if is_destination_name(backup))
 
 
 def names(folder: Path) -> list[str]:
-    """Return what is in a folder, in no order; nothing where there is none. Raises OSError."""
+    """Return the names in a folder, unordered, [] if there is no such folder. Raises OSError."""
     try:
         with os.scandir(folder) as found:
             return [file.name for file in found if not file.name.startswith(".")]
@@ -90,7 +90,7 @@ def names(folder: Path) -> list[str]:
 
 
 def prepare(folder: Path) -> None:
-    """Make the folders, private to us, or close those that others could write to. Raises Foreign, OSError."""
+    """Create the private folders, or close those that other users could write to. Raises Foreign, OSError."""
     private_files.folder(folder, is_named=True)
     for name in ("messages", "backlog", "owners", "corrupt", "unfinished"):
         private_files.folder(folder / name)
@@ -99,7 +99,7 @@ def prepare(folder: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Put the names in a folder on stable storage. Raises OSError."""
+    """Put the names in a folder on stable storage (fsync). Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -113,7 +113,7 @@ def scan(folder: Path) -> list[Entry]:
 
 
 def entry_of(name: str) -> Entry:
-    """Read a file's name."""
+    """Parse the name of a file."""
     stem, _, state = name.rpartition(".")
     message_id, _, size = stem.partition("-")
     is_size = size.isascii() and size.isdigit() and len(size) < 20
@@ -122,7 +122,7 @@ def entry_of(name: str) -> Entry:
             return Entry(message_id, name, state)
         if state == TMP or (state in _STATES and is_size):
             return Entry(message_id, name, state, int(size) if is_size else 0)
-    return Entry(message_id, name, "")  # nobody of ours made it
+    return Entry(message_id, name, "")  # not a file that smtp-dup made
 
 
 def summary(folder: Path | None) -> SpoolSummary:
@@ -136,11 +136,11 @@ def summary(folder: Path | None) -> SpoolSummary:
         entries = [entry_of(name) for name in names(place)]
         if entries:
             counts[backup] = len(entries)
-        # Two links to one file are one message: what several backups wait for is counted once.
+        # Several links to one file are one message, which is counted once.
         waiting |= dict.fromkeys(entries, place)
     age = 0.0
     for entry in sorted(waiting):
-        with contextlib.suppress(FileNotFoundError):  # it has just been moved into the ledger
+        with contextlib.suppress(FileNotFoundError):  # it has just been imported
             age = max(0.0, time.time() - (waiting[entry] / entry.name).stat().st_mtime)
             break
     corrupt, unfinished = (len(names(folder / name)) for name in ("corrupt", "unfinished"))
@@ -152,7 +152,7 @@ def summary(folder: Path | None) -> SpoolSummary:
 
 @dataclass(slots=True)
 class _Change:
-    """Something to be done in a thread, and durable when ``done``."""
+    """A change to be made in a thread; durable when ``done``."""
 
     work: Callable[[], None]
     size: int
@@ -160,7 +160,7 @@ class _Change:
 
 
 class Spool:
-    """What one relay process writes. The folders are made at the first need, so that a bad disk stops nothing else."""
+    """The writer of one relay process. Folders are created when first needed, so that a bad disk stops nothing else."""
 
     def __init__(self, folder: Path, owner: str, min_free: int = 0) -> None:
         self._folder = folder
@@ -170,48 +170,48 @@ class Spool:
         self._opening = asyncio.Lock()
         self._lock = -1
         self._messages = -1
-        self._mine: dict[str, str] = {}  # id -> stem of its file; what the primary has not answered yet
+        self._mine: dict[str, str] = {}  # id -> stem of its file, until the primary has replied
         self._noted: set[str] = set()
         self._gathering = Gathering(self._begin, flights=_FLIGHTS, octets=_GROUP_BYTES)
         self._flights: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
-        """Make the folders and take our owner's lock. Raises OSError."""
+        """Create the folders and take this process's lock. Raises OSError."""
         if self._messages < 0:
             async with self._opening:
                 if self._messages < 0:
                     await asyncio.get_running_loop().run_in_executor(self._pool, self._open)
 
     async def close(self) -> None:
-        """Finish what is under way and give the lock back: what we leave is the importer's."""
+        """Finish the changes under way and release the lock; the importer gets the remaining files."""
         await self._gathering.drain()
         await asyncio.get_running_loop().run_in_executor(self._pool, self._close)
         self._pool.shutdown()
 
     async def write(self, message_id: str, record: bytes) -> None:
-        """Put a packed message on stable storage. Raises OSError; whatever is left then, ``discard`` removes."""
+        """Put a packed message on stable storage. Raises OSError; then ``discard`` removes what may be left."""
         await self.open()
         self._mine[message_id] = stem = f"{message_id}-{len(record)}"
         await self._change(lambda: self._put(stem, STAGED, record, self._min_free), len(record))
 
     async def release(self, message_id: str) -> bool:
-        """Mark a message as accepted, durably. False: it is not here. Raises OSError."""
+        """Mark a message as accepted, durably; returns False if it is not in the spool. Raises OSError."""
         return await self._end(message_id, lambda stem: self._rename(stem, READY))
 
     async def hold(self, message_id: str) -> bool:
-        """Mark a message as uncertain, durably. False: it is not here. Raises OSError."""
+        """Mark a message as uncertain, durably; returns False if it is not in the spool. Raises OSError."""
         return await self._end(message_id, lambda stem: self._rename(stem, HELD))
 
     async def discard(self, message_id: str) -> bool:
-        """Forget a message, durably. False: it is not here. Raises OSError."""
+        """Delete a message, durably; returns False if it is not in the spool. Raises OSError."""
         return await self._end(message_id, lambda stem: self._remove(f"{stem}.{TMP}", f"{stem}.{STAGED}"))
 
     def has(self, message_id: str) -> bool:
-        """Say whether a message of ours, not yet released, held or discarded, may be here."""
+        """Return whether a message of this process may be in the spool, not yet released, held or discarded."""
         return message_id in self._mine
 
     async def note_release(self, released: Released) -> None:
-        """Note that a message staged in Redis was accepted, in case we die before Redis hears it. Raises OSError."""
+        """Note that a message staged in Redis was accepted, in case this process dies first. Raises OSError."""
         await self._note(released.id, RELEASE, json.dumps(released._asdict()).encode("ascii"))
 
     async def note_discard(self, message_id: str) -> None:
@@ -219,7 +219,7 @@ class Spool:
         await self._note(message_id, DISCARD, b"{}")
 
     async def strike(self, message_id: str) -> None:
-        """Remove the notes about a message: Redis knows. Raises OSError."""
+        """Remove the notes about a message, since Redis has confirmed the change. Raises OSError."""
         if message_id in self._noted:
             await self._change(lambda: self._remove(f"{message_id}.{RELEASE}", f"{message_id}.{DISCARD}"))
             self._noted.discard(message_id)
@@ -240,7 +240,7 @@ class Spool:
         await self._change(lambda: self._put(message_id, kind, text, 0), len(text))
 
     async def _change(self, work: Callable[[], None], size: int = 0) -> None:
-        """Do something in a thread, together with what others want done; it is durable at the end."""
+        """Do something in a thread, grouped with other changes; durable on return. Raises OSError."""
         change = _Change(work, size, asyncio.get_running_loop().create_future())
         self._gathering.add(change)
         await change.done
@@ -258,7 +258,7 @@ class Spool:
         errors: list[OSError | None]
         try:
             errors = await asyncio.get_running_loop().run_in_executor(self._pool, self._do, group)
-        except Exception as error:  # no thread, no memory: whoever waits must hear of it
+        except Exception as error:  # no thread, no memory: the waiting callers get it
             errors = [OSError(errno.ENOMEM, str(error) or "no memory")] * len(group)
         for change, trouble in zip(group, errors, strict=True):
             if change.done.done():
@@ -308,7 +308,7 @@ class Spool:
         try:
             os.rename(before, after, src_dir_fd=self._messages, dst_dir_fd=self._messages)
         except FileNotFoundError:
-            # A repetition after a failed fsync: done, and perhaps moved into the ledger since.
+            # A repetition after a failed fsync: the rename is done, and the file may have been imported since.
             return
 
     def _remove(self, *names: str) -> None:
