@@ -58,7 +58,6 @@ async def connect(
     *,
     local_hostname: str,
     timeouts: Timeouts,
-    tls_context: ssl.SSLContext | None = None,
 ) -> Connection:
     """Open a session, ready for MAIL, with a deadline for each step and for all together. Raises ConnectFailed.
 
@@ -66,8 +65,8 @@ async def connect(
     left for its connect, greeting and EHLO; the last one gets all of it. After a refused password no other address is
     tried.
     """
-    context = tls_context
-    if context is None and (destination.scheme == "smtps" or destination.tls != "none"):
+    context: ssl.SSLContext | None = None
+    if destination.scheme == "smtps" or destination.tls != "none":
         with _stage("TLS"):
             context = await _context(destination)
     with _stage("connect"):

@@ -11,7 +11,6 @@ whatever happened; one in an unknown state is closed here and never used again.
 from __future__ import annotations
 
 import asyncio
-import ssl
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from relay.mail.destination import Destination
 from relay.mail.reply import Reply
 from relay.mail.timeouts import Timeouts
 
+_IDLE_SECONDS = 60.0  # how long a connection is kept that nobody uses
 _CEILING_SECONDS = 30.0  # how long a server's limit, known from a 421 greeting, is respected
 _NO_RSET_SECONDS = 300.0  # how long a server that did not answer a RSET is sent none
 
@@ -41,13 +41,10 @@ class Pool:
         local_hostname: str,
         timeouts: Timeouts,
         limit: int,
-        max_idle: int | None = None,
-        idle_seconds: float = 60.0,
         max_refusals: int = 0,
-        tls_context: ssl.SSLContext | None = None,
         on_open: Callable[[Connection], None] | None = None,
     ) -> None:
-        """Make an empty pool. ``timeouts`` are for handshakes and for waiting in line; ``max_idle`` None: all are kept.
+        """Make an empty pool. ``timeouts`` are for handshakes and for waiting in line.
 
         ``on_open`` is called with each new connection, and must not block. A connection with more than ``max_refusals``
         refusals since its last accepted message is not kept. The destination limits the messages and the age of each.
@@ -56,12 +53,9 @@ class Pool:
         self._local_hostname = local_hostname
         self._timeouts = timeouts
         self._limit = max(1, limit)
-        self._max_idle = max_idle
-        self._idle_seconds = idle_seconds
         self._max_refusals = max_refusals
         self._fresh_since = float("-inf")  # older connections are not leased any more
         self.refusals = SessionRefusals()  # whether refusals on reused connections were about the connection
-        self._tls_context = tls_context
         self._on_open = on_open
         self._idle: list[Connection] = []  # by last_used, the newest at the end
         self._leased: set[Connection] = set()
@@ -73,10 +67,6 @@ class Pool:
         self._reaper: asyncio.TimerHandle | None = None
         self._goodbyes: set[asyncio.Task[None]] = set()
         self._closed = False
-
-    @property
-    def limit(self) -> int:
-        return self._limit
 
     @property
     def room(self) -> int:
@@ -94,13 +84,6 @@ class Pool:
     @property
     def waiting(self) -> int:
         return len(self._waiters)
-
-    def set_limit(self, limit: int) -> None:
-        """Change the limit at once; leased connections above it are closed when they are given back."""
-        self._limit = max(1, limit)
-        while self._idle and self._out + len(self._idle) > self._limit:
-            self._say_goodbye(self._idle.pop(0))
-        self._wake()
 
     async def lease(self, *, timeout: float | None = None, fresh: bool = False) -> Connection:
         """Return a connection that is ready for MAIL. ``timeout`` is for waiting in line; None: ``timeouts.connect``.
@@ -147,12 +130,7 @@ class Pool:
         self._leased.discard(connection)
         if not connection.is_usable:
             connection.close()
-        elif (
-            self._closed
-            or self._out + len(self._idle) > self._limit
-            or not self._is_worth_keeping(connection)
-            or (self._max_idle is not None and len(self._idle) >= self._max_idle and not self._waiters)
-        ):
+        elif self._closed or self._out + len(self._idle) > self._limit or not self._is_worth_keeping(connection):
             self._say_goodbye(connection)
         else:
             self._keep(connection)
@@ -203,7 +181,7 @@ class Pool:
         while self._idle:
             connection = self._idle.pop()
             now = asyncio.get_running_loop().time()
-            if connection.last_used + self._idle_seconds < now or connection.created < self._oldest():
+            if connection.last_used + _IDLE_SECONDS < now or connection.created < self._oldest():
                 self._say_goodbye(connection)
                 continue
             try:
@@ -239,7 +217,6 @@ class Pool:
             self.destination,
             local_hostname=self._local_hostname,
             timeouts=self._timeouts,
-            tls_context=self._tls_context,
         )
         if self._closed:
             connection.close()
@@ -262,17 +239,17 @@ class Pool:
         connection.last_used = loop.time()
         self._idle.append(connection)
         if self._reaper is None:
-            self._reaper = loop.call_later(self._idle_seconds, self._reap)
+            self._reaper = loop.call_later(_IDLE_SECONDS, self._reap)
 
     def _reap(self) -> None:
         """Close the connections that have been idle for too long, and set the timer for the next one."""
         loop = asyncio.get_running_loop()
         self._reaper = None
         now = loop.time()
-        while self._idle and self._idle[0].last_used + self._idle_seconds <= now + 0.01:
+        while self._idle and self._idle[0].last_used + _IDLE_SECONDS <= now + 0.01:
             self._say_goodbye(self._idle.pop(0))
         if self._idle:
-            self._reaper = loop.call_at(self._idle[0].last_used + self._idle_seconds, self._reap)
+            self._reaper = loop.call_at(self._idle[0].last_used + _IDLE_SECONDS, self._reap)
 
     def _say_goodbye(self, connection: Connection) -> None:
         if not connection.is_open:

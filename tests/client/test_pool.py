@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -21,10 +20,10 @@ Scripted = Callable[..., ScriptedServer]
 LONG = 20.0
 
 
-def pool_for(server: ScriptedServer, limit: int = 2, seconds: float = LONG, messages: int = 10, **options: Any) -> Pool:
+def pool_for(server: ScriptedServer, limit: int = 2, seconds: float = LONG, messages: int = 10) -> Pool:
     destination = server.destination(messages_per_connection=messages)
     timeouts = Timeouts.of(seconds)
-    pool = Pool(destination, local_hostname="relay.example", timeouts=timeouts, limit=limit, **options)
+    pool = Pool(destination, local_hostname="relay.example", timeouts=timeouts, limit=limit)
     at_end.append(lambda: [connection.close() for connection in [*pool._idle, *pool._leased]])
     return pool
 
@@ -272,28 +271,24 @@ async def test_fresh_passes_over_the_kept(scripted: Scripted):
 
 @both_loops
 async def test_bounds_on_what_is_kept(scripted: Scripted):
-    """After so many transactions, or beyond so many idle, a connection ends with a QUIT."""
+    """After so many transactions a connection ends with a QUIT."""
     server = scripted()
-    pool = pool_for(server, messages=2, max_idle=1)
+    pool = pool_for(server, messages=2)
     for _ in range(3):
         connection = await pool.lease()
         await deliver(connection)
         pool.give_back(connection)
     await server.until(lambda: server.connections[0].closed == "quit")
     assert [len(c.transactions) for c in server.connections] == [2, 1]
-    first, second = await pool.lease(), await pool.lease()
-    pool.give_back(first)
-    pool.give_back(second)
-    assert pool.idle == 1
-    await server.until(lambda: [c.closed for c in server.connections] == ["quit", "", "quit"])
     await pool.close()
 
 
 @both_loops
-async def test_idle_ones_are_closed_in_time(scripted: Scripted):
+async def test_idle_ones_are_closed_in_time(scripted: Scripted, monkeypatch: pytest.MonkeyPatch):
     """After its idle time a kept connection is closed with a QUIT, and no timer is left when the pool is empty."""
+    monkeypatch.setattr("relay.client.pool._IDLE_SECONDS", 0.1)
     server = scripted()
-    pool = pool_for(server, idle_seconds=0.1)
+    pool = pool_for(server)
     first, second = await pool.lease(), await pool.lease()
     assert pool._reaper is None
     pool.give_back(first)
@@ -303,30 +298,6 @@ async def test_idle_ones_are_closed_in_time(scripted: Scripted):
     await server.until(lambda: [c.closed for c in server.connections] == ["quit", "quit"])
     pool.give_back(await pool.lease())
     assert len(server.connections) == 3
-    await pool.close()
-
-
-@both_loops
-async def test_the_limit_changes_at_run_time(scripted: Scripted):
-    """A higher limit lets those in who wait; a lower one closes the kept first, and the leased as they come back."""
-    server = scripted()
-    pool = pool_for(server, limit=1)
-    first = await pool.lease()
-    waiting = [asyncio.create_task(pool.lease()) for _ in range(3)]
-    await turn()
-    pool.set_limit(3)
-    await until(lambda: sum(w.done() for w in waiting) == 2)
-    assert (pool.in_use, pool.waiting) == (3, 1)
-    pool.give_back(first)
-    leased = [await w for w in waiting]
-    pool.give_back(leased.pop())
-    assert (pool.in_use, pool.idle) == (2, 1)
-    pool.set_limit(1)
-    assert (pool.in_use, pool.idle) == (2, 0)
-    pool.give_back(leased.pop())
-    pool.give_back(leased.pop())
-    assert (pool.in_use, pool.idle) == (0, 1)
-    await server.until(lambda: sum(c.closed == "quit" for c in server.connections) == 2)
     await pool.close()
 
 
