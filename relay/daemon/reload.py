@@ -29,6 +29,8 @@ from relay.daemon.supervisor import Supervisor
 from relay.mail import encryption, record
 from relay.smtpd.credentials import Credentials
 from relay.smtpd.shared_counters import SEATS
+from relay.topology import remembered
+from relay.topology.roles import decided, disagreement
 
 _QUEUED = 16  # who waits for the reload in progress to end
 
@@ -105,7 +107,7 @@ class Reload:
         """
         wanted = self.read(None)
         settings = self.read(self.settings.layers)
-        faults = [fault for look in (self._credentials, self._keys) if (fault := look(settings))]
+        faults = [fault for look in (self._credentials, self._keys, self._promoted) if (fault := look(settings))]
         if faults:
             raise SettingsError([Problem("", "", text) for text in faults])
         return wanted, settings
@@ -126,6 +128,13 @@ class Reload:
         except encryption.BadKeyFile as error:
             return f"storage.key_file: {error}"
         return ""
+
+    def _promoted(self, settings: Settings) -> str:
+        """Say where a server that was promoted would not be named any more: another would answer in silence."""
+        topology = remembered.load(settings.state_dir) if self.crew.role.relays else None
+        if topology is None or decided(self.settings, topology) is None or decided(settings, topology) is not None:
+            return ""
+        return f"{disagreement(settings, topology)}; name it, or first promote another"
 
     def _check_whether_it_may_be(self) -> None:
         """See that there is no stop, and room beside those that drain. Raises ReloadRefused."""

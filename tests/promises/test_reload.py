@@ -340,3 +340,17 @@ def test_the_status_answers_throughout(configured: Make, primary: ScriptedServer
         over.set()
         asking.join()
     assert set(answers) == {200}
+
+
+def test_who_was_promoted_stays_it(configured: Make, primary: ScriptedServer, backup: ScriptedServer) -> None:
+    """New settings change nothing about who answers; settings that do not name the one that does are a fault."""
+    up = configured(primary.address, {"new": backup.address})
+    done = up.run("promote", "new", "--force", "--reason", "a test", "--yes", timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rewrite(up, primary.address, {"new": backup.address}, smtp__max_recipients=5)
+    reload(up)
+    up.send("a@example.com", "b@example.com", data=message(1))
+    assert set(numbers(backup)) == {1}, "it answered"
+    wait_until(lambda: set(numbers(primary)) == {1}, message=lambda: up.log[-3000:])
+    rewrite(up, primary.address, {})
+    assert "new was promoted" in reload(up, status=2).stderr
