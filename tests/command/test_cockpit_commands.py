@@ -139,7 +139,7 @@ def test_top_once(running: Product) -> None:
 @pytest.mark.parametrize("words", [("ready", "new"), ("ready", "--nagios"), ("flow",), ("top", "--once")])
 def test_without_redis_nothing_can_be_said(tmp_path: Path, words: tuple[str, ...]) -> None:
     """Status 3, and a plug-in's UNKNOWN on its output."""
-    away = Product(tmp_path, primary="127.0.0.1:9", backups=["new=127.0.0.1:9"], redis_url="unix:///nowhere.sock")
+    away = Product(tmp_path, primary="127.0.0.1:9", backups=["new=127.0.0.1:10"], redis_url="unix:///nowhere.sock")
     done = away.run(*words)
     assert done.returncode == 3
     assert ("SMTP-DUP UNKNOWN" in done.stdout) == ("--nagios" in words)
