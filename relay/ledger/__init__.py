@@ -1,1 +1,1 @@
-"""The ledger: every key in Redis and every change of a copy's state."""
+"""The ledger: the state of every copy in Redis, its keys, and every change of it."""

@@ -1,12 +1,11 @@
-"""The bodies of failed copies that Redis need not hold: they move to files, the oldest first.
+"""Moves the bodies of failed copies from Redis to files, the oldest first.
 
-Beyond failed.max_bytes, and before Redis is so full that new mail would go to the spool. A file has the whole record;
-Redis keeps the record without its body, which names the host and the file, so that listings stay complete on every
-host. What it names is for people: a file is opened by the message's id below our own folder, and is that message's
-record or nothing. A retry brings the body back while there is room, else whoever delivers reads the file. It is written
-and synced before Redis forgets the body. It is deleted only when this very ledger has had it and lists it no more:
-a Redis that came back empty or older names none of them, and then they are all that is left. Trouble with the disk
-moves nothing.
+This happens beyond failed.max_bytes, and before Redis is so full that new mail would go to the spool. A file holds the
+whole record and is synced before Redis drops the body; Redis keeps the rest of the record with the host and the path,
+so that listings stay complete on every host. That path is for people only: a file is opened by the message id in this
+process's own folder, and must be the record of that message. A retry brings the body back while there is room, else the
+worker reads the file. A file is deleted only when the same ledger had moved it and lists it no more: a Redis that came
+back empty or older knows none of the files, and they may be all that is left. After a disk failure nothing is moved.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ from relay.mail.envelope import MalformedRecord
 from relay.mail.ids import is_id, is_job_id
 from relay.mail.record import BodyElsewhere, LockedRecord, Message
 
-_SETTLED = 0.9  # moved until this part of the limit is left, so that the next failure moves nothing
+_SETTLED = 0.9  # bodies are moved down to this part of the limit, so that the next failure moves nothing
 _PAGE = 500
-_PRESSED, _RELIEVED = 0.55, 0.45  # of maxmemory: from where bodies leave, and down to where. At 0.6 no spool comes in
+_PRESSED, _RELIEVED = 0.55, 0.45  # of maxmemory: moving starts above the first, ends at the second
 _ROOM = 0.58  # of maxmemory: up to where a retry brings bodies back
 _COST = 1.25  # octets of memory for an octet of a record
-_IDENTITY = "identity"  # the file that has a folder's; no message has such an id
-_unknown: dict[Path, frozenset[str]] = {}  # files that the log has been told of, by folder
+_IDENTITY = "identity"  # the file with the identity of a folder; never a message id
+_unknown: dict[Path, frozenset[str]] = {}  # folder -> unknown files that have been logged
 
 
 def folder(state_dir: Path) -> Path:
@@ -45,17 +44,17 @@ def folder(state_dir: Path) -> Path:
 
 
 def fetch(place: BodyElsewhere, message_id: str, where: Path | None) -> bytes:
-    """Return the whole record of a moved body. Raises BodyElsewhere when its file is not in this folder of ours."""
+    """Return the whole record of a moved body. Raises BodyElsewhere if its file is not in the folder ``where``."""
     if where is None or not is_id(message_id):
         raise place
     try:
         record = private_files.read(where, message_id)
-        with contextlib.suppress(LockedRecord):  # whoever delivers it may have the key
+        with contextlib.suppress(LockedRecord):  # the worker may have the key
             Message.unpack(record, message_id)
     except (FileNotFoundError, NotADirectoryError, MalformedRecord, BodyElsewhere) as error:
         raise place from error
     except OSError as error:
-        # It is here, or seems to be: that another host had it would send somebody looking there.
+        # The file seems to be on this host, so the text must not send the operator to another one.
         trouble = f"which user {os.geteuid()} cannot read: {error.strerror}"
         if error.errno == errno.EACCES:
             trouble += f"; it and its folder must belong to the owner of {where.parent}, and to them alone"
@@ -64,7 +63,7 @@ def fetch(place: BodyElsewhere, message_id: str, where: Path | None) -> bytes:
 
 
 def restore(connection: Redis, ids: Sequence[str], where: Path | None) -> list[str]:
-    """Bring bodies back into Redis that are in files here, while it has room. Returns the ids of those that are not."""
+    """Bring moved bodies back into Redis while it has room. Returns the ids whose file is not here."""
     missing = []
     room = _room(connection)
     for message_id in ids:
@@ -80,16 +79,16 @@ def restore(connection: Redis, ids: Sequence[str], where: Path | None) -> list[s
                 continue
             room -= _COST * len(found)
             if room < 0:
-                break  # the rest is read where it lies
-            # XX: what an operator has dropped meanwhile stays dropped.
+                break  # the workers read the rest from the files
+            # XX: a message that was dropped meanwhile stays dropped.
             connection.set(keys.MESSAGE + message_id, found, xx=True)
         except MalformedRecord:
-            pass  # found and told where it is delivered or shown
+            pass  # reported when it is delivered or shown
     return missing
 
 
 def memory(connection: Redis) -> tuple[int, int]:
-    """Return how much memory Redis uses, and its maxmemory, 0 for none or where it does not say."""
+    """Return the memory that Redis uses, and its maxmemory (0: none or unknown), in octets."""
     try:
         found = cast("dict[str, int]", connection.info("memory"))
     except ResponseError:
@@ -103,13 +102,13 @@ def _room(connection: Redis) -> float:
 
 
 def is_pressed(connection: Redis) -> bool:
-    """Say whether Redis is so full that failed bodies have to leave."""
+    """Return whether Redis is so full that failed bodies must be moved."""
     used, limit = memory(connection)
     return bool(limit) and used > _PRESSED * limit
 
 
 def _pressure(connection: Redis) -> float:
-    """Return how many octets of records have to leave Redis."""
+    """Return how many octets of records must be moved to relieve Redis."""
     used, limit = memory(connection)
     return (used - _RELIEVED * limit) / _COST if limit and used > _PRESSED * limit else 0.0
 
@@ -117,9 +116,9 @@ def _pressure(connection: Redis) -> float:
 def move_excess(
     connection: Redis, where: Path, limit: int, tick: Callable[[], object] = lambda: None
 ) -> Iterator[tuple[str, str]]:
-    """Move bodies of failed copies to files: while they have more than ``limit`` octets together, or Redis is full.
+    """Move bodies of failed copies to files while they exceed ``limit`` octets together, or Redis is full.
 
-    Yields (id, file). What is pending somewhere as well stays. Raises RedisError, OSError.
+    Yields (id, file). A message that is also pending at a backup stays. Raises RedisError, OSError.
     """
     sizes: dict[str, tuple[float, int]] = {}  # id -> (when it failed first, octets)
     for name in registry.destinations(connection):
@@ -130,7 +129,7 @@ def move_excess(
                     pipe.strlen(keys.MESSAGE + message_id)
                 lengths = pipe.execute()
             for (message_id, at), length in zip(page, lengths, strict=True):
-                if is_id(message_id):  # or it would be the name of a file
+                if is_id(message_id):  # since it becomes the name of a file
                     before = sizes.get(message_id, (at, 0))[0]
                     sizes[message_id] = (min(at, before), length)
     total = sum(length for _, length in sizes.values())
@@ -146,12 +145,12 @@ def move_excess(
 
 
 def forget_delivered(connection: Redis, where: Path) -> list[str]:
-    """Delete the files of messages that this ledger had and that nobody lists any more. Returns their ids.
+    """Delete the files of messages that this ledger had moved and lists no more. Returns their ids.
 
-    A file that the ledger never knew stays, and is told: it may be all that is left of a message.
+    A file that the ledger does not know stays and is logged: it may be all that is left of a message.
     """
     files = [(private_files.written(name), name) for name in _names(where)]
-    files = [(message_id, name) for message_id, name in files if is_id(message_id)]  # else it is no file of ours
+    files = [(message_id, name) for message_id, name in files if is_id(message_id)]  # ignores foreign files
     if not files:
         return []
     identity = _identity(where)
@@ -181,7 +180,7 @@ def _names(where: Path) -> list[str]:
 
 
 def _tell_unknown(where: Path, names: Sequence[str]) -> None:
-    """Tell of files that the ledger does not know, whenever there are others than before."""
+    """Log files that the ledger does not know, whenever the set of them changes."""
     if _unknown.get(where) != (found := frozenset(names)):
         _unknown[where] = found
         if names:
@@ -190,7 +189,7 @@ def _tell_unknown(where: Path, names: Sequence[str]) -> None:
 
 
 def _identity(where: Path) -> str:
-    """Return the name under which Redis knows a folder, wherever it is mounted, and make one for a new folder."""
+    """Return the identity of a folder in Redis, wherever it is mounted; a new folder gets one. Raises OSError."""
     with contextlib.suppress(FileNotFoundError):
         found = private_files.read(where, _IDENTITY, 64).decode("ascii", "replace").strip()
         if is_job_id(found):
@@ -201,12 +200,12 @@ def _identity(where: Path) -> str:
 
 
 def _move(connection: Redis, where: Path, message_id: str) -> int | None:
-    """Move one body; returns what Redis still holds of it, None when it stays."""
+    """Move one body; returns the octets that stay in Redis, None if it was not moved."""
     record = cast("bytes | None", connection.get(keys.MESSAGE + message_id))
     if record is None:
         return None
     try:
-        with contextlib.suppress(LockedRecord):  # as good as any: it is moved as it is
+        with contextlib.suppress(LockedRecord):  # a sealed record is moved without opening it
             Message.unpack(record, message_id)
         stub = Message.stub(record, socket.gethostname(), str(where / message_id))
     except (BodyElsewhere, MalformedRecord):
@@ -221,7 +220,7 @@ def _move(connection: Redis, where: Path, message_id: str) -> int | None:
         pipe.exists(keys.MESSAGE + message_id)
         stowed, is_there = pipe.execute()
     if not stowed:
-        if is_there:  # it is wanted again. Else it was delivered, or Redis has lost it: forget_delivered knows
+        if is_there:  # pending again; if it is gone, forget_delivered decides about the file
             (where / message_id).unlink()
         return None
     return len(stub)

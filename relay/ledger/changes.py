@@ -1,11 +1,11 @@
-"""The ledger: every Redis key of smtp-dup and every change of a message's state.
+"""Every change of a message's state in the ledger (the keys are in keys.py).
 
-RQ jobs are the means, the ledger is the truth: until a copy is delivered, dropped or in the failed list,
-its id is listed here. Each change is one Lua script (beside this file, in lua/) or one MULTI, and does
-nothing when the id is not in the state that it expects, so that repeating one is harmless. The functions
-that change state only add commands to a pipeline, sync or async; whoever executes the pipeline sees the
-Redis errors. Scripts go as EVAL, whole: a script cache is lost with a restart, and NOSCRIPT inside a MULTI
-would leave the transaction half done. Not for Redis Cluster: scripts name keys that they compute.
+The ledger and not the RQ jobs is authoritative: until a copy is delivered, dropped or in the failed list, its id is
+listed here. Each change is one Lua script (in lua/) or one MULTI, and does nothing if the id is not in the expected
+state, so that repeating one is harmless. The functions only add commands to a pipeline, sync or async; Redis errors
+are raised when the pipeline is executed. "Result" is the reply to the command. Scripts are sent whole, by EVAL: a
+restart empties the script cache, and NOSCRIPT inside a MULTI would leave the transaction half done. Not for Redis
+Cluster, since scripts compute the names of keys.
 
     stage -> release -> (claim -> settle | defer | fail)*     fail -> claim by its own job -> ...
           -> discard                                               -> drop
@@ -33,7 +33,7 @@ from relay.mail.ids import text as as_text
 
 NOISE = 900.0  # seconds: see divergence.noise
 COVERING = 2  # of a release: an uncertain message with the same digest has the recipients too
-WANTED, SETTLED, UNKNOWN = range(3)  # what a ledger says of a file; see judge_files.lua
+WANTED, SETTLED, UNKNOWN = range(3)  # the ledger's verdict on a file; see judge_files.lua
 
 Pipe = Any  # redis.client.Pipeline or redis.asyncio.client.Pipeline: both only queue commands here
 
@@ -77,8 +77,8 @@ class Staged(NamedTuple):
 class Released(NamedTuple):
     """A message that the primary accepted, for release to these backups.
 
-    ``recipients`` are its accepted addresses, noted on an uncertain twin with the same digest. ``accepted_at`` is when
-    that was, by Redis's clock, for one that Redis hears of only later.
+    ``recipients`` are its accepted addresses; they are noted as covered on an uncertain message with the same digest
+    (its twin). ``accepted_at`` is the time of acceptance by Redis's clock, if the release comes later.
     """
 
     id: str
@@ -89,7 +89,7 @@ class Released(NamedTuple):
 
 
 class Held(NamedTuple):
-    """A staged message that becomes uncertain: its copies go out after so many seconds unless a twin covers them."""
+    """A staged message that becomes uncertain: its copies are delivered after the hold unless a twin covers them."""
 
     id: str
     digest: str
@@ -98,28 +98,27 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A copy that is now ours to deliver."""
+    """A copy that the worker has claimed for delivery."""
 
     id: str
     accepted_at: float
     state: CopyState = field(default_factory=CopyState)
-    was_failed: bool = False  # an operator's retry: a fresh clock
-    before: str = ""  # the worker that had it in hand and never said what became of it: it may have been sent
+    was_failed: bool = False  # an operator's retry: the retry schedule starts again
+    before: str = ""  # a worker that claimed it before and reported no outcome: it may have been sent
 
 
 def is_known(pipe: Pipe, identity: str, count: int, fresh: str, *, count_on: bool) -> None:
-    """Ask whether this is the ledger of that identity, no older than that count; one without any becomes ``fresh``.
+    """Ask whether this is the ledger with that identity, no older than that count; a new ledger gets ``fresh``.
 
-    Result: identity, count, what has become of it ("" for nothing), whether its index of lists is whole, what became of
-    it when it last changed.
+    Result: identity, count, the change found now ("" for none), whether the index of lists is whole, the last change.
     """
     pipe.eval(_KNOWN, 0, identity, count, fresh, int(count_on))
 
 
 def beat(pipe: Pipe, process: str, words: str) -> None:
-    """Note that a relay process lives, with what it says of itself: JSON without its first brace.
+    """Note the heartbeat of a relay process; ``words`` is JSON without its first brace.
 
-    Result: what stands in the ledger as the topology and as the intent to change it, "" for nothing.
+    Result: the topology and the intent to change it, as stored, "" for none.
     """
     pipe.eval(_BEAT, 0, process, words)
 
@@ -130,10 +129,10 @@ def stage(pipe: Pipe, messages: Sequence[Staged]) -> None:
 
 
 def stage_large(pipe: Pipe, messages: Sequence[Staged]) -> None:
-    """Stage messages with large records; a script would have each copied into Lua and out again."""
+    """Stage messages with large records without a script, which would copy each into Lua and out again."""
     commands: list[tuple[Any, ...]] = []
     for m in messages:
-        # In this order: see stage.lua.
+        # The order matters: see stage.lua.
         commands += (("ZADD", STAGED, m.deadline, m.id), ("SET", MESSAGE + m.id, m.record))
     pipe.transaction(commands)
 
@@ -148,25 +147,25 @@ def release(pipe: Pipe, messages: Sequence[Released]) -> None:
 
 
 def discard(pipe: Pipe, ids: Sequence[str]) -> None:
-    """Forget staged or uncertain messages that the primary refused. Result: how many there were."""
+    """Delete staged or uncertain messages that the primary refused. Result: their number."""
     pipe.eval(_DISCARD, 0, *ids)
 
 
 def hold(pipe: Pipe, messages: Sequence[Held]) -> None:
-    """Make staged messages uncertain. Result: how many of them were staged."""
+    """Make staged messages uncertain. Result: the number that were staged."""
     pipe.eval(_HOLD, 0, *(str(part) for held in messages for part in held))
 
 
 def restage(pipe: Pipe, spool: str, messages: Sequence[tuple[str, bytes]]) -> None:
-    """Bring messages in from the spool of that name, each once: a repetition after a crash does nothing.
+    """Import messages from the spool of that name, each only once: a repetition after a crash does nothing.
 
-    To be followed by hold in the same MULTI. Result: how many were new.
+    Must be followed by hold in the same MULTI. Result: the number of new ones.
     """
     pipe.eval(_RESTAGE, 0, IMPORTED + spool, *(part for pair in messages for part in pair))
 
 
 class Admitted(NamedTuple):
-    """A message that comes in from the file of that name, due at the backups that ``released`` names: perhaps some."""
+    """A message imported from the file of that name, due at the backups that ``released`` names, perhaps not all."""
 
     file: str
     record: bytes
@@ -174,9 +173,9 @@ class Admitted(NamedTuple):
 
 
 def admit(pipe: Pipe, spool: str, messages: Sequence[Admitted]) -> None:
-    """Bring messages in as pending, each once for each backup, however often and with whichever others it is named.
+    """Import messages as pending, each only once for each backup, however often that backup is named.
 
-    Result: for each how many backups were new.
+    Result: for each message, the number of new backups.
     """
     arguments: list[str | bytes] = []
     for file, record, m in messages:
@@ -187,15 +186,15 @@ def admit(pipe: Pipe, spool: str, messages: Sequence[Admitted]) -> None:
 
 
 def note_of(member: str) -> tuple[str, str]:
-    """Return file and backup of a note in ``IMPORTED``; of one about a whole message, its id and ""."""
+    """Return (file, backup) of a note in ``IMPORTED``; for a note about a whole message, (id, "")."""
     file, _, destination = member.partition(" ")
     return file, destination
 
 
 def unstage(pipe: Pipe, spool: str, ids: Sequence[str], *, strike: bool = False) -> None:
-    """Forget what a stage may have left of messages that are in the spool of that name, or were brought in from it.
+    """Delete what a stage may have left of messages that are in the spool of that name, or were imported from it.
 
-    ``strike``: ``ids`` are notes of ``IMPORTED`` whose files are gone for good, and go too.
+    ``strike``: ``ids`` are notes in ``IMPORTED`` whose files are durably deleted; the notes are deleted too.
     """
     pipe.eval(_UNSTAGE, 0, IMPORTED + spool, "1" if strike else "0", *ids)
 
@@ -203,7 +202,7 @@ def unstage(pipe: Pipe, spool: str, ids: Sequence[str], *, strike: bool = False)
 def revive_uncertain(pipe: Pipe, message_id: str, owed: dict[str, str]) -> None:
     """Make an uncertain message pending: ``owed`` maps each backup to a CopyState wire form, "" for all recipients.
 
-    Without any backup the message is forgotten. Result: 1, or 0 for not uncertain any more.
+    Without any backup the message is deleted. Result: 1, or 0 if it is no longer uncertain.
     """
     arguments = [part for pair in owed.items() for part in pair]
     pipe.eval(_REVIVE, 0, message_id, *arguments)
@@ -213,19 +212,19 @@ def revive_uncertain(pipe: Pipe, message_id: str, owed: dict[str, str]) -> None:
 
 
 def claim(pipe: Pipe, destination: str, job: str, worker: str, lease: float, ids: Sequence[str]) -> None:
-    """Take the leases of copies for a job. Result for ``claimed``.
+    """Lease copies to a job; ``lease`` is in seconds. Result: to be read by ``claimed`` and ``heard``.
 
-    Claimed is what is pending, not leased, and not owned by another job. A failed copy whose own job this is (a
-    requeue) moves to pending with a fresh clock.
+    A copy is claimed if it is pending, not leased, and not owned by another job. A failed copy that is owned by this
+    job (a requeue) becomes pending again, and its retry schedule starts again.
     """
     pipe.eval(_CLAIM, 0, destination, job, worker, str(lease), *ids)
 
 
 def claimed(result: Sequence[Sequence[bytes]]) -> tuple[list[Claim], list[str]]:
-    """Read claim's result: the claims, and the ids of failed copies that are busy and must be asked for again."""
+    """Read the result of claim: the claims, and the ids of leased failed copies, which must be claimed again later."""
     claims, later = [], []
     for row in result:
-        if not row[0]:  # see heard
+        if not row[0]:  # the row for ``heard``
             continue
         message_id, verdict, accepted, state, before = row
         if verdict == b"later":
@@ -237,7 +236,7 @@ def claimed(result: Sequence[Sequence[bytes]]) -> tuple[list[Claim], list[str]]:
 
 
 class Heard(NamedTuple):
-    """How the ledger stood at a claim: who it is, how far it has come; what came before ``doubt`` may be repeated.
+    """The state of the ledger at a claim: its identity and count; copies accepted before ``doubt`` may be repeated.
 
     ``at`` is the time of the claim by Redis's clock.
     """
@@ -249,27 +248,30 @@ class Heard(NamedTuple):
 
 
 def heard(result: Sequence[Sequence[bytes]]) -> Heard:
-    """Read from claim's result how the ledger stands."""
+    """Read the state of the ledger from the result of claim."""
     _, identity, count, doubt, at = result[0]
     return Heard(as_text(identity), int(count), float(doubt), float(at))
 
 
 def renew(pipe: Pipe, destination: str, until: float, ids: Sequence[str]) -> None:
-    """Extend leases; those that are gone stay gone."""
+    """Extend leases that still exist."""
     pipe.zadd(BUSY + destination, dict.fromkeys(ids, until), xx=True)
 
 
 def settle(pipe: Pipe, destination: str, ids: Sequence[str], *, counted: bool = False, noise: float = NOISE) -> None:
-    """Copies that are delivered. Result: how many were still pending.
+    """Remove delivered copies. Result: the number that were still pending.
 
-    ``counted`` when some may be open in groups of divergence. Here and below, those that were only deferred, and for no
-    longer than ``noise`` seconds, are noise there.
+    ``counted``: some may be open in groups of divergence. Here and below, copies that were only deferred, for at most
+    ``noise`` seconds, count as noise there.
     """
     pipe.eval(_SETTLE_COUNTED if counted else _SETTLE, 0, destination, str(noise), *ids)
 
 
 def defer(pipe: Pipe, destination: str, states: dict[str, CopyState], *, noise: float = NOISE) -> None:
-    """Copies to be tried again by the job named in their state; the lease ends. Result: how many were pending."""
+    """Store the state of deferred copies, which the job named there tries again, and end their leases.
+
+    Result: the number that were pending.
+    """
     pipe.eval(_DEFER, 0, destination, str(noise), *(part for i, s in states.items() for part in (i, s.to_wire())))
 
 
@@ -282,33 +284,33 @@ def fail(
     *,
     noise: float = NOISE,
 ) -> None:
-    """Move a copy, or the recipients in ``failure.owed``, to the failed list; what remains stays pending.
+    """Move a copy, or the recipients in ``failure.owed``, to the failed list; ``remains`` stays pending.
 
-    Result: 1, or 0 for not pending.
+    Result: 1, or 0 if it was not pending.
     """
     left = remains.to_wire() if remains else ""
     pipe.eval(_FAIL, 0, destination, message_id, failure.to_wire(), left, str(noise))
 
 
 def unlease(pipe: Pipe, destination: str, ids: Sequence[str]) -> None:
-    """Give leases back untried."""
+    """End leases without a try."""
     pipe.eval(_UNLEASE, 0, destination, *ids)
 
 
 def release_leases(pipe: Pipe, destination: str, worker: str) -> None:
-    """End the leases of a dead worker: what it had in hand may be claimed at once, by claims that name it."""
+    """End the leases of a dead worker, so that its copies can be claimed at once; ``Claim.before`` names it."""
     pipe.eval(_BEREAVE, 0, destination, worker)
 
 
 def drop(pipe: Pipe, destination: str, ids: Sequence[str], *, pending: bool = False) -> None:
-    """Forget failed copies (or pending ones) for good. Result: how many there were."""
+    """Delete failed copies (or pending ones). Result: their number."""
     pipe.eval(_DROP, 0, destination, "1" if pending else "0", *(part for i in ids for part in (i, "")))
 
 
 def drop_unchanged(pipe: Pipe, destination: str, copies: Mapping[str, float], *, pending: bool = False) -> None:
-    """Forget failed copies (or pending ones) for good: id -> its score as it was read. Result: how many are gone.
+    """Delete failed copies (or pending ones) unless they have changed: id -> the score that was read.
 
-    What has another score by now was tried again, what is leased is being delivered: both stay.
+    A copy with another score was tried again, and a leased copy is being delivered: both stay. Result: number deleted.
     """
     parts = (part for message_id, score in copies.items() for part in (message_id, repr(score)))
     pipe.eval(_DROP, 0, destination, "1" if pending else "0", *parts)
@@ -318,18 +320,18 @@ def drop_unchanged(pipe: Pipe, destination: str, copies: Mapping[str, float], *,
 
 
 def reassign(pipe: Pipe, destination: str, job: str, copies: Mapping[str, str | None], *, failed: bool = False) -> None:
-    """Make a job the owner of pending (or failed) copies: id -> the job that owned it so far, None for any.
+    """Make a job the owner of pending (or failed) copies: id -> the previous owner, None for any.
 
-    Only copies with a state have an owner; a pending one under a lease keeps it. Result: how many changed.
+    Only copies with a state have an owner; a leased pending copy keeps its own. Result: the number of changes.
     """
     pairs = (part for message_id, owner in copies.items() for part in (message_id, "*" if owner is None else owner))
     pipe.eval(_REASSIGN, 0, destination, "failure" if failed else "own", job, *pairs)
 
 
 class Move(NamedTuple):
-    """A copy that goes to another destination: its state as it was read and as it will be, in wire form.
+    """A copy that moves to another destination: its state as it was read, and its new state, in wire form.
 
-    "" is no state; ``after`` is None when nothing of it is owed there.
+    "" means no state; ``after`` is None if no recipient is owed there.
     """
 
     id: str
@@ -338,44 +340,44 @@ class Move(NamedTuple):
 
 
 def move(pipe: Pipe, source: str, target: str, copies: Sequence[Move], *, failed: bool = False) -> None:
-    """Move pending (or failed) copies to another destination, each as old as it is.
+    """Move pending (or failed) copies to another destination; they keep their time.
 
-    What is leased, has changed since it was read, or is listed there already stays. Result: for each 1 or 0.
+    A copy that is leased, has changed since it was read, or is listed there already stays. Result: for each 1 or 0.
     """
     parts = (part for c in copies for part in (c.id, c.before, "-" if c.after is None else c.after))
     pipe.eval(_MOVE, 0, source, target, "failed" if failed else "pending", *parts)
 
 
 def purge(pipe: Pipe, ids: Sequence[str]) -> None:
-    """Delete bodies that nobody lists. Result: how many."""
+    """Delete bodies of messages that no list contains. Result: their number."""
     pipe.eval(_PURGE, 0, *ids)
 
 
 def forget(pipe: Pipe, destination: str) -> None:
-    """Forget a destination that nothing is listed for. Result: how many are pending, failed, leased; else all 0."""
+    """Delete a destination without copies. Result: its pending, failed and leased copies; all 0 if it is deleted."""
     pipe.eval(_FORGET, 0, destination)
 
 
 def stow(pipe: Pipe, message_id: str, stub: bytes, folder: str) -> None:
-    """Replace the record of a message that failed and is pending nowhere; its body is in a folder of that identity.
+    """Replace the record of a failed message, pending nowhere, by its stub; the body is in the folder of that identity.
 
-    Result: 1, or 0 for not in that state.
+    Result: 1, or 0 if not in that state.
     """
     pipe.eval(_STOW, 0, message_id, stub, MOVED + folder)
 
 
 def judge_files(pipe: Pipe, folder: str, ids: Sequence[str]) -> None:
-    """Ask about the files of a folder of moved bodies. Result for each: WANTED, SETTLED or UNKNOWN."""
+    """Ask whether the files of a folder of moved bodies are needed. Result: for each WANTED, SETTLED or UNKNOWN."""
     pipe.eval(_JUDGE_FILES, 0, MOVED + folder, *ids)
 
 
 def note_twins(pipe: Pipe, pairs: Iterable[tuple[str, str]]) -> None:
-    """Note digest -> id of messages that are uncertain, where nobody has that digest. Result: how many."""
+    """Note digest -> id of uncertain messages, if the digest is not noted yet. Result: the number noted."""
     pipe.eval(_TWINS, 0, "1", *(part for pair in pairs for part in pair))
 
 
 def forget_twins(pipe: Pipe, pairs: Iterable[tuple[str, str]]) -> None:
-    """Forget digest -> id where the message is not uncertain any more. Result: how many."""
+    """Delete digest -> id of messages that are no longer uncertain. Result: the number deleted."""
     pipe.eval(_TWINS, 0, "0", *(part for pair in pairs for part in pair))
 
 
@@ -383,11 +385,11 @@ def forget_twins(pipe: Pipe, pairs: Iterable[tuple[str, str]]) -> None:
 
 
 def now(connection: Any) -> float:
-    """Return Redis's own time, seconds since the epoch: the one clock that all hosts share."""
+    """Return the time by Redis's clock, which all hosts share, in seconds since the epoch."""
     return time_of(connection.time())
 
 
 def owners(connection: Any, destination: str, ids: Sequence[str], *, failed: bool = False) -> list[str]:
-    """Return the job that owns each pending (or failed) copy, "" where none does."""
+    """Return the job that owns each pending (or failed) copy, "" for none."""
     found = connection.eval(_OWNERS, 0, destination, "failure" if failed else "own", *ids) if ids else []
     return [as_text(job) for job in found]

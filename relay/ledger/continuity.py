@@ -1,14 +1,14 @@
-"""Whether the ledger is the one that we knew, and knows all that its lists are of.
+"""Detects that Redis came back with another ledger, and keeps the index of destinations complete.
 
-Redis may come back empty (a lost volume, FLUSHALL), or older (a restored backup, a replica that was behind). A ledger
+Redis may come back empty (a lost volume, FLUSHALL) or older (a restored backup, a replica that was behind). A ledger
 has an identity and a count that only grows; each process remembers both, and the supervisor keeps them in the state
-folder, so that a start finds out as well. A ledger that is not the one we knew is said, once, in the log, in /readyz
-and as a metric, and gets a new identity: what was accepted before that may be repeated, and is logged so.
+folder, so that a change is also found at the next start. It is reported once in the log, in /readyz and as a metric,
+and the ledger gets a new identity: copies accepted before may be repeated, and are logged as such.
 
-Registration is repeated whenever the index of lists is not whole, and once an hour: every list is looked for by its
-key, and one of a destination that nobody has defined any more is served again as the state folder, or its own name,
-defines it. What can be defined by neither is listed all the same, with port 0; `queue move` gives its copies away.
-A state folder that cannot be read or written remembers nothing; that is told where it cannot be written.
+Registration is repeated once an hour and whenever the index of lists is incomplete: all lists are found by their keys,
+and a destination that is no longer defined is defined again by the state folder or by its own name (host:port). If
+neither works, it gets port 0; `queue move` can move its copies. A state folder that cannot be read or written is
+ignored; a failed write is logged.
 """
 
 from __future__ import annotations
@@ -39,63 +39,63 @@ _SAID = {
 }
 _SCANNED = 1000  # keys at once
 _CONFIRM_MILLISECONDS = 200  # the next look asks again
-_SERVER = re.compile(r"\[?([\w.:-]+?)\]?:(\d{1,5})")  # a destination's name where nobody has named it
+_SERVER = re.compile(r"\[?([\w.:-]+?)\]?:(\d{1,5})")  # host:port, the default name of a destination
 _NAME = re.compile(r"[A-Za-z0-9._:\[\]-]{1,100}")
-NO_PORT = 0  # of a destination that nobody can define
+NO_PORT = 0  # of a destination whose server is unknown
 
 
 def warning(cause: str) -> str:
-    """Return what is said of a ledger that has changed."""
+    """Return the warning for a discontinuity of the ledger."""
     return _SAID.get(cause, _SAID["replaced"])
 
 
 class Continuity:
-    """What one process knows of the ledger. With ``state_dir`` it goes on with what was known at the last start.
+    """The identity and count of the ledger as this process knows them; ``state_dir`` keeps them over a restart.
 
-    With ``replicas`` a count is known once so many of them have it: a failover takes back what none has, which no
-    accepted message depends on.
+    With ``replicas``, a count is remembered only once so many replicas have it: a failover may lose later counts, and
+    no accepted message depends on those.
     """
 
     def __init__(
         self, destinations: Sequence[Destination], state_dir: Path | None = None, *, replicas: int = 0
     ) -> None:
-        self.changes = 0  # how often the ledger has turned out to be one that need not have what was staged
+        self.changes = 0  # how often the ledger has changed so that staged messages may be missing
         self._replicas = replicas
         self._configured = {d.name: d.to_json() for d in destinations}
         self._path = state_dir.absolute() / "ledger.json" if state_dir else None
         self._identity, self._count = "", 0
-        self._defined: dict[str, str] = {}  # what was ever known, by name
+        self._defined: dict[str, str] = {}  # name -> definition, of all destinations ever known
         self._written = ""
-        self._is_told = False  # that the state folder takes nothing
+        self._is_told = False  # the log has been told that the state folder cannot be written
         if self._path:
             self._read(self._path)
         self._defined |= self._configured
 
     @property
     def identity(self) -> str:
-        """The ledger's, as it was last seen; "" before."""
+        """The identity of the ledger when it was last seen; "" before."""
         return self._identity
 
     # Asking, in a pipeline
 
     @property
     def answers(self) -> int:
-        """How many answers ``ask`` gets."""
+        """The number of replies that the commands of ``ask`` get."""
         return 2 if self._replicas else 1
 
     def ask(self, pipe: Pipe, *, count_on: bool) -> None:
-        """Add the question to a pipeline; ``count_on`` where something has been written since the last one."""
+        """Add the commands to a pipeline; ``count_on``: increment the count, since something has been written."""
         changes.is_known(pipe, self._identity, self._count, secrets.token_hex(8), count_on=count_on)
         if self._replicas:
             pipe.wait(self._replicas, _CONFIRM_MILLISECONDS)
 
     def judge(self, answers: Sequence[Any]) -> bool:
-        """Take the answers, and say what has become of the ledger. Returns whether it must be told the destinations."""
+        """Evaluate the replies and report a change of the ledger; returns whether ``register`` must be called."""
         (identity, count, cause, is_whole, last), *confirmed = answers
         changed = self._identity != _text(identity)
         if changed or not self._replicas or (isinstance(confirmed[0], int) and confirmed[0] >= self._replicas):
             self._count = int(count)
-        # A worker's claims are not confirmed: a failover takes some back. What is staged is, and is there.
+        # Replicas confirm staged messages, but not a worker's claims, so a failover may lose only the latter.
         if changed and self._identity and not (self._replicas and as_text(last) == "older"):
             self.changes += 1
         self._identity = _text(identity)
@@ -106,10 +106,7 @@ class Continuity:
     # All of it, for who has a connection and time
 
     def look(self, connection: Redis) -> bool:
-        """Ask, tell the ledger the destinations where it must be, remember. Returns whether it had to be told.
-
-        Raises RedisError.
-        """
+        """Ask, register the destinations if needed, and remember; returns whether it registered. Raises RedisError."""
         with connection.pipeline(transaction=False) as pipe:
             self.ask(pipe, count_on=True)
             pipe.hgetall(keys.DESTINATIONS)
@@ -122,7 +119,7 @@ class Continuity:
         return must
 
     def register(self, connection: Redis) -> list[str]:
-        """Tell the ledger the destinations. Returns those that nobody had defined. Raises RedisError."""
+        """Register all destinations in the ledger; returns those that were not defined. Raises RedisError."""
         return register(connection, self._defined, self._configured)
 
     # In the state folder
@@ -154,9 +151,9 @@ class Continuity:
 
 
 def register(connection: Redis, defined: Mapping[str, str], configured: Mapping[str, str] | None = None) -> list[str]:
-    """Define what is configured, and every destination that a list is of. Returns those that nobody had defined.
+    """Define the configured destinations and all that have a list; returns those that were not defined.
 
-    May be repeated, and be done by several processes at once. Raises RedisError.
+    May be repeated and run by several processes at once. Raises RedisError.
     """
     named = set(_listed(connection))
     with connection.pipeline(transaction=True) as pipe:
@@ -171,7 +168,7 @@ def register(connection: Redis, defined: Mapping[str, str], configured: Mapping[
             pipe.hsetnx(keys.DESTINATIONS, name, _definition(name, defined))
         if configured:
             pipe.hset(keys.DESTINATIONS, mapping=cast("Mapping[Any, Any]", configured))
-        # Last: from now on it counts as whole.
+        # This comes last: it marks the index as complete.
         pipe.sadd(keys.LISTS, *(name.encode("utf-8", "surrogateescape") for name in named), b"")
         pipe.execute()
     found = [name for name in missing if name not in (configured or ())]
@@ -182,9 +179,9 @@ def register(connection: Redis, defined: Mapping[str, str], configured: Mapping[
 
 
 def forget_kept(connection: Redis) -> int:
-    """Delete the bodies that were kept while the index of lists was not whole and that nobody lists. Raises RedisError.
+    """Delete bodies that were kept while the index of lists was incomplete, if no list contains them.
 
-    Returns how many.
+    Returns their number. Raises RedisError.
     """
     count = 0
     while ids := cast("list[bytes]", connection.srandmember(keys.KEPT, _SCANNED)):
@@ -200,7 +197,7 @@ def forget_kept(connection: Redis) -> int:
 
 
 def _listed(connection: Redis) -> Iterable[str]:
-    """Yield the destinations that have a list, as their keys say."""
+    """Yield the destinations that have a list, found by its key."""
     for key in connection.scan_iter(match=keys.PREFIX + "[pf]*", count=_SCANNED):
         text = _text(cast("bytes", key))
         for kind in (keys.PENDING, keys.FAILED):
@@ -213,7 +210,7 @@ def _text(data: bytes) -> str:
 
 
 def _definition(name: str, defined: Mapping[str, str]) -> str:
-    """Return the stored form of a destination: as it was, or as its name says."""
+    """Return the stored form of a destination: the one defined before, else one derived from its name."""
     with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
         return Destination.from_json(defined[name]).to_json()
     return _by_its_name(name).to_json()
