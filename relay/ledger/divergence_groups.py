@@ -25,7 +25,7 @@ DAY = 24 * HOUR
 HOURS_KEPT = 35 * 24
 _RATE_TIMES, _RATE_LEAST = 3, 10  # an hour that reopens: over so many times the rate of then, and at least so many
 _GROUP = re.compile(r"[0-9a-f]{12}|" + "|".join(sorted(set(OTHERS.values()))))
-_HOUR_FIELD = re.compile(r"h[0-9]{1,9}")
+_HOUR_FIELD = re.compile(rb"h[0-9]{1,9}")
 _LATEST = 1e11  # seconds since the epoch (the year 5138) that can be right
 _MOST = 1 << 53
 _NOTE = 1000  # characters of an operator's words
@@ -279,7 +279,16 @@ def _is_there(fields: object) -> bool:
 
 
 def _group(destination: str, key: str, fields: Mapping[bytes, bytes]) -> Group:
-    named = {text(name): value for name, value in fields.items()}
+    named: dict[str, bytes] = {}
+    domains: dict[str, int] = {}
+    hours: dict[int, int] = {}
+    for name, value in fields.items():  # most of them are domains and hours
+        if name.startswith(b"d:"):
+            domains[text(name[2:])] = max(0, _integer(value))
+        elif _HOUR_FIELD.fullmatch(name):
+            hours[int(name[1:])] = max(0, _integer(value))
+        else:
+            named[text(name)] = value
 
     def word(name: str) -> str:
         return text(named.get(name, b""))
@@ -311,9 +320,9 @@ def _group(destination: str, key: str, fields: Mapping[bytes, bytes]) -> Group:
         messages=count("messages"),
         more=count("more"),
         turns=count("turns"),
-        domains={name[2:]: count(name) for name in named if name.startswith("d:")},
+        domains=domains,
         more_domains=count("more_domains"),
-        hours={int(name[1:]): count(name) for name in named if _HOUR_FIELD.fullmatch(name)},
+        hours=hours,
         ack=Acknowledgement.from_json(named.get("ack")),
     )  # fmt: skip
 
