@@ -1,4 +1,4 @@
-"""What is known of a copy that did not go through at its first try, and its stored form."""
+"""The state of a copy that was not delivered at its first try (attempts, owed recipients), and its stored form."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from relay.mail.ids import is_job_id, text
 from relay.mail.stored import any_text, number
 
 _HISTORY = 20  # attempts kept per copy
-REPLY = 1000  # characters of a reply that are kept: a server may say as much as it likes
-_LONGEST = 1 << 20  # characters of a stored form that is looked into
-_MOST, _LATEST = 1 << 31, 1e11  # counts, and seconds since the epoch (the year 5138), that can be right
+REPLY = 1000  # characters of a reply that are kept
+_LONGEST = 1 << 20  # characters; a longer stored form is not parsed
+_MOST, _LATEST = 1 << 31, 1e11  # the highest plausible count, and time in seconds since the epoch (the year 5138)
 UNREADABLE = "what Redis held of earlier attempts cannot be read: everybody is owed this copy"
 
 
@@ -33,12 +33,12 @@ class Attempt(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CopyState:
-    """What is known of a copy that did not go through at its first try.
+    """The state of a copy that was not delivered at its first try.
 
-    ``owed`` indexes the envelope's recipients; None means all. ``tries`` counts since ``since``, the time at which
-    the clock of the retry schedule started; ``attempts`` counts for ever. ``job`` is the RQ job that owns
-    the copy: no other may claim it. ``open`` says which recipients are counted in which group of divergence now,
-    ``past`` which were before.
+    ``owed`` holds indices of the envelope's recipients; None means all. ``tries`` counts since ``since``, the time at
+    which the retry schedule started; ``attempts`` counts for ever. ``job`` is the RQ job that owns the copy: no other
+    job may claim it. ``open`` says which recipients are counted in which group of divergence now, ``past`` which were
+    before.
     """
 
     job: str = ""
@@ -79,9 +79,9 @@ class CopyState:
 
     @classmethod
     def from_wire(cls, data: str | bytes | None) -> CopyState:
-        """Read the stored form; nothing stored is a copy without history.
+        """Read the stored form; None is a copy without history. Never raises.
 
-        What makes no sense is one without history but for a line that says so: it is tried, for everybody.
+        An unreadable form becomes a state with all recipients owed and one attempt that says so.
         """
         if not data:
             return _FRESH
@@ -119,7 +119,7 @@ def _of(groups: Groups, recipients: tuple[int, ...]) -> Groups:
 
 
 def _groups(found: object) -> Groups:
-    """Read which recipients are counted where; what makes no sense is counted nowhere, and the copy is as it was."""
+    """Read which recipients are counted in which group; an invalid form counts as none."""
     if not isinstance(found, dict):
         return ()
     try:

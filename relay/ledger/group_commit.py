@@ -1,9 +1,8 @@
-"""Group commit: the ledger's changes of one process, gathered into few writes (see relay/gathering.py).
+"""Group commit: gathers the ledger changes of one process into few writes (see relay/gathering.py).
 
-Each kind of change is one script or MULTI, whole or not at all; those of one write are sent together and answered
-together.
-Who submits gets a future: the change's result, the RedisError that stopped it, or TimeoutError when Redis has not
-answered in time, after which it may have been done all the same; with ``redis.replicas``, TooFewReplicas.
+Each kind of change is one atomic script or MULTI; those of one write are sent and answered together. ``submit`` returns
+a future with the result of the change, the RedisError that stopped it, or TimeoutError if Redis did not reply in time;
+the change may nevertheless have been done. With ``redis.replicas``, the error may be TooFewReplicas.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from relay.ledger import changes
 from relay.redisio.pipeline import Answers, CommandBatch, Pipelines
 
 _FLIGHTS = 2  # writes on their way at once: one being written, one being gathered and parsed
-_GROUP_BYTES = 4 << 20  # a group ends here, so that Redis is never held up for long
+_GROUP_BYTES = 4 << 20  # the limit of a group, so that Redis is never blocked for long
 
 
 @dataclass(slots=True)
@@ -35,7 +34,7 @@ class _Pending:
 
 
 class GroupCommit:
-    """Gathers ledger changes of one process; ``seconds`` is how long each may wait for its answer."""
+    """Gathers ledger changes of one process; each waits at most ``seconds`` for its reply."""
 
     def __init__(self, connection: Redis, *, seconds: float, flights: int = _FLIGHTS) -> None:
         self._wires = Pipelines(connection, seconds=seconds)
@@ -45,7 +44,7 @@ class GroupCommit:
         self._timer: asyncio.TimerHandle | None = None
 
     def submit(self, kind: str, item: Any, size: int = 0) -> asyncio.Future[Any]:
-        """Queue one change; the future has its result, or what stopped it."""
+        """Queue one change; returns a future with its result or exception."""
         loop = asyncio.get_running_loop()
         pending = _Pending(kind, item, size, loop.time() + self._seconds, loop.create_future())
         self._gathering.add(pending)
@@ -55,11 +54,11 @@ class GroupCommit:
         return pending.done
 
     async def drain(self) -> None:
-        """Wait until everything submitted has its answer."""
+        """Wait until all submitted changes have been answered."""
         await self._gathering.drain()
 
     def _expire(self) -> None:
-        """Give up on what has waited too long. One timer serves all: a timer each costs more than the change."""
+        """Time out changes that waited too long. One timer serves all: one each would cost more than a change."""
         loop = asyncio.get_running_loop()
         unanswered = self._unanswered
         while unanswered and (unanswered[0].done.done() or unanswered[0].deadline <= loop.time()):
@@ -69,7 +68,7 @@ class GroupCommit:
         self._timer = loop.call_at(unanswered[0].deadline, self._expire) if unanswered else None
 
     def _fly(self, group: list[_Pending]) -> None:
-        group = [p for p in group if not p.done.done()]  # whoever gave up waiting must not find it done later
+        group = [p for p in group if not p.done.done()]  # a change that timed out must not be sent any more
         kinds = [members for kind in _ADD if (members := [p for p in group if p.kind == kind])]
         if not kinds:
             asyncio.get_running_loop().call_soon(self._land, kinds, [])
@@ -78,7 +77,7 @@ class GroupCommit:
         try:
             for members in kinds:
                 _ADD[members[0].kind](batch, [p.item for p in members])
-        except Exception as error:  # the border: whoever waits must hear of it
+        except Exception as error:  # the border: the waiting callers get it
             asyncio.get_running_loop().call_soon(self._land, kinds, error)
         else:
             self._wires.send(batch, partial(self._land, kinds))
@@ -87,7 +86,7 @@ class GroupCommit:
         for number, members in enumerate(kinds):
             answer = answers if isinstance(answers, Exception) else answers[number]
             for i, pending in enumerate(members):
-                pending.item = None  # it may stay among the unanswered for a while; its record need not
+                pending.item = None  # frees the record: the entry may stay in the queue for a while
                 if pending.done.done():
                     continue
                 if isinstance(answer, Exception):

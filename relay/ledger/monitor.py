@@ -1,9 +1,9 @@
-"""Whether Redis can be written to now: a circuit for when it is down, a level for when it is full.
+"""Whether Redis can be written to now: a circuit breaker for a Redis that is down, and a limit for one that is full.
 
-One look a second finds out what thousands of messages would else find out one by one, each at the price of
-``redis.timeout_seconds``; also whether it is the ledger that we knew (continuity.py). A failed write opens the circuit
-at once; only a look that could write closes it. Over 75 % of ``maxmemory``, until it is under 70 %, bodies go
-elsewhere: a full Redis cannot even hand out a job.
+Redis is probed once a second, so that not each of thousands of messages waits ``redis.timeout_seconds`` to find out;
+the probe also checks that it is the same ledger (continuity.py). A failed write opens the circuit at once; only a probe
+that wrote closes it. Above 75 % of ``maxmemory``, until it is below 70 %, bodies go to the spool: a full Redis cannot
+even hand out a job. While Redis is down, ``objection`` says so, and staging.py uses the spool.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from relay.ledger.redis_clock import RedisClock, time_of
 from relay.redisio import clients
 
 STOP_AT = 0.75  # of maxmemory
-_LAST_AT = 0.90  # beyond this not even what has no other place: nothing could be delivered any more, so nothing freed
+_LAST_AT = 0.90  # beyond this nothing is written, even without a spool: else no delivery could free memory any more
 _GO_ON_AT = 0.70
-_IMPORT_AT = 0.60  # what was spooled waits until new mail has room again
+_IMPORT_AT = 0.60  # spooled messages wait until there is room for new mail again
 _CALM_SECONDS = 2.0
-_FORGOTTEN_SECONDS = 660.0  # for so long a message may be between its staging and its release
+_FORGOTTEN_SECONDS = 660.0  # the longest time between the staging and the release of a message
 _COST = 1.25  # octets of memory for an octet of a record: an allocator rounds up
 
 
 class Errand(Protocol):
-    """What goes along with each look, in one command, so that it takes no round trip of its own."""
+    """A command that is sent with each probe, to save a round trip."""
 
     def ask(self, pipe: Any) -> None:
         """Add the command to the pipeline."""
 
     def take(self, answer: Any) -> None:
-        """Take its answer, or the error that Redis gave instead."""
+        """Take its reply, or the error that Redis returned."""
 
 
 class Monitor:
-    """What one relay process knows of Redis. ``processes`` like it fill the memory at the same time.
+    """The state of Redis as one relay process sees it. ``processes`` of them fill its memory at the same time.
 
-    With ``replicas`` a Redis in trouble can be written to again only when so many replicas follow it.
+    After a failure, the circuit closes only if at least ``replicas`` replicas are connected.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class Monitor:
         self._failed_at = float("-inf")
         self._limit = 0  # maxmemory; 0: none
         self._used = 0
-        self._flying = 0  # octets on their way
-        self._landed = 0  # octets written since the last look
+        self._flying = 0  # octets being written
+        self._landed = 0  # octets written since the last probe
         self._over = False
         self._changed_at = float("-inf")
         self.clock = RedisClock()
-        self.is_stranger = False  # the ledger must be told again where copies go
+        self.is_stranger = False  # the destinations must be registered in the ledger again
 
     @property
     def is_down(self) -> bool:
@@ -82,11 +82,11 @@ class Monitor:
 
     @property
     def is_own(self) -> bool:
-        """Whether the trouble is that we lack descriptors or memory: nothing is known of Redis then."""
+        """Whether this process lacks descriptors or memory: then nothing is known about Redis."""
         return self._is_own
 
     def objection(self, octets: int) -> str:
-        """Say why a record of this size should not go to Redis now; "" when it should."""
+        """Return why a record of this size (octets) should not go to Redis now, "" if it should."""
         if self._trouble:
             return self._trouble
         if self._limit and (self._over or self._level(octets) > STOP_AT * self._limit):
@@ -95,7 +95,7 @@ class Monitor:
         return ""
 
     def may_squeeze_in(self, octets: int) -> bool:
-        """Say whether a record of this size that no spool takes may use the reserve."""
+        """Return whether a record of this size may use the reserve, since the spool cannot take it."""
         return not self._trouble and (not self._limit or self._level(octets) <= _LAST_AT * self._limit)
 
     @property
@@ -104,23 +104,23 @@ class Monitor:
         return not self._trouble and time.monotonic() - self._failed_at >= _CALM_SECONDS
 
     def may_import(self) -> bool:
-        """Say whether there is room and calm for whatever was spooled."""
+        """Return whether any spooled message may be imported: Redis answers and has room."""
         return self.is_calm and (not self._limit or (not self._over and self._level(0) <= _IMPORT_AT * self._limit))
 
     def fits(self, octets: int, level: float) -> bool:
-        """Say whether a spooled record of this size leaves Redis below this part of its memory."""
+        """Return whether Redis stays below this part of its memory with a spooled record of this size."""
         return not self._limit or self._level(octets) <= level * self._limit
 
     def copies(self, part: float, octets: int) -> int:
-        """Return how many records of this size take this part of a bounded memory."""
+        """Return how many records of this size fill this part of maxmemory."""
         return int(part * self._limit / (_COST * max(1, octets)))
 
     def part(self, part: float, most: int) -> int:
-        """Return this part of the memory in octets, at most so many."""
+        """Return this part of maxmemory in octets, at most ``most``."""
         return min(most, int(part * self._limit)) if self._limit else most
 
     def sent(self, octets: int, answer: asyncio.Future[Any]) -> None:
-        """Count a record that is on its way until it is answered, and then until the next look sees it."""
+        """Count a record from its sending until the first probe after its reply."""
         self._flying += octets
 
         def landed(_: asyncio.Future[Any]) -> None:
@@ -130,7 +130,7 @@ class Monitor:
         answer.add_done_callback(landed)
 
     def failed(self, error: BaseException) -> None:
-        """Take note that a write got no answer, or a refusal."""
+        """Note that a write failed; this opens the circuit."""
         self._failures += 1
         self._failed_at = time.monotonic()
         self._is_own = limits.is_own(error)
@@ -139,11 +139,11 @@ class Monitor:
             maillog.notice("warning", "Redis cannot be written to", reason=self._trouble)
 
     def look_alone(self) -> None:
-        """Do no errand any more."""
+        """Send no errand with the probes any more."""
         self._errand = None
 
     async def look(self) -> bool:
-        """Find out how Redis is. Returns whether it answers."""
+        """Probe Redis; returns whether it answers."""
         failures = self._failures
         asked_at = time.monotonic()
         try:
@@ -182,15 +182,15 @@ class Monitor:
         return True
 
     async def has_forgotten(self) -> bool:
-        """Say whether the ledger has lately turned out to be another than it was; looks now."""
+        """Probe, and return whether the ledger has recently lost data (see continuity.py)."""
         return await self.look() and time.monotonic() - self._changed_at < _FORGOTTEN_SECONDS
 
     async def has(self, message_id: str) -> bool:
-        """Say whether the ledger has a message's record. Raises RedisError."""
+        """Return whether the ledger has the record of a message. Raises RedisError."""
         return bool(await self._connection.exists(keys.MESSAGE + message_id))
 
     def _recognise(self, known: Sequence[Any]) -> None:
-        """Take what the ledger says of itself; one that is full, or must not be written, says nothing."""
+        """Evaluate identity and count of the ledger; a full or read-only Redis returns none."""
         if isinstance(known[0], Exception):
             return
         changes = self._continuity.changes
@@ -199,7 +199,7 @@ class Monitor:
             self._changed_at = time.monotonic()
 
     def _take(self, memory: Any) -> None:
-        """Take the figures; a Redis that keeps them from us is taken to have room."""
+        """Evaluate the memory numbers; a Redis that does not give them counts as having room."""
         if isinstance(memory, ResponseError):
             return
         self._limit = int(memory.get("maxmemory", 0))

@@ -1,8 +1,8 @@
-"""Reading the ledger in pages: ids in order of time, envelopes without their bodies, one whole message.
+"""Reads the ledger in pages: ids in order of time, envelopes without their bodies, one whole message.
 
-Nothing here changes anything. Pages go by time and not by rank, so that nothing is left out when copies leave
-a list while it is read. A message that is missing or cannot be read has no envelope; an id or a destination that
-an operator got wrong raises UnknownId or UnknownDestination, with a text for them.
+Nothing here changes the ledger. Pages go by time and not by rank, so that nothing is missed when copies leave a list
+while it is read. For a message that is missing or cannot be read, the envelope is None; an unknown id or destination
+raises UnknownId or UnknownDestination, with a text for the operator.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from relay.mail.text import printable
 
 PAGE = 1000
 _MESSAGES = (keys.PENDING, keys.FAILED, keys.STAGED, keys.UNCERTAIN)
-_HEADS = (1 << 10, 16 << 10, 1 << 20, 0)  # octets of a record to look for its envelope in, 0 for all; mostly the first
-# ARGV: octets, ids. One command for a page: as many commands would take redis-py longer than all the rest of a listing.
+_HEADS = (1 << 10, 16 << 10, 1 << 20, 0)  # octets of a record in which its envelope is looked for, 0: all
+# ARGV: octets, ids. One command for a page: one for each id would take redis-py longer than the rest of a listing.
 _FRONTS = """
 local fronts = {}
 for i = 2, #ARGV do fronts[i - 1] = redis.call('GETRANGE', 'smtpdup:message:' .. ARGV[i], 0, ARGV[1] - 1) end
 return fronts
 """
-_CHUNK = 4 << 20  # octets read at once: Redis is not held up by a large message
+_CHUNK = 4 << 20  # octets read at once, so that a large message does not block Redis
 
 
 class Unknown(LookupError):
-    """Something that an operator named is not there; the text is one line for them."""
+    """An operator named something that does not exist; the text is one line."""
 
 
 class UnknownId(Unknown):
@@ -56,16 +56,16 @@ def destinations(connection: Any, name: str | None = None) -> list[Destination]:
 def pages(
     connection: Any, key: str, *, since: float = -math.inf, until: float = math.inf, size: int = PAGE
 ) -> Iterator[list[tuple[str, float]]]:
-    """Yield the members of a list of messages or jobs with their scores, lowest first, from a score and up to one."""
+    """Yield pages of (member, score) of a list of messages or jobs, lowest score first, between two scores."""
     low, seen = repr(since), set[bytes]()
     is_valid = is_id if key.startswith(_MESSAGES) else is_job_id
     while True:
         found = _scored(connection, key, low, until, size + len(seen))
-        # Cut off: where copies leave the list between two pages, there is more that was not seen.
+        # A full page is cut at its last score: members with that score may follow on the next page.
         fresh = [(member, score) for member, score in found if member not in seen][:size]
         if not fresh:
             return
-        # What has not the form of an id is none, whoever listed it: it must not become a key, a file or a job.
+        # A member without the form of an id is ignored: it must not become a key, a file or a job.
         page = [(name, score) for member, score in fresh if is_valid(name := text(member))]
         if page:
             yield page
@@ -77,7 +77,7 @@ def pages(
 
 
 def _scored(connection: Any, key: str, low: str, until: float, count: int) -> list[tuple[bytes, float]]:
-    """Return members with their scores. Not by redis-py's own method, which makes text of every score on the way."""
+    """Return members with their scores, bypassing redis-py's own method, which is slower."""
     found = connection.execute_command("ZRANGEBYSCORE", key, low, until, "WITHSCORES", "LIMIT", 0, count)
     if found and not isinstance(found[0], list):  # RESP2: one after the other
         found = list(zip(found[::2], map(float, found[1::2]), strict=True))
@@ -85,9 +85,9 @@ def _scored(connection: Any, key: str, low: str, until: float, count: int) -> li
 
 
 def envelopes(connection: Any, ids: Sequence[str], unread: dict[str, str] | None = None) -> list[Envelope | None]:
-    """Return the envelopes of messages, None for what is missing or cannot be read. Bodies stay in Redis.
+    """Return the envelopes of messages without reading bodies; None if one is missing or cannot be read.
 
-    Why one cannot be read is put into ``unread``, by its id.
+    ``unread`` gets id -> why it cannot be read.
     """
     why: dict[str, str] = {} if unread is None else unread
     found: list[Envelope | None] = [None] * len(ids)
@@ -124,7 +124,7 @@ def message(connection: Any, message_id: str) -> Message:
 
 
 def addressees(envelope: Envelope | None, destination: Destination, state: CopyState) -> tuple[str, ...]:
-    """Return the addresses of the recipients that a copy's state is about."""
+    """Return the addresses of the recipients to whom a copy is owed."""
     if envelope is None:
         return ()
     owed = envelope.owed_to(destination) if state.owed is None else state.owed

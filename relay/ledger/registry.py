@@ -1,4 +1,4 @@
-"""The destinations that the ledger knows: every one ever used, so that what is pending for it is delivered."""
+"""The destinations that the ledger knows: all ever used, so that pending copies of a removed backup are delivered."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from relay.ledger.keys import DESTINATIONS, LISTS
 from relay.mail import ids
 from relay.mail.destination import Destination
 
-_told: set[bytes] = set()  # names that the log has been told of
+_told: set[bytes] = set()  # invalid names that have been logged
 
 
 def register(pipe: Pipe, destinations: Iterable[Destination]) -> None:
-    """Note destinations, so that whatever is pending for them is drained for ever after."""
+    """Register destinations, so that their pending copies are delivered even when they leave the settings."""
     definitions = {d.name: d.to_json() for d in destinations}
     if definitions:
         pipe.hset(DESTINATIONS, mapping=definitions)
@@ -29,7 +29,7 @@ def destinations(connection: Any) -> dict[str, Destination]:
 
 
 def _defined(found: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[str, Destination]]:
-    """Yield the destinations that are some: whoever can write to Redis can write anything there."""
+    """Yield the valid destinations; invalid entries are logged once, since data from Redis is not trusted."""
     for name, definition in found:
         try:
             destination = Destination.from_json(definition)

@@ -1,8 +1,8 @@
-"""Copies as RQ jobs: one queue per backup, one job for many copies, only ids in its arguments.
+"""RQ jobs for copies: one queue for each backup, one job for many copies, only ids in its arguments.
 
-The relay turns what it released into jobs through a Dispatcher, off the critical path: a job that cannot
-be written now is tried again, and what a dying process leaves behind is pending in the ledger, where the
-reconciler finds it. Queue name, function name and serializer are a wire format between versions.
+A relay makes jobs for the copies it released through a Dispatcher, off the critical path: a job that cannot be written
+is tried again, and copies that a dead process left without a job are pending in the ledger, where the reconciler finds
+them. Queue name, function name and serializer are a wire format between versions.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ JOB_OPTIONS: dict[str, Any] = {
     "failure_ttl": -1,
     "ttl": None,
 }
-# What RQ would ask for with every queue object made: only whether commands are there that our scripts need anyway.
+# The server version that RQ would ask for with every Queue: it decides only about commands that all versions have.
 _SERVER_VERSION = (6, 2, 0)
 JOB_SIZE = 100  # copies in one job at most, unless workers.batch says otherwise
-_WINDOW = 0.02  # seconds for each process; while the workers keep up, a copy waits no longer for company
+_WINDOW = 0.02  # seconds for each process: how long a copy waits for others while the workers keep up
 _LONGEST_WINDOW = 0.5
-_LONG_WINDOW = 0.25  # when the queue is longer than a few jobs, waiting costs nobody anything
+_LONG_WINDOW = 0.25  # used when the queue has more than a few jobs, where waiting delays no delivery
 _FEW = 3
 _PAUSE = 1.0  # seconds until a job that could not be written is tried again
 _DRAIN_SECONDS = 5.0
@@ -52,14 +52,14 @@ def queue(connection: Redis, destination: str) -> Queue:
 
 
 def description(destination: str, ids: Sequence[str]) -> str:
-    """Return what rq-dashboard shows for a job that waits: never an address, never content."""
+    """Return the description of a job in rq-dashboard, without addresses or content."""
     return f"{len(ids)} message{'' if len(ids) == 1 else 's'} to {destination}, first {ids[0]}"
 
 
 def enqueue(pipe: Any, target: Queue, destination: str, ids: Sequence[str], *, at_front: bool = False) -> str:
     """Add one job for these copies to a pipeline; returns its id.
 
-    Retry is only a net under an unexpected end of the job; delivery trouble never raises there.
+    RQ's Retry serves only for an unexpected end of the job; a failed delivery never raises there.
     """
     data = Queue.prepare_data(
         FUNCTION,
@@ -91,26 +91,26 @@ def schedule(pipe: Any, target: Queue, job: Job, when: datetime) -> None:
     target.schedule_job(job, when, pipeline=pipe)
 
 
-# RQ adds its commands to a pipeline and asks nothing: this one is never connected.
+# RQ only adds commands to a pipeline here; this client is never connected.
 _OFFLINE = Redis()
 
 
 class Dispatcher:
-    """Collects released ids of one process and turns them into one job per backup and window."""
+    """Collects the released ids of one process into one job for each backup and window."""
 
     def __init__(self, connection: redis.asyncio.Redis, *, processes: int = 1, job_size: int = JOB_SIZE) -> None:
-        """Write through this client. ``processes``: so many relays make jobs for the same workers."""
+        """``processes`` is the number of relay processes that make jobs for the same workers."""
         self._wires = Pipelines(connection)
         self._job_size = job_size
         self._window = min(_LONGEST_WINDOW, _WINDOW * processes)
-        # By name, as they come: the spool may hold copies for a backup that is no longer configured.
+        # By name: the spool may hold copies for a backup that is no longer in the settings.
         self._waiting: defaultdict[str, list[str]] = defaultdict(list)
         self._windows: defaultdict[str, float] = defaultdict(lambda: self._window)
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._flights: dict[str, asyncio.Task[None]] = {}
 
     def add(self, destination: str, message_id: str) -> None:
-        """Take a released id; its job is written within the window."""
+        """Add a released id; its job is written within the window."""
         waiting = self._waiting[destination]
         waiting.append(message_id)
         if destination in self._flights:
@@ -122,15 +122,15 @@ class Dispatcher:
             self._timers[destination] = loop.call_later(self._windows[destination], self._start, destination)
 
     async def put(self, destination: str, ids: Sequence[str]) -> None:
-        """Write jobs for these at once. Raises RedisError, OSError; it may have been done all the same."""
+        """Write jobs for these ids at once. Raises RedisError, OSError; they may nevertheless have been written."""
         for start in range(0, len(ids), self._job_size):
             await self._write(destination, ids[start : start + self._job_size])
 
     async def drain(self) -> None:
-        """Write what waits; gives up quietly when Redis is away (the reconciler takes over)."""
+        """Write the waiting jobs; gives up silently if Redis is down, since the reconciler makes them later."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_SECONDS):
-                while self._timers or self._flights:  # what came during a flight has a timer only behind it
+                while self._timers or self._flights:  # ids added during a write get their timer after it
                     for destination in list(self._timers):
                         self._start(destination)
                     await asyncio.wait(self._flights.values())
@@ -163,11 +163,11 @@ class Dispatcher:
     def _note_trouble(self, destination: str, error: Exception) -> None:
         if isinstance(error, RedisError | OSError):
             maillog.dispatch_delayed(destination, len(self._waiting[destination]), error)
-        else:  # the border: a fault of ours must not end it, nor go round in silence
+        else:  # the border: an unexpected error is logged, and must not end the dispatcher
             maillog.task_failed(f"jobs for {destination}", error)
 
     async def _write_next(self, destination: str) -> int:
-        """Write a job for what waits; returns the length of the queue."""
+        """Write a job for the waiting ids; returns the length of the queue."""
         waiting = self._waiting[destination]
         batch = waiting[: self._job_size]
         length = await self._write(destination, batch)

@@ -1,4 +1,4 @@
-"""The Lua scripts of the ledger, which stand in lua/, one in a file."""
+"""Loads the Lua scripts of the ledger, one file each in lua/."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _PARTS = {"destinations": "lists", "turned": "occurrences", "joined": "joined"} 
 
 
 def script(name: str, without: str = "") -> str:
-    """Return a script without comments and indentation; its lines keep the numbers that they have in the file.
+    """Return a script without comments and indentation; its lines keep their numbers in the file.
 
-    It goes whole with every EVAL, and Redis makes a checksum of it each time. What a script calls of other files it has
-    in its first line, which is a comment in the file; the function that ``without`` names is false there.
+    It is sent whole with every EVAL, and Redis hashes it each time, so it must be short. Functions of other files that
+    the script calls are put in its first line, a comment in the file; the function named by ``without`` is false.
     """
     lines = _lines(name)
     front: list[str] = []
