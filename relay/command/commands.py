@@ -1,4 +1,4 @@
-"""The commands, their flags and their help. What they are made of is command_line.py; flags of settings: flags.py."""
+"""The commands with their flags and help texts; their classes are in command_line.py, flags of settings in flags.py."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def _option(*names: str, **rest: Any) -> click.Option:
 COLOUR = _option("--color", type=click.Choice(["auto", "always", "never"]), expose_value=False, callback=_take_colour,
                   help="auto: in a terminal, unless NO_COLOR is set")  # fmt: skip
 JSON = _option("--json", "as_json", is_flag=True, help="one JSON object a line")
-WIDE = _option("--wide", is_flag=True, help="a line for each row, however long")
+WIDE = _option("--wide", is_flag=True, help="one line for each row, of any length")
 _DESTINATION = _option("--destination", metavar="NAME", type=Names(DESTINATION), help="only this one")
-_ALL = _option("--all", "everything", is_flag=True, help="every one, or all that the filters let pass")
-_UNCERTAIN = _option("--uncertain", is_flag=True, help="rather messages that the primary may not have")
-_WAIT = _option("--wait", is_flag=True, help="say what becomes of each, within a minute")
+_ALL = _option("--all", "everything", is_flag=True, help="all, or all that match the filters")
+_UNCERTAIN = _option("--uncertain", is_flag=True, help="list messages that the primary may not have")
+_WAIT = _option("--wait", is_flag=True, help="show the result for each, within a minute")
 _YES = _option("--yes", is_flag=True, help="do not ask")
-_NO_QUESTION = _option("--yes", is_flag=True, help="nothing is asked: nothing is lost by it")
+_NO_QUESTION = _option("--yes", is_flag=True, help="has no effect: this command never asks")
 _WAIT_FOR = _option("--wait", metavar="TIME", default="10s", show_default=True, help="for the relay processes")
-_AT_ONCE = _option("--now", is_flag=True, help="do not ask whether they can use the server: the other one burns")
-_REASON = _option("--reason", metavar="TEXT", default="", help="why, for the audit")
-_DRY_RUN = _option("--dry-run", is_flag=True, help="say what would be done; change nothing")
+_AT_ONCE = _option("--now", is_flag=True, help="skip the check that relays reach the server")
+_REASON = _option("--reason", metavar="TEXT", default="", help="the reason, for the audit")
+_DRY_RUN = _option("--dry-run", is_flag=True, help="show what would be done; change nothing")
 
 
 def _argument(name: str, kind: click.ParamType[str] | None = None, **rest: Any) -> click.Argument:
@@ -61,7 +61,7 @@ def _word(
     hidden: bool = False,
     colour: bool = False,
 ) -> Word:
-    """Make a command: what it does, where its function is, and what that takes beside settings and output."""
+    """Make a command from its help text, its function ("module:name") and its own parameters."""
     own = [*params, *((JSON,) if output else ()), *((WIDE,) if output else ()), COLOUR]
 
     @click.pass_context
@@ -89,7 +89,7 @@ def _word(
 
 
 def _listing(listing: Word, commands: dict[str, Word | CommandGroup]) -> Listing:
-    """Make a group that shows something without any of its commands."""
+    """Make a group that, without a subcommand, runs ``listing``."""
     made = Listing(
         listing,
         name=None,
@@ -130,24 +130,24 @@ def _group(text: str, commands: dict[str, Word | CommandGroup], params: Sequence
 
 _QUEUE: dict[str, Word | CommandGroup] = {
     "summary": _word("numbers for each backup", "queue:summary"),
-    "list": _word("the copies that wait", "queue:listing", _UNCERTAIN, *FILTER_FLAGS),
-    "show": _word("one message that waits and its history", "queue:show", _argument("ID", Names(WAITING_ID))),
+    "list": _word("the waiting copies", "queue:listing", _UNCERTAIN, *FILTER_FLAGS),
+    "show": _word("one waiting message and its history", "queue:show", _argument("ID", Names(WAITING_ID))),
     "flush": _word(
-        "try what waits now: all of it, or what the filters let pass", "queue:flush",
+        "try waiting copies now: all, or those that match the filters", "queue:flush",
         _ids(Names(WAITING_ID)), _ALL, _DRY_RUN, _NO_QUESTION, *FILTER_FLAGS,
     ),
     "drop": _word(
-        "forget copies that wait, for good", "queue:drop",
+        "delete waiting copies for good", "queue:drop",
         _ids(Names(WAITING_ID)), _ALL, _DRY_RUN, _YES, *FILTER_FLAGS,
     ),
-    "verify": _word("compare the ledger with RQ and repair what disagrees", "queue:verify", _DRY_RUN),
+    "verify": _word("compare the ledger with RQ and repair differences", "queue:verify", _DRY_RUN),
     "move": _word(
-        "give one backup's copies to another", "queue:move",
+        "move the copies of one backup to another", "queue:move",
         click.Argument(["source"], metavar="FROM", type=Names(DESTINATION)),
         click.Argument(["target"], metavar="TO", type=Names(DESTINATION)),
     ),
     "forget": _word(
-        "forget a former backup that has no copies left", "queue:forget",
+        "remove a former backup that has no copies left", "queue:forget",
         click.Argument(["name"], metavar="NAME", type=Names(DESTINATION)),
     ),
 }  # fmt: skip
@@ -160,7 +160,7 @@ _FAILED: dict[str, Word | CommandGroup] = {
         _ids(Names(FAILED_ID)), _ALL, _WAIT, _DRY_RUN, _NO_QUESTION, *FILTER_FLAGS,
     ),
     "drop": _word(
-        "forget failed copies for good", "failed:drop", _ids(Names(FAILED_ID)), _ALL, _DRY_RUN, _YES, *FILTER_FLAGS
+        "delete failed copies for good", "failed:drop", _ids(Names(FAILED_ID)), _ALL, _DRY_RUN, _YES, *FILTER_FLAGS
     ),
     "export": _word(
         "write a failed message as .eml, or many into a folder", "export:export",
@@ -171,24 +171,24 @@ _FAILED: dict[str, Word | CommandGroup] = {
 
 _KEY = _argument("KEY", Names(GROUP))
 _DIVERGENCE = _word(
-    "what a backup answers otherwise than the primary, by reason", "divergence:listing", _DESTINATION,
+    "what a backup refuses that the primary accepts, by reason", "divergence:listing", _DESTINATION,
     _option("--since", metavar="TIME", help="seen within this time: 90s, 5m, 1h, 5d"),
     _option("--by", metavar="WHAT", type=click.Choice(["reason", "domain", "recipient", "day"]), default="reason",
             help="add up by reason, domain, recipient or day"),
     _option("--kind", metavar="KIND", type=click.Choice(["refused", "given-up", "deferred", "noise", "accepts-more"]),
             help="refused, given-up, deferred or noise"),
-    _option("--all", "everything", is_flag=True, help="also what is acknowledged, or over"),
+    _option("--all", "everything", is_flag=True, help="also acknowledged and closed reasons"),
 )  # fmt: skip
 _DIVERGENCES: dict[str, Word | CommandGroup] = {
-    "show": _word("one reason: its text, examples, whom it concerns", "divergence:show", _KEY, _DESTINATION),
+    "show": _word("one reason: its text, examples and recipients", "divergence:show", _KEY, _DESTINATION),
     "ack": _word(
-        "let a reason not count for a time", "divergence:acknowledge", _KEY, _DESTINATION,
+        "acknowledge a reason, so that it does not count for a time", "divergence:acknowledge", _KEY, _DESTINATION,
         _option("--note", metavar="TEXT", required=True, help="why"),
         _option("--for", "time", metavar="TIME", default="30d", help="how long: 1h, 5d; 30d"),
-        _option("--domain", "domains", metavar="DOMAIN", multiple=True, help="only while it is of this one"),
+        _option("--domain", "domains", metavar="DOMAIN", multiple=True, help="only for recipients in this domain"),
     ),
     "unack": _word(
-        "let a reason count again", "divergence:unacknowledge", _KEY, _DESTINATION,
+        "withdraw the acknowledgement of a reason", "divergence:unacknowledge", _KEY, _DESTINATION,
         _option("--note", metavar="TEXT", default="", help="why"),
     ),
     "retry": _word("try the failed copies of a reason again, now", "divergence:retry", _KEY, _DESTINATION),
@@ -197,14 +197,14 @@ _DIVERGENCES: dict[str, Word | CommandGroup] = {
 ROOT = _group(
     "relay mail to a primary, and a durable copy of it to every backup",
     {
-        "up": _word("run all of it: relay, workers, a Redis unless one is named", "services:up",
+        "up": _word("run everything: relay, workers, and a Redis unless one is set", "services:up",
                     settings="given", output=False),
         "relay": _word("run the relay only", "services:relay", settings="given", output=False),
         "workers": _word("run the delivery to the backups only", "services:workers", settings="given", output=False),
-        "demo": _word("show what it does, with two servers of its own", "services:demo", settings="", output=False,
+        "demo": _word("show how it works, with two servers of its own", "services:demo", settings="", output=False,
                       colour=True),
         "reload": _word(
-            "have what runs here take new settings, without a restart", "reload:reload",
+            "apply new settings without a restart", "reload:reload",
             _DRY_RUN, _option("--wait", metavar="TIME", default="10s", help="for all processes to follow; 10s"),
             settings="given",
         ),
@@ -216,33 +216,33 @@ ROOT = _group(
             _option("--explain", is_flag=True, help="each criterion's rule, and its settings"),
         ),
         "top": _word(
-            "watch the mail that goes through", "top:show",
+            "watch the mail traffic", "top:show",
             _option("--interval", metavar="SECONDS", type=click.FloatRange(0.2, 3600), default=1.0,
-                    help="from one look to the next; 1"),
-            _option("--once", is_flag=True, help="one look only"),
+                    help="between two updates; 1"),
+            _option("--once", is_flag=True, help="show it once and end"),
         ),
         "flow": _word(
-            "what came in and what became of it, by hour or minute", "flow:show",
-            _option("--hours", metavar="N", type=click.IntRange(1, 840), help="the last so many; 24"),
-            _option("--minutes", metavar="N", type=click.IntRange(1, 1500), help="rather the last so many minutes"),
+            "messages received and their outcomes, by hour or minute", "flow:show",
+            _option("--hours", metavar="N", type=click.IntRange(1, 840), help="the last N hours; 24"),
+            _option("--minutes", metavar="N", type=click.IntRange(1, 1500), help="the last N minutes instead"),
         ),
         "promote": _word(
             "make a backup the primary, without a restart", "promote:promote",
             click.Argument(["name"], metavar="[NAME]", required=False, type=Names(DESTINATION)),
-            _DRY_RUN, _WAIT_FOR, _option("--cancel", is_flag=True, help="end what is being prepared, by anybody"),
-            _AT_ONCE, _option("--force", is_flag=True, help="although it is not known to be ready"), _REASON, _YES,
+            _DRY_RUN, _WAIT_FOR, _option("--cancel", is_flag=True, help="cancel a prepared promotion, also another's"),
+            _AT_ONCE, _option("--force", is_flag=True, help="even if it is not known to be ready"), _REASON, _YES,
             settings="primary",
         ),
         "undo": _word(
-            "make the primary before the last change the primary again", "promote:undo",
+            "make the previous primary the primary again", "promote:undo",
             _DRY_RUN, _WAIT_FOR, _AT_ONCE, _REASON, _YES, settings="primary",
         ),
-        "topology": _word("who is the primary since when, and who follows", "topology:show"),
+        "topology": _word("which server is primary since when, and which relays follow", "topology:show"),
         "audit": _word(
-            "what operators have changed, the newest first", "audit:listing",
-            _option("--since", metavar="TIME", help="not longer ago: 90s, 5m, 1h, 5d"),
+            "the changes made by operators, newest first", "audit:listing",
+            _option("--since", metavar="TIME", help="within this time: 90s, 5m, 1h, 5d"),
         ),
-        "queue": _group("what waits for the backups: summary, list, flush and more", _QUEUE),
+        "queue": _group("the waiting copies: summary, list, flush and more", _QUEUE),
         "failed": _group("the copies that could not be delivered: list, retry and more", _FAILED),
         "divergence": _listing(_DIVERGENCE, _DIVERGENCES),
         "hash-password": _word(
@@ -260,7 +260,7 @@ ROOT = _group(
             settings="", output=False,
         ),
         "complete": _word(
-            "say how a command line may go on, for these scripts", "completion:complete",
+            "print the completions of a command line, for these scripts", "completion:complete",
             click.Argument(["shell"]), click.Argument(["words"], nargs=-1, type=click.UNPROCESSED),
             settings="", output=False, hidden=True,
         ),
@@ -268,9 +268,9 @@ ROOT = _group(
             "help on a command, or: settings, filters, man", "help:show",
             click.Argument(["topic"], metavar="[TOPIC]...", nargs=-1, type=Names(TOPIC)), settings="", output=False,
         ),
-        "version": _word("tell the version", "help:version", settings="", output=False),
+        "version": _word("print the version", "help:version", settings="", output=False),
     },
-    [click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False, help="tell the version",
+    [click.Option(["--version"], is_flag=True, is_eager=True, expose_value=False, help="print the version",
                   callback=lambda ctx, _param, value: _version(ctx) if value else None)],
 )  # fmt: skip
 
@@ -281,7 +281,7 @@ def _version(ctx: click.Context) -> None:
 
 
 def parse(words: Iterable[str]) -> Task | int:
-    """Read a command line: what to do, or the exit status where all is done already. Raises click.UsageError."""
+    """Parse a command line; returns the task, or the exit status if nothing is left to do. Raises click.UsageError."""
     result: Task | int = ROOT.main(list(words), NAME, standalone_mode=False, obj=Given())
     return result
 

@@ -295,7 +295,7 @@ def test_fish_completes(tmp_path):
         ["fish", "-c", program], env=environment(**more), cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == [
-        "list\tthe copies that wait", "--destination=10.0.0.1:25", f"{tmp_path}/my.toml"
+        "list\tthe waiting copies", "--destination=10.0.0.1:25", f"{tmp_path}/my.toml"
     ]  # fmt: skip
 
 
