@@ -26,7 +26,6 @@ class EventRing:
     def __init__(self, regions: int) -> None:
         """Make empty regions. Raises OSError without memory; what is not written takes none."""
         self._memory = memoryview(mmap.mmap(-1, regions * _REGION))
-        self._regions = regions
         self._own: memoryview | None = None
 
     def take(self, number: int | None) -> None:
@@ -49,10 +48,13 @@ class EventRing:
             region[place + _length.size : place + _length.size + len(text)] = text
             _count.pack_into(region, 0, number + 1)  # last: who reads finds it whole
 
-    def since(self, seen: dict[int, int]) -> list[tuple[float, str, dict[str, Any]]]:
-        """Return what has come since the last call with this ``seen``, which is brought up to date; oldest first."""
+    def since(self, seen: dict[int, int], regions: int) -> list[tuple[float, str, dict[str, Any]]]:
+        """Return what the first regions have got since the last call with this ``seen``, which it brings up to date.
+
+        The oldest comes first. Regions that nobody has are left alone: to look at one takes its memory.
+        """
         found = []
-        for region in range(self._regions):
+        for region in range(regions):
             memory = self._of(region)
             (number,) = _count.unpack_from(memory)
             for n in range(max(seen.get(region, 0), number - _SLOTS), number):

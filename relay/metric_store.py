@@ -69,6 +69,10 @@ class Arena(Collector):
             if entries:
                 yield number, [((sample, labels), value) for (_, _, sample, labels, _), value in entries]
 
+    def new_events(self, seen: dict[int, int]) -> list[tuple[float, str, dict[str, Any]]]:
+        """Return the events of all processes since the last call with this ``seen``, which it brings up to date."""
+        return self.events.since(seen, self._count[0])
+
     def collect(self) -> Iterator[Metric]:
         """Yield the sums over all regions; for a gauge, the largest value."""
         metrics: dict[str, Metric] = {}

@@ -122,12 +122,12 @@ class EventTeller:
     """Brings the events of this installation's processes that are no success to the ledger."""
 
     def __init__(self, arena: Arena) -> None:
-        self._ring = arena.events
+        self._arena = arena
         self._seen: dict[int, int] = {}
 
     def tell(self, connection: Any) -> None:
         """Tell what has come since the last time; what Redis does not take is not told again. Raises RedisError."""
-        found = self._ring.since(self._seen)
+        found = self._arena.new_events(self._seen)
         if found:
             with connection.pipeline(transaction=True) as pipe:
                 events.add(pipe, socket.gethostname(), found, is_sealed=encryption.ring() is not None)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from relay.cockpit.readiness import backups_now, primary_now
 from relay.cockpit.sparkline import sparkline
 from relay.command.connection import ledger_of
 from relay.command.exit_status import WELL, Misuse
@@ -57,7 +58,7 @@ _SERVERS = [
     Column("put off", lambda r: str(r.deferred), numbers=True),
     Column("refused", lambda r: str(r.refused), numbers=True),
     *(Column(name, _quantile(share), numbers=True) for name, share in _SHARES),
-    Column("", lambda r: r.trend),
+    Column("", lambda r: r.trend, detail=True),
 ]
 
 
@@ -68,14 +69,13 @@ def show(settings: Settings, out: Output, hours: int | None, minutes: int | None
     unit, count = (flow.MINUTE, minutes) if minutes is not None else (flow.HOUR, hours or _HOURS)
     with ledger_of(settings) as connection:
         flows = flow.read(connection, unit, count, changes.now(connection))
+        primary, backups = primary_now(connection, settings), backups_now(connection, settings)
     if out.as_json:
         for found in flows:
             out.object(as_object(found))
         return WELL
     whole = flow.total(flows)
-    known = {backup.name for backup in settings.backups}
-    backups = [*(backup.name for backup in settings.backups), *sorted(whole.destinations.keys() - known)]
-    primary = settings.primary.name if settings.primary else "primary"
+    backups += sorted(whole.destinations.keys() - set(backups))  # former ones, too
     out.rows(_servers(flows, whole, primary, backups), _SERVERS, nothing="")
     if whole.lost:
         out.line(f"Accepted without a copy: {whole.lost} (copy lost in the log).")
@@ -95,7 +95,7 @@ def _servers(flows: Sequence[Flow], whole: Flow, primary: str, backups: Sequence
 
     rows = [
         _Server(
-            f"{primary} (primary)",
+            f"{primary} (primary)" if primary else "primary",
             whole.accepted,
             whole.refused_4xx + whole.uncertain,
             whole.refused_5xx + whole.own,

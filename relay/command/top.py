@@ -31,7 +31,7 @@ from relay.command.output import Output, terminal_width, wants_colour
 from relay.config.loader import Settings
 from relay.mail.text import printable
 
-_VERDICT_SECONDS = 10.0  # a verdict reads the flow of five weeks
+_VERDICT_SECONDS = 30.0  # a verdict reads the flow of five weeks
 _UNBOUNDED = 10_000  # columns where no terminal is
 _KEYS = "q quit   space freeze   d one server   s sort"
 

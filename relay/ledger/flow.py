@@ -6,6 +6,7 @@ later version adds is left out by this one; a field or a number that is none cou
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -212,34 +213,51 @@ def _sum(many: Iterable[Mapping[Any, int]]) -> dict[Any, int]:
 def _read(start: float, length: float, fields: Mapping[bytes, bytes]) -> Flow:
     plain: dict[str, int] = {}
     uses: dict[str, int] = {}
-    seconds: dict[float, int] = {}
     results: dict[str, dict[str, int]] = {}
     times: dict[tuple[str, str], dict[float, int]] = {}
     for name, value in fields.items():
-        if not value.isdigit() or (count := int(value[:17])) > _LARGEST:
+        found = _field(name)
+        if found is None or not value.isdigit() or (number := int(value[:17])) > _LARGEST:
             continue
-        match text(name).split(" "):
-            case [word] if word in _PLAIN:
-                plain[word] = count
-            case ["uses", extension]:
-                uses[extension] = count
-            case ["seconds", bound] if (key := _bound(bound)) is not None:
-                seconds[key] = count
-            case [result, destination] if result in _RESULTS and is_destination_name(destination):
-                results.setdefault(destination, {})[result] = count
-            case [("seconds" | "age") as word, bound, destination] if (
-                is_destination_name(destination) and (key := _bound(bound)) is not None
-            ):
-                times.setdefault((word, destination), {})[key] = count
+        word, destination, bound = found
+        if bound:
+            times.setdefault((word, destination), {})[bound] = number
+        elif word == "uses":
+            uses[destination] = number
+        elif destination:
+            results.setdefault(destination, {})[word] = number
+        else:
+            plain[word] = number
+    names = sorted({*results, *(name for _, name in times if name)})
     destinations = {
         name: DestinationFlow(
             **results.get(name, {}),
             seconds=Buckets(times.get(("seconds", name), {})),
             age=Buckets(times.get(("age", name), {})),
         )
-        for name in sorted({*results, *(name for _, name in times)})
+        for name in names
     }
-    return Flow(start, length, **plain, uses=uses, seconds=Buckets(seconds), destinations=destinations)
+    return Flow(
+        start, length, **plain, uses=uses, seconds=Buckets(times.get(("seconds", ""), {})), destinations=destinations
+    )
+
+
+@functools.lru_cache(maxsize=8192)  # few names, and thousands of hashes with each
+def _field(name: bytes) -> tuple[str, str, float] | None:
+    """Return a field's word, the destination or extension and the bound that it names, "" and 0 where it does not."""
+    match text(name).split(" "):
+        case [word] if word in _PLAIN:
+            return word, "", 0.0
+        case ["uses", extension]:
+            return "uses", extension, 0.0
+        case ["seconds", word] if bound := _bound(word):
+            return "seconds", "", bound
+        case [word, destination] if word in _RESULTS and is_destination_name(destination):
+            return word, destination, 0.0
+        case [("seconds" | "age") as word, figure, destination] if is_destination_name(destination):
+            bound = _bound(figure)
+            return (word, destination, bound) if bound else None
+    return None
 
 
 def _bound(word: str) -> float | None:
