@@ -17,6 +17,7 @@ from relay.config.options import BY_KEY
 from relay.config.types import duration
 from relay.daemon import control
 from relay.daemon.control import Line, Silent
+from relay.ledger.audit import operator
 from relay.mail.text import printable
 
 _CHANGES = [
@@ -59,7 +60,7 @@ def _state_dir(given: Given) -> Path:
 
 def _ask(line: Line, out: Output, seconds: float, *, dry_run: bool) -> int:
     try:
-        line.ask({"ask": "reload", "dry_run": dry_run})
+        line.ask({"ask": "reload", "dry_run": dry_run, "who": operator()})
         answer = line.hear(seconds + control.PATIENCE)
         if answer is None:
             _tell(f"`{line.role}` does not answer")

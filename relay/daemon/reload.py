@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 from relay import maillog
@@ -26,6 +27,7 @@ from relay.daemon.crew import Crew
 from relay.daemon.notify import notify, reloading
 from relay.daemon.renewal import SECONDS, Renewal, Roster
 from relay.daemon.supervisor import Supervisor
+from relay.ledger.audit import Act
 from relay.mail import encryption, record
 from relay.smtpd.credentials import Credentials
 from relay.smtpd.shared_counters import SEATS
@@ -33,8 +35,18 @@ from relay.topology import remembered
 from relay.topology.roles import decided, disagreement
 
 _QUEUED = 16  # who waits for the reload in progress to end
+_SIGNAL = "SIGHUP"
+_BEFORE, _AFTER = attrgetter("before"), attrgetter("after")
 
 Read = Callable[[Layers | None], Settings]  # reads all again; what takes a restart as it is in the layers
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Who asks for a reload, and how they are told; a signal says neither."""
+
+    tell: Tell = field(default=lambda _: None)
+    who: str = _SIGNAL
 
 
 class ReloadRefused(Exception):
@@ -51,13 +63,14 @@ class Reload:
     supervisor: Supervisor
     roster_for: Callable[[Settings], Roster]
     on_taken: Callable[[Settings, int], None]  # the settings that run now, and their generation
+    record: Callable[[Act], None]  # for `smtp-dup audit`; must not raise
     _last: int = 1  # generation that was tried
     _is_under_way: bool = False
-    _waiting: deque[Tell | None] = field(default_factory=deque)
+    _waiting: deque[Asked] = field(default_factory=deque)
 
     def hang_up(self) -> None:
         """SIGHUP."""
-        self._ask(None)
+        self._ask(Asked())
 
     def answer(self, question: Question, tell: Tell) -> None:
         """Answer a command."""
@@ -66,17 +79,17 @@ class Reload:
         elif question.get("ask") == "reload" and question.get("dry_run"):
             tell(self._look()[0])
         elif question.get("ask") == "reload":
-            self._ask(tell)
+            self._ask(Asked(tell, str(question.get("who") or _SIGNAL)))
         else:
             tell({"refused": "this smtp-dup does not know the question: it has another version"})
 
-    def _ask(self, tell: Tell | None) -> None:
+    def _ask(self, asked: Asked) -> None:
         if not self._is_under_way:
-            self._begin(tell)
+            self._begin(asked)
         elif len(self._waiting) < _QUEUED:
-            self._waiting.append(tell)
-        elif tell:
-            tell({**self._state(), "refused": "too many reloads wait for the one in progress"})
+            self._waiting.append(asked)
+        else:
+            asked.tell({**self._state(), "refused": "too many reloads wait for the one in progress"})
 
     # One reload
 
@@ -148,11 +161,10 @@ class Reload:
                 "try again when one has ended"
             )
 
-    def _begin(self, tell: Tell | None) -> None:
+    def _begin(self, asked: Asked) -> None:
         answer, settings = self._look()
         self._log(answer)
-        if tell:
-            tell({**answer, "begins": settings is not None})
+        asked.tell({**answer, "begins": settings is not None})
         if settings is None:
             if "changes" in answer:
                 maillog.notice("info", "no setting has changed that could be taken")
@@ -168,12 +180,12 @@ class Reload:
             fitted = replace(fitted, redis=fitted.redis.at(self.crew.url))
             children, roster = self.crew.of(fitted, generation), self.roster_for(fitted)
         except Exception as error:  # as above
-            self._end(tell, settings, changes, generation, f"{type(error).__name__}: {error}")
+            self._end(asked, settings, changes, generation, f"{type(error).__name__}: {error}")
             return
         seconds = SECONDS + settings.relay.timeout_seconds  # a relay waits for a primary that is away, too
         self.supervisor.renew(
             Renewal(
-                generation, children, roster, lambda why: self._end(tell, settings, changes, generation, why), seconds
+                generation, children, roster, lambda why: self._end(asked, settings, changes, generation, why), seconds
             )
         )
 
@@ -183,9 +195,7 @@ class Reload:
         record.bound(settings.smtp.max_message_bytes)
         encryption.reload()
 
-    def _end(
-        self, tell: Tell | None, settings: Settings, changes: Sequence[Difference], generation: int, why: str
-    ) -> None:
+    def _end(self, asked: Asked, settings: Settings, changes: Sequence[Difference], generation: int, why: str) -> None:
         self._is_under_way = False
         if why:
             maillog.notice("error", "not reloaded", reason=why)
@@ -197,10 +207,12 @@ class Reload:
             words = "; ".join(f"{change.key}: {change.before} -> {change.after}" for change in changes)
             maillog.notice("info", "reloaded", generation=generation, changes=words)
             self.on_taken(settings, generation)
+            before, after = ("; ".join(f"{c.key}={value(c)}" for c in changes) for value in (_BEFORE, _AFTER))
+            details = {"role": self.crew.role.name, "generation": str(generation)}
+            self.record(Act("reload", before, after, details=details, who=asked.who))
         if not self.supervisor.is_stopping:
             notify("READY=1")
-        if tell:
-            tell({**self._state(), "ended": True, "taken": not why, "reason": why})
+        asked.tell({**self._state(), "ended": True, "taken": not why, "reason": why})
         while self._waiting and not self._is_under_way:
             self._begin(self._waiting.popleft())
 

@@ -24,6 +24,8 @@ from relay.daemon.slots import Child
 from relay.daemon.start import EarlyStop, Role, StartError
 from relay.daemon.supervisor import Supervisor
 from relay.daemon.vitals import Vitals
+from relay.ledger import audit
+from relay.ledger.audit import Act
 from relay.ledger.continuity import Continuity
 from relay.mail import encryption, record
 from relay.mail.destination import Destination
@@ -102,7 +104,12 @@ def _let_reload(supervisor: Supervisor, crew: Crew, given: Settings, read: Read,
         known.update((backup.name, backup) for backup in settings.backups)
         running.write(state_dir, role, settings, generation)
 
-    reload = Reload(given, read, crew, supervisor, roster_for, on_taken)
+    def record(act: Act) -> None:
+        redis = given.redis.at(crew.url)
+        with suppress(RedisError, OSError), sync_client(redis, _PATIENCE, retries=0) as client:
+            audit.add(client, act)
+
+    reload = Reload(given, read, crew, supervisor, roster_for, on_taken, record)
     supervisor.on_reload = reload.hang_up
     control = Control(state_dir, role, supervisor.watch, supervisor.forget, reload.answer)
     control.open()

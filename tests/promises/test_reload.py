@@ -279,6 +279,9 @@ def test_two_at_once(configured: Make, primary: ScriptedServer, backup: Scripted
         one.join()
     assert found == [0, 0, 0]
     assert len(pids(up, "relay-1")) == 2, "the second and the third found nothing left to do"
+    (act,) = [row for row in up.json("audit") if row["command"] == "reload"]
+    assert (act["before"], act["after"]) == ("smtp.max_recipients=1000", "smtp.max_recipients=5")
+    assert act["who"]
     assert [e["generation"] for e in up.events if e["event"] == "reloaded"] == [2]
 
 
