@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 import redis
 
+from relay.config import loader
 from relay.ledger import keys
+from relay.topology import decisions, promotion
 from support import hosts
 from support.child_processes import tied
 from support.dialogue import Dialogue
-from support.hosts import Network
+from support.hosts import Host, Network
 from support.recorded_sessions import Transaction
-from support.retrying_sender import Sender
+from support.retrying_sender import Sender, message
 from support.scripted_server import ScriptedServer
 from support.waiting import free_port, wait_until
 
@@ -67,18 +69,18 @@ def tls_redis(tmp_path: Path, network: Network) -> Iterator[Redis]:
         pytest.skip("needs a redis-server with TLS, as Debian's")
     folder = tmp_path / "redis"
     folder.mkdir()
-    made = Redis(folder, network.here, free_port())
+    made = Redis(folder, network.apart, free_port())
     subprocess.run(
         [
             *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
-            *("-days", "2", "-subj", "/CN=redis", "-addext", f"subjectAltName=IP:{network.here}"),
+            *("-days", "2", "-subj", "/CN=redis", "-addext", f"subjectAltName=IP:{network.apart}"),
             *("-out", f"{folder}/ca.pem", "-keyout", f"{folder}/key.pem"),
         ],
         check=True,
         capture_output=True,
     )
     (folder / "conf").write_text(
-        f"bind {network.here}\nport 0\ntls-port {made.port}\ntls-auth-clients no\ndir {folder}\nlogfile {folder}/log\n"
+        f"bind {network.apart}\nport 0\ntls-port {made.port}\ntls-auth-clients no\ndir {folder}\nlogfile {folder}/log\n"
         f"tls-cert-file {folder}/ca.pem\ntls-key-file {folder}/key.pem\ntls-ca-cert-file {folder}/ca.pem\n"
         'save ""\nappendonly yes\nappendfsync always\nmaxmemory-policy noeviction\n'
         f"user default on >root ~* &* +@all\nuser copies on >hunter2 {RIGHTS}\n"
@@ -254,3 +256,44 @@ def test_the_body_that_another_host_has_moved_to_its_disk(
     assert not backup.messages
     assert courier.run("failed", "retry", row["id"]).returncode == 0
     wait_until(lambda: 7 in _numbers(backup), 30, "the copy was not delivered")
+
+
+@pytest.mark.timeout(200)
+def test_a_promotion_while_a_relay_host_is_cut_off_from_redis(network: Network, tls_redis: Redis) -> None:
+    """Its mail goes to the former primary, spooled for the new one; it is told as late, and follows when it can."""
+    with ExitStack() as ends:
+        old, new = ScriptedServer(), ScriptedServer()
+        for server in (old, new):
+            server.host = network.here
+            ends.enter_context(server)
+        settings = {"redis.url": tls_redis.url, "redis.timeout_seconds": "2"}
+        hosts = [
+            network.host(
+                name, command, primary=f"old={old.address}", backups=[f"new={new.address}"], settings=settings
+            ).start()
+            for name, command in (("relay-0", "relay"), ("relay-1", "relay"), ("courier-0", "workers"))
+        ]
+        near, cut, _ = hosts
+
+        def send(host: Host, number: int) -> None:
+            with Dialogue(host.smtp_port, host.host) as client:
+                client.hello()
+                client.mail("a@example.com", "b@example.com", data=message(number))
+
+        client = ends.enter_context(tls_redis.client())
+        wait_until(lambda: len(decisions.view(client).living) == 2)
+        plan = promotion.plan(client, loader.load(environ=near.environment, directories=()), "new")
+        cut.cut_off(network.apart)
+        promotion.commit(client, plan, "", {}, None)
+        found = promotion.follow(client, plan, 4, lambda _: None)
+        assert [beat.host for beat in found.late] == ["relay-1"]
+        send(cut, 1)
+        send(near, 2)
+        assert (_numbers(old) - {2}, _numbers(new)) == ({1}, {2})
+        cut.reach(network.apart)
+        wait_until(lambda: len([b for b in decisions.view(client).living if b.epoch == 1]) == 2, 60)
+        send(cut, 3)
+        assert 3 in _numbers(new)
+        for server in (old, new):
+            wait_until(lambda server=server: _numbers(server) == {1, 2, 3}, 60, "not at both")  # type: ignore[misc]
+        assert not any(beat.trouble for beat in decisions.view(client).living)

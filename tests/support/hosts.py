@@ -50,11 +50,13 @@ class Network:
         self._bridge = f"sd{self._tag}"
         self._prefix = f"10.{200 + secrets.randbelow(50)}.{secrets.randbelow(256)}"
         self.here = f"{self._prefix}.254"
+        self.apart = f"{self._prefix}.253"  # ours too: a host can be cut off from this one alone
         self.hosts: list[Host] = []
 
     def __enter__(self) -> Self:
         _ip("link", "add", self._bridge, "type", "bridge")
-        _ip("addr", "add", f"{self.here}/24", "dev", self._bridge)
+        for address in (self.here, self.apart):
+            _ip("addr", "add", f"{address}/24", "dev", self._bridge)
         _ip("link", "set", self._bridge, "up")
         return self
 
@@ -129,6 +131,14 @@ class Host(Product):
             raise AssertionError(f"{self.name} has not drained after {timeout:g} s:\n{self.log[-4000:]}") from None
         finally:
             self.clean_up()
+
+    def cut_off(self, address: str) -> None:
+        """Reach this address no more: neither a connection that is open nor a new one gets there."""
+        _ip("-n", self.namespace, "route", "add", "blackhole", f"{address}/32")
+
+    def reach(self, address: str) -> None:
+        """Reach it again."""
+        _ip("-n", self.namespace, "route", "del", "blackhole", f"{address}/32")
 
     def come_back(self) -> None:
         """Start again with the disk that it had."""
