@@ -17,7 +17,7 @@ from relay.config.model import Settings
 from relay.ledger import keys
 from relay.ledger.audit import Act
 from relay.mail.destination import Destination
-from relay.topology import decisions
+from relay.topology import decisions, remembered
 from relay.topology.decisions import View
 from relay.topology.heartbeats import Heartbeat
 from relay.topology.state import Decision, Intent, Topology
@@ -97,7 +97,9 @@ def plan(connection: Redis, settings: Settings, name: str, *, command: str = "pr
 
 def plan_undo(connection: Redis, settings: Settings) -> Plan:
     """Look what it would take to go back to the primary before. Raises Impossible, RedisError."""
-    topology = decisions.view(connection).topology
+    found, _ = decisions.topology(connection)
+    known = (found, remembered.load(settings.state_dir))  # Redis may have lost it, or have been given older data back
+    topology = max((t for t in known if t), key=lambda t: t.epoch, default=None)
     if topology is None:
         raise Impossible("there is nothing to undo: nobody has promoted a server")
     if topology.previous.primary == topology.primary:

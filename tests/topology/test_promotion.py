@@ -20,6 +20,7 @@ from support.drained import is_drained
 from support.product import Product
 from support.reactions import Reset
 from support.redis_servers import RedisServer
+from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
 
@@ -431,9 +432,10 @@ def test_a_redis_that_was_given_older_data_back(
     done = relay.run("promote", "new", *FORCED)
     assert done.returncode == 0, done.stdout + done.stderr
     assert decisions_of(relay).epoch == 3  # type: ignore[union-attr]
+    redis_client.delete(keys.TOPOLOGY)
     back = relay.run("undo", "--yes")
     assert back.returncode == 0, back.stdout + back.stderr
-    assert decisions_of(relay).primary == "old"  # type: ignore[union-attr]
+    assert (decisions_of(relay).primary, decisions_of(relay).epoch) == ("old", 4)  # type: ignore[union-attr]
 
 
 def test_settings_that_are_edited_to_agree(product: Make, scripted: Callable[..., ScriptedServer]) -> None:
@@ -497,3 +499,26 @@ def test_what_was_uncertain_at_the_old_primary(product: Make, scripted: Callable
     assert event["destination"] == "old"
     assert twin in event["reason"]
     assert event["id"] != twin
+
+
+def test_settings_that_are_turned_round_and_reloaded(product: Make, scripted: Callable[..., ScriptedServer]) -> None:
+    """After a promotion, under load: the settings agree without a restart, and the next promotion goes back."""
+    old, new = scripted(), scripted()
+    text = '[relay]\ndestination_primary = "{}={}"\n[[backup]]\nname = "{}"\nurl = "{}"\n'
+    first = text.format("old", old.address, "new", new.address)
+    both = product(settings=SETTINGS, files={"settings.toml": first})
+    sender = Sender(both.smtp_port, range(100_000)).start()
+    assert both.run("promote", "new", *FORCED).returncode == 0
+    (both.directory / "settings.toml").write_text(text.format("new", new.address, "old", old.address))
+    assert both.run("reload").returncode == 0
+    assert both.json("topology")[0]["settings_agree"] is True
+    before = len(sender.accepted)
+    wait_until(lambda: len(sender.accepted) > before + 20)
+    assert both.run("promote", "old", *FORCED).returncode == 0
+    before = len(sender.accepted)
+    wait_until(lambda: len(sender.accepted) > before + 20)
+    sender.stop()
+    accepted = sender.join()
+    for server in (old, new):
+        wait_until(lambda server=server: accepted <= set(map(int, subjects(server))))  # type: ignore[misc]
+    assert not [e for e in both.events if e["level"] == "error"]
