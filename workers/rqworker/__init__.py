@@ -1,1 +1,1 @@
-"""RQ's side: the worker, its job class, the scheduler, and what a dead worker had in hand."""
+"""RQ's side of delivery: the worker, its job class, the scheduler, and the revival of a dead worker's jobs."""

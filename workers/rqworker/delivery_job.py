@@ -1,7 +1,7 @@
-"""The job class of the workers: it calls what may be called, and nothing else.
+"""The job class of the workers, which calls only the functions in ``workers.jobs``.
 
-Whoever can write to Redis can forge a job; RQ would call any importable function by name, as the job itself or
-as one of its callbacks. A job that asks for anything but ``workers.jobs.deliver`` raises Refused when it is run.
+Anybody who can write to Redis can forge a job, and RQ would call any importable function by its name, as the job or as
+one of its callbacks. A job that names anything except ``workers.jobs.deliver`` raises Refused when it is run.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _ARGUMENTS = 2  # destination and ids
 
 
 class DeliveryJob(Job):
-    """A job that can call the functions of workers.jobs that are meant for it, and nothing else."""
+    """A job that can call only the functions in workers.jobs that are meant for it."""
 
     def restore(self, raw_data: Any) -> None:
         try:
             live_jobs.unfolded(raw_data.get(b"data", b""))
-        except ValueError:  # RQ would unfold as much as there is
+        except ValueError:  # RQ would decompress any amount of data
             raw_data = {**raw_data, b"data": b""}
         super().restore(raw_data)
         self._success_callback_name = self._failure_callback_name = self._stopped_callback_name = None
         self.webhooks = []
 
     def function(self) -> Callable[..., Future[None]]:
-        """Return what to call. Raises Refused."""
+        """Return the function to call. Raises Refused."""
         try:
             name, instance = self.func_name or "", self.instance
         except DeserializationError as error:
@@ -47,16 +47,16 @@ class DeliveryJob(Job):
 
     @property
     def copies(self) -> int:
-        """How many copies it is about; 0 when that cannot be read."""
+        """The number of copies in the job; 0 if its call cannot be read."""
         try:
             return len(self.args[1])
         except (DeserializationError, IndexError, TypeError):
             return 0
 
     def perform(self) -> Future[None]:
-        """Begin it: the future is that of what was called. Raises Refused, and whatever the call does."""
+        """Start the job; returns the future of the called function. Raises Refused, and what the call raises."""
         begun = cast("Future[None]", super().perform())
-        self._result = None  # nothing is returned
+        self._result = None  # the job has no result
         return begun
 
     def _execute(self) -> Future[None]:
@@ -67,17 +67,17 @@ class DeliveryJob(Job):
 
     @property
     def is_forgotten_when_done(self) -> bool:
-        """Nothing is kept of it and nothing hangs on it, so that its end is one transaction."""
+        """Whether neither results nor dependent jobs exist, so that one transaction ends it."""
         return self.result_ttl == 0 and not (
             self.group_id or self.has_rate_limit or self.repeats_left or self._dependency_ids
         )
 
     def forget(self, pipeline: Pipeline) -> None:
-        """Delete all keys of it that can exist while it runs."""
+        """Delete all keys that the job can have while it runs."""
         results: str = Result.get_key(self.id)  # type: ignore[no-untyped-call]
         pipeline.delete(self.key, self.dependents_key, self.dependencies_key, results, self.execution_registry.key)
 
     def record_failure(self, reason: str, pipeline: Pipeline, worker: str, execution: Execution) -> None:
-        """Put it into the failed registry, where rq-dashboard shows it."""
+        """Put the job into the failed registry, where rq-dashboard shows it."""
         self.set_status(JobStatus.FAILED, pipeline=pipeline)
         self._handle_failure(reason, pipeline, worker, execution.id, execution.created_at, self.ended_at)

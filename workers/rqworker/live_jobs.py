@@ -1,9 +1,9 @@
-"""What RQ has in hand for a backup: which copies are in jobs that are queued, scheduled or being run.
+"""The copies that are in RQ jobs of a backup: queued, scheduled or running.
 
-Read in pages and without Job objects: only the call of each job, which holds ids. The order of reading is that in
-which a job moves (scheduled, queued, popped, started), the queue from its end, so that a job that moves meanwhile is
-seen. What is created meanwhile is not: the reconciler asks twice. Jobs that are not ours or cannot be read
-hold nothing.
+Jobs are read in pages and without Job objects: only the call, which holds the ids. The registries are read in the order
+in which a job moves (scheduled, queued, popped, started), the queue from its end, so that a job that moves meanwhile is
+not missed. A job that is created meanwhile may be: so the reconciler reads twice. Foreign or unreadable jobs count as
+empty.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _EXECUTION = "rq:execution:"
 
 @dataclass(slots=True)
 class Live:
-    """The copies in jobs of one backup. ``dead`` and ``popped`` are left-overs, or will be if they stay."""
+    """The copies in jobs of one backup. ``dead`` workers, and ``popped`` jobs that stay popped, need a repair."""
 
     queued_jobs: int = 0
     queued_ids: int = 0
-    popped: list[str] = field(default_factory=list)  # jobs between the queue and a worker
-    dead: set[str] = field(default_factory=set)  # workers that are gone with a job started; "" is nameless
+    popped: list[str] = field(default_factory=list)  # jobs in the intermediate list
+    dead: set[str] = field(default_factory=set)  # dead workers of started jobs; "" if the name is unknown
     _jobs: dict[str, str] = field(default_factory=dict)  # id -> a job that holds it
     _more: set[tuple[str, str]] = field(default_factory=set)  # (id, job) when several hold it
 
     def add(self, job: str, ids: Sequence[str]) -> None:
         """Note that a job holds these copies."""
-        if self._jobs.keys().isdisjoint(ids):  # a backlog's, nearly always: a hundred at once
+        if self._jobs.keys().isdisjoint(ids):  # the usual case, for all ids at once
             self._jobs.update(dict.fromkeys(ids, job))
             return
         for message_id in ids:
@@ -50,17 +50,17 @@ class Live:
                 self._more.add((message_id, job))
 
     def covers(self, message_id: str, owner: str) -> bool:
-        """Say whether a job will deliver this copy: its owner, or any job when it has none."""
+        """Return whether a job will deliver this copy: its owner, or any job if it has none."""
         job = self._jobs.get(message_id)
         return job is not None and (not owner or job == owner or (message_id, owner) in self._more)
 
     def uncovered(self, ids: Iterable[str]) -> list[str]:
-        """Return those of copies without an owner that no job will deliver."""
+        """Return those of these copies, which have no owner, that are in no job."""
         return [message_id for message_id in ids if message_id not in self._jobs]
 
 
 def read(connection: Redis, destination: str) -> Live:
-    """Read what RQ has in hand for a backup."""
+    """Read all jobs of a backup. Raises RedisError."""
     queue = rq_jobs.queue(connection, destination)
     live = Live()
     for page in queries.pages(connection, queue.scheduled_job_registry.key):
@@ -77,7 +77,7 @@ def read(connection: Redis, destination: str) -> Live:
 
 
 def queued(connection: Redis, queue: Queue) -> Iterator[list[str]]:
-    """Yield the ids of queued jobs in pages, from the end: workers take from the front, which shifts nothing then."""
+    """Yield the ids of queued jobs in pages, from the end, since workers take from the front."""
     last = -1
     while jobs := _texts(connection.lrange(queue.key, last - _PAGE + 1, last)):
         yield jobs
@@ -85,7 +85,7 @@ def queued(connection: Redis, queue: Queue) -> Iterator[list[str]]:
 
 
 def calls(connection: Redis, jobs: Sequence[str]) -> list[list[str]]:
-    """Return the ids that jobs hold."""
+    """Return the message ids in each of these jobs."""
     if not jobs:
         return []
     with connection.pipeline(transaction=False) as pipe:
@@ -95,7 +95,7 @@ def calls(connection: Redis, jobs: Sequence[str]) -> list[list[str]]:
 
 
 def forget_useless(connection: Redis, destination: str) -> int:
-    """Delete queued and scheduled jobs whose copies are neither pending nor failed any more. Returns how many."""
+    """Delete queued and scheduled jobs whose copies are neither pending nor failed any more; returns their number."""
     queue = rq_jobs.queue(connection, destination)
     scheduled = queue.scheduled_job_registry.key
     count = 0
@@ -141,7 +141,7 @@ def _ids(data: bytes | None) -> list[str]:
 
 
 def unfolded(data: bytes) -> bytes:
-    """Return the call of a job; no more is made of it than one of ours can have. Raises ValueError."""
+    """Decompress the call of a job, up to the size of a genuine one. Raises ValueError."""
     unfolding = zlib.decompressobj()
     try:
         call = unfolding.decompress(data, _LONGEST)
@@ -153,7 +153,7 @@ def unfolded(data: bytes) -> bytes:
 
 
 def _dead(connection: Redis, started: Sequence[str]) -> set[str]:
-    """Return the workers of started jobs that have not been heard of for two minutes: their key is gone by then."""
+    """Return the workers of started jobs whose key has expired, two minutes after their last heartbeat."""
     if not started:
         return set()
     with connection.pipeline(transaction=False) as pipe:

@@ -1,9 +1,9 @@
-"""Revival: what a worker that was killed had in hand goes back to the front of its queue, at once.
+"""Revival: puts the jobs of a killed worker back to the front of its queue at once.
 
-RQ finds an abandoned job after minutes and calls it failed. Here the replacement, told its predecessor's name,
-puts the job back as it is: the ledger's claims see to it that a job which runs twice repeats nothing. One
-script, so that a crash in the middle leaves nothing half done; repeating it is harmless. Only workers known
-to be dead are touched: never another host's, whose processes cannot be seen from here.
+RQ would find an abandoned job after minutes and mark it as failed. Here the replacement, which knows its predecessor's
+name, puts the job back unchanged: because of the ledger's claims, a job that runs twice repeats nothing. One script
+does it, so that a crash leaves nothing half done; repeating it is harmless. Only workers known to be dead are touched,
+never those of another host, whose processes cannot be seen from here.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from relay import limits
 from relay.ledger.redis_clock import shorten
 from relay.mail.ids import text
 
-PLACE = "place"  # field of the worker's hash: where its pid means something
-BORN = "born"  # field of the worker's hash: which of the processes that had this pid it is
-LIFE = 120  # seconds after its last beat that a worker's key lives
+PLACE = "place"  # field of the worker's hash: the space in which its pid is unique
+BORN = "born"  # field of the worker's hash: the start time of the process, to distinguish reused pids
+LIFE = 120  # seconds from a worker's last heartbeat to the end of its key
 _GRACE = 0.05  # seconds; a live worker leaves a job in the intermediate list for a few milliseconds
 
 # KEYS: started registry, intermediate list, queue. ARGV: worker name, ids found in the intermediate list.
@@ -71,10 +71,10 @@ def worker_name(destination: str, instance: str, host: str = "") -> str:
 
 
 def revive(connection: Redis, queue: Queue, name: str) -> list[str]:
-    """Put the jobs that the dead worker ``name`` had in hand back to the front of ``queue``. Returns their ids.
+    """Put the jobs of the dead worker ``name`` back to the front of ``queue``. Returns their ids.
 
-    The intermediate list does not say who popped a job. While other workers live on the queue, a job in it
-    may be on its way to one of them, so only what stays there for 50 ms counts as stranded.
+    The intermediate list does not tell which worker popped a job. While other workers of the queue live, a job in it
+    may be on its way to one of them, so only jobs that stay there for 50 ms are put back.
     """
     stranded = _intermediate(connection, queue)
     if stranded and _others(connection, queue, name):
@@ -92,7 +92,7 @@ def revive(connection: Redis, queue: Queue, name: str) -> list[str]:
 
 
 def place() -> str:
-    """Name the space in which our pid means something: this boot of this machine and this pid namespace."""
+    """Return an id of the space in which a pid is unique: this boot of this machine and this pid namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
         return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
@@ -104,19 +104,19 @@ _PID = re.compile(rb"[0-9]{1,9}")
 
 
 def born(pid: int) -> str:
-    """Return when a process started, in ticks since the boot, which no clock moves; "" without a Linux's /proc."""
+    """Return when a process started, in ticks since the boot, independent of clocks; "" without Linux's /proc."""
     fields = _stat(pid)
     return fields[19] if fields else ""
 
 
 def dead_here(connection: Redis, queue: Queue) -> list[str]:
-    """Return the names of the workers on ``queue`` that ran in our place and are gone, e.g. killed all at once."""
+    """Return the names of dead workers of ``queue`` that ran in this place, such as all killed at once."""
     here, dead = place(), []
     for name in _workers(connection, queue):
         pid, where, since = cast("list[Any]", connection.hmget(_key(name), ["pid", PLACE, BORN]))
         if not where or text(where) != here or not _PID.fullmatch(pid or b""):
             continue
-        # A container that starts again has the same small pids, and as a rule the number of the old namespace too.
+        # A restarted container has the same small pids, and usually the same namespace number.
         is_another = bool(since) and born(int(pid)) != text(since)
         if is_another or not _is_alive(int(pid)):
             dead.append(name)
@@ -124,12 +124,12 @@ def dead_here(connection: Redis, queue: Queue) -> list[str]:
 
 
 def shorten_lives(connection: Redis, queue: Queue) -> None:
-    """Let no worker's key live longer than it is meant to: Redis's clock may have been set back since its last beat."""
+    """Limit the life of workers' keys to ``LIFE``, in case Redis's clock was set back since the last heartbeat."""
     shorten(connection, [_key(name) for name in _workers(connection, queue)], LIFE)
 
 
 def forget(connection: Redis, queue: Queue, names: Iterable[str]) -> None:
-    """Take dead workers off RQ's list, once they are revived."""
+    """Remove dead workers from RQ's list, after their jobs were put back."""
     with connection.pipeline() as pipeline:
         for name in names:
             pipeline.srem(BaseWorker.redis_workers_keys, _key(name))
@@ -148,7 +148,7 @@ def _workers(connection: Redis, queue: Queue) -> list[str]:
 
 
 def _others(connection: Redis, queue: Queue, name: str) -> bool:
-    """Say whether a worker other than ``name`` may be alive on ``queue``."""
+    """Return whether another worker than ``name`` may be alive on ``queue``."""
     dead = {name, *dead_here(connection, queue)}
     return any(n not in dead and connection.exists(_key(n)) for n in _workers(connection, queue))
 
@@ -159,7 +159,7 @@ def _intermediate(connection: Redis, queue: Queue) -> list[str]:
 
 
 def _stat(pid: int) -> list[str]:
-    """Return the fields of /proc/<pid>/stat from the state on; nothing when there is no such process."""
+    """Return the fields of /proc/<pid>/stat from the state on, [] if there is no such process."""
     try:
         # The name in parentheses may hold anything; what follows it is regular.
         return Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()
@@ -170,9 +170,9 @@ def _stat(pid: int) -> list[str]:
 
 
 def _is_alive(pid: int) -> bool:
-    """Say whether a process runs; a zombie does not, and a container's first process may never reap its orphans.
+    """Return whether a process runs; a zombie does not (a container's first process may never reap orphans).
 
-    Raises OSError where that cannot be found out: for want of a descriptor nobody is dead.
+    Raises OSError if that cannot be found out: without a free descriptor, no process is taken for dead.
     """
     if fields := _stat(pid):
         return fields[0] not in "ZX"

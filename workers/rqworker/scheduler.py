@@ -1,9 +1,9 @@
-"""Moving scheduled jobs to their queues when they are due, by RQ's scheduler, as a thread's task.
+"""Moves scheduled jobs to their queues when they are due: RQ's scheduler, run in a thread.
 
-The lock's name is stable (host and state folder), so that a restarted scheduler goes on at once instead of
-waiting for its own lock to end. Redis going away is survived; a scheduled job that cannot be read is taken off
-the schedule (its copies are in the ledger and get a new job), so that it does not hold up the others. What is due is so
-by Redis's clock, as it was written; when that is set back, the schedule is moved with it.
+The lock's name is stable (host and state folder), so that a restarted scheduler continues at once instead of waiting
+for its own lock to expire. The loop survives a Redis that goes down. A scheduled job that cannot be read is removed
+from the schedule, so that it does not block the others; its copies get a new job from the reconciler. Due times are by
+Redis's clock; when that is set back, the schedule is moved with it.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class Scheduler(RQScheduler):
         super().__init__([], connection, logging_level=logging.WARNING, serializer=JSONSerializer, name=name)
         self._clock = RedisClock()
         self._longest = longest
-        # RQ would make a pool of its own from this one's options, which does not follow a master.
+        # RQ would make its own pool from the options of this one, which would not follow a failover.
         self._connection = connection  # type: ignore[assignment]
         self._renewed = float("-inf")
         self._was_asked = False
-        self._behind = 0.0  # seconds that Redis's clock was set back, and the schedule has not yet followed
+        self._behind = 0.0  # seconds by which Redis's clock was set back and the schedule must still be moved
 
     def round(self, queues: Iterable[str]) -> bool:
-        """Move what is due, a thousand per queue. Returns whether more is due. Raises RedisError."""
+        """Move the due jobs, at most a thousand for each queue; returns whether more are due. Raises RedisError."""
         wanted = set(queues)
         step = self._clock.ask(self.connection, 0.0 if self._was_asked else last_look(self.connection))
         self._behind += max(0.0, -step)
@@ -71,7 +71,7 @@ class Scheduler(RQScheduler):
             self.acquire_locks()  # type: ignore[no-untyped-call]  # takes or renews each
             self.register_birth()
             self.prepare_registries(self._acquired_locks)
-            # Another's that is gone would else last for as long as the clock was set back.
+            # Otherwise the lock of a dead scheduler would last for as long as the clock was set back.
             others = [self.get_locking_key(queue) for queue in wanted - self._acquired_locks]
             shorten(self.connection, others, self.interval + 60)
             self._pull_in()
@@ -90,7 +90,7 @@ class Scheduler(RQScheduler):
             self._scheduled_job_registries.append(registry)
 
     def _pull_in(self) -> None:
-        """Have no job wait for the seconds by which the clock was set back, nor ever longer than any is meant to."""
+        """Move scheduled jobs nearer by the time that the clock was set back, and at most ``longest`` ahead."""
         for registry in self._registries:
             count = pull_in(self.connection, registry.key, self._clock.now(), by=self._behind, most=self._longest)
             if count:
@@ -99,23 +99,23 @@ class Scheduler(RQScheduler):
         self._behind = 0.0
 
     def forget_unreadable(self) -> None:
-        """Take due jobs that cannot be read off the schedule."""
+        """Remove due jobs that cannot be read from the schedule."""
         for registry in self._registries:
             for job_id in registry.get_jobs_to_schedule():
                 try:
                     Job.fetch(job_id, self.connection, self.serializer)
                 except (RedisError, NoSuchJobError):
                     continue
-                except Exception as error:  # whatever a forged record makes of RQ
+                except Exception as error:  # RQ may raise anything on a forged record
                     logger.error("scheduled job {} is unreadable and taken off the schedule: {}", job_id, error)
                     registry.remove(job_id)
 
     def start_anew(self) -> None:
-        """Take the locks again at the next round: Redis was away, and they may be lost."""
+        """Take the locks again in the next round, since Redis was down and may have lost them."""
         self._renewed = float("-inf")
 
     def close(self) -> None:
-        """Give the locks back."""
+        """Release the locks."""
         self.release_locks()  # type: ignore[no-untyped-call]
         self.register_death()
         self.connection.close()
@@ -142,8 +142,8 @@ def keep_scheduling(
 ) -> None:
     """Run the scheduler until ``stop``: a round a second, without a pause while more is due.
 
-    ``queues`` gives the names and is asked each round (it may raise RedisError); ``name`` is the lock's and must
-    be the same after a restart. No job is meant to wait for more than ``longest`` seconds.
+    ``queues`` returns the names and is called each round (it may raise RedisError); ``name`` is that of the lock and
+    must be the same after a restart. No job should be scheduled more than ``longest`` seconds ahead.
     """
     scheduler = Scheduler(connect(), name, longest)
     away = Repeated("scheduler: Redis", logger.warning, logger.info)

@@ -1,4 +1,4 @@
--- ARGV: destination, worker. Its leases end; it stays the holder, so that whoever claims next is told. Returns how many.
+-- ARGV: destination, worker. Ends its leases; it stays the holder, so that the next claim names it. Returns their number.
 local holders = redis.call('HGETALL', 'smtpdup:holders:' .. ARGV[1])
 local count = 0
 for i = 1, #holders, 2 do

@@ -44,8 +44,8 @@ local failures = redis.call('HMGET', failure, unpack(ids))
 local hands = redis.call('HMGET', holders, unpack(ids))
 local result, leased, held = {}, {}, {}
 for i, id in ipairs(ids) do
-  -- A lease of our own is one whose answer was lost: the courier does not ask for what it knows that it holds. A holder
-  -- is "<worker>", or "<worker> <before>" for what it has taken over, so that a lost answer can be given again.
+  -- A lease of the same worker is one whose reply was lost: the courier does not claim what it holds. A holder is
+  -- "<worker>", or "<worker> <before>" for a copy taken over, so that a lost reply can be given again.
   local lease_end = leases[i]
   local holder, before = '', ''
   if hands[i] then

@@ -1,6 +1,6 @@
 -- ARGV: destination, '1' to drop pending copies instead of failed ones, then for each: id, and its score as it was read or
--- ''. With a score only what is as it was goes: one that has another by now was tried again, and one that is leased may be
--- delivered the next moment.
+-- ''. With a score, only an unchanged copy is deleted: one with another score was tried again, and a leased one may be
+-- delivered at any moment.
 local destination = ARGV[1]
 local list, states = 'smtpdup:failed:' .. destination, 'smtpdup:failure:' .. destination
 local busy = 'smtpdup:busy:' .. destination

@@ -1,5 +1,5 @@
--- ARGV: destination. Forgets it with all that is known of it, if nothing is listed for it. Returns how many copies are
--- pending, failed and under a lease: all 0 where it is gone.
+-- ARGV: destination. Deletes it with all its keys, if it has no copies. Returns the numbers of pending, failed and leased
+-- copies: all 0 if it is deleted.
 local name = ARGV[1]
 local time = redis.call('TIME')
 local pending = redis.call('ZCARD', 'smtpdup:pending:' .. name)

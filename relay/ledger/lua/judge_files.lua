@@ -1,6 +1,6 @@
 -- ARGV: key of the set of ids whose bodies were moved to one folder, ids of the files that are there. Result for each:
--- 0 it is wanted, 1 this ledger had it and lists it no more, 2 this ledger never knew it. Absence alone proves nothing:
--- a Redis that came back empty, or older, names none of what is on disk.
+-- 0 it is needed, 1 this ledger moved it and lists it no more, 2 this ledger does not know it. Absence alone proves
+-- nothing: a Redis that came back empty or older knows none of the files.
 local names, whole = destinations()
 local found = {}
 for n = 2, #ARGV do

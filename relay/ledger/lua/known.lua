@@ -1,7 +1,7 @@
 -- ARGV: the ledger's identity as the caller knows it ('' for none), the count it has seen, a new identity, 1 to count on.
--- Returns identity, count, what has become of the ledger since ('' for nothing), 1 when its index of lists is whole, and
--- what became of it when it last changed, whoever found that.
--- Who finds it changed says so, once: the others find themselves named as those who know.
+-- Returns identity, count, the change found by this call ('' for none), 1 if the index of lists is complete, and the last
+-- change, by whichever process it was found.
+-- Only the first process that finds a change gets it as found by this call.
 local key = 'smtpdup:ledger'
 local time = redis.call('TIME')
 local id, count, before = unpack(redis.call('HMGET', key, 'id', 'count', 'before'))

@@ -1,5 +1,5 @@
--- Put in front of the scripts that must know all lists. An index that is not known to be whole (see ledger.LISTS) has
--- nothing deleted: what would have been is noted, and judged again once it is.
+-- Put in front of the scripts that must know all lists. While the index may be incomplete (see LISTS in keys.py) nothing
+-- is deleted: the ids are noted and judged again once it is complete.
 local function destinations()
   local names, seen, whole = {}, {}, false
   for _, index in ipairs({redis.call('SMEMBERS', 'smtpdup:lists'), redis.call('HKEYS', 'smtpdup:destinations')}) do

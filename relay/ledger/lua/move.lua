@@ -1,6 +1,6 @@
 -- ARGV: from, to, 'pending' or 'failed', then for each copy: id, its state as it was read ('' for none), its state
--- there ('' for none, '-' when nothing of it is owed there). Moved is only what has not changed since, is not leased,
--- and neither waits nor failed there. Returns 1 for each that is moved or gone, else 0.
+-- there ('' for none, '-' if nothing of it is owed there). A copy is moved only if it has not changed since, is not
+-- leased, and is neither pending nor failed there. Returns 1 for each that is moved or gone, else 0.
 local from, to, list = ARGV[1], ARGV[2], ARGV[3]
 local states = list == 'pending' and 'smtpdup:own:' or 'smtpdup:failure:'
 local time = redis.call('TIME')

@@ -22,7 +22,7 @@ local function no_longer_uncertain(id, digest)
   end
 end
 
--- Named in the index in the same breath: no list is ever one that nobody knows of, however old or empty Redis was.
+-- Added to the index in the same script: no list is ever missing there, however old or empty Redis was.
 local function flush(name)
   redis.call('SADD', 'smtpdup:lists', name)
   redis.call('ZADD', 'smtpdup:pending:' .. name, unpack(due[name]))

@@ -1,4 +1,4 @@
--- ARGV: destination, seconds of noise, ids. A body goes when no destination has its id pending or failed. Without
+-- ARGV: destination, seconds of noise, ids. A body is deleted when its id is neither pending nor failed anywhere. Without
 -- "turned" none of these copies is counted in a group of divergence.
 local destination = ARGV[1]
 local pending, own = 'smtpdup:pending:' .. destination, 'smtpdup:own:' .. destination
@@ -20,7 +20,7 @@ if redis.call('EXISTS', own) == 1 then
 end
 local lists = {}
 if count < #ids then
-  -- Asked for again: after a failover the others may be on their way to pending once more, and keep their bodies.
+  -- Checked again: after a failover, the other copies may become pending once more, and need their bodies.
   lists = {'smtpdup:staged', 'smtpdup:uncertain'}
 end
 local names, whole = destinations()

@@ -1,7 +1,7 @@
 -- ARGV: key of what a spool has brought in, '1' to strike the notes from it, then ids, or notes (which begin with
 -- one), of messages that are, or were, in the spool.
--- A stage that timed out may have been written all the same, even after the import: it must not come back one day
--- as uncertain. What the import itself made uncertain is still noted as brought in, and stays.
+-- A stage that timed out may have been written nevertheless, even after the import: it must not become uncertain later.
+-- A message that the import itself made uncertain is still noted as imported, and stays.
 local names, whole = destinations()
 local count = 0
 for i = 3, #ARGV do
