@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,7 +97,12 @@ class Word(_Completes):
 
 
 class CommandGroup(_Completes, click.Group):
-    """Commands that belong together; whoever mistypes one is told what it may have been."""
+    """Commands that belong together; whoever mistypes one is told what it may have been.
+
+    ``lesser`` are named in the help without a line of their own each: it is to fit a screen.
+    """
+
+    lesser: frozenset[str] = frozenset()
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [name for name, command in self.commands.items() if not command.hidden]
@@ -121,6 +127,16 @@ class CommandGroup(_Completes, click.Group):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         self.format_commands(ctx, formatter)  # the options are on one line, in the epilog: it is to fit a screen
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        names = self.list_commands(ctx)
+        rows = [(name, self.commands[name].get_short_help_str(200)) for name in names if name not in self.lesser]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+        if lesser := [name for name in names if name in self.lesser]:
+            formatter.write_paragraph()
+            text = f"Also: {', '.join(lesser)}"
+            formatter.write(textwrap.fill(text, formatter.width, break_on_hyphens=False) + "\n")
 
     def _meant(self, ctx: click.Context, name: str) -> str:
         near = difflib.get_close_matches(name, self.list_commands(ctx), 1, _NEAR)

@@ -274,6 +274,11 @@ ROOT = _group(
                   callback=lambda ctx, _param, value: _version(ctx) if value else None)],
 )  # fmt: skip
 
+ROOT.lesser = frozenset({
+    "relay", "workers", "demo", "reload", "undo", "topology", "audit", "release", "throttle", "hash-password",
+    "new-key", "completion", "version",
+})  # fmt: skip
+
 
 def _version(ctx: click.Context) -> None:
     click.echo(f"{NAME} {__version__}")
