@@ -372,6 +372,18 @@ def destination_resumed(destination: str, paused_seconds: float) -> None:
     _event("INFO", "destination resumed", destination=destination, paused_seconds=round(paused_seconds, 1))
 
 
+def destination_held(destination: str, reason: str, by: str, seconds: float) -> None:
+    """An operator holds it: no copy goes there now; seconds below 0 are until it is released."""
+    ends = {"seconds": round(seconds, 1)} if seconds > 0 else {}
+    _event("WARNING", "destination held", destination=destination, reason=reason, by=by, **ends)
+
+
+def destination_released(destination: str, *, has_ended: bool) -> None:
+    """Its hold was released, or has come to its end: delivery goes on."""
+    reason = "the hold has ended" if has_ended else "released"
+    _event("WARNING", "destination released", destination=destination, reason=reason)
+
+
 def body_missing(message_id: str, destination: str) -> None:
     """The body of a pending copy is missing; the copy is removed and counted."""
     _event("ERROR", "body missing", id=message_id, destination=destination)

@@ -85,6 +85,13 @@ class Pool:
     def waiting(self) -> int:
         return len(self._waiters)
 
+    def set_limit(self, limit: int) -> None:
+        """Change the limit now; what is leased above it is closed when it comes back."""
+        self._limit = max(1, limit)
+        while self._idle and self._out + len(self._idle) > self._limit:
+            self._say_goodbye(self._idle.pop(0))
+        self._wake()
+
     async def lease(self, *, timeout: float | None = None, fresh: bool = False) -> Connection:
         """Return a connection that is ready for MAIL. ``timeout`` is for waiting in line; None: ``timeouts.connect``.
 

@@ -44,6 +44,9 @@ _REASON = _option("--reason", metavar="TEXT", default="", help="the reason, for 
 _DRY_RUN = _option("--dry-run", is_flag=True, help="show what would be done; change nothing")
 
 
+_NAME = click.Argument(["name"], metavar="NAME", type=Names(DESTINATION))
+
+
 def _argument(name: str, kind: click.ParamType[str] | None = None, **rest: Any) -> click.Argument:
     return click.Argument([name.lower()], metavar=name, type=kind, **rest)
 
@@ -214,6 +217,19 @@ ROOT = _group(
             click.Argument(["name"], metavar="[NAME]", required=False, type=Names(DESTINATION)),
             _option("--nagios", is_flag=True, help="one line and exit status for a monitoring system"),
             _option("--explain", is_flag=True, help="each criterion's rule, and its settings"),
+        ),
+        "hold": _word(
+            "keep copies from a backup for a time", "hold:hold", _NAME,
+            _option("--reason", metavar="TEXT", required=True, help="why"),
+            _option("--for", "time", metavar="TIME", help="it ends by itself: 30m, 2h, 1d"),
+            _option("--until-released", is_flag=True, help="it does not"),
+        ),
+        "release": _word("end a hold", "hold:release", _NAME),
+        "throttle": _word(
+            "bound how fast a backup gets its copies", "hold:throttle", _NAME,
+            _option("--rate", metavar="N/s", help="copies a second: 50/s, 600/m, 0.5/s"),
+            _option("--connections", metavar="N", type=click.IntRange(1, 10_000), help="connections at once"),
+            _option("--off", is_flag=True, help="no bounds any more"),
         ),
         "top": _word(
             "watch the mail traffic", "top:show",

@@ -15,7 +15,9 @@ HOLDERS = PREFIX + "holders:"  # hash id -> the worker that holds the lease, and
 FAILED = PREFIX + "failed:"  # zset id -> time failed
 FAILURE = PREFIX + "failure:"  # hash id -> CopyState of what failed
 DESTINATIONS = PREFIX + "destinations"  # hash name -> Destination, every one ever used
-HEALTH = PREFIX + "health:"  # hash: the breaker as the worker sees it, and the operator's flush
+HEALTH = PREFIX + "health:"  # hash: the breaker as the worker sees it; flush, hold and throttle. See health.py
+THROTTLE = PREFIX + "throttle:"  # hash: what is left of this second, while a destination is throttled
+THROTTLED = PREFIX + "throttled:"  # hash worker -> since when and when last: they share that
 # Replies of a backup that differ from the primary's, see divergence.py; a group is 12 hex digits, or "other".
 DIVERGENCE = PREFIX + "divergence:"  # zset group -> last seen
 DIVERGED = PREFIX + "diverged:"  # "<destination>:<group>": hash of one group

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from relay.ledger.health import Health
 from relay.ledger.keys import COUNTERS, DESTINATIONS, FAILED, HEALTH, LEDGER, OWN, PENDING
 from relay.mail import ids
 
@@ -19,8 +20,10 @@ class Summary:
     retrying: int
     failed: int
     delivered: int
-    state: str = "ok"  # or "paused": the breaker is open
+    state: str = "ok"  # or "paused": the breaker is open; or "held": an operator wants it so
     reason: str = ""
+    paused: bool = False  # also while it is held
+    held: bool = False
 
 
 class Change(NamedTuple):
@@ -54,6 +57,8 @@ def summary(connection: Any) -> list[Summary]:
     for name, (pending, oldest, retrying, failed, health) in zip(
         names, zip(*[iter(rest)] * 5, strict=True), strict=True
     ):
+        found = Health.of(health)
+        state, reason = found.describe(clock)
         rows.append(
             Summary(
                 destination=name,
@@ -62,8 +67,10 @@ def summary(connection: Any) -> list[Summary]:
                 retrying=retrying,
                 failed=failed,
                 delivered=_count(counters.get(f"delivered:{name}".encode())),
-                state=ids.text(health.get(b"state", b"ok")),
-                reason=ids.text(health.get(b"reason", b"")),
+                state=state,
+                reason=reason,
+                paused=found.is_paused,
+                held=found.is_held(clock),
             )
         )
     return rows

@@ -62,6 +62,7 @@ _LOOK_EVERY = 0.25  # seconds between two looks whether to stop
 _FINISH_EVERY = 0.02  # and between two looks whether all have their answers
 _PORT_SECONDS = 3.0  # for a greeting on the relay's port
 _SPOOL = "spool"
+_HELD = "destination "
 _LEDGER = "ledger"
 _MEMORY = "redis memory"
 _TOLD_SECONDS = 86400.0  # for so long a ledger that has changed is a warning
@@ -166,6 +167,7 @@ def readiness(settings: Settings, redis_url: str, *, relaying: bool) -> list[Pro
         findings += _memory(settings, redis_url)
     findings += _ledger(settings.redis.at(redis_url))
     findings += topology.find(settings, settings.redis.at(redis_url))
+    findings += _held(settings.redis.at(redis_url))
     if relaying:
         patience = _PORT_SECONDS + settings.smtp.greeting_delay
         first = b"PROXY UNKNOWN\r\n" if settings.smtp.proxy_protocol else b""
@@ -206,6 +208,7 @@ def ready(findings: list[ProbeResult]) -> HttpAnswer:
         and (
             (f.subject in _SPOOLED and can_spool)
             or f.subject in {_LEDGER, topology.SUBJECT}
+            or f.subject.startswith(_HELD)
             or f.subject.startswith(_ABOUT_FAILOVER)
         )
     ]
@@ -232,6 +235,16 @@ def _ledger(server: RedisSettings) -> list[ProbeResult]:
     if not change.cause or ago > _TOLD_SECONDS:
         return [ProbeResult(_LEDGER, True, "is the one that was here before")]
     return [ProbeResult(_LEDGER, False, f"{warning(change.cause)} ({ago:.0f} s ago)")]
+
+
+def _held(server: RedisSettings) -> list[ProbeResult]:
+    """Say which destinations an operator holds; nothing where the ledger does not answer."""
+    try:
+        with sync_client(server, server.timeout_seconds, retries=0) as client:
+            rows = overview.summary(client)
+    except (RedisError, OSError):
+        return []
+    return [ProbeResult(f"{_HELD}{row.destination}", False, f"held {row.reason}") for row in rows if row.held]
 
 
 def _port(host: str, port: int, patience: float, first: bytes = b"") -> ProbeResult:
@@ -341,7 +354,8 @@ class LedgerCollector(Collector):
             ("smtpdup_oldest_pending_seconds", "Age of the copy that waits longest", lambda r: r.oldest_age_s),
             ("smtpdup_retrying", "Copies that wait for another try", lambda r: r.retrying),
             ("smtpdup_failed", "Copies in the failed list", lambda r: r.failed),
-            ("smtpdup_paused", "Whether only probes go to this destination", lambda r: r.state == "paused"),
+            ("smtpdup_paused", "Whether only probes go to this destination", lambda r: r.paused),
+            ("smtpdup_held", "Whether an operator holds this destination", lambda r: r.held),
         )
         for name, text, value in gauges:
             gauge = GaugeMetricFamily(name, text, labels=["destination"])

@@ -12,9 +12,11 @@ import redis
 from relay import maillog
 from relay.config.model import RedisSettings
 from relay.ledger import keys
+from relay.ledger.redis_clock import RedisClock
 from relay.redisio.clients import async_client
 from support.redis_servers import RedisServer
 from support.waiting import until
+from workers.delivery.brakes import Brakes
 from workers.delivery.health import HealthReport
 from workers.delivery.retry import Breaker
 
@@ -27,7 +29,7 @@ async def test_a_report_outlives_an_outage_of_redis(
     monkeypatch.setattr(maillog, "ledger_trouble", lambda what, error: troubles.append(what))
     server = redis_factory()
     connection = async_client(RedisSettings(server.url, 1), 1)
-    health = HealthReport(connection, "new", time.time)
+    health = HealthReport(connection, "new", time.time, Brakes(connection, "new", "worker", RedisClock()))
     breaker = Breaker(1, on_change=health.on_change)
     watching = asyncio.ensure_future(health.watch(breaker))
 

@@ -40,7 +40,9 @@ class Work:
 
 
 @asynccontextmanager
-async def at_work(redis_url: str, backup: ScriptedServer, connections: int = 0, **options: str) -> AsyncIterator[Work]:
+async def at_work(
+    redis_url: str, backup: ScriptedServer, connections: int = 0, worker: str = "worker", **options: str
+) -> AsyncIterator[Work]:
     """A courier for "new" with a worker's loop around it."""
     options = {
         "retry_longest": "3600",
@@ -49,7 +51,7 @@ async def at_work(redis_url: str, backup: ScriptedServer, connections: int = 0, 
         "relay_command_timeout_seconds": "0.1",
         **options,
     }
-    courier = Courier(settings(**options), backup.destination("new", connections=connections), "worker", redis_url)
+    courier = Courier(settings(**options), backup.destination("new", connections=connections), worker, redis_url)
     await courier.start()
     work = Work(courier)
     task = asyncio.ensure_future(work.run())

@@ -182,6 +182,7 @@ class ConnectionRuns:
         with suppress(Unfit):  # refused when its turn comes
             if copy.owed:
                 trial = Trial(job, copy, runner, opening(connection, message, copy.next_owed))
+                self._gate.begins()
                 self._jobs.begin(job)
                 self._bodies.drop([item.id])
                 return trial

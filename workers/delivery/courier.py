@@ -20,7 +20,8 @@ from typing import cast
 from redis.exceptions import RedisError
 
 from relay import faultpoints, maillog
-from relay.client.pool import Pool
+from relay.client.connection import ClientError
+from relay.client.pool import Pool, PoolExhausted
 from relay.config.loader import Settings
 from relay.ledger import archive
 from relay.ledger.greetings import Greetings
@@ -28,6 +29,7 @@ from relay.mail.destination import Destination
 from relay.redisio.clients import async_client, sync_client
 from relay.redisio.pipeline import Pipelines
 from workers.delivery.bodies import Bodies
+from workers.delivery.brakes import Brakes
 from workers.delivery.claiming import Claiming
 from workers.delivery.connection_run import ConnectionRuns
 from workers.delivery.copy import Copy
@@ -50,6 +52,7 @@ _STRAGGLER = SLOW + 1.0  # seconds that a job waits for its last copies, as the 
 _LONGEST_PROBE = 60.0
 _BULK_SECONDS = 30.0
 _IN_HAND = 10  # copies that a connection delivers of what is in hand at once: the last ones leave others idle
+_HELD_LOOK = 0.5
 _BODY_PAUSE = 0.5  # seconds until Redis is asked again for a body
 
 
@@ -68,8 +71,10 @@ class Courier:
         width = Width(destination.connections)
         refusals = RefusalMemory()
 
+        self._width = width
         self._leases = Leases(self._redis, name)
         clock = self._leases.clock
+        self._brakes = Brakes(self._redis, name, worker, clock)
         self._outbox = Outbox(
             self._redis,
             jobs,
@@ -87,13 +92,14 @@ class Courier:
             failed_ttl=settings.failed.ttl,
             divergences=self._divergences,
             clock=clock,
+            held_seconds=self._brakes.held_seconds,
         )
         self._jobs = JobsInHand(self._outcomes, self._leases)
-        self._health = HealthReport(self._redis, name, clock.now)
+        self._health = HealthReport(self._redis, name, clock.now, self._brakes)
         self._breaker = Breaker(
             width.now, min(_LONGEST_PROBE, settings.retry.longest), on_change=self._health.on_change
         )
-        self._gate = Gate(self._breaker, self._outbox)
+        self._gate = Gate(self._breaker, self._outbox, self._brakes)
         self._pool = Pool(
             destination,
             local_hostname=settings.smtp.domain,
@@ -127,6 +133,7 @@ class Courier:
             width,
             refusals,
         )
+        self._brakes.wake = self._wake
         self._probe_choice = ProbeChoice(self._breaker, self._runs, refusals, self._bodies, self._claiming)
         self._is_probing = False
         self._background: set[asyncio.Task[None]] = set()
@@ -139,16 +146,20 @@ class Courier:
 
     @property
     def room(self) -> int:
-        """How many copies are worth having in hand at once; with the breaker open those of one job, for the probe."""
-        return 0 if self._breaker.is_open else self._breaker.window * _IN_HAND
+        """How many copies are worth having in hand at once; those of one job for a probe, and while it is throttled."""
+        return 0 if self._breaker.is_open or self._brakes.is_throttled else self._breaker.window * _IN_HAND
 
     async def start(self) -> None:
-        """Begin to renew leases and to report our health."""
+        """Begin to renew leases and to report our health; from then on it is known whether the destination is held."""
+        with suppress(RedisError, OSError):  # the watch goes on asking
+            await self._health.look(self._breaker)
         self._spawn(self._leases.renew())
         self._spawn(self._runners.watch())
         self._spawn(self._outbox.follow())
         self._spawn(self._health.watch(self._breaker))
         self._spawn(self._divergences.report())
+        self._spawn(self._brakes.share(lambda: self._jobs.copies_left, self._narrow))
+        self._spawn(self._look_at_held())
 
     async def drain(self) -> None:
         """Start no further copy; finish those under way, stragglers too, and write their outcomes.
@@ -156,8 +167,7 @@ class Courier:
         What Redis does not take in time is left to its lease: the copies go out again, once, after the next start.
         """
         self._gate.is_draining = True
-        self._health.changed.set()
-        self._jobs.wake()
+        self._wake()
         held = self._leases.held
         while (held or self._deliveries) and not self._outbox.is_stuck:  # noqa: ASYNC110 - three conditions
             await asyncio.sleep(0.02)
@@ -194,6 +204,8 @@ class Courier:
 
     async def _deliver(self, job_id: str, ids: list[str]) -> None:
         faultpoints.reach("job fetched")
+        if self._brakes.is_barred:
+            raise Interrupted
         job = self._jobs.open(job_id, await self._claiming.claim(job_id, ids))
         try:
             await self._see_through(job)
@@ -216,8 +228,8 @@ class Courier:
                 await job.wait(_STRAGGLER, or_work=True)
                 if not job.work:
                     break
-            elif self._gate.is_before_probe:
-                break  # nobody holds copies for a server that is away: an operator may want to move them
+            elif self._gate.gives_back:
+                break  # nobody has copies in hand for a server that is away or held: an operator may want to move them
             elif not self._gate.is_closed:
                 self._start_runners()
                 job.changed.clear()
@@ -252,6 +264,31 @@ class Courier:
         finally:
             self._is_probing = False
 
+    async def _look_at_held(self) -> None:
+        """Probe a server that is held and away by a connection, so that one sees when it is back."""
+        while True:
+            await asyncio.sleep(_HELD_LOOK)
+            if self._gate.is_bare_probe_due:
+                try:
+                    self._pool.give_back(await self._pool.lease(fresh=True))
+                except PoolExhausted:
+                    continue
+                except ClientError as error:
+                    self._breaker.opens(str(error))
+                else:
+                    self._breaker.works()
+
+    def _narrow(self, part: int) -> None:
+        """Take how many of a throttle's connections are ours; 0: there is no throttle."""
+        self._width.part = part
+        self._pool.set_limit(self._width.most)
+        self._breaker.limit = self._width.now
+        self._breaker.window = min(self._breaker.window, self._breaker.limit)
+
+    def _wake(self) -> None:
+        self._health.changed.set()
+        self._jobs.wake()
+
     # --- one runner -------------------------------------------------------------------------------------------
 
     def _start_runners(self) -> None:
@@ -269,6 +306,7 @@ class Courier:
 
     async def _try_next(self, job: JobInHand, runner: Runner, *, is_look: bool = False) -> None:
         """Try a job's next copy, and those whose transactions follow on the same connection."""
+        self._gate.begins()
         item = self._jobs.begin(job)
         try:
             copy = item if isinstance(item, Copy) else await self._loading.load(item, job.id)

@@ -1,7 +1,8 @@
-"""Whether a courier may start another copy: its breaker, its outbox and a drain, asked in one place."""
+"""Whether a courier may start another copy: its breaker, its outbox, its brakes and a drain, asked in one place."""
 
 from __future__ import annotations
 
+from workers.delivery.brakes import Brakes
 from workers.delivery.outbox import Outbox
 from workers.delivery.retry import Breaker
 
@@ -9,29 +10,49 @@ from workers.delivery.retry import Breaker
 class Gate:
     """The gate of one courier; ``is_draining`` is set once, at the stop signal."""
 
-    def __init__(self, breaker: Breaker, outbox: Outbox) -> None:
+    def __init__(self, breaker: Breaker, outbox: Outbox, brakes: Brakes) -> None:
         self._breaker = breaker
         self._outbox = outbox
+        self._brakes = brakes
         self.is_draining = False
 
     @property
     def is_closed(self) -> bool:
         """Whether no copy may be started, but for a probe."""
-        return self._breaker.is_open or self._breaker.is_in_doubt or self._outbox.is_late or self.is_draining
+        breaker, brakes = self._breaker, self._brakes
+        return (
+            breaker.is_open
+            or breaker.is_in_doubt
+            or self._outbox.is_late
+            or self.is_draining
+            or brakes.is_barred
+            or brakes.is_waiting
+        )
 
     @property
-    def is_before_probe(self) -> bool:
-        """Whether the server is away and its next probe not yet due."""
-        return self._breaker.is_open and self._breaker.seconds_to_probe > 0
+    def gives_back(self) -> bool:
+        """Whether no copy is to be kept in hand: nobody knows for how long none may be started."""
+        return self._brakes.is_barred or (self._breaker.is_open and self._breaker.seconds_to_probe > 0)
 
     @property
     def is_probe_due(self) -> bool:
         """Whether a copy may be started as a probe of the server."""
         breaker = self._breaker
         is_due = breaker.is_in_doubt or (breaker.is_open and breaker.seconds_to_probe == 0)
-        return is_due and not self._outbox.is_late
+        return is_due and not (self._outbox.is_late or self._brakes.is_barred)
+
+    @property
+    def is_bare_probe_due(self) -> bool:
+        """Whether a held server that is away is to be probed: without a copy, so not one that refuses them all."""
+        breaker = self._breaker
+        is_due = breaker.is_open and not breaker.is_refusing and breaker.seconds_to_probe == 0
+        return is_due and self._brakes.is_held and not self.is_draining
 
     @property
     def accepts_jobs(self) -> bool:
         """Whether another job may be fetched; with the breaker open one must be when a probe is due."""
-        return not (self.is_before_probe or self._outbox.is_late or self.is_draining)
+        return not (self.gives_back or self._outbox.is_late or self.is_draining)
+
+    def begins(self) -> None:
+        """Note that a copy is started."""
+        self._brakes.begins()

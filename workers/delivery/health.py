@@ -1,4 +1,4 @@
-"""The health of one destination as its worker sees it, written to the ledger; the operator's flush, read from there.
+"""The health of one destination as its worker sees it, written to the ledger; what operators want, read from there.
 
 Without Redis the report is late, and nothing else.
 """
@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import cast
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from relay import maillog
 from relay.ledger import divergence, keys
+from relay.ledger.health import FIELDS, Health
+from workers.delivery.brakes import Brakes
 from workers.delivery.retry import Breaker
 
 _LOOK_SECONDS = 1.0
+_DIGITS = 16  # of a count that can be right
 
 
 class HealthReport:
-    """Reports when a Breaker opens or closes, and lets a flush make it probe at once."""
+    """Reports when a Breaker opens or closes, lets a flush make it probe at once, and tells the brakes of a hold."""
 
-    def __init__(self, connection: Redis, destination: str, now: Callable[[], float]) -> None:
+    def __init__(self, connection: Redis, destination: str, now: Callable[[], float], brakes: Brakes) -> None:
+        self._brakes = brakes
         self._connection = connection
         self._name = destination
         self._now = now
@@ -44,24 +49,32 @@ class HealthReport:
             self._unwritten = {"state": "ok", "reason": "", "probe_at": "", "since": ""}
         self.changed.set()
 
-    async def watch(self, breaker: Breaker) -> None:
-        """Write each change to the ledger; runs until cancelled."""
+    async def look(self, breaker: Breaker) -> None:
+        """Write what has changed, and read what operators want. Raises RedisError, OSError."""
         key = keys.HEALTH + self._name
+        report, self._unwritten = self._unwritten, None
+        try:
+            if report is not None:
+                await self._write(report)
+            flush, *values = await self._connection.hmget(key, ["flush", *FIELDS])
+        except (RedisError, OSError):
+            self._unwritten = self._unwritten or report
+            raise
+        fields = cast("list[bytes | None]", values)
+        standing = Health.of({name.encode(): value for name, value in zip(FIELDS, fields, strict=True)})
+        self._brakes.note(standing)
+        flushes = int(flush) if flush and flush.isdigit() and len(flush) < _DIGITS else 0
+        if self._flushes is not None and flushes > self._flushes and breaker.is_open:
+            breaker.probe_now()
+            self.changed.set()
+        self._flushes = flushes
+
+    async def watch(self, breaker: Breaker) -> None:
+        """Do so again and again; runs until cancelled."""
         while True:
-            report, self._unwritten = self._unwritten, None
             try:
-                if report is not None:
-                    await self._write(report)
-                if breaker.is_open or self._flushes is None:
-                    flushes = int(await self._connection.hget(key, "flush") or 0)
-                    if self._flushes is not None and flushes > self._flushes:
-                        breaker.probe_now()
-                        self.changed.set()
-                    self._flushes = flushes
-                elif self._flushes is not None:
-                    self._flushes = None  # read afresh at the next look: a flush while all is well needs nothing
+                await self.look(breaker)
             except (RedisError, OSError) as error:
-                self._unwritten = self._unwritten or report
                 maillog.ledger_trouble("health of a destination", error)
             await asyncio.sleep(_LOOK_SECONDS)
 

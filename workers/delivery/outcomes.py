@@ -7,7 +7,7 @@ of its own, for inspection and requeue. Nothing here fails: the outbox writes un
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -65,7 +65,10 @@ class Outcomes:
         failed_ttl: float,
         divergences: Divergences,
         clock: RedisClock,
+        held_seconds: Callable[[float, float], float],
     ) -> None:
+        """``held_seconds`` says for how long the destination was held between two times: no copy ages then."""
+        self._held_seconds = held_seconds
         self._divergences = divergences
         self._name = destination.name
         self._jobs = jobs
@@ -85,8 +88,7 @@ class Outcomes:
         name, now = self._name, self._clock.now()
         attempts = copy.state.attempts + 1
         written, deferral = None, None
-        age = self._clock.age(copy.state.since)
-        delay = next_delay(self._retry, copy.state.tries + 1, age) if copy.later else None
+        delay = self._delay(copy.state, now) if copy.later else None
         counted, diverged = self._divergences.count(copy, is_given_up=delay is None)
         if copy.later:
             reply = copy.said(copy.later)
@@ -113,6 +115,10 @@ class Outcomes:
         elif deferral is None:
             written = self._outbox.settle(copy.id, counted=bool(copy.state.open))
         return Conclusion(written, deferral)
+
+    def _delay(self, state: CopyState, now: float) -> float | None:
+        age = self._clock.age(state.since) - self._held_seconds(state.since, now)
+        return next_delay(self._retry, state.tries + 1, age)
 
     def interrupted(self, copy: Copy, job: str) -> Conclusion:
         """Conclude a copy of which only some recipients were asked before the stop signal."""

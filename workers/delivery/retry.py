@@ -89,14 +89,18 @@ class Width:
 
     connections: int  # as set; 0: by the distance
     round_trip: float = field(init=False, default=0.0)  # seconds
+    part: int = field(init=False, default=0)  # of a throttle; 0: there is none
 
     @property
     def most(self) -> int:
-        return self.connections or _FAR_CONNECTIONS
+        return self._bounded(self.connections or _FAR_CONNECTIONS)
 
     @property
     def now(self) -> int:
-        return self.connections or (_FAR_CONNECTIONS if self.round_trip > _FAR else _NEAR_CONNECTIONS)
+        return self._bounded(self.connections or (_FAR_CONNECTIONS if self.round_trip > _FAR else _NEAR_CONNECTIONS))
+
+    def _bounded(self, count: int) -> int:
+        return min(count, self.part) if self.part else count
 
     def note(self, seconds: float) -> None:
         """Note how long a reply took that needs no thought."""

@@ -29,6 +29,7 @@ from relay.ledger.continuity import Continuity, forget_kept
 from relay.ledger.copy_state import Attempt, CopyState
 from relay.ledger.divergence import Answer
 from relay.ledger.divergence_recount import recount
+from relay.ledger.health import Health
 from relay.ledger.redis_clock import RedisClock, last_look, note_look, pull_in
 from relay.mail.destination import Destination
 from relay.mail.envelope import Envelope
@@ -350,18 +351,28 @@ class Sweeper:
     def _give_up(self, destination: Destination) -> None:
         """Fail what is pending for longer than retry.give_up while its destination is paused and nobody tries it."""
         name = destination.name
-        health = cast("dict[bytes, bytes]", self._connection.hgetall(ledger_keys.HEALTH + name))
-        if health.get(b"state") != b"paused":
+        health = Health.read(self._connection, name)
+        if not health.is_paused:
             return
-        reply = f"given up while the destination was paused: {as_text(health.get(b'reason', b''))}"
-        before = self._clock.ago(self._settings.retry.give_up)
+        reply = f"given up while the destination was paused: {health.reason}"
+        clock, give_up = self._clock, self._settings.retry.give_up
+        before = clock.ago(give_up)
+
+        def is_old(since: float) -> bool:
+            """Say whether a copy's clock, which rests while the destination is held, has come to its end."""
+            return since <= clock.ago(give_up + health.held_seconds(since, clock.now()))
+
         done = 0
         for page in queries.pages(self._connection, ledger_keys.PENDING + name, until=before, size=_BATCH):
             self._tick()
             ids = [message_id for message_id, _ in page]
             states = cast("list[bytes | None]", self._connection.hmget(ledger_keys.OWN + name, ids))
             # The clock of what was moved here started only then.
-            old = [i for i, state in zip(ids, states, strict=True) if CopyState.from_wire(state).since <= before]
+            old = [
+                message_id
+                for (message_id, accepted), state in zip(page, states, strict=True)
+                if is_old(max(accepted, CopyState.from_wire(state).since))
+            ]
             if old:
                 self._fail(destination, old, reply)
             done += len(old)
