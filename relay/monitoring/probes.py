@@ -21,6 +21,7 @@ from relay.mail.destination import Destination
 from relay.mail.text import printable
 from relay.mail.timeouts import Timeouts
 from relay.monitoring.sentinel_probes import probe_replicas, probe_sentinels, probe_settings
+from relay.redisio import embedded, versions
 from relay.redisio.clients import async_client
 from relay.smtpd.credentials import Credentials
 
@@ -93,13 +94,26 @@ async def probe_redis(settings: Settings, url: str = "") -> list[ProbeResult]:
     """
     server = settings.redis.at(url)
     if not server.url:
-        return [ProbeResult("redis", True, "redis.url is not set: `smtp-dup up` starts an embedded one")]
+        return [await asyncio.to_thread(_probe_program, server.program)]
     found = await _probe_server(server)
     if not server.sentinels:
         return found
     rows, replicas = await probe_sentinels(server)
     others = await asyncio.gather(*(probe_settings(server, address, _settings_of) for address in replicas))
     return found + [ProbeResult(*row) for row in (*rows, *(row for others_rows in others for row in others_rows))]
+
+
+def _probe_program(wanted: str) -> ProbeResult:
+    """Say which server program `smtp-dup up` would start."""
+    try:
+        program = embedded.find_server(wanted)
+    except embedded.EmbeddedError as error:
+        return ProbeResult("redis", False, str(error))
+    version = versions.of(program)
+    if trouble := versions.too_old(program, version):
+        return ProbeResult("redis", False, trouble)
+    shown = f"{program} ({version or 'which does not say its version'})"
+    return ProbeResult("redis", True, f"redis.url is not set: `smtp-dup up` starts an embedded one, {shown}")
 
 
 async def _probe_server(server: RedisSettings) -> list[ProbeResult]:

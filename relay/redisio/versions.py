@@ -19,6 +19,7 @@ _RECORD = "written-by"
 _VERSION = re.compile(r"\b(Redis|Valkey) server v=(\d{1,4})\.(\d{1,4})\b", re.IGNORECASE)
 _RECORDED = re.compile(r"(redis|valkey) (\d{1,4})\.(\d{1,4})\n?")
 _SECONDS = 5.0
+_OLDEST = (7, 0)
 _LAST_COMMON = (7, 2)  # the last Redis version whose data Valkey reads
 
 
@@ -46,6 +47,13 @@ def of(program: Path) -> Version | None:
         return None
     found = _VERSION.search(answer.stdout.decode("ascii", "replace"))
     return Version(found[1].lower(), (int(found[2]), int(found[3]))) if found else None
+
+
+def too_old(program: Path, version: Version | None) -> str:
+    """Return why this server cannot serve whatever its data are; "" if it can, or has not told its version."""
+    if version is None or version.number >= _OLDEST:
+        return ""
+    return f"{program} is {version}: Redis 7.0 or Valkey 7.2 is the oldest that will do, see redis.program"
 
 
 def recorded(folder: Path) -> Version | None:

@@ -12,6 +12,7 @@ from relay.config.loader import Settings, load
 from relay.mail.destination import Destination
 from relay.mail.timeouts import Timeouts
 from relay.monitoring.probes import ProbeResult, probe_all, probe_destination, probe_redis
+from relay.redisio import embedded, versions
 from support.certificates import Certificate
 from support.reactions import Silence
 from support.redis_servers import RedisServer
@@ -82,9 +83,13 @@ async def test_a_redis_that_is_not_there() -> None:
     (finding,) = await probe_redis(settings_for(url))
     assert not finding.ok
     assert finding.text.startswith(f"redis://:***@127.0.0.1:{port} cannot be used: ")
+    program = embedded.find_server()
+    version = versions.of(program)
     assert await probe_redis(settings_for("")) == [
-        ProbeResult("redis", True, "redis.url is not set: `smtp-dup up` starts an embedded one")
+        ProbeResult("redis", True, f"redis.url is not set: `smtp-dup up` starts an embedded one, {program} ({version})")
     ]
+    (finding,) = await probe_redis(settings_for("", **{"redis.program": "/nowhere/redis"}))
+    assert (finding.ok, finding.text) == (False, "redis.program: /nowhere/redis is no program that can be run here")
 
 
 async def test_a_read_only_replica_is_no_use(redis_factory: Callable[..., RedisServer]) -> None:

