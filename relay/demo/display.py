@@ -1,8 +1,8 @@
 """The display of `smtp-dup demo`: it sends some messages as a client would and shows where each one went.
 
-On a terminal a table that changes in place and fits the screen; elsewhere a line for each thing that happens. When
-everything has been seen it suggests commands and goes on with the mail that arrives; what has not been seen in time
-ends the whole demo with an error.
+On a terminal it is a table that is updated in place and fits the screen; elsewhere a line for each event. When all
+messages have been shown it suggests commands, and then also shows other mail that arrives. If a message is not seen in
+time, the whole demo ends with an error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rich.table import Table
 from relay.demo.setup import DemoSetup, command_line
 from relay.ledger import keys
 
-_PATIENCE = 60.0  # seconds until all must have been shown
+_PATIENCE = 60.0  # seconds within which all messages must have been shown
 _SENDER = "sender@example.org"
 _BACKUP = "new"
 _FOLLOW_SECONDS = 0.3
@@ -39,7 +39,7 @@ _MOST_ROWS = 30
 
 @dataclass(slots=True)
 class Sample:
-    """One message, and what is known of it so far."""
+    """One message, and its replies and state so far."""
 
     title: str
     recipients: tuple[str, ...]
@@ -68,7 +68,7 @@ class Sample:
 
 
 def samples() -> list[Sample]:
-    """Return the programme; how the servers treat each recipient is in demo_servers."""
+    """Return the messages of the demo; servers.py defines the replies for each recipient."""
     return [
         Sample("A plain message", ("alice@example.com",)),
         Sample("Grüße and a file", ("bob@example.com",), "Schöne Grüße\n", bytes(range(256)) * 100),
@@ -80,7 +80,10 @@ def samples() -> list[Sample]:
 
 
 def show(stage: DemoSetup) -> int:
-    """Send, show, suggest commands, follow; the ``run`` of a supervisor's child. Returns the exit status."""
+    """Send and show the messages, suggest commands, show further mail; the ``run`` of a supervisor's child.
+
+    Returns the exit status.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # we are not the terminal's foreground process group
     console = coloured_console(stage.colour)
@@ -139,7 +142,7 @@ def _client(stage: DemoSetup, deadline: float) -> smtplib.SMTP | None:
 
 
 def _send(client: smtplib.SMTP, sample: Sample) -> str:
-    """Send one message; return what the client heard that matters."""
+    """Send one message; returns the refusals, or else the reply to the message."""
     content = sample.message().as_bytes(policy=SMTP)
     client.ehlo_or_helo_if_needed()
     size = [f"size={len(content)}"] if client.has_extn("size") else []
@@ -166,7 +169,7 @@ def _reply(code: int, text: bytes) -> str:
 
 
 class Watch:
-    """Keeps the programme up to date with what the servers did and what the ledger says; mail of others is added."""
+    """Updates the messages from the servers' records and the ledger; adds other mail that arrives."""
 
     def __init__(self, stage: DemoSetup, programme: list[Sample], redis: Redis) -> None:
         self._seen = stage.seen
@@ -175,7 +178,7 @@ class Watch:
         self._read = 0
 
     def look(self) -> None:
-        """Take in what has happened since the last look."""
+        """Read what has happened since the last call."""
         for seen in self._news():
             self._note(seen)
         for sample in self._programme:
@@ -188,7 +191,7 @@ class Watch:
             del self._programme[0]
 
     def _news(self) -> Iterator[dict[str, Any]]:
-        """Yield what the servers did since then, oldest first."""
+        """Yield the new records of the servers, oldest first."""
         if not self._seen.exists():
             return
         with self._seen.open("rb") as file:
@@ -208,13 +211,13 @@ class Watch:
             sample.id = seen["id"] or sample.id
 
     def _find(self, seen: dict[str, Any]) -> Sample:
-        """Return the message this is about; a new one where somebody else has sent it."""
+        """Return the message of a record; a new one if it is not one of the demo's."""
         recipients = tuple(seen["recipients"])
         for sample in reversed(self._programme):
             if seen["id"] and sample.id == seen["id"]:
                 return sample
         for sample in reversed(self._programme):
-            # What a later message to the same recipient is told is not about this one.
+            # A reply to a later message for the same recipient does not belong to this one.
             known = sample.id if seen["id"] else sample.old
             over = seen["server"] != _BACKUP and sample.is_settled and known
             if set(recipients) & set(sample.recipients) and not over and not (seen["id"] and sample.id):
@@ -243,7 +246,7 @@ def _state(redis: Redis, sample: Sample) -> str:
 
 
 class DemoView:
-    """Shows the programme: as a table, or line by line what is new."""
+    """Shows the messages as a table, or line by line."""
 
     def __init__(self, console: Console, programme: list[Sample]) -> None:
         self._console = console
@@ -252,7 +255,7 @@ class DemoView:
 
     @contextmanager
     def shown(self, *, transient: bool) -> Iterator[Callable[[], None]]:
-        """Give what to call when the programme has changed. ``transient``: the table goes in the end."""
+        """Yield the function to call after each change. ``transient``: the table is removed at the end."""
         if not self._console.is_terminal:
             yield self._tell
             return

@@ -1,7 +1,7 @@
-"""`smtp-dup demo`: the whole product with two mail servers of its own, a handful of messages, and what became of each.
+"""`smtp-dup demo`: the whole product with two mail servers of its own, a few messages, and what happens to each.
 
-Everything lives in a temporary folder that goes with it. Nobody's settings are read, no file or variable. The log
-is in that folder, so that the terminal belongs to the display; when something fails, its end is shown.
+Everything is in a temporary folder, which is deleted at the end. No settings file or variable is read. The log goes
+into that folder, since the display uses the terminal; if something fails, the end of the log is shown.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from relay.redisio import embedded
 _SMTP_PORT = 2525
 _STATUS_PORT = 8025
 _LOG_LINES = 20
-_TRIES = 5  # to find ports that stay free until they are ours
+_TRIES = 5  # to find ports that stay free until they are bound
 
 
 def run(colour: str = "auto") -> int:
     """Run the demo until Ctrl-C. Returns the exit status."""
     say = sys.stdout.write
-    start.EarlyStop()  # however we are told to go, the folder goes too
+    start.EarlyStop()  # so that any stop signal also deletes the folder
     with _folder() as folder, _listener() as old, _listener() as new:
         say("Starting Redis, the relay, a worker, and two mail servers to play the old and the new one ...\n")
         for tries_left in reversed(range(_TRIES)):
@@ -45,7 +45,7 @@ def run(colour: str = "auto") -> int:
                     status = services.run(stage.settings, start.UP, extra=_children(stage, old, new))
                 break
             except start.StartError:
-                # Between our look and the bind somebody else, another demo perhaps, may have taken a port.
+                # Another program, perhaps another demo, may have taken a port since it was found free.
                 if not tries_left or stage.has_its_ports:
                     raise
         if status:
@@ -107,7 +107,7 @@ def _listener() -> socket.socket:
 
 @contextmanager
 def _stderr_into(log: Path) -> Iterator[None]:
-    """Send standard error, ours and our children's, to a file."""
+    """Redirect standard error of this process and its children to a file."""
     sys.stderr.flush()
     terminal = os.dup(2)
     with log.open("ab") as file:

@@ -1,7 +1,7 @@
 """The two mail servers of `smtp-dup demo`: "old" stands for the primary, "new" for a backup.
 
-Real SMTP servers that keep no mail. What each did goes as JSON lines into a file that the demo's display
-reads. A message without one of our Received lines is shown without an id; nothing else can go wrong here.
+Real SMTP servers that keep no mail. Each writes its actions as JSON lines into a file that display.py reads. A message
+without smtp-dup's Received line is shown without an id.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OUR_ID = re.compile(rb"\(smtp-dup\) with \w+ id (\w+);")
 
 @dataclass(slots=True)
 class Server:
-    """How one server answers."""
+    """The replies of one server."""
 
     name: str
     seen: Path
@@ -66,7 +66,7 @@ class Server:
 
 
 def serve(listeners: Mapping[str, socket.socket], seen: Path) -> int:
-    """Be both servers until SIGTERM; the ``run`` of a supervisor's child. ``listeners`` has "old" and "new"."""
+    """Run both servers until SIGTERM; the ``run`` of a supervisor's child. ``listeners`` has "old" and "new"."""
     servers = (
         Server("old", seen, unknown=OLD_DOES_NOT_KNOW),
         Server("new", seen, unknown=NEW_DOES_NOT_KNOW, deferred_once=NEW_DEFERS_ONCE),

@@ -1,4 +1,4 @@
-"""Where `smtp-dup demo` plays: its folder, its ports, and the commands that find it from elsewhere."""
+"""The folder and ports of `smtp-dup demo`, and the command lines that reach it from another terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from relay.redisio import embedded
 
 @dataclass(frozen=True, slots=True)
 class DemoSetup:
-    """Where the demo plays."""
+    """The folder, ports and files of the demo."""
 
     settings: Settings
     folder: Path
@@ -28,13 +28,13 @@ class DemoSetup:
 
     @property
     def has_its_ports(self) -> bool:
-        """Whether its ports are free for it."""
+        """Whether all its ports are free."""
         ports = (self.smtp[1], int(self.status.rpartition(":")[2]))
         return all(free_port(port) == port for port in ports)
 
     @property
     def seen(self) -> Path:
-        """What the two servers did; see demo_servers."""
+        """The file in which the two servers record their actions; see servers.py."""
         return self.folder / "seen.jsonl"
 
     @property
@@ -47,7 +47,7 @@ class DemoSetup:
 
 
 def free_port(wanted: int) -> int:
-    """Return this port if it is free, else another that is. Raises StartError."""
+    """Return this port if it is free, else another free one. Raises StartError."""
     for port in (wanted, 0):
         try:
             with socket.create_server(("127.0.0.1", port)) as probe:
@@ -58,7 +58,7 @@ def free_port(wanted: int) -> int:
 
 
 def command_line(stage: DemoSetup, words: str) -> str:
-    """Return a command of ours for copy and paste: it finds this demo from any folder, whatever settings are there."""
+    """Return a command line for copy and paste that reaches this demo from any folder, whatever settings are there."""
     program = Path(sys.argv[0])
     on_path = shutil.which(program.name)
     if program.name != "smtp-dup":
@@ -71,7 +71,7 @@ def command_line(stage: DemoSetup, words: str) -> str:
 
 
 def _redis_flag(stage: DemoSetup) -> list[str]:
-    """Return the flag that a `failed retry` must have on a machine whose settings name another Redis."""
+    """Return the flag that names this Redis, needed where the settings name another one."""
     try:
         elsewhere = load(require_primary=False).redis.url
     except SettingsError:

@@ -1,1 +1,1 @@
-"""What keeps the ledger and RQ in step: the reconciler and its sweeps."""
+"""Keeps the ledger and RQ consistent: the reconciler and its sweeps, in the housekeeping process."""

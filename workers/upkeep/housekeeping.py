@@ -1,7 +1,7 @@
-"""The housekeeping process: some endless tasks, each in a thread, until a stop signal.
+"""The housekeeping process: the scheduler, the reconciler and the status server, each in a thread, until a stop signal.
 
-They wait most of the time, and so they share one process: the scheduler, the reconciler, the status server.
-A task that ends or raises before the stop ends the process with status 1, and the supervisor starts it again.
+They wait most of the time, so they share one process. If a task ends or raises before the stop, the process ends with
+status 1, and the supervisor starts it again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Merging of many small jobs: what was released one by one while no worker ran leaves in hundreds.
+"""Merges many small jobs into larger ones: copies released one by one while no worker ran are delivered in batches.
 
-A job costs RQ 3 to 10 ms whatever it holds. Jobs are taken from the front and go back merged to the end until
-each has been seen once, so that their order stays. On their way they are in RQ's intermediate list, from which
-a crash gives them back to the queue. The copies that a merged job owned, the new one owns.
+A job costs RQ 3 to 10 ms, whatever its size. Jobs are taken from the front and go back merged to the end until each has
+been seen once, so that their order stays. Meanwhile they are in RQ's intermediate list, from which they return to the
+queue after a crash. The new job owns the copies that the merged jobs owned.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ for _, job in ipairs(ARGV) do redis.call('LREM', KEYS[1], 1, job) end
 
 
 def is_worth_it(jobs: int, ids: int, job_size: int = JOB_SIZE) -> bool:
-    """Say whether a queue of so many jobs with so many ids in all should be merged."""
+    """Return whether a queue with this number of jobs, and of ids in all of them, should be merged."""
     return jobs > _LONG and ids < jobs * min(_SMALL, job_size / 2)
 
 
@@ -49,7 +49,7 @@ def merge(
     tick: Callable[[], object] = lambda: None,
     job_size: int = JOB_SIZE,
 ) -> int:
-    """Merge the first ``jobs`` jobs of a queue. Returns how many there are less. ``tick`` is called now and then."""
+    """Merge the first ``jobs`` jobs of a queue; returns by how many they became fewer. ``tick`` is called between."""
     queue = rq_jobs.queue(connection, destination)
     fewer = 0
     while jobs > 0:
@@ -64,7 +64,7 @@ def merge(
 
 
 def _put_back(connection: Redis, destination: str, jobs: list[str], job_size: int) -> int:
-    """Queue taken jobs again, the small ones merged. Returns how many it are now."""
+    """Queue taken jobs again, the small ones merged; returns the new number of jobs."""
     queue = rq_jobs.queue(connection, destination)
     count = 0
     with connection.pipeline(transaction=True) as pipe:
@@ -81,7 +81,7 @@ def _put_back(connection: Redis, destination: str, jobs: list[str], job_size: in
                 small.clear()
 
         for job, ids in zip(jobs, live_jobs.calls(connection, jobs), strict=True):
-            if len(ids) * 2 > job_size or not ids:  # nothing to gain, or not ours to judge
+            if len(ids) * 2 > job_size or not ids:  # large enough, or not a job of smtp-dup
                 flush()
                 pipe.rpush(queue.key, job)
                 count += 1

@@ -1,8 +1,8 @@
-"""Bodies that no list of the ledger names: a leak, found by looking at every message key.
+"""Finds bodies that no list of the ledger contains (a leak), by a scan of all message keys.
 
-A body is listed before it is written and unlisted before it is deleted, so such a body is what a fault or a hand
-left behind. It is reported after an hour and removed only after a week: a loss is worse than a leak. A key whose
-id has no time in it is never removed.
+A body is listed before it is written and unlisted before it is deleted, so an orphan comes from a fault or from manual
+changes. It is reported after an hour and deleted only after a week: a loss is worse than a leak. A key whose id has no
+valid time is never deleted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PAGE = 1000
 
 
 def bodies(connection: Redis, tick: Callable[[], object], *, remove: bool) -> Iterator[tuple[str, str]]:
-    """Yield (id, action) of bodies that nobody lists, "removed" or "none"."""
+    """Yield (id, action) of orphan bodies; the action is "removed" or "none"."""
     clock = changes.now(connection)
     keys = [ledger_keys.STAGED, ledger_keys.UNCERTAIN]
     keys += [

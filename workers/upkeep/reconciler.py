@@ -1,8 +1,8 @@
-"""The reconciler: a sweep a minute, by one process of all hosts, and `queue verify` at an operator's word.
+"""The reconciler: a sweep every minute, by one process of all hosts, and `queue verify` for the operator.
 
-The lock is a lease under a stable name, so that the reconciler that is started again goes on at once; when its
-host is gone, another's takes over after some minutes. It only saves work: two sweeps at once do no harm. Redis
-going away ends a sweep and nothing else.
+The lock is a lease under a stable name, so that a restarted reconciler continues at once; when its host is down, that
+of another host takes over after some minutes. The lock only saves work: two sweeps at the same time do no harm. A Redis
+that goes down ends a sweep and nothing else.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _PAUSE = 5.0  # seconds between the two sweeps of a verification
 
 
 class _Interrupted(Exception):
-    """Told to stop, or another process leads now."""
+    """The process must stop, or another one has the lock."""
 
 
 def keep_reconciling(
     connect: Callable[[], Redis], settings: Settings, name: str, stop: threading.Event, *, every: float = _EVERY
 ) -> None:
-    """Sweep every so many seconds until ``stop``, while no other process does.
+    """Sweep every ``every`` seconds until ``stop``, while no other process has the lock.
 
-    ``name`` is the lock's and must be the same after a restart.
+    ``name`` is that of the lock and must be the same after a restart.
     """
     connection = connect()
     lock = _Lock(connection, name, stop)
@@ -63,13 +63,13 @@ def keep_reconciling(
             _tell(report)
             pause = max(every, min(_LONGEST, 4 * report.seconds))  # millions of copies: a fifth of the time at most
             if sweeper.misses_workers:
-                pause = min(pause, max(SILENT_SECONDS, 4 * report.seconds))  # soon: whose job it was is not delivered
+                pause = min(pause, max(SILENT_SECONDS, 4 * report.seconds))  # soon: the copies of a missing worker wait
         except _Interrupted:
             continue
         except RedisError as error:
             away.came(f"{type(error).__name__}: {error}")
             pause = min(_FIRST, every)
-        except Exception:  # what one record does to us must not end the housekeeping
+        except Exception:  # the border: a single bad record must not end the housekeeping
             logger.exception("a sweep of the reconciler failed")
     try:
         lock.give_back()
@@ -79,7 +79,7 @@ def keep_reconciling(
 
 
 def _wait(connection: Redis, sweeper: Sweeper, lock: _Lock, stop: threading.Event, seconds: float) -> bool:
-    """Wait until the next sweep; returns whether to stop. A Redis that fills up meanwhile is relieved at once."""
+    """Wait until the next sweep; returns whether to stop. If Redis fills up meanwhile, failed bodies are moved."""
     until = time.monotonic() + seconds
     is_worth_it = lock.is_ours
     while (left := until - time.monotonic()) > 0:
@@ -94,12 +94,12 @@ def _wait(connection: Redis, sweeper: Sweeper, lock: _Lock, stop: threading.Even
                 is_worth_it = moved > 0  # or there are none left that could
             lock.renew()
         except (_Interrupted, RedisError):
-            is_worth_it = False  # the next sweep finds out why
+            is_worth_it = False  # the next sweep reports the trouble
     return stop.is_set()
 
 
 class _Lock:
-    """The lease of the process that sweeps. Two may hold it for a moment when it changes hands, which does no harm."""
+    """The lease of the sweeping process. Two may hold it briefly when it changes hands, which does no harm."""
 
     def __init__(self, connection: Redis, name: str, stop: threading.Event) -> None:
         self._connection = connection
@@ -109,23 +109,23 @@ class _Lock:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it was ours when it was last looked at, and not for too long ago."""
+        """Whether this process held it at the last check, and that was not too long ago."""
         return time.monotonic() - self._renewed < _LEASE
 
     def take(self) -> None:
-        """Take the lock or renew it. Raises _Interrupted when another process has it."""
+        """Take or renew the lock. Raises _Interrupted if another process has it."""
         if not self._connection.set(keys.RECONCILER, self._name, nx=True, ex=_LEASE):
             if self._connection.get(keys.RECONCILER) != self._name.encode():
                 shorten(
                     self._connection, [keys.RECONCILER], _LEASE
-                )  # else it would last as long as a clock is set back
+                )  # otherwise it would last as long as a clock is set back
                 self._renewed = float("-inf")
                 raise _Interrupted
             self._connection.expire(keys.RECONCILER, _LEASE)
         self._renewed = time.monotonic()
 
     def renew(self) -> None:
-        """Renew it now and then. Raises _Interrupted when it is lost, and when we are told to stop."""
+        """Renew the lock periodically. Raises _Interrupted if it is lost or the process must stop."""
         if self._stop.is_set():
             raise _Interrupted
         if time.monotonic() - self._renewed > _RENEW:
@@ -137,7 +137,7 @@ class _Lock:
 
 
 def reconcile(connection: Redis, settings: Settings, pause: float = _PAUSE, *, repair: bool = True) -> Report:
-    """Sweep twice, so many seconds apart, and repair at the second. Raises RedisError."""
+    """Sweep twice, ``pause`` seconds apart, and repair at the second. Raises RedisError."""
     sweeper = Sweeper(connection, settings)
     sweeper.sweep(repair=False, thorough=False)
     time.sleep(max(pause, SILENT_SECONDS) if sweeper.misses_workers else pause)
@@ -147,8 +147,8 @@ def reconcile(connection: Redis, settings: Settings, pause: float = _PAUSE, *, r
 def verify(connection: Redis, settings: Settings, *, repair: bool = True, pause: float = _PAUSE) -> Report:
     """Compare ledger and RQ for `queue verify`; ``findings`` are its rows. Raises RedisError.
 
-    Without ``repair`` nothing is changed. Either way a copy without a job counts when both of two looks find it so:
-    what is on its way into a job is no finding.
+    Without ``repair`` nothing is changed. In both cases a copy without a job counts only if two sweeps find it so: one
+    whose job is being made is no finding.
     """
     return reconcile(connection, settings, pause, repair=repair)
 

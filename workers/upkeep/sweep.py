@@ -1,12 +1,12 @@
-"""One sweep of the reconciler: what the ledger holds against what RQ would deliver.
+"""One sweep of the reconciler: compares the ledger with the RQ jobs, and repairs differences.
 
-A copy that is pending, not leased and in no live job at two sweeps gets a new job. Also what no job does: messages
-left behind by dead relay processes, copies that are too old for a paused destination, failed ones past
-``failed.ttl``, and what RQ leaves behind. Stateless but for the suspects of the last sweep; in small steps that
-may be repeated, and that two processes may do at once. A sweep that Redis interrupts is begun again.
+A copy that is pending, not leased and in no live job at two sweeps gets a new job. A sweep also does what no job does:
+it recovers messages of dead relay processes, gives up copies that are too old at a paused destination, deletes failed
+ones past ``failed.ttl``, and cleans up after RQ. Between sweeps only the suspects of the last one are kept. All steps
+are small, may be repeated, and may run in two processes at once. A sweep that Redis interrupts is repeated.
 
-When Redis's clock is set, what ends by itself ends too soon or too late: a worker is gone when two looks miss it, times
-that lie too far ahead come nearer, and time that did not pass makes nothing older.
+When Redis's clock is set, expiry times are too early or too late: a worker counts as dead only after two sweeps miss
+it, times too far ahead are moved nearer, and a jump of the clock makes nothing older.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from workers.rqworker import live_jobs
 from workers.rqworker.revival import revive, shorten_lives
 from workers.upkeep import merge_jobs, orphan_bodies
 
-_SETTLED_SECONDS = 10.0  # what is pending for less is on its way into a job
-_THOROUGH_SECONDS = 3600.0  # between two looks at what changes slowly
-_PAGE = 2000  # pending copies looked at in one step; Redis takes a few milliseconds for it
+_SETTLED_SECONDS = 10.0  # a copy that is pending for less may be about to get its job
+_THOROUGH_SECONDS = 3600.0  # between two thorough sweeps
+_PAGE = 2000  # pending copies checked in one step, a few milliseconds of Redis
 _BATCH = 100
-_GIVE_UP_AT_ONCE = 5000  # copies in one sweep
+_GIVE_UP_AT_ONCE = 5000  # copies given up in one sweep
 _CLAIM_SECONDS = 30.0
-SILENT_SECONDS = 20.0  # between two looks for a worker; a living one, whose key has ended with a clock, is back in 15
+SILENT_SECONDS = 20.0  # between two checks for a worker; a living one restores an expired key within 15
 _LEASE_SLACK = 5.0
-# What a sweep does in the ordinary course; anything else is a repair.
+# The findings of ordinary work; any other is a repair.
 _ROUTINE = frozenset({
     "failed copy expired", "failed body moved", "failed.max_bytes exceeded", "given up", "many small jobs",
     "reason for refusals", "uncertain",
@@ -60,7 +60,7 @@ _ROUTINE = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """One thing that was not as it should be, and what was done about it."""
+    """One finding, and the action taken."""
 
     finding: str
     id: str
@@ -68,13 +68,13 @@ class Repair:
     action: str
 
     def as_row(self) -> dict[str, str]:
-        """Return what `queue verify --json` prints."""
+        """Return the row that `queue verify --json` prints."""
         return asdict(self)
 
 
 @dataclass(slots=True)
 class Report:
-    """A sweep's result: how many of each finding, and the findings themselves as far as they are kept."""
+    """The result of a sweep: the number of each finding, and the first ``kept`` findings."""
 
     kept: float = math.inf
     counts: Counter[str] = field(default_factory=Counter)
@@ -83,7 +83,7 @@ class Report:
 
     @property
     def disagreed(self) -> bool:
-        """Whether ledger and RQ disagreed: more was found than the ordinary work of a sweep."""
+        """Whether ledger and RQ differed: whether any finding is more than ordinary work."""
         return any(finding not in _ROUTINE for finding in self.counts)
 
     def add(self, finding: str, message_id: str, destination: str, action: str) -> None:
@@ -94,17 +94,17 @@ class Report:
 
 @dataclass(slots=True)
 class _Memory:
-    """What the next sweep must know of this one."""
+    """What the next sweep needs from this one."""
 
     suspects: dict[str, set[str]] = field(default_factory=dict)  # destination -> ids without a live job
     popped: dict[str, set[str]] = field(default_factory=dict)  # destination -> jobs between queue and worker
     silent: dict[str, dict[str, float]] = field(default_factory=dict)  # destination -> worker -> missed since
-    uncertain: set[str] = field(default_factory=set)  # whose digests were looked at
+    uncertain: set[str] = field(default_factory=set)  # messages whose digests have been noted
     thorough_at: float = -math.inf
 
 
 class Sweeper:
-    """Sweeps. ``tick`` is called between the steps and may raise to end a sweep."""
+    """Runs sweeps. ``tick`` is called between the steps and may raise to end a sweep."""
 
     def __init__(self, connection: Redis, settings: Settings, tick: Callable[[], object] = lambda: None) -> None:
         self._connection = connection
@@ -115,18 +115,18 @@ class Sweeper:
         self._report = Report()
         self._clock = RedisClock()
         self._was_asked = False
-        self._behind = 0.0  # seconds that Redis's clock was set back, and deadlines have not yet followed
+        self._behind = 0.0  # seconds by which Redis's clock was set back and deadlines must still be moved
 
     @property
     def misses_workers(self) -> bool:
-        """Whether the last sweep has missed the key of a worker that has a job."""
+        """Whether the last sweep found no key of a worker that has a job."""
         return any(self._memory.silent.values())
 
     def sweep(self, *, repair: bool = True, thorough: bool | None = None, kept: float = math.inf) -> Report:
-        """Look at everything once. Raises RedisError.
+        """Run one sweep; returns its report. Raises RedisError.
 
-        Without ``repair`` only the suspects are noted and reported, nothing is changed. ``thorough`` (None: once
-        an hour) also checks every body, the bodies that nobody lists and the failed jobs of RQ.
+        Without ``repair`` the suspects are only noted and reported. ``thorough`` (None: once an hour) also checks every
+        body, orphan bodies and the failed jobs of RQ.
         """
         begun = time.monotonic()
         self._report = report = Report(kept)
@@ -157,7 +157,7 @@ class Sweeper:
         return report
 
     def _look_at_the_clock(self, *, repair: bool) -> None:
-        """See whether Redis's clock has been set, and bring nearer what has gone far away with that."""
+        """Check whether Redis's clock has been set, and if so move times that are too far ahead nearer."""
         connection, clock = self._connection, self._clock
         step = clock.ask(connection, 0.0 if self._was_asked else last_look(connection))
         self._was_asked = True
@@ -177,7 +177,7 @@ class Sweeper:
             self._report.add("too far ahead", "", name, f"{count} {what} brought nearer")
 
     def _complete(self, *, thorough: bool) -> None:
-        """Make every destination known that a list is of, before anything is judged by what is known."""
+        """Register every destination that has a list, before the sweep relies on the index."""
         connection = self._connection
         with connection.pipeline(transaction=False) as pipe:
             pipe.sismember(ledger_keys.LISTS, "")
@@ -207,7 +207,7 @@ class Sweeper:
             self._report.add("many small jobs", "", name, f"{fewer} jobs fewer")
 
     def _recount(self, destination: Destination, *, repair: bool) -> None:
-        """Mend how many are open in each group of divergence, as the states of the copies have it."""
+        """Correct the number of open recipients in each group of divergence by the states of the copies."""
         name, connection = destination.name, self._connection
         for wrong in recount(connection, name, self._ours(destination), repair=repair, tick=self._tick):
             action = f"{wrong.was} recipients, {'mended to' if repair else 'should be'} {wrong.now}"
@@ -217,13 +217,13 @@ class Sweeper:
         return Known(ours=(self._settings.smtp.domain,), server=destination.host)
 
     def relieve(self) -> int:
-        """Move failed bodies to disk now if Redis is filling up. Returns how many. Raises RedisError."""
+        """Move failed bodies to disk now if Redis is filling up; returns their number. Raises RedisError."""
         self._report = Report(0)
         self._move_bodies()
         return self._report.counts["failed body moved"]
 
     def _move_bodies(self) -> None:
-        """Keep the bodies of failed copies in Redis within failed.max_bytes, and out of it while it is filling up."""
+        """Move bodies of failed copies out of Redis beyond failed.max_bytes, and while Redis is filling up."""
         where = archive.folder(self._settings.state_dir)
         reason = "failed body moved" if archive.is_pressed(self._connection) else "failed.max_bytes exceeded"
         try:
@@ -267,7 +267,7 @@ class Sweeper:
         self._memory.suspects[name].difference_update(lost)
 
     def _suspects(self, name: str, found: live_jobs.Live) -> dict[str, str]:
-        """Return the pending copies that are neither leased nor in a live job, with the job that owned them."""
+        """Return the pending copies that are neither leased nor in a live job: id -> the job that owned it."""
         connection = self._connection
         clock = changes.now(connection)
         has_owners = bool(connection.hlen(ledger_keys.OWN + name))
@@ -296,7 +296,7 @@ class Sweeper:
             self._report.add("no job", message_id, name, f"queued as {job}")
 
     def _with_body(self, name: str, ids: Sequence[str], *, repair: bool) -> list[str]:
-        """Return those that have a body; the others are removed."""
+        """Return the ids that have a body; the other copies are removed."""
         keys = [ledger_keys.MESSAGE + message_id for message_id in ids]
         if not keys or self._connection.exists(*keys) == len(keys):
             return list(ids)
@@ -329,7 +329,7 @@ class Sweeper:
     # --- what RQ leaves behind ------------------------------------------------------------------------------------
 
     def _put_back(self, name: str, found: live_jobs.Live, *, repair: bool) -> None:
-        """Queue the jobs of dead workers again, and those that stay between the queue and a worker."""
+        """Queue the jobs of dead workers again, and those that are stuck in the intermediate list."""
         before = self._memory.popped.get(name, set())
         self._memory.popped[name] = set(found.popped)
         now, silent = time.monotonic(), self._memory.silent.get(name, {})
@@ -349,7 +349,7 @@ class Sweeper:
     # --- copies that are too old ----------------------------------------------------------------------------------
 
     def _give_up(self, destination: Destination) -> None:
-        """Fail what is pending for longer than retry.give_up while its destination is paused and nobody tries it."""
+        """Fail copies that are pending for longer than retry.give_up while their destination is paused."""
         name = destination.name
         health = Health.read(self._connection, name)
         if not health.is_paused:
@@ -359,7 +359,7 @@ class Sweeper:
         before = clock.ago(give_up)
 
         def is_old(since: float) -> bool:
-            """Say whether a copy's clock, which rests while the destination is held, has come to its end."""
+            """Return whether a copy is older than retry.give_up, not counting the time in which its backup was held."""
             return since <= clock.ago(give_up + health.held_seconds(since, clock.now()))
 
         done = 0
@@ -367,7 +367,7 @@ class Sweeper:
             self._tick()
             ids = [message_id for message_id, _ in page]
             states = cast("list[bytes | None]", self._connection.hmget(ledger_keys.OWN + name, ids))
-            # The clock of what was moved here started only then.
+            # For a moved copy, the time of its move counts.
             old = [
                 message_id
                 for (message_id, accepted), state in zip(page, states, strict=True)
@@ -380,7 +380,7 @@ class Sweeper:
                 break
 
     def _fail(self, destination: Destination, ids: Sequence[str], reply: str) -> None:
-        """Fail copies that nobody is delivering now: we take their leases first, each as the job that owns it."""
+        """Fail copies that are not being delivered: first they are claimed, each as the job that owns it."""
         connection, name = self._connection, destination.name
         with connection.pipeline(transaction=True) as pipe:
             for message_id, owner in zip(ids, changes.owners(connection, name, ids), strict=True):
@@ -404,7 +404,7 @@ class Sweeper:
     def _given_up(
         self, pipe: Any, destination: Destination, claim: Claim, envelope: Envelope | None, reply: str
     ) -> CopyState:
-        """Count in a MULTI that a copy is given up; returns its state."""
+        """Add the counting of a given-up copy to a MULTI; returns its state."""
         if envelope is None:
             return claim.state
         answer = Answer(divergence.GIVEN_UP, divergence.OWN, Reply.of(451, reply))
