@@ -190,11 +190,12 @@ def _uncertain(connection: Any, now: float) -> float:
 def _restraint(connection: Any, name: str, now: float) -> Restraint:
     """Return what operators have set: a hold, a throttle."""
     health = Health.read(connection, name)
-    hold, rate, connections = (getattr(health, field, None) for field in ("hold", "rate", "connections"))
     held = ""
-    if hold is not None and hold.is_on(now):
-        held = f"by {hold.by} since {time.strftime('%H:%M', time.localtime(hold.since))}: {hold.reason}"
-    bounds = ([f"{rate:g}/s"] if rate else []) + ([f"{connections} connections"] if connections else [])
+    if health.hold is not None and health.is_held(now):
+        since = time.strftime("%H:%M", time.localtime(health.hold.since))
+        held = f"by {health.hold.by} since {since}: {health.hold.reason}"
+    bounds = [f"{health.rate:g}/s"] * bool(health.rate)
+    bounds += [f"{health.connections} connections"] * bool(health.connections)
     return Restraint(held=held, throttled=f"to {' and '.join(bounds)}" if bounds else "")
 
 

@@ -9,8 +9,9 @@ import redis
 
 from relay.cockpit import readiness
 from relay.cockpit.evidence import Missing
+from relay.cockpit.finding import Result
 from relay.cockpit.readiness import UnknownBackup, gather, verdict
-from relay.ledger import changes, flow, greetings, hosts, keys
+from relay.ledger import changes, flow, greetings, health, hosts, keys
 from relay.topology.state import Decision, Topology
 from support.ledger_contents import Contents, settings
 
@@ -118,3 +119,24 @@ def test_a_hostile_ehlo_is_bounded(connection: redis.Redis) -> None:
     assert len(stored) < 100_000
     assert len(found.extensions) == 64
     assert all(len(key + value) < 1000 and (key + value).isprintable() for key, value in found.extensions.items())
+
+
+def test_a_hold_and_a_throttle_keep_it_from_being_ready(connection: redis.Redis) -> None:
+    """It does not get the mail as it comes; the verdict says who holds it and why, until that has ended."""
+    Contents(connection, "new")
+
+    def restraint() -> tuple[str, str]:
+        found = gather(connection, settings(), "new").restraint
+        return found.held, found.throttled
+
+    assert restraint() == ("", "")
+    health.hold(connection, "new", 600.0, "disk full", "alice")
+    health.throttle(connection, "new", 5.0, 2)
+    held, throttled = restraint()
+    assert (held.startswith("by alice since "), held.endswith(": disk full")) == (True, True)
+    assert throttled == "to 5/s and 2 connections"
+    (row,) = [j for j in verdict(connection, settings(), "new").judged if j.criterion.name == "as it is"]
+    assert row.finding.result is Result.FAIL
+    health.release(connection, "new")
+    health.throttle(connection, "new", 0.0, 0)
+    assert restraint() == ("", "")
