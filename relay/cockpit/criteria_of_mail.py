@@ -101,7 +101,7 @@ def deferrals(e: Evidence) -> Finding:
         return warns(f"{later}; {found.open:,} still put off") if found.open else warns(f"{later}")
     if found.open:
         return warns(f"{count(found.open, 'recipient')} put off for over an hour")
-    return passes("nothing is put off")
+    return passes("nothing is put off for over an hour")
 
 
 def backlog(e: Evidence) -> Finding:

@@ -28,6 +28,7 @@ from relay.ledger.hosts import Reach
 from relay.mail.destination import Destination
 from relay.mail.text import printable
 
+_FIRST_SECONDS = 15.0  # after the start: whoever has just mended a firewall wants to see it
 _LOOK_SECONDS = 0.25  # between two looks whether to stop
 _CERTIFICATE_SECONDS = 3600.0
 _AT_ONCE = 4
@@ -123,8 +124,10 @@ def _end(certificate: dict[str, Any]) -> float:
 
 
 def keep_looking(connection: Any, looks: Looks, every: float, stop: threading.Event) -> None:
-    """Look again and again until the stop; not all hosts at the same time, and not at the start of all."""
-    while not stop.wait(every * random.uniform(0.5, 1.0)):
+    """Look soon after the start, then again and again until the stop; not all hosts at the same time."""
+    pause = min(every, _FIRST_SECONDS) * random.uniform(0.5, 1.0)
+    while not stop.wait(pause):
+        pause = every * random.uniform(0.5, 1.0)
         found = asyncio.run(_until(stop, looks))
         try:
             now = changes.now(connection)

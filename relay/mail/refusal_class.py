@@ -82,6 +82,9 @@ _WORDS = (
     (re.compile(r"over ?quota|quota (?:is )?exceeded|exceed\w* (?:\w+ )?quota|mailbox (?:is )?full|full mailbox"
                 r"|insufficient disk (?:space )?quota"), FULL),
     (re.compile(r"too (?:large|big)|size (?:limit )?exceed|exceed\w* (?:\w+ ){0,3}size|larger than"), TOO_LARGE),
+    (re.compile(r"sender (?:e?mail )?address"
+                r"|sender(?:\W+<\w+>)? (?:is |was )?(?:rejected|refused|denied|blocked|not allowed)"
+                r"|(?:rejected|refused|denied|blocked|bad|invalid|unknown) (?:sender|mail from)"), SENDER),
     (re.compile(r"(?:user|mailbox|recipient|account|address|alias|inbox)(?:\W+<\w+>)? (?:is )?"
                 r"(?:unknown|not found|does ?n[o']t exist|unavailable|invalid|not known|does not exist|rejected)"
                 r"|(?:unknown|no such|invalid|unrouteable|unrecogni[sz]ed|nonexistent|bad)"

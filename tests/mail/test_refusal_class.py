@@ -38,6 +38,8 @@ KNOWN = Known("ann@a.example", "bob@b.example")
         (530, "5.7.0 Authentication required", "authentication"),
         (530, "Must issue a STARTTLS command first", "authentication"),
         (550, "5.7.8 Authentication required", "authentication"),
+        (550, "5.7.1 Sender address x@bad.example rejected: not allowed", "sender refused"),
+        (554, "5.7.1 <x@bad.example>: Sender address rejected: Access denied", "sender refused"),
         (550, "5.1.8 <bob@b.example>: Sender address rejected: Domain not found", "sender refused"),
         (554, "5.6.7 the backup does not offer SMTPUTF8, which this message needs", "protocol"),
         (501, "5.5.4 Invalid arguments", "protocol"),

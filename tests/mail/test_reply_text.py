@@ -41,7 +41,8 @@ _letters = st.text("abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=8)
 _local = st.from_regex(r"[a-z]{2}[a-z0-9]{2,10}(\.[a-z0-9]{1,8})?", fullmatch=True)
 _domain = st.builds(lambda a, b, tld: f"{a}{b}.{tld}", _letters, st.integers(0, 99) | st.just(""),
                     st.sampled_from(["example", "test", "co.example", "xn--p1ai", "museum"]))  # fmt: skip
-_ip = st.ip_addresses().map(str)
+# As Python 3.13 writes it, too: with the IPv4 address in it.
+_ip = st.ip_addresses().map(str) | st.ip_addresses(v=4).map("::ffff:{}".format)
 
 
 @st.composite

@@ -31,6 +31,7 @@ _DEFAULTS = {
     "log.format": "json",
     "log.level": "debug",  # it says which process is which; see ``child``
     "spool.min_free": "1M",
+    "ready.check_every": "0",  # a test's servers count their sessions
 }
 
 
