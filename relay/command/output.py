@@ -1,8 +1,8 @@
-"""What commands write to standard output: a table for people, one JSON object a line for programs.
+"""The output of commands: a table for people, one JSON object a line for programs.
 
-No letter is lost: a table that is wider than the terminal has a line of columns for each row and below it, indented,
-what does not fit, folded. With --wide, and where no terminal is, a row is a line of whatever length it needs. What
-came from outside is made printable: a sender cannot move anybody's cursor. Rows are written page by page.
+Nothing is cut off: if a table is wider than the terminal, each row has a line of columns and below it, indented and
+folded, the values that do not fit. With --wide, and without a terminal, each row is one line of any length. Text from
+outside is made printable, so that a sender cannot send escape sequences to the terminal. Rows are written in pages.
 """
 
 from __future__ import annotations

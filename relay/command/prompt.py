@@ -1,4 +1,4 @@
-"""Questions to whoever sits at the terminal; without one, a command line must have said it."""
+"""Questions to the operator at the terminal; without a terminal, the command line must answer them (--yes)."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from relay.command.exit_status import Misuse
 
 
 def require_somebody() -> None:
-    """Raise Misuse where nobody sits at a terminal."""
+    """Raise Misuse if there is no terminal."""
     if not sys.stdin or not sys.stdin.isatty():
         raise Misuse("nobody to ask: say --yes")
 
 
 def ask(question: str) -> bool:
-    """Ask at the terminal. Raises Misuse where nobody is there."""
+    """Ask at the terminal; returns whether the answer is yes. Raises Misuse without a terminal."""
     require_somebody()
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
     return sys.stdin.readline().strip().lower() in {"y", "yes"}
 
 
-_MANY = 100  # more than this is not agreed to with one letter
+_MANY = 100  # for more, the number must be typed instead of "y"
 
 
 def ask_for(count: int, action: str, lines: Iterable[str]) -> bool:

@@ -1,1 +1,1 @@
-"""What is told to people and programs that watch: health, metrics, probes."""
+"""Monitoring: the status server (health, readiness, metrics) and the probes behind it and behind `check`."""

@@ -25,12 +25,12 @@ from relay.redisio import embedded, versions
 from relay.redisio.clients import async_client
 from relay.smtpd.credentials import Credentials
 
-# What Redis must be set to, or a copy can be lost after our 2xx; and how it gets lost.
+# The settings that Redis must have, or a copy can be lost after the relay's 2xx; and how it gets lost.
 _MUST_BE = {
-    "appendonly": ("yes", "or a restart forgets every waiting copy"),
-    "appendfsync": ("always", "or a power cut takes copies that were already promised"),
-    "no-appendfsync-on-rewrite": ("no", "or promises are not kept while Redis rewrites its file"),
-    "maxmemory-policy": ("noeviction", "or Redis throws waiting copies away when its memory is full"),
+    "appendonly": ("yes", "or a restart loses every waiting copy"),
+    "appendfsync": ("always", "or a power cut loses copies that were already acknowledged"),
+    "no-appendfsync-on-rewrite": ("no", "or copies are not durable while Redis rewrites its file"),
+    "maxmemory-policy": ("noeviction", "or Redis deletes waiting copies when its memory is full"),
 }
 _WORTH_KNOWING = ("SIZE", "PIPELINING", "8BITMIME", "SMTPUTF8", "DSN", "CHUNKING", "XFORWARD")
 

@@ -1,10 +1,10 @@
-"""The DeliveryWorker: one process, one queue, one destination; RQ's jobs on the outside, an event loop within.
+"""The DeliveryWorker: an RQ worker for one queue and one destination, which hands its jobs to the courier.
 
-The main thread takes a job, and with it those that wait behind it while the courier has room, and waits for the
-courier, which lives in an event loop in a thread of its own for the life of the process. Jobs taken together begin
-and end in one transaction each: a job alone costs more than ten copies. Signals only set a flag. Redis going away is
-survived in place: what was in hand at that moment is put back or written later. Overridden from RQ is all that would
-end the worker (time-outs, unknown exceptions), call an abandoned job failed, or cost a round trip and a sync per job.
+The main thread takes a job, and more jobs behind it while the courier has room, and waits for the courier, which has
+an event loop in a thread of its own as long as the process lives. Jobs taken together start in one transaction and end
+in one: a job costs more than ten copies. Signals only set a flag. The worker survives a Redis that goes down: its jobs
+are put back or written later. It overrides everything in RQ that would end the worker (time-outs, unknown exceptions),
+mark an abandoned job as failed, or cost a round trip and a sync for each job.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from workers.rqworker.delivery_job import DeliveryJob
 from workers.rqworker.revival import BORN, LIFE, PLACE, born, place, revive
 
 _POLL_SECONDS = 1  # how long a pop blocks, and so how late a stop is seen when idle
-_NOT_ACCEPTING_SECONDS = 0.1  # between two looks at a courier that takes nothing
+_NOT_ACCEPTING_SECONDS = 0.1  # between two checks of a courier that accepts no jobs
 _BEAT_SECONDS = 15.0
 _WORKER_TTL = LIFE - 60  # RQ adds 60: a worker without a beat for 2 minutes is gone
 _EXECUTION_TTL = 420  # RQ's own for jobs without a time limit
@@ -50,9 +50,9 @@ _GIVE_UP_SECONDS = 10.0  # once told to stop, how long to wait for a Redis that 
 
 
 class DeliveryWorker(SimpleWorker):
-    """Works one queue until ``stopping``.
+    """Works on one queue until ``stopping``.
 
-    ``accepts`` says whether to take jobs now, ``room`` how many copies, beyond a first job's, to take at once.
+    ``accepts`` returns whether to take jobs now, ``room`` the number of copies to take beyond those of a first job.
     """
 
     job_class = DeliveryJob
@@ -67,7 +67,7 @@ class DeliveryWorker(SimpleWorker):
         self.queue = self.queues[0]
         self._place, self._born = place(), born(os.getpid())
         self._running: list[tuple[Job, Execution]] = []
-        self._beating = threading.Lock()  # a beat must not bring an execution back that has just ended
+        self._beating = threading.Lock()  # a heartbeat must not restore an execution that has just ended
         self._ended = threading.Event()
         self._behind = 0  # jobs in the queue, when it was last seen
         self._master: object = None  # with Sentinels
@@ -78,7 +78,7 @@ class DeliveryWorker(SimpleWorker):
     # The loop
 
     def work(self, burst: bool = False, *_args: Any, max_jobs: int | None = None, **_kwargs: Any) -> bool:
-        """Work until told to stop; with ``burst`` until the queue is empty. Returns whether a job was done."""
+        """Work until a stop; with ``burst`` until the queue is empty. Returns whether a job was done."""
         done = 0
         heart = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
         heart.start()
@@ -99,11 +99,11 @@ class DeliveryWorker(SimpleWorker):
         return bool(done)
 
     def _step(self, *, wait: bool, most: int) -> int:
-        """Take and run a job, or at most so many together; returns how many."""
+        """Take and run at most ``most`` jobs together; returns their number."""
         if self.birth_date is None:
             self.register_birth()
         if (master := master_of(self.connection)) != self._master:
-            # Another master may have as started what was over at the old one: nobody else would ever end it.
+            # At a new master, a job that ended at the old one may still be started; only this worker can end it.
             self._in_doubt = self._in_doubt or self._master is not None
             self._master = master
         if self._in_doubt:
@@ -124,19 +124,19 @@ class DeliveryWorker(SimpleWorker):
         return len(taken)
 
     def _outlast(self, error: RedisError) -> None:
-        """Wait a little for a Redis that is away; what was in hand may be anywhere, see _put_back."""
+        """Pause while Redis is down; the state of the current jobs is unknown then, see _put_back."""
         self._in_doubt = True
         if self._pauses.is_at_first:
             logger.warning("worker {}: Redis: {}", self.name, error)
         time.sleep(self._pauses.next())
 
     def take(self, *, wait: bool) -> DeliveryJob | None:
-        """Pop a job into the intermediate list, waiting up to a second, and read it; the unreadable is set aside."""
+        """Pop a job into the intermediate list, waiting up to a second, and read it; an unreadable one is set aside."""
         here, there = self.queue.key, self.queue.intermediate_queue_key
         while popped := (
             self.connection.blmove(here, there, _POLL_SECONDS) if wait else self.connection.lmove(here, there)
         ):
-            if self.stopping:  # it came with the signal: leave it to the next worker
+            if self.stopping:  # popped at the same time as the signal: left to the next worker
                 self._put_back()
                 return None
             for job in self._read(self._named([popped])):
@@ -144,7 +144,7 @@ class DeliveryWorker(SimpleWorker):
         return None
 
     def _take_company(self, first: DeliveryJob, most: int) -> list[DeliveryJob]:
-        """Pop what waits behind a job, as far as the courier has room for more copies."""
+        """Pop further jobs while the courier has room for their copies."""
         count = min(most, _TOGETHER, self.room() // max(1, first.copies), self._behind + 1) - 1
         if count < 1 or self.stopping:
             return []
@@ -167,7 +167,7 @@ class DeliveryWorker(SimpleWorker):
         return [job for job in found if job is not None]
 
     def _named(self, popped: Sequence[Any]) -> list[str]:
-        """Return those that can be jobs; whatever else somebody has put into the queue goes."""
+        """Return the valid job ids; anything else in the queue is removed."""
         found = {as_text(raw): raw for raw in popped}
         for name, raw in found.items():
             if not is_job_id(name):
@@ -187,7 +187,7 @@ class DeliveryWorker(SimpleWorker):
         return None
 
     def execute_jobs(self, taken: Sequence[DeliveryJob]) -> None:
-        """Run jobs at the same time, and write the end of each, which waits for Redis if it must."""
+        """Run jobs at the same time, and write the end of each, waiting for Redis if needed."""
         executions = self._begin(*taken)
         done: list[tuple[DeliveryJob, Execution]] = []
         interrupted = False
@@ -200,7 +200,7 @@ class DeliveryWorker(SimpleWorker):
             except jobs.Refused as error:
                 logger.error("worker {}: job {} refused: {}", self.name, job.id, error)
                 self._until_written(partial(self._fail, job, execution, f"refused: {error}", retry=False))
-            except Exception as error:  # the border: a fault of ours must not end the worker
+            except Exception as error:  # the border: an unexpected error must not end the worker
                 logger.exception("worker {}: job {} failed", self.name, job.id)
                 reason = f"{type(error).__name__}: {error}"
                 self._until_written(partial(self._fail, job, execution, reason, retry=True))
@@ -216,7 +216,7 @@ class DeliveryWorker(SimpleWorker):
 
     @staticmethod
     def _perform(job: DeliveryJob) -> Future[None]:
-        """Hand a job to the courier; what it raises before that is in the future too."""
+        """Hand a job to the courier; the returned future also holds an exception raised before that."""
         try:
             return job.perform()
         except Exception as error:
@@ -277,7 +277,7 @@ class DeliveryWorker(SimpleWorker):
         self.set_state(WorkerStatus.IDLE, pipeline=pipeline)
 
     def _put_back(self) -> None:
-        """Put what is ours, started or popped, back to the front of the queue."""
+        """Put the started or popped jobs of this worker back to the front of the queue."""
         with self._beating:
             again = revive(self.connection, self.queue, self.name)
             self._running = []
@@ -286,7 +286,7 @@ class DeliveryWorker(SimpleWorker):
             logger.info("worker {}: back to the queue: {}", self.name, ", ".join(again))
 
     def _until_written(self, write: Callable[[], None]) -> None:
-        """Repeat a write, which must allow it, until Redis has taken it; after a stop, for some seconds only."""
+        """Repeat an idempotent write until Redis has accepted it; after a stop, for ``_GIVE_UP_SECONDS`` only."""
         pauses = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
         while True:
             try:
@@ -318,7 +318,7 @@ class DeliveryWorker(SimpleWorker):
                 delay = 1.0
 
     def beat(self) -> None:
-        """Renew the worker and the execution, so that nobody takes a job that waits for hours as abandoned."""
+        """Send a heartbeat of worker and execution, so that a job that runs for hours does not count as abandoned."""
         if self.birth_date is None:
             return
         with self._beating, self.connection.pipeline() as pipeline:
@@ -330,7 +330,7 @@ class DeliveryWorker(SimpleWorker):
                 self._register()
 
     def register_birth(self) -> None:
-        """Register under a name that nobody had before."""
+        """Register under a new unique name."""
         self.birth_date = self.last_heartbeat = now()
         self._register()
         self.set_state(WorkerStatus.IDLE)
@@ -361,7 +361,7 @@ class DeliveryWorker(SimpleWorker):
         self.clean_registries()
 
     def clean_registries(self) -> None:
-        """Trim what has expired; RQ's own also calls started jobs failed, which are the reconciler's."""
+        """Remove expired entries; RQ's method would also mark started jobs as failed, which the reconciler repairs."""
         self.queue.failed_job_registry.cleanup()
         self.queue.finished_job_registry.cleanup()
         try:
@@ -371,10 +371,10 @@ class DeliveryWorker(SimpleWorker):
         self.last_cleaned_at = now()  # type: ignore[assignment]  # RQ only says None
 
     def request_stop(self, signum: int = 0, frame: FrameType | None = None) -> None:
-        """Handle a signal: after the job in hand it is over. RQ's own talks to Redis from the handler.
+        """Handle a signal: stop after the current jobs. RQ's handler would send commands to Redis.
 
-        Only a second SIGINT ends at once: service managers send SIGTERM to us and to the supervisor, which
-        passes it on, and the supervisor kills when it is told twice.
+        Only a second SIGINT ends at once: service managers send SIGTERM both to this process and to the supervisor,
+        which passes it on; and the supervisor kills after a second signal.
         """
         if self.stopping and signum == signal.SIGINT:
             os._exit(128 + signum)

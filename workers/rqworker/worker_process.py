@@ -1,8 +1,8 @@
-"""A worker process: the courier in its event loop's thread, the DeliveryWorker in the main thread.
+"""A worker process: the courier in the thread of its event loop, the DeliveryWorker in the main thread.
 
-Wiring only: put back what predecessors had in hand, start the courier, work, drain. It ends with 0 after a stop
-signal and with 1 when the loop's thread ends by itself, so that the supervisor starts another. A Redis that is
-away at the start is waited for.
+Wiring only: put back the jobs of dead predecessors, start the courier, work, drain. It exits with 0 after a stop signal
+and with 1 if the loop's thread ends unexpectedly, so that the supervisor starts another. If Redis is down at the start,
+it waits.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from workers.rqworker.worker import DeliveryWorker
 
 T = TypeVar("T")
 _STOP = {signal.SIGTERM, signal.SIGINT}
-_LAST_WORD_SECONDS = 2.0  # for the log, when the process has to end
-_NICENESS = 10  # mail that comes in goes first: copies can wait for a processor, clients should not
+_LAST_WORD_SECONDS = 2.0  # for the last log line when the process must end
+_NICENESS = 10  # incoming mail has priority: copies can wait for a processor, clients should not
 
 
 class CourierThread:
-    """The courier's event loop in a thread for life. Stop signals reach it through a pipe and start the drain."""
+    """The event loop of the courier in a thread. Stop signals reach it through a pipe and start the drain."""
 
     def __init__(self) -> None:
         self.loop = uvloop.new_event_loop()
@@ -97,8 +97,8 @@ class CourierThread:
         try:
             self.loop.run_forever()
         finally:
-            if not self._closing:  # the main thread may be waiting for it, for ever
-                # Nor is the log waited for: another thread may have it, and wait for this one.
+            if not self._closing:  # unexpected, and the main thread may wait for the loop for ever
+                # Logged in another thread: the log's lock may be held by a thread that waits for this one.
                 told = threading.Thread(target=logger.critical, args=("the courier's loop has ended",), daemon=True)
                 try:
                     told.start()
@@ -108,7 +108,7 @@ class CourierThread:
 
 
 def connector(server: RedisSettings, timeout: float = 10.0) -> Callable[[], Redis]:
-    """Return what makes a worker's client: one without retries, since a pop repeated blindly strands a job."""
+    """Return a function that makes a client for a worker, without retries: a repeated pop would strand a job."""
     return lambda: sync_client(server, timeout, retries=0)
 
 
@@ -121,7 +121,7 @@ def serve(
     make_courier: Callable[[str], Deliverer],
     on_dead: Callable[[Redis, str], None] | None = None,
 ) -> int:
-    """Be a worker until a stop signal; the ``run`` of a supervisor's child. Returns the exit status.
+    """Run a worker until a stop signal; the ``run`` of a supervisor's child. Returns the exit status.
 
     ``connect`` makes a synchronous client, see ``connector``. ``make_courier`` gets the worker's name and is
     called in the courier's loop. ``on_dead`` gets the name of each dead predecessor before its jobs go back
@@ -154,7 +154,7 @@ def serve(
             break
         except (RedisError, OSError) as error:
             away.came(str(error))
-            context.ready()  # it does what can be done without Redis
+            context.ready()  # without Redis, waiting is all it can do
             time.sleep(pauses.next())
     if worker is None:
         return 0
@@ -180,13 +180,13 @@ def revive_predecessors(
     predecessor: str | None,
     on_dead: Callable[[Redis, str], None] | None = None,
 ) -> list[str]:
-    """Put back what dead workers of this place had in hand: the predecessor's first, then all that are gone."""
+    """Put back the jobs of dead workers of this place, the predecessor's first; returns the ids of the jobs."""
     queue = Queue(queue_name, connection=connection, serializer=JSONSerializer)
     dead = [predecessor] if predecessor else []
     dead += [name for name in dead_here(connection, queue) if name != predecessor]
     again: list[str] = []
     for name in dead:
-        if on_dead:  # first: a neighbour that takes its job must find the copies free, or the job is over for nothing
+        if on_dead:  # first: another worker that takes the job must find its copies unleased
             on_dead(connection, name)
         again += (jobs_again := revive(connection, queue, name))
         if jobs_again:
