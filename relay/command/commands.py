@@ -221,7 +221,7 @@ ROOT = _group(
         "hold": _word(
             "keep copies from a backup for a time", "hold:hold", _NAME,
             _option("--reason", metavar="TEXT", required=True, help="why"),
-            _option("--for", "time", metavar="TIME", help="it ends by itself: 30m, 2h, 1d"),
+            _option("--for", "length", metavar="TIME", help="it ends by itself: 30m, 2h, 1d"),
             _option("--until-released", is_flag=True, help="it does not"),
         ),
         "release": _word("end a hold", "hold:release", _NAME),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 
 from redis import Redis
 
@@ -22,17 +23,18 @@ from relay.ledger.health import MOST_RATE, Health
 from relay.mail.text import printable
 
 _LONGEST_REASON = 500
+_FOLLOW_SECONDS = 1.2  # within which the workers look: once the command has ended, no copy is begun
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:/\s*(s|sec|second|m|min|minute|h|hour))?")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
-def hold(settings: Settings, out: Output, name: str, reason: str, time: str | None, until_released: bool) -> int:
+def hold(settings: Settings, out: Output, name: str, reason: str, length: str | None, until_released: bool) -> int:
     """Begin no more copies for a backup, for a time or until it is released."""
-    if bool(time) == until_released:
+    if bool(length) == until_released:
         raise Misuse("for how long? give --for TIME or --until-released")
     if not reason.strip():
         raise Misuse("--reason: say why, for whoever wonders")
-    seconds = _duration(time)
+    seconds = _duration(length)
     why = printable(reason.strip())[:_LONGEST_REASON]
     with ledger_of(settings) as connection:
         queries.destinations(connection, name)
@@ -42,6 +44,7 @@ def hold(settings: Settings, out: Output, name: str, reason: str, time: str | No
         after = Health.read(connection, name)
         audit.record(connection, Act(f"hold {name}", _held(before, clock), _held(after, clock), why))
         found = room.estimate(connection, clock, settings.spool.dir, settings.spool.min_free)
+    time.sleep(_FOLLOW_SECONDS)
     until = after.hold.until if after.hold else 0.0
     if out.as_json:
         out.object({

@@ -63,8 +63,14 @@ class Brakes:
         return bool(self._standing and self._standing.rate) and self._left() == 0
 
     @property
-    def is_throttled(self) -> bool:
-        return bool(self._standing and (self._standing.rate or self._standing.connections))
+    def most(self) -> float:
+        """How many copies may begin within a second."""
+        return self._standing.rate or math.inf if self._standing else 0.0
+
+    def ask_now(self) -> None:
+        """Ask Redis for more, where copies have to wait for it."""
+        if self.is_waiting:
+            self._spent.set()
 
     def begins(self) -> None:
         """Note that a copy is begun."""

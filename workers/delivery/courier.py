@@ -146,8 +146,8 @@ class Courier:
 
     @property
     def room(self) -> int:
-        """How many copies are worth having in hand at once; those of one job for a probe, and while it is throttled."""
-        return 0 if self._breaker.is_open or self._brakes.is_throttled else self._breaker.window * _IN_HAND
+        """How many copies are worth having in hand at once; with the breaker open those of one job, for the probe."""
+        return 0 if self._breaker.is_open else int(min(self._breaker.window * _IN_HAND, self._brakes.most))
 
     async def start(self) -> None:
         """Begin to renew leases and to report our health; from then on it is known whether the destination is held."""
@@ -245,6 +245,7 @@ class Courier:
     async def _wait_for_turn(self) -> None:
         """Wait a little for the breaker to close or the outbox to catch up."""
         breaker = self._breaker
+        self._brakes.ask_now()
         self._health.changed.clear()
         seconds = min(1.0, breaker.seconds_to_probe or 0.1) if breaker.is_open else 0.1
         with suppress(TimeoutError):
