@@ -69,7 +69,9 @@ class Follower:
         """Wait for the next beat; shorter while a promotion is under way or there is something to tell."""
         is_busy = bool(self._in_old()) and asyncio.get_running_loop().time() < self._busy_until
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._news.wait(), _SOON if is_busy or self._intent else seconds)
+            # Not wait_for(): in Python 3.11 it swallows a cancellation that comes together with the news.
+            async with asyncio.timeout(_SOON if is_busy or self._intent else seconds):
+                await self._news.wait()
         self._news.clear()
         self._pulse.in_old = self._in_old()
 

@@ -158,6 +158,13 @@ def place_of(settings: Settings, redis_url: str) -> str:
     return f"{host}{settings.state_dir.absolute()}"
 
 
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancel a task until it has ended: asyncio.wait_for() of Python 3.11 may swallow a cancellation."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=_POOL_WAIT)
+
+
 async def _for_ever(task: Callable[[], Awaitable[None]]) -> None:
     """Run a background task until it returns; a task that raises is logged and started again."""
     while True:
@@ -297,7 +304,7 @@ class _Relay:
         for server in servers:
             server.close()
         await self._drain(importing)
-        monitor.cancel()
+        await _end(monitor)
         if not self._shared.leaving:
             with contextlib.suppress(RedisError, OSError):  # if this fails, the heartbeat expires
                 await asyncio.to_thread(heartbeats.forget, self._jobs, self._pulse.process)
@@ -406,4 +413,4 @@ class _Relay:
         await self._staging.drain()
         if importing:
             await asyncio.wait({importing}, timeout=_IMPORT_SECONDS)
-            importing.cancel()
+            await _end(importing)
