@@ -77,9 +77,10 @@ class Follower:
 
     async def follow(self, ledger: Redis) -> None:
         """Do what the last beat has brought. ``ledger`` hears of the new backups."""
-        if self._pulse.topology != self._seen:
-            self._seen = self._pulse.topology
-            await self._look(self._seen)
+        found = self._pulse.topology
+        if found is not None and found != self._seen:
+            self._seen = found
+            await self._look(found)
         if not self._is_registered:
             await self._register(ledger)
         self._prepare(self._pulse.intent)

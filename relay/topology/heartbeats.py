@@ -41,7 +41,7 @@ class Pulse:
         self.prepared = ""  # the intent for which it could use the new primary
         self.trouble = ""  # why it cannot follow, or could not prepare
         self.in_old = 0  # transactions that go on with an earlier primary
-        self.topology = ""  # as Redis has told it last
+        self.topology: str | None = None  # as Redis has told it last, "" for none; None before it has
         self.intent = ""
 
     def ask(self, pipe: Pipe) -> None:

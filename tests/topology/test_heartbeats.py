@@ -107,6 +107,16 @@ def test_another_type_of_key_stops_nothing(redis_client: redis.Redis) -> None:
     assert heartbeats.read(redis_client) == []
 
 
+def test_an_error_in_place_of_an_answer_says_nothing() -> None:
+    """A Redis that runs no script has not said that nobody was promoted."""
+    pulse = Pulse("host /x", "relay-1", 1)
+    for answer in (redis.ResponseError("no"), None, [], [b"x"]):
+        pulse.take(answer)
+        assert pulse.topology is None
+    pulse.take([b"", b""])
+    assert pulse.topology == ""
+
+
 def test_a_full_redis_can_still_be_read(redis_factory: Callable[..., RedisServer]) -> None:
     """A Redis that takes no more writes tells the topology all the same."""
     with redis_factory().client() as client:
