@@ -1,4 +1,4 @@
-"""One session: replies stay in step with commands, and every end of the connection is told truly."""
+"""One session: replies match commands in order, and every end of the connection raises the right error."""
 
 from __future__ import annotations
 

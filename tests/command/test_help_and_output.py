@@ -1,4 +1,4 @@
-"""The command line as whoever types sees it: help, suggestions, completion, the manual page, tables."""
+"""The command line as the operator sees it: help, suggestions, completion, the manual page, tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands beside a running smtp-dup need not be told again what it was given, and say where it differs."""
+"""Commands find the settings of a running smtp-dup without its flags, and show where they differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ledger's scripts: a change does what it says to what is in the expected state, and nothing to the rest."""
+"""The ledger's scripts: a change affects only messages in the expected state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Group commit: what leaves together is done as a whole, and every answer is for the one who asked."""
+"""Group commit: a group is written as a whole, and every caller gets its own answer."""
 
 from __future__ import annotations
 

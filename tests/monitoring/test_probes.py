@@ -1,4 +1,4 @@
-"""The probes: what would lose a copy is named, what is in order is said, and nothing raises or hangs."""
+"""The probes: every setting that could lose a copy is named, and no probe raises or hangs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Status over HTTP: what monitoring and orchestrators are told, and what they cannot do to us."""
+"""Status over HTTP: the answers for monitoring and orchestrators, and the limits on their requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The soak's audit sees what is wrong: a run without fault passes, and each kind of tampering with it is named."""
+"""The soak's audit: a run without fault passes, and each kind of tampering is named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damage where messages are stored: what is damaged goes to nobody and is kept, what lies behind it goes on."""
+"""Damaged stored messages are kept and never sent, and do not block the messages behind them."""
 
 from __future__ import annotations
 

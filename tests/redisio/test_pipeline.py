@@ -1,4 +1,4 @@
-"""A wire to Redis: every batch has its own answers or what came in between, once, and the pool loses no connection."""
+"""A pipeline to Redis: every batch gets its own answers or one error, once, and the pool loses no connection."""
 
 from __future__ import annotations
 

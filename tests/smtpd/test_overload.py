@@ -1,4 +1,4 @@
-"""Too much at once: the rest is told to come again, memory stays bounded, and those being served finish."""
+"""Overload: further clients get a temporary refusal, memory stays bounded, and sessions under way finish."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client has sent and nobody has read yet: lines and chunks are the same however the octets are cut."""
+"""The read buffer: lines and chunks are the same however the octets are split."""
 
 from __future__ import annotations
 

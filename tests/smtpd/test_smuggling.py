@@ -1,4 +1,4 @@
-"""SMTP smuggling, every way in and every way out: one message in is one message out, whoever reads it how.
+"""SMTP smuggling, on input and output: one message in is one message out, however a server reads line ends.
 
 Each odd end-of-data line stands between a message and another one that hides in it. What leaves is looked at as the
 octets that left: to primary and backup, after a retry, by way of the spool, as an export, and in a real Postfix.

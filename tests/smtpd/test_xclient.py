@@ -1,4 +1,4 @@
-"""Whose mail it is: read from who may say it, told to who wants to know, and never more than was said."""
+"""XFORWARD and XCLIENT: accepted from trusted clients, sent to servers that offer them, with nothing added."""
 
 from __future__ import annotations
 

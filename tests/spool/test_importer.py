@@ -1,4 +1,4 @@
-"""What is in the spool comes into the ledger once, in order, whatever died in between; what cannot be read is kept."""
+"""Spooled messages are imported once, in order, whichever process dies in between; unreadable files are kept."""
 
 from __future__ import annotations
 
