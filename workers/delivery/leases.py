@@ -29,7 +29,7 @@ class Leases:
     def __init__(self, connection: Redis, destination: str) -> None:
         self._connection = connection
         self._destination = destination
-        self._renewal_at = 0.0  # monotonic
+        self._renewal_at = time.monotonic() + _RENEW  # not at once: what is about to be claimed may be another's still
         self.clock = RedisClock()
         self.held: set[str] = set()
 
