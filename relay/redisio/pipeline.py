@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import hiredis
 from redis.asyncio import Redis
@@ -27,6 +27,8 @@ _IN_PARTS = 256 << 10  # octets of a batch; below this, one buffer is faster
 _SECONDS = 10.0  # for the answer, if the client has no time-out
 _NOT_YET = object()
 _CLOSED = "Redis closed the connection"
+
+T = TypeVar("T")
 
 Answers = list[Any] | Exception
 Answered = Callable[[Answers], None]
@@ -93,7 +95,7 @@ class Pipelines:
         self._confirmation = clients.confirmation(client)
         self._seconds = seconds or self._pool.connection_kwargs.get("socket_timeout") or _SECONDS
         self._idle: list[_Pipeline] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def ask(self, batch: CommandBatch) -> list[Any]:
         """Send a batch; returns its answers. Raises RedisError, OSError, also for a single change that failed."""
@@ -123,24 +125,29 @@ class Pipelines:
                 self._send(wire, batch, answered, is_last=False)
                 return
             self._drop(wire)
-        self._spawn(self._connect(batch, answered, is_last=False))
+        self._connect(batch, answered, is_last=False)
 
-    async def _connect(self, batch: CommandBatch, answered: Answered, *, is_last: bool) -> None:
-        try:
-            async with asyncio.timeout(self._seconds):
-                wire = await self._take_over()
-        except Exception as error:  # of any kind, since the caller waits for the answer
-            answered(error)
-        else:
-            self._send(wire, batch, answered, is_last=is_last)
+    def _connect(self, batch: CommandBatch, answered: Answered, *, is_last: bool) -> None:
+        def connected(task: asyncio.Task[_Pipeline]) -> None:
+            if task.cancelled():
+                return
+            error = task.exception()
+            if isinstance(error, Exception):  # of any kind, since the caller waits for the answer
+                answered(error)
+            elif error is None:
+                self._send(task.result(), batch, answered, is_last=is_last)
+
+        # The batch is no part of the task: from Python 3.12 a connection keeps the frames of the call that made it.
+        self._spawn(self._take_over()).add_done_callback(connected)
 
     async def _take_over(self) -> _Pipeline:
-        connection = await living(self._pool)
-        try:
-            return _Pipeline(connection)
-        except BaseException:
-            await discard(self._pool, connection)
-            raise
+        async with asyncio.timeout(self._seconds):
+            connection = await living(self._pool)
+            try:
+                return _Pipeline(connection)
+            except BaseException:
+                await discard(self._pool, connection)
+                raise
 
     def _send(self, wire: _Pipeline, batch: CommandBatch, answered: Answered, *, is_last: bool) -> None:
         wire.send(batch, self._seconds, partial(self._take, wire, batch, answered, is_last))
@@ -153,7 +160,7 @@ class Pipelines:
             for each in lost:
                 self._drop(each)
             if not is_last and isinstance(answers, NoConnection):
-                self._spawn(self._connect(batch, answered, is_last=True))
+                self._connect(batch, answered, is_last=True)
                 return
         elif self._keeps:
             self._idle.append(wire)
@@ -180,10 +187,11 @@ class Pipelines:
         wire.close()
         self._spawn(discard(self._pool, wire.connection))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 class _Pipeline(asyncio.Protocol):
