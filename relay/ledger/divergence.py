@@ -219,11 +219,11 @@ def cover(pipe: Pipe, destination: str, counts: Mapping[str, list[int]], *, most
     pipe.eval(_COVER, 0, destination, most, *parts)
 
 
-def outage_begins(pipe: Any, destination: str, at: float, reason: str) -> None:
+def outage_begins(pipe: Any, destination: str, at: float, reason: str) -> Any:
     """Note that a destination is paused; one that is so already has another reason now. Result: how many are kept."""
-    pipe.eval(_OUTAGE, 0, destination, "1", f"{at:.3f}", printable(reason)[:REPLY], MOST_OUTAGES)
+    return pipe.eval(_OUTAGE, 0, destination, "1", f"{at:.3f}", printable(reason)[:REPLY], MOST_OUTAGES)
 
 
-def outage_ends(pipe: Any, destination: str, at: float) -> None:
+def outage_ends(pipe: Any, destination: str, at: float) -> Any:
     """Note that a destination works. Result: how many are kept."""
-    pipe.eval(_OUTAGE, 0, destination, "0", f"{at:.3f}", "", MOST_OUTAGES)
+    return pipe.eval(_OUTAGE, 0, destination, "0", f"{at:.3f}", "", MOST_OUTAGES)

@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -387,8 +387,11 @@ class Swept:
     what: str
 
 
-def sweep(connection: Any, destination: str, keep: float) -> list[Swept]:
-    """Forget groups that are empty for longer than ``keep`` seconds, old hours, and acknowledgements that are over."""
+def sweep(connection: Any, destination: str, before: float, elapsed: Callable[[float], float]) -> list[Swept]:
+    """Forget empty groups that were last seen before that time, old hours, and acknowledgements that are over.
+
+    ``elapsed`` says how many seconds ago a time was: a clock that is set ends no acknowledgement for good.
+    """
     now = changes.now(connection)
     done = list(_mend_types(connection, destination))
     for found in groups(connection, destination):
@@ -396,11 +399,12 @@ def sweep(connection: Any, destination: str, keep: float) -> list[Swept]:
         if found.last > now + HOUR:  # the clock was wrong then
             connection.zadd(keys.DIVERGENCE + destination, {found.key: now}, xx=True)
             connection.hset(hash_key, "last", f"{now:.6f}")
-        elif not found.open and found.last < now - keep:
+        elif not found.open and found.last < before:
             forget(connection, destination, [found.key])
             done.append(Swept(found.key, "empty, forgotten"))
             continue
-        if why := found.reopened(now):
+        why = found.reopened(now)
+        if why and found.ack and (now < found.ack.until or elapsed(found.ack.at) >= found.ack.until - found.ack.at):
             connection.hdel(hash_key, "ack")
             done.append(Swept(found.key, f"open again: {why}"))
         first, last = now // HOUR - HOURS_KEPT, now // HOUR + 1

@@ -11,7 +11,7 @@ import redis
 from relay.ledger import changes, copy_state, divergence, divergence_groups, keys, queries
 from relay.ledger.copy_state import CopyState
 from relay.ledger.divergence import DOT, MAIL, RCPT, Coverage
-from relay.ledger.divergence_groups import HOUR, Acknowledgement, Group
+from relay.ledger.divergence_groups import HOUR, Acknowledgement, Group, Swept
 from relay.ledger.divergence_recount import Mended, recount
 from relay.mail import encryption
 from support.diverged_copies import OURS, Backup, deferred, given_up, refused
@@ -29,6 +29,13 @@ def contents(redis_client: redis.Redis) -> Contents:
 @pytest.fixture
 def new(contents: Contents) -> Backup:
     return Backup(contents)
+
+
+def _swept(contents: Contents, passed: float | None = None) -> list[Swept]:
+    """Sweep after a month; ``passed``: so many seconds have passed since anything, whatever the clock says."""
+    now = changes.now(contents.connection)
+    elapsed = (lambda at: now - at) if passed is None else (lambda _: passed)
+    return divergence_groups.sweep(contents.connection, "new", now - 30 * DAY, elapsed)
 
 
 def _numbers(group: Group) -> tuple[int, ...]:
@@ -331,6 +338,19 @@ def test_an_acknowledged_group_does_not_count(contents: Contents, new: Backup) -
     assert not divergence_groups.unacknowledge(contents.connection, group)
 
 
+def test_a_clock_that_is_set_ends_no_acknowledgement_for_good(contents: Contents, new: Backup) -> None:
+    """It is over for the sweep only when that time has passed; then it goes."""
+    group = _acknowledged(contents, new, seconds=0)
+    assert group.counts(changes.now(contents.connection))
+    at = group.ack.at if group.ack else 0.0
+    place = f"{keys.DIVERGED}new:{group.key}"
+    contents.connection.hset(place, "ack", replace(group.ack, at=at - DAY, until=at).to_json())  # type: ignore[type-var]
+    assert _swept(contents, passed=10.0) == []
+    assert new.group().ack is not None
+    assert [swept.what for swept in _swept(contents)] == ["open again: its time is over"]
+    assert new.group().ack is None
+
+
 def test_more_of_the_same_stays_acknowledged(contents: Contents, new: Backup) -> None:
     """The same domain at the same pace is what was acknowledged."""
     _acknowledged(contents, new)
@@ -344,7 +364,7 @@ def test_a_new_domain_opens_it_again(contents: Contents, new: Backup) -> None:
     _acknowledged(contents, new)
     new.attempt(contents.pending("ann@b.test"), {0: refused()})
     assert "b.test" in new.group().reopened(changes.now(contents.connection))
-    (swept,) = divergence_groups.sweep(contents.connection, "new", 30 * DAY)
+    (swept,) = _swept(contents)
     assert swept.what.startswith("open again")
     assert new.group().ack is None
 
@@ -383,7 +403,7 @@ def test_an_empty_group_is_forgotten_after_a_time(contents: Contents, new: Backu
     long_ago = changes.now(connection) - 31 * DAY
     for group in new.groups().values():
         connection.hset(f"{keys.DIVERGED}new:{group.key}", "last", long_ago)
-    assert [swept.what for swept in divergence_groups.sweep(connection, "new", 30 * DAY)] == ["empty, forgotten"]
+    assert [swept.what for swept in _swept(contents)] == ["empty, forgotten"]
     (left,) = new.groups().values()
     assert left.text == "still"
     assert all(key.decode().endswith(left.key) for key in connection.keys("smtpdup:*:new:*"))
@@ -397,7 +417,7 @@ def test_old_hours_and_hours_that_have_not_come_are_forgotten(contents: Contents
     place, now = f"{keys.DIVERGED}new:{group.key}", changes.now(connection)
     (hour,) = group.hours
     connection.hset(place, mapping={f"h{hour - 24 * 36}": 5, f"h{hour + 48}": 7, "last": now + 2 * DAY})
-    divergence_groups.sweep(connection, "new", 30 * DAY)
+    _swept(contents)
     assert set(new.group().hours) == {hour}
     assert new.group().last <= changes.now(connection)
 
@@ -450,7 +470,7 @@ def test_what_somebody_has_done_to_the_keys_stops_no_copy(contents: Contents, ne
     new.attempt(message_id, {0: deferred()})
     new.attempt(message_id, {0: refused()})
     assert message_id in contents.failed_ids()
-    assert divergence_groups.sweep(connection, "new", DAY)
+    assert _swept(contents)
     recount(connection, "new", OURS)
     assert sum(group.open for group in new.groups().values()) == 2
 
@@ -467,7 +487,7 @@ def test_garbage_reads_as_far_as_it_makes_sense(contents: Contents, new: Backup)
     connection.zadd(keys.DIVERGENCE + "new", {"../../x": 1.0, "f" * 12: 2.0})
     found = new.group()
     assert (found.open, found.seen, found.first, found.last, found.kind, found.ack) == (0, 0, 0.0, 0.0, "refused", None)
-    divergence_groups.sweep(connection, "new", DAY)
+    _swept(contents)
     recount(connection, "new", OURS)
 
 

@@ -177,7 +177,8 @@ class Courier:
                 delivery.cancel()
         for task in self._background:
             task.cancel()
-        await self._divergences.write()
+        if not self._outbox.is_late:
+            await self._divergences.write()
         await self._pool.close()
         await self._redis.aclose()
         await self._bulk.aclose()

@@ -80,10 +80,8 @@ class HealthReport:
 
     async def _write(self, report: dict[str, str]) -> None:
         """Write how the destination is, and in the list of its outages since when, or that it is over."""
-        async with self._connection.pipeline(transaction=True) as pipe:
-            pipe.hset(keys.HEALTH + self._name, items=[part for pair in report.items() for part in pair])
-            if report["state"] == "paused":
-                divergence.outage_begins(pipe, self._name, float(report["since"]), report["reason"])
-            else:
-                divergence.outage_ends(pipe, self._name, self._now())
-            await pipe.execute()
+        await self._connection.hset(keys.HEALTH + self._name, items=[part for pair in report.items() for part in pair])
+        if report["state"] == "paused":
+            await divergence.outage_begins(self._connection, self._name, float(report["since"]), report["reason"])
+        else:
+            await divergence.outage_ends(self._connection, self._name, self._now())

@@ -197,7 +197,9 @@ class Sweeper:
         ttl = self._settings.failed.ttl
         for message_id in failed.expire(self._connection, name, ttl, self._clock.ago(ttl)):
             self._report.add("failed copy expired", message_id, name, "dropped")
-        for swept in divergence_groups.sweep(self._connection, name, self._settings.divergence.keep):
+        keep = self._settings.divergence.keep
+        for swept in divergence_groups.sweep(self._connection, name, self._clock.ago(keep), self._clock.age):
+            maillog.notice("info", "divergence", destination=name, key=swept.key, what=swept.what)
             self._report.add("reason for refusals", swept.key, name, swept.what)
         if thorough:
             for job in failed.forget_stray_jobs(self._connection, name, self._tick):
