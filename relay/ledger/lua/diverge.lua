@@ -52,7 +52,7 @@ local function count_in(group)
   end
   for _, domain in ipairs(group.domains) do
     local field = 'd:' .. domain[1]
-    if redis.call('HEXISTS', hash, field) == 0 and tonumber(redis.call('HGET', hash, 'domains') or 0) >= 200 then
+    if redis.call('HEXISTS', hash, field) == 0 and tonumber(redis.call('HGET', hash, 'domains') or 0) >= 50 then
       field = 'more_domains'
     elseif redis.call('HINCRBY', hash, field, 0) == 0 then
       redis.call('HINCRBY', hash, 'domains', 1)
