@@ -61,6 +61,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path.stem in _DEMANDING:
             item.add_marker(pytest.mark.xdist_group("demanding"))
+        elif _shares_a_fixture(item):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def _shares_a_fixture(item: pytest.Item) -> bool:
+    """Say whether the module makes something once for its tests: another process would make it again."""
+    found = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009 - no public name tells
+    return any(definitions[-1].scope == "module" for definitions in found)
 
 
 @pytest.fixture(scope="session", autouse=True)
