@@ -51,7 +51,8 @@ def run(
         texts = []
         for file in (out, err):
             file.seek(0)
-            texts.append(file.read().decode())
+            # Line ends as subprocess.run reads them.
+            texts.append(file.read().decode().replace("\r\n", "\n").replace("\r", "\n"))
         return subprocess.CompletedProcess(["smtp-dup", *words], int(status), *texts)
 
 
