@@ -44,8 +44,11 @@ def test_failure_is_a_failed_job_of_its_own_with_the_reply(contents: Contents) -
     assert contents.state(message_id, failure=True) == state
 
 
-def test_a_failed_job_says_whose_mail_it_is_how_large_and_since_when(contents: Contents) -> None:
+def test_a_failed_job_says_whose_mail_it_is_how_large_and_since_when(
+    contents: Contents, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its description is for a person: sender, the recipients that failed, size; its times are those of the mail."""
+    monkeypatch.setattr(encryption, "_ring", None)  # also with --sealed: the next test is about that
     message_id = contents.pending("a@test", "b\u202e@test", "c@test", "d@test", "e@test")
     state = contents.fail(message_id, owed=(0, 1, 3, 4))
     job = _job(contents, state.job)
