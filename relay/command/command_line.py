@@ -25,7 +25,7 @@ from relay.command.flags import SETTINGS_FLAGS, Given
 
 NAME = "smtp-dup"
 SETTINGS_HINT = f"Any setting is also a flag: {NAME} help settings"
-HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+HELP_OPTIONS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 _NEAR = 0.6
 
 

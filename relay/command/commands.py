@@ -309,11 +309,11 @@ def parse(words: Iterable[str]) -> Task | int:
 
 def path(words: Sequence[str]) -> click.Context:
     """Return the context of a command, for its help. Raises click.UsageError."""
-    ctx = click.Context(ROOT, info_name=NAME, **HELP_OPTIONS)  # type: ignore[arg-type]
+    ctx = click.Context(ROOT, info_name=NAME, **HELP_OPTIONS)
     for n, word in enumerate(words):
         if not isinstance(ctx.command, CommandGroup):
             raise click.UsageError(f"{ctx.command_path} has no commands", ctx)
         _, command, _ = ctx.command.resolve_command(ctx, list(words[n:]))
         assert command is not None  # noqa: S101 - else resolve_command raises
-        ctx = click.Context(command, parent=ctx, info_name=word, **HELP_OPTIONS)  # type: ignore[arg-type]
+        ctx = click.Context(command, parent=ctx, info_name=word, **HELP_OPTIONS)
     return ctx
