@@ -33,8 +33,8 @@ _NEAR = 0.6
 class Task:
     """What a command line asks for: "module:function" of this package, and its arguments.
 
-    ``settings`` says which the function takes first: "" for none, "any", "primary" for settings that name one, or
-    "given" for what the command line gives, to be loaded by the function.
+    ``settings`` says which the function takes first: "" for none, "any", "primary" for settings that name one,
+    "checked" for such without a fault, or "given" for what the command line gives, to be loaded by the function.
     """
 
     place: str
@@ -48,7 +48,8 @@ class Task:
         if self.settings == "given":
             leading = [self.given]
         elif self.settings:
-            leading = [self.given.settings_here(require_primary=self.settings == "primary", tell=_tell)]
+            primary, excuse = self.settings in {"primary", "checked"}, self.settings != "checked"
+            leading = [self.given.settings_here(require_primary=primary, excuse=excuse, tell=_tell)]
         module, _, name = self.place.partition(":")
         function: Callable[..., int] = getattr(importlib.import_module(f"relay.command.{module}"), name)
         return function(*leading, **self.arguments)

@@ -211,7 +211,7 @@ ROOT = _group(
             _DRY_RUN, _option("--wait", metavar="TIME", default="10s", help="for all processes to follow; 10s"),
             settings="given",
         ),
-        "check": _word("validate the settings, probe Redis and every server", "check:check", settings="primary"),
+        "check": _word("validate the settings, probe Redis and every server", "check:check", settings="checked"),
         "ready": _word(
             "whether a backup is ready to be the primary, and why not", "ready:show",
             click.Argument(["name"], metavar="[NAME]", required=False, type=Names(DESTINATION)),

@@ -43,31 +43,39 @@ class Given:
         try:
             settings = load(self.flags, require_primary=require_primary)
         except SettingsError as error:
-            raise SettingsError([*problems, *error.problems]) from None
+            raise SettingsError([*problems, *error.problems], error.state_dir) from None
         if problems:
             raise SettingsError(problems)
         return settings
 
-    def settings_here(self, *, require_primary: bool, tell: Callable[[str], object] | None = None) -> Settings:
+    def settings_here(
+        self, *, require_primary: bool, excuse: bool = True, tell: Callable[[str], object] | None = None
+    ) -> Settings:
         """Load the settings; where these add nothing to what a smtp-dup beside us runs with, take that, and tell so.
 
-        Raises SettingsError with every problem there is.
+        With ``excuse`` a settings file that was broken after its start is no reason to fail: `undo` must work then,
+        too. Raises SettingsError with every problem there is.
         """
-        from relay.config.loader import SettingsError, load  # noqa: PLC0415  (as above)
+        from relay.config.loader import SettingsError  # noqa: PLC0415  (as above)
         from relay.daemon import running  # noqa: PLC0415  (as above)
 
         try:
-            own = None if self.problems else load(self.flags, require_primary=False)
-        except SettingsError:
-            own = None
-        found = running.read(own.state_dir) if own else None
-        if own and found and own.layers != found.layers and own.layers.are_within(found.layers):
+            own = self.settings(require_primary=False)
+            found = running.read(own.state_dir)
+            if found and (own.layers == found.layers or not own.layers.are_within(found.layers)):
+                found = None
+            why = ""
+        except SettingsError as error:
+            in_file = excuse and all(problem.in_file for problem in error.problems)
+            found = running.read(error.state_dir) if in_file and error.state_dir else None
+            why = f"; {error.problems[0]}"
+        if found:
             try:
                 settings = found.settings(os.environ, require_primary=require_primary)
             except SettingsError:  # a file with a password that we may not read
                 return self.settings(require_primary=require_primary)
             if tell:
-                tell(f"using the settings of the smtp-dup that runs here (`{found.role}`, process {found.pid})")
+                tell(f"using the settings of the smtp-dup that runs here (`{found.role}`, process {found.pid}){why}")
             return settings
         return self.settings(require_primary=require_primary)
 

@@ -62,12 +62,21 @@ class Problem:
     def __str__(self) -> str:
         return ": ".join(part for part in (self.where, self.key, self.text) if part)
 
+    @property
+    def in_file(self) -> bool:
+        """Whether it stands in a settings file, and not in a flag or a variable."""
+        return bool(self.where) and not self.where.startswith(("-", ENV_PREFIX, "environment"))
+
 
 class SettingsError(Exception):
-    """The settings cannot be used; ``problems`` holds all reasons, one line each."""
+    """The settings cannot be used; ``problems`` holds all reasons, one line each.
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
+    ``state_dir`` is the state folder as far as the settings could be read, None where nothing was.
+    """
+
+    def __init__(self, problems: Sequence[Problem], state_dir: Path | None = None) -> None:
         self.problems = list(problems)
+        self.state_dir = state_dir
         super().__init__("\n".join(map(str, self.problems)))
 
 
@@ -152,7 +161,7 @@ class _Loader:
         for key, text in disagreements(values):
             self._wrong(key, text)
         if self.problems:
-            raise SettingsError(self.problems)
+            raise SettingsError(self.problems, values["state_dir"])
         sections: dict[str, Any] = {
             name: kind(**{f.name: values[f"{name}.{f.name}"] for f in fields(kind)}) for name, kind in PARTS.items()
         }

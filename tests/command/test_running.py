@@ -75,6 +75,34 @@ def test_commands_without_settings(
     assert running.read(up.state_dir) is None
 
 
+def test_a_broken_settings_file(
+    product: Callable[..., Product], primary: ScriptedServer, backup: ScriptedServer
+) -> None:
+    """Commands, undo among them, go on with what runs, and say why; `check`, a bad flag or variable end with 2."""
+    settings = {"relay.destination_primary": "", "relay.destination_backups": ""}
+    up = product(settings=settings, flags=["--primary", primary.address, "--backup", f"new={backup.address}"])
+    file = up.state_dir / "settings.toml"
+    for text, fault in (
+        ("[retry]\nfirst = 'soon'\n", f"{file.name}:2: retry.first"),
+        ("[retry\n", file.name),
+        ("nonsense = 1\n[log]\nlevel = 'loud'\n", f"{file.name}:1: nonsense"),
+    ):
+        file.write_text(text)
+        told = run(up, "topology")
+        assert (told.returncode, len(told.stderr.splitlines())) == (0, 1), told.stderr
+        assert "using the settings of the smtp-dup that runs here" in told.stderr
+        assert fault in told.stderr
+    undo = run(up, "undo", "--yes")
+    assert undo.returncode == 1, "nothing has been promoted"
+    assert run(up, "check").returncode == 2
+    flag = run(up, "topology", "--retry-first", "soon")
+    variable = run(up, "topology", SMTP_DUP_RETRY__FIRST="soon")
+    assert flag.returncode == variable.returncode == 2
+    assert "using" not in flag.stderr + variable.stderr
+    up.kill()
+    assert run(up, "topology").returncode == 2
+
+
 def test_what_it_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that was given comes back, with the variables that hold passwords; damaged or foreign files are none."""
     monkeypatch.setenv("NEW_PASSWORD", "z-secret")
