@@ -1,5 +1,7 @@
 """``python -m bench [ROW ...]``: run rows of the benchmark and write a report below bench/results/.
 
+``python -m bench compare REV`` runs the working tree and a commit in turn.
+
 The exit status is 1 when a count is wrong (a message lost, doubled or refused), never because something is slow.
 """
 
@@ -24,6 +26,8 @@ from bench.rows import (
     accept,
     backups,
     behind_postfix,
+    compare,
+    cpu,
     greylist,
     idle,
     jobs,
@@ -36,9 +40,12 @@ from bench.rows import (
     throughput,
 )
 
+_COMPARE = "compare"  # runs only by name: it wants a commit
+
 ROWS: Mapping[str, Callable[[Course], Row]] = {
     "accept": accept.run,
     "throughput": throughput.run,
+    "cpu": cpu.run,
     "behind-postfix": behind_postfix.run,
     "latency": latency.run,
     "large": large.run,
@@ -50,12 +57,15 @@ ROWS: Mapping[str, Callable[[Course], Row]] = {
     "jobs": jobs.run,
     "start": start.run,
     "million": million.run,
+    _COMPARE: compare.run,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; return the exit status."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    names, revision = _asked(parser, arguments.rows)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)  # as Ctrl-C: everything that was started is stopped
     options = Options(
@@ -66,15 +76,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         quick=arguments.quick,
         peers=tuple(arguments.peers or ()),
         million=arguments.million,
+        revision=revision,
     )
-    names = arguments.rows or list(ROWS)
     command = shlex.join(["python", "-m", "bench", *(sys.argv[1:] if argv is None else argv)])
-    rows, path = _run(options, list(dict.fromkeys(names)), command)
+    rows, path = _run(options, names, command)
     Console().print(Markdown((path / "report.md").read_text()) if sys.stdout.isatty() else str(path / "report.md"))
     faults = [f"{row.name}: {fault}" for row in rows for fault in row.faults]
     for fault in faults:
         print(f"FAULT: {fault}", file=sys.stderr)
     return 1 if faults else 0
+
+
+def _asked(parser: argparse.ArgumentParser, words: list[str]) -> tuple[list[str], str]:
+    """Return the rows that the command line names, and the commit to compare with."""
+    if words[:1] == [_COMPARE]:
+        if len(words) != 2:
+            parser.error(f"{_COMPARE} takes one commit")
+        return words[:1], words[1]
+    rows = [name for name in ROWS if name != _COMPARE]
+    if unknown := set(words) - set(rows):
+        parser.error(f"no row {min(unknown)!r}; there are {', '.join(rows)}")
+    return list(dict.fromkeys(words)) or rows, ""
 
 
 def _run(options: Options, names: Sequence[str], command: str) -> tuple[list[Row], Path]:
@@ -106,9 +128,8 @@ def _stop(number: int, _: FrameType | None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of smtp-dup.")
-    parser.add_argument(
-        "rows", nargs="*", metavar="ROW", choices=[*ROWS, []], help=f"of {', '.join(ROWS)}; default all"
-    )
+    rows = ", ".join(name for name in ROWS if name != _COMPARE)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {rows} (default all); or: {_COMPARE} REV")
     parser.add_argument("--rounds", type=int, default=0, help="of each measurement; the median counts (default 5)")
     parser.add_argument("--seconds", type=float, default=8.0, help="that one load should last (default 8)")
     parser.add_argument("--sessions", type=int, default=20, help="connections of the load (default 20)")

@@ -29,6 +29,7 @@ class Options:
     quick: bool = False
     peers: tuple[str, ...] = ()  # only these competitors; empty: all that are installed
     million: int = 1_000_000
+    revision: str = ""  # the commit that this tree is compared with
 
     def scaled(self, usual: int, quick: int) -> int:
         """Return how many of something a row shall do."""

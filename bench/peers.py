@@ -14,7 +14,7 @@ from pathlib import Path
 
 import redis
 
-from bench import exim, haraka, programs, usage
+from bench import ROOT, exim, haraka, programs, usage
 from relay.ledger import keys
 from support import postfix_instance
 from support.load import SmtpSink
@@ -23,7 +23,13 @@ from support.product import Product
 from support.waiting import free_port
 
 # `up` as an operator has it: the harness's own choices undone.
-_AS_SHIPPED = {"smtp.processes": "0", "log.level": "info", "log.format": "text", "spool.min_free": "1G"}
+_AS_SHIPPED = {
+    "smtp.processes": "0",
+    "log.level": "info",
+    "log.format": "text",
+    "spool.min_free": "1G",
+    "ready.check_every": "",
+}
 
 
 @dataclass(slots=True)
@@ -60,10 +66,11 @@ def smtp_dup(
     settings: Mapping[str, str] | None = None,
     name: str = "smtp-dup",
     start: bool = True,
+    source: Path = ROOT,
 ) -> Peer:
     """Make `smtp-dup up` with default settings, one sink as primary and one for each backup.
 
-    ``addresses`` replace those of the backups: something stands in between.
+    ``addresses`` replace those of the backups: something stands in between. ``source`` is the tree that is run.
     """
     targets = tuple(sink(stack) for _ in range(1 + backups))
     names = list(addresses) or [target.address for target in targets[1:]]
@@ -72,6 +79,7 @@ def smtp_dup(
         primary=targets[0].address,
         backups=names,
         settings={**_AS_SHIPPED, **(settings or {})},
+        source=source,
     )
     stack.callback(product.clean_up)
     client = redis.Redis.from_url(product.redis_url)

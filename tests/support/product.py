@@ -26,6 +26,7 @@ from support.child_processes import tied
 from support.dialogue import Dialogue, Unexpected
 from support.waiting import PATIENCE, free_port, wait_until
 
+_SOURCE = Path(relay.__file__).parent.parent  # the code under test, installed or not
 _DEFAULTS = {
     "smtp.processes": "1",
     "log.format": "json",
@@ -55,6 +56,7 @@ class Product:
 
     ``settings`` are keys as in settings.toml (``{"retry.first": "1", "smtp.processes": "2"}``), given as environment
     variables; ``flags`` are added to the command line; ``files`` are written into its working folder before it starts.
+    ``source`` is the tree that is run, by default the one under test.
     Without ``redis_url`` it has the embedded Redis (``up`` only).
     """
 
@@ -69,8 +71,10 @@ class Product:
         settings: Mapping[str, str] | None = None,
         flags: Iterable[str] = (),
         files: Mapping[str, str] | None = None,
+        source: Path = _SOURCE,
     ) -> None:
         self.directory = directory
+        self.source = source
         self.state_dir = directory / "state"
         self.command = command
         self.flags = tuple(flags)
@@ -270,14 +274,13 @@ class Product:
     def environment(self) -> dict[str, str]:
         """What its processes get: nothing of smtp-dup's from outside, and the settings of this instance."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("SMTP_DUP_")}
-        # The code under test, installed or not.
-        source = str(Path(relay.__file__).parent.parent)
-        path = os.pathsep.join(filter(None, (source, kept.get("PYTHONPATH", ""))))
+        path = os.pathsep.join(filter(None, (str(self.source), kept.get("PYTHONPATH", ""))))
         given = {f"SMTP_DUP_{key.replace('.', '_').upper()}": value for key, value in self.settings.items() if value}
         return {**kept, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **given}
 
     def _argv(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "relay.command", *words]
+        module = "relay.command" if (self.source / "relay/command").is_dir() else "relay.cli"  # as it was once called
+        return [sys.executable, "-m", module, *words]
 
     def _is_ready(self) -> bool:
         assert self.process is not None
