@@ -12,11 +12,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from relay.ledger import changes, divergence_groups, keys, queries
+from relay.cockpit.words import moment
+from relay.config.model import Settings
+from relay.ledger import archive, audit, changes, divergence_groups, keys, queries
+from relay.ledger.audit import Act
 from relay.ledger.copy_state import CopyState
 from relay.ledger.divergence import DEFERRED, GIVEN_UP, MOST_WHOM, NOISE, OTHERS, REFUSED
-from relay.ledger.divergence_groups import Group, Outage
+from relay.ledger.divergence_groups import Acknowledgement, Group, Outage
 from relay.mail.ids import is_id, text
+from workers.queues import failed
 
 DAY = 86400.0
 _PAGE = 1000
@@ -116,6 +120,33 @@ def find(connection: Any, key: str, destination: str | None = None) -> list[Grou
         for target in queries.destinations(connection, destination)
     )
     return [group for group in found if group is not None]
+
+
+def state(group: Group, now: float) -> str:
+    """Return how a group stands in words: open, acknowledged, noise, or over."""
+    if group.is_acknowledged(now) and group.ack and group.open:
+        return f"acknowledged until {moment(group.ack.until)}"
+    if group.open:
+        return "open"
+    return "noise" if group.is_noise else "over"
+
+
+def reply(group: Group) -> str:
+    """Return what the backup says, without what is of one message only."""
+    code = f"{group.code} {group.status}".strip() if group.code else ""
+    soft = " (5xx, softened)" if group.soft else ""
+    return f"{code} {group.text}{soft}".strip()
+
+
+def endings(group: Group) -> str:
+    """Return what became of those recipients that are open no more: "3 delivered later, 1 dropped"."""
+    ends = (
+        (group.resolved, "delivered later"),
+        (group.noise, "soon"),
+        (group.dropped, "dropped"),
+        (group.moved, "moved"),
+    )
+    return ", ".join(f"{count} {how}" for count, how in ends if count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,3 +263,41 @@ def examples(connection: Any, group: Group, most: int) -> list[Example]:
             )
         )
     return found
+
+
+# What an operator does about a group --------------------------------------------------------------------------------
+
+
+def acknowledge(
+    connection: Any, group: Group, note: str, seconds: float, domains: Sequence[str] = ()
+) -> Acknowledgement:
+    """Let a group not count for so many seconds, and record it. Raises RedisError."""
+    before = state(group, changes.now(connection))
+    ack = divergence_groups.acknowledge(connection, group, audit.operator(), note, seconds, domains)
+    after = divergence_groups.group(connection, group.destination, group.key) or group
+    _record(connection, "divergence ack", group, before, state(after, changes.now(connection)), note)
+    return ack
+
+
+def unacknowledge(connection: Any, group: Group, note: str) -> bool:
+    """Let a group count again; returns whether it did not. Raises RedisError."""
+    was = divergence_groups.unacknowledge(connection, group)
+    if was:
+        _record(connection, "divergence unack", group, "acknowledged", "open", note)
+    return was
+
+
+def retry(connection: Any, settings: Settings, group: Group) -> int:
+    """Have a group's failed copies tried again now; returns how many. Raises RedisError, UnknownId."""
+    ids = failed_copies(connection, group)
+    if not ids:
+        return 0
+    folder = archive.folder(settings.state_dir)
+    count = failed.retry(connection, ids, group.destination, folder, settings.workers.job_size)
+    _record(connection, "divergence retry", group, f"{len(ids)} failed", f"{count} tried again", "")
+    return count
+
+
+def _record(connection: Any, command: str, group: Group, before: str, after: str, note: str) -> None:
+    details = {"key": group.key, "destination": group.destination, "reply": f"{group.code} {group.text}"}
+    audit.record(connection, Act(command, before, after, note, details))

@@ -51,3 +51,13 @@ def hour_of_week(start: float) -> str:
 def some(names: list[str], most: int = 3) -> str:
     """Return the first few of many."""
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def address(text: str) -> str:
+    """Return a sender or recipient; the null sender as it is written in SMTP."""
+    return text or "<>"
+
+
+def moment(seconds: float | None) -> str:
+    """Return a time, seconds since the epoch, in the local zone."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else "-"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from relay.cockpit.words import moment
 from relay.command.connection import ledger_of
 from relay.command.exit_status import WELL, Misuse
-from relay.command.output import Column, Output, moment
+from relay.command.output import Column, Output
 from relay.config.loader import Settings
 from relay.config.types import duration
 from relay.ledger import audit

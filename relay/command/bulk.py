@@ -1,60 +1,26 @@
 """A word that does something to many copies: what it would do, the question, the work page by page, and what is left.
 
-What was shown and agreed to is what is worked on, copy by copy: one that has been delivered, claimed or tried again
-since is left as it is, and counted. Ctrl-C ends it between two pages and says what is left, and so does a Redis that
-goes away.
+Ctrl-C ends it between two pages and says what is left, and so does a Redis that goes away.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 
 from redis import Redis
 from redis.exceptions import RedisError
 
+from relay.cockpit import deeds
+from relay.cockpit.deeds import Batch, Deed, Tally
+from relay.cockpit.survey import Survey, copies
 from relay.command import prompt
 from relay.command.exit_status import INTERRUPTED, NO, WELL
 from relay.command.long_runs import Stop, progress
-from relay.command.output import Output
-from relay.command.survey import Survey, copies
-from relay.ledger import audit
-from relay.ledger.audit import Act
+from relay.command.output import Output, as_object
 from relay.mail.text import printable
 from workers.queues import selection
-from workers.queues.selection import Filter, Page, Which
-
-Batch = tuple[str, Mapping[str, float]]  # a destination, and its copies: id -> time in the list, as it was read
-
-
-@dataclass(frozen=True, slots=True)
-class Deed:
-    """What is done: its words, and ``act``, which does it to a batch and returns to how many."""
-
-    name: str  # "queue drop"
-    done: str  # "dropped"
-    which: Which
-    act: Callable[[str, Mapping[str, float]], int]
-    question: str = ""  # "Drop {} for good": asked unless --yes. What has none loses nothing
-    said: str = "{} {}."  # of how many copies and ``done``
-    skipped: str = "{} left as they are: delivered, being delivered or tried again meanwhile."
-    finish: Callable[[str, int], object] = lambda _destination, _count: None  # behind the last batch
-    nothing: Mapping[str, int] | None = None  # what --json says where no copy meets the conditions
-    conditions: str = "--all"  # as on the command line, for the audit
-
-
-@dataclass(slots=True)
-class Tally:
-    """What it has come to."""
-
-    total: int = 0
-    done: int = 0
-    skipped: int = 0
-    left: int = 0  # not come to
-    by_destination: Counter[str] = field(default_factory=Counter)
-    unread: dict[str, str] = field(default_factory=dict)
+from workers.queues.selection import Filter
 
 
 def run(connection: Redis, out: Output, deed: Deed, chosen: Filter, *, dry_run: bool = False, yes: bool = True) -> int:
@@ -67,40 +33,44 @@ def run(connection: Redis, out: Output, deed: Deed, chosen: Filter, *, dry_run: 
         if not _look(connection, survey, deed, chosen, tally.unread):
             return INTERRUPTED
         if dry_run or not survey.count:
-            survey.show(out, deed.name.rpartition(" ")[2], deed.done)
+            _show(survey, out, deed)
             return tell_unread(tally.unread)
         if not prompt.ask_for(survey.count, deed.question.format(copies(survey.count)), survey.lines()):
             return NO
         tally.total = survey.count
-        work: Iterator[tuple[int, Batch]] = ((len(found), (name, found)) for name, found in survey.batches())
+        work = deeds.agreed(survey)
     else:
         tally.total = selection.size(connection, deed.which, chosen)
-        work = _pages(connection, deed, chosen, tally)
+        work = deeds.at_once(connection, deed, chosen, tally)
     try:
         return _work(out, deed, work, tally)
     finally:
-        if tally.done or tally.skipped:
-            audit.record(connection, Act(deed.name, after=_words(deed, tally), details={"filter": deed.conditions}))
+        deeds.record(connection, deed, tally)
 
 
 def _look(connection: Redis, survey: Survey, deed: Deed, chosen: Filter, unread: dict[str, str]) -> bool:
     """Count what it is about. Returns whether it came to an end."""
     total = selection.size(connection, deed.which, chosen)
     with Stop() as stop, progress("looking", total) as advance:
-        pages = selection.select(connection, deed.which, chosen, whole=True)
-        for page in stop.until(judged(pages, chosen.asks_envelope(deed.which), unread)):
-            survey.add(page)
-            advance(page.looked_at)
+        for steps in stop.until(deeds.look(connection, deed, chosen, survey, unread)):
+            advance(steps)
     if stop.is_asked:
         sys.stderr.write(f"Stopped after a look at {survey.looked_at} of {copies(total)}: nothing was changed.\n")
     return not stop.is_asked
 
 
-def _pages(connection: Redis, deed: Deed, chosen: Filter, tally: Tally) -> Iterator[tuple[int, Batch]]:
-    """Yield how many copies were looked at, and those that pass."""
-    pages = selection.select(connection, deed.which, chosen)
-    for page in judged(pages, chosen.asks_envelope(deed.which), tally.unread):
-        yield page.looked_at, (page.target.name, {copy.id: copy.score for copy in page.found})
+def _show(survey: Survey, out: Output, deed: Deed) -> None:
+    """Write what would be done."""
+    if out.as_json:
+        found: dict[str, object] = {f"would_{deed.name.rpartition(' ')[2]}": survey.count, "bytes": survey.octets}
+        if survey.count:
+            found["reasons"] = [{"reason": why, "copies": n} for why, n in survey.common_reasons()]
+            found["examples"] = [as_object(row) for row in survey.examples]
+        out.object(found)
+        return
+    out.line(f"{copies(survey.count)} would be {deed.done}, {survey.octets} bytes.")
+    for line in survey.lines():
+        out.line(line)
 
 
 def _work(out: Output, deed: Deed, work: Iterator[tuple[int, Batch]], tally: Tally) -> int:
@@ -108,15 +78,10 @@ def _work(out: Output, deed: Deed, work: Iterator[tuple[int, Batch]], tally: Tal
     stop = Stop()
     try:
         with stop, progress(deed.done, tally.total) as advance:
-            for steps, (destination, found) in stop.until(work):
-                count = deed.act(destination, found) if found else 0
-                tally.done += count
-                tally.skipped += len(found) - count
-                tally.by_destination[destination] += count
+            for steps in deeds.carry_out(deed, stop.until(work), tally):
                 seen += steps
                 advance(steps)
-            for destination, count in tally.by_destination.items():
-                deed.finish(destination, count)
+            deeds.finish(deed, tally)
     except (RedisError, OSError, KeyboardInterrupt):
         sys.stderr.write(f"Broken off: {copies(tally.done)} {deed.done} at least, {tally.total - seen} not come to.\n")
         raise
@@ -138,22 +103,6 @@ def _tell(out: Output, deed: Deed, tally: Tally) -> None:
         out.line(deed.skipped.format(copies(tally.skipped)))
     if tally.left:
         out.line(f"Stopped: {copies(tally.left)} not come to.")
-
-
-def _words(deed: Deed, tally: Tally) -> str:
-    parts = [f"{count} {deed.done} of {name}" for name, count in tally.by_destination.items() if count]
-    parts += [f"{tally.skipped} left as they were"] * bool(tally.skipped) + [f"{tally.left} not come to"] * bool(
-        tally.left
-    )
-    return ", ".join(parts)
-
-
-def judged(pages: Iterable[Page], asks_envelope: bool, unread: dict[str, str]) -> Iterator[Page]:
-    """Pass pages on; notes whose envelopes could not be read, where the conditions asked for them."""
-    for page in pages:
-        if asks_envelope:
-            unread |= page.unread
-        yield page
 
 
 def tell_unread(unread: Mapping[str, str]) -> int:

@@ -10,15 +10,14 @@ from redis import Redis
 
 from relay.cockpit import divergence as seen
 from relay.cockpit.sparkline import sparkline
+from relay.cockpit.words import address, moment
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, Misuse, Trouble
-from relay.command.output import GREEN, YELLOW, Column, Output, address, as_object, moment, span
+from relay.command.output import GREEN, YELLOW, Column, Output, as_object, span
 from relay.config.loader import Settings
 from relay.config.types import duration
-from relay.ledger import archive, audit, changes, divergence_groups
-from relay.ledger.audit import Act
+from relay.ledger import changes, divergence_groups
 from relay.ledger.divergence_groups import Group
-from workers.queues import failed
 
 _EXAMPLES, _TOP, _IDS = 5, 20, 5
 _DAY = 24  # hours of a trend
@@ -33,19 +32,7 @@ class _Row:
 
     @property
     def state(self) -> str:
-        group = self.group
-        if group.is_acknowledged(self.now) and group.ack and group.open:
-            return f"acknowledged until {moment(group.ack.until)}"
-        if group.open:
-            return "open"
-        return "noise" if group.is_noise else "over"
-
-    @property
-    def reply(self) -> str:
-        group = self.group
-        code = f"{group.code} {group.status}".strip() if group.code else ""
-        soft = " (5xx, softened)" if group.soft else ""
-        return f"{code} {group.text}{soft}".strip()
+        return seen.state(self.group, self.now)
 
 
 _GROUPS = [
@@ -54,7 +41,7 @@ _GROUPS = [
     Column("kind", lambda r: r.group.kind),
     Column("open/seen", lambda r: f"{r.group.open}/{r.group.seen}", numbers=True),
     Column("class", lambda r: r.group.reason),
-    Column("reply", lambda r: r.reply, detail=True),
+    Column("reply", lambda r: seen.reply(r.group), detail=True),
     Column("stage", lambda r: r.group.stage, detail=True),
     Column("messages", lambda r: str(r.group.messages), numbers=True, detail=True),
     Column("domains", lambda r: _domains(r.group), numbers=True, detail=True),
@@ -118,13 +105,7 @@ def show(settings: Settings, out: Output, key: str, destination: str | None) -> 
             })  # fmt: skip
             return WELL
     row = _Row(group, now)
-    ends = (
-        (group.resolved, "delivered later"),
-        (group.noise, "soon"),
-        (group.dropped, "dropped"),
-        (group.moved, "moved"),
-    )
-    ended = ", ".join(f"{count} {how}" for count, how in ends if count)
+    ended = seen.endings(group)
     pairs = [
         ("key", group.key),
         ("destination", group.destination),
@@ -132,7 +113,7 @@ def show(settings: Settings, out: Output, key: str, destination: str | None) -> 
         ("stage", group.stage),
         ("class", group.reason),
         ("what to do", group.advice),
-        ("reply", row.reply),
+        ("reply", seen.reply(group)),
         *((("as it came", group.reply),) if group.reply else ()),
         ("recipients", f"{group.open} open of {group.seen} seen" + (f"; {ended}" if ended else "")),
         ("messages", str(group.messages)),
@@ -164,11 +145,8 @@ def acknowledge(
     seconds = _seconds("--for", time)
     with ledger_of(settings) as connection:
         group = _one(connection, key, destination)
-        before = _Row(group, changes.now(connection)).state
-        ack = divergence_groups.acknowledge(connection, group, audit.operator(), note, seconds, domains)
+        ack = seen.acknowledge(connection, group, note, seconds, domains)
         group = _one(connection, key, group.destination)
-        state = _Row(group, changes.now(connection)).state
-        _record(connection, "divergence ack", group, before, state, note)
     if out.as_json:
         out.object({"acknowledged": group.key, "destination": group.destination, "until": ack.until, "note": ack.note})
     else:
@@ -182,9 +160,7 @@ def unacknowledge(settings: Settings, out: Output, key: str, destination: str | 
     """Let a reason count again; says no when it did all the time."""
     with ledger_of(settings) as connection:
         group = _one(connection, key, destination)
-        was = divergence_groups.unacknowledge(connection, group)
-        if was:
-            _record(connection, "divergence unack", group, "acknowledged", "open", note)
+        was = seen.unacknowledge(connection, group, note)
     if out.as_json:
         out.object({"unacknowledged": group.key, "destination": group.destination, "was": was})
     else:
@@ -196,12 +172,7 @@ def retry(settings: Settings, out: Output, key: str, destination: str | None) ->
     """Have the failed copies of a reason tried again now."""
     with ledger_of(settings) as connection:
         group = _one(connection, key, destination)
-        ids = seen.failed_copies(connection, group)
-        count = 0
-        if ids:
-            folder = archive.folder(settings.state_dir)
-            count = failed.retry(connection, ids, group.destination, folder, settings.workers.job_size)
-            _record(connection, "divergence retry", group, f"{len(ids)} failed", f"{count} tried again", "")
+        count = seen.retry(connection, settings, group)
     out.count("retried", count, "{} will be tried again now.")
     return WELL
 
@@ -214,11 +185,6 @@ def _one(connection: Redis, key: str, destination: str | None) -> Group:
         names = ", ".join(group.destination for group in found)
         raise Misuse(f"{key} is a reason of several destinations: give --destination, one of {names}")
     return found[0]
-
-
-def _record(connection: Redis, command: str, group: Group, before: str, after: str, note: str) -> None:
-    details = {"key": group.key, "destination": group.destination, "reply": f"{group.code} {group.text}"}
-    audit.record(connection, Act(command, before, after, note, details))
 
 
 def _seconds(flag: str, text: str) -> float:

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from redis import Redis
 
+from relay.cockpit.conditions import Given
+from relay.cockpit.conditions import words as conditions
+from relay.cockpit.deeds import Deed
 from relay.command import bulk
-from relay.command.bulk import Deed
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, Misuse
-from relay.command.filters import Given, read, read_for_change
-from relay.command.filters import words as conditions
+from relay.command.filters import read, read_for_change
 from relay.command.output import Output
 from relay.config.loader import Settings
 from relay.ledger import archive

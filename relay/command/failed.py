@@ -8,18 +8,19 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from redis import Redis
 
+from relay.cockpit import deeds
+from relay.cockpit.conditions import Given, words
+from relay.cockpit.words import address, moment
 from relay.command import bulk
-from relay.command.bulk import Deed
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL
-from relay.command.filters import Given, read, read_for_change, words
-from relay.command.output import GREEN, RED, YELLOW, Column, Output, address, as_object, moment
+from relay.command.filters import read, read_for_change
+from relay.command.output import GREEN, RED, YELLOW, Column, Output, as_object
 from relay.config.loader import Settings
-from relay.ledger import archive
 from workers.queues import failed, selection
 from workers.queues.selection import FAILED
 
@@ -41,7 +42,7 @@ def listing(settings: Settings, out: Output, filters: Given) -> int:
     with ledger_of(settings) as connection:
         unread: dict[str, str] = {}
         pages = selection.select(connection, FAILED, chosen, whole=True)
-        rows = (row for page in bulk.judged(pages, chosen.asks_envelope(FAILED), unread) for row in failed.rows(page))
+        rows = (row for page in deeds.judged(pages, chosen.asks_envelope(FAILED), unread) for row in failed.rows(page))
         out.rows(
             rows, _FAILED, nothing="Nothing has failed." if chosen.is_bare else "Nothing that failed is like that."
         )
@@ -90,20 +91,15 @@ def retry(
     It loses nothing: there is no question.
     """
     chosen = read_for_change(filters, ids, everything)
-    folder = archive.folder(settings.state_dir)
     before: dict[tuple[str, str], int] = {}
     with ledger_of(settings) as connection:
+        again = deeds.retry(connection, settings, words(filters, ids))
 
         def act(name: str, copies: Mapping[str, float]) -> int:
-            if wait:
-                before.update(failed.attempts_of(connection, name, list(copies)))
-            return failed.retry_copies(connection, name, list(copies), folder, settings.workers.job_size)
+            before.update(failed.attempts_of(connection, name, list(copies)))
+            return again.act(name, copies)
 
-        deed = Deed(
-            "failed retry", "retried", FAILED, act,
-            said="{} will be tried again now.",
-            conditions=words(filters, ids),
-        )  # fmt: skip
+        deed = replace(again, act=act) if wait else again
         status = bulk.run(connection, out, deed, chosen, dry_run=dry_run, yes=yes)
         if not wait or not before:
             return status
@@ -164,10 +160,5 @@ def drop(
     """Forget failed copies: those that meet every condition, after a question."""
     chosen = read_for_change(filters, ids, everything)
     with ledger_of(settings) as connection:
-        deed = Deed(
-            "failed drop", "dropped", FAILED,
-            lambda name, copies: failed.drop_copies(connection, name, copies),
-            question="Drop {} that failed, for good",
-            conditions=words(filters, ids),
-        )  # fmt: skip
+        deed = deeds.drop_failed(connection, words(filters, ids))
         return bulk.run(connection, out, deed, chosen, dry_run=dry_run, yes=yes)

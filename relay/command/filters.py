@@ -1,74 +1,21 @@
-"""What the conditions on a command line mean: read into the one filter of all commands that list or change copies."""
+"""The conditions on a command line as the one filter, and what a word that changes copies wants of them."""
 
 from __future__ import annotations
 
-import re
-import shlex
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from relay.cockpit import conditions
+from relay.cockpit.conditions import BadCondition, Given
 from relay.command.exit_status import Misuse
-from relay.config.types import NETWORKS, duration, integer, size
-from relay.mail.text import printable
-from workers.queues.selection import Attempts, Filter, code
-
-Given = Mapping[str, Sequence[str]]  # what the flags of a command line say, by the names of the filter's fields
-
-
-def _text(value: str) -> str:
-    if not value.strip():
-        raise ValueError("expected something: an empty text is in everything")
-    return value
-
-
-def _address(value: str) -> str:
-    if "@" not in _text(value) and value != "<>":
-        raise ValueError(f"expected an address or @domain, not {value!r}")
-    return value.strip()
-
-
-def _domain(value: str) -> str:
-    if "@" in _text(value.strip().lstrip("@")).strip().lstrip("@"):
-        raise ValueError(f"expected a domain, not {value!r}")
-    return value.strip().lstrip("@")
-
-
-def _group(value: str) -> str:
-    found = value.strip().lower()
-    if not re.fullmatch(r"[a-z]?[0-9a-f]{12}", found):
-        raise ValueError(f"expected the key of a group as `smtp-dup divergence` shows it, not {value!r}")
-    return found
-
-
-_READERS: dict[str, Callable[[str], Any]] = {
-    "destination": str,
-    "sender": lambda value: "<>" if value == "" else _address(value),
-    "recipient": _address,
-    "domain": _domain,
-    "client": NETWORKS.read,
-    "reply": _text,
-    "code": code,
-    "group": _group,
-    "attempts": Attempts.read,
-    "older": duration().read,
-    "newer": duration().read,
-    "larger": size().read,
-    "limit": integer(1).read,
-}
+from workers.queues.selection import Filter
 
 
 def read(given: Given, ids: Sequence[str] = ()) -> Filter:
     """Read a filter from a command line. Raises Misuse."""
-    fields: dict[str, Any] = {}
-    for name, values in given.items():
-        if len(values) > 1:
-            raise Misuse(f"--{name} is there {len(values)} times: a copy must meet every condition, so give it once")
-        for value in values:
-            try:
-                fields[name] = _READERS[name](value)
-            except ValueError as error:
-                raise Misuse(f"--{name}: {printable(str(error))}") from None
-    return Filter(tuple(dict.fromkeys(ids)), **fields)
+    try:
+        return conditions.read(given, ids)
+    except BadCondition as error:
+        raise Misuse(f"--{error.name}: {error}") from None
 
 
 def read_for_change(given: Given, ids: Sequence[str], everything: bool) -> Filter:
@@ -79,13 +26,3 @@ def read_for_change(given: Given, ids: Sequence[str], everything: bool) -> Filte
     if chosen.is_empty and not everything:
         raise Misuse("give ids, a filter such as --destination or --code (smtp-dup help filters), or --all")
     return chosen
-
-
-_MOST_IDS = 5  # in words
-
-
-def words(given: Given, ids: Sequence[str] = ()) -> str:
-    """Return the conditions as they stand on a command line, for the audit."""
-    shown = [*ids[:_MOST_IDS], *([f"and {len(ids) - _MOST_IDS} more"] if len(ids) > _MOST_IDS else [])]
-    flags = [f"--{name} {shlex.quote(value)}" for name, values in given.items() for value in values]
-    return printable(" ".join([*shown, *flags]) or "--all")

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import sys
-import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -243,16 +242,6 @@ def cells_of(text: str) -> int:
 
 
 # How values are shown ------------------------------------------------------------------------------------------
-
-
-def address(text: str) -> str:
-    """Return a sender or recipient; the null sender as it is written in SMTP."""
-    return text or "<>"
-
-
-def moment(seconds: float | None) -> str:
-    """Return a time, seconds since the epoch, in the local zone."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else "-"
 
 
 def span(seconds: float) -> str:

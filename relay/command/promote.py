@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator
 
 from redis import Redis
 from redis.exceptions import RedisError
 
-from relay.cockpit import readiness
-from relay.cockpit.finding import Result
+from relay.cockpit import changeover
 from relay.cockpit.readiness import Verdict
 from relay.command import prompt
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, CannotSay, Misuse, Trouble
-from relay.command.output import Output, span
+from relay.command.output import Output
 from relay.config.loader import Settings
 from relay.config.types import duration
 from relay.mail.text import printable
@@ -54,7 +51,7 @@ def promote(
             raise Misuse(str(error)) from error
         if made.agree:
             return _nothing_to_do(out, made)
-        verdict = _verdict(connection, settings, made)
+        verdict = changeover.verdict(connection, settings, made)
         _show_plan(out, made, verdict)
         if dry_run:
             return WELL if verdict is None or verdict.is_ready else NO
@@ -105,14 +102,6 @@ def _seconds(wait: str) -> float:
 # The steps ------------------------------------------------------------------------------------------------------
 
 
-def _verdict(connection: Redis, settings: Settings, made: Plan) -> Verdict | None:
-    """Return whether the server is ready; None for the one that is the primary, in the eyes of some."""
-    try:
-        return readiness.verdict(connection, settings, made.new.name)
-    except readiness.UnknownBackup:
-        return None
-
-
 def _confirmed(made: Plan) -> bool:
     """Have the name typed. Raises Misuse where nobody is there."""
     return prompt.ask_for_word(made.new.name, f"Type the name of the server that shall answer ({made.new.name})")
@@ -126,7 +115,7 @@ def _carry_out(
     try:
         if not at_once:
             intent = promotion.prepare(connection, made, seconds, report)
-            report.end(f"Prepared: {_processes(len(made.seen.living))} can use {made.new.name}.")
+            report.end(f"Prepared: {changeover.processes(len(made.seen.living))} can use {made.new.name}.")
     except Unprepared as error:
         report.clear()
         for line in error.lines:
@@ -135,9 +124,10 @@ def _carry_out(
     except Overtaken as error:
         raise Trouble(f"nothing has changed: {error}") from error
     topology = _commit(connection, made, reason, details, intent)
+    at = changeover.clock(topology.now.at)
     _say(
         out,
-        f"Promoted at {_clock(topology.now.at)}, epoch {topology.epoch}: it holds whatever becomes of this command.",
+        f"Promoted at {at}, epoch {topology.epoch}: it holds whatever becomes of this command.",
         {"kind": "promoted", "epoch": topology.epoch, "primary": topology.primary, "at": topology.now.at},
     )
     try:
@@ -165,27 +155,12 @@ def _commit(connection: Redis, made: Plan, reason: str, details: dict[str, str],
 def _told(out: Output, made: Plan, topology: Topology, found: Followed, report: _Progress) -> int:
     """Say who follows. Says no when somebody who lives does not."""
     report.clear()
-    since, count = _clock(topology.now.at), len(found.followed)
-    name, old = made.new.name, made.old
-    of = f"{count} of {_processes(count + len(found.late))}"
-    lines = [
-        f"{name} answers since {since} on {of}." if count else f"{name} answers from the next start of a relay on."
-    ]
-    if found.finishing:
-        lines.append(f"At {old} until its end: {_transactions(found.finishing)} that had begun there.")
-    for beat in found.late:
-        why = f" ({beat.trouble})" if beat.trouble else ""
-        lines.append(
-            f"{beat.label} has not followed{why}: its mail still goes to {beat.primary or old}, copies to {name}; it "
-            "follows when it reaches Redis."
-        )
-    lines += [f"{b.label} is dead, last heard {span(b.age)} ago: it follows at its start." for b in found.dead]
     if out.as_json:
         out.object(
             {
                 "kind": "followed",
                 "epoch": topology.epoch,
-                "primary": name,
+                "primary": topology.primary,
                 "followed": [beat.label for beat in found.followed],
                 "late": [beat.label for beat in found.late],
                 "dead": [beat.label for beat in found.dead],
@@ -193,7 +168,7 @@ def _told(out: Output, made: Plan, topology: Topology, found: Followed, report: 
             }
         )
     else:
-        for line in lines:
+        for line in changeover.outcome(made, topology, found):
             out.line(line)
     return NO if found.late else WELL
 
@@ -234,9 +209,8 @@ def _say(out: Output, text: str, value: dict[str, object]) -> None:
 
 
 def _show_plan(out: Output, made: Plan, verdict: Verdict | None) -> None:
-    seen, new, old = made.seen, made.new, made.old
-    remarks = list(_remarks(made))
     if out.as_json:
+        seen, new, old = made.seen, made.new, made.old
         out.object(
             {
                 "kind": "plan",
@@ -248,62 +222,14 @@ def _show_plan(out: Output, made: Plan, verdict: Verdict | None) -> None:
                 "readiness": verdict.summary if verdict else None,
                 "processes": [beat.label for beat in seen.living],
                 "dead": [beat.label for beat in seen.dead],
-                "remarks": remarks,
+                "remarks": list(changeover.remarks(made)),
             }
         )
         return
-    demoted = made.demoted
-    words = [f"sender={demoted.sender}", *(["soft_bounce"] * demoted.soft_bounce)] if demoted else []
-    out.pairs(
-        (
-            ("primary", f"{new.name} ({new.address}) answers, instead of {old}"),
-            ("copies", f"{old} ({demoted.address}) gets them: {' '.join(words)}" if demoted else "as before"),
-            *(("", f"{other} gets them as before") for other in made.backups if other not in {old, new.name}),
-            ("epoch", f"{seen.epoch} -> {made.epoch}"),
-            *(_readiness(verdict) if verdict else ()),
-            ("processes", ", ".join(beat.label for beat in seen.living) or "none lives: each follows at its start"),
-            *(("dead", f"{b.label}, last heard {span(b.age)} ago: it follows at its start") for b in seen.dead),
-            *(("note", text) for text in remarks),
-        )
-    )
-
-
-def _readiness(verdict: Verdict) -> Iterator[tuple[str, str]]:
-    """Yield the verdict, and what keeps it from being a better one."""
-    yield "readiness", verdict.summary
-    for result in (Result.FAIL, Result.UNKNOWN, Result.WARN):
-        for judged in verdict.having(result):
-            yield "", f"{result.value}: {judged.criterion.name}: {judged.finding.text}"
-
-
-def _remarks(made: Plan) -> Iterator[str]:
-    new, name = made.new, made.new.name
-    if made.pending:
-        copies = "1 older copy is" if made.pending == 1 else f"{made.pending} older copies are"
-        yield f"{copies} still on the way to {name}: users may see newer mail first"
-    if new.scheme == "lmtp":
-        yield f"{name} speaks LMTP: a message is taken for one recipient at a time"
-    if made.demoted is None and made.old != name:
-        yield f"these settings do not name {made.old}: it gets no copies from a host with these settings"
-    if made.seen.highest > made.seen.epoch:
-        yield "Redis holds older data than the relay processes have seen: this decision holds over both"
-    if made.seen.nonsense:
-        yield f"what Redis holds as topology makes no sense and is replaced: {made.seen.nonsense}"
+    out.pairs(changeover.plan(made, verdict))
 
 
 def _nothing_to_do(out: Output, made: Plan) -> int:
     name = made.new.name
     _say(out, f"{name} is the primary already, epoch {made.seen.epoch}.", {"kind": "nothing", "primary": name})
     return WELL
-
-
-def _processes(count: int) -> str:
-    return "1 process" if count == 1 else f"{count} processes"
-
-
-def _transactions(count: int) -> str:
-    return "1 message" if count == 1 else f"{count} messages"
-
-
-def _clock(at: float) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(at))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from relay.cockpit import deeds
+from relay.cockpit.conditions import Given, words
+from relay.cockpit.words import address, moment
 from relay.command import bulk
-from relay.command.bulk import Deed
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, CannotSay, Misuse, Trouble
-from relay.command.filters import Given, read, read_for_change, words
-from relay.command.output import GREEN, YELLOW, Column, Output, address, as_object, moment, span
+from relay.command.filters import read, read_for_change
+from relay.command.output import GREEN, YELLOW, Column, Output, as_object, span
 from relay.config.loader import Settings
 from relay.ledger import audit, overview
 from relay.ledger.audit import Act
@@ -108,7 +110,7 @@ def listing(settings: Settings, out: Output, uncertain: bool, filters: Given) ->
             out.rows(backlog.uncertain(connection), _UNCERTAIN, nothing="Nothing is uncertain.")
             return WELL
         unread: dict[str, str] = {}
-        pages = bulk.judged(
+        pages = deeds.judged(
             selection.select(connection, WAITING, chosen, whole=True), chosen.asks_envelope(WAITING), unread
         )
         rows = (row for page in pages for row in backlog.rows(connection, page))
@@ -149,14 +151,7 @@ def drop(
     """Forget copies that wait: those that meet every condition, after a question."""
     chosen = read_for_change(filters, ids, everything)
     with ledger_of(settings) as connection:
-        deed = Deed(
-            "queue drop", "dropped", WAITING,
-            lambda name, copies: backlog.drop_copies(connection, name, copies),
-            question="Drop {} that wait, for good",
-            finish=lambda name, count: backlog.tidy(connection, name, count),
-            nothing={"would_drop": 0, "bytes": 0},
-            conditions=words(filters, ids),
-        )  # fmt: skip
+        deed = deeds.drop_waiting(connection, words(filters, ids))
         return bulk.run(connection, out, deed, chosen, dry_run=dry_run, yes=yes)
 
 
@@ -172,12 +167,7 @@ def flush(
             audit.record(connection, act)
             out.count("flushed", count, "Everything that waits is due now: {}.")
             return WELL
-        deed = Deed(
-            "queue flush", "flushed", WAITING,
-            lambda name, copies: backlog.flush_copies(connection, name, list(copies), settings.workers.job_size),
-            said="Due now: {}.",
-            conditions=words(filters, ids),
-        )  # fmt: skip
+        deed = deeds.flush(connection, settings, words(filters, ids))
         return bulk.run(connection, out, deed, chosen, dry_run=dry_run, yes=yes)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
+from relay.cockpit.words import moment
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL
-from relay.command.output import GREEN, RED, YELLOW, Column, Output, as_object, moment, span
+from relay.command.output import GREEN, RED, YELLOW, Column, Output, as_object, span
 from relay.config.loader import Settings
 from relay.ledger import audit
 from relay.topology import decisions, promotion

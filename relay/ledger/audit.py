@@ -11,7 +11,8 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -27,8 +28,23 @@ _CUT = 1000  # characters of one value
 _PAGE = 500
 
 
+_acting: ContextVar[str] = ContextVar("acting", default="")
+
+
+@contextmanager
+def acting(name: str) -> Iterator[None]:
+    """Let what is done in here be done by somebody else than this process's user: whoever is logged in at the page."""
+    before = _acting.set(name)
+    try:
+        yield
+    finally:
+        _acting.reset(before)
+
+
 def operator() -> str:
-    """Return who gives the command: the user before sudo, else the login name or the number of the process's user."""
+    """Return who acts: who is said to, the user before sudo, else the login name or number of the process's user."""
+    if acting_name := _acting.get():
+        return acting_name
     if name := os.environ.get("SUDO_USER"):
         return name
     try:

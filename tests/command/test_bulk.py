@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from relay.command import filters, survey
+from relay.cockpit import survey
+from relay.command import filters
 from relay.command.exit_status import Misuse
 from relay.command.main import run
 from relay.ledger import audit, keys
@@ -58,7 +59,7 @@ def test_a_condition_that_cannot_be_meant(flag: str, value: str) -> None:
 
 def test_a_condition_that_is_there_twice_is_refused() -> None:
     """Neither "or" nor "the last one wins" can be guessed."""
-    with pytest.raises(Misuse, match="--code is there 2 times"):
+    with pytest.raises(Misuse, match="--code: given 2 times"):
         filters.read({"code": ["550", "551"]})
 
 

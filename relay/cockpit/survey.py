@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from redis import Redis
 
-from relay.command.output import Output, address, as_object
+from relay.cockpit.words import address
 from relay.mail.reply import Reply
 from relay.mail.reply_text import Known, normalise
 from relay.mail.text import printable
@@ -67,27 +67,17 @@ class Survey:
                 ids = [text[n : n + _ID] for n in range(0, len(text), _ID)]
                 yield name, dict(zip(ids, self._scores[name][start : start + PAGE], strict=True))
 
-    def show(self, out: Output, verb: str, done: str) -> None:
-        """Write what would be done."""
-        if out.as_json:
-            found: dict[str, object] = {f"would_{verb}": self.count, "bytes": self.octets}
-            if self.count:
-                found["reasons"] = [{"reason": why, "copies": n} for why, n in self.reasons.most_common(_REASONS)]
-                found["examples"] = [as_object(row) for row in self.examples]
-            out.object(found)
-            return
-        out.line(f"{copies(self.count)} would be {done}, {self.octets} bytes.")
-        for line in self.lines():
-            out.line(line)
+    def common_reasons(self) -> list[tuple[str, int]]:
+        """Return why they are there, the most frequent reasons first, and under "other reasons" the rest."""
+        shown = self.reasons.most_common(_REASONS)
+        rest = self.count - sum(count for _, count in shown)
+        return [*shown, *([("other reasons", rest)] if rest else [])]
 
     def lines(self) -> Iterator[str]:
         """Yield why they are there, and some of them."""
         if len(self.reasons) > 1 or self.count > _EXAMPLES:
-            shown = self.reasons.most_common(_REASONS)
-            for reason, count in shown:
+            for reason, count in self.common_reasons():
                 yield printable(f"  {count:>8}  {reason}")
-            if rest := self.count - sum(count for _, count in shown):
-                yield f"  {rest:>8}  for other reasons"
         for row in self.examples:
             yield printable(f"  {row.id}  {row.destination}  {address(row.sender)} to {', '.join(row.recipients)}")
         if self.count > len(self.examples):
