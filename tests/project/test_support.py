@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import smtplib
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from support import forked
 from support.dialogue import AsyncDialogue, Dialogue, Unexpected, stuffed
 from support.load import smtp_source
 from support.postfix_instance import PostfixInstance
 from support.reactions import Close, Delay, Gate, HalfClose, Reset, Silence, Trickle
 from support.scripted_server import ScriptedServer
+from support.supervised import is_alive
 from support.waiting import free_port, wait_until
 
 Scripted = Callable[..., ScriptedServer]
@@ -254,3 +257,105 @@ def test_no_two_processes_are_given_the_same_port():
         ports = [port for run in runs if run.stdout for port in json.loads(run.stdout.readline())]
         assert len(ports) == len(set(ports)) == 1200
         assert free_port() not in ports
+
+
+SEEN = """
+import json, os, random, sys, time
+from pathlib import Path
+from loguru import logger
+from relay import faultpoints
+
+status = dict(line.split(":\\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\\t" in line)
+descriptors = {int(name) for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")}
+seen = {
+    "argv": sys.argv[1:],
+    "cwd": os.getcwd(),
+    "env": {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
+    "descriptors": sorted(descriptors),
+    "leads": os.getsid(0) == os.getpid(),
+    "umask": status["Umask"],
+    **{name: status[name].strip() for name in ("SigBlk", "SigIgn", "SigCgt", "Threads")},
+    "armed": faultpoints.reach.__name__,
+    "zone": time.tzname,
+    "handlers": len(logger._core.handlers),
+    "drawn": random.random(),
+}
+print(json.dumps(seen), flush=True)
+print("told", file=sys.stderr)
+sys.exit(3)
+"""
+
+
+def test_a_fork_is_what_a_process_of_its_own_would_be(tmp_path, monkeypatch):
+    """Arguments, folder, environment, streams, descriptors, umask, session, signals: a test sees no difference."""
+    (tmp_path / "program.py").write_text(SEEN)
+    root = str(Path(__file__).parents[2])
+    monkeypatch.setenv("PYTHONPATH", root)
+    env = {**os.environ, "SMTPDUP_FAULT": "staged:1:/nowhere", "TZ": "Asia/Kathmandu", "GIVEN": "größer"}
+    words = [str(tmp_path / "program.py"), "one", "two words"]
+    before = os.umask(0o027)
+    found = []
+    try:
+        for number in range(3):
+            out, err = tmp_path / f"out-{number}", tmp_path / f"err-{number}"
+            with out.open("wb") as stdout, err.open("wb") as stderr:
+                if number:
+                    process = forked.start(
+                        words, cwd=tmp_path, env=env, stdout=stdout, stderr=stderr, start_new_session=True
+                    )
+                else:
+                    process = subprocess.Popen(
+                        [sys.executable, *words],
+                        cwd=tmp_path,
+                        env=env,
+                        stdin=subprocess.DEVNULL,
+                        stdout=stdout,
+                        stderr=stderr,
+                        start_new_session=True,
+                    )
+                assert process.wait(20) == process.poll() == 3
+            assert err.read_text() == "told\n"
+            found.append(json.loads(out.read_text()))
+    finally:
+        os.umask(before)
+    drawn = {seen.pop("drawn") for seen in found}
+    assert found[1] == found[2] == found[0]
+    assert found[0]["armed"] == "reach"
+    assert len(drawn) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_how_a_fork_has_ended(tmp_path, number):
+    """A signal's number, as subprocess tells it; a wait for who goes on is over after its time."""
+    (tmp_path / "program.py").write_text("import signal\nprint('up', flush=True)\nsignal.pause()\n")
+    with (tmp_path / "out").open("wb") as out:
+        process = forked.start([str(tmp_path / "program.py")], cwd=tmp_path, env=os.environ, stdout=out, stderr=out)
+    wait_until((tmp_path / "out").read_text)
+    assert process.poll() is None
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.01)
+    process.send_signal(number)
+    assert process.wait(20) == process.poll() == -number
+    process.send_signal(number)  # to nobody
+
+
+def test_forks_end_with_the_test_run(tmp_path):
+    """Killed, it leaves none behind, nor the process that they are forks of."""
+    (tmp_path / "program.py").write_text("import os, signal\nprint(os.getpid(), flush=True)\nsignal.pause()\n")
+    run = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom support import forked\n"
+        "folder = Path(sys.argv[1])\n"
+        "with (folder / 'out').open('wb') as out:\n"
+        "    kept = forked.start([str(folder / 'program.py')], cwd=folder, env=os.environ, stdout=out, stderr=out)\n"
+        "print(forked._server[1].pid, flush=True)\n"
+        "signal.pause()\n"
+    )
+    folders = (str(Path(__file__).parents[1]), str(Path(__file__).parents[2]))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    command = [sys.executable, "-c", run, str(tmp_path)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as caller:
+        assert caller.stdout
+        prepared = int(caller.stdout.readline())
+        fork = int(wait_until((tmp_path / "out").read_text))
+        caller.kill()
+    wait_until(lambda: not is_alive(fork) and not is_alive(prepared))

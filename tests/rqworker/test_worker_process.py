@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,6 +15,8 @@ from rq import Queue
 from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 
+from support import forked
+from support.forked import ForkedProcess
 from support.waiting import wait_until
 
 PROGRAM = """
@@ -71,18 +71,18 @@ class Run:
         self.client = redis.Redis.from_url(url)
         self.queue = Queue("backup-new", connection=self.client, serializer=JSONSerializer)
         self.hold = folder / "hold"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: ForkedProcess | None = None
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> ForkedProcess:
         (self.folder / "program.py").write_text(PROGRAM)
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(self.folder / "program.py"), str(self.folder), self.url],
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-                stdin=subprocess.DEVNULL,
+            self.process = forked.start(
+                [str(self.folder / "program.py"), str(self.folder), self.url],
+                cwd=Path.cwd(),
+                env=os.environ,
                 stdout=log,
                 stderr=log,
-                process_group=0,
+                start_new_session=True,
             )
         return self.process
 

@@ -16,17 +16,19 @@ import urllib.request
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import relay
 from relay.mail import encryption
 from relay.redisio import embedded
-from support import command_server
+from support import forked
 from support.child_processes import tied
 from support.dialogue import Dialogue, Unexpected
+from support.forked import ForkedProcess
 from support.waiting import PATIENCE, free_port, wait_until
 
 _SOURCE = Path(relay.__file__).parent.parent  # the code under test, installed or not
+_COMMAND = [sys.executable, "-m", "relay.command"]
 _DEFAULTS = {
     "smtp.processes": "1",
     "log.format": "json",
@@ -60,6 +62,8 @@ class Product:
     Without ``redis_url`` it has the embedded Redis (``up`` only).
     """
 
+    forks = False  # in tests: see conftest.py. A benchmark measures what is started as it is elsewhere
+
     def __init__(
         self,
         directory: Path,
@@ -92,7 +96,7 @@ class Product:
             **(settings or {}),
         }
         self.log_file = directory / f"{command}.log"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | ForkedProcess | None = None
         self.directory.mkdir(parents=True, exist_ok=True)
         for name, text in (files or {}).items():
             (self.directory / name).write_text(text)
@@ -119,15 +123,7 @@ class Product:
     def start(self, wait: bool = True) -> Self:
         """Start it, and wait until it is ready. ``start`` after ``stop`` or ``kill`` goes on with the same state."""
         with self.log_file.open("ab") as log:
-            self.process = subprocess.Popen(
-                tied(self._argv(self.command, *self.flags)),
-                cwd=self.directory,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+            self.process = self._launch(self._argv(self.command, *self.flags), log)
         if wait:
             self.wait_ready()
         return self
@@ -256,7 +252,7 @@ class Product:
 
     def run(self, *words: str, input: str = "", timeout: float = 30) -> subprocess.CompletedProcess[str]:  # noqa: A002
         """Run another command of the product with the same settings, whatever its exit status."""
-        return command_server.run(words, cwd=self.directory, env=self.environment, input=input, timeout=timeout)
+        return forked.run(words, cwd=self.directory, env=self.environment, input=input, timeout=timeout)
 
     def json(self, *words: str) -> list[dict[str, Any]]:
         """Run a listing with --json; fails unless it ends with 0. Return its objects."""
@@ -281,6 +277,23 @@ class Product:
     def _argv(self, *words: str) -> list[str]:
         module = "relay.command" if (self.source / "relay/command").is_dir() else "relay.cli"  # as it was once called
         return [sys.executable, "-m", module, *words]
+
+    def _launch(self, argv: list[str], log: IO[bytes]) -> subprocess.Popen[bytes] | ForkedProcess:
+        """Start the command, as a fork of a process that has imported it where that makes no difference."""
+        env = self.environment
+        count = len(_COMMAND)
+        if self.forks and self.source == _SOURCE and argv[:count] == _COMMAND and forked.fits(env):
+            words = ["smtp-dup", *argv[count:]]
+            return forked.start(words, cwd=self.directory, env=env, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            tied(argv),
+            cwd=self.directory,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
     def _is_ready(self) -> bool:
         assert self.process is not None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
+from support import forked
+from support.forked import ForkedProcess
 from support.waiting import wait_until
 
 PRELUDE = """
@@ -42,19 +42,19 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: ForkedProcess | None = None
 
-    def start(self, program: str, **environment: str) -> subprocess.Popen[bytes]:
+    def start(self, program: str, **environment: str) -> ForkedProcess:
         """Run a program, which has the prelude's words."""
         (self.folder / "program.py").write_text(PRELUDE + textwrap.dedent(program))
         with (self.folder / "log").open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(self.folder / "program.py"), str(self.folder)],
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment},
-                stdin=subprocess.DEVNULL,
+            self.process = forked.start(
+                [str(self.folder / "program.py"), str(self.folder)],
+                cwd=Path.cwd(),
+                env={**os.environ, **environment},
                 stdout=log,
                 stderr=log,
-                process_group=0,
+                start_new_session=True,
             )
         return self.process
 

@@ -1,0 +1,154 @@
+"""Starts the product for tests in forks of one process that has imported it already: see ``support.prepared_process``.
+
+Its imports take more than a second of processor time, and the tests start it some thousand times. What cannot be had in
+a fork, another environment of the interpreter or of the loader (``LD_PRELOAD``), is for ``subprocess``: ask ``fits``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from json import dumps
+from pathlib import Path
+from typing import IO
+
+from support.prepared_process import OCTETS
+
+_server: tuple[socket.socket, subprocess.Popen[bytes]] | None = None
+# What the interpreter and its libraries read once, when they start.
+_READ_AT_START = ("LD_", "PYTHON", "MALLOC_", "GLIBC_", "LC_", "LANG", "LOGURU_", "SSL_", "OPENSSL_")
+_OURS = {"PYTHONPATH", "PYTHONUNBUFFERED"}
+
+
+def fits(env: Mapping[str, str]) -> bool:
+    """Return whether a fork can have this environment."""
+    if sys.platform != "linux":
+        return False
+    names = {name for name in {*env, *os.environ} if name.startswith(_READ_AT_START)} - _OURS
+    return all(env.get(name) == os.environ.get(name) for name in names)
+
+
+class ForkedProcess:
+    """A process that was started; its methods and attributes are those of ``subprocess.Popen``."""
+
+    def __init__(self, answer: socket.socket) -> None:
+        self._answer = answer
+        self.returncode: int | None = None
+        self.pid = self._told(None)
+
+    def poll(self) -> int | None:
+        return self._end(0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end. Raises subprocess.TimeoutExpired."""
+        status = self._end(timeout)
+        if status is None:
+            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def _end(self, timeout: float | None) -> int | None:
+        if self.returncode is None:
+            try:
+                self.returncode = self._told(timeout)
+            except (TimeoutError, BlockingIOError):
+                return None
+            self._answer.close()
+        return self.returncode
+
+    def _told(self, timeout: float | None) -> int:
+        self._answer.settimeout(timeout)
+        told = self._answer.recv(100)
+        if not told:
+            raise AssertionError("the process that starts the product has ended")
+        return int(told)
+
+
+def start(
+    program: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    stdin: IO[bytes] | None = None,
+    stdout: IO[bytes],
+    stderr: IO[bytes],
+    start_new_session: bool = False,
+) -> ForkedProcess:
+    """Start ``smtp-dup`` with arguments, or a program in Python given by its path, as ``subprocess.Popen`` does.
+
+    It gets /dev/null for a ``stdin`` of None, and ends with the test run.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    request = {"program": [*program], "cwd": str(cwd), "env": dict(env), "session": start_new_session, "umask": umask}
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs, Path(os.devnull).open("rb") as nothing:
+        files = [(stdin or nothing).fileno(), stdout.fileno(), stderr.fileno(), theirs.fileno()]
+        socket.send_fds(_connected(), [dumps(request).encode()], files)
+    return ForkedProcess(ours)
+
+
+def run(
+    words: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    input: str,  # noqa: A002
+    timeout: float,
+) -> subprocess.CompletedProcess[str]:
+    """Run ``smtp-dup`` with arguments as ``subprocess.run`` does with text. Raises subprocess.TimeoutExpired."""
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        given.write(input.encode())
+        given.seek(0)
+        process = start(["smtp-dup", *words], cwd=cwd, env=env, stdin=given, stdout=out, stderr=err)
+        try:
+            status = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            # Line ends as subprocess.run reads them.
+            texts.append(file.read().decode().replace("\r\n", "\n").replace("\r", "\n"))
+        return subprocess.CompletedProcess(["smtp-dup", *words], status, *texts)
+
+
+def _connected() -> socket.socket:
+    global _server  # noqa: PLW0603 - one for a test process
+    if _server is None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (ours, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, OCTETS)
+        folders = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "support.prepared_process", str(theirs.fileno())],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), "PYTHONUNBUFFERED": "1"},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        atexit.register(_end, ours, process)
+        _server = ours, process
+    return _server[0]
+
+
+def _end(ours: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    ours.close()
+    process.wait()
