@@ -220,6 +220,16 @@ def login_refused(client: str, user: str, reason: str = "") -> None:
     _event("WARNING", "login refused", client=client, user=user, **({"reason": reason} if reason else {}))
 
 
+def page_logged_in(client: str, user: str, role: str, how: str) -> None:
+    """Somebody has logged in to the page, by password or by a link of `smtp-dup open`."""
+    _event("INFO", "page opened", client=client, user=user, role=role, by=how)
+
+
+def page_login_refused(client: str, user: str, reason: str = "") -> None:
+    """A login to the page with a wrong name or password; with a ``reason``, the password was not checked."""
+    _event("WARNING", "page refused", client=client, user=user, **({"reason": reason} if reason else {}))
+
+
 def uncertain(envelope: Envelope, hold_seconds: float, reason: str) -> None:
     """The connection to the primary was lost between the dot and its reply."""
     _event(

@@ -1,7 +1,7 @@
 """Every metric of smtp-dup, declared once with its help.
 
 Processes share them in memory (metric_store.py). Numbers that are in the ledger (pending, oldest age, failed) are not
-counted here but read at scrape time, in monitoring/status_server.py. Updating a metric never raises.
+counted here but read at scrape time, in monitoring/collectors.py. Updating a metric never raises.
 """
 
 import time

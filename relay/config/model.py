@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from relay.config.options import OPTIONS
-from relay.config.types import PATH, Demoted, listen_addresses, mask, sentinel_url
+from relay.config.types import PATH, Demoted, PageHost, listen_addresses, mask, sentinel_url
 from relay.mail.addresses import Network, within
 from relay.mail.destination import CONNECTION_AGE, MESSAGES_PER_CONNECTION, Destination
 from relay.mail.timeouts import Timeouts
@@ -197,9 +197,12 @@ class ReadySettings:
 
 @dataclass(frozen=True, slots=True)
 class StatusSettings:
-    """Health and metrics over HTTP."""
+    """The page, health and metrics over HTTP."""
 
     listen: str  # "": off
+    users_file: Path | None = None
+    hosts: tuple[PageHost, ...] = ()
+    dashboard_url: str = ""
 
     @property
     def address(self) -> tuple[str, int] | None:

@@ -21,10 +21,12 @@ from relay.config.types import (
     HOST_NAME,
     NETWORKS,
     NETWORKS_OR_NONE,
+    PAGE_HOSTS,
     PATH,
     REDIS_URL,
     SENTINELS,
     TEXT,
+    WEB_URL,
     OptionType,
     choice,
     duration,
@@ -80,7 +82,7 @@ SECTIONS = {
     "failed": "Copies that a backup refused or that were not delivered in time.",
     "divergence": "Recipients that the primary accepted and a backup refused or deferred: `smtp-dup divergence`.",
     "ready": "What `smtp-dup ready` requires of a backup before it becomes the primary; see docs/readiness.md.",
-    "status": "HTTP with /healthz, /readyz and /metrics.",
+    "status": "HTTP with the page, /healthz, /readyz and /metrics; see docs/page.md.",
     "log": "One line per event, on standard error.",
     "workers": "The processes that deliver to the backups.",
 }
@@ -251,6 +253,15 @@ OPTIONS: tuple[Option, ...] = (
            "MAIL and RSET, then QUIT. 0: never, and `smtp-dup ready` does not require it."),
     Option("status.listen", listening(may_be_off=True, several=False), "127.0.0.1:8025", "",
            'Where to listen. "off": not at all.', takes_restart=True),
+    Option("status.users_file", PATH, "", "",
+           "File of users who may log in to the page: lines name:hash:viewer or name:hash:operator, the hash from "
+           "`smtp-dup hash-password`. Read again when it changes. Without it the page shows numbers only, and is off "
+           "where listen is not a loopback address; a file without users lets in who has a link of `smtp-dup open`."),
+    Option("status.hosts", PAGE_HOSTS, [], "",
+           "Names under which browsers reach the page, besides localhost and the address of listen: "
+           "https://mx.example.com where a proxy in front speaks TLS, else mx.example.com."),
+    Option("status.dashboard_url", WEB_URL, "", "",
+           "Address of rq-dashboard, for a link from the page. Empty: no link."),
     Option("log.level", choice("debug", "info", "warning", "error"), "info", "", "debug, info, warning or error."),
     Option("log.format", choice("text", "json"), "text", "", "text for people, json for machines."),
     Option("workers.processes", integer(1, 1024), 1, "processes", "Worker processes for each backup."),

@@ -319,6 +319,38 @@ def _show_demoted(value: Demoted) -> str:
     return f"sender={value.sender}, soft_bounce={BOOLEAN.show(value.soft_bounce)}"
 
 
+class PageHost(NamedTuple):
+    """A name under which browsers reach the page; ``is_tls`` where what is in front speaks TLS."""
+
+    name: str
+    is_tls: bool
+
+    def __str__(self) -> str:
+        return f"https://{self.name}" if self.is_tls else self.name
+
+
+def _read_page_hosts(value: object) -> tuple[PageHost, ...]:
+    expected = "names such as https://mx.example.com or mx.example.com"
+    found = []
+    for item in _items_of(value, expected):
+        scheme, mark, rest = item.rpartition("://")
+        try:
+            name, _ = split_host_port(rest.removesuffix("/"), 0)
+        except ValueError:
+            name = ""
+        if not name or (mark and scheme.lower() not in {"http", "https"}):
+            raise _fail(expected, item)
+        found.append(PageHost(name.lower().removesuffix("."), scheme.lower() == "https"))
+    return tuple(dict.fromkeys(found))
+
+
+def _read_web_url(value: object) -> str:
+    text = _text_of(value, "http://... or https://...")
+    if text and not re.fullmatch(r"(?i)https?://[^\s/?#\"'<>\\^`{|}@]+([/?#][^\s\"'<>\\^`{|}]*)?", text):
+        raise _fail("http://host/ or https://host/, without a user", text)
+    return text
+
+
 def _joined(values: Iterable[object]) -> str:
     return ", ".join(mask(str(v)) for v in values)
 
@@ -333,6 +365,8 @@ DEMOTED = OptionType("a table", _read_demoted, _show_demoted)
 NETWORKS = OptionType("networks", _read_networks, _joined, several=True)
 NETWORKS_OR_NONE = OptionType("networks", lambda v: _read_networks(v, none=True), _joined, several=True)
 DOMAINS = OptionType("domains", _read_domains, _joined, several=True)
+PAGE_HOSTS = OptionType("host names", _read_page_hosts, _joined, several=True)
+WEB_URL = OptionType("a URL", _read_web_url)
 HOST_NAME = OptionType("a host name", _read_host_name)
 PATH = OptionType("a path", _read_path, lambda v: str(v) if v else "none")
 REDIS_URL = OptionType("a Redis URL", _read_redis_url, mask)

@@ -26,7 +26,7 @@ from relay.daemon.start import Role
 from relay.daemon.vitals import Vitals
 from relay.ledger import changes, registry
 from relay.mail.destination import Destination
-from relay.monitoring import status_server
+from relay.monitoring import answers
 from relay.redisio.clients import sync_client
 from relay.server import relay_process
 from relay.server.relay_process import Place
@@ -128,9 +128,15 @@ class Crew:
     def _status(self, settings: Settings, listener: socket.socket) -> Duty:
         seat = self.places[0].counters if self.places else None
         prefix = "relay-" if self.role.relays else "worker-"
-        return lambda _, stop: status_server.serve(
-            settings, listener, self.url, self.arena, stop, seat=seat, failing=lambda: self.vitals.failing(prefix)
-        )
+
+        def be_status(_: ChildContext, stop: threading.Event) -> None:
+            from relay.page import server  # noqa: PLC0415  (20 MB, that only the housekeeping process needs)
+
+            failing = partial(self.vitals.failing, prefix)
+            found = answers.of(settings, self.url, self.arena, seat=seat, failing=failing)
+            server.serve(replace(settings, redis=settings.redis.at(self.url)), listener, found, stop)
+
+        return be_status
 
 
 def _counting(arena: metric_store.Arena | None, child: Child) -> Child:

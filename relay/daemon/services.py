@@ -29,7 +29,7 @@ from relay.ledger.audit import Act
 from relay.ledger.continuity import Continuity
 from relay.mail import encryption, record
 from relay.mail.destination import Destination
-from relay.monitoring import status_server
+from relay.monitoring.listener import bind
 from relay.redisio.clients import sync_client
 from relay.server import relay_process, systemd
 from relay.topology import decisions, remembered
@@ -58,7 +58,7 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = (), read: Read 
         arena = start.arena(f"smtp-dup-{role.name}")
         try:
             places = relay_process.listen(settings) if role.relays else []
-            listener = status_server.bind(settings)
+            listener = bind(settings)
         except systemd.NotAsSet as error:
             raise SettingsError([Problem("smtp.listen", "socket activation", str(error))]) from error
         except OSError as error:

@@ -48,3 +48,5 @@ EHLO = PREFIX + "ehlo:"  # string: JSON, the last EHLO reply of a server
 HOSTS = PREFIX + "hosts"  # hash place -> JSON: the processes of a host, the state of its spool, and when
 REACH = PREFIX + "reach"  # hash "destination place" -> JSON: the result of the last connection from that host
 EVENTS = PREFIX + "events"  # list of JSON, newest first: the last mail events other than success
+PAGE_SESSION = PREFIX + "page-session:"  # string that expires, by the digest of its token: JSON, see page_access.py
+PAGE_LINK = PREFIX + "page-link:"  # likewise: a link of `smtp-dup open`, good once

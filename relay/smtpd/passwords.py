@@ -14,7 +14,7 @@ import hashlib
 import hmac
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -41,7 +41,9 @@ class Queue(Protocol):
     def add_waiting_password(self, change: int) -> None: ...
 
 
-class _Hash(NamedTuple):
+class Hash(NamedTuple):
+    """The parameters, the salt and the digest of a password."""
+
     ln: int
     r: int
     p: int
@@ -53,7 +55,7 @@ class _Hash(NamedTuple):
         return hmac.compare_digest(made, self.digest)
 
 
-_NOBODY = _Hash(_LN, _R, _P, b"nobody-has-this!", bytes(32))  # checked for an unknown name, to take as long
+_NOBODY = Hash(_LN, _R, _P, b"nobody-has-this!", bytes(32))  # checked for an unknown name, to take as long
 
 
 def hash_password(password: str) -> str:
@@ -66,7 +68,7 @@ def hash_password(password: str) -> str:
 class Users:
     """Who may log in."""
 
-    def __init__(self, hashes: Mapping[str, _Hash]) -> None:
+    def __init__(self, hashes: Mapping[str, Hash]) -> None:
         self._hashes = dict(hashes)
         self._key = os.urandom(32)  # keys the remembered digests, so that they are useless outside this process
         self._remembered: dict[bytes, None] = {}
@@ -75,24 +77,7 @@ class Users:
     @classmethod
     def read(cls, path: Path) -> Users:
         """Read the file. Raises ValueError with the reason, and OSError."""
-        hashes: dict[str, _Hash] = {}
-        if fault := fault_of_secret(path):
-            raise ValueError(fault)
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise ValueError(f"{path} is not UTF-8") from None
-        for number, line in enumerate(lines, 1):
-            if not line.strip() or line.startswith("#"):
-                continue
-            name, _, text = line.strip().partition(":")
-            if not name or name in hashes:
-                raise ValueError(f"{path}:{number}: expected a name that is not there yet, then : and a hash")
-            try:
-                hashes[name] = _read_hash(text)
-            except ValueError:
-                raise ValueError(f"{path}:{number}: expected a hash made by `smtp-dup hash-password`") from None
-        return cls(hashes)
+        return cls({name: read_hash(text, place) for place, name, text in read_lines(path)})
 
     def __len__(self) -> int:
         return len(self._hashes)
@@ -144,12 +129,39 @@ class Users:
         )
 
 
+def read_lines(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield place, name and the rest of each line of a users file. Raises ValueError with the reason, and OSError."""
+    names: set[str] = set()
+    if fault := fault_of_secret(path):
+        raise ValueError(fault)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, _, text = line.strip().partition(":")
+        if not name or name in names:
+            raise ValueError(f"{path}:{number}: expected a name that is not there yet, then : and a hash")
+        names.add(name)
+        yield f"{path}:{number}", name, text
+
+
+def read_hash(text: str, place: str) -> Hash:
+    """Read a hash of a users file. Raises ValueError with the place."""
+    try:
+        return _read_hash(text)
+    except ValueError:
+        raise ValueError(f"{place}: expected a hash made by `smtp-dup hash-password`") from None
+
+
 def _scrypt(password: bytes, ln: int, r: int, p: int, salt: bytes, size: int) -> bytes:
     n = 1 << ln
     return hashlib.scrypt(password, salt=salt, n=n, r=r, p=p, maxmem=160 * n * r * p + (1 << 20), dklen=size)
 
 
-def _read_hash(text: str) -> _Hash:
+def _read_hash(text: str) -> Hash:
     """Read the PHC form. Raises ValueError."""
     found = _PHC.fullmatch(text.strip())
     if found is None:
@@ -157,7 +169,7 @@ def _read_hash(text: str) -> _Hash:
     ln, r, p = (int(found[n]) for n in (1, 2, 3))
     if not (10 <= ln <= 18 and 1 <= r <= 16 and 1 <= p <= 8):
         raise ValueError("scrypt with these parameters is too weak or too dear")
-    return _Hash(ln, r, p, _octets(found[4]), _octets(found[5]))
+    return Hash(ln, r, p, _octets(found[4]), _octets(found[5]))
 
 
 def _base64(data: bytes) -> str:

@@ -13,7 +13,7 @@ import pytest
 from loguru import logger
 
 from relay.config.loader import Settings, load
-from relay.monitoring import status_server
+from relay.monitoring.listener import bind
 from relay.server import relay_process
 from support.waiting import free_port
 
@@ -86,7 +86,7 @@ def test_an_ipv6_address_that_is_asked_for_is_not_dropped(tmp_path):
 @pytest.mark.usefixtures("without_ipv6")
 def test_the_status_server_too(tmp_path):
     """Without IPv6 it answers on IPv4."""
-    with status_server.bind(settings(tmp_path, status__listen=f":{free_port()}")) as listener:
+    with bind(settings(tmp_path, status__listen=f":{free_port()}")) as listener:
         assert listener.family == socket.AF_INET
 
 

@@ -1,15 +1,12 @@
-"""Status over HTTP: the answers for monitoring and orchestrators, and the limits on their requests."""
+"""What /healthz, /readyz and /metrics answer, and where they are asked."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,8 +18,8 @@ from relay.config.model import RedisSettings
 from relay.ledger import changes, divergence_groups, keys, registry
 from relay.mail.destination import Destination
 from relay.metric_store import Arena
-from relay.monitoring import status_server
-from relay.monitoring.status_server import LedgerCollector
+from relay.monitoring import answers, findings, listener
+from relay.monitoring.collectors import LedgerCollector, SeatCollector, SpoolCollector
 from relay.smtpd.shared_counters import SharedCounters
 from relay.spool import writer
 from support.diverged_copies import Backup, deferred, refused
@@ -50,237 +47,27 @@ def settings(tmp_path: Path, primary: ScriptedServer) -> Callable[..., Settings]
     return make
 
 
-@pytest.fixture
-def serve() -> Iterator[Callable[..., int]]:
-    """Serve these answers in a thread; gives the port."""
-    servers: list[status_server.StatusServer] = []
-
-    def start(answers: status_server.Answers) -> int:
-        listener = socket.create_server(("127.0.0.1", 0))
-        servers.append(status_server.StatusServer(listener, answers))
-        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
-        return int(listener.getsockname()[1])
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def alive() -> status_server.HttpAnswer:
-    return status_server.HttpAnswer(status_server.HTTPStatus.OK, "text/plain", b"ok\n")
-
-
-def talk(port: int, request: bytes) -> bytes:
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
-        client.sendall(request)
-        return b"".join(iter(lambda: client.recv(65536), b""))
-
-
-def test_known_paths_answer_others_are_404(serve):
-    """A path is answered whatever its query; everything else is 404."""
-    port = serve({"/healthz": alive})
-    assert talk(port, b"GET /healthz HTTP/1.1\r\n\r\n").endswith(b"\r\n\r\nok\n")
-    assert b" 200 " in talk(port, b"GET /healthz?x=1 HTTP/1.0\r\n\r\n")
-    assert b" 404 " in talk(port, b"GET / HTTP/1.0\r\n\r\n")
-    assert b" 404 " in talk(port, b"GET /healthz/../../etc/passwd HTTP/1.0\r\n\r\n")
-    assert b" 501 " in talk(port, b"POST /healthz HTTP/1.0\r\n\r\n")
-
-
-def test_head_has_the_headers_only(serve):
-    """HEAD is GET without the body."""
-    answer = talk(serve({"/healthz": alive}), b"HEAD /healthz HTTP/1.0\r\n\r\n")
-    assert b"Content-Length: 3\r\n" in answer
-    assert answer.endswith(b"\r\n\r\n")
-
-
-def test_no_version_is_told(serve):
-    """Neither Python's version nor ours is in any answer."""
-    port = serve({"/healthz": alive})
-    for request in (b"GET /healthz HTTP/1.0\r\n\r\n", b"GET /x HTTP/1.0\r\n\r\n", b"NONSENSE\r\n\r\n"):
-        assert not re.search(rb"python|basehttp|smtp-dup/", talk(port, request), re.IGNORECASE)
-
-
-def test_an_endless_head_is_hung_up_on(serve):
-    """A head beyond the limit ends the connection; the next client is served."""
-    port = serve({"/healthz": alive})
-    assert b" 200 " not in try_talk(port, b"GET /healthz HTTP/1.0\r\n" + b"X: y\r\n" * 10_000 + b"\r\n")
-    assert b" 200 " in talk(port, b"GET /healthz HTTP/1.0\r\n\r\n")
-
-
-def test_a_silent_client_is_hung_up_on(serve, monkeypatch):
-    """A request that does not come ends the connection after some seconds, also when it trickles."""
-    monkeypatch.setattr(status_server, "_SECONDS", 0.3)
-    port = serve({"/healthz": alive})
-    started = time.monotonic()
-    assert talk(port, b"GET /hea") == b""
-    assert time.monotonic() - started < 5
-
-
-def test_so_many_silent_clients_do_not_keep_others_out(serve, monkeypatch):
-    """More clients at once than there are places: those beyond are hung up on, and places come back."""
-    monkeypatch.setattr(status_server, "_SECONDS", 0.5)
-    port = serve({"/healthz": alive})
-    held = [socket.create_connection(("127.0.0.1", port)) for _ in range(status_server._AT_ONCE + 5)]
-    wait_until(lambda: b" 200 " in try_talk(port), message="no place came back")
-    for client in held:
-        client.close()
-
-
-def test_silent_clients_never_take_an_answer_away(serve):
-    """However many strangers stay silent, half way or done: each question is answered at once."""
-    port = serve({"/healthz": alive})
-    held = []
-    for n in range(5 * status_server._AT_ONCE):
-        held.append(socket.create_connection(("127.0.0.1", port)))
-        if n % 2:
-            held[-1].sendall(b"GET /hea")
-        if n % 8 == 0:
-            begun = time.monotonic()
-            assert b" 200 " in talk(port, b"GET /healthz HTTP/1.0\r\n\r\n")
-            assert time.monotonic() - begun < status_server._SECONDS / 2
-    for client in held:
-        client.close()
-
-
-def test_those_who_ask_at_once_get_one_computation(serve):
-    """However many ask while an answer is being found, it is found once; a second later anew."""
-    asked, go = threading.Semaphore(0), threading.Event()
-    count: list[int] = []
-
-    def find() -> status_server.HttpAnswer:
-        count.append(1)
-        asked.release()
-        assert go.wait(20)
-        return alive()
-
-    port = serve({"/metrics": status_server.Shared(find)})
-    answers: list[bytes] = []
-    request = b"GET /metrics HTTP/1.0\r\n\r\n"
-    clients = [threading.Thread(target=lambda: answers.append(talk(port, request))) for _ in range(20)]
-    for client in clients:
-        client.start()
-    assert asked.acquire(timeout=20)
-    go.set()
-    for client in clients:
-        client.join(20)
-    assert len(answers) == 20
-    assert all(answer.endswith(b"ok\n") for answer in answers)
-    assert len(count) == 1
-    wait_until(lambda: talk(port, request).endswith(b"ok\n") and len(count) > 1)
-
-
-def test_what_fails_is_found_out_once_and_then_again():
-    """A computation that raises does so for everybody who waited, and is made anew a second later."""
-    outcomes: list[Exception | status_server.HttpAnswer] = [ValueError("no"), alive()]
-
-    def find() -> status_server.HttpAnswer:
-        outcome = outcomes.pop(0)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    shared = status_server.Shared(find)
-    for _ in range(3):
-        with pytest.raises(ValueError, match="no"):
-            shared()
-    shared._at -= status_server._SHARED_SECONDS
-    assert shared() == alive()
-
-
-LARGE = status_server.HttpAnswer(status_server.HTTPStatus.OK, "text/plain", b"x" * (8 << 20))
-
-
-def test_slow_readers_of_a_large_answer_keep_nobody_out(serve, monkeypatch):
-    """Clients that take nothing of a large answer: others are answered at once, and their threads end."""
-    monkeypatch.setattr(status_server, "_SECONDS", 600.0)  # none of them ends by its deadline
-    port = serve({"/metrics": lambda: LARGE, "/healthz": alive})
-    with contextlib.ExitStack() as held:
-        for _ in range(2 * status_server._AT_ONCE):
-            client = held.enter_context(socket.create_connection(("127.0.0.1", port)))
-            client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
-        assert b" 200 " in talk(port, b"GET /healthz HTTP/1.0\r\n\r\n")
-    wait_until(lambda: not [t for t in threading.enumerate() if "process_request_thread" in t.name])
-
-
-def test_strangers_do_not_cut_an_answer_off(serve):
-    """Who reads a large answer slowly gets all of it, whoever else connects and stays silent meanwhile."""
-    port = serve({"/metrics": lambda: LARGE})
-    held = []
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as reader:
-        reader.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
-        found = len(reader.recv(1000))
-        for _ in range(3 * status_server._AT_ONCE):
-            held.append(socket.create_connection(("127.0.0.1", port)))
-            found += len(reader.recv(1000))
-        while octets := reader.recv(1 << 16):
-            found += len(octets)
-    assert found > len(LARGE.body)
-    for client in held:
-        client.close()
-
-
-def test_a_half_closed_connection_is_answered(serve):
-    """A client that closes its side after the question gets the answer."""
-    port = serve({"/healthz": alive})
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
-        client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
-        client.shutdown(socket.SHUT_WR)
-        assert b"".join(iter(lambda: client.recv(4096), b"")).endswith(b"ok\n")
-
-
-@pytest.mark.parametrize("junk", [b"GET /healthz HTTP/1.1\r\n\r\n" * 50, b"\0\xff" * 20_000, b"x"])
-def test_what_is_pipelined_behind_a_request_takes_no_answer_away(serve, junk):
-    """Whatever a client sends behind its request, the answer to that arrives whole, and the connection ends."""
-    port = serve({"/metrics": lambda: LARGE})
-    answer = talk(port, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" + junk)
-    assert answer.endswith(LARGE.body)
-    assert answer.count(b"HTTP/1.0 200") == 1
-
-
-def try_talk(port: int, request: bytes = b"GET /healthz HTTP/1.0\r\n\r\n") -> bytes:
-    try:
-        return talk(port, request)
-    except OSError:
-        return b""
-
-
 def test_a_port_in_use_is_one_clear_error(settings):
     """The address and the reason are in the text."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(OSError, match=r"^status.listen: cannot listen on 127.0.0.1:\d+: Address already in use$"):
-            status_server.bind(settings(status__listen=f"127.0.0.1:{port}"))
+            listener.bind(settings(status__listen=f"127.0.0.1:{port}"))
 
 
 def test_off_binds_nothing(settings):
     """status.listen = off: no server."""
-    assert status_server.bind(settings(status__listen="off")) is None
+    assert listener.bind(settings(status__listen="off")) is None
 
 
 def test_all_interfaces_means_both_families(settings):
     """ ":port" answers on IPv4 and, where there is any, on IPv6."""
     port = free_port()
-    with status_server.bind(settings(status__listen=f":{port}")) as listener:
-        assert listener.getsockname()[1] == port
+    with listener.bind(settings(status__listen=f":{port}")) as bound:
+        assert bound.getsockname()[1] == port
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
         if socket.has_dualstack_ipv6():
             socket.create_connection(("::1", port), timeout=5).close()
-
-
-def test_it_ends_when_told_and_leaves_the_port_to_the_next(settings, redis_url, tmp_path):
-    """A stop ends it soon, and the socket that the supervisor keeps serves its successor."""
-    given = settings()
-    first = status_server.bind(given)
-    for listener in (first, first.dup()):
-        port = listener.getsockname()[1]
-        stop = threading.Event()
-        serving = threading.Thread(target=status_server.serve, args=(given, listener, redis_url, None, stop))
-        serving.start()
-        assert b" 200 " in talk(port, b"GET /healthz HTTP/1.0\r\n\r\n")
-        stop.set()
-        serving.join(10)
-        assert not serving.is_alive()
 
 
 # /readyz
@@ -288,7 +75,7 @@ def test_it_ends_when_told_and_leaves_the_port_to_the_next(settings, redis_url, 
 
 def test_ready_when_all_is_well(settings, redis_url):
     """A port that greets, a Redis that keeps its promise, a spool that can be written: 200 and no reasons."""
-    answer = status_server.ready(status_server.readiness(settings(), redis_url, relaying=True))
+    answer = answers.ready(findings.of(settings(), redis_url, relaying=True))
     body = json.loads(answer.body)
     assert (answer.status, body["ready"], body["reasons"]) == (200, True, [])
     assert {check["subject"].split()[0] for check in body["checks"]} == {"redis", "ledger", "relay", "spool"}
@@ -300,7 +87,7 @@ def test_every_reason_is_told(settings, redis_factory, tmp_path):
     (tmp_path / "file").write_text("")
     closed = f"127.0.0.1:{free_port()}"
     given = settings(smtp__listen=closed, spool__dir=str(tmp_path / "file"))
-    answer = status_server.ready(status_server.readiness(given, server.url, relaying=True))
+    answer = answers.ready(findings.of(given, server.url, relaying=True))
     reasons = json.loads(answer.body)["reasons"]
     assert answer.status == 503
     assert any(reason.startswith("redis appendfsync: is everysec") for reason in reasons)
@@ -310,14 +97,14 @@ def test_every_reason_is_told(settings, redis_factory, tmp_path):
 
 def test_not_ready_without_redis(settings, tmp_path):
     """A Redis that is away is a reason, and takes no longer than its time-out."""
-    answer = status_server.ready(status_server.readiness(settings(), f"unix://{tmp_path}/none.sock", relaying=False))
+    answer = answers.ready(findings.of(settings(), f"unix://{tmp_path}/none.sock", relaying=False))
     assert answer.status == 503
     assert json.loads(answer.body)["reasons"][0].startswith("redis: ")
 
 
 def test_a_redis_that_is_away_is_a_warning_beside_a_spool(settings, tmp_path):
     """The spool keeps the copies, so mail is still to be sent to this relay."""
-    answer = status_server.ready(status_server.readiness(settings(), f"unix://{tmp_path}/none.sock", relaying=True))
+    answer = answers.ready(findings.of(settings(), f"unix://{tmp_path}/none.sock", relaying=True))
     body = json.loads(answer.body)
     assert (answer.status, body["ready"]) == (200, True)
     assert body["warnings"][0].startswith("redis: ")
@@ -326,8 +113,8 @@ def test_a_redis_that_is_away_is_a_warning_beside_a_spool(settings, tmp_path):
 def test_a_full_relay_is_not_ready(settings, scripted, redis_url):
     """A relay that turns clients away for now does not accept."""
     full = scripted({"CONNECT": ("421 4.3.2 too many clients", Close())})
-    findings = status_server.readiness(settings(smtp__listen=full.address), redis_url, relaying=True)
-    assert [f.text for f in findings if f.subject.startswith("relay")] == ["turns clients away (421)"]
+    found = findings.of(settings(smtp__listen=full.address), redis_url, relaying=True)
+    assert [f.text for f in found if f.subject.startswith("relay")] == ["turns clients away (421)"]
 
 
 # /metrics
@@ -351,7 +138,7 @@ def test_metrics_are_the_sum_of_the_processes(redis_url):
     """Counters of every process are added up, ended ones too; who replaces one goes on where it was."""
     arena = Arena()
     in_processes(arena, "relay-1", "relay-2", "relay-2")
-    text = status_server.metrics(arena, LedgerCollector(RedisSettings(redis_url, 5))).body.decode()
+    text = answers.metrics(arena, LedgerCollector(RedisSettings(redis_url, 5))).body.decode()
     assert "smtpdup_connections_total 6.0" in text
     assert 'smtpdup_deliveries_total{destination="new",result="delivered"} 3.0' in text
     assert 'smtpdup_stage_seconds_bucket{le="0.005"} 3.0' in text
@@ -367,11 +154,11 @@ def test_a_process_whose_counters_make_no_sense(damage):
     in_processes(arena, "relay-1", "relay-2")
     region = arena._of(0)
     region[: len(damage)] = damage
-    text = status_server.metrics(arena).body.decode()
+    text = answers.metrics(arena).body.decode()
     assert "smtpdup_connections_total 2.0" in text
     assert "smtpdup_metrics_unreadable 1.0" in text
     in_processes(arena, "relay-1")
-    assert "smtpdup_connections_total 4.0" in status_server.metrics(arena).body.decode()
+    assert "smtpdup_connections_total 4.0" in answers.metrics(arena).body.decode()
 
 
 def test_no_room_for_a_metric_costs_nothing_else():
@@ -386,7 +173,7 @@ def test_no_room_for_a_metric_costs_nothing_else():
                 metrics.deliveries.labels(f"backup-{n}", "delivered").inc()
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert status_server.metrics(arena).status == 200
+    assert answers.metrics(arena).status == 200
 
 
 def test_a_full_disk_ends_no_process_for_its_metrics(product, primary, backup, redis_url, small_disk):
@@ -435,7 +222,7 @@ def test_metrics_tell_what_the_relay_processes_hold(tmp_path):
     for n in range(2):
         counters.of_process(n).add_client(3)
         counters.of_process(n).add_octets(1000)
-    text = status_server.metrics(None, status_server.SeatCollector(counters.of_process(0))).body.decode()
+    text = answers.metrics(None, SeatCollector(counters.of_process(0))).body.decode()
     assert "smtpdup_clients 6.0" in text
     assert "smtpdup_in_flight_bytes 2000.0" in text
 
@@ -443,12 +230,12 @@ def test_metrics_tell_what_the_relay_processes_hold(tmp_path):
 def test_metrics_tell_what_is_in_the_spool(tmp_path):
     """Files that wait and files set aside; a spool that was never used is empty."""
     folder = tmp_path / "spool"
-    collector = status_server.SpoolCollector(folder)
-    assert "smtpdup_spool_messages 0.0" in status_server.metrics(None, collector).body.decode()
+    collector = SpoolCollector(folder)
+    assert "smtpdup_spool_messages 0.0" in answers.metrics(None, collector).body.decode()
     writer.prepare(folder)
     (writer.messages(folder) / "0000000000000000-100.ready").write_bytes(b"x" * 100)
     (folder / "corrupt" / "x").write_bytes(b"x")
-    text = status_server.metrics(None, collector).body.decode()
+    text = answers.metrics(None, collector).body.decode()
     assert "smtpdup_spool_messages 1.0" in text
     assert "smtpdup_spool_bytes 100.0" in text
     assert "smtpdup_spool_corrupt 1.0" in text
@@ -466,7 +253,7 @@ def test_metrics_tell_what_the_ledger_knows(redis_client, redis_url, tmp_path):
         pipe.execute()
     samples = dict(
         line.rsplit(" ", 1)
-        for line in status_server.metrics(None, LedgerCollector(RedisSettings(redis_url, 5))).body.decode().splitlines()
+        for line in answers.metrics(None, LedgerCollector(RedisSettings(redis_url, 5))).body.decode().splitlines()
         if line[:1] != "#"
     )
     assert float(samples['smtpdup_pending{destination="new"}']) == 2
@@ -487,7 +274,7 @@ def test_metrics_tell_of_divergence(redis_client, redis_url):
     backup.attempt(noisy, {0: deferred()})
     backup.attempt(noisy, {})
     divergence_groups.acknowledge(redis_client, backup.groups()["second"], "alice", "known", 600)
-    text = status_server.metrics(None, LedgerCollector(RedisSettings(redis_url, 5))).body.decode()
+    text = answers.metrics(None, LedgerCollector(RedisSettings(redis_url, 5))).body.decode()
     for line in (
         'open{destination="new",kind="refused"} 2.0',
         'open{destination="new",kind="deferred"} 0.0',
@@ -501,7 +288,7 @@ def test_metrics_tell_of_divergence(redis_client, redis_url):
 
 def test_without_redis_the_other_metrics_stay(tmp_path):
     """A Redis that is away shows as down, and nothing says that no copy waits."""
-    text = status_server.metrics(None, LedgerCollector(RedisSettings(f"unix://{tmp_path}/none.sock", 1))).body.decode()
+    text = answers.metrics(None, LedgerCollector(RedisSettings(f"unix://{tmp_path}/none.sock", 1))).body.decode()
     assert "smtpdup_redis_up 0.0" in text
     assert "smtpdup_pending" not in text
 

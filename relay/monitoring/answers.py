@@ -1,0 +1,112 @@
+"""What /healthz, /readyz and /metrics answer.
+
+/healthz says that this process lives and no relay dies in a loop, /readyz whether mail can be taken and kept (200, or
+503 with the reasons), /metrics what the processes counted and what ledger and spool hold at that moment. A Redis that
+is away is a warning in /readyz where a spool keeps the copies, else a reason.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from http import HTTPStatus
+from typing import NamedTuple
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+from relay.config.model import Settings
+from relay.metric_store import Arena
+from relay.monitoring import findings, topology
+from relay.monitoring.collectors import LedgerCollector, SeatCollector, SpoolCollector
+from relay.monitoring.probes import ProbeResult
+from relay.monitoring.readiness_metrics import ReadinessCollector
+from relay.smtpd.shared_counters import ProcessCounters
+
+_SPOOLED = {"redis", "redis replicas", findings.MEMORY}  # trouble with these sends copies to the spool
+_ABOUT_FAILOVER = ("sentinel ", "replica ")  # mail goes on as long as the master does
+
+
+class HttpAnswer(NamedTuple):
+    """What one path answers."""
+
+    status: HTTPStatus
+    content_type: str
+    body: bytes
+
+
+def of(
+    settings: Settings,
+    redis_url: str,
+    arena: Arena | None,
+    *,
+    seat: ProcessCounters | None = None,
+    failing: Callable[[], list[str]] = list,
+) -> Mapping[str, Callable[[], HttpAnswer]]:
+    """Return what finds the answer of each path.
+
+    With a relay's ``seat`` its port is watched too; ``failing`` names who dies in a loop.
+    """
+    server = settings.redis.at(redis_url)
+    verdicts = ReadinessCollector(replace(settings, redis=server))
+    collectors = [LedgerCollector(server), verdicts, *_relay_collectors(settings, seat)]
+    return {
+        "/healthz": lambda: healthy(failing()),
+        "/readyz": lambda: ready(findings.of(settings, redis_url, relaying=seat is not None)),
+        "/metrics": lambda: metrics(arena, *collectors),
+    }
+
+
+def healthy(failing: Sequence[str]) -> HttpAnswer:
+    """Return the answer of /healthz: 503 while processes die again and again."""
+    if not failing:
+        return HttpAnswer(HTTPStatus.OK, "text/plain; charset=utf-8", b"ok\n")
+    text = f"{', '.join(failing)}: ended again and again, soon after the start; the log says how\n"
+    return HttpAnswer(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain; charset=utf-8", text.encode())
+
+
+def ready(found: list[ProbeResult]) -> HttpAnswer:
+    """Return the answer of /readyz: 503 with the reasons as soon as mail cannot be taken and kept.
+
+    A Redis that cannot be used is only a warning beside a spool that can. One that acknowledges what it may lose is
+    a reason: nothing goes to the spool then.
+    """
+    can_spool = any(f.subject == findings.SPOOL and f.ok for f in found)
+    warnings = [
+        f
+        for f in found
+        if not f.ok
+        and (
+            (f.subject in _SPOOLED and can_spool)
+            or f.subject in {findings.LEDGER, topology.SUBJECT}
+            or f.subject.startswith(findings.HELD)
+            or f.subject.startswith(_ABOUT_FAILOVER)
+        )
+    ]
+    reasons = [f for f in found if not f.ok and f not in warnings]
+    content = {
+        "ready": not reasons,
+        "reasons": [f"{f.subject}: {f.text}" for f in reasons],
+        "warnings": [f"{f.subject}: {f.text}" for f in warnings],
+        "checks": [{"subject": f.subject, "ok": f.ok, "text": f.text} for f in found],
+    }
+    body = json.dumps(content, indent=2) + "\n"
+    status = HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK
+    return HttpAnswer(status, "application/json", body.encode())
+
+
+def metrics(arena: Arena | None, *others: Collector) -> HttpAnswer:
+    """Return the answer of /metrics: the sum over all processes, ended ones too, and what is so at this moment."""
+    registry = CollectorRegistry()
+    for collector in (arena, *others):
+        if collector is not None:
+            registry.register(collector)
+    return HttpAnswer(HTTPStatus.OK, CONTENT_TYPE_LATEST, generate_latest(registry))
+
+
+def _relay_collectors(settings: Settings, seat: ProcessCounters | None) -> list[Collector]:
+    if seat is None:
+        return []
+    return [SeatCollector(seat), *([SpoolCollector(settings.spool.dir)] if settings.spool.dir else [])]

@@ -1,0 +1,118 @@
+"""What taking a message and keeping its copies needs, looked at now: for /readyz.
+
+Redis, the ledger, who is held, the relay's port and the spool; each look has a deadline and none raises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+
+from redis.exceptions import RedisError
+
+from relay.config.model import RedisSettings, Settings
+from relay.ledger import archive, changes, overview
+from relay.ledger.continuity import warning
+from relay.ledger.monitor import STOP_AT
+from relay.monitoring import topology
+from relay.monitoring.probes import ProbeResult, probe_redis
+from relay.redisio.clients import sync_client
+
+SPOOL = "spool"
+HELD = "destination "
+LEDGER = "ledger"
+MEMORY = "redis memory"
+_PORT_SECONDS = 3.0  # for a greeting on the relay's port
+_TOLD_SECONDS = 86400.0  # for so long a ledger that has changed is a warning
+_EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  (where to reach such a listener)
+
+
+def of(settings: Settings, redis_url: str, *, relaying: bool) -> list[ProbeResult]:
+    """Look at all that taking a message and keeping its copies needs, now."""
+    findings = asyncio.run(probe_redis(settings, redis_url))
+    if all(finding.ok for finding in findings):
+        findings += _memory(settings, redis_url)
+    findings += _ledger(settings.redis.at(redis_url))
+    findings += topology.find(settings, settings.redis.at(redis_url))
+    findings += _held(settings.redis.at(redis_url))
+    if relaying:
+        patience = _PORT_SECONDS + settings.smtp.greeting_delay
+        first = b"PROXY UNKNOWN\r\n" if settings.smtp.proxy_protocol else b""
+        findings += [_port(host, port, patience, first) for host, port in settings.smtp.addresses]
+        findings += _spool(settings)
+    return findings
+
+
+def _memory(settings: Settings, redis_url: str) -> list[ProbeResult]:
+    """Say how full Redis is: nothing where it has no bound."""
+    try:
+        with sync_client(settings.redis.at(redis_url), settings.redis.timeout_seconds, retries=0) as client:
+            used, limit = archive.memory(client)
+            failed = sum(row.failed for row in overview.summary(client)) if limit else 0
+    except (RedisError, OSError) as error:
+        return [ProbeResult(MEMORY, False, f"cannot be asked: {error}")]
+    if not limit:
+        return []
+    text = f"{used / limit:.0%} of maxmemory is used"
+    if used <= STOP_AT * limit:
+        return [ProbeResult(MEMORY, True, text)]
+    text += ": new copies go to the spool. Raise maxmemory, or let the backups take what waits"
+    text += f"; {failed} failed copies: failed retry, failed drop" if failed else ""
+    return [ProbeResult(MEMORY, False, text)]
+
+
+def _ledger(server: RedisSettings) -> list[ProbeResult]:
+    """Say whether the ledger turned out lately to be another than it was; nothing where it does not answer."""
+    try:
+        with sync_client(server, server.timeout_seconds, retries=0) as client:
+            change = overview.change(client)
+            ago = changes.now(client) - change.at
+    except (RedisError, OSError):
+        return []
+    if not change.cause or ago > _TOLD_SECONDS:
+        return [ProbeResult(LEDGER, True, "is the one that was here before")]
+    return [ProbeResult(LEDGER, False, f"{warning(change.cause)} ({ago:.0f} s ago)")]
+
+
+def _held(server: RedisSettings) -> list[ProbeResult]:
+    """Say which destinations an operator holds; nothing where the ledger does not answer."""
+    try:
+        with sync_client(server, server.timeout_seconds, retries=0) as client:
+            rows = overview.summary(client)
+    except (RedisError, OSError):
+        return []
+    return [ProbeResult(f"{HELD}{row.destination}", False, f"held {row.reason}") for row in rows if row.held]
+
+
+def _port(host: str, port: int, patience: float, first: bytes = b"") -> ProbeResult:
+    """Connect as a client: the kernel alone would take a connection also where no process accepts it any more."""
+    subject = f"relay {host or '*'}:{port}"
+    try:
+        with socket.create_connection((_EVERYWHERE.get(host, host), port), timeout=patience) as client:
+            client.settimeout(patience)
+            client.sendall(first)
+            code = client.recv(512)[:3]
+            client.sendall(b"QUIT\r\n")
+    except OSError as error:
+        return ProbeResult(subject, False, f"does not accept: {error.strerror or error}")
+    # Any other reply is a living relay's too: it may be set not to talk to this machine.
+    living = code.isdigit() and code != b"421"
+    return ProbeResult(
+        subject, living, "accepts" if living else f"turns clients away ({code.decode('ascii', 'replace')})"
+    )
+
+
+def _spool(settings: Settings) -> list[ProbeResult]:
+    folder = settings.spool.dir
+    if folder is None:
+        return []
+    place = next((p for p in (folder, *folder.parents) if p.exists()), folder)
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        return [ProbeResult(SPOOL, False, f"{folder} cannot be written")]
+    free = shutil.disk_usage(place).free
+    least = settings.spool.min_free
+    if free < least:
+        return [ProbeResult(SPOOL, False, f"{free} bytes are free at {folder}, spool.min_free is {least}")]
+    return [ProbeResult(SPOOL, True, f"{folder} can be written")]

@@ -1,0 +1,26 @@
+"""The page as one application: its routes behind the checks of access."""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from relay.page import login, rendering, views
+from relay.page.access import Access, on_http_error
+from relay.page.context import PageContext
+
+
+def make(context: PageContext) -> Starlette:
+    """Return the page for a context; a template that cannot be compiled is an exception here, not at a request."""
+    app = Starlette(
+        routes=[*rendering.ROUTES, *login.ROUTES, *views.ROUTES],
+        middleware=[Middleware(Access, context=context)],
+        exception_handlers={HTTPException: on_http_error},
+    )
+    app.router.redirect_slashes = False
+    app.state.context = context
+    environment = rendering.environment()
+    for name in environment.list_templates():
+        environment.get_template(name)
+    return app

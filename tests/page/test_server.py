@@ -1,0 +1,236 @@
+"""The HTTP server: the limits on requests, and that nobody takes the health paths away."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+
+import pytest
+from starlette.types import ASGIApp
+
+from relay.monitoring.answers import HttpAnswer
+from relay.page import application, connection
+from relay.page.application import Front, Shared
+from relay.page.server import PageServer
+from support.waiting import wait_until
+
+Answers = Mapping[str, Callable[[], HttpAnswer]]
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., int]]:
+    """Serve these answers in a thread; gives the port."""
+    with contextlib.ExitStack() as ends:
+
+        def start(answers: Answers, page: ASGIApp | None = None) -> int:
+            listener = socket.create_server(("127.0.0.1", 0))
+            stop = threading.Event()
+            front = Front(answers, page)
+            thread = threading.Thread(target=PageServer(front, stop).run, args=([listener],))
+            port = int(listener.getsockname()[1])
+            thread.start()
+            ends.callback(front.close)
+            ends.callback(thread.join)
+            ends.callback(stop.set)
+            return port
+
+        yield start
+
+
+def alive() -> HttpAnswer:
+    return HttpAnswer(HTTPStatus.OK, "text/plain", b"ok\n")
+
+
+def talk(port: int, request: bytes) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(request)
+        return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+def test_known_paths_answer_others_are_404(serve):
+    """A path is answered whatever its query; everything else is 404."""
+    port = serve({"/healthz": alive})
+    assert talk(port, b"GET /healthz HTTP/1.1\r\nHost: whatever\r\n\r\n").endswith(b"\r\n\r\nok\n")
+    assert b" 200 " in talk(port, b"GET /healthz?x=1 HTTP/1.0\r\n\r\n")
+    assert b" 404 " in talk(port, b"GET / HTTP/1.0\r\n\r\n")
+    assert b" 404 " in talk(port, b"GET /healthz/../../etc/passwd HTTP/1.0\r\n\r\n")
+    assert b" 405 " in talk(port, b"POST /healthz HTTP/1.0\r\n\r\n")
+
+
+def test_head_has_the_headers_only(serve):
+    """HEAD is GET without the body."""
+    answer = talk(serve({"/healthz": alive}), b"HEAD /healthz HTTP/1.0\r\n\r\n")
+    assert b"content-length: 3\r\n" in answer
+    assert answer.endswith(b"\r\n\r\n")
+
+
+def test_no_version_is_told(serve):
+    """Neither Python's version nor ours is in any answer."""
+    port = serve({"/healthz": alive})
+    for request in (b"GET /healthz HTTP/1.0\r\n\r\n", b"GET /x HTTP/1.0\r\n\r\n", b"NONSENSE\r\n\r\n"):
+        assert not re.search(rb"python|uvicorn|h11|starlette|smtp-dup/", talk(port, request), re.IGNORECASE)
+
+
+def test_an_endless_head_is_hung_up_on(serve):
+    """A head beyond the limit ends the connection; the next client is served."""
+    port = serve({"/healthz": alive})
+    assert b" 200 " not in try_talk(port, b"GET /healthz HTTP/1.0\r\n" + b"X: y\r\n" * 10_000 + b"\r\n")
+    assert b" 200 " in talk(port, b"GET /healthz HTTP/1.0\r\n\r\n")
+
+
+def test_a_silent_client_is_hung_up_on(serve, monkeypatch):
+    """A request that does not come ends the connection after some seconds, also when it trickles."""
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.3)
+    port = serve({"/healthz": alive})
+    started = time.monotonic()
+    assert talk(port, b"GET /hea") == b""
+    assert time.monotonic() - started < 5
+
+
+def test_so_many_silent_clients_do_not_keep_others_out(serve, monkeypatch):
+    """More clients at once than there are places: those beyond are hung up on, and places come back."""
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.5)
+    port = serve({"/healthz": alive})
+    held = [socket.create_connection(("127.0.0.1", port)) for _ in range(connection.MOST + 5)]
+    wait_until(lambda: b" 200 " in try_talk(port), message="no place came back")
+    for client in held:
+        client.close()
+
+
+def test_silent_clients_never_take_an_answer_away(serve):
+    """However many strangers stay silent, half way or done: each question is answered at once."""
+    port = serve({"/healthz": alive})
+    held = []
+    for n in range(5 * connection.MOST):
+        held.append(socket.create_connection(("127.0.0.1", port)))
+        if n % 2:
+            held[-1].sendall(b"GET /hea")
+        if n % 8 == 0:
+            begun = time.monotonic()
+            assert b" 200 " in talk(port, b"GET /healthz HTTP/1.0\r\n\r\n")
+            assert time.monotonic() - begun < connection.HEAD_SECONDS / 2
+    for client in held:
+        client.close()
+
+
+def test_those_who_ask_at_once_get_one_computation(serve):
+    """However many ask while an answer is being found, it is found once; a second later anew."""
+    asked, go = threading.Semaphore(0), threading.Event()
+    count: list[int] = []
+
+    def find() -> HttpAnswer:
+        count.append(1)
+        asked.release()
+        assert go.wait(20)
+        return alive()
+
+    port = serve({"/metrics": find})
+    answers: list[bytes] = []
+    request = b"GET /metrics HTTP/1.0\r\n\r\n"
+    clients = [threading.Thread(target=lambda: answers.append(talk(port, request))) for _ in range(20)]
+    for client in clients:
+        client.start()
+    assert asked.acquire(timeout=20)
+    go.set()
+    for client in clients:
+        client.join(20)
+    assert len(answers) == 20
+    assert all(answer.endswith(b"ok\n") for answer in answers)
+    assert len(count) == 1
+    wait_until(lambda: talk(port, request).endswith(b"ok\n") and len(count) > 1)
+
+
+async def test_what_fails_is_found_out_once_and_then_again(monkeypatch):
+    """A computation that raises does so for everybody who waited, and is made anew a second later."""
+    outcomes: list[Exception | HttpAnswer] = [ValueError("no"), alive()]
+
+    def find() -> HttpAnswer:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    with ThreadPoolExecutor(1) as threads:
+        shared = Shared(find, threads)
+        for _ in range(3):
+            with pytest.raises(ValueError, match="no"):
+                await shared.get()
+        monkeypatch.setattr(application, "_SHARED_SECONDS", 0.0)
+        assert await shared.get() == alive()
+
+
+LARGE = HttpAnswer(HTTPStatus.OK, "text/plain", b"x" * (8 << 20))
+
+
+def test_slow_readers_of_a_large_answer_keep_nobody_out(serve, monkeypatch):
+    """Clients that take nothing of a large answer: others are answered at once."""
+    for name in ("STUCK_SECONDS", "ANSWER_SECONDS"):
+        monkeypatch.setattr(connection, name, 600.0)  # none of them ends by its deadline
+    port = serve({"/metrics": lambda: LARGE, "/healthz": alive})
+    with contextlib.ExitStack() as held:
+        for _ in range(2 * connection.MOST):
+            client = held.enter_context(socket.create_connection(("127.0.0.1", port)))
+            client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert b" 200 " in talk(port, b"GET /healthz HTTP/1.0\r\n\r\n")
+
+
+def test_strangers_do_not_cut_an_answer_off(serve):
+    """Who reads a large answer slowly gets all of it, whoever else connects and stays silent meanwhile."""
+    port = serve({"/metrics": lambda: LARGE})
+    held = []
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as reader:
+        reader.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        found = len(reader.recv(1000))
+        for _ in range(3 * connection.MOST):
+            held.append(socket.create_connection(("127.0.0.1", port)))
+            found += len(reader.recv(1000))
+        while octets := reader.recv(1 << 16):
+            found += len(octets)
+    assert found > len(LARGE.body)
+    for client in held:
+        client.close()
+
+
+def test_a_half_closed_connection_is_answered(serve):
+    """A client that closes its side after the question gets the answer."""
+    port = serve({"/healthz": alive})
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        client.shutdown(socket.SHUT_WR)
+        assert b"".join(iter(lambda: client.recv(4096), b"")).endswith(b"ok\n")
+
+
+@pytest.mark.parametrize("junk", [b"GET /healthz HTTP/1.1\r\n\r\n" * 50, b"\0\xff" * 20_000, b"x"])
+def test_what_is_pipelined_behind_a_request_takes_no_answer_away(serve, junk):
+    """Whatever a client sends behind its request, the answer to that arrives whole, and the connection ends."""
+    port = serve({"/metrics": lambda: LARGE, "/healthz": alive})
+    answer = talk(port, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" + junk)
+    assert answer.endswith(LARGE.body)
+    assert answer.count(b"HTTP/1.1 200") == 1
+
+
+def try_talk(port: int, request: bytes = b"GET /healthz HTTP/1.0\r\n\r\n") -> bytes:
+    try:
+        return talk(port, request)
+    except OSError:
+        return b""
+
+
+def test_it_ends_when_told_and_leaves_the_port_to_the_next():
+    """A stop ends it soon, and the socket that the supervisor keeps serves its successor."""
+    first = socket.create_server(("127.0.0.1", 0))
+    for listener in (first.dup(), first):
+        port = listener.getsockname()[1]
+        stop = threading.Event()
+        serving = threading.Thread(target=PageServer(Front({"/healthz": alive}), stop).run, args=([listener],))
+        serving.start()
+        assert b" 200 " in talk(port, b"GET /healthz HTTP/1.0\r\n\r\n")
+        stop.set()
+        serving.join(10)
+        assert not serving.is_alive()
