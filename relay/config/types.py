@@ -320,18 +320,13 @@ def _show_demoted(value: Demoted) -> str:
 
 
 class PageHost(NamedTuple):
-    """A name under which browsers reach the page; ``is_tls`` where what is in front speaks TLS.
-
-    ``port`` is only for links to it; 0: the usual one behind TLS, else that of status.listen.
-    """
+    """A name under which browsers reach the page; ``is_tls`` where what is in front speaks TLS."""
 
     name: str
     is_tls: bool
-    port: int = 0
 
     def __str__(self) -> str:
-        name = f"[{self.name}]" if ":" in self.name else self.name
-        return f"{'https://' * self.is_tls}{name}{f':{self.port}' * bool(self.port)}"
+        return f"https://{self.name}" if self.is_tls else self.name
 
 
 def _read_page_hosts(value: object) -> tuple[PageHost, ...]:
@@ -340,12 +335,12 @@ def _read_page_hosts(value: object) -> tuple[PageHost, ...]:
     for item in _items_of(value, expected):
         scheme, mark, rest = item.rpartition("://")
         try:
-            name, port = split_host_port(rest.removesuffix("/"), 0)
+            name, _ = split_host_port(rest.removesuffix("/"), 0)
         except ValueError:
-            name, port = "", 0
+            name = ""
         if not name or (mark and scheme.lower() not in {"http", "https"}):
             raise _fail(expected, item)
-        found.append(PageHost(name.lower().removesuffix("."), scheme.lower() == "https", port))
+        found.append(PageHost(name.lower().removesuffix("."), scheme.lower() == "https"))
     return tuple(dict.fromkeys(found))
 
 

@@ -9,6 +9,8 @@ from starlette.middleware import Middleware
 from relay.page import login, rendering, views
 from relay.page.access import Access, on_http_error
 from relay.page.context import PageContext
+from relay.page.live import LiveParts
+from relay.page.runs import Runs
 
 
 def make(context: PageContext) -> Starlette:
@@ -20,6 +22,8 @@ def make(context: PageContext) -> Starlette:
     )
     app.router.redirect_slashes = False
     app.state.context = context
+    app.state.live = LiveParts(context)
+    app.state.runs = Runs(context)
     environment = rendering.environment()
     for name in environment.list_templates():
         environment.get_template(name)

@@ -182,14 +182,26 @@ class Found(NamedTuple):
     envelope: Envelope | None
 
 
+class ListPlace(NamedTuple):
+    """A place in a list: behind this copy of this destination."""
+
+    destination: str
+    score: float
+    id: str
+
+
 class Page(NamedTuple):
-    """What passes of so many copies of one destination, and why envelopes could not be read, by their ids."""
+    """What passes of so many copies of one destination, and why envelopes could not be read, by their ids.
+
+    ``end`` is behind the last one that was looked at.
+    """
 
     target: Destination
     health: Health
     looked_at: int
     found: list[Found]
     unread: dict[str, str]
+    end: ListPlace
 
 
 def size(connection: Redis, which: Which, chosen: Filter) -> int:
@@ -202,10 +214,12 @@ def size(connection: Redis, which: Which, chosen: Filter) -> int:
     return sum(int(connection.zcount(which.scores + target.name, low, high)) for target in targets)
 
 
-def select(connection: Redis, which: Which, chosen: Filter, *, whole: bool = False) -> Iterator[Page]:
+def select(
+    connection: Redis, which: Which, chosen: Filter, *, whole: bool = False, after: ListPlace | None = None
+) -> Iterator[Page]:
     """Yield the copies of a list that pass, per destination, the oldest first; ``whole``: each with its envelope.
 
-    With ids all of them are looked for first. Raises UnknownId, UnknownDestination.
+    With ids all of them are looked for first. ``after`` goes on behind a place. Raises UnknownId, UnknownDestination.
     """
     targets = queries.destinations(connection, chosen.destination)
     if chosen.ids:
@@ -213,8 +227,11 @@ def select(connection: Redis, which: Which, chosen: Filter, *, whole: bool = Fal
     clock = changes.now(connection)
     left = chosen.limit or math.inf
     for target in targets:
+        if after and target.name < after.destination:
+            continue
         health = Health.read(connection, target.name)
-        for page in _listed(connection, which, target.name, chosen, clock):
+        behind = after if after and target.name == after.destination else None
+        for page in _listed(connection, which, target.name, chosen, clock, behind):
             result = _passing(connection, which, chosen, (target, health), page, clock, whole=whole)
             if len(result.found) > left:
                 del result.found[int(left) :]
@@ -249,7 +266,19 @@ def _range(which: Which, chosen: Filter, clock: float) -> tuple[float, float]:
 
 
 def _listed(
-    connection: Redis, which: Which, name: str, chosen: Filter, clock: float
+    connection: Redis, which: Which, name: str, chosen: Filter, clock: float, behind: ListPlace | None
+) -> Iterator[list[tuple[str, float]]]:
+    pages = _pages(connection, which, name, chosen, clock, behind)
+    if behind is None:
+        yield from pages
+        return
+    for page in pages:  # Redis orders by score, then by id
+        if rest := [(i, score) for i, score in page if (score, i) > (behind.score, behind.id)]:
+            yield rest
+
+
+def _pages(
+    connection: Redis, which: Which, name: str, chosen: Filter, clock: float, behind: ListPlace | None
 ) -> Iterator[list[tuple[str, float]]]:
     key = which.scores + name
     if chosen.ids:
@@ -262,6 +291,7 @@ def _listed(
     if not last:
         return
     low, high = _range(which, chosen, clock)
+    low = max(low, behind.score) if behind else low
     # A page that all of passes need be no larger than what is wanted of it.
     is_bare = not (chosen.asks_state or chosen.asks_envelope(which))
     count = min(PAGE, chosen.limit) if is_bare and chosen.limit else PAGE
@@ -295,7 +325,8 @@ def _passing(
         rows = [row._replace(envelope=envelope) for row, envelope in zip(rows, envelopes, strict=True)]
         if asks_envelope:
             rows = [row for row in rows if _envelope_passes(which, chosen, target, row, clock)]
-    return Page(target, health, len(page), rows, unread)
+    last_id, last_score = page[-1]
+    return Page(target, health, len(page), rows, unread, ListPlace(target.name, last_score, last_id))
 
 
 def _envelope_passes(which: Which, chosen: Filter, target: Destination, row: Found, clock: float) -> bool:

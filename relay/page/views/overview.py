@@ -1,19 +1,155 @@
-"""What waits and what failed, by backup."""
+"""The overview: who answers, how each backup does, the flow of now and of a day, whether a backup is ready.
+
+Whoever has not logged in sees the numbers, and nobody's words: no reply, no reason, no domain.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from redis import Redis
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from relay.ledger import overview
-from relay.page.rendering import render
+from relay.cockpit import extensions, readiness, top
+from relay.cockpit.extensions import Extension
+from relay.cockpit.readiness import UnknownBackup, Verdict
+from relay.cockpit.top import Frame, ServerNow
+from relay.config.model import Settings
+from relay.ledger import changes, flow
+from relay.ledger.flow import Flow
+from relay.page.access import viewer
+from relay.page.live import Parts, live_of
+from relay.page.rendering import environment
+from relay.page.views.shell import context_of, not_found, page, shared
+
+_EVERY = 2.0  # seconds between two looks of a page that is open
+_VERDICT_SECONDS = 15.0  # a verdict reads the flow of five weeks
+_FLOW_SECONDS = 5.0
+_MINUTES, _HOURS = 60, 25
+_PARTS = ("roles", "servers", "verdicts", "flow", "events", "hosts")
+
+
+@dataclass(frozen=True, slots=True)
+class PlotLine:
+    """One line of a plot: what it shows, whose it is, and its values, oldest first."""
+
+    name: str
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """What was counted in stretches of so many ``seconds``, from each time on: what came, what became of it."""
+
+    name: str
+    title: str
+    seconds: int
+    times: tuple[float, ...]
+    lines: tuple[PlotLine, ...]
+
+    @property
+    def as_json(self) -> str:
+        """Return it for the plot in the browser."""
+        lines = [{"name": line.name, "values": line.values} for line in self.lines]
+        return json.dumps({"name": self.name, "seconds": self.seconds, "times": self.times, "lines": lines})
+
+    @property
+    def total(self) -> int:
+        """What was accepted in all of it."""
+        return int(sum(self.lines[0].values)) if self.lines else 0
+
+
+def plot(name: str, title: str, unit: flow.Unit, flows: Sequence[Flow], backups: Sequence[str]) -> Plot:
+    """Return what was accepted, what was refused, and what each backup took, in each stretch of time."""
+    lines = [
+        PlotLine("accepted", tuple(float(found.accepted) for found in flows)),
+        *(PlotLine(f"{who} took", tuple(float(f.of(who).delivered) for f in flows)) for who in backups),
+        PlotLine("refused", tuple(float(found.refused) for found in flows)),
+    ]
+    return Plot(name, title, unit.seconds, tuple(found.start for found in flows), tuple(lines))
+
+
+def plots(connection: Redis, settings: Settings) -> list[Plot]:
+    """Return the flow of the last hour by minutes, and of a day by hours; neither with what is not over."""
+    now = changes.now(connection)
+    backups = readiness.backups_now(connection, settings)[:6]
+    minutes = flow.read(connection, flow.MINUTE, _MINUTES + 1, now)[:-1]
+    hours = flow.read(connection, flow.HOUR, _HOURS, now)
+    return [
+        plot("now", "Last hour", flow.MINUTE, minutes, backups),
+        plot("day", "Last 24 hours", flow.HOUR, hours, backups),
+    ]
 
 
 async def show(request: Request) -> Response:
-    """Show a line for each backup."""
-    rows = await request.app.state.context.ask(overview.summary)
-    return render(request, "overview.html", rows=rows)
+    """Show the overview."""
+    return await page(request, "overview.html", **await _found(request))
 
 
-ROUTES = [Route("/", show, methods=["GET"])]
+async def live(request: Request) -> Response:
+    """Send what changes on the overview."""
+    return live_of(request).stream(request, _EVERY, lambda: _parts(request), is_over=lambda: False)
+
+
+async def _parts(request: Request) -> Parts:
+    async def render() -> Parts:
+        found = await _found(request)
+        values = {"visitor": request.state.visitor, **found}
+        return {name: environment().get_template(f"overview/{name}.html").render(values) for name in _PARTS}
+
+    return await shared(request, ("overview", request.state.visitor.role), _EVERY / 2, render)
+
+
+async def _found(request: Request) -> dict[str, Any]:
+    context = context_of(request)
+    settings = context.settings
+    verdicts = await shared(request, "verdicts", _VERDICT_SECONDS, lambda: context.ask(readiness.verdicts, settings))
+    frame: Frame = await shared(request, "frame", _EVERY / 2, lambda: context.ask(top.look, settings, verdicts))
+    drawn = await shared(request, "plots", _FLOW_SECONDS, lambda: context.ask(plots, settings))
+    primary = next((row for row in frame.rows if row.is_primary), None)
+    return {"frame": frame, "plots": drawn, "primary": primary, "backups": _backups(frame)}
+
+
+def _backups(frame: Frame) -> list[ServerNow]:
+    return [row for row in frame.rows if not row.is_primary]
+
+
+# The verdict as evidence ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ReadySheet:
+    """A verdict, and how both servers greet."""
+
+    verdict: Verdict
+    extensions: Sequence[Extension]
+
+
+def evidence(connection: Redis, settings: Settings, name: str) -> ReadySheet:
+    """Return the verdict on a backup, with what both servers offer. Raises UnknownBackup, RedisError."""
+    known = readiness.gather(connection, settings, name)
+    rows = extensions.compare(known.old_greeting, known.new_greeting, flow.total(known.hours))
+    return ReadySheet(readiness.judge(known), rows)
+
+
+@viewer
+async def ready(request: Request) -> Response:
+    """Show the verdict on one backup with each rule and its settings, on a sheet of paper where it is printed."""
+    context = context_of(request)
+    try:
+        found = await context.ask(evidence, context.settings, request.path_params["name"])
+    except UnknownBackup as error:
+        raise not_found(str(error)) from None
+    return await page(request, "ready.html", verdict=found.verdict, extensions=found.extensions)
+
+
+ROUTES = [
+    Route("/", show, methods=["GET"]),
+    Route("/live", live, methods=["GET"]),
+    Route("/ready/{name}", ready, methods=["GET"]),
+]

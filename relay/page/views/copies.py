@@ -1,0 +1,296 @@
+"""What waits and what failed: a sheet of rows behind the one filter, and what can be done to those that are chosen.
+
+Nothing is done from here at once: a dry run looks first, as a run of its own, and what it has found is agreed to there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from urllib.parse import quote, urlencode
+
+from redis import Redis
+from starlette.datastructures import QueryParams
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+
+from relay.cockpit import conditions, deeds, listing
+from relay.cockpit.conditions import BadCondition, Given
+from relay.cockpit.deeds import Deed
+from relay.cockpit.survey import Survey
+from relay.config.model import Settings
+from relay.ledger import queries
+from relay.ledger.queries import Unknown
+from relay.mail.ids import is_destination_name, is_id
+from relay.page.access import operator, viewer
+from relay.page.runs import NotBegun, Run, Stopped, who_acts
+from relay.page.views.shell import context_of, field, not_found, page
+from workers.queues import selection
+from workers.queues.selection import FAILED, WAITING, Filter, ListPlace, Which
+
+_SIMPLE = ("destination", "recipient", "sender", "code", "reply")
+_FURTHER = ("domain", "client", "group", "attempts", "older", "newer", "larger", "limit")
+_FIELDS = (*_SIMPLE, *_FURTHER)
+_HINTS = {
+    "recipient": "address or @domain",
+    "sender": "address, @domain or <>",
+    "code": "550, 5xx or 5.1.1",
+    "reply": "part of the reply",
+    "domain": "example.com",
+    "client": "192.0.2.0/24",
+    "group": "key of a reason",
+    "attempts": ">3",
+    "older": "1h",
+    "newer": "1d",
+    "larger": "10M",
+    "limit": "no more than",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ListOfCopies:
+    """One of the two lists: where it is, what it is called, and what can be done to its copies."""
+
+    path: str
+    title: str
+    which: Which
+    deeds: Mapping[str, tuple[str, Callable[[Redis, Settings, str], Deed]]]  # name -> what its button says, and itself
+
+
+KINDS = {
+    "waiting": ListOfCopies(
+        "/waiting",
+        "Waiting",
+        WAITING,
+        {
+            "flush": ("Try now", deeds.flush),
+            "drop": ("Drop", lambda connection, _, words: deeds.drop_waiting(connection, words)),
+        },
+    ),
+    "failed": ListOfCopies(
+        "/failed",
+        "Failed",
+        FAILED,
+        {
+            "retry": ("Try again", deeds.retry),
+            "drop": ("Drop", lambda connection, _, words: deeds.drop_failed(connection, words)),
+        },
+    ),
+}
+
+
+def given_by(fields: QueryParams | Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Return the conditions that a form has; a field that is left empty is none."""
+    found: dict[str, list[str]] = {}
+    for name in _FIELDS:
+        values = fields.getlist(name) if isinstance(fields, QueryParams) else list(fields.get(name, []))
+        if values := [value for value in values if value.strip()]:
+            found[name] = values
+    return found
+
+
+def place_of(text: str) -> ListPlace | None:
+    """Read where a sheet begins; what makes no sense is the beginning."""
+    name, _, rest = text.partition(":")
+    score, _, message_id = rest.partition(":")
+    try:
+        value = float(score)
+    except ValueError:
+        return None
+    return ListPlace(name, value, message_id) if math.isfinite(value) and is_destination_name(name) else None
+
+
+def words_of(place: ListPlace) -> str:
+    """Return a place for the address of the next sheet."""
+    return f"{place.destination}:{place.score!r}:{place.id}"
+
+
+async def _show(request: Request, name: str, trouble: Mapping[str, str] | None = None) -> Response:
+    kind, settings = KINDS[name], context_of(request).settings
+    asked = getattr(request.state, "form", None) or request.query_params
+    given, wrong = given_by(asked), dict(trouble or {})
+    chosen = Filter()
+    try:
+        chosen = conditions.read(given)
+    except BadCondition as error:
+        wrong[error.name] = str(error)
+    after = place_of(request.query_params.get("after", ""))
+
+    def look(connection: Redis) -> tuple[listing.Sheet, list[str]]:
+        names = [found.name for found in queries.destinations(connection)]
+        if wrong.keys() & set(_FIELDS):
+            return listing.Sheet(), names
+        try:
+            return listing.sheet(connection, kind.which, chosen, after), names
+        except Unknown as error:
+            wrong["destination"] = str(error)
+            return listing.Sheet(), names
+
+    sheet, destinations = await context_of(request).ask(look)
+    shown = {field_name: values[0] for field_name, values in given.items()}
+    return await page(
+        request,
+        "copies/list.html",
+        kind=kind,
+        name=name,
+        sheet=sheet,
+        destinations=destinations,
+        simple=_SIMPLE,
+        further=_FURTHER,
+        hints=_HINTS,
+        shown=shown,
+        wrong=wrong,
+        is_bare=not given,
+        next=f"{kind.path}?{urlencode({**shown, 'after': words_of(sheet.next)})}" if sheet.next else "",
+        is_first=after is None,
+        job_size=settings.workers.job_size,
+        status=400 if wrong else 200,
+    )
+
+
+@viewer
+async def waiting(request: Request) -> Response:
+    """Show what waits."""
+    return await _show(request, "waiting")
+
+
+@viewer
+async def failed(request: Request) -> Response:
+    """Show what failed."""
+    return await _show(request, "failed")
+
+
+async def failed_again(request: Request, trouble: Mapping[str, str]) -> Response:
+    """Show what failed, with what was wrong about a form."""
+    return await _show(request, "failed", trouble)
+
+
+# A dry run, and what is done with it ------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class DryRun:
+    """What a dry run has found: the deed that it is for, and in whose words."""
+
+    kind: ListOfCopies
+    deed: Deed
+    survey: Survey
+    unread: dict[str, str]
+    button: str
+
+    @property
+    def needs_number(self) -> bool:
+        """Whether the number must be typed, as at the terminal."""
+        return self.survey.count > MANY
+
+
+MANY = 100
+
+
+@operator
+async def look(request: Request) -> Response:
+    """Begin a dry run of what is to be done to the copies that are ticked, or to all that meet the conditions."""
+    name = request.path_params["kind"]
+    kind = KINDS.get(name)
+    action = field(request, "action")
+    if kind is None or action not in kind.deeds:
+        raise not_found("There is no such thing to do")
+    given = given_by(request.state.form)
+    everything = field(request, "scope") == "all"
+    chosen_ones = ticked(request.state.form.get("copy", []))
+    if not everything and not chosen_ones:
+        return await _show(request, name, {"ticks": "Tick the copies that you mean, or take all that meet the filter."})
+    try:
+        filters = [conditions.read(given)] if everything else [conditions.read(g, ids) for g, ids in chosen_ones]
+    except BadCondition as error:
+        return await _show(request, name, {error.name: str(error)})
+    words = conditions.words(given) if everything else "; ".join(conditions.words(g, ids) for g, ids in chosen_ones)
+    button, make = kind.deeds[action]
+    context, runs = context_of(request), request.app.state.runs
+
+    def work(connection: Redis, run: Run) -> None:
+        deed = make(connection, context.settings, words)
+        found = DryRun(kind, deed, Survey(connection, kind.which), {}, button)
+        run.total = sum(selection.size(connection, kind.which, chosen) for chosen in filters)
+        for chosen in filters:
+            steps = deeds.look(connection, deed, chosen, found.survey, found.unread)
+            for count in runs.until_stopped(run, steps):
+                run.steps += count
+        if runs.is_to_stop(run):
+            raise Stopped
+        run.found = found
+
+    return _begun(
+        request, Run("look", f"{button}: a look first", who_acts(request.state.visitor.name), kind.path), work
+    )
+
+
+def ticked(values: Sequence[str]) -> list[tuple[Given, list[str]]]:
+    """Return the ids that are ticked, by destination."""
+    found: dict[str, list[str]] = {}
+    for value in values:
+        name, _, message_id = value.partition(":")
+        if is_destination_name(name) and is_id(message_id):
+            found.setdefault(name, []).append(message_id)
+    return [({"destination": [name]}, ids) for name, ids in found.items()]
+
+
+@operator
+async def go(request: Request) -> Response:
+    """Do what a dry run has looked at, once its number is typed where it is large."""
+    runs, who = request.app.state.runs, who_acts(request.state.visitor.name)
+    looked = runs.find(request.path_params["id"], who)
+    found = looked.found if looked and looked.state == "done" else None
+    if not isinstance(found, DryRun):
+        raise not_found("This look is not known any more: look again")
+    if found.needs_number and field(request, "number").replace(",", "").strip() != str(found.survey.count):
+        return RedirectResponse(f"/runs/{looked.id}?wrong=number", 303)
+    looked.found = None  # once
+    deed, survey = found.deed, found.survey
+
+    def work(connection: Redis, run: Run) -> None:
+        tally = deeds.Tally(total=survey.count)
+        run.total, run.found = survey.count, tally
+        try:
+            for count in deeds.carry_out(deed, runs.until_stopped(run, deeds.agreed(survey)), tally):
+                run.steps += count
+            deeds.finish(deed, tally)
+        finally:
+            tally.left = tally.total - run.steps
+            deeds.record(connection, deed, tally)
+            _tell(run, deed, tally)
+        if tally.left:
+            raise Stopped
+
+    return _begun(request, Run("do", found.button, who, found.kind.path), work)
+
+
+def _tell(run: Run, deed: Deed, tally: deeds.Tally) -> None:
+    run.say(deed.said.format(_copies(tally.done), deed.done))
+    if tally.skipped:
+        run.say(deed.skipped.format(_copies(tally.skipped)))
+    if tally.left:
+        run.say(f"{_copies(tally.left)} not come to.")
+
+
+def _copies(count: int) -> str:
+    return "1 copy" if count == 1 else f"{count:,} copies"
+
+
+def _begun(request: Request, run: Run, work: Callable[[Redis, Run], None]) -> Response:
+    try:
+        begun = request.app.state.runs.begin(run, work)
+    except NotBegun as error:
+        going = request.app.state.runs.going(run.who)
+        return RedirectResponse(f"/runs/{going.id}?busy=1" if going else f"{run.back}?busy={quote(str(error))}", 303)
+    return RedirectResponse(f"/runs/{begun.id}", 303)
+
+
+ROUTES = [
+    Route("/waiting", waiting, methods=["GET"]),
+    Route("/failed", failed, methods=["GET"]),
+    Route("/look/{kind}", look, methods=["POST"]),
+    Route("/runs/{id}/go", go, methods=["POST"]),
+]

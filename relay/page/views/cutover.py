@@ -1,0 +1,248 @@
+"""The cut-over: who answers, what a promotion would change, the name that is typed, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from urllib.parse import quote
+
+from redis import Redis
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+
+from relay.cockpit import changeover, readiness
+from relay.cockpit.readiness import Verdict
+from relay.config.model import Settings
+from relay.config.types import duration
+from relay.ledger import audit
+from relay.ledger.audit import Act
+from relay.page.access import operator, viewer
+from relay.page.live import Parts, live_of
+from relay.page.rendering import environment
+from relay.page.runs import NotBegun, Run, Runs, Stopped, who_acts
+from relay.page.views.shell import act, context_of, field, not_found, page, shared
+from relay.topology import decisions, promotion
+from relay.topology.decisions import Overtaken, View
+from relay.topology.promotion import Impossible, Plan, Unprepared
+from relay.topology.roles import disagreement
+
+_CHANGES = 5
+_COMMANDS = ("promote", "undo")
+_WAIT = "10s"
+_LONGEST_WAIT = 600.0
+_EVERY = 1.0
+UNDO = "undo"
+
+
+@dataclass(frozen=True, slots=True)
+class RolesStanding:
+    """Who is the primary, who could be, and how it came to be so."""
+
+    view: View
+    primary: str
+    backups: Sequence[Verdict]
+    history: Sequence[Act]
+    disagreement: str
+    previous: str
+
+
+def standing(connection: Redis, settings: Settings, verdicts: Sequence[Verdict]) -> RolesStanding:
+    """Return how the roles stand. Raises RedisError."""
+    seen = decisions.view(connection)
+    acts = islice((done for done in audit.acts(connection) if done.command in _COMMANDS), _CHANGES)
+    previous = seen.topology.previous.primary if seen.topology else ""
+    return RolesStanding(
+        seen,
+        promotion.current(seen, settings),
+        verdicts,
+        list(acts),
+        disagreement(settings, seen.topology),
+        previous if seen.topology and previous != seen.topology.primary else "",
+    )
+
+
+async def _standing(request: Request) -> RolesStanding:
+    context = context_of(request)
+    verdicts = await shared(request, "verdicts", 15.0, lambda: context.ask(readiness.verdicts, context.settings))
+    return await shared(request, "standing", _EVERY / 2, lambda: context.ask(standing, context.settings, verdicts))
+
+
+@viewer
+async def show(request: Request) -> Response:
+    """Show who answers and who could."""
+    done = request.query_params.get("done", "")
+    return await page(
+        request,
+        "cutover/roles.html",
+        found=await _standing(request),
+        said={"cancelled": "The preparation has ended: nothing has changed.", "none": "Nothing is being prepared."}.get(
+            done, ""
+        ),
+    )
+
+
+@viewer
+async def live(request: Request) -> Response:
+    """Send who follows."""
+
+    async def parts() -> Parts:
+        values = {"found": await _standing(request), "visitor": request.state.visitor}
+        return {"standing": environment().get_template("cutover/standing.html").render(values)}
+
+    return live_of(request).stream(request, _EVERY, parts, is_over=lambda: False)
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What a promotion would do, with the verdict on the server where there is one."""
+
+    plan: Plan
+    verdict: Verdict | None
+    lines: Sequence[tuple[str, str]]
+
+    @property
+    def is_undo(self) -> bool:
+        return self.plan.command == UNDO
+
+    @property
+    def needs_force(self) -> bool:
+        return self.verdict is not None and not self.verdict.is_ready
+
+
+def propose(connection: Redis, settings: Settings, name: str) -> Proposal:
+    """Return what it would take. ``name`` "undo" goes back. Raises Impossible, RedisError."""
+    if name == UNDO:
+        made = promotion.plan_undo(connection, settings)
+        return Proposal(made, None, list(changeover.plan(made, None)))
+    made = promotion.plan(connection, settings, name)
+    verdict = None if made.agree else changeover.verdict(connection, settings, made)
+    return Proposal(made, verdict, list(changeover.plan(made, None)))
+
+
+async def _proposal(request: Request, wrong: dict[str, str] | None = None) -> Response:
+    context, name = context_of(request), request.path_params["name"]
+    try:
+        found = await context.ask(propose, context.settings, name)
+    except Impossible as error:
+        raise not_found(str(error)) from None
+    return await page(
+        request,
+        "cutover/plan.html",
+        found=found,
+        name=name,
+        wrong=wrong or {},
+        given=getattr(request.state, "form", {}),
+        wait=_WAIT,
+        status=400 if wrong else 200,
+    )
+
+
+@viewer
+async def plan(request: Request) -> Response:
+    """Show what would change."""
+    return await _proposal(request)
+
+
+@operator
+async def promote(request: Request) -> Response:
+    """Begin a promotion, or the way back, whose name was typed."""
+    context, runs = context_of(request), request.app.state.runs
+    name = request.path_params["name"]
+    try:
+        found = await context.ask(propose, context.settings, name)
+    except Impossible as error:
+        raise not_found(str(error)) from None
+    made, reason = found.plan, field(request, "reason").strip()
+    wrong: dict[str, str] = {}
+    seconds = 0.0
+    if field(request, "typed").strip() != made.new.name:
+        wrong["typed"] = f"Type {made.new.name} to go on."
+    if found.needs_force and not field(request, "force"):
+        wrong["force"] = f"{made.new.name} is not ready: tick this to go on all the same."
+    if found.needs_force and not reason:
+        wrong["reason"] = "Say why: it is kept with the change."
+    try:
+        seconds = min(float(duration().read(field(request, "wait") or _WAIT)), _LONGEST_WAIT)
+    except ValueError as error:
+        wrong["wait"] = str(error)
+    if made.agree:
+        wrong["typed"] = f"{made.new.name} is the primary already."
+    if wrong:
+        return await _proposal(request, wrong)
+    at_once = found.is_undo and bool(field(request, "now"))
+    details = {"readiness": found.verdict.summary} if found.verdict else {}
+    details |= {"forced": "yes"} if found.needs_force else {}
+    title = f"Back to {made.new.name}" if found.is_undo else f"Promote {made.new.name}"
+    run = Run("promotion", title, who_acts(request.state.visitor.name), "/cutover")
+    try:
+        begun = runs.begin(
+            run, lambda connection, run: _carry_out(connection, run, runs, made, reason, details, seconds, at_once)
+        )
+    except NotBegun as error:
+        return await _proposal(request, {"typed": str(error)})
+    return RedirectResponse(f"/runs/{begun.id}", 303)
+
+
+def _carry_out(
+    connection: Redis,
+    run: Run,
+    runs: Runs,
+    made: Plan,
+    reason: str,
+    details: dict[str, str],
+    seconds: float,
+    at_once: bool,
+) -> None:
+    """Prepare, decide, and see who follows, as `smtp-dup promote` does. Raises Stopped, NotBegun, RedisError."""
+    run.found = made
+    name = made.new.name
+
+    def report(text: str) -> None:
+        run.progress = text
+        if runs.is_to_stop(run):
+            raise Stopped
+
+    intent = None
+    try:
+        if not at_once:
+            intent = promotion.prepare(connection, made, seconds, report)
+            run.say(f"Prepared: {changeover.processes(len(made.seen.living))} can use {name}.")
+        topology = promotion.commit(connection, made, reason, details, intent)
+    except Unprepared as error:
+        for line in error.lines:
+            run.say(line)
+        raise NotBegun(f"{error}.".capitalize()) from error
+    except Overtaken as error:
+        raise NotBegun(f"Nothing has changed: {error}.") from error
+    at = changeover.clock(topology.now.at)
+    run.say(f"Promoted at {at}, epoch {topology.epoch}: it holds whatever becomes of this page.")
+    run.is_stop_asked = False  # from here on there is no way but another promotion
+    run.found = None
+    found = promotion.follow(connection, made, seconds, lambda text: setattr(run, "progress", text))
+    for line in changeover.outcome(made, topology, found):
+        run.say(line)
+    if found.late:
+        run.state = "failed"
+
+
+@operator
+async def cancel(request: Request) -> Response:
+    """End what is being prepared, whoever has begun it."""
+    ended = await act(request, decisions.withdraw)
+    return RedirectResponse(f"/cutover?done={'cancelled' if ended else 'none'}", 303)
+
+
+def path_of(name: str) -> str:
+    """Return where the promotion of a server is planned."""
+    return f"/cutover/{quote(name, safe='')}"
+
+
+ROUTES = [
+    Route("/cutover", show, methods=["GET"]),
+    Route("/cutover", cancel, methods=["POST"]),
+    Route("/cutover-live", live, methods=["GET"]),
+    Route("/cutover/{name}", plan, methods=["GET"]),
+    Route("/cutover/{name}", promote, methods=["POST"]),
+]

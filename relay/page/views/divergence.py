@@ -1,0 +1,253 @@
+"""Divergence: what a backup answers otherwise than the primary, by reason; each reason with examples and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+from urllib.parse import quote
+
+from redis import Redis
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+
+from relay.cockpit import divergence as seen
+from relay.cockpit.divergence import Example, Sum
+from relay.config.types import duration
+from relay.ledger import changes, divergence_groups, queries
+from relay.ledger.divergence import KINDS
+from relay.ledger.divergence_groups import Group
+from relay.ledger.queries import UnknownDestination, UnknownId
+from relay.page.access import operator, viewer
+from relay.page.views.shell import act, context_of, field, not_found, page
+
+T = TypeVar("T")
+
+_EXAMPLES, _TOP = 5, 20
+_MOST_ROWS = 500  # of a table
+_HOURS = 24
+_BY = ("reason", "domain", "recipient", "day")
+_DONE = {
+    "ack": "Acknowledged: it does not count until its time is over, or until there is more of it than now.",
+    "unack": "It counts again.",
+    "nothing": "Nothing was to be done: it is as it was.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRow:
+    """A reason as a line of the table."""
+
+    group: Group
+    state: str
+    reply: str
+    trend: Sequence[int]
+
+    @classmethod
+    def of(cls, group: Group, now: float) -> GroupRow:
+        return cls(group, seen.state(group, now), seen.reply(group), group.trend(now, _HOURS))
+
+    @property
+    def path(self) -> str:
+        return path_of(self.group)
+
+    @property
+    def kind(self) -> str:
+        """The class that its state is shown in."""
+        word = self.state.partition(" ")[0]
+        return {"open": "fail", "acknowledged": "warn", "noise": "unknown"}.get(word, "ok")
+
+    @property
+    def domains(self) -> str:
+        return f"{len(self.group.domains):,}" + ("+" if self.group.more_domains else "")
+
+
+def path_of(group: Group) -> str:
+    """Return where a reason is shown."""
+    return f"/divergence/{quote(group.destination, safe='')}/{group.key}"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupListing:
+    """What was asked for: reasons, or sums over them."""
+
+    rows: Sequence[GroupRow]
+    sums: Sequence[Sum]
+    destinations: Sequence[str]
+    more: int
+
+
+@viewer
+async def show(request: Request) -> Response:
+    """Show what is open, or all."""
+    asked = request.query_params
+    destination, kind, since = (asked.get(name, "").strip() for name in ("destination", "kind", "since"))
+    by = asked.get("by", "reason")
+    trouble, seconds = "", 0.0
+    if since:
+        try:
+            seconds = float(duration().read(since))
+        except ValueError as error:
+            trouble = str(error)
+    by, kind = by if by in _BY else _BY[0], kind if kind in KINDS else ""
+    everything = asked.get("all") == "1"
+
+    def look(connection: Redis) -> GroupListing:
+        now = changes.now(connection)
+        names = [found.name for found in queries.destinations(connection)]
+        begin = now - seconds if seconds else 0.0
+        groups = seen.chosen(connection, destination or None, since=begin, kind=kind or None, everything=everything)
+        sums: list[Sum] = []
+        if by == "domain":
+            sums = seen.by_domain(groups)
+        elif by == "recipient":
+            sums = seen.by_recipient(connection, groups)
+        elif by == "day":
+            sums = seen.by_day(groups)
+        rows = [GroupRow.of(group, now) for group in groups[:_MOST_ROWS]] if by == _BY[0] else []
+        return GroupListing(rows, sums[:_MOST_ROWS], names, max(0, len(sums or groups) - _MOST_ROWS))
+
+    try:
+        found = await context_of(request).ask(look)
+    except UnknownDestination as error:
+        raise not_found(str(error)) from None
+    chosen = {"destination": destination, "kind": kind, "since": since, "by": by, "all": "1" if everything else ""}
+    return await page(
+        request,
+        "divergence/list.html",
+        found=found,
+        chosen=chosen,
+        trouble=trouble,
+        kinds=KINDS,
+        ways=_BY,
+        status=400 if trouble else 200,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class GroupDetails:
+    """All that is known of one reason."""
+
+    row: GroupRow
+    now: float
+    examples: Sequence[Example]
+    whom: Sequence[tuple[str, int]]
+    more_whom: int
+    domains: Sequence[tuple[str, int]]
+    more_domains: int
+    reopened: str
+    endings: str
+
+
+def details(connection: Redis, group: Group) -> GroupDetails:
+    """Return what is known of a reason. Raises RedisError."""
+    now = changes.now(connection)
+    whom = divergence_groups.whom(connection, group.destination, group.key, _TOP)
+    domains = sorted(group.domains.items(), key=lambda one: (-one[1], one[0]))
+    rest = sum(count for _, count in domains[_TOP:]) + group.more_domains
+    return GroupDetails(
+        GroupRow.of(group, now),
+        now,
+        seen.examples(connection, group, _EXAMPLES),
+        whom,
+        group.more + max(0, group.seen - group.more - sum(count for _, count in whom)),
+        domains[:_TOP],
+        rest,
+        group.reopened(now),
+        seen.endings(group),
+    )
+
+
+def _find(connection: Redis, request: Request) -> Group:
+    """Return the reason that a path names. Raises HTTPException, UnknownDestination."""
+    found = seen.find(connection, request.path_params["key"], request.path_params["destination"])
+    if not found:
+        raise not_found("There is no such reason any more")
+    return found[0]
+
+
+@viewer
+async def one(request: Request) -> Response:
+    """Show one reason."""
+    return await _one(request)
+
+
+async def _one(request: Request, wrong: dict[str, str] | None = None) -> Response:
+    try:
+        found = await context_of(request).ask(lambda connection: details(connection, _find(connection, request)))
+    except UnknownDestination as error:
+        raise not_found(str(error)) from None
+    done = request.query_params.get("done", "")
+    retried = request.query_params.get("retried", "")
+    said = f"{int(retried):,} will be tried again now." if retried.isdecimal() and len(retried) < 12 else ""
+    return await page(
+        request,
+        "divergence/one.html",
+        found=found,
+        row=found.row,
+        group=found.row.group,
+        done=_DONE.get(done, "") or said,
+        wrong=wrong or {},
+        given=getattr(request.state, "form", {}),
+        status=400 if wrong else 200,
+    )
+
+
+@operator
+async def acknowledge(request: Request) -> Response:
+    """Let a reason not count for a time."""
+    note, length = field(request, "note").strip(), field(request, "for").strip()
+    wrong: dict[str, str] = {}
+    seconds = 0.0
+    if not note:
+        wrong["note"] = "Say why, for whoever reads it in a week."
+    try:
+        seconds = float(duration().read(length))
+    except ValueError as error:
+        wrong["for"] = str(error)
+    if wrong:
+        return await _one(request, wrong)
+    await _act(request, lambda connection, group: seen.acknowledge(connection, group, note, seconds))
+    return _back(request, "done=ack")
+
+
+@operator
+async def unacknowledge(request: Request) -> Response:
+    """Let a reason count again."""
+    note = field(request, "note").strip()
+    was = await _act(request, lambda connection, group: seen.unacknowledge(connection, group, note))
+    return _back(request, "done=unack" if was else "done=nothing")
+
+
+@operator
+async def retry(request: Request) -> Response:
+    """Have the failed copies of a reason tried again now."""
+    settings = context_of(request).settings
+    try:
+        count = await _act(request, lambda connection, group: seen.retry(connection, settings, group))
+    except UnknownId:  # somebody was quicker
+        count = 0
+    return _back(request, f"retried={count}")
+
+
+async def _act(request: Request, deed: Callable[[Redis, Group], T]) -> T:
+    try:
+        return await act(request, lambda connection: deed(connection, _find(connection, request)))
+    except UnknownDestination as error:
+        raise not_found(str(error)) from None
+
+
+def _back(request: Request, query: str) -> Response:
+    destination, key = request.path_params["destination"], request.path_params["key"]
+    return RedirectResponse(f"/divergence/{quote(destination, safe='')}/{quote(key, safe='')}?{query}", 303)
+
+
+_ONE = "/divergence/{destination}/{key}"
+ROUTES = [
+    Route("/divergence", show, methods=["GET"]),
+    Route(_ONE, one, methods=["GET"]),
+    Route(_ONE + "/ack", acknowledge, methods=["POST"]),
+    Route(_ONE + "/unack", unacknowledge, methods=["POST"]),
+    Route(_ONE + "/retry", retry, methods=["POST"]),
+]

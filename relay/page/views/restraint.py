@@ -1,0 +1,158 @@
+"""One backup: how it stands, and what an operator does to it: hold, release, bound its speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from redis import Redis
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+
+from relay.cockpit import restraint, room
+from relay.config.model import Settings
+from relay.config.types import duration
+from relay.ledger import changes, overview, queries
+from relay.ledger.divergence_groups import Outage, outages
+from relay.ledger.health import MOST_CONNECTIONS, Health
+from relay.ledger.overview import Summary
+from relay.ledger.queries import UnknownDestination
+from relay.page.access import operator, viewer
+from relay.page.views.shell import act, context_of, field, not_found, page
+
+_OUTAGES = 20
+_DONE = {
+    "held": "Held: what is under way ends, everything else waits and does not age. The workers follow within a second.",
+    "released": "Released: it gets its copies again.",
+    "none": "It was not held.",
+    "throttled": "The bounds are set, over all workers together.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BackupState:
+    """All that is shown of one backup."""
+
+    name: str
+    address: str
+    health: Health
+    is_held: bool
+    now: float
+    summary: Summary | None
+    outages: list[Outage]
+    room: str
+    bounds: str
+
+
+def backup(connection: Redis, settings: Settings, name: str) -> BackupState:
+    """Return how a backup stands. Raises UnknownDestination, RedisError."""
+    (target,) = queries.destinations(connection, name)
+    now = changes.now(connection)
+    health = Health.read(connection, name)
+    found = room.estimate(connection, now, settings.spool.dir, settings.spool.min_free)
+    return BackupState(
+        name,
+        target.address,
+        health,
+        health.is_held(now),
+        now,
+        next((row for row in overview.summary(connection) if row.destination == name), None),
+        outages(connection, name)[:_OUTAGES],
+        restraint.room_words(found),
+        restraint.bounds_words(health),
+    )
+
+
+@viewer
+async def show(request: Request) -> Response:
+    """Show a backup."""
+    return await _show(request)
+
+
+async def _show(request: Request, wrong: dict[str, str] | None = None) -> Response:
+    context = context_of(request)
+    try:
+        found = await context.ask(backup, context.settings, request.path_params["name"])
+    except UnknownDestination as error:
+        raise not_found(str(error)) from None
+    return await page(
+        request,
+        "server.html",
+        found=found,
+        done=_DONE.get(request.query_params.get("done", ""), ""),
+        wrong=wrong or {},
+        given=getattr(request.state, "form", {}),
+        status=400 if wrong else 200,
+    )
+
+
+@operator
+async def hold(request: Request) -> Response:
+    """Begin no more copies for it."""
+    reason, length = field(request, "reason").strip(), field(request, "for").strip()
+    wrong, seconds = {}, 0.0
+    if not reason:
+        wrong["reason"] = "Say why, for whoever wonders."
+    if field(request, "how") != "until-released":
+        try:
+            seconds = float(duration().read(length))
+        except ValueError as error:
+            wrong["for"] = str(error)
+    if wrong:
+        return await _show(request, wrong)
+    settings, name = context_of(request).settings, request.path_params["name"]
+
+    def deed(redis: Redis) -> str:
+        restraint.hold(redis, settings, name, seconds, reason)
+        return "held"
+
+    return await _done(request, deed)
+
+
+@operator
+async def release(request: Request) -> Response:
+    """End a hold."""
+    name = request.path_params["name"]
+    return await _done(request, lambda redis: "released" if restraint.release(redis, name) else "none")
+
+
+@operator
+async def throttle(request: Request) -> Response:
+    """Bound how fast it gets its copies."""
+    rate_text, connections_text = field(request, "rate").strip(), field(request, "connections").strip()
+    wrong, rate, connections = {}, 0.0, 0
+    try:
+        rate = restraint.rate(rate_text) if rate_text not in {"", "0"} else 0.0
+    except ValueError as error:
+        wrong["rate"] = str(error)
+    if connections_text.isdecimal() and int(connections_text[:9]) <= MOST_CONNECTIONS:
+        connections = int(connections_text)
+    elif connections_text:
+        wrong["connections"] = f"expected a number up to {MOST_CONNECTIONS:,}, or nothing"
+    if wrong:
+        return await _show(request, wrong)
+    name = request.path_params["name"]
+
+    def deed(redis: Redis) -> str:
+        restraint.throttle(redis, name, rate, connections)
+        return "throttled"
+
+    return await _done(request, deed)
+
+
+async def _done(request: Request, deed: Callable[[Redis], str]) -> Response:
+    try:
+        done = await act(request, deed)
+    except UnknownDestination as error:
+        raise not_found(str(error)) from None
+    return RedirectResponse(f"/server/{quote(request.path_params['name'], safe='')}?done={done}", 303)
+
+
+ROUTES = [
+    Route("/server/{name}", show, methods=["GET"]),
+    Route("/server/{name}/hold", hold, methods=["POST"]),
+    Route("/server/{name}/release", release, methods=["POST"]),
+    Route("/server/{name}/throttle", throttle, methods=["POST"]),
+]
