@@ -1,17 +1,15 @@
 """The functions that RQ jobs name: wire format, never renamed or moved.
 
 A job is a hint that some copies wait for a destination; what is true of them is in the ledger. The functions
-run in the main thread of a DeliveryWorker and hand over to the courier in the worker's event loop, which the
-worker has bound before; the worker waits for the end. Without a courier, or for another destination than its own,
-a job is refused.
+run in the thread of a DeliveryWorker and hand over to the courier of the destination in the process's event loop, which
+has been bound before; the worker waits for the end. Without a courier for the destination, a job is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from rq import get_current_job
 
@@ -50,33 +48,29 @@ class Deliverer(Protocol):
     async def drain(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Binding:
-    destination: str
+class _Binding(NamedTuple):
     courier: Deliverer
     loop: asyncio.AbstractEventLoop
 
 
-_bound: list[_Binding] = []  # at most one: a worker process serves one destination
+_bound: dict[str, _Binding] = {}  # destination -> who delivers to it in this process
 
 
 def bind(destination: str, courier: Deliverer, loop: asyncio.AbstractEventLoop) -> None:
-    """Give this process its courier and the loop that the courier lives in."""
-    _bound[:] = [_Binding(destination, courier, loop)]
+    """Give this process a courier for a destination, and the loop that the courier lives in."""
+    _bound[destination] = _Binding(courier, loop)
 
 
-def unbind() -> None:
-    """Take the courier away; jobs are refused from now on."""
-    _bound.clear()
+def unbind(destination: str) -> None:
+    """Take the courier away; the destination's jobs are refused from now on."""
+    _bound.pop(destination, None)
 
 
 def deliver(destination: str, ids: list[str]) -> Future[None]:
     """Hand the waiting copies of these messages to the courier; the future ends as its ``deliver`` does."""
-    if not _bound:
-        raise Refused("no courier in this process")
-    (bound,) = _bound
-    if destination != bound.destination:
-        raise Refused(f"this worker serves {bound.destination}, not {destination!r}")
+    bound = _bound.get(destination) if isinstance(destination, str) else None
+    if bound is None:
+        raise Refused(f"this worker serves {', '.join(_bound) or 'nobody'}, not {destination!r}")
     if not are_ids(ids) or not 0 < len(ids) <= _MOST:
         raise Refused(f"ids must be a list of message ids, at most {_MOST}")
     job = get_current_job()

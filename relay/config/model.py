@@ -219,9 +219,10 @@ class LogSettings:
 
 @dataclass(frozen=True, slots=True)
 class WorkersSettings:
-    """The worker processes."""
+    """The worker processes; ``processes`` for each backup, or one for all quiet ones of more than ``shared_above``."""
 
     processes: int
+    shared_above: int
     batch: int
     connections: int
     sweep: float

@@ -265,6 +265,9 @@ OPTIONS: tuple[Option, ...] = (
     Option("log.level", choice("debug", "info", "warning", "error"), "info", "", "debug, info, warning or error."),
     Option("log.format", choice("text", "json"), "text", "", "text for people, json for machines."),
     Option("workers.processes", integer(1, 1024), 1, "processes", "Worker processes for each backup."),
+    Option("workers.shared_above", integer(0, 10_000), 8, "backups",
+           "With more backups than this, those that are quiet share one worker process; who is busy or in trouble gets "
+           "processes of its own for that time."),
     Option("workers.batch", integer(1, 10_000), 100, "copies",
            "Copies in one job, at most. More than 1000 count as 1000."),
     Option("workers.connections", integer(0, 10_000), 0, "connections",

@@ -33,10 +33,14 @@ from relay.server.relay_process import Place
 
 if TYPE_CHECKING:
     from relay import metric_store
+    from workers.jobs import Deliverer
 
 # What is stopped first has the lowest number: no new mail, then no delivery, then what both need.
 RELAY_STAGE, WORKERS_STAGE, AROUND_STAGE, REDIS_STAGE = range(4)
 _LOOK_EVERY = 0.1
+_SHARED_CONNECTIONS = 4  # to a backup that is quiet: who needs more is busy, and gets a process of its own
+_FILES_OF_A_SESSION = 6  # descriptors of such a backup besides: its connections to Redis
+_MOST_FILES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,7 @@ class Crew:
 
     def of(self, settings: Settings, generation: int = 1) -> list[Child]:
         """Return all children that these settings ask for."""
-        children = self.workers(settings, settings.backups) if self.role.delivers else []
+        children = self._delivering(settings) if self.role.delivers else []
         duties = _sweeping(settings, self.url) if self.role.delivers else {}
         duties |= self._watching(settings)
         duties = {name: _after_the_former(duty) for name, duty in duties.items()}
@@ -65,9 +69,19 @@ class Crew:
         ]
         return [replace(child, generation=generation) for child in children]
 
+    def workers_for(self, settings: Settings) -> Callable[[Destination], list[Child]]:
+        """Return what makes the workers of a destination."""
+        return lambda destination: self.workers(settings, [destination])
+
     def workers(self, settings: Settings, destinations: Sequence[Destination]) -> list[Child]:
         """Return the workers of these destinations."""
         return [self.holding(child) for child in _workers(settings, destinations, self.url)]
+
+    def _delivering(self, settings: Settings) -> list[Child]:
+        """Return the workers of all backups: each has its own, or the quiet ones share one."""
+        if are_shared(settings):
+            return [self.holding(_shared_worker(settings, self.url))]
+        return self.workers(settings, settings.backups)
 
     def holding(self, child: Child, own: Sequence[socket.socket] = ()) -> Child:
         """Have a child close all listening sockets but its own, which it was forked with.
@@ -106,7 +120,8 @@ class Crew:
     def _watching(self, settings: Settings) -> dict[str, Duty]:
         """Return what tells the ledger of this host: its mail, its spool, whether it reaches the servers."""
         place = relay_process.place_of(settings, self.url)
-        processes = len(self.places) + settings.workers.processes * len(settings.backups) * self.role.delivers
+        workers = 1 if are_shared(settings) else settings.workers.processes * len(settings.backups)
+        processes = len(self.places) + workers * self.role.delivers
 
         def sample(context: ChildContext, stop: threading.Event) -> None:
             news = HostNews(place, self.role.name, processes, settings.spool.dir)
@@ -152,20 +167,18 @@ def _counting(arena: metric_store.Arena | None, child: Child) -> Child:
     return replace(child, run=run_counted, prepare=lambda seat: arena.reserve(child.name, seat))
 
 
+def are_shared(settings: Settings) -> bool:
+    """Whether there are so many backups that the quiet ones share a worker process."""
+    return len(settings.backups) > settings.workers.shared_above
+
+
 def _workers(settings: Settings, destinations: Sequence[Destination], url: str) -> list[Child]:
-    from workers.delivery import courier, retry  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
     from workers.rqworker import worker_process  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
 
     limit = limits.files()
 
-    def fitted(destination: Destination) -> Destination:
-        wanted = retry.Width(destination.connections).most
-        fits = limits.worker_connections(limit, wanted)
-        return destination if fits == wanted else replace(destination, connections=fits)
-
     def child(destination: Destination, number: int) -> Child:
-        def give_back(connection: Redis, dead: str) -> None:
-            changes.release_leases(connection, destination.name, dead)
+        most = limits.worker_connections(limit, _width(destination))
 
         def be_worker(context: ChildContext) -> int:
             maillog.configure(settings.log.level, settings.log.format, context.name, threads=True)
@@ -174,13 +187,52 @@ def _workers(settings: Settings, destinations: Sequence[Destination], url: str) 
                 destination=destination.name,
                 queue_name=destination.queue_name,
                 connect=worker_process.connector(settings.redis),
-                make_courier=lambda name: courier.Courier(settings, fitted(destination), name, url),
-                on_dead=give_back,
+                make_courier=_courier(settings, destination, most, url),
+                on_dead=_give_back(destination),
             )
 
         return Child(f"worker-{destination.name}-{number}", run=be_worker, stage=WORKERS_STAGE)
 
     return [child(d, n) for d in destinations for n in range(1, settings.workers.processes + 1)]
+
+
+def _shared_worker(settings: Settings, url: str) -> Child:
+    from workers.rqworker import shared_process, worker_process  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
+
+    room = limits.worker_connections(limits.files(), _MOST_FILES) // len(settings.backups)
+    tenants = [
+        shared_process.Tenant(
+            backup.name,
+            backup.queue_name,
+            _courier(settings, backup, max(1, min(_SHARED_CONNECTIONS, room - _FILES_OF_A_SESSION)), url),
+            _give_back(backup),
+        )
+        for backup in settings.backups
+    ]
+
+    def be_shared(context: ChildContext) -> int:
+        maillog.configure(settings.log.level, settings.log.format, context.name, threads=True)
+        return shared_process.serve(context, tenants, worker_process.connector(settings.redis))
+
+    return Child("worker-shared", run=be_shared, stage=WORKERS_STAGE)
+
+
+def _courier(settings: Settings, destination: Destination, most: int, url: str) -> Callable[[str], Deliverer]:
+    """Return what makes a courier with at most so many connections."""
+    from workers.delivery import courier  # noqa: PLC0415  (of the workers, that a relay alone does not need)
+
+    fitted = replace(destination, connections=most) if _width(destination) > most else destination
+    return lambda name: courier.Courier(settings, fitted, name, url)
+
+
+def _width(destination: Destination) -> int:
+    from workers.delivery import retry  # noqa: PLC0415  (as above)
+
+    return retry.Width(destination.connections).most
+
+
+def _give_back(destination: Destination) -> Callable[[Redis, str], None]:
+    return lambda connection, dead: changes.release_leases(connection, destination.name, dead)
 
 
 Duty = Callable[[ChildContext, threading.Event], None]  # a task of the housekeeping, until the event is set

@@ -16,9 +16,11 @@ from relay.config.destinations import is_loopback
 from relay.config.loader import Problem, Settings, SettingsError
 from relay.config.model import SmtpSettings
 from relay.daemon import ledger_redis, running, start
+from relay.daemon.busy_destinations import BusyDestinations
 from relay.daemon.control import Control
-from relay.daemon.crew import Crew
+from relay.daemon.crew import Crew, are_shared
 from relay.daemon.reload import Read, Reload
+from relay.daemon.renewal import Roster
 from relay.daemon.retired_destinations import RetiredDestinations
 from relay.daemon.slots import Child
 from relay.daemon.start import EarlyStop, Role, StartError
@@ -85,11 +87,19 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = (), read: Read 
         return status_code
 
 
-def _roster(
-    crew: Crew, settings: Settings, continuity: Continuity, former: Iterable[Destination] = ()
-) -> RetiredDestinations:
-    workers_for = (lambda d: crew.workers(settings, [d])) if crew.role.delivers else None
-    return RetiredDestinations(settings, workers_for, continuity, former)
+def _roster(crew: Crew, settings: Settings, continuity: Continuity, former: Iterable[Destination] = ()) -> Roster:
+    if not crew.role.delivers:
+        return RetiredDestinations(settings, None, continuity, former)
+    retired = RetiredDestinations(settings, crew.workers_for(settings), continuity, former)
+    if not are_shared(settings):
+        return retired
+    busy = BusyDestinations(settings, crew.workers_for(settings))
+
+    def further() -> Sequence[Child] | None:
+        found = [retired(), busy()]
+        return None if None in found else [child for children in found for child in children or ()]
+
+    return further
 
 
 def _let_reload(supervisor: Supervisor, crew: Crew, given: Settings, read: Read, ends: ExitStack) -> None:
@@ -97,7 +107,7 @@ def _let_reload(supervisor: Supervisor, crew: Crew, given: Settings, read: Read,
     state_dir, role = given.state_dir, crew.role.name
     known: dict[str, Destination] = {}
 
-    def roster_for(settings: Settings) -> RetiredDestinations:
+    def roster_for(settings: Settings) -> Roster:
         return _roster(crew, settings, _continuity(settings), known.values())
 
     def on_taken(settings: Settings, generation: int) -> None:

@@ -21,9 +21,10 @@ from support.fake_courier import NotingCourier
 from support.redis_servers import RedisServer
 from support.waiting import wait_until
 from workers import jobs
+from workers.rqworker.courier_thread import CourierThread
 from workers.rqworker.revival import dead_here, place, revive, worker_name
 from workers.rqworker.worker import DeliveryWorker
-from workers.rqworker.worker_process import CourierThread, connector, revive_predecessors
+from workers.rqworker.worker_process import connector, revive_predecessors
 
 QUEUE = "backup-new"
 A, B = "a" * 16, "b" * 16  # message ids
@@ -36,7 +37,8 @@ class Bench:
         self.client = redis.Redis.from_url(url)
         self.queue = Queue(QUEUE, connection=self.client, serializer=JSONSerializer)
         self.thread = CourierThread()
-        self.courier: NotingCourier = self.thread.start(NotingCourier)  # type: ignore[assignment]
+        self.thread.start()
+        self.courier: NotingCourier = self.thread.add(NotingCourier)  # type: ignore[assignment]
         jobs.bind("new", self.courier, self.thread.loop)
         self.worker = self.new_worker(url, "host.new.1.1")
 
@@ -51,7 +53,7 @@ class Bench:
 
     def close(self) -> None:
         self.thread.finish()
-        jobs.unbind()
+        jobs.unbind("new")
         self.worker.connection.close()
         self.client.close()
 

@@ -123,6 +123,18 @@ def dead_here(connection: Redis, queue: Queue) -> list[str]:
     return dead
 
 
+def served_by_a_sibling(connection: Redis, queue: Queue) -> bool:
+    """Return whether a living worker of ``queue`` is another child of our supervisor (Linux; elsewhere nobody is)."""
+    for name in _workers(connection, queue):
+        pid, where = cast("list[Any]", connection.hmget(_key(name), ["pid", PLACE]))
+        if not where or text(where) != place() or not _PID.fullmatch(pid or b"") or int(pid) == os.getpid():
+            continue
+        fields = _stat(int(pid))
+        if fields and fields[0] not in "ZX" and int(fields[1]) == os.getppid():
+            return True
+    return False
+
+
 def shorten_lives(connection: Redis, queue: Queue) -> None:
     """Limit the life of workers' keys to ``LIFE``, in case Redis's clock was set back since the last heartbeat."""
     shorten(connection, [_key(name) for name in _workers(connection, queue)], LIFE)

@@ -74,6 +74,12 @@ class DeliveryWorker(SimpleWorker):
         self._in_doubt = False  # a command failed: it may or may not have been executed
         self._pauses = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
         self._give_up_at = 0.0
+        self._last_job = time.monotonic()
+
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds since the last job ended; 0 while one runs."""
+        return 0.0 if self._running else time.monotonic() - self._last_job
 
     # The loop
 
@@ -210,6 +216,7 @@ class DeliveryWorker(SimpleWorker):
             self._until_written(partial(self._succeed, done))
         if interrupted:  # all others have been written, so that only those go back
             self._until_written(self._put_back)
+        self._last_job = time.monotonic()
         with self._beating:
             self._running = []
         self.executions.clear()

@@ -7,15 +7,11 @@ it waits.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable
 
-import uvloop
 from loguru import logger
 from redis import Redis
 from redis.exceptions import RedisError
@@ -28,83 +24,11 @@ from relay.redisio.clients import sync_client
 from relay.repeated import Backoff, Repeated
 from workers import jobs
 from workers.jobs import Deliverer
+from workers.rqworker.courier_thread import STOP, CourierThread
 from workers.rqworker.revival import dead_here, forget, revive, worker_name
 from workers.rqworker.worker import DeliveryWorker
 
-T = TypeVar("T")
-_STOP = {signal.SIGTERM, signal.SIGINT}
-_LAST_WORD_SECONDS = 2.0  # for the last log line when the process must end
-_NICENESS = 10  # incoming mail has priority: copies can wait for a processor, clients should not
-
-
-class CourierThread:
-    """The event loop of the courier in a thread. Stop signals reach it through a pipe and start the drain."""
-
-    def __init__(self) -> None:
-        self.loop = uvloop.new_event_loop()
-        self._closing = False
-        self._drain: asyncio.Task[None] | None = None
-        self._courier: Deliverer | None = None
-        self._thread = threading.Thread(target=self._run, name="courier", daemon=True)
-        self._wakeup = os.pipe()
-        for descriptor in self._wakeup:
-            os.set_blocking(descriptor, False)
-
-    def start(self, make: Callable[[], Deliverer]) -> Deliverer:
-        """Start the loop and the courier in it. The main thread's signals are watched from now on."""
-        self._thread.start()
-        signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
-        self._courier = self.call(self._start(make))
-        return self._courier
-
-    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the loop and wait for it."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
-
-    def finish(self) -> None:
-        """Drain the courier, if that has not begun, wait for it and end the loop."""
-        self.call(self._drained())
-        self._closing = True
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-        signal.set_wakeup_fd(-1)
-        for descriptor in self._wakeup:
-            os.close(descriptor)
-        self.loop.close()
-
-    async def _start(self, make: Callable[[], Deliverer]) -> Deliverer:
-        self.loop.add_reader(self._wakeup[0], self._on_signal)
-        courier = make()
-        await courier.start()
-        return courier
-
-    def _on_signal(self) -> None:
-        numbers = os.read(self._wakeup[0], 4096)
-        if any(n in _STOP for n in numbers) and self._courier:
-            self._begin_drain(self._courier)
-
-    def _begin_drain(self, courier: Deliverer) -> asyncio.Task[None]:
-        if self._drain is None:
-            self._drain = self.loop.create_task(courier.drain())
-        return self._drain
-
-    async def _drained(self) -> None:
-        if self._courier:
-            await self._begin_drain(self._courier)
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        try:
-            self.loop.run_forever()
-        finally:
-            if not self._closing:  # unexpected, and the main thread may wait for the loop for ever
-                # Logged in another thread: the log's lock may be held by a thread that waits for this one.
-                told = threading.Thread(target=logger.critical, args=("the courier's loop has ended",), daemon=True)
-                try:
-                    told.start()
-                    told.join(_LAST_WORD_SECONDS)
-                finally:
-                    os._exit(1)
+NICENESS = 10  # incoming mail has priority: copies can wait for a processor, clients should not
 
 
 def connector(server: RedisSettings, timeout: float = 10.0) -> Callable[[], Redis]:
@@ -127,7 +51,7 @@ def serve(
     called in the courier's loop. ``on_dead`` gets the name of each dead predecessor before its jobs go back
     to the queue, to give back its leases in the ledger.
     """
-    os.nice(_NICENESS)
+    os.nice(NICENESS)
     name = worker_name(destination, context.instance)
     thread = CourierThread()
     worker: DeliveryWorker | None = None
@@ -139,7 +63,7 @@ def serve(
         else:
             worker.request_stop(number)
 
-    for number in _STOP:
+    for number in STOP:
         signal.signal(number, on_signal)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     connection = connect()
@@ -158,7 +82,8 @@ def serve(
             time.sleep(pauses.next())
     if worker is None:
         return 0
-    courier = thread.start(lambda: make_courier(name))
+    thread.start()
+    courier = thread.add(lambda: make_courier(name))
     worker.accepts = lambda: courier.accepting
     worker.room = lambda: courier.room
     if early:
@@ -170,7 +95,7 @@ def serve(
         worker.work()
     finally:
         thread.finish()
-        jobs.unbind()
+        jobs.unbind(destination)
     return 0
 
 
