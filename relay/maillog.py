@@ -11,7 +11,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -148,11 +148,17 @@ def _json_line(when: str, level: str, event: str, fields: Values) -> str:
 # Gets the events that are no success, as whoever watches the mail sees them: when, which, and their fields.
 on_trouble: Callable[[float, str, Values], None] | None = None
 _TROUBLE = {"refused", "command refused", "deferred"}  # beside what is a warning or worse
+# Gets every event; the trace keeps those about a message that it is not told of otherwise.
+on_message: Callable[[float, str, Values], None] | None = None
+_ADDRESSES = 10  # recipients in a line
+_TOLD = {"accepted", "accepted late", "refused", "command refused", "delivered", "deferred", "failed"}
 
 
 def _event(level: str, event: str, **fields: Any) -> None:
     if on_trouble is not None and (level in {"WARNING", "ERROR"} or event in _TROUBLE):
         on_trouble(time.time(), event, fields)
+    if on_message is not None and event not in _TOLD:
+        on_message(time.time(), event, fields)
     if _events is None:
         logger.bind(**fields).log(level, event)
     else:
@@ -162,8 +168,20 @@ def _event(level: str, event: str, **fields: Any) -> None:
 # --- the primary leg ------------------------------------------------------------------------------------------
 
 
-def accepted(envelope: Envelope, reply: Reply, seconds: float, *, late: bool = False) -> None:
-    """The primary accepted the message; its copies are released. ``late``: the client had disconnected."""
+def _named(envelope: Envelope, to: Sequence[str]) -> Values:
+    """Return the fields that say which message it is, and, where they are to be named, for whom."""
+    named: dict[str, Any] = {"message_id": envelope.message_id} if envelope.message_id else {}
+    if to:
+        more = len(to) - _ADDRESSES
+        named["to"] = ",".join([*(f"<{address}>" for address in to[:_ADDRESSES]), *([f"and {more} more"] * (more > 0))])
+    return named
+
+
+def accepted(envelope: Envelope, reply: Reply, seconds: float, *, late: bool = False, to: Sequence[str] = ()) -> None:
+    """The primary accepted the message; its copies are released. ``late``: the client had disconnected.
+
+    ``to`` are the recipients, with log.addresses.
+    """
     _event(
         "INFO",
         "accepted late" if late else "accepted",
@@ -174,6 +192,7 @@ def accepted(envelope: Envelope, reply: Reply, seconds: float, *, late: bool = F
         client=envelope.client_address,
         copies=",".join(envelope.destinations) or "none",
         seconds=round(seconds, 3),
+        **_named(envelope, to),
         reply=reply.text,
     )
 
@@ -323,16 +342,19 @@ def _more(times: int) -> dict[str, int]:
 # --- the backup leg -------------------------------------------------------------------------------------------
 
 
-def delivered(message_id: str, destination: str, recipients: int, attempts: int, age: float) -> None:
+def delivered(
+    envelope: Envelope, destination: str, recipients: int, attempts: int, age: float, *, to: Sequence[str] = ()
+) -> None:
     """A backup accepted a copy for this number of recipients; ``age`` is in seconds since acceptance."""
     _event(
         "INFO",
         "delivered",
-        id=message_id,
+        id=envelope.id,
         destination=destination,
         recipients=recipients,
         attempts=attempts,
         age=round(age, 3),
+        **_named(envelope, to),
     )
 
 

@@ -64,6 +64,10 @@ for _where in ("redis", "spool"):
 copies_lost = Counter("smtpdup_copies_lost_total", "Accepted messages whose copies could not be stored")
 log_lines_dropped = Counter("smtpdup_log_lines_dropped_total", "Log lines that could not be written to standard error")
 log_output.on_drop = log_lines_dropped.inc
+trace_dropped = Counter(
+    "smtpdup_trace_dropped_total",
+    "Events that are not in the trace: nobody took them in time, or they cannot be written",
+)
 deliveries = Counter(
     "smtpdup_deliveries_total",
     "Attempts to deliver a copy by result: delivered, deferred, failed, trouble (the server, not the message)",

@@ -242,6 +242,16 @@ ROOT = _group(
             _option("--hours", metavar="N", type=click.IntRange(1, 840), help="the last N hours; 24"),
             _option("--minutes", metavar="N", type=click.IntRange(1, 1500), help="the last N minutes instead"),
         ),
+        "trace": _word(
+            "what became of a message: by id, Message-ID, address, @domain or queue id", "trace:show",
+            click.Argument(["what"], metavar="[WHAT]...", nargs=-1),
+            _option("--since", metavar="TIME", help="received within 90s, 5m, 1h, 5d, or since 2026-11-27T10:00"),
+            _option("--until", metavar="TIME", help="received before that"),
+            _option("--status", type=click.Choice(["delivered", "waiting", "failed", "refused", "lost", "gone"]),
+                    help="only messages that have come to this"),
+            _option("--limit", metavar="N", type=click.IntRange(1, 100_000), default=50,
+                    help="messages, the newest; 50"),
+        ),
         "promote": _word(
             "make a backup the primary, without a restart", "promote:promote",
             click.Argument(["name"], metavar="[NAME]", required=False, type=Names(DESTINATION)),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
+_SLOW = 1.0  # seconds
 _SHORT = 1000  # steps for which no bar is worth it
 
 
@@ -59,3 +61,32 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], Any]]:
     with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda steps: bar.advance(task, steps)
+
+
+@contextmanager
+def slow_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on standard error once something has taken a second; call what it gives with how much of how much.
+
+    It goes when the first line of output is written, which belongs in its place.
+    """
+    begun = time.monotonic()
+    with ExitStack() as ends:
+        shown: list[Callable[[int, int], None]] = []
+
+        def tell(done: int, total: int) -> None:
+            if not shown and time.monotonic() - begun > _SLOW and sys.stderr.isatty():
+                shown.append(_share_bar(what, ends))
+            for show in shown:
+                show(done, total)
+
+        yield tell
+
+
+def _share_bar(what: str, ends: ExitStack) -> Callable[[int, int], None]:
+    from rich import progress as bars  # noqa: PLC0415  (as above)
+    from rich.console import Console  # noqa: PLC0415  (as above)
+
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TaskProgressColumn())
+    bar = ends.enter_context(bars.Progress(*columns, console=Console(stderr=True), transient=True))
+    task = bar.add_task(what, total=None)
+    return lambda done, total: bar.update(task, completed=done, total=total)

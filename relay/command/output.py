@@ -60,7 +60,7 @@ class Output:
             for row in rows:
                 self.object(row if isinstance(row, dict) else as_object(row))
             return
-        table = _Table(columns, 0 if self.wide or not sys.stdout.isatty() else terminal_width(), self._painter())
+        table = _Table(columns, 0 if self.wide or not sys.stdout.isatty() else terminal_width(), self.painter())
         rest = iter(rows)
         while page := list(islice(rest, _PAGE)):
             sys.stdout.writelines(line + "\n" for line in table.lines(page))
@@ -86,11 +86,12 @@ class Output:
 
     def pairs(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Write a line for each name and value; an empty name goes on with the one before."""
-        paint = self._painter()
+        paint = self.painter()
         for name, value in pairs:
             sys.stdout.write(f"{paint(f'{name:<12}', BOLD if name else '')} {printable(value)}\n")
 
-    def _painter(self) -> Callable[[str, str], str]:
+    def painter(self) -> Callable[[str, str], str]:
+        """Return what paints a text, given a colour; "" is none."""
         return _paint if wants_colour(self.colour) else _plain
 
 

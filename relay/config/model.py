@@ -196,6 +196,15 @@ class ReadySettings:
 
 
 @dataclass(frozen=True, slots=True)
+class TraceSettings:
+    """The trace: how addresses are kept, how much of it, for how long (seconds)."""
+
+    addresses: str = "clear"
+    max_bytes: int = 2 << 30  # 0: no trace
+    keep: float = 14 * 86400.0
+
+
+@dataclass(frozen=True, slots=True)
 class StatusSettings:
     """The page, health and metrics over HTTP."""
 
@@ -215,6 +224,7 @@ class LogSettings:
 
     level: str
     format: str
+    addresses: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +277,7 @@ class Settings:
     failed: FailedSettings
     divergence: DivergenceSettings
     ready: ReadySettings
+    trace: TraceSettings
     status: StatusSettings
     log: LogSettings
     workers: WorkersSettings
@@ -295,6 +306,7 @@ PARTS: dict[str, type] = {
     "failed": FailedSettings,
     "divergence": DivergenceSettings,
     "ready": ReadySettings,
+    "trace": TraceSettings,
     "status": StatusSettings,
     "log": LogSettings,
     "workers": WorkersSettings,

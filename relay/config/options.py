@@ -82,6 +82,7 @@ SECTIONS = {
     "failed": "Copies that a backup refused or that were not delivered in time.",
     "divergence": "Recipients that the primary accepted and a backup refused or deferred: `smtp-dup divergence`.",
     "ready": "What `smtp-dup ready` requires of a backup before it becomes the primary; see docs/readiness.md.",
+    "trace": "What became of each message, kept in files in state_dir/trace: `smtp-dup trace`; see docs/trace.md.",
     "status": "HTTP with the page, /healthz, /readyz and /metrics; see docs/page.md.",
     "log": "One line per event, on standard error.",
     "workers": "The processes that deliver to the backups.",
@@ -251,6 +252,13 @@ OPTIONS: tuple[Option, ...] = (
     Option("ready.check_every", duration(zero=True), "5m", "seconds",
            "How often each host connects to every server to check that it is accepted: EHLO, if workers run there also "
            "MAIL and RSET, then QUIT. 0: never, and `smtp-dup ready` does not require it."),
+    Option("trace.addresses", choice("clear", "hashed", "off"), "clear", "",
+           "How senders and recipients are kept. clear: as they are. hashed: a keyed hash and the domain, so that only "
+           "who knows an address finds its mail. off: neither; messages are found by their ids alone."),
+    Option("trace.max_bytes", size(), "2G", "bytes",
+           "The files of the trace, at most; then the oldest hour is deleted. 0: no trace."),
+    Option("trace.keep", duration(), "14d", "seconds",
+           "How long the trace is kept, unless trace.max_bytes ends first."),
     Option("status.listen", listening(may_be_off=True, several=False), "127.0.0.1:8025", "",
            'Where to listen. "off": not at all.', takes_restart=True),
     Option("status.users_file", PATH, "", "",
@@ -264,6 +272,8 @@ OPTIONS: tuple[Option, ...] = (
            "Address of rq-dashboard, for a link from the page. Empty: no link."),
     Option("log.level", choice("debug", "info", "warning", "error"), "info", "", "debug, info, warning or error."),
     Option("log.format", choice("text", "json"), "text", "", "text for people, json for machines."),
+    Option("log.addresses", BOOLEAN, False, "",
+           "Name the recipients in the log lines of `accepted` and `delivered`, up to 10 of each message."),
     Option("workers.processes", integer(1, 1024), 1, "processes", "Worker processes for each backup."),
     Option("workers.shared_above", integer(0, 10_000), 8, "backups",
            "With more backups than this, those that are quiet share one worker process; who is busy or in trouble gets "

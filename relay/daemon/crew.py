@@ -24,12 +24,15 @@ from relay.config.loader import Settings
 from relay.daemon.slots import Child
 from relay.daemon.start import Role
 from relay.daemon.vitals import Vitals
-from relay.ledger import changes, registry
+from relay.ledger import changes, hosts, registry
 from relay.mail.destination import Destination
 from relay.monitoring import answers
 from relay.redisio.clients import sync_client
 from relay.server import relay_process
 from relay.server.relay_process import Place
+from relay.trace import emitter, files
+from relay.trace.asking import keep_answering
+from relay.trace.collector import Collector
 
 if TYPE_CHECKING:
     from relay import metric_store
@@ -41,6 +44,7 @@ _LOOK_EVERY = 0.1
 _SHARED_CONNECTIONS = 4  # to a backup that is quiet: who needs more is busy, and gets a process of its own
 _FILES_OF_A_SESSION = 6  # descriptors of such a backup besides: its connections to Redis
 _MOST_FILES = 1 << 20
+_PATIENCE = 5.0  # seconds for Redis, which holds back an answer while there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class Crew:
     listener: socket.socket | None
     arena: metric_store.Arena | None
     vitals: Vitals
+    trace: tuple[socket.socket, socket.socket] | None  # the ends of the trace's channel: to read, to write
 
     def of(self, settings: Settings, generation: int = 1) -> list[Child]:
         """Return all children that these settings ask for."""
@@ -63,9 +68,10 @@ class Crew:
         if self.listener:
             duties["status"] = self._status(settings, self.listener)
         own = [self.listener] if self.listener else []
-        children.append(self.holding(_housekeeping(settings, duties), own))
+        children.append(self.holding(self._traced(settings, _housekeeping(settings, duties)), own))
         children += [
-            self.holding(self._relay(n, settings, place), place.sockets) for n, place in enumerate(self.places)
+            self.holding(self._traced(settings, self._relay(n, settings, place)), place.sockets)
+            for n, place in enumerate(self.places)
         ]
         return [replace(child, generation=generation) for child in children]
 
@@ -75,12 +81,12 @@ class Crew:
 
     def workers(self, settings: Settings, destinations: Sequence[Destination]) -> list[Child]:
         """Return the workers of these destinations."""
-        return [self.holding(child) for child in _workers(settings, destinations, self.url)]
+        return [self.holding(self._traced(settings, c)) for c in _workers(settings, destinations, self.url)]
 
     def _delivering(self, settings: Settings) -> list[Child]:
         """Return the workers of all backups: each has its own, or the quiet ones share one."""
         if are_shared(settings):
-            return [self.holding(_shared_worker(settings, self.url))]
+            return [self.holding(self._traced(settings, _shared_worker(settings, self.url)))]
         return self.workers(settings, settings.backups)
 
     def holding(self, child: Child, own: Sequence[socket.socket] = ()) -> Child:
@@ -101,6 +107,18 @@ class Crew:
 
         return _counting(self.arena, replace(child, run=run_apart))
 
+    def _traced(self, settings: Settings, child: Child) -> Child:
+        """Have a child send what becomes of messages to whoever keeps that, where somebody does."""
+        run, channel = child.run, self.trace if settings.trace.max_bytes else None
+        if run is None:
+            return child
+
+        def run_traced(context: ChildContext) -> int:
+            emitter.take(channel[1] if channel else None)
+            return run(context)
+
+        return replace(child, run=run_traced)
+
     @property
     def _listening(self) -> list[socket.socket]:
         return [s for place in self.places for s in place.sockets] + ([self.listener] if self.listener else [])
@@ -119,7 +137,7 @@ class Crew:
 
     def _watching(self, settings: Settings) -> dict[str, Duty]:
         """Return what tells the ledger of this host: its mail, its spool, whether it reaches the servers."""
-        place = relay_process.place_of(settings, self.url)
+        place = hosts.place_of(settings.state_dir, self.url)
         workers = 1 if are_shared(settings) else settings.workers.processes * len(settings.backups)
         processes = len(self.places) + workers * self.role.delivers
 
@@ -138,7 +156,28 @@ class Crew:
             with sync_client(settings.redis, settings.redis.timeout_seconds, retries=0) as client:
                 keep_looking(client, looks, settings.ready.check_every, stop)
 
-        return {"flow": sample, **({"looks at the servers": look} if settings.ready.check_every else {})}
+        duties: dict[str, Duty] = {"flow": sample, **self._tracing(settings, place)}
+        if settings.ready.check_every:
+            duties["looks at the servers"] = look
+        return duties
+
+    def _tracing(self, settings: Settings, place: str) -> dict[str, Duty]:
+        """Return what keeps the trace of this host, and what tells other hosts of it."""
+        if self.trace is None or not settings.trace.max_bytes:
+            return {}
+        reading, _ = self.trace
+
+        def collect(_: ChildContext, stop: threading.Event) -> None:
+            Collector(
+                settings.trace, settings.state_dir, self.role.name, reading, min_free=settings.spool.min_free
+            ).run(stop)
+
+        def answer(_: ChildContext, stop: threading.Event) -> None:
+            seconds = max(settings.redis.timeout_seconds, _PATIENCE)
+            folder = files.folder_of(settings.state_dir)
+            keep_answering(partial(sync_client, settings.redis, seconds, retries=0), folder, place, stop)
+
+        return {"trace": collect, "trace for other hosts": answer}
 
     def _status(self, settings: Settings, listener: socket.socket) -> Duty:
         seat = self.places[0].counters if self.places else None
@@ -268,7 +307,7 @@ def _sweeping(settings: Settings, url: str) -> dict[str, Duty]:
     from workers.upkeep.reconciler import keep_reconciling  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
 
     # Stable, so that the next start goes on with the locks instead of waiting for their end.
-    name = relay_process.place_of(settings, url)
+    name = hosts.place_of(settings.state_dir, url)
 
     def schedule(_: ChildContext, stop: threading.Event) -> None:
         connect = connector(settings.redis)

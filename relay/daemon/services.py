@@ -71,7 +71,7 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = (), read: Read 
         continuity = _continuity(settings)
         ledger_redis.register(settings, continuity, role)
         vitals = Vitals()
-        crew = Crew(role, url, places, listener, arena, vitals)
+        crew = Crew(role, url, places, listener, arena, vitals, start.trace_channel())
         children += [*crew.of(settings), *map(crew.holding, extra)]
         early.check()
         supervisor = Supervisor(

@@ -10,6 +10,7 @@ import fcntl
 import os
 import shutil
 import signal
+import socket
 import sys
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from relay import limits, maillog, private_files
 from relay.config.loader import Settings
+from relay.trace import emitter
 
 if TYPE_CHECKING:
     from relay import metric_store
@@ -154,3 +156,12 @@ def arena(name: str) -> metric_store.Arena | None:
     made.take(name)
     maillog.on_trouble = made.events.note
     return made
+
+
+def trace_channel() -> tuple[socket.socket, socket.socket] | None:
+    """Return the ends of the channel for the trace, to read and to write; it is never a reason not to start."""
+    try:
+        return emitter.channel()
+    except OSError as error:
+        maillog.notice("warning", "no channel for the trace: there is none", reason=str(error))
+        return None

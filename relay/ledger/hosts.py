@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from relay.ledger import changes, keys
@@ -62,6 +63,15 @@ class Reach:
     why_unverified: str
     certificate_ends: float
     age: float
+
+
+def place_of(state_dir: Path, redis_url: str) -> str:
+    """Return a stable name of this installation: the host and the state folder, which two installations never share.
+
+    With Redis on a Unix socket the host is left out: there is only one, and a recreated container changes its name.
+    """
+    host = "" if redis_url.startswith("unix:") else f"{socket.gethostname()} "
+    return f"{host}{state_dir.absolute()}"
 
 
 def tell(pipe: Pipe, place: str, role: str, processes: int, messages: int, oldest_s: float, now: float) -> None:

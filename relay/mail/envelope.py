@@ -39,6 +39,7 @@ class Envelope:
     identity: tuple[tuple[str, str], ...] = ()  # XFORWARD attributes of the original client, to pass on
     # (backup, indices of its recipients), for each backup that does not get all. None: an old record, without it.
     promised: tuple[tuple[str, tuple[int, ...]], ...] | None = None
+    message_id: str = ""  # the Message-ID field, for the log and the trace
 
     def to_json(self) -> bytes:
         """Return the wire form, version 1."""
@@ -55,6 +56,7 @@ class Envelope:
             ("helo", self.client_helo),
             ("dest", self.destinations),
             ("xf", self.identity),
+            ("mid", self.message_id),
         )
         record |= {key: value for key, value in optional if value}
         if self.promised is not None:
@@ -78,6 +80,7 @@ class Envelope:
                 destinations=texts(record.get("dest", [])),
                 identity=tuple((any_text(name), any_text(value)) for name, value in record.get("xf", [])),
                 promised=_promised(record["for"], len(record["to"])) if "for" in record else None,
+                message_id=any_text(record.get("mid", "")),
             )
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise MalformedRecord(f"unreadable envelope: {printable(str(error))}") from error

@@ -14,6 +14,9 @@ import sys
 import time
 from email.utils import formatdate
 from functools import lru_cache
+from typing import NamedTuple
+
+from relay.mail.text import printable
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._:\[\]-]")
 _MARK = "(smtp-dup)"
@@ -27,6 +30,7 @@ _NO_FIELD = re.compile(rb"(?m)^(?![!-9;-~]++[ \t]*+:|[ \t])")  # a line that is 
 _DIGEST_DIGITS = 30
 _DIGEST_LOOK = 256 << 10  # octets in which a Message-ID is looked for
 _SLICE = 64 << 10
+_ID_SHOWN = 250  # octets of a Message-ID
 _MESSAGE_ID = re.compile(rb"(?mi)^message-id:[ \t\r\n]*(\S+)")
 
 
@@ -107,15 +111,33 @@ def count_hops(block: bytes, domain: str) -> tuple[int, int]:
     return hops, own
 
 
-def equality_digest(sender: str, body: bytes) -> str:
-    """Return a digest of sender, Message-ID and everything below the leading trace lines; "" without a Message-ID.
+class Named(NamedTuple):
+    """Where a message begins below its leading trace lines, and its Message-ID as it is written, "" without one."""
 
-    It is equal for the same message sent again after a lost reply: a client may change the trace lines, but nothing
-    else. For a large body, call it in a thread.
-    """
+    start: int
+    message_id: bytes
+
+    @property
+    def text(self) -> str:
+        """The Message-ID for logs and listings."""
+        return printable(self.message_id[:_ID_SHOWN].decode("utf-8", "backslashreplace"))
+
+
+def name_of(body: bytes) -> Named:
+    """Return the Message-ID of a message."""
     leading = _TRACE_BLOCK.match(body, 0, _DIGEST_LOOK)
     start = leading.end() if leading else 0
     found = _MESSAGE_ID.search(header_block(body, start, _DIGEST_LOOK))
+    return Named(start, found[1] if found else b"")
+
+
+def equality_digest(sender: str, body: bytes, named: Named | None = None) -> str:
+    """Return a digest of sender, Message-ID and everything below the leading trace lines; "" without a Message-ID.
+
+    It is equal for the same message sent again after a lost reply: a client may change the trace lines, but nothing
+    else. For a large body, call it in a thread. ``named`` is its ``name_of``, if that is known.
+    """
+    start, found = named or name_of(body)
     if not found:
         return ""
     # Processors have instructions for SHA-256, which makes it twice as fast as BLAKE2 for a large message.

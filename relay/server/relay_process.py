@@ -27,6 +27,7 @@ from relay.config.loader import Settings
 from relay.ledger import recovery, registry
 from relay.ledger.continuity import Continuity
 from relay.ledger.greetings import Greetings
+from relay.ledger.hosts import place_of
 from relay.ledger.monitor import Monitor
 from relay.ledger.rq_jobs import Dispatcher
 from relay.mail import encryption
@@ -45,6 +46,7 @@ from relay.spool.importer import Importer
 from relay.spool.writer import Spool
 from relay.topology import heartbeats
 from relay.topology.heartbeats import Pulse
+from relay.trace import emitter
 
 _BACKLOG = 1024  # until the relay process sets its own by its descriptor limit
 # The kernel has no IPv6, it is disabled, or no interface has the address.
@@ -149,15 +151,6 @@ def _bind(family: socket.AddressFamily, address: tuple[str, int], *, share: bool
     return sock
 
 
-def place_of(settings: Settings, redis_url: str) -> str:
-    """Return a stable name of this installation: the host and the state folder, which two installations never share.
-
-    With Redis on a Unix socket the host is left out: there is only one, and a recreated container changes its name.
-    """
-    host = "" if redis_url.startswith("unix:") else f"{socket.gethostname()} "
-    return f"{host}{settings.state_dir.absolute()}"
-
-
 async def _end(task: asyncio.Task[None]) -> None:
     """Cancel a task until it has ended: asyncio.wait_for() of Python 3.11 may swallow a cancellation."""
     while not task.done():
@@ -201,7 +194,7 @@ class _Relay:
             self._redis, processes=settings.smtp.process_count, job_size=settings.workers.job_size
         )
         self._continuity = Continuity(settings.backups, settings.state_dir, replicas=settings.redis.replicas)
-        self._pulse = Pulse(place_of(settings, redis_url), context.name, os.getpid())
+        self._pulse = Pulse(place_of(settings.state_dir, redis_url), context.name, os.getpid())
         self._pulse.generation = context.generation
         self._follower = Follower(settings, self._pulse, self._primary)
         self._watch = Monitor(
@@ -270,6 +263,7 @@ class _Relay:
     async def run(self) -> None:
         """Start up, serve, drain."""
         loop = asyncio.get_running_loop()
+        emitter.use(loop)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
@@ -315,6 +309,7 @@ class _Relay:
         for client in (self._redis, self._bulk, self._probe):
             await client.aclose()
         self._jobs.close()
+        emitter.flush()
         maillog.stopped("relay")
 
     async def _hear_the_primary(self) -> None:
@@ -358,7 +353,7 @@ class _Relay:
 
     async def _introduce(self) -> None:
         """Register this process and its destinations in the ledger; take over what dead predecessors had staged."""
-        me = f"{place_of(self._settings, self._redis_url)} {self._context.name}"
+        me = f"{place_of(self._settings.state_dir, self._redis_url)} {self._context.name}"
         try:
             async with self._redis.pipeline(transaction=True) as pipe:
                 registry.register(pipe, (*self._settings.backups, *self._follower.roles.backups))

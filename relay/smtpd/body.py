@@ -50,6 +50,7 @@ class IncomingBody:
         "_settings",
         "_stuffing",
         "_transaction",
+        "is_by_primary",
         "pace",
         "refusal",
     )
@@ -76,6 +77,7 @@ class IncomingBody:
         self._begun = False
         self._octets = 0  # counted in the counters of this process
         self.refusal: Reply | None = None
+        self.is_by_primary = False  # the refusal, and not by a rule of the relay
         self.pace = Pace(settings.idle_timeout, settings.min_data_rate)
 
     async def take(self, piece: bytes) -> None:
@@ -116,6 +118,7 @@ class IncomingBody:
             else:
                 self._kept.append(self._last)
                 self.refusal = await self._transaction.write([self._last])
+                self.is_by_primary = self.refusal is not None
                 self._last = piece
         if self.refusal is not None:
             self._give_up()

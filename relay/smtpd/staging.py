@@ -27,6 +27,7 @@ from relay.mail.envelope import Envelope
 from relay.mail.record import Message
 from relay.repeated import Backoff, until_done
 from relay.spool.writer import Spool
+from relay.trace.events import IN_REDIS, IN_SPOOL
 
 _LARGE = 256 << 10  # larger bodies go alone, over connections of their own
 _SPOOL_SECONDS = 30.0  # for one change in the spool: a disk that hangs is treated as full
@@ -79,8 +80,8 @@ class Staging:
         """Return the time by Redis's clock, seconds since the epoch."""
         return self._watch.clock.now()
 
-    async def stage(self, message: Message) -> None:
-        """Put a message on stable storage, not yet due at any backup. Raises NotDurable."""
+    async def stage(self, message: Message) -> str:
+        """Put a message on stable storage, not yet due at any backup; returns which. Raises NotDurable."""
         large = len(message.body) > _LARGE  # compressing and encrypting it would block the other clients
         record = await asyncio.to_thread(message.packed) if large else message.packed()
         size = sum(map(len, record))
@@ -89,7 +90,7 @@ class Staging:
         if not trouble:
             trouble = await self._to_redis(envelope, record)
             if not trouble:
-                return
+                return IN_REDIS
         try:
             await self._to_spool(envelope, record, trouble)
         except OSError as error:
@@ -102,6 +103,8 @@ class Staging:
                 if untidy or envelope.id in self._doubtful:
                     self.discard(envelope.id)
                 raise NotDurable(trouble, is_own=is_own or self._watch.is_own) from error
+            return IN_REDIS
+        return IN_SPOOL
 
     async def _to_redis(self, envelope: Envelope, record: tuple[bytes, ...]) -> str:
         """Stage a record in Redis; returns "", or the reason of the failure."""

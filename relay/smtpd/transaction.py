@@ -30,6 +30,7 @@ from relay.smtpd.body import FULL, LARGE, TOO_LARGE, IncomingBody
 from relay.smtpd.context import Context
 from relay.smtpd.end_of_data import ClientGone, EndOfData, EndOfLines, Pace
 from relay.smtpd.error_limits import ErrorLimits
+from relay.smtpd.heard import Heard
 from relay.smtpd.peer import Peer
 from relay.smtpd.primary import NoReply, PrimaryTransaction
 from relay.smtpd.protocol import ClientProtocol
@@ -47,6 +48,7 @@ from relay.smtpd.syntax import (
     parse_path,
     split_command,
 )
+from relay.trace import emitter, events
 
 _ENTRY = 200  # octets of memory that an address takes besides its text
 INTERNAL = Reply.of(451, "4.3.0 Internal error, try again later")
@@ -75,12 +77,16 @@ class MailTransaction:
         self._parameters: tuple[str, ...] = ()
         self._recipients: list[Recipient] = []
         self._identity: Identity = ()
+        self._heard = Heard()
         self._body: IncomingBody | None = None
         self._message_id = ""
         self._counted = 0  # octets of the envelope, as added to the shared counters
         self.is_lost = False  # it is unknown where the next command begins, so the session must end
         self.in_data = False
         self.was_served = False  # a message came to its end
+        self._may_be_told = (
+            False  # a refusal of this transaction was logged: a flood of them fills neither log nor trace
+        )
         self._was_refused = False  # MAIL or a later command: what a pipelining client sent behind it is no error
 
     @property
@@ -100,6 +106,13 @@ class MailTransaction:
     def forget(self) -> None:
         """End the transaction, if any, without a message; if its body has begun, by closing the primary connection."""
         transaction, self._transaction = self._transaction, None
+        if self._body is not None:
+            if not self._heard.is_told:
+                self._tell(events.BROKEN_OFF, None)
+        elif self._heard.has_untold_refusals and self._may_be_told:
+            self._message_id = self._context.ids.next()
+            self._tell(events.REFUSED, self._heard.refused[-1][1], refused_at="RCPT")
+        self._heard, self._may_be_told = Heard(), False
         if transaction is not None:
             if self._body is None:
                 transaction.end()
@@ -138,14 +151,15 @@ class MailTransaction:
             return self.out_of_order(Reply.of(503, "5.5.1 Nested MAIL command"))
         self._was_refused = True  # until the primary accepts it
         sender, given = parse_path(argument, "FROM")
+        self._sender, self._recipients = sender, []
         check(given, MAIL_EXTENSIONS, client.offered)
         size = declared_size(given)
         if (refusal := client.objection()) is not None:
-            return self._refused("MAIL", refusal)
+            return self._refused("MAIL", refusal, is_own=True)
         if self._settings.max_message_bytes and size > self._settings.max_message_bytes:
-            return self._refused("MAIL", TOO_LARGE)
+            return self._refused("MAIL", TOO_LARGE, is_own=True)
         if self._context.counters.octets + size > self._settings.max_bytes_in_flight:
-            return self._refused("MAIL", FULL)
+            return self._refused("MAIL", FULL, is_own=True)
 
         def commands(available: Mapping[str, str]) -> list[bytes]:
             mail = command_line("MAIL FROM", sender, carried(given, MAIL_EXTENSIONS, available))
@@ -163,7 +177,7 @@ class MailTransaction:
             self._refused("MAIL", reply)
         else:
             self._count(len(argument))
-        self._sender, self._parameters, self._recipients = sender, given, []
+        self._parameters, self._heard.mail = given, reply
         return reply
 
     async def rcpt(self, argument: str) -> Reply:
@@ -174,6 +188,7 @@ class MailTransaction:
             return self.out_of_order(_IN_CHUNKS)
         recipient = self._recipient(argument)
         address, given = recipient
+        is_own = True
         if not self._is_for_us(recipient):
             reply = Reply.of(554, "5.7.1 Relaying to this domain is not allowed")
         elif len(self._recipients) >= self._most_recipients:
@@ -181,15 +196,18 @@ class MailTransaction:
         elif self._context.counters.octets + len(argument) > self._settings.max_bytes_in_flight:
             reply = FULL
         else:
+            is_own = False
             reply = await transaction.rcpt(
                 command_line("RCPT TO", address, carried(given, RCPT_EXTENSIONS, transaction.extensions))
             )
             if reply.is_positive:
                 self._recipients.append(recipient)
+                self._heard.rcpt.append(reply)
                 self._count(len(argument))
         metrics.recipients.labels(metrics.reply_class(reply.code)).inc()
         if not reply.is_positive:
             self._error_limits.exceed()
+            self._heard.refuse(address, reply, is_own=is_own)
             self._log_refused(f"RCPT <{address}>", reply)
         return reply
 
@@ -198,15 +216,25 @@ class MailTransaction:
         self._counted += octets + _ENTRY
         self._context.counters.add_octets(octets + _ENTRY)
 
-    def _refused(self, command: str, reply: Reply) -> Reply:
+    def _refused(self, command: str, reply: Reply, *, is_own: bool = False) -> Reply:
         """Count and log a refused MAIL or DATA; returns ``reply``."""
         self._error_limits.idle()
         self._log_refused(command, reply)
+        if self._may_be_told:
+            self._message_id = self._context.ids.next()
+            self._tell(events.OWN if is_own else events.REFUSED, reply, refused_at=command)
+            self._heard, self._may_be_told = Heard(), False
         return reply
 
     def _log_refused(self, command: str, reply: Reply) -> None:
         if self._error_limits.may_be_logged():
+            self._may_be_told = True
             maillog.command_refused(self._peer.address, command, reply)
+
+    def _tell(self, outcome: str, reply: Reply | None, *, refused_at: str = "") -> None:
+        """Tell the trace of the end of a message, or of a transaction that never had one."""
+        if emitter.is_on():
+            self._heard.tell(outcome, self._envelope(0), self._primary_name, reply, refused_at=refused_at)
 
     def log_the_rest(self) -> None:
         """Log how many refusals have no line of their own."""
@@ -332,9 +360,10 @@ class MailTransaction:
             return FULL if self._recipients else _NO_RECIPIENTS
         reply = await transaction.data()
         if reply.code != 354:
+            self._refused("DATA", reply)
             self.forget()
             self._was_refused = True
-            return self._refused("DATA", reply)
+            return reply
         self.in_data = True
         self._message_id = self._context.ids.next()
         self._body = IncomingBody(
@@ -359,17 +388,21 @@ class MailTransaction:
         """End a message: make the copies durable, then send the primary the dot; returns the reply for the client."""
         self.was_served = True
         body = await incoming.complete()
-        message = Message(self._envelope(len(body)), body)
+        named = headers.name_of(body)
+        message = Message(self._envelope(len(body), named.text), body)
         transaction, relay = self._transaction, self._context.settings.relay
         if incoming.refusal is not None or transaction is None:
             refusal = incoming.refusal or INTERNAL
             metrics.messages.labels("own").inc()
             maillog.refused(message.envelope, refusal)
+            outcome = events.REFUSED if incoming.is_by_primary else events.OWN
+            self._heard.tell(outcome, message.envelope, self._primary_name, refusal)
             return refusal
         envelope, staged = message.envelope, await self._stage(message)
         if staged is None or (not staged and relay.require_durable_copies and envelope.destinations):
+            self._heard.tell(events.OWN, envelope, self._primary_name, _NOT_DURABLE)
             return _NOT_DURABLE
-        digest = await self._digest(envelope.sender, body) if staged else ""
+        digest = await self._digest(envelope.sender, body, named) if staged else ""
         del body, message  # frees memory: the primary may take ten minutes to answer
         return await self._finish(transaction, envelope, digest, staged=staged)
 
@@ -384,19 +417,20 @@ class MailTransaction:
         begun = self._protocol.loop.time()
         faultpoints.reach("before staging")
         try:
-            await self._context.staging.stage(message)
+            self._heard.stage = await self._context.staging.stage(message)
         except NotDurable as error:
             maillog.not_durable(message.envelope, str(error))
             return None if error.is_own else False
         faultpoints.reach("staged")
-        metrics.stage_seconds.observe(self._protocol.loop.time() - begun)
+        self._heard.stage_seconds = seconds = self._protocol.loop.time() - begun
+        metrics.stage_seconds.observe(seconds)
         return True
 
     @staticmethod
-    async def _digest(sender: str, body: bytes) -> str:
+    async def _digest(sender: str, body: bytes, named: headers.Named) -> str:
         if len(body) <= LARGE:
-            return headers.equality_digest(sender, body)
-        return await asyncio.to_thread(headers.equality_digest, sender, body)
+            return headers.equality_digest(sender, body, named)
+        return await asyncio.to_thread(headers.equality_digest, sender, body, named)
 
     async def _finish(self, transaction: PrimaryTransaction, envelope: Envelope, digest: str, *, staged: bool) -> Reply:
         """Send the held dot; release, discard or hold the copy by the primary's reply, and return that reply."""
@@ -409,6 +443,8 @@ class MailTransaction:
                 staging.hold(envelope.id, digest)
             metrics.messages.labels("uncertain").inc()
             maillog.uncertain(envelope, self._context.settings.relay.uncertain_hold, str(trouble))
+            seconds, why = self._protocol.loop.time() - begun, Reply.of(451, str(trouble))
+            self._heard.tell(events.UNCERTAIN, envelope, self._primary_name, why, seconds=seconds)
             return _NO_ANSWER
         seconds = self._protocol.loop.time() - begun
         faultpoints.reach("primary answered")
@@ -426,14 +462,23 @@ class MailTransaction:
             self.log_the_rest()
             metrics.bytes_accepted.inc(envelope.size)
             mail_features.note(envelope)
-            maillog.accepted(envelope, reply, seconds, late=self._protocol.is_gone)
+            is_late = self._protocol.is_gone
+            to = [r.address for r in envelope.recipients] if self._context.settings.log.addresses else ()
+            maillog.accepted(envelope, reply, seconds, late=is_late, to=to)
+            outcome = events.ACCEPTED
         else:
             if staged:
                 staging.discard(envelope.id)
             maillog.refused(envelope, reply)
+            is_late, outcome = False, events.REFUSED
+        self._heard.tell(outcome, envelope, self._primary_name, reply, seconds=seconds, is_late=is_late)
         return reply
 
-    def _envelope(self, size: int) -> Envelope:
+    @property
+    def _primary_name(self) -> str:
+        return self._snapshot.primary.destination.name
+
+    def _envelope(self, size: int, message_id: str = "") -> Envelope:
         copies, promised = self._copies()
         return Envelope(
             id=self._message_id,
@@ -447,6 +492,7 @@ class MailTransaction:
             destinations=copies,
             identity=self._identity if self._peer.is_spoken_for else (),
             promised=promised,
+            message_id=message_id,
         )
 
     def _copies(self) -> tuple[tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]:

@@ -31,7 +31,7 @@ class Pulse:
     """What one relay process says of itself; whoever changes one of its fields has it told with the next beat."""
 
     def __init__(self, place: str, name: str, pid: int) -> None:
-        """``place`` is where it runs, see relay.server.relay_process.place_of: there, one process has its name."""
+        """``place`` is where it runs, see relay.ledger.hosts.place_of: there, one process has its name."""
         self.process = f"{place} {name}"
         self.name = name
         self.pid = pid

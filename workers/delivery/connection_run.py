@@ -224,6 +224,7 @@ class ConnectionRuns:
         """Read what the server said of a transaction that it carried through."""
         copy, outcome = trial.copy, trial.outcome
         self._note_times(outcome)
+        copy.seconds = outcome.digestion
         doubted, refusals = copy.doubted, self._pool.refusals
         may_repeat = reused and copy.repeats < _REPETITIONS
         is_doubtful = refusals.is_doubtful if may_repeat else None

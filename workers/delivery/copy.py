@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from relay.ledger.changes import Claim
@@ -14,6 +14,7 @@ from relay.ledger.copy_state import CopyState
 from relay.mail.destination import Destination
 from relay.mail.record import Message
 from relay.mail.reply import Reply
+from relay.trace.events import AT_ONCE, DEFERRED, DELIVERED, FAILED
 from workers.delivery.retry import Meaning, judge
 from workers.delivery.transaction import Outcome, Stage
 
@@ -22,7 +23,7 @@ _CERTAIN = (Meaning.TAKEN, Meaning.SPLIT)
 
 @dataclass(slots=True)
 class Copy:
-    """A claimed copy with its body. ``owed``, ``never`` and ``later`` hold indices of the envelope's recipients.
+    """A claimed copy with its body. ``owed``, ``yes``, ``never`` and ``later`` hold indices of recipients.
 
     ``stages`` tells of each one in ``never`` or ``later`` what that was the reply to.
     """
@@ -31,7 +32,7 @@ class Copy:
     message: Message
     state: CopyState
     owed: list[int]
-    taken: int = 0
+    yes: dict[int, Reply] = field(default_factory=dict)  # who was taken
     never: dict[int, Reply] = field(default_factory=dict)
     later: dict[int, Reply] = field(default_factory=dict)
     stages: dict[int, Stage] = field(default_factory=dict)
@@ -41,6 +42,7 @@ class Copy:
     most: int = sys.maxsize  # recipients in one transaction, as far as this server has said
     repeats: int = 0  # transactions that a reused connection did not carry through and a new one may
     doubted: Reply | None = None  # what such a connection said
+    seconds: float | None = None  # from the last dot to the reply to it
 
     @classmethod
     def of(cls, claim: Claim, message: Message, destination: Destination) -> Copy:
@@ -51,14 +53,19 @@ class Copy:
         return cls(claim.id, message, state, [i for i in owed if 0 <= i < len(envelope.recipients)])
 
     @property
+    def taken(self) -> int:
+        """For how many recipients it was taken."""
+        return len(self.yes)
+
+    @property
     def is_touched(self) -> bool:
         """Whether some recipients have an answer that is not yet in the ledger."""
-        return bool(self.taken or self.never or self.later)
+        return bool(self.yes or self.never or self.later)
 
     @property
     def is_refused(self) -> bool:
         """Whether every recipient that was owed this copy was refused it for good."""
-        return bool(self.never) and not (self.taken or self.later or self.owed)
+        return bool(self.never) and not (self.yes or self.later or self.owed)
 
     @property
     def next_owed(self) -> list[int]:
@@ -93,7 +100,7 @@ class Copy:
                     self.doubted = reply
                     continue
             if verdict is Meaning.TAKEN:
-                self.taken += 1
+                self.yes[i] = reply
                 continue
             self.stages[i] = outcome.stage(i)
             if not is_asked_first and len(outcome.accepted) > 1 and reply.is_too_many_recipients:
@@ -128,6 +135,21 @@ class Copy:
                 self.stages[i] = Stage.OWN
         self.later.update(dict.fromkeys(self.owed, reply))
         self.owed = []
+
+    def parts(self) -> list[tuple[str, int, Sequence[str], Reply]]:
+        """Return what was said to whom, as the trace keeps it: who, where not all of them heard the same."""
+        parts: list[tuple[str, int, Sequence[str], Reply]] = []
+        recipients = self.message.envelope.recipients
+        is_mixed = bool(self.later or self.never)
+        for verdict, replies in ((DELIVERED, self.yes), (DEFERRED, self.later), (FAILED, self.never)):
+            by_reply: dict[Reply, list[int]] = {}
+            for i, reply in replies.items():
+                by_reply.setdefault(reply, []).append(i)
+            is_told = is_mixed or len(by_reply) > 1
+            for reply, some in by_reply.items():
+                names = [recipients[i].address for i in some[:AT_ONCE]] if is_told else ()
+                parts.append((verdict, len(some), names, reply))
+        return parts
 
     def said(self, replies: dict[int, Reply]) -> str:
         """Return these replies as one line, naming the recipients where they differ."""

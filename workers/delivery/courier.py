@@ -28,6 +28,7 @@ from relay.ledger.greetings import Greetings
 from relay.mail.destination import Destination
 from relay.redisio.clients import async_client, sync_client
 from relay.redisio.pipeline import Pipelines
+from relay.trace import emitter
 from workers.delivery.bodies import Bodies
 from workers.delivery.brakes import Brakes
 from workers.delivery.claiming import Claiming
@@ -93,6 +94,7 @@ class Courier:
             divergences=self._divergences,
             clock=clock,
             held_seconds=self._brakes.held_seconds,
+            names_recipients=settings.log.addresses,
         )
         self._jobs = JobsInHand(self._outcomes, self._leases)
         self._health = HealthReport(self._redis, name, clock.now, self._brakes)
@@ -151,6 +153,7 @@ class Courier:
 
     async def start(self) -> None:
         """Begin to renew leases and to report our health; from then on it is known whether the destination is held."""
+        emitter.use(asyncio.get_running_loop())
         with suppress(RedisError, OSError):  # the watch goes on asking
             await self._health.look(self._breaker)
         self._spawn(self._leases.renew())
@@ -182,6 +185,7 @@ class Courier:
         await self._pool.close()
         await self._redis.aclose()
         await self._bulk.aclose()
+        emitter.flush()
 
     # --- one job ----------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from relay.ledger.redis_clock import RedisClock
 from relay.mail.destination import Destination
 from relay.mail.envelope import Envelope
 from relay.mail.reply import Reply
+from relay.trace import emitter, events
 from workers.delivery.copy import Copy, begun
 from workers.delivery.divergences import Diverged, Divergences
 from workers.delivery.outbox import Outbox
@@ -66,9 +67,14 @@ class Outcomes:
         divergences: Divergences,
         clock: RedisClock,
         held_seconds: Callable[[float, float], float],
+        names_recipients: bool = False,
     ) -> None:
-        """``held_seconds`` says for how long the destination was held between two times: no copy ages then."""
+        """``held_seconds`` says for how long the destination was held between two times: no copy ages then.
+
+        ``names_recipients``: the log names them.
+        """
         self._held_seconds = held_seconds
+        self._names_recipients = names_recipients
         self._divergences = divergences
         self._name = destination.name
         self._jobs = jobs
@@ -104,7 +110,10 @@ class Outcomes:
             age = self._clock.age(copy.message.envelope.received_at)
             self._delivered.inc()
             self._age.observe(age)
-            maillog.delivered(copy.id, name, copy.taken, attempts, age)
+            envelope, to = copy.message.envelope, copy.yes if self._names_recipients else ()
+            maillog.delivered(
+                envelope, name, copy.taken, attempts, age, to=[envelope.recipients[i].address for i in to]
+            )
         if copy.never:
             reply = copy.said(copy.never)
             failure = counted.tried(now, reply).owed_by(copy.never)
@@ -114,6 +123,8 @@ class Outcomes:
             maillog.failed(copy.id, name, len(copy.never), attempts, reply)
         elif deferral is None:
             written = self._outbox.settle(copy.id, counted=bool(copy.state.open))
+        if emitter.is_on():
+            emitter.note(events.tried(copy.id, name, attempts, copy.seconds, copy.parts(), delay))
         return Conclusion(written, deferral)
 
     def _delay(self, state: CopyState, now: float) -> float | None:
@@ -172,13 +183,21 @@ class Outcomes:
         if delay is None:
             return self.fail(claim, reply)
         metrics.deliveries.labels(self._name, "deferred").inc()
+        self._tell(claim.id, state, events.DEFERRED, reply, delay)
         maillog.deferred(claim.id, self._name, len(state.owed or ()), state.attempts, reply, delay)
         return Conclusion(deferral=Deferral(replace(state, job=job), delay))
 
     def fail(self, claim: Claim, reply: str) -> Conclusion:
         """Put a copy (back) on the failed list that cannot be tried here."""
+        self._tell(claim.id, claim.state, events.FAILED, reply)
         maillog.failed(claim.id, self._name, len(claim.state.owed or ()), claim.state.attempts, reply)
         return Conclusion(self._fail(claim.id, claim.state.tried(self._clock.now(), reply), None, reply, None))
+
+    def _tell(self, message_id: str, state: CopyState, verdict: str, reply: str, delay: float | None = None) -> None:
+        """Tell the trace of a copy that could not be tried here."""
+        if emitter.is_on():
+            parts = [(verdict, len(state.owed or ()), (), reply)]
+            emitter.note(events.tried(message_id, self._name, state.attempts, None, parts, delay))
 
     def forget(self, message_id: str) -> Conclusion:
         """Remove a pending copy whose body is gone."""

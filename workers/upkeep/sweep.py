@@ -37,6 +37,7 @@ from relay.mail.ids import text as as_text
 from relay.mail.reply import Reply
 from relay.mail.reply_text import Known
 from relay.topology import heartbeats
+from relay.trace import emitter, events
 from workers.delivery import leases
 from workers.queues import failed
 from workers.rqworker import live_jobs
@@ -401,6 +402,8 @@ class Sweeper:
         for claim, envelope in zip(claims, envelopes, strict=True):
             count = len(queries.addressees(envelope, destination, claim.state))
             maillog.failed(claim.id, name, count, claim.state.attempts, reply)
+            parts = [(events.FAILED, count, (), reply)]
+            emitter.note(events.tried(claim.id, name, claim.state.attempts, None, parts))
             self._report.add("given up", claim.id, name, "failed")
 
     def _given_up(

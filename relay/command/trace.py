@@ -1,0 +1,234 @@
+"""`trace`: what became of a message, step by step and in the words of both servers."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+from redis import Redis
+
+from relay.cockpit.words import duration as short
+from relay.command.connection import ledger_of
+from relay.command.exit_status import CANNOT_SAY, NO, WELL, CannotSay, Misuse
+from relay.command.long_runs import slow_progress
+from relay.command.output import (
+    BOLD,
+    DIM,
+    GREEN,
+    RED,
+    YELLOW,
+    Output,
+    address,
+    cells_of,
+    fold,
+    moment,
+    terminal_width,
+)
+from relay.config.loader import Settings
+from relay.config.types import duration
+from relay.ledger.hosts import place_of
+from relay.mail.text import printable
+from relay.redisio import embedded
+from relay.trace import files, life
+from relay.trace.asking import OtherHosts
+from relay.trace.life import CopyLife, MessageLife, Step
+from relay.trace.lookup import Query, Report, find
+from relay.trace.privacy import shown
+from relay.trace.words import NoWord
+
+_COLOURS = {life.GOOD: GREEN, life.LATER: YELLOW, life.BAD: RED, life.PLAIN: ""}
+_OF_STATUS = {life.DELIVERED: GREEN, life.WAITING: YELLOW, life.GONE: YELLOW}
+_WHO = 18  # columns of a server's name; a longer one has a line of its own
+_SHOWN = 5  # recipients in the head
+
+
+def show(
+    settings: Settings,
+    out: Output,
+    what: tuple[str, ...],
+    since: str | None,
+    until: str | None,
+    status: str | None,
+    limit: int,
+) -> int:
+    """Show the messages that are meant; says no where there is none."""
+    now = time.time()
+    begin = _when("--since", since, now) if since else 0.0
+    end = _when("--until", until, now) if until else float("inf")
+    try:
+        query = Query.of(what, since=begin, until=end, status=status, limit=limit)
+    except NoWord as error:
+        raise Misuse(str(error)) from None
+    report = Report()
+    count = 0
+    with _ledger(settings, report) as connection, slow_progress("looking through the trace") as progress:
+        others = OtherHosts(connection, _place(settings), report) if connection is not None else None
+        found = find(
+            query,
+            files.folder_of(settings.state_dir),
+            connection=connection,
+            others=others,
+            report=report,
+            progress=progress,
+        )
+        for message in found:
+            if out.as_json:
+                out.object(as_object(message))
+            else:
+                _show(out, message, is_first=not count)
+            count += 1
+    _tell(settings, out, report, query, count)
+    if count:
+        return WELL
+    return CANNOT_SAY if report.damaged or report.silent or (report.no_ledger and not report.files) else NO
+
+
+@contextlib.contextmanager
+def _ledger(settings: Settings, report: Report) -> Iterator[Redis | None]:
+    """Connect to the ledger; without it the files are answered from all the same."""
+    with contextlib.ExitStack() as ends:
+        connection = None
+        try:
+            connection = ends.enter_context(ledger_of(settings))
+        except CannotSay as error:
+            report.no_ledger = str(error)
+        yield connection
+
+
+def _place(settings: Settings) -> str:
+    return place_of(settings.state_dir, settings.redis.url or embedded.url(settings.state_dir))
+
+
+def _when(flag: str, text: str, now: float) -> float:
+    """Read a length of time before now, or a local time. Raises Misuse."""
+    try:
+        return now - float(duration().read(text))
+    except ValueError:
+        pass
+    try:
+        return datetime.fromisoformat(text).astimezone().timestamp()
+    except (ValueError, OverflowError):
+        raise Misuse(f"{flag}: expected a length of time (90s, 5m, 1h, 5d) or a time (2026-11-27T10:00)") from None
+
+
+def _tell(settings: Settings, out: Output, report: Report, query: Query, count: int) -> None:
+    """Say what could not be seen, and where nothing was found, why that may be."""
+    notes = [f"{name} did not answer: what it knows is missing" for name in dict.fromkeys(report.silent)]
+    notes += [f"trace file {text}" for text in report.damaged]
+    if report.no_ledger:
+        notes.append(f"where copies stand now, and other hosts, could not be asked: {report.no_ledger}")
+    for note in notes:
+        sys.stderr.write(f"smtp-dup: {printable(note)}\n")
+    if out.as_json:
+        return
+    if count >= query.limit:
+        out.line(f"The newest {count} are shown; --limit shows more, --since and --until other ones.")
+    if count:
+        return
+    if not settings.trace.max_bytes:
+        out.line("No trace is kept: trace.max_bytes is 0.")
+    elif report.oldest is None:
+        out.line("No trace is kept on this host so far.")
+    else:
+        out.line(f"Nothing found. The trace of this host begins {moment(report.oldest)}.")
+
+
+# One message -----------------------------------------------------------------------------------------------------
+
+
+def as_object(message: MessageLife) -> dict[str, Any]:
+    """Return a message as its JSON object."""
+    heard = message.received
+    return {
+        "id": message.id,
+        "at": message.at,
+        "status": message.status,
+        "sender": message.sender,
+        "recipients": list(message.recipients),
+        "refused": [
+            {"recipient": shown(one.recipient), "reply": one.reply, "own": one.is_own} for one in heard.refused
+        ] if heard else [],
+        "message_id": message.message_id,
+        "client": heard.client if heard else "",
+        "helo": heard.helo if heard else "",
+        "size": heard.size if heard else None,
+        "primary": heard.primary if heard else "",
+        "outcome": heard.outcome if heard else "",
+        "reply": heard.reply if heard else "",
+        "seconds": heard.seconds if heard else None,
+        "staged": heard.stage if heard else "",
+        "copies": [
+            {"destination": copy.destination, "status": copy.status, "attempts": copy.attempts, "reply": copy.reply,
+             "at": copy.at}
+            for copy in message.copies
+        ],
+        "timeline": [
+            {"at": step.at, "who": step.who, "text": step.text, "seconds": step.seconds, "result": step.result}
+            for step in message.timeline()
+        ],
+    }  # fmt: skip
+
+
+def _show(out: Output, message: MessageLife, *, is_first: bool) -> None:
+    if not is_first:
+        out.line("")
+    paint = out.painter()
+    width = 0 if out.wide or not sys.stdout.isatty() else terminal_width()
+    status = paint(message.status, _OF_STATUS.get(message.status, RED))
+    sys.stdout.write(f"{paint(message.id, BOLD)}  {moment(message.at)}  {status}\n")
+    _fold(out, "  ", message.message_id, width, "")
+    heard = message.received
+    if heard:
+        some = [address(one) for one in message.recipients[:_SHOWN]]
+        more = heard.count - len(some)
+        to = ", ".join([*some, *([f"{more} more" if some else f"{more} recipients"] if more > 0 else [])])
+        _fold(out, "  ", f"from {address(message.sender)} to {to or '-'}", width, "")
+    else:
+        _fold(out, "  ", "what the client heard is not kept on a host that answers", width, DIM)
+    steps = message.timeline()
+    who = min(_WHO, max((cells_of(step.who) for step in steps), default=0))
+    days = {time.strftime("%F", time.localtime(step.at)) for step in steps}
+    for step in steps:
+        _show_step(out, step, who, width, with_day=len(days) > 1)
+    for copy in message.copies:
+        if copy.status != life.DELIVERED:
+            colour = _OF_STATUS.get(copy.status, RED)
+            _fold(out, "  ", f"{copy.destination} now: {_stands(copy)}", width, colour)
+
+
+def _show_step(out: Output, step: Step, who: int, width: int, *, with_day: bool) -> None:
+    at = time.strftime("%F %T" if with_day else "%T", time.localtime(step.at)) + f".{int(step.at % 1 * 1000):03d}"
+    took = short(step.seconds) if step.seconds is not None else ""
+    name = printable(step.who)
+    front = f"  {at}  {took:>7}  {name}{' ' * (who - cells_of(name))}  "
+    if cells_of(name) > who:
+        sys.stdout.write(front.rstrip() + "\n")
+        front = " " * (len(at) + who + 15)
+    _fold(out, front, step.text, width, _COLOURS[step.result])
+
+
+def _stands(copy: CopyLife) -> str:
+    tries = f"after {copy.attempts} attempt{'s' * (copy.attempts != 1)}" if copy.attempts else "not tried yet"
+    said = f": {copy.reply}" if copy.reply else ""
+    if copy.status == life.WAITING:
+        return f"{'on its way' if copy.is_busy else 'waiting'}, {tries}{said}"
+    if copy.status == life.FAILED:
+        return f"on the failed list since {moment(copy.at)}, {tries}{said}"
+    if copy.status == life.LOST:
+        return "lost"
+    return f"in no list any more: dropped or moved by an operator, or the last step was not kept; {tries}{said}"
+
+
+def _fold(out: Output, front: str, text: str, width: int, colour: str) -> None:
+    """Write a text behind its front, folded below itself where the terminal is narrow."""
+    if not text:
+        return
+    paint = out.painter()
+    room = width - cells_of(front)
+    lines = fold(printable(text), room) if width and room >= 20 else [printable(text)]
+    for n, line in enumerate(lines):
+        sys.stdout.write((front if not n else " " * cells_of(front)) + paint(line, colour) + "\n")

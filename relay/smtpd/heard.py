@@ -1,0 +1,73 @@
+"""What a client has heard in one transaction so far, for the trace: told once, at its end, however it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from relay.mail.envelope import Envelope
+from relay.mail.reply import Reply
+from relay.trace import emitter, events
+
+_MOST_REFUSED = 100  # refused recipients of one transaction that are kept: a list that is guessed at has thousands
+
+
+class Heard:
+    """The replies of one transaction, and where its copy was stored."""
+
+    __slots__ = ("is_told", "mail", "rcpt", "refused", "stage", "stage_seconds")
+
+    def __init__(self) -> None:
+        self.mail: Reply | None = None
+        self.rcpt: list[Reply] = []  # to the recipients that were accepted
+        self.refused: list[tuple[str, Reply, bool]] = []  # address, reply, whether it was a rule of ours
+        self.stage = events.NOWHERE
+        self.stage_seconds = 0.0
+        self.is_told = False
+
+    def refuse(self, address: str, reply: Reply, *, is_own: bool) -> None:
+        """Note a recipient that was refused."""
+        if len(self.refused) < _MOST_REFUSED:
+            self.refused.append((address, reply, is_own))
+
+    @property
+    def has_untold_refusals(self) -> bool:
+        """Whether recipients were refused and nobody was told of it yet."""
+        return bool(self.refused) and not self.is_told
+
+    def tell(
+        self,
+        outcome: str,
+        envelope: Envelope,
+        primary: str,
+        reply: Reply | None,
+        *,
+        seconds: float = 0.0,
+        refused_at: str = "",
+        is_late: bool = False,
+    ) -> None:
+        """Tell the trace how it ended; only the first end counts."""
+        if self.is_told or not emitter.is_on():
+            return
+        self.is_told = True
+        for event in events.received(
+            outcome,
+            envelope,
+            self.refused,
+            self.stage,
+            self.stage_seconds,
+            primary,
+            seconds,
+            reply,
+            refused_at,
+            self.mail,
+            _once(self.rcpt),
+            is_late=is_late,
+        ):
+            emitter.note(event)
+
+
+def _once(replies: Sequence[Reply]) -> Sequence[Reply]:
+    """Return replies, or the one that they all are."""
+    if len(replies) > 1 and all(reply == replies[0] for reply in replies):
+        return replies[:1]
+    return replies

@@ -1,0 +1,167 @@
+"""A look-up over several hosts: each keeps the trace of its own processes, and answers what the others ask of it.
+
+Questions and answers go through Redis (relay/ledger/questions.py). Who does not answer within three seconds is named
+and not asked again by this look-up. A host answers with events, so that whoever asks can put a life together whose
+message came to one host and whose copy left from another. Raises nothing; without Redis there are no others.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+from redis import Redis
+from redis.exceptions import RedisError
+
+from relay.ledger import hosts, questions
+from relay.mail.ids import are_ids
+from relay.mail.stored import any_text, number
+from relay.repeated import Backoff, Repeated
+from relay.trace import events
+from relay.trace.events import Event
+from relay.trace.life import STATUSES, MessageLife
+from relay.trace.lookup import Query, Report, find, lives
+from relay.trace.words import Term
+
+PATIENCE = 3.0  # seconds for the answers
+_LISTEN_SECONDS = 1.0
+_MOST_LIMIT = 1000
+_PART = 512 << 10  # octets of an answer's part, about
+_ROLES = {"id", "from", "to", "address"}
+
+
+class OtherHosts:
+    """The hosts that this one can ask: those whose housekeeping lives. ``own`` is the place of this one."""
+
+    def __init__(self, connection: Any, own: str, report: Report) -> None:
+        self._connection = connection
+        self._report = report
+        self._places: dict[str, str] = {}
+        try:
+            known = hosts.read(connection)
+        except (RedisError, OSError) as error:
+            report.no_ledger = str(error)
+            return
+        self._places = {h.place: h.host for h in known if h.age < hosts.LATE and h.place != own}
+
+    def __bool__(self) -> bool:
+        return bool(self._places)
+
+    def matching(self, query: Query) -> dict[str, list[Event]]:
+        """Return what other hosts have of messages that may be meant."""
+        # What a message has come to is known to nobody alone.
+        status = None if query.terms else query.status
+        return self._ask({
+            "find": [[term.role, term.kinds, term.value] for term in query.terms],
+            "since": query.since,
+            "until": query.until if math.isfinite(query.until) else None,
+            "status": status,
+            "limit": query.limit if query.status is None else _MOST_LIMIT,
+        })  # fmt: skip
+
+    def of(self, ids: Sequence[str]) -> dict[str, list[Event]]:
+        """Return what other hosts have of these messages."""
+        wanted = set(ids)
+        found = self._ask({"ids": list(ids)})
+        return {message_id: some for message_id, some in found.items() if message_id in wanted}
+
+    def _ask(self, asked: dict[str, Any]) -> dict[str, list[Event]]:
+        found: dict[str, list[Event]] = {}
+        missing = set(self._places)
+        if not missing:
+            return found
+        try:
+            reply_to = questions.ask(self._connection, missing, asked)
+            for place, part in questions.answers(self._connection, reply_to, set(missing), PATIENCE):
+                if part is None:
+                    missing.discard(place)
+                else:
+                    self._take(place, part, found)
+        except (RedisError, OSError) as error:
+            self._report.no_ledger = str(error)
+        for place in missing:
+            self._report.silent.append(self._places.pop(place))
+        return found
+
+    def _take(self, place: str, part: Any, found: dict[str, list[Event]]) -> None:
+        if not isinstance(part, dict):
+            return
+        for one in part.get("events") or ():
+            if (event := events.read(one)) is not None:
+                found.setdefault(event.id, []).append(event)
+        for name in part.get("damaged") or ():
+            self._report.damaged.append(f"{self._places[place]}: {str(name)[:500]}")
+
+
+# The host that is asked ------------------------------------------------------------------------------------------
+
+
+def keep_answering(connect: Callable[[], Redis], folder: Path, place: str, stop: threading.Event) -> None:
+    """Answer what other hosts ask, until the event is set."""
+    trouble = Repeated("trace: questions of other hosts", logger.warning, logger.info)
+    pauses = Backoff(0.1, 5.0)
+    with connect() as client:
+        while not stop.is_set():
+            try:
+                question = questions.next_question(client, place, _LISTEN_SECONDS)
+                if question is not None:
+                    questions.answer(client, question, place, _answer(question.asked, folder))
+            except (RedisError, OSError) as error:
+                trouble.came(str(error))
+                stop.wait(pauses.next())
+            else:
+                trouble.is_over()
+                pauses.reset()
+
+
+def _answer(asked: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+    report = Report()
+    try:
+        found: Iterable[MessageLife]
+        if "ids" in asked:
+            ids = asked["ids"]
+            found = lives(ids, folder, report=report) if are_ids(ids) and len(ids) <= _MOST_LIMIT else ()
+        else:
+            found = find(_query(asked), folder, report=report)
+        yield from _parts(found)
+    except (ValueError, TypeError, KeyError):  # who asks is of another version
+        return
+    if report.damaged:
+        yield {"damaged": report.damaged}
+
+
+def _query(asked: dict[str, Any]) -> Query:
+    terms = []
+    for role, kinds, value in asked["find"]:
+        if role not in _ROLES or any(kind not in "imftFTq" for kind in any_text(kinds)):
+            raise ValueError("no term")
+        terms.append(Term(role, kinds, any_text(value)))
+    status = asked["status"]
+    until = asked["until"]
+    return Query(
+        tuple(terms),
+        number(asked["since"]),
+        math.inf if until is None else number(until),
+        status if status in STATUSES else None,
+        max(1, min(int(number(asked["limit"])), _MOST_LIMIT)),
+    )
+
+
+def _parts(found: Iterable[MessageLife]) -> Iterator[dict[str, Any]]:
+    part: list[Any] = []
+    octets = 0
+    for life in found:
+        for event in life.events:
+            wire = events.stored(event)
+            part.append(wire)
+            octets += len(json.dumps(wire))
+        if octets > _PART:
+            yield {"events": part}
+            part, octets = [], 0
+    if part:
+        yield {"events": part}
