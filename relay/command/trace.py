@@ -11,6 +11,7 @@ from typing import Any
 
 from redis import Redis
 
+from relay.cockpit.words import address, moment
 from relay.cockpit.words import duration as short
 from relay.command.connection import ledger_of
 from relay.command.exit_status import CANNOT_SAY, NO, WELL, CannotSay, Misuse
@@ -22,10 +23,8 @@ from relay.command.output import (
     RED,
     YELLOW,
     Output,
-    address,
     cells_of,
     fold,
-    moment,
     terminal_width,
 )
 from relay.config.loader import Settings
@@ -214,6 +213,9 @@ def _show_step(out: Output, step: Step, who: int, width: int, *, with_day: bool)
 def _stands(copy: CopyLife) -> str:
     tries = f"after {copy.attempts} attempt{'s' * (copy.attempts != 1)}" if copy.attempts else "not tried yet"
     said = f": {copy.reply}" if copy.reply else ""
+    if copy.held_until is not None:
+        until = moment(copy.held_until)
+        return f"held, since the primary may not have it; goes out {until} unless the client sends it again"
     if copy.status == life.WAITING:
         return f"{'on its way' if copy.is_busy else 'waiting'}, {tries}{said}"
     if copy.status == life.FAILED:

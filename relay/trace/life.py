@@ -24,7 +24,6 @@ DELIVERED, WAITING, FAILED, REFUSED, LOST, GONE = STATUSES = (
 GOOD, LATER, BAD, PLAIN = "good", "later", "bad", "plain"
 CLIENT, RELAY = "client", "relay"  # who is neither of the servers
 _EXPIRED = "failed copy expired"
-_OF_STAGING = {"spooled"}  # told with the step that stores the copy
 _BAD_NOTES = words.LOST | {_EXPIRED, "not durable", "unreadable message"}
 _SHOWN_RECIPIENTS = 5
 
@@ -53,6 +52,7 @@ class CopyLife:
     reply: str
     at: float | None
     is_busy: bool = False
+    held_until: float | None = None  # it is uncertain whether the primary has the message; then it goes out anyway
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,7 @@ class MessageLife:
     @property
     def at(self) -> float:
         """When it was received, or is first heard of; seconds since the epoch."""
-        made = made_at(self.id)
-        return min([event.at for event in self.events] or [made])
+        return min([_begin(event) for event in self.events] or [made_at(self.id)])
 
     @property
     def sender(self) -> str:
@@ -137,7 +136,7 @@ class MessageLife:
         if any(note.event in words.LOST for note in notes):
             return CopyLife(name, LOST, attempts, said, None)
         if self.now and (self.now.is_staged or self.now.uncertain_until is not None):
-            return CopyLife(name, WAITING, attempts, said, None)
+            return CopyLife(name, WAITING, attempts, said, None, held_until=self.now.uncertain_until)
         if any(note.event == _EXPIRED for note in notes):
             return CopyLife(name, FAILED, attempts, said, last.at if last else None)
         if last is None:
@@ -180,14 +179,15 @@ class MessageLife:
         """Return its steps, the first one first."""
         steps: list[Step] = []
         spooled = next((e.text for e in self.events if isinstance(e, Noted) and e.event == "spooled"), "")
-        has_uncertain = False
+        is_uncertain = any(isinstance(e, Received) and e.outcome == events.UNCERTAIN for e in self.events)
         for event in self.events:
             if isinstance(event, Received):
-                has_uncertain = has_uncertain or event.outcome == events.UNCERTAIN
                 steps += _of_received(event, spooled)
             elif isinstance(event, Tried):
                 steps += _of_tried(event)
-            elif isinstance(event, Noted) and not (event.event in _OF_STAGING and self.received is not None):
+            elif isinstance(event, Noted) and not (
+                (event.event == "spooled" and self.received) or (event.event == "uncertain" and is_uncertain)
+            ):
                 steps.append(_of_noted(event))
         # A step of the end has its length; those before it are known to be before it.
         return sorted(steps, key=lambda step: step.at)
@@ -201,6 +201,11 @@ def assemble(
         MessageLife(message_id, tuple(sorted(dict.fromkeys(some), key=_order)), now.get(message_id) if now else None)
         for message_id, some in found.items()
     ]
+
+
+def _begin(event: Event) -> float:
+    """Return when what an event tells of began."""
+    return event.at - event.seconds - event.stage_seconds if isinstance(event, Received) else event.at
 
 
 def _order(event: Event) -> tuple[float, int]:
@@ -229,7 +234,7 @@ def _of_received(event: Received, spooled: str) -> Iterator[Step]:
         return
     octets = f"{event.size} octets"
     if event.outcome == events.BROKEN_OFF:
-        yield Step(end, CLIENT, "gone before the end of the message", result=BAD)
+        yield Step(end, CLIENT, "it broke off before the end of the message", result=BAD)
         return
     if event.outcome == events.OWN:
         yield Step(end, RELAY, f"refused, {octets}: {event.reply}", result=_result(event.reply))
