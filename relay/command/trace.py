@@ -35,7 +35,7 @@ from relay.redisio import embedded
 from relay.trace import files, life
 from relay.trace.asking import OtherHosts
 from relay.trace.life import CopyLife, MessageLife, Step
-from relay.trace.lookup import Query, Report, find
+from relay.trace.lookup import Query, Unseen, find
 from relay.trace.privacy import shown
 from relay.trace.words import NoWord
 
@@ -62,7 +62,7 @@ def show(
         query = Query.of(what, since=begin, until=end, status=status, limit=limit)
     except NoWord as error:
         raise Misuse(str(error)) from None
-    report = Report()
+    report = Unseen()
     count = 0
     with _ledger(settings, report) as connection, slow_progress("looking through the trace") as progress:
         others = OtherHosts(connection, _place(settings), report) if connection is not None else None
@@ -87,7 +87,7 @@ def show(
 
 
 @contextlib.contextmanager
-def _ledger(settings: Settings, report: Report) -> Iterator[Redis | None]:
+def _ledger(settings: Settings, report: Unseen) -> Iterator[Redis | None]:
     """Connect to the ledger; without it the files are answered from all the same."""
     with contextlib.ExitStack() as ends:
         connection = None
@@ -114,7 +114,7 @@ def _when(flag: str, text: str, now: float) -> float:
         raise Misuse(f"{flag}: expected a length of time (90s, 5m, 1h, 5d) or a time (2026-11-27T10:00)") from None
 
 
-def _tell(settings: Settings, out: Output, report: Report, query: Query, count: int) -> None:
+def _tell(settings: Settings, out: Output, report: Unseen, query: Query, count: int) -> None:
     """Say what could not be seen, and where nothing was found, why that may be."""
     notes = [f"{name} did not answer: what it knows is missing" for name in dict.fromkeys(report.silent)]
     notes += [f"trace file {text}" for text in report.damaged]

@@ -30,10 +30,10 @@ from relay.smtpd.body import FULL, LARGE, TOO_LARGE, IncomingBody
 from relay.smtpd.context import Context
 from relay.smtpd.end_of_data import ClientGone, EndOfData, EndOfLines, Pace
 from relay.smtpd.error_limits import ErrorLimits
-from relay.smtpd.heard import Heard
 from relay.smtpd.peer import Peer
 from relay.smtpd.primary import NoReply, PrimaryTransaction
 from relay.smtpd.protocol import ClientProtocol
+from relay.smtpd.replies import Replies
 from relay.smtpd.staging import NotDurable
 from relay.smtpd.syntax import (
     LINE_LIMIT,
@@ -77,7 +77,7 @@ class MailTransaction:
         self._parameters: tuple[str, ...] = ()
         self._recipients: list[Recipient] = []
         self._identity: Identity = ()
-        self._heard = Heard()
+        self._heard = Replies()
         self._body: IncomingBody | None = None
         self._message_id = ""
         self._counted = 0  # octets of the envelope, as added to the shared counters
@@ -112,7 +112,7 @@ class MailTransaction:
         elif self._heard.has_untold_refusals and self._may_be_told:
             self._message_id = self._context.ids.next()
             self._tell(events.REFUSED, self._heard.refused[-1][1], refused_at="RCPT")
-        self._heard, self._may_be_told = Heard(), False
+        self._heard, self._may_be_told = Replies(), False
         if transaction is not None:
             if self._body is None:
                 transaction.end()
@@ -223,7 +223,7 @@ class MailTransaction:
         if self._may_be_told:
             self._message_id = self._context.ids.next()
             self._tell(events.OWN if is_own else events.REFUSED, reply, refused_at=command)
-            self._heard, self._may_be_told = Heard(), False
+            self._heard, self._may_be_told = Replies(), False
         return reply
 
     def _log_refused(self, command: str, reply: Reply) -> None:

@@ -25,7 +25,7 @@ from relay.repeated import Backoff, Repeated
 from relay.trace import events
 from relay.trace.events import Event
 from relay.trace.life import STATUSES, MessageLife
-from relay.trace.lookup import Query, Report, find, lives
+from relay.trace.lookup import Query, Unseen, find, lives
 from relay.trace.words import Term
 
 PATIENCE = 3.0  # seconds for the answers
@@ -38,7 +38,7 @@ _ROLES = {"id", "from", "to", "address"}
 class OtherHosts:
     """The hosts that this one can ask: those whose housekeeping lives. ``own`` is the place of this one."""
 
-    def __init__(self, connection: Any, own: str, report: Report) -> None:
+    def __init__(self, connection: Any, own: str, report: Unseen) -> None:
         self._connection = connection
         self._report = report
         self._places: dict[str, str] = {}
@@ -120,7 +120,7 @@ def keep_answering(connect: Callable[[], Redis], folder: Path, place: str, stop:
 
 
 def _answer(asked: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
-    report = Report()
+    report = Unseen()
     try:
         found: Iterable[MessageLife]
         if "ids" in asked:

@@ -107,7 +107,7 @@ class Tried:
 
 
 @dataclass(frozen=True, slots=True)
-class Noted:
+class Remark:
     """Anything else that the mail log says about a message: its event there, the destination if any, and the reason."""
 
     id: str
@@ -117,7 +117,7 @@ class Noted:
     text: str = ""
 
 
-Event = Received | More | Tried | Noted
+Event = Received | More | Tried | Remark
 
 
 # As they are sent ------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def read(found: object) -> Event | None:
                 return _tried(found)
             case "e":
                 destination = found[4] if is_destination_name(found[4]) else ""
-                return Noted(found[1], float(found[2]), _text(found[3]), destination, _text(found[5]))
+                return Remark(found[1], float(found[2]), _text(found[3]), destination, _text(found[5]))
     except (IndexError, ValueError, TypeError, KeyError, RecursionError, OverflowError):
         return None
     return None
@@ -305,7 +305,7 @@ def stored(event: Event) -> Wire:
                 event.parts,
                 event.next_seconds,
             ]
-        case Noted():
+        case Remark():
             return [NOTED, event.id, round(event.at, 3), event.event, event.destination, event.text]
 
 

@@ -14,7 +14,7 @@ from relay.ledger.whereabouts import FAILED as IN_FAILED
 from relay.ledger.whereabouts import WAITS, MessageWhereabouts, Whereabouts
 from relay.mail.ids import made_at
 from relay.trace import events, words
-from relay.trace.events import Event, More, Noted, Received, Tried
+from relay.trace.events import Event, More, Received, Remark, Tried
 from relay.trace.privacy import shown
 
 DELIVERED, WAITING, FAILED, REFUSED, LOST, GONE = STATUSES = (
@@ -108,7 +108,7 @@ class MessageLife:
         """The backups that it has, had, or was to have copies for."""
         found = dict.fromkeys(self.received.copies if self.received else ())
         for event in self.events:
-            if isinstance(event, Tried | Noted) and event.destination:
+            if isinstance(event, Tried | Remark) and event.destination:
                 found[event.destination] = None
         return tuple(found)
 
@@ -124,7 +124,7 @@ class MessageLife:
 
     def _copy(self, name: str) -> CopyLife:
         tries = [e for e in self.events if isinstance(e, Tried) and e.destination == name]
-        notes = [e for e in self.events if isinstance(e, Noted) and e.destination in {name, ""}]
+        notes = [e for e in self.events if isinstance(e, Remark) and e.destination in {name, ""}]
         last = tries[-1] if tries else None
         said = last.parts[-1].reply if last and last.parts else ""
         attempts = max((event.attempt for event in tries), default=0)
@@ -155,7 +155,7 @@ class MessageLife:
     @property
     def _is_spooled(self) -> bool:
         """Whether its copies were in a spool when they were last heard of."""
-        noted = {event.event for event in self.events if isinstance(event, Noted)}
+        noted = {event.event for event in self.events if isinstance(event, Remark)}
         staged = self.received.stage if self.received else ""
         return (staged == events.IN_SPOOL or "spooled" in noted) and "unspooled" not in noted
 
@@ -178,14 +178,14 @@ class MessageLife:
     def timeline(self) -> list[Step]:
         """Return its steps, the first one first."""
         steps: list[Step] = []
-        spooled = next((e.text for e in self.events if isinstance(e, Noted) and e.event == "spooled"), "")
+        spooled = next((e.text for e in self.events if isinstance(e, Remark) and e.event == "spooled"), "")
         is_uncertain = any(isinstance(e, Received) and e.outcome == events.UNCERTAIN for e in self.events)
         for event in self.events:
             if isinstance(event, Received):
                 steps += _of_received(event, spooled)
             elif isinstance(event, Tried):
                 steps += _of_tried(event)
-            elif isinstance(event, Noted) and not (
+            elif isinstance(event, Remark) and not (
                 (event.event == "spooled" and self.received) or (event.event == "uncertain" and is_uncertain)
             ):
                 steps.append(_of_noted(event))
@@ -293,7 +293,7 @@ def _of_tried(event: Tried) -> Iterator[Step]:
         yield Step(event.at, event.destination, f"{attempt}{about}: {part.reply}{again}", event.seconds, result)
 
 
-def _of_noted(event: Noted) -> Step:
+def _of_noted(event: Remark) -> Step:
     text = f"{event.event}: {event.text}" if event.text else event.event
     result = BAD if event.event in _BAD_NOTES else LATER if event.event in {"uncertain", "may repeat"} else PLAIN
     return Step(event.at, event.destination or RELAY, text, result=result)

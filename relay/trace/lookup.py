@@ -1,8 +1,8 @@
 """Look-up: finds the lives of messages in the files of this host, on other hosts, and in the ledger.
 
 ``find`` blocks: call it in a thread. It yields what it has found, the newest first, as soon as it knows it. A file that
-cannot be read and a host that does not answer are named in the Report; the others are answered. Nothing is raised but
-by the caller's own connection: a Redis that is away is in the Report, too.
+cannot be read and a host that does not answer are named in the Unseen; the others are answered. Nothing is raised but
+by the caller's own connection: a Redis that is away is in the Unseen, too.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Query:
 
 
 @dataclass(slots=True)
-class Report:
+class Unseen:
     """What a look-up could not see: files that cannot be read, hosts that did not answer, and why not the ledger.
 
     ``files`` is how many were looked through, ``oldest`` when the first of them begins (None: there is none).
@@ -92,7 +92,7 @@ def find(
     *,
     connection: Any = None,
     others: Others | None = None,
-    report: Report | None = None,
+    report: Unseen | None = None,
     progress: Progress | None = None,
 ) -> Iterator[MessageLife]:
     """Yield the messages that a query is about, the newest first, at most ``query.limit``.
@@ -100,7 +100,7 @@ def find(
     ``folder`` is ``files.folder_of(settings.state_dir)``. With ``connection``, a blocking Redis client, where each copy
     stands is asked from the ledger; with ``others`` what other hosts know is there, too. ``report`` is filled.
     """
-    report = Report() if report is None else report
+    report = Unseen() if report is None else report
     with Reader(folder, report) as reader:
         if not others:
             found = _local(reader, query, connection, None, report, progress)
@@ -122,7 +122,7 @@ def _local(
     query: Query,
     connection: Any,
     others: Others | None,
-    report: Report,
+    report: Unseen,
     progress: Progress | None,
 ) -> Iterator[MessageLife]:
     """Yield what is meant and known here, completed by what other hosts know of it."""
@@ -131,7 +131,7 @@ def _local(
         yield from sorted(_meant(found, query, reader.privacy), key=lambda life: -life.at)
 
 
-def _lives(found: dict[str, list[Event]], connection: Any, others: Others | None, report: Report) -> list[MessageLife]:
+def _lives(found: dict[str, list[Event]], connection: Any, others: Others | None, report: Unseen) -> list[MessageLife]:
     if others and found:
         for message_id, some in others.of(list(found)).items():
             found.setdefault(message_id, []).extend(some)
@@ -144,16 +144,16 @@ def lives(
     *,
     connection: Any = None,
     others: Others | None = None,
-    report: Report | None = None,
+    report: Unseen | None = None,
 ) -> list[MessageLife]:
     """Return the lives of messages by their ids, as far as they are known; in no order."""
-    report = Report() if report is None else report
+    report = Unseen() if report is None else report
     with Reader(folder, report) as reader:
         return _lives(reader.events_of(ids), connection, others, report)
 
 
 def _now(
-    connection: Any, found: Mapping[str, Iterable[Event]], report: Report
+    connection: Any, found: Mapping[str, Iterable[Event]], report: Unseen
 ) -> Mapping[str, whereabouts.MessageWhereabouts] | None:
     if connection is None:
         return None
@@ -207,7 +207,7 @@ def _pages(
 class Reader:
     """The files of this host, opened as they are needed and kept open for one look-up."""
 
-    def __init__(self, folder: Path, report: Report) -> None:
+    def __init__(self, folder: Path, report: Unseen) -> None:
         self._folder = folder
         self._report = report
         self._ends = ExitStack()
@@ -285,7 +285,7 @@ class Reader:
                 self._open[file.path] = opened
             found = self._open[file.path]
             return [] if found is None else ask(found)
-        except (OSError, sqlite3.Error, files.Unreadable, files.DamagedFile) as error:
+        except (OSError, sqlite3.Error, files.UnreadableFile, files.DamagedFile) as error:
             self._open[file.path] = None
             if not file.path.exists():
                 return []  # the oldest goes while we look
@@ -303,4 +303,4 @@ def _ids(opened: OpenFile, numbers: Sequence[int]) -> list[str]:
     return list(dict.fromkeys(event.id for event in found if event is not None))
 
 
-__all__ = ["DELIVERED", "STATUSES", "WAITING", "Query", "Report", "find", "lives"]
+__all__ = ["DELIVERED", "STATUSES", "WAITING", "Query", "Unseen", "find", "lives"]

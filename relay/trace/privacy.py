@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from relay import private_files
-from relay.trace.events import Event, More, Noted, Part, Received, Refusal, Tried
+from relay.trace.events import Event, More, Part, Received, Refusal, Remark, Tried
 
 CLEAR, HASHED, OFF = MODES = ("clear", "hashed", "off")
 KEY_FILE = "key"
@@ -94,7 +94,7 @@ class Privacy:
                         for part in event.parts
                     ),
                 )
-            case Noted():
+            case Remark():
                 return replace(event, text=_cleared(event.text, names))
 
     def _kept(self, address: str) -> str:
@@ -114,7 +114,7 @@ def _names(event: Event) -> Iterator[str]:
         case Tried():
             for part in event.parts:
                 yield from part.recipients
-        case Noted():
+        case Remark():
             pass
 
 

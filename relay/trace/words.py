@@ -20,8 +20,8 @@ from relay.trace.events import (
     UNCERTAIN,
     Event,
     More,
-    Noted,
     Received,
+    Remark,
     Tried,
 )
 
@@ -63,7 +63,7 @@ def of(event: Event) -> Iterator[str]:
                     yield STATUS + part.verdict
                 else:
                     yield from (QUEUE_ID + word for word in queue_ids(part.reply))
-        case Noted() if event.event in LOST:
+        case Remark() if event.event in LOST:
             yield STATUS + "lost"
 
 

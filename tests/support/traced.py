@@ -17,7 +17,7 @@ from relay.trace import emitter, events, files
 from relay.trace.collector import Collector
 from relay.trace.events import Wire
 from relay.trace.life import MessageLife
-from relay.trace.lookup import Query, Report, find
+from relay.trace.lookup import Query, Unseen, find
 
 OLD_SAID = Reply.of(250, "2.0.0 Ok: queued as 4XyzAB12")
 
@@ -92,7 +92,7 @@ class Traced:
         )
         return wire
 
-    def find(self, *what: str, report: Report | None = None, **rest: object) -> list[MessageLife]:
+    def find(self, *what: str, report: Unseen | None = None, **rest: object) -> list[MessageLife]:
         """Look up what an operator types."""
         return list(find(Query.of(what, **rest), self.folder, report=report))  # type: ignore[arg-type]
 

@@ -11,7 +11,7 @@ import pytest
 from relay.config.model import TraceSettings
 from relay.mail.reply import Reply
 from relay.trace import events, files, privacy
-from relay.trace.lookup import Report
+from relay.trace.lookup import Unseen
 from relay.trace.words import NoWord
 from support.traced import Traced, delivered
 
@@ -132,14 +132,14 @@ def test_a_damaged_file_is_named_and_the_others_are_answered(traced: Traced) -> 
     damaged = files.named(traced.folder, traced.now - 10 * HOUR, "up", 1)
     damaged.path.write_bytes(b"SQLite format 3\0" + b"x" * 8192)
     (traced.folder / "notes.txt").write_text("mine")
-    report = Report()
+    report = Unseen()
     assert len(traced.find("bob@b.example", report=report)) == 2
     assert len(report.damaged) == 1
     assert damaged.path.name in report.damaged[0]
     assert not damaged.path.exists()
     assert (traced.folder / files.CORRUPT / damaged.path.name).exists()
     assert (traced.folder / "notes.txt").exists()
-    report = Report()
+    report = Unseen()
     assert len(traced.find("bob@b.example", report=report)) == 2
     assert report.damaged == []
 

@@ -11,7 +11,7 @@ from relay.trace import emitter, events
 _MOST_REFUSED = 100  # refused recipients of one transaction that are kept: a list that is guessed at has thousands
 
 
-class Heard:
+class Replies:
     """The replies of one transaction, and where its copy was stored."""
 
     __slots__ = ("is_told", "mail", "rcpt", "refused", "stage", "stage_seconds")
