@@ -115,7 +115,7 @@ class Collector:
                     raise
                 self._set_aside(error)
                 self._file().add(rows)
-        except (OSError, sqlite3.Error, files.DamagedFile, files.UnreadableFile, encryption.MissingKey) as error:
+        except (OSError, sqlite3.Error, files.DamagedFile, files.ClosedFile, encryption.MissingKey) as error:
             self._close()
             metrics.trace_dropped.inc(count)
             self._trouble.came(f"{_words(error)}; mail goes on, its trace is not kept")
@@ -165,7 +165,7 @@ class Collector:
             file = files.named(self._folder, now, self._role, number)
             try:
                 opened = files.open_to_write(file)
-            except files.UnreadableFile:
+            except files.ClosedFile:
                 number += 1  # of a later version, or its key is gone: it stays as it is
                 continue
             except (sqlite3.Error, files.DamagedFile) as error:
@@ -218,7 +218,7 @@ class Collector:
     @staticmethod
     def _finish(file: HourFile) -> None:
         if any(path.exists() for path in file.all_paths[1:]):
-            with suppress(OSError, sqlite3.Error, files.UnreadableFile, files.DamagedFile):
+            with suppress(OSError, sqlite3.Error, files.ClosedFile, files.DamagedFile):
                 files.open_to_write(file).finish()
 
 

@@ -48,7 +48,7 @@ CREATE TABLE words (word INTEGER, row INTEGER, PRIMARY KEY (word, row)) WITHOUT 
 Row = tuple[bytes, Sequence[str]]  # the events of a message as JSON, and the words by which they are found
 
 
-class UnreadableFile(Exception):
+class ClosedFile(Exception):
     """A file that cannot be read as it is: of another version, or sealed with a key that is not there."""
 
 
@@ -139,13 +139,11 @@ class OpenFile:
         return self._cipher is not None
 
     def _take_secret(self) -> None:
-        """Take the file's key. Raises UnreadableFile, DamagedFile."""
+        """Take the file's key. Raises ClosedFile, DamagedFile."""
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         if version != _VERSION:
             raise (
-                UnreadableFile(f"it is of version {version}")
-                if version > _VERSION
-                else DamagedFile("it has no content")
+                ClosedFile(f"it is of version {version}") if version > _VERSION else DamagedFile("it has no content")
             )
         found = dict(self._connection.execute("SELECT name, value FROM meta").fetchall())
         try:
@@ -153,7 +151,7 @@ class OpenFile:
             text = encryption.open_word(_place(self.file), found["sealed"]) if is_sealed else found["secret"]
             self._use(base64.b64decode(text, validate=True), is_sealed=is_sealed)
         except (encryption.MissingKey, ImportError) as error:
-            raise UnreadableFile(str(error)) from error
+            raise ClosedFile(str(error)) from error
         except (KeyError, TypeError, AttributeError, binascii.Error, ValueError) as error:
             raise DamagedFile("its key is damaged") from error
 
@@ -271,9 +269,9 @@ def _place(file: HourFile) -> str:
 
 
 def open_to_read(file: HourFile) -> OpenFile:
-    """Open a file that is there. Raises UnreadableFile, DamagedFile, OSError, sqlite3.Error."""
+    """Open a file that is there. Raises ClosedFile, DamagedFile, OSError, sqlite3.Error."""
     if not private_files.is_file_of_ours(file.path.lstat()):
-        raise UnreadableFile("it is no file of this user")
+        raise ClosedFile("it is no file of this user")
     has_journal = any(path.exists() for path in file.all_paths[1:3])
     # A file that its writer has finished is read as it is: that works where nothing can be written, too.
     mode = "mode=rw" if has_journal else "mode=ro&immutable=1"
@@ -281,12 +279,12 @@ def open_to_read(file: HourFile) -> OpenFile:
 
 
 def open_to_write(file: HourFile) -> OpenFile:
-    """Open a file, which is made where there is none. Raises UnreadableFile, DamagedFile, OSError, sqlite3.Error."""
+    """Open a file, which is made where there is none. Raises ClosedFile, DamagedFile, OSError, sqlite3.Error."""
     if not file.path.exists():
         # Made by us and not by SQLite: it is private from its first octet on.
         private_files.write(file.path.parent, file.path.name, b"", durable=False)
     elif not private_files.is_file_of_ours(file.path.lstat()):
-        raise UnreadableFile("it is no file of this user")
+        raise ClosedFile("it is no file of this user")
     if not file.path.stat().st_size:
         made = _connected(file, "mode=rw")
         try:

@@ -285,7 +285,7 @@ class Reader:
                 self._open[file.path] = opened
             found = self._open[file.path]
             return [] if found is None else ask(found)
-        except (OSError, sqlite3.Error, files.UnreadableFile, files.DamagedFile) as error:
+        except (OSError, sqlite3.Error, files.ClosedFile, files.DamagedFile) as error:
             self._open[file.path] = None
             if not file.path.exists():
                 return []  # the oldest goes while we look
