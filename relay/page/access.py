@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hmac
-from asyncio import timeout
+from asyncio import Timeout, timeout
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from urllib.parse import parse_qs, quote
@@ -75,12 +75,14 @@ class Access:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         has_begun = False
+        limit: Timeout | None = None
 
         async def send_safely(message: Message) -> None:
             nonlocal has_begun
             if message["type"] == "http.response.start":
                 has_begun = True
-                limit.reschedule(None)  # from here on the connection has the deadlines
+                if limit:
+                    limit.reschedule(None)  # from here on the connection has the deadlines
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers[name] = value
@@ -98,6 +100,7 @@ class Access:
         except Exception as error:
             if has_begun:
                 raise
+            limit = None
             await _said(request, error)(scope, receive, send_safely)
 
     async def _refusal(self, request: Request) -> Response | None:

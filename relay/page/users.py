@@ -25,7 +25,7 @@ TRIES = 5  # of one name from one network
 TRIES_OF_NETWORK = 20  # of all names together
 TRIES_SECONDS = 60.0
 _KNOWN = 10_000  # counts that are kept; the oldest goes first
-_LOOK_SECONDS = 2.0  # between two looks whether the file has changed
+LOOK_SECONDS = 2.0  # between two looks whether the file has changed
 _LONGEST = 256  # characters of a name
 
 
@@ -56,7 +56,7 @@ class Directory:
             raise OSError(f"status.users_file: {path} cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise OSError(f"status.users_file: {printable(str(error))}") from error
-        return cls(users, Users(hashes))
+        return cls(users, Users(hashes, at_once=1))  # whoever guesses takes a core at most, and mail has the others
 
 
 def _split(place: str, name: str, rest: str) -> tuple[str, str]:
@@ -81,7 +81,7 @@ class CurrentUsers:
         self._path = path
         self._directory = Directory({}, Users({}))
         self._seen: object = None
-        self._looked = -_LOOK_SECONDS
+        self._looked = -LOOK_SECONDS
         self.waiting_passwords = 0
 
     def add_waiting_password(self, change: int) -> None:
@@ -100,7 +100,7 @@ class CurrentUsers:
 
     def _current(self) -> Directory:
         now = time.monotonic()
-        if self._path and now - self._looked >= _LOOK_SECONDS:
+        if self._path and now - self._looked >= LOOK_SECONDS:
             self._looked = now
             try:
                 found = self._path.stat()

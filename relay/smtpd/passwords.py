@@ -68,11 +68,11 @@ def hash_password(password: str) -> str:
 class Users:
     """Who may log in."""
 
-    def __init__(self, hashes: Mapping[str, Hash]) -> None:
+    def __init__(self, hashes: Mapping[str, Hash], at_once: int = _AT_ONCE) -> None:
         self._hashes = dict(hashes)
         self._key = os.urandom(32)  # keys the remembered digests, so that they are useless outside this process
         self._remembered: dict[bytes, None] = {}
-        self._room = asyncio.Semaphore(_AT_ONCE)
+        self._room = asyncio.Semaphore(at_once)
 
     @classmethod
     def read(cls, path: Path) -> Users:
