@@ -29,7 +29,7 @@ from relay.mail.destination import Destination
 from relay.monitoring import answers
 from relay.redisio.clients import sync_client
 from relay.server import relay_process
-from relay.server.relay_process import Place
+from relay.server.listening import Place
 from relay.trace import emitter, files
 from relay.trace.asking import keep_answering
 from relay.trace.collector import Collector

@@ -33,7 +33,7 @@ from relay.mail import encryption, record
 from relay.mail.destination import Destination
 from relay.monitoring.listener import bind
 from relay.redisio.clients import sync_client
-from relay.server import relay_process, systemd
+from relay.server import listening, systemd
 from relay.topology import decisions, remembered
 from relay.topology.roles import disagreement
 
@@ -59,7 +59,7 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = (), read: Read 
         start.take(settings.state_dir, role, ends)
         arena = start.arena(f"smtp-dup-{role.name}")
         try:
-            places = relay_process.listen(settings) if role.relays else []
+            places = listening.listen(settings) if role.relays else []
             listener = bind(settings)
         except systemd.NotAsSet as error:
             raise SettingsError([Problem("smtp.listen", "socket activation", str(error))]) from error

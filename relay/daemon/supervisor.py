@@ -16,11 +16,9 @@ import math
 import os
 import select
 import signal
-import struct
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -28,11 +26,12 @@ from loguru import logger
 
 from relay import log_output
 from relay.child import ChildContext
-from relay.daemon.fork import SIGNALS, fork
+from relay.daemon.fork import fork
 from relay.daemon.notify import notify
 from relay.daemon.renewal import Renewal, Roster
 from relay.daemon.slots import Child, Fork, Slot, ending, send
 from relay.daemon.vitals import Vitals
+from relay.daemon.wakeup import Wakeup
 
 __all__ = ["Child", "Supervisor"]
 
@@ -40,7 +39,6 @@ EX_USAGE = 2  # our convention for bad settings
 _TELL_AGAIN_SECONDS = 60.0
 _ROSTER_EVERY = 3.0  # seconds between two looks at who else is needed
 _REPORT_EVERY = 10.0  # seconds between the lines that say who is still waited for
-_PID = struct.Struct("=i")
 
 
 @dataclass(slots=True)
@@ -60,9 +58,7 @@ class Supervisor:
     vitals: Vitals = field(default_factory=Vitals)
     generation: int = field(init=False, default=1)
     _slots: list[Slot] = field(init=False, default_factory=list)
-    _wakeup: tuple[int, int] = field(init=False, default=(-1, -1))
-    _ready: tuple[int, int] = field(init=False, default=(-1, -1))  # children write their pids
-    _watched: dict[int, Callable[[], None]] = field(init=False, default_factory=dict)
+    _wakeup: Wakeup = field(init=False, default_factory=Wakeup)
     _renewal: Renewal | None = field(init=False, default=None)
     # Under nohup the end of the terminal is not ours.
     _at_terminal: bool = field(
@@ -78,7 +74,7 @@ class Supervisor:
         An exception of a ``launch`` at the first start is passed on, with everything stopped.
         """
         self._slots = [Slot(child, due=0.0) for child in sorted(self.children, key=lambda c: -c.stage)]
-        before = self._catch_signals()
+        before = self._wakeup.catch_signals()
         try:
             self._start_due(first=True)
             if self.on_ready:
@@ -89,17 +85,17 @@ class Supervisor:
             self._stop_in_order()
         finally:
             self._kill_all()
-            self._restore_signals(before)
+            self._wakeup.restore_signals(before)
         return self._status
 
     # What others ask of it while it runs, from a callback of its own
 
     def watch(self, descriptor: int, callback: Callable[[], None]) -> None:
         """Call back whenever something can be read; it must not raise. A fork closes the descriptor."""
-        self._watched[descriptor] = callback
+        self._wakeup.watched[descriptor] = callback
 
     def forget(self, descriptor: int) -> None:
-        self._watched.pop(descriptor, None)
+        self._wakeup.watched.pop(descriptor, None)
 
     def renew(self, renewal: Renewal) -> None:
         """Begin to put the children of new settings in the place of those that run; one renewal at a time."""
@@ -301,47 +297,23 @@ class Supervisor:
 
     # Signals
 
-    def _catch_signals(self) -> dict[signal.Signals, object]:
-        self._wakeup, self._ready = os.pipe(), os.pipe()
-        for descriptor in (*self._wakeup, *self._ready):
-            os.set_blocking(descriptor, False)
-        signal.set_wakeup_fd(self._wakeup[1], warn_on_full_buffer=False)
-        # The handlers do nothing: Python writes each signal's number to the pipe, and _wait reads it there.
-        return {number: signal.signal(number, _ignore) for number in SIGNALS}
-
-    def _restore_signals(self, before: Mapping[signal.Signals, object]) -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        signal.set_wakeup_fd(-1)
-        for descriptor in (*self._wakeup, *self._ready):
-            os.close(descriptor)
-
     def _wait(self, until: float) -> None:
         """Wait for a signal or what is watched, at most until a monotonic time, and act on what came."""
         if log_output.waits():  # there is no thread to write it
             log_output.flush(0.0)
             until = min(until, time.monotonic() + _REPORT_EVERY / 10)
-        timeout = None if until == math.inf else max(0.0, until - time.monotonic()) * 1000
-        poll = select.poll()  # select() knows no descriptor above 1023
-        for descriptor in (self._wakeup[0], self._ready[0], *self._watched):
-            poll.register(descriptor, select.POLLIN)
-        ready = [descriptor for descriptor, _ in poll.poll(timeout)]
-        if self._ready[0] in ready:
-            self._note_ready(os.read(self._ready[0], 4096))
-        for number in os.read(self._wakeup[0], 4096) if self._wakeup[0] in ready else b"":
+        signals, pids, descriptors = self._wakeup.wait(until)
+        for slot in self._slots:
+            if slot.process and slot.process.pid in pids:
+                slot.is_ready = True
+        for number in signals:
             if number == signal.SIGHUP and not self._terminal_is_gone():
                 self._reload()
             elif number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}:
                 self._on_stop_signal(signal.Signals(number))
-        for descriptor in ready:
-            if callback := self._watched.get(descriptor):
+        for descriptor in descriptors:
+            if callback := self._wakeup.watched.get(descriptor):  # another callback may have put an end to it
                 callback()
-
-    def _note_ready(self, pids: bytes) -> None:
-        found = {pid for (pid,) in _PID.iter_unpack(pids[: len(pids) // _PID.size * _PID.size])}
-        for slot in self._slots:
-            if slot.process and slot.process.pid in found:
-                slot.is_ready = True
 
     def _reload(self) -> None:
         if self.on_reload and self._stopping is None:
@@ -374,10 +346,6 @@ class Supervisor:
     def _fork(self, slot: Slot, begun: int) -> int:
         child, predecessor = slot.child, slot.instance
 
-        def tell() -> None:
-            with suppress(OSError):
-                os.write(self._ready[1], _PID.pack(os.getpid()))
-
         def context() -> ChildContext:
             return ChildContext(
                 child.name,
@@ -385,7 +353,7 @@ class Supervisor:
                 predecessor,
                 generation=child.generation or 1,
                 seat=slot.seat,
-                ready=tell,
+                ready=self._wakeup.tell_ready,
                 living=partial(self.vitals.living, child.name),
             )
 
@@ -393,13 +361,7 @@ class Supervisor:
 
     def _leave(self) -> None:
         """Close what a fork has of the supervisor's."""
-        signal.set_wakeup_fd(-1)
-        for descriptor in (*self._wakeup, self._ready[0], *self._watched):
-            os.close(descriptor)
+        self._wakeup.leave()
         for slot in self._slots:
             if slot.process:
                 slot.let_go()
-
-
-def _ignore(_number: int, _frame: object) -> None:
-    pass

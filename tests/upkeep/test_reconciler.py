@@ -27,7 +27,8 @@ from support.waiting import wait_until
 from workers.queues import backlog, failed
 from workers.rqworker import live_jobs
 from workers.upkeep import merge_jobs, reconciler, sweep
-from workers.upkeep.sweep import Report, Sweeper
+from workers.upkeep.report import Report
+from workers.upkeep.sweep import Sweeper
 
 
 @pytest.fixture

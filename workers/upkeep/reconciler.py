@@ -20,7 +20,8 @@ from relay.config.loader import Settings
 from relay.ledger import archive, keys
 from relay.ledger.redis_clock import shorten
 from relay.repeated import Repeated
-from workers.upkeep.sweep import SILENT_SECONDS, Report, Sweeper
+from workers.upkeep.report import Report
+from workers.upkeep.sweep import SILENT_SECONDS, Sweeper
 
 __all__ = ["Report", "keep_reconciling", "reconcile", "verify"]
 

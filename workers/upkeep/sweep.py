@@ -13,84 +13,36 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import cast
 
 from redis import Redis
 
 from relay import maillog
 from relay.config.loader import Settings
-from relay.ledger import archive, changes, divergence, divergence_groups, queries, recovery, registry, rq_jobs
+from relay.ledger import archive, changes, divergence_groups, queries, recovery, registry, rq_jobs
 from relay.ledger import keys as ledger_keys
-from relay.ledger.changes import Claim
 from relay.ledger.continuity import Continuity, forget_kept
-from relay.ledger.copy_state import Attempt, CopyState
-from relay.ledger.divergence import Answer
 from relay.ledger.divergence_recount import recount
-from relay.ledger.health import Health
 from relay.ledger.redis_clock import RedisClock, last_look, note_look, pull_in
 from relay.mail.destination import Destination
-from relay.mail.envelope import Envelope
 from relay.mail.ids import text as as_text
-from relay.mail.reply import Reply
 from relay.mail.reply_text import Known
 from relay.topology import heartbeats
-from relay.trace import emitter, events
 from workers.delivery import leases
 from workers.queues import failed
 from workers.rqworker import live_jobs
 from workers.rqworker.revival import revive, shorten_lives
 from workers.upkeep import merge_jobs, orphan_bodies
+from workers.upkeep.give_up import GivingUp
+from workers.upkeep.report import Report
 
 _SETTLED_SECONDS = 10.0  # a copy that is pending for less may be about to get its job
 _THOROUGH_SECONDS = 3600.0  # between two thorough sweeps
 _PAGE = 2000  # pending copies checked in one step, a few milliseconds of Redis
-_BATCH = 100
-_GIVE_UP_AT_ONCE = 5000  # copies given up in one sweep
-_CLAIM_SECONDS = 30.0
 SILENT_SECONDS = 20.0  # between two checks for a worker; a living one restores an expired key within 15
 _LEASE_SLACK = 5.0
-# The findings of ordinary work; any other is a repair.
-_ROUTINE = frozenset({
-    "failed copy expired", "failed body moved", "failed.max_bytes exceeded", "given up", "many small jobs",
-    "reason for refusals", "uncertain",
-})  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Repair:
-    """One finding, and the action taken."""
-
-    finding: str
-    id: str
-    destination: str
-    action: str
-
-    def as_row(self) -> dict[str, str]:
-        """Return the row that `queue verify --json` prints."""
-        return asdict(self)
-
-
-@dataclass(slots=True)
-class Report:
-    """The result of a sweep: the number of each finding, and the first ``kept`` findings."""
-
-    kept: float = math.inf
-    counts: Counter[str] = field(default_factory=Counter)
-    findings: list[Repair] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def disagreed(self) -> bool:
-        """Whether ledger and RQ differed: whether any finding is more than ordinary work."""
-        return any(finding not in _ROUTINE for finding in self.counts)
-
-    def add(self, finding: str, message_id: str, destination: str, action: str) -> None:
-        self.counts[finding] += 1
-        if len(self.findings) < self.kept:
-            self.findings.append(Repair(finding, message_id, destination, action))
 
 
 @dataclass(slots=True)
@@ -194,7 +146,9 @@ class Sweeper:
 
     def _tidy(self, destination: Destination, found: live_jobs.Live, *, thorough: bool) -> None:
         name = destination.name
-        self._give_up(destination)
+        giving_up = GivingUp(self._connection, self._settings, destination, self._clock, self._ours(destination))
+        for message_id in giving_up.run(self._tick):
+            self._report.add("given up", message_id, name, "failed")
         ttl = self._settings.failed.ttl
         for message_id in failed.expire(self._connection, name, ttl, self._clock.ago(ttl)):
             self._report.add("failed copy expired", message_id, name, "dropped")
@@ -348,73 +302,3 @@ class Sweeper:
                 changes.release_leases(self._connection, name, worker)
             for job in revive(self._connection, queue, worker):
                 self._report.add("abandoned job", job, name, "queued again")
-
-    # --- copies that are too old ----------------------------------------------------------------------------------
-
-    def _give_up(self, destination: Destination) -> None:
-        """Fail copies that are pending for longer than retry.give_up while their destination is paused."""
-        name = destination.name
-        health = Health.read(self._connection, name)
-        if not health.is_paused:
-            return
-        reply = f"given up while the destination was paused: {health.reason}"
-        clock, give_up = self._clock, self._settings.retry.give_up
-        before = clock.ago(give_up)
-
-        def is_old(since: float) -> bool:
-            """Return whether a copy is older than retry.give_up, not counting the time in which its backup was held."""
-            return since <= clock.ago(give_up + health.held_seconds(since, clock.now()))
-
-        done = 0
-        for page in queries.pages(self._connection, ledger_keys.PENDING + name, until=before, size=_BATCH):
-            self._tick()
-            ids = [message_id for message_id, _ in page]
-            states = cast("list[bytes | None]", self._connection.hmget(ledger_keys.OWN + name, ids))
-            # For a moved copy, the time of its move counts.
-            old = [
-                message_id
-                for (message_id, accepted), state in zip(page, states, strict=True)
-                if is_old(max(accepted, CopyState.from_wire(state).since))
-            ]
-            if old:
-                self._fail(destination, old, reply)
-            done += len(old)
-            if done >= _GIVE_UP_AT_ONCE:
-                break
-
-    def _fail(self, destination: Destination, ids: Sequence[str], reply: str) -> None:
-        """Fail copies that are not being delivered: first they are claimed, each as the job that owns it."""
-        connection, name = self._connection, destination.name
-        with connection.pipeline(transaction=True) as pipe:
-            for message_id, owner in zip(ids, changes.owners(connection, name, ids), strict=True):
-                changes.claim(pipe, name, owner, "reconciler", _CLAIM_SECONDS, [message_id])
-            claims = [claim for result in pipe.execute() for claim in changes.claimed(result)[0]]
-        envelopes = queries.envelopes(connection, [claim.id for claim in claims])
-        clock = round(changes.now(connection), 3)
-        queue = rq_jobs.queue(connection, name)
-        ttl = self._settings.failed.ttl
-        with connection.pipeline(transaction=True) as pipe:
-            for claim, envelope in zip(claims, envelopes, strict=True):
-                state = self._given_up(pipe, destination, claim, envelope, reply)
-                failure = replace(state, history=(*state.history, Attempt(clock, reply)))
-                failed.add_failure(pipe, queue, name, claim.id, failure, None, reply, ttl, envelope)
-            pipe.execute()
-        for claim, envelope in zip(claims, envelopes, strict=True):
-            count = len(queries.addressees(envelope, destination, claim.state))
-            maillog.failed(claim.id, name, count, claim.state.attempts, reply)
-            parts = [(events.FAILED, count, (), reply)]
-            emitter.note(events.tried(claim.id, name, claim.state.attempts, None, parts))
-            self._report.add("given up", claim.id, name, "failed")
-
-    def _given_up(
-        self, pipe: Any, destination: Destination, claim: Claim, envelope: Envelope | None, reply: str
-    ) -> CopyState:
-        """Add the counting of a given-up copy to a MULTI; returns its state."""
-        if envelope is None:
-            return claim.state
-        answer = Answer(divergence.GIVEN_UP, divergence.OWN, Reply.of(451, reply))
-        owed = envelope.owed_to(destination) if claim.state.owed is None else claim.state.owed
-        answers = dict.fromkeys((i for i in owed if i < len(envelope.recipients)), answer)
-        state, noted = divergence.count(claim.state, envelope, destination.name, answers, self._ours(destination))
-        divergence.note(pipe, destination.name, envelope, claim.state.attempts, noted)
-        return state

@@ -1,4 +1,4 @@
-"""The sockets of a relay process: on machines that lack IPv6, and addresses that are not there."""
+"""The listening sockets: on machines that lack IPv6, and addresses that are not there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loguru import logger
 
 from relay.config.loader import Settings, load
 from relay.monitoring.listener import bind
-from relay.server import relay_process
+from relay.server import listening
 from support.waiting import free_port
 
 
@@ -52,7 +52,7 @@ def listen() -> Iterator[Callable[[Settings], list[socket.socket]]]:
     bound: list[socket.socket] = []
 
     def run(given: Settings) -> list[socket.socket]:
-        found = [sock for place in relay_process.listen(given) for sock in place.sockets]
+        found = [sock for place in listening.listen(given) for sock in place.sockets]
         bound.extend(found)
         return found
 
@@ -67,7 +67,7 @@ def test_without_ipv6_it_listens_on_ipv4_and_says_so(tmp_path, listen, host, mon
     """What stands for both families is what the machine has of them."""
     both = [(socket.AF_INET6, ("::1", 0)), (socket.AF_INET, ("127.0.0.1", 0))]
     port = free_port()
-    monkeypatch.setattr(relay_process, "_resolve", lambda _host, port: [(f, (a, port)) for f, (a, _) in both])
+    monkeypatch.setattr(listening, "_resolve", lambda _host, port: [(f, (a, port)) for f, (a, _) in both])
     lines: list[str] = []
     sink = logger.add(lines.append, level="WARNING")
     sockets = listen(settings(tmp_path, smtp__listen=f"{host}:{port}"))
@@ -80,7 +80,7 @@ def test_without_ipv6_it_listens_on_ipv4_and_says_so(tmp_path, listen, host, mon
 def test_an_ipv6_address_that_is_asked_for_is_not_dropped(tmp_path):
     """Where nothing is left to listen on, it does not start, and the line names the address."""
     with pytest.raises(OSError, match=r"smtp.listen: cannot listen on ::1 port"):
-        relay_process.listen(settings(tmp_path, smtp__listen=f"[::1]:{free_port()}"))
+        listening.listen(settings(tmp_path, smtp__listen=f"[::1]:{free_port()}"))
 
 
 @pytest.mark.usefixtures("without_ipv6")
@@ -93,4 +93,4 @@ def test_the_status_server_too(tmp_path):
 def test_an_address_that_is_not_there_is_one_line(tmp_path):
     """Another machine's address is named, with what the system says."""
     with pytest.raises(OSError, match=r"^smtp.listen: cannot listen on 192.0.2.1 port \d+: Cannot assign"):
-        relay_process.listen(settings(tmp_path, smtp__listen=f"192.0.2.1:{free_port()}"))
+        listening.listen(settings(tmp_path, smtp__listen=f"192.0.2.1:{free_port()}"))
