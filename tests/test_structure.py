@@ -16,7 +16,6 @@ MODULES = [path for top in ("relay", "workers") for path in sorted((ROOT / top).
 # Libraries that one module each stands for; see docs/architecture.md.
 DOORS = {
     "aiosmtpd": {"relay/smtpd/proxy_protocol.py", "relay/demo/servers.py"},
-    "aiosmtplib": {"relay/client/connect.py"},
     "dynaconf": {"relay/config/file.py"},
     "ctypes": {"relay/parent_death.py"},
     "fcntl": {"relay/private_files.py", "relay/daemon/start.py"},  # the latter's lock is not inherited by children

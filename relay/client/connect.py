@@ -1,7 +1,7 @@
 """Opens a session with a server: TCP, greeting, EHLO, TLS, AUTH, each with its own deadline.
 
-aiosmtplib does the handshake; then a Connection takes over its transport. Every failure is a ConnectFailed whose
-``stage`` names the step: it is about the server, never about a message. Its text holds no secret.
+Every failure is a ConnectFailed whose ``stage`` names the step: it is about the server, never about a message. Its text
+holds no secret.
 
 TLS by ``destination.tls``: none; opportunistic (if offered, without checking the certificate, and in plain text if the
 handshake fails, as Postfix's "may"); encrypt (or fail, certificate not checked); verify (or fail). The scheme smtps is
@@ -18,33 +18,13 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
-import aiosmtplib
-
-from relay.client.connection import (
-    ClientError,
-    ConnectFailed,
-    Connection,
-    ConnectionGone,
-    DeadlinePassed,
-    MalformedReply,
-)
-from relay.client.reply_parser import safe_text
+from relay.client import login
+from relay.client.connection import Connection
+from relay.client.errors import ClientError, ConnectFailed, ConnectionGone, DeadlinePassed, MalformedReply
 from relay.mail.destination import Destination
-from relay.mail.reply import Reply
 from relay.mail.timeouts import Timeouts
-
-__all__ = [
-    "ClientError",
-    "ConnectFailed",
-    "Connection",
-    "ConnectionGone",
-    "DeadlinePassed",
-    "MalformedReply",
-    "connect",
-]
-
 
 _Address: TypeAlias = tuple[int, int, int, Any]  # family, type, protocol, socket address
 
@@ -72,14 +52,14 @@ async def connect(
     with _stage("connect"):
         addresses = await _addresses(destination, timeouts.connect)
     loop = asyncio.get_running_loop()
-    begun = loop.time()
-    deadline, left = begun + timeouts.connect, len(addresses)
+    deadline, left = loop.time() + timeouts.connect, len(addresses)
+    attempt = _Attempt(destination, local_hostname, timeouts, context)
     trouble: ConnectFailed | None = None
     for address in addresses:
         patience = max(deadline - loop.time(), timeouts.connect / len(addresses)) / left
         share, left = left, left - 1
         try:
-            return await _connect_to(address, destination, local_hostname, timeouts, begun, patience, share, context)
+            return await attempt.at(address, patience, share)
         except ConnectFailed as error:
             if error.reply is not None or trouble is None or trouble.reply is None:
                 trouble = error  # a reply says more than an address that does not answer
@@ -88,85 +68,121 @@ async def connect(
     raise trouble or ConnectFailed("the name has no address", stage="connect")
 
 
-async def _connect_to(
-    address: _Address,
-    destination: Destination,
-    local_hostname: str,
-    timeouts: Timeouts,
-    begun: float,
-    patience: float,
-    share: int,
-    context: ssl.SSLContext | None,
-) -> Connection:
-    """Open a session with one address; ``patience`` is for its connect, 1/``share`` of the usual for its greeting."""
-    start_tls = destination.scheme != "smtps" and destination.tls != "none"
-    try:
-        return await _open(
-            address, destination, local_hostname, timeouts, begun, patience, share, context, start_tls=start_tls
-        )
-    except _TLSFailed:
-        if destination.tls != "opportunistic" or destination.username:
+class _Attempt:
+    """The handshake of one ``connect``, with one address after the other."""
+
+    def __init__(
+        self, destination: Destination, local_hostname: str, timeouts: Timeouts, context: ssl.SSLContext | None
+    ) -> None:
+        self._destination = destination
+        self._hello = local_hostname.encode("ascii") or b"localhost"
+        self._timeouts = timeouts
+        self._context = context
+        self._loop = asyncio.get_running_loop()
+        self._begun = self._loop.time()
+
+    async def at(self, address: _Address, patience: float, share: int) -> Connection:
+        """Open a session with one address; ``patience`` is for its connect, 1/``share`` of the usual for its EHLO."""
+        destination = self._destination
+        start_tls = destination.scheme != "smtps" and destination.tls != "none"
+        try:
+            return await self._open(address, patience, share, start_tls=start_tls)
+        except _TLSFailed:
+            if destination.tls != "opportunistic" or destination.username:
+                raise
+        return await self._open(address, patience, share, start_tls=False)
+
+    async def _open(self, address: _Address, patience: float, share: int, *, start_tls: bool) -> Connection:
+        connection = await self._dial(address, patience)
+        try:
+            await self._shake_hands(connection, share, start_tls=start_tls)
+        except BaseException:
+            connection.close()
             raise
-    return await _open(address, destination, local_hostname, timeouts, begun, patience, share, context, start_tls=False)
+        return connection
 
-
-async def _open(
-    address: _Address,
-    destination: Destination,
-    local_hostname: str,
-    timeouts: Timeouts,
-    begun: float,
-    patience: float,
-    share: int,
-    context: ssl.SSLContext | None,
-    *,
-    start_tls: bool,
-) -> Connection:
-    def left(most: float) -> float:
-        """Return the seconds that the next step may take, within the limit of the whole handshake."""
-        spent = asyncio.get_running_loop().time() - begun
-        return max(timeouts.connect, min(most, timeouts.session - spent))
-
-    with _stage("connect"):
-        connected = await _dial(address, patience)
-    smtp = aiosmtplib.SMTP(
-        hostname=destination.host.rstrip("."),  # no trailing dot in SNI and certificates (RFC 6066 3)
-        local_hostname=local_hostname,
-        sock=connected,
-        use_tls=destination.scheme == "smtps",
-        start_tls=False,
-        tls_context=context,
-        timeout=left(timeouts.greeting) / share,
-    )
-    protocol = None
-    try:
+    async def _shake_hands(self, connection: Connection, share: int, *, start_tls: bool) -> None:
+        destination, timeouts = self._destination, self._timeouts
+        if destination.scheme == "smtps":
+            with _stage("TLS"):
+                await self._secure(connection, self._left(timeouts.greeting) / share)
         with _stage("greeting"):
-            await smtp.connect()
-        protocol = smtp.protocol
-        smtp.timeout = left(timeouts.command) / share
-        extensions = await _hello(smtp, destination)
-        smtp.timeout = left(timeouts.command)
-        if start_tls and await _start_tls(smtp, destination, offered="STARTTLS" in extensions):
-            smtp.timeout = left(timeouts.command)
-            extensions = await _hello(smtp, destination)  # RFC 3207 4.2: those announced before TLS do not count
+            greeting = await connection.reply(timeout=self._left(timeouts.greeting) / share)
+        if greeting.code != 220:
+            raise ConnectFailed("refused", stage="greeting", reply=greeting)
+        await self._introduce(connection, self._left(timeouts.command) / share)
+        if start_tls and await self._start_tls(connection, self._left(timeouts.command)):
+            # RFC 3207 4.2: the extensions announced before TLS do not count.
+            await self._introduce(connection, self._left(timeouts.command))
         if destination.username:
-            smtp.timeout = left(timeouts.command)
-            await _log_in(smtp, destination)
-        return _take_over(smtp, destination, extensions, local_hostname)
-    except BaseException:
-        smtp.close()
-        if protocol is not None and protocol.transport is not None:
-            # close() waits for the server's TLS close_notify, which may never come.
-            cast("asyncio.Transport", protocol.transport).abort()
-        raise
+            await self._log_in(connection, self._left(timeouts.command))
+        if not connection.is_usable:
+            raise ConnectFailed("the server closed the connection, or said more than was asked", stage="EHLO")
 
+    def _left(self, most: float) -> float:
+        """Return the seconds that the next step may take, within the limit of the whole handshake."""
+        spent = self._loop.time() - self._begun
+        return max(self._timeouts.connect, min(most, self._timeouts.session - spent))
 
-def _take_over(
-    smtp: aiosmtplib.SMTP, destination: Destination, extensions: dict[str, str], hostname: str
-) -> Connection:
-    if smtp.transport is None or not smtp.is_connected:
-        raise ConnectFailed("the server closed the connection", stage="EHLO")
-    return Connection(destination, cast("asyncio.Transport", smtp.transport), extensions, hostname)
+    async def _dial(self, address: _Address, timeout: float) -> Connection:
+        family, _, protocol, where = address
+        host = f"{where[0]}%{where[3]}" if len(where) > 3 and where[3] else where[0]  # IPv6 with its scope
+
+        def made() -> Connection:
+            return Connection(self._destination, self._hello.decode())
+
+        with _stage("connect"):
+            async with asyncio.timeout(timeout):
+                transport, connection = await self._loop.create_connection(
+                    made, host, where[1], family=family, proto=protocol
+                )
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        return connection
+
+    async def _introduce(self, connection: Connection, timeout: float) -> None:
+        """Send EHLO (LHLO for LMTP, HELO to an old server) and note the extensions."""
+        verb = "LHLO" if self._destination.scheme == "lmtp" else "EHLO"
+        with _stage(verb):
+            reply = await connection.command(verb.encode() + b" " + self._hello, timeout=timeout)
+            is_old = reply.code in (500, 502) and verb == "EHLO"
+            if is_old:
+                reply = await connection.command(b"HELO " + self._hello, timeout=timeout)
+            if reply.code != 250:
+                raise ConnectFailed("refused", stage=verb, reply=reply)
+        connection.announce(() if is_old else reply.lines[1:])
+
+    async def _start_tls(self, connection: Connection, timeout: float) -> bool:
+        """Negotiate TLS; returns False if the session continues in plain text, which only "opportunistic" allows."""
+        optional = self._destination.tls == "opportunistic"
+        if "STARTTLS" not in connection.extensions:
+            if optional:
+                return False
+            raise ConnectFailed("the server does not offer STARTTLS", stage="STARTTLS")
+        try:
+            with _stage("TLS"):
+                reply = await connection.command(b"STARTTLS", timeout=timeout)
+                if reply.code == 220:
+                    await self._secure(connection, timeout)
+                    return True
+        except ConnectFailed as error:
+            raise _TLSFailed(error.reason, stage="TLS") from error
+        if optional and connection.is_usable:
+            return False
+        raise ConnectFailed("refused", stage="STARTTLS", reply=reply)
+
+    async def _secure(self, connection: Connection, timeout: float) -> None:
+        if self._context is not None:  # the destination says so
+            # No trailing dot in SNI and certificates (RFC 6066 3).
+            await connection.start_tls(self._context, self._destination.host.rstrip("."), timeout)
+
+    async def _log_in(self, connection: Connection, timeout: float) -> None:
+        destination = self._destination
+        with _stage("AUTH"):
+            if destination.tls != "none" and not connection.is_encrypted:
+                raise ConnectFailed("no password is sent without TLS", stage="AUTH")
+            refusal = await login.log_in(connection, destination.username, destination.password, timeout)
+        if refusal is not None:
+            raise ConnectFailed("refused", stage="AUTH", reply=refusal)
 
 
 async def _addresses(destination: Destination, timeout: float) -> list[_Address]:
@@ -183,65 +199,6 @@ async def _addresses(destination: Destination, timeout: float) -> list[_Address]
     return list(dict.fromkeys((family, kind, protocol, address) for family, kind, protocol, _, address in found))
 
 
-async def _dial(address: _Address, timeout: float) -> socket.socket:
-    family, kind, protocol, where = address
-    connected = socket.socket(family, kind, protocol)
-    try:
-        connected.setblocking(False)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        async with asyncio.timeout(timeout):
-            await asyncio.get_running_loop().sock_connect(connected, where)
-    except BaseException:
-        connected.close()
-        raise
-    return connected
-
-
-async def _hello(smtp: aiosmtplib.SMTP, destination: Destination) -> dict[str, str]:
-    """Send EHLO (LHLO for LMTP, HELO to an old server) and return the extensions."""
-    verb = "LHLO" if destination.scheme == "lmtp" else "EHLO"
-    name = (smtp.local_hostname or "localhost").encode("ascii")
-    with _stage(verb):
-        response = await smtp.execute_command(verb.encode("ascii"), name)
-        if response.code in (500, 502) and verb == "EHLO":
-            await smtp.helo()
-            return {}
-        if response.code != 250:
-            raise aiosmtplib.SMTPHeloError(response.code, response.message)
-    smtp.last_ehlo_response = response  # the setter parses it; starttls() and login() use it too
-    return {keyword.upper(): parameters for keyword, parameters in smtp.esmtp_extensions.items()}
-
-
-async def _start_tls(smtp: aiosmtplib.SMTP, destination: Destination, *, offered: bool) -> bool:
-    """Negotiate TLS; returns False if the session continues in plain text, which only "opportunistic" allows."""
-    optional = destination.tls == "opportunistic"
-    if not offered:
-        if optional:
-            return False
-        raise ConnectFailed("the server does not offer STARTTLS", stage="STARTTLS")
-    # An upper limit besides the deadlines of reply and handshake, which miss a connection that was lost before.
-    seconds = None if smtp.timeout is None else 3 * smtp.timeout
-    try:
-        with _stage("STARTTLS"):
-            async with asyncio.timeout(seconds):
-                await smtp.starttls()
-    except ConnectFailed as error:
-        if error.reply is None:
-            raise _TLSFailed(error.reason, stage="TLS") from error
-        if optional and smtp.is_connected:
-            return False
-        raise
-    return True
-
-
-async def _log_in(smtp: aiosmtplib.SMTP, destination: Destination) -> None:
-    with _stage("AUTH"):
-        if destination.tls != "none" and smtp.get_transport_info("sslcontext") is None:
-            raise ConnectFailed("no password is sent without TLS", stage="AUTH")
-        await smtp.login(destination.username, destination.password)
-
-
 @contextmanager
 def _stage(stage: str) -> Iterator[None]:
     """Turn any exception of a step into a ConnectFailed of this stage."""
@@ -249,36 +206,28 @@ def _stage(stage: str) -> Iterator[None]:
         yield
     except ConnectFailed:
         raise
-    except aiosmtplib.SMTPResponseException as error:
-        if error.code < 0:  # aiosmtplib's mark for a malformed reply
-            raise ConnectFailed("not an SMTP reply", stage=stage) from error
-        raise ConnectFailed("refused", stage=stage, reply=_reply(error.code, error.message)) from error
-    except (OSError, aiosmtplib.SMTPException, ValueError) as error:
-        cause = error.__cause__
-        if isinstance(error, aiosmtplib.SMTPConnectError) and not isinstance(cause, aiosmtplib.SMTPException):
-            stage = "TLS"  # the socket was connected before, so this is the TLS handshake of smtps
-        raise ConnectFailed(_why(error if isinstance(error, TimeoutError) else cause or error), stage=stage) from error
+    except (OSError, ClientError, ValueError) as error:
+        raise ConnectFailed(_why(error), stage=stage) from error
 
 
-def _why(error: BaseException) -> str:
+def _why(error: Exception) -> str:
     """Describe an error in a few words, without addresses or the library's own text."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate not accepted: {error.verify_message}"
-    if isinstance(error, TimeoutError) or (isinstance(error, ConnectionAbortedError) and not error.errno):
+    is_late = isinstance(error, DeadlinePassed | TimeoutError)
+    if is_late or (isinstance(error, ConnectionAbortedError) and not error.errno):
         return "no answer in time"  # asyncio raises ConnectionAbortedError for a TLS handshake time-out
     if isinstance(error, ssl.SSLError):
         return f"TLS handshake failed: {error.reason or 'connection closed'}"
     if isinstance(error, socket.gaierror):
         return f"cannot resolve the name: {error.strerror}"
-    if isinstance(error, aiosmtplib.SMTPServerDisconnected):
+    if isinstance(error, MalformedReply):
+        return "not an SMTP reply"
+    if isinstance(error, ConnectionGone):
         return "the server closed the connection"
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     return str(error) or type(error).__name__
-
-
-def _reply(code: int, message: str) -> Reply:
-    return Reply(code, tuple(safe_text(line.encode("utf-8", "surrogateescape")) for line in message.split("\n")))
 
 
 async def _context(destination: Destination) -> ssl.SSLContext:

@@ -1,15 +1,7 @@
-"""One session with a server after its handshake: pipelined commands, replies in order, a streamed body.
+"""One session with a server: pipelined commands, replies in order, a streamed body that is held open before its dot.
 
-An asyncio.Protocol of its own, because aiosmtplib has neither pipelining nor a body that can be held open before its
-dot. An unsolicited reply is kept (``early_reply``) and never taken for the reply to a later command. Every failure is a
-ClientError with the stage and, if there was one, the server's reply:
-
-    ClientError
-      ConnectFailed         TCP, greeting, EHLO, TLS or AUTH failed (see client.connect)
-      ConnectionGone        the server closed, or sent an unsolicited reply, before the reply that it owed
-      DeadlinePassed        no reply, or no room to write, in time
-      MalformedReply        the server sent something that is no SMTP reply
-      PoolExhausted         all connections are in use (see pool)
+An unsolicited reply is kept (``early_reply``) and never taken for the reply to a later command. Every failure is a
+ClientError with the stage and, if there was one, the server's reply.
 """
 
 from __future__ import annotations
@@ -18,50 +10,27 @@ import asyncio
 import os
 import re
 import socket
+import ssl
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from relay.client.errors import ClientError, ConnectionGone, DeadlinePassed, MalformedReply, stage_of
 from relay.client.reply_parser import ReplyParser
-from relay.client.server_limits import server_limits
+from relay.client.server_limits import UNLIMITED, server_limits
 from relay.mail.destination import Destination
 from relay.mail.reply import Reply
 
 _WRITE_HIGH = 256 * 1024  # octets buffered in the transport before a writer waits
 _MAX_UNASKED = 100  # unsolicited replies before the connection is closed
 _OF_MAIL = frozenset((b"MAIL", b"RCPT", b"DATA", b"."))
+_OLD_AUTH = re.compile("^auth=", re.IGNORECASE)  # as some servers wrote it before RFC 2554
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 
 
-class ClientError(Exception):
-    """Trouble with the server: ``stage`` names the step, ``reply`` is the server's reply if there was one."""
-
-    def __init__(self, text: str, *, stage: str, reply: Reply | None = None) -> None:
-        super().__init__(f"{stage}: {text}" + (f" ({reply.text})" if reply else ""))
-        self.reason = text
-        self.stage = stage
-        self.reply = reply
-
-
-class ConnectFailed(ClientError):
-    """No session was established: stage is connect, greeting, EHLO, STARTTLS, TLS or AUTH."""
-
-
-class ConnectionGone(ClientError):
-    """The connection is lost; the owed reply will not come."""
-
-
-class DeadlinePassed(ClientError):
-    """The server was silent for too long. Replies no longer match commands: only ``close`` is left."""
-
-
-class MalformedReply(ClientError):
-    """The server does not speak SMTP; the connection has been closed."""
-
-
 class Connection(asyncio.Protocol):
-    """A session after its handshake. Made by ``connect``; used by one task at a time.
+    """A session. Made by ``connect``, which does its handshake; used by one task at a time.
 
     Each line given to ``send`` owes one reply, and ``reply`` returns them in that order. After a 354 the caller calls
     ``begin_data``, writes the body and ends it with ``end_body``; after the last reply to the dot, ``end_data``.
@@ -98,23 +67,14 @@ class Connection(asyncio.Protocol):
         "transactions",
     )
 
-    def __init__(
-        self,
-        destination: Destination,
-        transport: asyncio.Transport,
-        extensions: Mapping[str, str],
-        hostname: str = "localhost",
-    ) -> None:
-        """Take over a transport after its handshake. ``extensions``: EHLO keyword in capitals -> parameters.
-
-        ``hostname`` is the name that was sent in EHLO.
-        """
+    def __init__(self, destination: Destination, hostname: str) -> None:
+        """Make the protocol of a new connection, which owes its greeting. ``hostname`` is the name for EHLO."""
         self._loop = asyncio.get_running_loop()
-        self._transport = transport
+        self._transport: asyncio.Transport
         self.destination = destination
-        self.extensions = extensions
+        self.extensions: Mapping[str, str] = {}  # EHLO keyword in capitals -> parameters
         self.hostname = hostname
-        self.limits = server_limits(extensions)
+        self.limits = UNLIMITED
         self.created = self.last_used = self._loop.time()
         self.transactions = 0  # MAIL commands sent
         self.refusals = 0  # of MAIL, RCPT, DATA and dot since the last accepted message: servers slow down for them
@@ -122,7 +82,7 @@ class Connection(asyncio.Protocol):
         self.is_dirty = False  # a MAIL was sent, and neither was its dot answered nor a RSET sent
         self._is_ahead = False  # the next MAIL was sent behind the dot
         self.introduced = b""  # the XCLIENT command in effect
-        self._owed: deque[bytes] = deque()  # verbs whose replies have not arrived
+        self._owed: deque[bytes] = deque((b"greeting",))  # verbs whose replies have not arrived
         self._ready: deque[Reply] = deque()  # replies that arrived before they were awaited
         self._waiter: asyncio.Future[Reply] | None = None
         self._drain: asyncio.Future[None] | None = None
@@ -133,8 +93,6 @@ class Connection(asyncio.Protocol):
         self._unasked: Reply | None = None
         self._extra = 0  # unsolicited replies so far
         self._parser = ReplyParser()
-        transport.set_write_buffer_limits(high=_WRITE_HIGH)
-        transport.set_protocol(self)
 
     @property
     def is_open(self) -> bool:
@@ -172,7 +130,6 @@ class Connection(asyncio.Protocol):
         return self._unasked
 
     async def command(self, line: bytes, *, timeout: float) -> Reply:
-        """Send one line (without CRLF) and return its reply."""
         self.send(line)
         return await self.reply(timeout=timeout)
 
@@ -266,7 +223,33 @@ class Connection(asyncio.Protocol):
         """Close at once; data that the transport has not sent is dropped."""
         self._transport.abort()
 
+    def announce(self, lines: Sequence[str]) -> None:
+        """Note the extensions that a server announces in these lines of its reply to EHLO."""
+        words = [_OLD_AUTH.sub("AUTH ", line).partition(" ") for line in lines]
+        self.extensions = {keyword.upper(): parameters.strip() for keyword, _, parameters in words if keyword}
+        self.limits = server_limits(self.extensions)
+
+    async def start_tls(self, context: ssl.SSLContext, hostname: str, timeout: float) -> None:
+        """Negotiate TLS. Raises ConnectionGone, OSError (also ssl's and TimeoutError).
+
+        Text that arrived before it must not pass for a reply under TLS (RFC 3207 4.2): it ends the session.
+        """
+        if self._ready or self._unasked or not self._parser.is_between or not self.is_open:
+            raise self._gone(b"TLS")
+        # The loop's own time-out misses a connection that was lost just before.
+        async with asyncio.timeout(3 * timeout):
+            secured = await self._loop.start_tls(
+                self._transport, self, context, server_hostname=hostname, ssl_handshake_timeout=timeout
+            )
+        if secured is None:
+            raise self._gone(b"TLS")
+        self.connection_made(secured)
+
     # -- what asyncio calls --
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        transport.set_write_buffer_limits(high=_WRITE_HIGH)
 
     def data_received(self, data: bytes) -> None:
         if self._fault:
@@ -369,11 +352,11 @@ class Connection(asyncio.Protocol):
 
     def _gone(self, verb: bytes) -> ClientError:
         if self._fault:
-            return MalformedReply(self._fault, stage=_stage(verb))
+            return MalformedReply(self._fault, stage=stage_of(verb))
         text = "the connection was closed"
         if self.is_open:
             text = "the server spoke out of turn" if self._unasked else "the body was not written in full"
-        return ConnectionGone(text, stage=_stage(verb), reply=self._unasked)
+        return ConnectionGone(text, stage=stage_of(verb), reply=self._unasked)
 
     async def _drained(self, timeout: float) -> None:
         self._drain = self._loop.create_future()
@@ -408,15 +391,10 @@ class Connection(asyncio.Protocol):
             self._timer = self._loop.call_at(self._deadline, self._expire)
         else:
             text = f"no reply within {self._patience:g} s"
-            self._waiter.set_exception(DeadlinePassed(text, stage=_stage(self._owed[0])))
+            self._waiter.set_exception(DeadlinePassed(text, stage=stage_of(self._owed[0])))
 
 
 def _check(lines: Sequence[bytes]) -> None:
     for line in lines:
         if _CONTROL.search(line):
             raise ValueError("control character in an SMTP command")
-
-
-def _stage(verb: bytes) -> str:
-    """Return the name of the stage for messages."""
-    return "end of data" if verb == b"." else "message body" if verb == b"body" else verb.decode("ascii", "replace")

@@ -16,7 +16,9 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
-from relay.client.connect import ClientError, ConnectFailed, Connection, DeadlinePassed, connect
+from relay.client.connect import connect
+from relay.client.connection import Connection
+from relay.client.errors import ClientError, ConnectFailed, DeadlinePassed
 from relay.client.session_refusals import SessionRefusals
 from relay.mail.destination import Destination
 from relay.mail.reply import Reply

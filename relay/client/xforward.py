@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from relay.client.connection import ClientError, Connection
-from relay.client.server_limits import server_limits
+from relay.client.connection import Connection
+from relay.client.errors import ClientError
 from relay.mail.addresses import is_loopback
 from relay.mail.origin import Identity
 from relay.mail.reply import Reply
@@ -88,7 +88,5 @@ async def introduce(connection: Connection, identity: Identity, *, timeout: floa
     reply = await connection.command(hello + connection.hostname.encode("ascii", "replace"), timeout=timeout)
     if not reply.is_positive:
         raise NotIntroduced("EHLO after XCLIENT was refused", stage="XCLIENT", reply=reply)
-    words = [line.partition(" ") for line in reply.lines[1:]]
-    connection.extensions = {keyword.upper(): parameters.strip() for keyword, _, parameters in words}
-    connection.limits = server_limits(connection.extensions)
+    connection.announce(reply.lines[1:])
     return None

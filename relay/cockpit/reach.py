@@ -21,7 +21,9 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from relay import maillog
-from relay.client.connect import ClientError, Connection, connect
+from relay.client.connect import connect
+from relay.client.connection import Connection
+from relay.client.errors import ClientError
 from relay.config.model import Settings
 from relay.ledger import changes, hosts
 from relay.ledger.hosts import Reach

@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 from redis.asyncio import Redis
 from redis.exceptions import BusyLoadingError, RedisError, ResponseError
 
-from relay.client.connect import ClientError, Connection, connect
+from relay.client.connect import connect
+from relay.client.connection import Connection
+from relay.client.errors import ClientError
 from relay.config.model import RedisSettings, Settings
 from relay.mail import encryption
 from relay.mail.destination import Destination

@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from relay import maillog
-from relay.client.connection import ClientError
+from relay.client.errors import ClientError
 from relay.config.loader import Settings
 from relay.ledger import registry
 from relay.mail.destination import Destination

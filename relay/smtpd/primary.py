@@ -15,7 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from relay import faultpoints, maillog, metrics
-from relay.client.connection import ClientError, Connection, ConnectionGone, DeadlinePassed
+from relay.client.connection import Connection
+from relay.client.errors import ClientError, ConnectionGone, DeadlinePassed
 from relay.client.pool import Pool
 from relay.client.server_limits import UNLIMITED, ServerLimits
 from relay.client.xforward import NotIntroduced, introduce, xforward

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from relay.client.connect import ConnectFailed, connect
+from relay.client.connect import connect
+from relay.client.errors import ConnectFailed
 from relay.config.loader import load
 from relay.mail.destination import Destination
 from relay.mail.timeouts import Timeouts

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from relay.client.connect import ConnectFailed, Connection, ConnectionGone, connect
+from relay.client.connect import connect
+from relay.client.connection import Connection
+from relay.client.errors import ConnectFailed, ConnectionGone
 from relay.mail.reply import Reply
 from relay.mail.timeouts import Timeouts
 from support.certificates import Certificate
@@ -228,6 +230,27 @@ async def test_passwords(scripted: Scripted, certificate: Certificate):
     assert (error.stage, error.reply) == ("AUTH", Reply(535, ("5.7.8 no", "really not")))
     assert "pass word" not in repr(error) + str(error)
     assert (await refused(scripted(), tls="none", **user)).stage == "AUTH"
+
+
+@both_loops
+async def test_methods_of_auth(scripted: Scripted):
+    """CRAM-MD5 is tried first, as in the example of RFC 2195; a method that is refused is followed by the next one."""
+    user = {"username": "tim", "password": "tanstaaftanstaaf", "tls": "none"}
+    server = scripted(extensions=["AUTH LOGIN plain CRAM-MD5"])
+    await opened(server, **user)
+    assert server.connections[0].login == ("tim", "b913a602c7eda7a495b4e6e7334d3890")
+    server.replies["AUTH CRAM-MD5"] = "535 5.7.8 no such secret"
+    server.replies["AUTH PLAIN"] = "504 5.5.4 not really"
+    await opened(server, **user)
+    assert server.connections[1].login == ("tim", "tanstaaftanstaaf")
+    assert [line.split(" ")[1] for line in server.connections[1].commands if line.startswith("AUTH")] == [
+        "CRAM-MD5",
+        "PLAIN",
+        "LOGIN",
+    ]
+    none = scripted(extensions=["AUTH GSSAPI"])
+    error = await refused(none, **user)
+    assert (error.stage, error.reason) == ("AUTH", "the server offers no AUTH that we know")
 
 
 @both_loops

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from relay.client.connect import Connection, ConnectionGone, DeadlinePassed, MalformedReply, connect
+from relay.client.connect import connect
+from relay.client.connection import Connection
+from relay.client.errors import ConnectionGone, DeadlinePassed, MalformedReply
 from relay.mail.reply import Reply
 from relay.mail.timeouts import Timeouts
 from support.event_loops import at_end, both_loops

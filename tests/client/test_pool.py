@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from relay.client.connect import ClientError, ConnectFailed, Connection
+from relay.client.connection import Connection
+from relay.client.errors import ClientError, ConnectFailed
 from relay.client.pool import Pool, PoolExhausted
 from relay.mail.reply import Reply
 from relay.mail.timeouts import Timeouts

@@ -98,6 +98,11 @@ class Conversation:
             user = words[2] if len(words) > 2 else await self._ask("334 VXNlcm5hbWU6")
             password = await self._ask("334 UGFzc3dvcmQ6")
             self.record.login = (base64.b64decode(user).decode(), base64.b64decode(password).decode())
+        elif words[1].upper() == "CRAM-MD5":
+            challenge = b"<1896.697170952@postoffice.reston.mci.net>"  # the example of RFC 2195
+            answer = await self._ask(f"334 {base64.b64encode(challenge).decode()}")
+            user, digest = base64.b64decode(answer).decode().split(" ")
+            self.record.login = (user, digest)
         else:
             scripted = scripted or "504 5.5.4 unknown mechanism"
         await self._do(scripted, "235 2.7.0 welcome")

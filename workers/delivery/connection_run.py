@@ -14,7 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from relay import maillog, metrics
-from relay.client.connection import ClientError, Connection, ConnectionGone, DeadlinePassed
+from relay.client.connection import Connection
+from relay.client.errors import ClientError, ConnectionGone, DeadlinePassed
 from relay.client.pool import Pool, PoolExhausted
 from relay.config.model import RelaySettings
 from relay.ledger.changes import Claim

@@ -20,7 +20,7 @@ from typing import cast
 from redis.exceptions import RedisError
 
 from relay import faultpoints, maillog
-from relay.client.connection import ClientError
+from relay.client.errors import ClientError
 from relay.client.pool import Pool, PoolExhausted
 from relay.config.loader import Settings
 from relay.ledger import archive

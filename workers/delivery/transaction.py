@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from relay.client.connection import ClientError, Connection
+from relay.client.connection import Connection
+from relay.client.errors import ClientError
 from relay.client.server_limits import UNLIMITED, ServerLimits
 from relay.client.xforward import introduce, is_introduced, xforward
 from relay.mail.destination import Destination
