@@ -16,10 +16,12 @@ from relay.command.output import GREEN, RED, Column, Output, as_object
 from relay.command.ready import EXTENSIONS
 from relay.config.differences import Difference, differences
 from relay.config.loader import Settings, SettingsError, Shown, describe
+from relay.config.model import StatusSettings
 from relay.daemon import running
 from relay.ledger import changes, flow, greetings, overview
 from relay.monitoring.probes import ProbeResult, probe_all
 from relay.monitoring.topology import about_topology
+from relay.page import hosts, users
 from relay.redisio import embedded
 from relay.topology import decisions
 from relay.topology.roles import backups_now
@@ -52,7 +54,7 @@ def check(settings: Settings, out: Output) -> int:
     if not settings.redis.url and embedded.socket_path(settings.state_dir).exists():
         # `up` runs with this state folder: its Redis is the one that counts.
         settings = replace(settings, redis=settings.redis.at(embedded.url(settings.state_dir)))
-    findings = asyncio.run(probe_all(settings))
+    findings = [*_page(settings.status), *asyncio.run(probe_all(settings))]
     answers = True
     said: list[tuple[str, list[Extension]]] = []
     try:
@@ -74,6 +76,20 @@ def check(settings: Settings, out: Output) -> int:
     if answers or any(finding.subject != "redis" for finding in troubles):
         return NO if troubles else WELL
     return CANNOT_SAY
+
+
+def _page(status: StatusSettings) -> Iterator[ProbeResult]:
+    """Say who may see the page, where that is not just this host."""
+    try:
+        count = users.check(status)
+    except OSError as error:
+        subject, _, text = str(error).partition(": ")
+        yield ProbeResult(subject, False, text)
+        return
+    if count is not None:
+        yield ProbeResult("page", True, f"{hosts.address(status)}; {count} users may log in")
+    elif status.listen and hosts.is_off(status):
+        yield ProbeResult("page", True, "off: others can reach it, and status.users_file names nobody")
 
 
 def _show_extensions(said: list[tuple[str, list[Extension]]], out: Output) -> None:

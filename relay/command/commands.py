@@ -237,6 +237,11 @@ ROOT = _group(
                     help="between two updates; 1"),
             _option("--once", is_flag=True, help="show it once and end"),
         ),
+        "open": _word(
+            "print a link that opens the page in a browser, once", "open:link",
+            _option("--role", metavar="ROLE", type=click.Choice(["viewer", "operator"]), default="operator",
+                    help="viewer or operator; operator"),
+        ),
         "flow": _word(
             "messages received and their outcomes, by hour or minute", "flow:show",
             _option("--hours", metavar="N", type=click.IntRange(1, 840), help="the last N hours; 24"),
@@ -272,7 +277,7 @@ ROOT = _group(
         "failed": _group("the copies that could not be delivered: list, retry and more", _FAILED),
         "divergence": _listing(_DIVERGENCE, _DIVERGENCES),
         "hash-password": _word(
-            "read a password and write its hash for smtp.users_file", "credentials:hash_password",
+            "read a password and write its hash for a users file", "credentials:hash_password",
             settings="", output=False,
         ),
         "new-key": _word(
@@ -301,7 +306,7 @@ ROOT = _group(
 )  # fmt: skip
 
 ROOT.lesser = frozenset({
-    "relay", "workers", "demo", "reload", "undo", "topology", "audit", "release", "throttle", "hash-password",
+    "relay", "workers", "demo", "open", "reload", "undo", "topology", "audit", "release", "throttle", "hash-password",
     "new-key", "completion", "version",
 })  # fmt: skip
 

@@ -320,13 +320,18 @@ def _show_demoted(value: Demoted) -> str:
 
 
 class PageHost(NamedTuple):
-    """A name under which browsers reach the page; ``is_tls`` where what is in front speaks TLS."""
+    """A name under which browsers reach the page; ``is_tls`` where what is in front speaks TLS.
+
+    ``port`` is only for links to it; 0: the usual one behind TLS, else that of status.listen.
+    """
 
     name: str
     is_tls: bool
+    port: int = 0
 
     def __str__(self) -> str:
-        return f"https://{self.name}" if self.is_tls else self.name
+        name = f"[{self.name}]" if ":" in self.name else self.name
+        return f"{'https://' * self.is_tls}{name}{f':{self.port}' * bool(self.port)}"
 
 
 def _read_page_hosts(value: object) -> tuple[PageHost, ...]:
@@ -335,12 +340,12 @@ def _read_page_hosts(value: object) -> tuple[PageHost, ...]:
     for item in _items_of(value, expected):
         scheme, mark, rest = item.rpartition("://")
         try:
-            name, _ = split_host_port(rest.removesuffix("/"), 0)
+            name, port = split_host_port(rest.removesuffix("/"), 0)
         except ValueError:
-            name = ""
+            name, port = "", 0
         if not name or (mark and scheme.lower() not in {"http", "https"}):
             raise _fail(expected, item)
-        found.append(PageHost(name.lower().removesuffix("."), scheme.lower() == "https"))
+        found.append(PageHost(name.lower().removesuffix("."), scheme.lower() == "https", port))
     return tuple(dict.fromkeys(found))
 
 

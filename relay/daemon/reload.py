@@ -29,6 +29,7 @@ from relay.daemon.renewal import SECONDS, Renewal, Roster
 from relay.daemon.supervisor import Supervisor
 from relay.ledger.audit import Act
 from relay.mail import encryption, record
+from relay.page import users
 from relay.smtpd.credentials import Credentials
 from relay.smtpd.shared_counters import SEATS
 from relay.topology import remembered
@@ -129,6 +130,7 @@ class Reload:
         try:
             if self.crew.role.relays:
                 Credentials.load(settings.smtp)
+            users.check(settings.status)
         except OSError as error:
             return str(error)
         return ""

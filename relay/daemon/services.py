@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 from relay import maillog
 from relay.config.destinations import is_loopback
 from relay.config.loader import Problem, Settings, SettingsError
-from relay.config.model import SmtpSettings
+from relay.config.model import SmtpSettings, StatusSettings
 from relay.daemon import ledger_redis, running, start
 from relay.daemon.busy_destinations import BusyDestinations
 from relay.daemon.control import Control
@@ -32,6 +32,7 @@ from relay.ledger.continuity import Continuity
 from relay.mail import encryption, record
 from relay.mail.destination import Destination
 from relay.monitoring.listener import bind
+from relay.page import hosts, users
 from relay.redisio.clients import sync_client
 from relay.server import listening, systemd
 from relay.topology import decisions, remembered
@@ -60,6 +61,7 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = (), read: Read 
         arena = start.arena(f"smtp-dup-{role.name}")
         try:
             places = listening.listen(settings) if role.relays else []
+            users.check(settings.status)
             listener = bind(settings)
         except systemd.NotAsSet as error:
             raise SettingsError([Problem("smtp.listen", "socket activation", str(error))]) from error
@@ -145,6 +147,21 @@ def _tell(settings: Settings, role: Role) -> None:
         maillog.notice("warning", "no backup is configured: mail is relayed, nothing is copied")
     if settings.status.listen:
         maillog.notice("info", "status", address=f"http://{settings.status.listen}")
+        _tell_of_the_page(settings.status)
+
+
+def _tell_of_the_page(status: StatusSettings) -> None:
+    if hosts.is_off(status):
+        maillog.notice("info", "the page is off: others can reach it, and status.users_file names nobody")
+        return
+    maillog.notice("info", "page", address=hosts.address(status), hint="`smtp-dup open` prints a link that lets you in")
+    if hosts.is_reached_from_outside(status) and not any(host.is_tls for host in status.hosts):
+        maillog.notice(
+            "warning",
+            "passwords for the page are sent in the clear: have a proxy in front speak TLS and name it in status.hosts "
+            "(https://...)",
+            listening=status.listen,
+        )
 
 
 def _tell_who_was_promoted(settings: Settings) -> None:

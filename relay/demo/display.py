@@ -329,11 +329,13 @@ def _say_what_next(console: Console, stage: DemoSetup, programme: list[Sample]) 
         ("One of them", command_line(stage, f"failed show {failed}")),
         ("Try it again", command_line(stage, f"failed retry {failed}")),
         ("The message itself", command_line(stage, f"failed export {failed}")),
+        ("The page in a browser", command_line(stage, "open")),
         ("Numbers", f"curl -s {stage.status}/metrics | grep ^smtpdup"),
         ("The log", f"tail -f {stage.log}"),
     )
     console.print(
-        f"\nAll of it keeps running, and this table goes on: the relay is on {host}:{port}. In another terminal:\n"
+        f"\nAll of it keeps running, and this table goes on: the relay is on {host}:{port}, "
+        f"the page on {stage.status}. In another terminal:\n"
     )
     for what, line in rows:
         # As one line, however long: it is for copy and paste.

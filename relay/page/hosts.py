@@ -69,6 +69,23 @@ def is_same_origin(site: Site, headers: Mapping[str, str]) -> bool:
     return origin in {None, site.origin} and fetched_from in {None, "same-origin"}
 
 
+def is_off(settings: StatusSettings) -> bool:
+    """Return whether there are only the health paths: without users no others than this host's may see the page."""
+    return settings.address is None or (settings.users_file is None and is_reached_from_outside(settings))
+
+
+def address(settings: StatusSettings) -> str:
+    """Return the address of the page for a browser, without a path."""
+    host, port = settings.address or ("", 0)
+    named = next((h for h in settings.hosts if h.is_tls), None) or next(iter(settings.hosts), None)
+    if named:
+        host, port = named.name, named.port or (0 if named.is_tls else port)
+    elif host in {"", "0.0.0.0", "::"}:  # noqa: S104  (all interfaces: this host is one of them)
+        host = "localhost"
+    host = f"[{host}]" if ":" in host else host
+    return f"http{'s' * bool(named and named.is_tls)}://{host}{f':{port}' * bool(port)}"
+
+
 def is_reached_from_outside(settings: StatusSettings) -> bool:
     """Return whether others than users of this host can connect."""
     if settings.address is None:

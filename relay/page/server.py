@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING
 from loguru import logger
 from uvicorn import Config, Server
 
-from relay import maillog
 from relay.config.model import Settings
 from relay.page.application import Find, Front
 from relay.page.connection import HEAD_OCTETS, HttpConnection
 from relay.page.context import PageContext
-from relay.page.hosts import is_reached_from_outside
+from relay.page.hosts import is_off
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -97,24 +96,12 @@ def serve(settings: Settings, listener: socket.socket, answers: Mapping[str, Fin
     if not log.handlers:
         log.addHandler(_ToOurLog())
         log.propagate = False
-    context = _context(settings, stop)
+    context = None if is_off(settings.status) else PageContext.of(settings, stop)
     front = Front(answers, _page(context) if context else None)
     try:
         PageServer(front, stop, context).run(sockets=[listener])
     finally:
         front.close()
-
-
-def is_off(settings: Settings) -> bool:
-    """Return whether there are only the health paths: others than users of this host could see the page."""
-    return settings.status.users_file is None and is_reached_from_outside(settings.status)
-
-
-def _context(settings: Settings, stop: threading.Event) -> PageContext | None:
-    if is_off(settings):
-        maillog.notice("info", "the page is off: others can connect, and status.users_file names no users")
-        return None
-    return PageContext.of(settings, stop)
 
 
 def _page(context: PageContext) -> ASGIApp | None:

@@ -68,10 +68,11 @@ def _split(place: str, name: str, rest: str) -> tuple[str, str]:
     return text, role
 
 
-def check(settings: StatusSettings) -> None:
-    """See that the users file can be used, if there is to be one. Raises OSError."""
-    if settings.users_file and settings.listen:
-        Directory.read(settings.users_file)
+def check(settings: StatusSettings) -> int | None:
+    """See that the users file can be used: returns how many users it has, None without a file. Raises OSError."""
+    if settings.users_file is None or not settings.listen:
+        return None
+    return len(Directory.read(settings.users_file).users)
 
 
 class CurrentUsers:
