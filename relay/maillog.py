@@ -177,11 +177,20 @@ def _named(envelope: Envelope, to: Sequence[str]) -> Values:
     return named
 
 
-def accepted(envelope: Envelope, reply: Reply, seconds: float, *, late: bool = False, to: Sequence[str] = ()) -> None:
+def accepted(
+    envelope: Envelope,
+    reply: Reply,
+    seconds: float,
+    *,
+    late: bool = False,
+    to: Sequence[str] = (),
+    primary: str = "",
+) -> None:
     """The primary accepted the message; its copies are released. ``late``: the client had disconnected.
 
-    ``to`` are the recipients, with log.addresses.
+    ``to`` are the recipients, with log.addresses; ``primary`` names the server where there are routes.
     """
+    way = {"route": envelope.route, "primary": primary} if envelope.route else {}
     _event(
         "INFO",
         "accepted late" if late else "accepted",
@@ -191,10 +200,36 @@ def accepted(envelope: Envelope, reply: Reply, seconds: float, *, late: bool = F
         size=envelope.size,
         client=envelope.client_address,
         copies=",".join(envelope.destinations) or "none",
+        **way,
         seconds=round(seconds, 3),
         **_named(envelope, to),
         reply=reply.text,
     )
+
+
+def table_read(file: str, keys: int) -> None:
+    """The file of a table has changed, and its new content holds."""
+    _event("INFO", "table read", file=file, keys=keys)
+
+
+def table_refused(file: str, reason: str) -> None:
+    """The file of a table cannot be used as it is; what it held before goes on to hold."""
+    _event("WARNING", "table refused", file=file, reason=reason)
+
+
+def failover(route: str, server: str, substitute: str, reason: str) -> None:
+    """A server of a route cannot be used, and the next one gets its mail; told once until it is back."""
+    _event("WARNING", "failover", route=route, server=server, to=substitute, reason=reason)
+
+
+def primary_down(server: str, reason: str) -> None:
+    """A server that has a substitute cannot be used."""
+    _event("WARNING", "primary down", server=server, reason=reason)
+
+
+def primary_back(server: str, seconds: float) -> None:
+    """A server that could not be used is used again."""
+    _event("INFO", "primary back", server=server, after=f"{seconds:.0f}s")
 
 
 def refused(envelope: Envelope, reply: Reply) -> None:

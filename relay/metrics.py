@@ -51,6 +51,21 @@ stage_seconds = Histogram(
     "Time to make a copy durable before the dot",
     buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
 )
+failovers = Counter(
+    "smtpdup_failovers_total",
+    "Turns of a relay process from a server that cannot be used to the next one of its route",
+    ["server", "to"],
+)
+split = Counter(
+    "smtpdup_split_total",
+    "Recipients that need another primary than the others of their message, by what is done",
+    ["how"],
+)
+route_messages = Counter(
+    "smtpdup_route_messages_total",
+    "Messages accepted by a route, and by the server that took them",
+    ["route", "server"],
+)
 copies = Counter("smtpdup_copies_total", "Copies of accepted messages, by the backup that gets them", ["destination"])
 spooled = Counter("smtpdup_spooled_total", "Copies that went to the spool instead of Redis")
 unspooled = Counter("smtpdup_unspooled_total", "Messages moved from the spool into Redis")

@@ -37,7 +37,7 @@ ONE_OF_EACH = {
         "relay/repeated.py",
         "relay/client/session_refusals.py",  # a pause for each kind of refusal, not of a loop
         "relay/daemon/slots.py",  # a pause for each child
-        "workers/delivery/retry.py",  # a pause for each destination
+        "relay/breaker.py",  # a pause for each destination
     },
     r"\.call_soon\(self\._take_off": {"relay/gathering.py"},
 }

@@ -148,6 +148,56 @@ def phases() -> Picture:
     return p
 
 
+_SHAPES = {  # picture -> title, servers, what mail there is and what each server does with it
+    "route-one.svg": (
+        "One new server: the old one answers for all mail, the new one gets a copy",
+        ("old", "new"),
+        (("all mail", "answers", "copy"),),
+    ),
+    "route-order.svg": (
+        "Several servers in order: the first that can be used answers, all others get a copy",
+        ("a", "b", "c"),
+        (("as a rule", "answers", "copy", "copy"), ("while a is away", "copy, later", "answers", "copy")),
+    ),
+    "route-moved.svg": (
+        "Mailbox by mailbox: the new server answers for those who have moved, and both have all mail",
+        ("old", "new"),
+        (("anna, moved", "copy", "answers"), ("all others", "answers", "copy")),
+    ),
+    "route-shop.svg": (
+        "A domain elsewhere: its own server answers, and its own archive gets copies",
+        ("old", "new", "shop", "archive"),
+        (("shop.example", "", "", "answers", "copy"), ("all others", "answers", "copy", "", "")),
+    ),
+    "route-weights.svg": (
+        "Weights: three of four mailboxes at a, one at b, and each server has all mail",
+        ("a, weight 3", "b, weight 1"),
+        (("3 of 4 people", "answers", "copy"), ("1 of 4 people", "copy", "answers")),
+    ),
+    "route-standby.svg": (
+        "Disaster recovery: the standby has all mail, and answers while the site is away",
+        ("site", "standby"),
+        (("as a rule", "answers", "copy"), ("site is away", "copy, later", "answers")),
+    ),
+}
+
+
+def shape(title: str, servers: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> Picture:
+    """Who answers for which mail and who gets copies, a row for each kind of mail."""
+    p = Picture(560, 40 + 50 * len(rows), title)
+    left = 116
+    wide = (560 - left) / len(servers)
+    for column, name in enumerate(servers):
+        p.text(left + column * wide + wide / 2, 22, name, "strong")
+    for number, (mail, *cells) in enumerate(rows):
+        y = 34 + 50 * number
+        p.text(0, y + 26, mail, "", "start")
+        for column, what in enumerate(cells):
+            look = {"answers": "main", "": "third"}.get(what, "second")
+            p.box(left + column * wide + 2, y, wide - 4, 42, *([what] if what else []), look=look)
+    return p
+
+
 # Plots --------------------------------------------------------------------------------------------------------
 
 
@@ -195,6 +245,7 @@ _ROOMS = {  # what each room is for; their floors are the contract in pyproject.
     "relay.cockpit": "what an operator sees: flow, readiness",
     "workers": "delivery of the copies",
     "relay.smtpd": "the client's side, MAIL to dot",
+    "relay.routing": "who answers for which mail",
     "relay.spool": "messages as files",
     "relay.topology": "who is the primary now",
     "relay.trace": "each message's life",
@@ -225,6 +276,7 @@ def pictures() -> dict[str, str]:
     return {
         "overview.svg": str(overview()),
         "phases.svg": str(phases()),
+        **{name: str(shape(*what)) for name, what in _SHAPES.items()},
         "rooms.svg": str(rooms()),
         "throughput.svg": str(bars("Messages a second", [(name, rates) for name, rates, _ in rows])),
         "processor-time.svg": str(bars("Milliseconds a message", [(name, times) for name, _, times in rows])),

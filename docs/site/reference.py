@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from relay.command import manual
-from relay.config.options import BACKUP_FIELDS, OPTIONS, SECTIONS, Option, as_toml
+from relay.config.options import BACKUP_FIELDS, OPTIONS, ROUTE_FIELDS, SECTIONS, Option, as_toml
 
 PAGES = Path(__file__).parents[1]
 MANUAL = Path(__file__).with_name("smtp-dup.1")
@@ -54,6 +54,13 @@ def backup_fields() -> Iterator[str]:
         yield f"| `{field.key}` | {default} | {_meaning(field)} |"
 
 
+def route_fields() -> Iterator[str]:
+    """Yield the fields of [[route]], each with an example."""
+    yield from ("", "| field | example | meaning |", "|---|---|---|")
+    for name, example, text in ROUTE_FIELDS:
+        yield f"| `{name}` | `{example}` | {_cell(text)} |"
+
+
 def variables() -> Iterator[str]:
     """Yield a row for each option: variable, flag, option, default."""
     yield from ("", "| variable | flag | option | default |", "|---|---|---|---|")
@@ -61,7 +68,7 @@ def variables() -> Iterator[str]:
         yield f"| `{option.variables[0]}` | `{option.flag}` | `{option.key}` | `{as_toml(option.default)}` |"
 
 
-TABLES = {"options": options, "backup-fields": backup_fields, "variables": variables}
+TABLES = {"options": options, "backup-fields": backup_fields, "route-fields": route_fields, "variables": variables}
 
 
 def renew(page: str) -> str:

@@ -55,7 +55,7 @@ class Looks:
                 return await self.look(server)
 
         settings = self._settings
-        servers = [server for server in (settings.primary, *settings.backups) if server is not None]
+        servers = settings.named
         return await asyncio.gather(*map(one, servers))
 
     async def look(self, server: Destination) -> Reach:

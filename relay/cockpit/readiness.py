@@ -128,8 +128,9 @@ def topology_now(connection: Any) -> Topology | None:
 def backups_now(connection: Any, settings: Settings) -> list[str]:
     """Return the names of those that get copies now, by the last decision and these settings."""
     decided = topology_now(connection)
-    servers = [*([settings.primary] if settings.primary and decided else []), *settings.backups]
-    return [server.name for server in servers if not decided or server.name != decided.primary]
+    primary = decided.primary if decided else settings.primary.name if settings.primary else ""
+    servers = [*([settings.primary] if settings.primary and decided else []), *settings.copied]
+    return [name for name in dict.fromkeys(server.name for server in servers) if name != primary]
 
 
 def gather(connection: Any, settings: Settings, name: str) -> Evidence:
@@ -150,7 +151,7 @@ def gather(connection: Any, settings: Settings, name: str) -> Evidence:
         old=old,
         now=now,
         ready=settings.ready,
-        destination=next((b for b in settings.backups if b.name == name), known.get(name)),
+        destination=next((b for b in settings.copied if b.name == name), known.get(name)),
         restraint=_restraint(connection, name, now),
         first=_first(connection, hours, name),
         hours=hours,

@@ -19,7 +19,8 @@ from relay.config.loader import Settings, SettingsError, Shown, describe
 from relay.config.model import StatusSettings
 from relay.daemon import running
 from relay.ledger import changes, flow, greetings, overview
-from relay.monitoring.probes import ProbeResult, probe_all
+from relay.monitoring.probe_result import ProbeResult
+from relay.monitoring.probes import probe_all
 from relay.monitoring.topology import about_topology
 from relay.page import hosts, users
 from relay.redisio import embedded
@@ -134,7 +135,7 @@ def _left_behind(settings: Settings) -> Iterator[ProbeResult]:
     with ledger_of(settings) as connection:
         topology, _ = decisions.topology(connection)
         rows = overview.summary(connection)
-    configured = {backup.name for backup in (*settings.backups, *backups_now(settings, topology))}
+    configured = {backup.name for backup in (*settings.copied, *backups_now(settings, topology))}
     for row in rows:
         if row.destination not in configured and (row.pending or row.failed):
             left = f"no backup any more, but {row.pending} copies wait and {row.failed} have failed"

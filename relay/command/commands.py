@@ -83,12 +83,18 @@ def _word(
     return Word(
         None,
         callback=read,
-        params=[*own, *(SETTINGS_FLAGS if settings else ())],
+        params=[*own, *(_settings_flags(own) if settings else ())],
         help=text[0].upper() + text[1:] + ".",
         short_help=text,
         context_settings=HELP_OPTIONS,
         hidden=hidden,
     )
+
+
+def _settings_flags(own: Sequence[click.Parameter]) -> list[click.Parameter]:
+    """Return the flags of settings, but for those whose name a command has for something of its own."""
+    taken = {name for param in own for name in param.opts}
+    return [flag for flag in SETTINGS_FLAGS if not taken.intersection(flag.opts)]
 
 
 def _listing(listing: Word, commands: dict[str, Word | CommandGroup]) -> Listing:
@@ -209,9 +215,18 @@ ROOT = _group(
         "reload": _word(
             "apply new settings without a restart", "reload:reload",
             _DRY_RUN, _option("--wait", metavar="TIME", default="10s", help="for all processes to follow; 10s"),
+            _option("--allow-empty", is_flag=True, help="even if a table of routes that had many keys is empty now"),
             settings="given",
         ),
         "check": _word("validate the settings, probe Redis and every server", "check:check", settings="checked"),
+        "route": _word(
+            "which route an address takes, who answers for it, and why", "route:show",
+            click.Argument(["address"], metavar="ADDRESS"),
+            _option("--sender", metavar="ADDRESS", default="", help="of the message; the null sender"),
+            _option("--client", metavar="IP", default="127.0.0.1", help="that sends it; 127.0.0.1"),
+            _option("--listen", metavar="HOST:PORT", default="", help="of ours, that it connects to; the first"),
+            settings="primary",
+        ),
         "ready": _word(
             "whether a backup is ready to be the primary, and why not", "ready:show",
             click.Argument(["name"], metavar="[NAME]", required=False, type=Names(DESTINATION)),
@@ -306,7 +321,8 @@ ROOT = _group(
 )  # fmt: skip
 
 ROOT.lesser = frozenset({
-    "relay", "workers", "demo", "open", "reload", "undo", "topology", "audit", "release", "throttle", "hash-password",
+    "relay", "workers", "demo", "open", "reload", "undo", "topology", "audit", "release", "throttle", "route",
+    "hash-password",
     "new-key", "completion", "version",
 })  # fmt: skip
 

@@ -67,7 +67,7 @@ def _look(given: Given, what: str, add: Callable[[str], Any]) -> None:
     with suppress(Exception):
         settings = given.settings_here(require_primary=False)
         if what == DESTINATION:
-            for backup in settings.backups:
+            for backup in settings.copied:
                 add(backup.name)
         from relay.ledger import keys as ledger_keys  # noqa: PLC0415  (redis-py: 0.1 s, which other completions do not take)
         from relay.redisio import embedded  # noqa: PLC0415  (redis-py: 0.1 s, which other completions do not take)

@@ -189,7 +189,7 @@ def move(settings: Settings, out: Output, source: str, target: str) -> int:
 
 def forget(settings: Settings, out: Output, name: str) -> int:
     """Forget a destination that is no backup any more and that nothing is listed for."""
-    if any(backup.name == name for backup in settings.backups):
+    if any(backup.name == name for backup in settings.copied):
         raise Trouble(f"{name} is a backup in these settings: take it out of them and restart first")
     waiting = _spool(settings).backlogs.get(name, 0)
     if waiting:

@@ -28,7 +28,7 @@ _CHANGES = [
 _WORST = (WELL, NO, CANNOT_SAY, USAGE)  # of several answers the last in this order counts
 
 
-def reload(given: Given, out: Output, *, dry_run: bool, wait: str) -> int:
+def reload(given: Given, out: Output, *, dry_run: bool, wait: str, allow_empty: bool) -> int:
     """Ask each smtp-dup that runs with this state folder. Raises SettingsError, Trouble."""
     try:
         seconds = duration(zero=True).read(wait)
@@ -42,7 +42,7 @@ def reload(given: Given, out: Output, *, dry_run: bool, wait: str) -> int:
     with control.lines(state_dir) as lines:
         if not lines:
             raise fault or Trouble(f"nothing runs with the state folder {state_dir}: see state_dir")
-        statuses = [_ask(line, out, seconds, dry_run=dry_run) for line in lines]
+        statuses = [_ask(line, out, seconds, dry_run=dry_run, allow_empty=allow_empty) for line in lines]
     return max(statuses, key=_WORST.index)
 
 
@@ -58,9 +58,9 @@ def _state_dir(given: Given) -> Path:
         return default_state_dir(os.environ)
 
 
-def _ask(line: Line, out: Output, seconds: float, *, dry_run: bool) -> int:
+def _ask(line: Line, out: Output, seconds: float, *, dry_run: bool, allow_empty: bool) -> int:
     try:
-        line.ask({"ask": "reload", "dry_run": dry_run, "who": operator()})
+        line.ask({"ask": "reload", "dry_run": dry_run, "who": operator(), "allow_empty": allow_empty})
         answer = line.hear(seconds + control.PATIENCE)
         if answer is None:
             _tell(f"`{line.role}` does not answer")
@@ -89,7 +89,7 @@ def _show(answer: Mapping[str, Any], out: Output, *, dry_run: bool) -> int:
     if dry_run:
         _result(out, answer, taken=False, text="Nothing was done." if changes else "There is nothing to reload.")
     elif not changes:
-        text = f"No {'other ' if left else ''}setting has changed. Certificate, users and keys are read again."
+        text = f"No {'other ' if left else ''}setting has changed. Certificate, users, keys and tables are read again."
         _result(out, answer, taken=True, text=text)
     return WELL
 

@@ -174,7 +174,7 @@ def _transport(values: dict[str, Any], *, given: bool) -> Faults:
 # Between destinations -----------------------------------------------------------------------------------------
 
 
-def _hosts(host: str) -> frozenset[str]:
+def hosts_of(host: str) -> frozenset[str]:
     """Return all equivalent forms of a host: localhost and its addresses are one host."""
     host = host.lower().rstrip(".")
     if host in {"localhost", "localhost.localdomain", "ip6-localhost"}:
@@ -195,7 +195,7 @@ def is_loopback(host: str) -> bool:
     if host in _EVERYWHERE:
         return False
     try:
-        return all(ipaddress.ip_address(address).is_loopback for address in _hosts(host))
+        return all(ipaddress.ip_address(address).is_loopback for address in hosts_of(host))
     except ValueError:
         return False  # a name, which is not resolved here
 
@@ -205,7 +205,7 @@ def _is_this_machine(host: str) -> bool:
     own = socket.gethostname().lower()
     if host.lower().rstrip(".") in {own, own.partition(".")[0]}:
         return True
-    for candidate in _hosts(host):
+    for candidate in hosts_of(host):
         try:
             family = socket.AF_INET6 if ipaddress.ip_address(candidate).version == 6 else socket.AF_INET
             with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -218,7 +218,7 @@ def _is_this_machine(host: str) -> bool:
 
 def same_server(one: Destination, other: Destination) -> bool:
     """Return whether both are the same host and port, as far as can be known without a DNS query."""
-    return one.port == other.port and bool(_hosts(one.host) & _hosts(other.host))
+    return one.port == other.port and bool(hosts_of(one.host) & hosts_of(other.host))
 
 
 def is_own_address(host: str, port: int, listening: Sequence[tuple[str, int]]) -> bool:
@@ -229,7 +229,7 @@ def is_own_address(host: str, port: int, listening: Sequence[tuple[str, int]]) -
         if own_host in _EVERYWHERE:
             if _is_this_machine(host):
                 return True
-        elif _hosts(own_host) & _hosts(host):
+        elif hosts_of(own_host) & hosts_of(host):
             return True
     return False
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from relay.config.model import Settings, in_words
 from relay.config.options import OPTIONS
+from relay.config.routes import Route
 from relay.mail.destination import Destination
 
 _PRIMARY, _BACKUPS = "relay.destination_primary", "relay.destination_backups"
@@ -41,7 +42,21 @@ def differences(before: Settings, after: Settings) -> list[Difference]:
     olds, news = ({b.name: b for b in s.backups} for s in (before, after))
     for name in names:
         found += _of_server(f"backup.{name}", olds.get(name), news.get(name), frozenset())
-    return found
+    olds, news = ({b.name: b for b in s.servers} for s in (before, after))
+    for name in dict.fromkeys((*olds, *news)):
+        found += _of_server(f"server.{name}", olds.get(name), news.get(name), frozenset())
+    return found + list(_of_routes(before.route_table, after.route_table))
+
+
+def _of_routes(before: Sequence[Route], after: Sequence[Route]) -> Iterator[Difference]:
+    olds, news = ({route.name: route for route in routes} for routes in (before, after))
+    for name in dict.fromkeys((*olds, *news)):
+        old, new = olds.get(name), news.get(name)
+        if old != new:
+            shown = (route.in_words() if route else _NONE for route in (old, new))
+            yield Difference(f"route.{name}", *_told_apart(*shown))
+    if list(olds) != list(news) and sorted(olds) == sorted(news):
+        yield Difference("route", ", ".join(olds), ", ".join(news))
 
 
 def _of_server(

@@ -22,6 +22,8 @@ from dynaconf.vendor.ruamel.yaml.constructor import DuplicateKeyError
 from relay.config.options import SECTIONS
 from relay.mail.text import printable
 
+_TABLES = ("backup", "server", "route")  # [[...]], in YAML lists
+
 
 class UnreadableFile(Exception):
     """A file that cannot be read or parsed; the text is one line."""
@@ -64,7 +66,7 @@ def read(path: Path) -> FileContent:
         raise UnreadableFile("expected sections with options") from None
     data |= dict.fromkeys(sorted(loaded - set(data)), True)  # dynaconf's own options are unknown here
     lowered = {str(key).lower(): _lower(value) for key, value in data.items()}
-    told = {key: value for key, value in lowered.items() if value or key not in {*SECTIONS, "backup"}}
+    told = {key: value for key, value in lowered.items() if value or key not in {*SECTIONS, *_TABLES}}
     return FileContent(told, dict(_lines(text, path.suffix)))
 
 
@@ -94,7 +96,7 @@ def _syntax(error: Exception) -> str:
 
 def _lines(text: str, suffix: str) -> Iterator[tuple[str, int]]:
     """Yield each key and its line; multi-line values are not parsed, which is good enough for messages."""
-    section, tables = "", -1
+    section, tables, dashes = "", dict.fromkeys(_TABLES, -1), dict[str, str]()  # dashes: how far each list is indented
     for number, line in enumerate(text.lower().splitlines(), 1):
         if suffix == ".toml":
             header = re.match(r"\s*(\[\[?)\s*\"?([\w.-]+)", line)
@@ -103,12 +105,17 @@ def _lines(text: str, suffix: str) -> Iterator[tuple[str, int]]:
             name = header[2] if header else ""
         else:
             header = re.match(r"(\")?([\w.-]+)\"?\s*:", line)
-            starts_table = section.startswith("backup") and bool(re.match(r"\s*-", line))
+            within, dash = section.partition("[")[0], re.match(r"(\s*)-\s", f"{line} ")
+            starts_table = within in _TABLES and dash is not None and dashes.setdefault(within, dash[1]) == dash[1]
             key = re.match(r"\s+(?:-\s+)?\"?([\w.-]+)\"?\s*:", line)
-            name = header[2] if header else "backup"
+            name = header[2] if header else section.partition("[")[0]
+        table, dot, part = name.partition(".")
         if starts_table:
-            tables += 1
-            section = f"{name}[{tables}]"
+            tables[name] = tables.get(name, -1) + 1
+            section = f"{name}[{tables[name]}]"
+            yield section, number
+        elif header and dot and table in tables:  # [route.match]: of the [[route]] above it
+            section = f"{table}[{tables[table]}].{part}"
             yield section, number
         elif header:
             section = name

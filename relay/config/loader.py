@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +18,18 @@ from relay import ownership
 from relay.config.agreement import disagreements, own_addresses
 from relay.config.destinations import conflicts, read_destination, resolve_password, same_server
 from relay.config.model import DEMOTED_ORIGIN, PARTS, Layers, Settings, Shown, describe
-from relay.config.options import BACKUP_FIELDS, BACKUP_FLAGS, BY_KEY, ENV_PREFIX, OPTIONS, SECTIONS, Option, render
+from relay.config.options import (
+    BACKUP_FIELDS,
+    BACKUP_FLAGS,
+    BY_KEY,
+    ENV_PREFIX,
+    OPTIONS,
+    ROUTE_FIELDS,
+    SECTIONS,
+    Option,
+    render,
+)
+from relay.config.routes import Route, hidden, lmtp_faults, read_route
 from relay.mail.destination import Destination
 from relay.mail.text import printable
 
@@ -39,6 +50,7 @@ __all__ = [
 ]
 
 DIRECTORIES = (Path(), Path("/etc/smtp-dup"))
+TABLES = ("backup", "server", "route")  # [[...]] of a file
 FILE_NAMES = ("settings.toml", "config.yaml")
 CONFIG_VARIABLE = ENV_PREFIX + "CONFIG"
 DEFAULTS_VARIABLE = ENV_PREFIX + "DEFAULTS"  # a file of defaults (container image); other files override it
@@ -115,6 +127,8 @@ def load_layers(layers: Layers, environ: Mapping[str, str], *, require_primary: 
     loader.given = {key: _Given(*given) for key, given in layers.given.items() if key in BY_KEY}
     loader.tables = [(table, dict(where)) for table, where in layers.tables]
     loader.of_backups = {name: dict(fields) for name, fields in layers.of_backups.items()}
+    loader.servers = [(table, dict(where)) for table, where in layers.servers]
+    loader.routes = [(table, dict(where)) for table, where in layers.routes]
     return loader.load(require_primary)
 
 
@@ -127,6 +141,8 @@ class _Loader:
         self.given: dict[str, _Given] = {}
         self.tables: list[tuple[Any, dict[str, str]]] = []  # [[backup]]: its fields, and the place of each
         self.of_backups: dict[str, dict[str, str]] = {}  # name -> fields that flags give
+        self.servers: list[tuple[Any, dict[str, str]]] = []  # [[server]]
+        self.routes: list[tuple[Any, dict[str, str]]] = []  # [[route]]
         self.problems: list[Problem] = []
         self.strange_variables: list[str] = []
         self.connections = 0  # workers.connections, the default of each backup
@@ -151,11 +167,13 @@ class _Loader:
 
     def load(self, require_primary: bool) -> Settings:
         """Make the settings of what was given. Raises SettingsError."""
-        layers = Layers(dict(self.given), list(self.tables), {n: dict(f) for n, f in self.of_backups.items()})
+        of_backups = {n: dict(f) for n, f in self.of_backups.items()}
+        layers = Layers(dict(self.given), list(self.tables), of_backups, list(self.servers), list(self.routes))
         values = self._values()
         if isinstance(values["state_dir"], Path):
             ownership.trust(values["state_dir"])
-        primary, demoted, backups = self._destinations(values)
+        primary, demoted, backups, servers = self._destinations(values)
+        routes = self._routes(values, [*([primary] if primary else []), *backups, *servers])
         if require_primary and not values["relay.destination_primary"]:
             self._primary_is_missing()
         for key, text in disagreements(values):
@@ -170,6 +188,8 @@ class _Loader:
             f"backup[{n}]" if n != self.demoted_table else DEMOTED_ORIGIN: where[""]
             for n, (_, where) in enumerate(self.tables, 1)
         }
+        origins |= {f"server[{n}]": where[""] for n, (_, where) in enumerate(self.servers, 1)}
+        origins |= {f"route[{n}]": where[""] for n, (_, where) in enumerate(self.routes, 1)}
         return Settings(
             **sections,
             state_dir=values["state_dir"],
@@ -178,6 +198,8 @@ class _Loader:
             backups=backups,
             origins=origins,
             layers=layers,
+            servers=servers,
+            route_table=routes,
         )
 
     def _primary_is_missing(self) -> None:
@@ -223,18 +245,20 @@ class _Loader:
             return f"{path}:{line}" if line else str(path)
 
         for section, body in content.data.items():
-            if section == "backup":
+            if section in TABLES:
                 if not isinstance(body, list):
-                    self._wrong("backup", "expected [[backup]] tables, each with url = ...", where("backup"))
+                    what = "name and primary" if section == "route" else "url"
+                    self._wrong(section, f"expected [[{section}]] tables, each with {what} = ...", where(section))
                     continue
+                tables = {"backup": self.tables, "server": self.servers, "route": self.routes}[section]
                 for n, table in enumerate(body):
-                    names = ["", *table] if isinstance(table, dict) else [""]
-                    self.tables.append((table, {f: where(f"backup[{n}].{f}" if f else f"backup[{n}]") for f in names}))
+                    label = f"{section}[{n}]"
+                    tables.append((table, {f: where(f"{label}.{f}" if f else label) for f in ["", *_fields(table)]}))
             elif isinstance(body, dict) and section not in BY_KEY:
                 for name, value in body.items():
                     self._take(f"{section}.{name}", value, where(f"{section}.{name}"))
                 if not body and section not in SECTIONS:
-                    self._unknown(section, [*SECTIONS, "backup"], where(section))
+                    self._unknown(section, [*SECTIONS, *TABLES], where(section))
             elif section in SECTIONS:
                 self._wrong(section, "expected a section with options", where(section))
             else:
@@ -242,7 +266,7 @@ class _Loader:
 
     def _take(self, key: str, value: Any, origin: str) -> None:
         if key not in BY_KEY:
-            self._unknown(key, [*BY_KEY, "backup"], origin)
+            self._unknown(key, [*BY_KEY, *TABLES], origin)
         elif value is not None:
             self.given[key] = _Given(value, origin)
 
@@ -277,7 +301,9 @@ class _Loader:
 
     def _check_variables(self) -> None:
         """Report SMTP_DUP_ variables that are no option, except those that hold a password (env:NAME)."""
-        given = [str(given.value) for given in self.given.values()] + [str(table) for table, _ in self.tables]
+        given = [str(given.value) for given in self.given.values()] + [
+            str(table) for table, _ in (*self.tables, *self.servers)
+        ]
         passwords = {name for text in given for name in re.findall(r"\benv:(\w+)", text)}
         for name in self.strange_variables:
             if name not in passwords:
@@ -312,35 +338,69 @@ class _Loader:
 
     def _destinations(
         self, values: dict[str, Any]
-    ) -> tuple[Destination | None, Destination | None, tuple[Destination, ...]]:
-        """Return the primary, the primary as it would be a backup, and the backups."""
+    ) -> tuple[Destination | None, Destination | None, tuple[Destination, ...], tuple[Destination, ...]]:
+        """Return the primary, the primary as it would be a backup, the backups, and the servers of [[server]]."""
         self.connections = values["workers.connections"]
         primary = self._primary(values)
         sender, soft_bounce = values["relay.demoted"]
         demoted = replace(primary, sender=sender, soft_bounce=soft_bounce) if primary else None
         backups: list[tuple[Destination, str, str]] = []  # with key and origin
-        key = "relay.destination_backups"
-        for n, text in enumerate(values[key], 1):
-            label = f"{key}[{n}]" if len(values[key]) > 1 else key
-            named = _NAMED.fullmatch(text)
-            fields = {"name": named[1]} if named else {}
-            if backup := self._backup(label, named[2] if named else text, fields, {"": self.given[key].origin}):
-                backups.append((backup, label, self.given[key].origin))
+        backups += self._plain_backups(values)
         for n, (table, where) in enumerate(self.tables, 1):
-            backup = self._backup_table(f"backup[{n}]", table, where)
+            backup = self._server_table("backup", n, table, where)
             if backup and primary and _is_the_same(table, backup, primary) and not self.demoted_table:
                 demoted, self.demoted_table = backup, n
             elif backup:
                 backups.append((backup, f"backup[{n}]", where[""]))
         for name, field in [(name, field) for name, given in self.of_backups.items() for field in given]:
             self._unknown(name, [b.name for b, _, _ in backups], BACKUP_FLAGS[field], "backup")
+        count = len(backups)
+        for n, (table, where) in enumerate(self.servers, 1):
+            server = self._server_table("server", n, table, where)
+            backups += [(server, f"server[{n}]", where[""])] if server else []
         found = tuple(backup for backup, _, _ in backups)
         for index, text in conflicts(primary, found, own_addresses(values)):
             if index < 0:
                 self._wrong("relay.destination_primary", text)
             else:
                 self._wrong(backups[index][1], text, backups[index][2])
-        return primary, demoted, found
+        return primary, demoted, found[:count], found[count:]
+
+    def _plain_backups(self, values: dict[str, Any]) -> Iterator[tuple[Destination, str, str]]:
+        """Yield the backups of relay.destination_backups, each with its key and origin."""
+        key = "relay.destination_backups"
+        for n, text in enumerate(values[key], 1):
+            label = f"{key}[{n}]" if len(values[key]) > 1 else key
+            named = _NAMED.fullmatch(text)
+            fields = {"name": named[1]} if named else {}
+            if backup := self._backup(label, named[2] if named else text, fields, {"": self.given[key].origin}):
+                yield backup, label, self.given[key].origin
+
+    def _routes(self, values: Mapping[str, Any], servers: Sequence[Destination]) -> tuple[Route, ...]:
+        """Return the routes."""
+        found: list[tuple[int, Route]] = []
+        listening = own_addresses(values)
+        by_name = {server.name: server for server in servers}
+        known = [name for name, _, _ in ROUTE_FIELDS]
+        for n, (table, where) in enumerate(self.routes, 1):
+            label = f"route[{n}]"
+            if not isinstance(table, dict):
+                self._wrong(label, "expected a table with name = ... and primary = ...", where[""])
+                continue
+            for name in table:
+                if name not in known:
+                    self._unknown(name, known, where[name], "field of [[route]]", f"{label}.")
+            route, faults = read_route(table, servers, listening, fold=values["routes.fold_local"])
+            if route is not None:
+                found.append((n, route))
+                faults += lmtp_faults(route, by_name)
+            for field, fault in faults:
+                place = where.get(field) or where.get(field.partition(".")[0]) or where[""]
+                self._wrong(f"{label}.{field}", fault, place)
+        for index, text in hidden([route for _, route in found]):
+            n = found[index][0]
+            self._wrong(f"route[{n}]", text, self.routes[n - 1][1][""])
+        return tuple(route for _, route in found)
 
     def _primary(self, values: dict[str, Any]) -> Destination | None:
         text = values["relay.destination_primary"]
@@ -356,14 +416,15 @@ class _Loader:
         most, age = values["relay.messages_per_connection"], values["relay.connection_age"]
         return replace(primary, messages_per_connection=most, connection_age=age)
 
-    def _backup_table(self, label: str, table: Any, where: dict[str, str]) -> Destination | None:
+    def _server_table(self, kind: str, number: int, table: Any, where: dict[str, str]) -> Destination | None:
+        label = f"{kind}[{number}]"
         known = [field.key for field in BACKUP_FIELDS]
         if not isinstance(table, dict):
             self._wrong(label, "expected a table with url = ...", where[""])
             return None
         for name in table:
             if name not in known:
-                self._unknown(name, known, where[name], "field of [[backup]]", f"{label}.")
+                self._unknown(name, known, where[name], f"field of [[{kind}]]", f"{label}.")
         rest = {name: value for name, value in table.items() if name in known and name != "url"}
         url = table.get("url")
         if not isinstance(url, str) or not url.strip():
@@ -383,7 +444,7 @@ class _Loader:
             backup, faults = read_destination(url, fields, environ=self.environ, connections=connections)
         for field, fault in faults:
             place = field or "url"
-            is_apart = label.startswith("backup[") or place in where  # fields in a list have no place
+            is_apart = label.startswith(("backup[", "server[")) or place in where  # fields in a list have no place
             self._wrong(f"{label}.{place}" if is_apart else label, fault, where.get(place, where[""]))
         return backup
 
@@ -391,6 +452,14 @@ class _Loader:
 def _is_the_same(table: Any, backup: Destination, primary: Destination) -> bool:
     """Say whether a [[backup]] is meant to be the primary: by its name, which it has been given, and its address."""
     return "name" in table and backup.name == primary.name and same_server(backup, primary)
+
+
+def _fields(table: Any) -> list[str]:
+    """Return the fields of a table of a file, and those of a table within it."""
+    if not isinstance(table, dict):
+        return []
+    inner = [f"{name}.{field}" for name, value in table.items() if isinstance(value, dict) for field in value]
+    return [*table, *inner]
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:

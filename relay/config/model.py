@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from relay.config.options import OPTIONS
+from relay.config.routes import Route
 from relay.config.types import PATH, Demoted, PageHost, listen_addresses, mask, sentinel_url
 from relay.mail.addresses import Network, within
 from relay.mail.destination import CONNECTION_AGE, MESSAGES_PER_CONNECTION, Destination
@@ -205,6 +206,13 @@ class TraceSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutesSettings:
+    """How addresses are compared with those of [[route]]."""
+
+    fold_local: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class StatusSettings:
     """The page, health and metrics over HTTP."""
 
@@ -247,12 +255,15 @@ class WorkersSettings:
 class Layers:
     """What the settings were made of, secrets too: values as they were given, and where each came from.
 
-    ``tables`` are the [[backup]], each with the place of every field; ``of_backups`` what flags say of one.
+    ``tables`` are the [[backup]], each with the place of every field, ``servers`` the [[server]] and ``routes`` the
+    [[route]]; ``of_backups`` is what flags say of a backup.
     """
 
     given: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     tables: Sequence[tuple[Any, Mapping[str, str]]] = ()
     of_backups: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    servers: Sequence[tuple[Any, Mapping[str, str]]] = ()
+    routes: Sequence[tuple[Any, Mapping[str, str]]] = ()
 
     def are_within(self, others: Layers) -> bool:
         """Say whether all that is given here, but for the state folder, is given there, too, wherever it came from."""
@@ -260,6 +271,8 @@ class Layers:
         return (
             all(key in others.given and self.given[key][0] == others.given[key][0] for key in keys)
             and all(any(table == other for other, _ in others.tables) for table, _ in self.tables)
+            and all(any(table == other for other, _ in others.servers) for table, _ in self.servers)
+            and all(any(table == other for other, _ in others.routes) for table, _ in self.routes)
             and all(fields == others.of_backups.get(name) for name, fields in self.of_backups.items())
         )
 
@@ -281,12 +294,30 @@ class Settings:
     status: StatusSettings
     log: LogSettings
     workers: WorkersSettings
+    routes: RoutesSettings
     state_dir: Path
     primary: Destination | None
     demoted: Destination | None  # the primary as it gets copies, once another has been promoted
     backups: tuple[Destination, ...]
     origins: Mapping[str, str]
     layers: Layers = field(default_factory=Layers, repr=False, compare=False)
+    servers: tuple[Destination, ...] = ()  # [[server]]: only routes name them
+    route_table: tuple[Route, ...] = ()
+
+    @property
+    def named(self) -> tuple[Destination, ...]:
+        """Every server that has a name here: the primary, the backups, and those of [[server]]."""
+        return (*([self.primary] if self.primary else []), *self.backups, *self.servers)
+
+    @property
+    def copied(self) -> tuple[Destination, ...]:
+        """Every server that may get copies: the backups, and whom a route owes some."""
+        if not self.route_table:
+            return self.backups
+        wanted = {name for route in self.route_table for name in route.copied}
+        wanted -= {backup.name for backup in self.backups}
+        others = (*([self.demoted] if self.demoted else []), *self.servers)
+        return (*self.backups, *(server for server in others if server.name in wanted))
 
     def value(self, key: str) -> Any:
         """Return the value of a dotted key."""
@@ -310,6 +341,7 @@ PARTS: dict[str, type] = {
     "status": StatusSettings,
     "log": LogSettings,
     "workers": WorkersSettings,
+    "routes": RoutesSettings,
 }
 
 
@@ -337,6 +369,10 @@ def describe(settings: Settings) -> list[Shown]:
         rows.append(Shown(f"backup.{backup.name}", in_words(backup), "", settings.origins[key]))
     if settings.demoted and (origin := settings.origins.get(DEMOTED_ORIGIN)):
         rows.append(Shown(f"backup.{settings.demoted.name}", in_words(settings.demoted), "", origin))
+    for n, server in enumerate(settings.servers, 1):
+        rows.append(Shown(f"server.{server.name}", in_words(server), "", settings.origins[f"server[{n}]"]))
+    for n, route in enumerate(settings.route_table, 1):
+        rows.append(Shown(f"route.{route.name}", route.in_words(), "", settings.origins[f"route[{n}]"]))
     return rows
 
 

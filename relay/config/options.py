@@ -83,6 +83,7 @@ SECTIONS = {
     "divergence": "Recipients that the primary accepted and a backup refused or deferred: `smtp-dup divergence`.",
     "ready": "What `smtp-dup ready` requires of a backup before it becomes the primary; see docs/readiness.md.",
     "trace": "What became of each message, kept in files in state_dir/trace: `smtp-dup trace`; see docs/trace.md.",
+    "routes": "How the addresses of [[route]], below, are compared. docs/routes.md explains routes.",
     "status": "HTTP with the page, /healthz, /readyz and /metrics; see docs/page.md.",
     "log": "One line per event, on standard error.",
     "workers": "The processes that deliver to the backups.",
@@ -259,6 +260,8 @@ OPTIONS: tuple[Option, ...] = (
            "The files of the trace, at most; then the oldest hour is deleted. 0: no trace."),
     Option("trace.keep", duration(), "14d", "seconds",
            "How long the trace is kept, unless trace.max_bytes ends first."),
+    Option("routes.fold_local", BOOLEAN, True, "",
+           "The local part of an address is compared without regard to case, by every [[route]]."),
     Option("status.listen", listening(may_be_off=True, several=False), "127.0.0.1:8025", "",
            'Where to listen. "off": not at all.', takes_restart=True),
     Option("status.users_file", PATH, "", "",
@@ -304,6 +307,26 @@ BACKUP_FIELDS: tuple[Option, ...] = (
     Option("tls_certificate", TEXT, "", "", "PEM file of the client certificate, for a server that requests one."),
     Option("tls_key", TEXT, "", "", "PEM file of its key. Default: the certificate's file."),
     Option("password_from", TEXT, "", "", "env:NAME or file:/path instead of a password in the URL."),
+)
+
+# Fields of [[route]]: name, an example as TOML has it, what it means.
+ROUTE_FIELDS: tuple[tuple[str, str, str], ...] = (
+    ("name", '"moved"', "Its name in listings, logs and metrics. Required."),
+    ("match", '{ recipients = ["@example.com", "file:/etc/smtp-dup/moved"], clients = ["10.0.0.0/8"] }',
+     ("What it is for: recipients, senders, clients, listen. All that are given must match, of each one entry. "
+      "recipients and senders: user@example.com, @example.com, @.example.com (all domains below it), * or "
+      "file:/path of a table; a sender also <>. clients: networks. listen: addresses of smtp.listen. Without match: "
+      "everything.")),
+    ("primary", '["new", "old"]',
+     "Who answers: one server, several in order (the next where one cannot be used), or weights {a = 3, b = 1}."),
+    ("servers", '["new", "old"]', "Another word for primary, for a route with copies = others."),
+    ("backups", '["archive"]', "Servers that get a copy. A server of the primary's name gets it by relay.demoted."),
+    ("copies", '"others"',
+     "backups: to those named above. others: also to all servers of this route but the one that has answered."),
+    ("split", '"defer"',
+     "Recipients that need another primary than the first one of their message get 452, to be sent by themselves."),
+    ("stick", '"recipient"', "With weights, what decides who answers: recipient, sender, client or message."),
+    ("return_after", '"5m"', "How long a server that was away must be back before it is used again, beside another."),
 )
 # fmt: on
 
@@ -352,6 +375,15 @@ def render() -> str:
     lines += ["", "# A backup with options of its own. Repeat the table for each such backup.", "# [[backup]]"]
     for field in BACKUP_FIELDS:
         lines += [*_explained(field, variable=False), f"# {field.key} = {as_toml(field.default)}"]
+    lines += ["", "# A server that only routes name, with the fields of [[backup]].", "# [[server]]"]
+    lines += ['#   name = "new"', '#   url = "new.example.com:25"', ""]
+    lines += [
+        "# Who answers for which mail; the first route that matches counts. Without any, relay.destination_primary"
+    ]
+    lines += ["# answers for all, and every [[backup]] gets copies. See docs/routes.md.", "# [[route]]"]
+    for name, example, text in ROUTE_FIELDS:
+        lines += textwrap.wrap(text, 116, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+        lines += [f"#   {name} = {example}"]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
 
 

@@ -33,7 +33,7 @@ class BusyDestinations:
         self._serving: dict[str, Sequence[Child]] = {}
 
     def __call__(self) -> Sequence[Child] | None:
-        backups = self._settings.backups
+        backups = self._settings.copied
         try:
             with (
                 sync_client(self._settings.redis, _SECONDS, retries=0) as client,

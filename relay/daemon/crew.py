@@ -28,6 +28,7 @@ from relay.ledger import changes, hosts, registry
 from relay.mail.destination import Destination
 from relay.monitoring import answers
 from relay.redisio.clients import sync_client
+from relay.routing import loading
 from relay.server import relay_process
 from relay.server.listening import Place
 from relay.trace import emitter, files
@@ -87,7 +88,7 @@ class Crew:
         """Return the workers of all backups: each has its own, or the quiet ones share one."""
         if are_shared(settings):
             return [self.holding(self._traced(settings, _shared_worker(settings, self.url)))]
-        return self.workers(settings, settings.backups)
+        return self.workers(settings, settings.copied)
 
     def holding(self, child: Child, own: Sequence[socket.socket] = ()) -> Child:
         """Have a child close all listening sockets but its own, which it was forked with.
@@ -138,7 +139,7 @@ class Crew:
     def _watching(self, settings: Settings) -> dict[str, Duty]:
         """Return what tells the ledger of this host: its mail, its spool, whether it reaches the servers."""
         place = hosts.place_of(settings.state_dir, self.url)
-        workers = 1 if are_shared(settings) else settings.workers.processes * len(settings.backups)
+        workers = 1 if are_shared(settings) else settings.workers.processes * len(settings.copied)
         processes = len(self.places) + workers * self.role.delivers
 
         def sample(context: ChildContext, stop: threading.Event) -> None:
@@ -159,6 +160,8 @@ class Crew:
         duties: dict[str, Duty] = {"flow": sample, **self._tracing(settings, place)}
         if settings.ready.check_every:
             duties["looks at the servers"] = look
+        if self.role.relays and loading.sources(settings):
+            duties["tables"] = lambda _, stop: loading.keep_updating(settings, stop)
         return duties
 
     def _tracing(self, settings: Settings, place: str) -> dict[str, Duty]:
@@ -208,7 +211,7 @@ def _counting(arena: metric_store.Arena | None, child: Child) -> Child:
 
 def are_shared(settings: Settings) -> bool:
     """Whether there are so many backups that the quiet ones share a worker process."""
-    return len(settings.backups) > settings.workers.shared_above
+    return len(settings.copied) > settings.workers.shared_above
 
 
 def _workers(settings: Settings, destinations: Sequence[Destination], url: str) -> list[Child]:
@@ -238,7 +241,7 @@ def _workers(settings: Settings, destinations: Sequence[Destination], url: str) 
 def _shared_worker(settings: Settings, url: str) -> Child:
     from workers.rqworker import shared_process, worker_process  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
 
-    room = limits.worker_connections(limits.files(), _MOST_FILES) // len(settings.backups)
+    room = limits.worker_connections(limits.files(), _MOST_FILES) // len(settings.copied)
     tenants = [
         shared_process.Tenant(
             backup.name,
@@ -246,7 +249,7 @@ def _shared_worker(settings: Settings, url: str) -> Child:
             _courier(settings, backup, max(1, min(_SHARED_CONNECTIONS, room - _FILES_OF_A_SESSION)), url),
             _give_back(backup),
         )
-        for backup in settings.backups
+        for backup in settings.copied
     ]
 
     def be_shared(context: ChildContext) -> int:
@@ -313,7 +316,7 @@ def _sweeping(settings: Settings, url: str) -> dict[str, Duty]:
         connect = connector(settings.redis)
         with connect() as client:
             longest = longest_delay(settings.retry)
-            keep_scheduling(connect, _queues(client, settings.backups), name, stop, longest=longest)
+            keep_scheduling(connect, _queues(client, settings.copied), name, stop, longest=longest)
 
     def reconcile(_: ChildContext, stop: threading.Event) -> None:
         keep_reconciling(connector(settings.redis), settings, name, stop, every=settings.workers.sweep)

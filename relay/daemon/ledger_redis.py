@@ -145,7 +145,7 @@ def register(settings: Settings, continuity: Continuity, role: Role) -> None:
         with sync_client(settings.redis, settings.redis.timeout_seconds, retries=0) as client:
             if role.delivers:
                 with client.pipeline() as pipe:
-                    registry.register(pipe, settings.backups)
+                    registry.register(pipe, settings.copied)
                     pipe.execute()
             continuity.look(client)
     except RedisError as error:

@@ -30,6 +30,7 @@ from relay.daemon.supervisor import Supervisor
 from relay.ledger.audit import Act
 from relay.mail import encryption, record
 from relay.page import users
+from relay.routing import loading
 from relay.smtpd.credentials import Credentials
 from relay.smtpd.shared_counters import SEATS
 from relay.topology import remembered
@@ -48,6 +49,7 @@ class Asked:
 
     tell: Tell = field(default=lambda _: None)
     who: str = _SIGNAL
+    allow_empty: bool = False  # a table that had keys may have none now
 
 
 class ReloadRefused(Exception):
@@ -80,7 +82,7 @@ class Reload:
         elif question.get("ask") == "reload" and question.get("dry_run"):
             tell(self._look()[0])
         elif question.get("ask") == "reload":
-            self._ask(Asked(tell, str(question.get("who") or _SIGNAL)))
+            self._ask(Asked(tell, str(question.get("who") or _SIGNAL), allow_empty=bool(question.get("allow_empty"))))
         else:
             tell({"refused": "this smtp-dup does not know the question: it has another version"})
 
@@ -94,11 +96,11 @@ class Reload:
 
     # One reload
 
-    def _look(self) -> tuple[dict[str, Any], Settings | None]:
+    def _look(self, *, allow_empty: bool = False) -> tuple[dict[str, Any], Settings | None]:
         """Read the settings. Returns the answer, and what is to be run with, None where nothing changes."""
         try:
             self._check_whether_it_may_be()
-            wanted, settings = self._read()
+            wanted, settings = self._read(allow_empty=allow_empty)
         except SettingsError as error:
             return {**self._state(), "problems": list(map(str, error.problems))}, None
         except ReloadRefused as error:
@@ -114,7 +116,7 @@ class Reload:
         }
         return answer, settings if changes else None
 
-    def _read(self) -> tuple[Settings, Settings]:
+    def _read(self, *, allow_empty: bool) -> tuple[Settings, Settings]:
         """Return what the file and the environment say, and the same with what takes a restart as it is.
 
         Raises SettingsError with every fault, also of the files that they name.
@@ -122,6 +124,8 @@ class Reload:
         wanted = self.read(None)
         settings = self.read(self.settings.layers)
         faults = [fault for look in (self._credentials, self._keys, self._promoted) if (fault := look(settings))]
+        if self.crew.role.relays:
+            faults += loading.faults(settings, allow_empty=allow_empty)
         if faults:
             raise SettingsError([Problem("", "", text) for text in faults])
         return wanted, settings
@@ -164,7 +168,7 @@ class Reload:
             )
 
     def _begin(self, asked: Asked) -> None:
-        answer, settings = self._look()
+        answer, settings = self._look(allow_empty=asked.allow_empty)
         self._log(answer)
         asked.tell({**answer, "begins": settings is not None})
         if settings is None:

@@ -51,12 +51,12 @@ class RetiredDestinations:
         """
         self._settings = settings
         self._workers_for = workers_for
-        self._continuity = continuity or Continuity(settings.backups)
+        self._continuity = continuity or Continuity(settings.copied)
         self._undefined: set[str] = set()  # told once
         self._is_told = False  # of what makes no sense
         demoted = (settings.demoted,) if settings.demoted else ()
-        self._named = known_passwords.remember(settings.state_dir, (*settings.backups, *demoted))
-        self._configured = {backup.name for backup in settings.backups}
+        self._named = known_passwords.remember(settings.state_dir, (*settings.copied, *demoted))
+        self._configured = {backup.name for backup in settings.copied}
         self._former = {backup.to_json(): backup for backup in former}
         self._is_registered = False  # as long as the ledger may not know the backups of new settings
         self._serving: dict[str, Sequence[Child]] = {}
@@ -83,7 +83,7 @@ class RetiredDestinations:
 
     def _register(self, client: Redis) -> None:
         with client.pipeline() as pipe:
-            registry.register(pipe, self._settings.backups)
+            registry.register(pipe, self._settings.copied)
             pipe.execute()
         self._is_registered = True
 

@@ -41,7 +41,7 @@ class Running(NamedTuple):
 def write(state_dir: Path, role: str, settings: Settings, generation: int) -> None:
     """Note what this process runs with; where that cannot be done it is told, and commands have to do without."""
     layers = settings.layers
-    given = [value for value, _ in layers.given.values()] + [table for table, _ in layers.tables]
+    given = [value for value, _ in layers.given.values()] + [table for table, _ in (*layers.tables, *layers.servers)]
     given += [dict(fields) for fields in layers.of_backups.values()]
     names = {name for value in given for name in re.findall(r"\benv:(\w+)", str(value))}
     content = {
@@ -51,6 +51,8 @@ def write(state_dir: Path, role: str, settings: Settings, generation: int) -> No
         "given": {key: list(value) for key, value in layers.given.items()},
         "tables": [[table, dict(where)] for table, where in layers.tables],
         "of_backups": {name: dict(fields) for name, fields in layers.of_backups.items()},
+        "servers": [[table, dict(where)] for table, where in layers.servers],
+        "routes": [[table, dict(where)] for table, where in layers.routes],
         "environ": {name: os.environ[name] for name in sorted(names) if name in os.environ},
     }
     try:
@@ -86,13 +88,19 @@ def _running(role: str, data: bytes) -> Running | None:
             return None
         layers = Layers(
             {str(key): (value, str(origin)) for key, (value, origin) in found["given"].items()},
-            [(table, {str(f): str(w) for f, w in where.items()}) for table, where in found["tables"]],
+            _tables(found["tables"]),
             {str(n): {str(f): str(v) for f, v in fields.items()} for n, fields in found["of_backups"].items()},
+            _tables(found.get("servers", [])),
+            _tables(found.get("routes", [])),
         )
         environ = {str(name): str(value) for name, value in found["environ"].items()}
         return Running(role, int(found["pid"]), int(found["generation"]), layers, environ)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+
+
+def _tables(found: list[Any]) -> list[tuple[Any, dict[str, str]]]:
+    return [(table, {str(f): str(w) for f, w in where.items()}) for table, where in found]
 
 
 def _name(role: str) -> str:

@@ -34,6 +34,7 @@ from relay.mail.destination import Destination
 from relay.monitoring.listener import bind
 from relay.page import hosts, users
 from relay.redisio.clients import sync_client
+from relay.routing import loading
 from relay.server import listening, systemd
 from relay.topology import decisions, remembered
 from relay.topology.roles import disagreement
@@ -58,6 +59,8 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = (), read: Read 
     with ExitStack() as ends:
         start.make_state_dir(settings.state_dir)
         start.take(settings.state_dir, role, ends)
+        if role.relays and (faults := loading.faults(settings, only_without_former=True)):
+            raise SettingsError([Problem("", "", text) for text in faults])
         arena = start.arena(f"smtp-dup-{role.name}")
         try:
             places = listening.listen(settings) if role.relays else []
@@ -113,7 +116,7 @@ def _let_reload(supervisor: Supervisor, crew: Crew, given: Settings, read: Read,
         return _roster(crew, settings, _continuity(settings), known.values())
 
     def on_taken(settings: Settings, generation: int) -> None:
-        known.update((backup.name, backup) for backup in settings.backups)
+        known.update((backup.name, backup) for backup in settings.copied)
         running.write(state_dir, role, settings, generation)
 
     def record(act: Act) -> None:
@@ -131,7 +134,7 @@ def _let_reload(supervisor: Supervisor, crew: Crew, given: Settings, read: Read,
 
 
 def _continuity(settings: Settings) -> Continuity:
-    return Continuity(settings.backups, settings.state_dir, replicas=settings.redis.replicas)
+    return Continuity(settings.copied, settings.state_dir, replicas=settings.redis.replicas)
 
 
 def _tell(settings: Settings, role: Role) -> None:
@@ -141,9 +144,9 @@ def _tell(settings: Settings, role: Role) -> None:
         maillog.notice("info", "primary", address=settings.primary.address)
         _tell_who_was_promoted(settings)
         _tell_who_is_let_in(settings.smtp)
-    for backup in settings.backups:
+    for backup in settings.copied:
         maillog.notice("info", "backup", name=backup.name, address=backup.address)
-    if not settings.backups:
+    if not settings.copied:
         maillog.notice("warning", "no backup is configured: mail is relayed, nothing is copied")
     if settings.status.listen:
         maillog.notice("info", "status", address=f"http://{settings.status.listen}")

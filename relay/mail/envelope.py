@@ -40,6 +40,7 @@ class Envelope:
     # (backup, indices of its recipients), for each backup that does not get all. None: an old record, without it.
     promised: tuple[tuple[str, tuple[int, ...]], ...] | None = None
     message_id: str = ""  # the Message-ID field, for the log and the trace
+    route: str = ""  # names of the routes that its recipients took, with commas; "" where there are none
 
     def to_json(self) -> bytes:
         """Return the wire form, version 1."""
@@ -57,6 +58,7 @@ class Envelope:
             ("dest", self.destinations),
             ("xf", self.identity),
             ("mid", self.message_id),
+            ("route", self.route),
         )
         record |= {key: value for key, value in optional if value}
         if self.promised is not None:
@@ -81,6 +83,7 @@ class Envelope:
                 identity=tuple((any_text(name), any_text(value)) for name, value in record.get("xf", [])),
                 promised=_promised(record["for"], len(record["to"])) if "for" in record else None,
                 message_id=any_text(record.get("mid", "")),
+                route=any_text(record.get("route", "")),
             )
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise MalformedRecord(f"unreadable envelope: {printable(str(error))}") from error

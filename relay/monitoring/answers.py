@@ -19,9 +19,9 @@ from prometheus_client.registry import Collector
 
 from relay.config.model import Settings
 from relay.metric_store import Arena
-from relay.monitoring import findings, topology
+from relay.monitoring import findings, routes, topology
 from relay.monitoring.collectors import LedgerCollector, SeatCollector, SpoolCollector
-from relay.monitoring.probes import ProbeResult
+from relay.monitoring.probe_result import ProbeResult
 from relay.monitoring.readiness_metrics import ReadinessCollector
 from relay.smtpd.shared_counters import ProcessCounters
 
@@ -81,7 +81,7 @@ def ready(found: list[ProbeResult]) -> HttpAnswer:
         and (
             (f.subject in _SPOOLED and can_spool)
             or f.subject in {findings.LEDGER, topology.SUBJECT}
-            or f.subject.startswith(findings.HELD)
+            or f.subject.startswith((findings.HELD, routes.SUBJECT))
             or f.subject.startswith(_ABOUT_FAILOVER)
         )
     ]

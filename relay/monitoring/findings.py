@@ -16,8 +16,9 @@ from relay.config.model import RedisSettings, Settings
 from relay.ledger import archive, changes, overview
 from relay.ledger.continuity import warning
 from relay.ledger.monitor import STOP_AT
-from relay.monitoring import topology
-from relay.monitoring.probes import ProbeResult, probe_redis
+from relay.monitoring import routes, topology
+from relay.monitoring.probe_result import ProbeResult
+from relay.monitoring.probes import probe_redis
 from relay.redisio.clients import sync_client
 
 SPOOL = "spool"
@@ -42,6 +43,7 @@ def of(settings: Settings, redis_url: str, *, relaying: bool) -> list[ProbeResul
         first = b"PROXY UNKNOWN\r\n" if settings.smtp.proxy_protocol else b""
         findings += [_port(host, port, patience, first) for host, port in settings.smtp.addresses]
         findings += _spool(settings)
+        findings += routes.refused_tables(settings)
     return findings
 
 

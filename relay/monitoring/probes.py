@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from redis.asyncio import Redis
 from redis.exceptions import BusyLoadingError, RedisError, ResponseError
@@ -22,6 +22,8 @@ from relay.mail import encryption
 from relay.mail.destination import Destination
 from relay.mail.text import printable
 from relay.mail.timeouts import Timeouts
+from relay.monitoring.probe_result import ProbeResult
+from relay.monitoring.routes import about_routes
 from relay.monitoring.sentinel_probes import probe_replicas, probe_sentinels, probe_settings
 from relay.redisio import embedded, versions
 from relay.redisio.clients import async_client
@@ -37,22 +39,15 @@ _MUST_BE = {
 _WORTH_KNOWING = ("SIZE", "PIPELINING", "8BITMIME", "SMTPUTF8", "DSN", "CHUNKING", "XFORWARD")
 
 
-@dataclass(frozen=True, slots=True)
-class ProbeResult:
-    """What a probe found out about one subject: "redis", "redis appendonly", "primary", "backup new"."""
-
-    subject: str
-    ok: bool
-    text: str
-
-
 async def probe_all(settings: Settings) -> list[ProbeResult]:
     """Probe Redis and every destination, all at the same time."""
     servers = [(settings.primary, "primary")] if settings.primary else []
     servers += [(backup, f"backup {backup.name}") for backup in settings.backups]
+    servers += [(server, f"server {server.name}") for server in settings.servers]
     hostname, timeouts = settings.smtp.domain, settings.relay.timeouts
     found = (probe_credentials(settings), probe_keys(settings))
     door = [finding for finding in found if finding is not None]
+    door += await asyncio.to_thread(about_routes, settings)
     async with asyncio.TaskGroup() as group:
         redis = group.create_task(probe_redis(settings))
         others = [

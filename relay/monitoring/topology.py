@@ -8,7 +8,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from redis.exceptions import RedisError
 
 from relay.config.model import RedisSettings, Settings
-from relay.monitoring.probes import ProbeResult
+from relay.monitoring.probe_result import ProbeResult
 from relay.redisio.clients import sync_client
 from relay.topology import decisions
 from relay.topology.decisions import View

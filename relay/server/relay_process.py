@@ -32,11 +32,13 @@ from relay.mail import encryption
 from relay.mail.destination import Destination
 from relay.mail.ids import IdSource
 from relay.redisio.clients import async_client, sync_client
+from relay.routing.loading import LOOK_SECONDS, Tables
 from relay.server.follower import Follower
 from relay.server.listening import Place
 from relay.smtpd import commands
 from relay.smtpd.context import Context
 from relay.smtpd.credentials import Credentials
+from relay.smtpd.fleet import Fleet
 from relay.smtpd.primary import Primary
 from relay.smtpd.staging import Staging
 from relay.spool.importer import Importer
@@ -51,6 +53,10 @@ _INTRODUCTION_SECONDS = 1.0
 _IMPORT_SECONDS = 5.0  # for the importer's current batch when the process stops
 _GRACE_SECONDS = 30.0  # while draining, for clients between the commands of a transaction
 LEAVE = signal.SIGUSR2  # sent to a process after one with newer settings has replaced it
+
+
+async def _heard(primary: Primary) -> None:
+    await primary.announced()
 
 
 async def _end(task: asyncio.Task[None]) -> None:
@@ -95,7 +101,7 @@ class _Relay:
         self._dispatcher = Dispatcher(
             self._redis, processes=settings.smtp.process_count, job_size=settings.workers.job_size
         )
-        self._continuity = Continuity(settings.backups, settings.state_dir, replicas=settings.redis.replicas)
+        self._continuity = Continuity(settings.copied, settings.state_dir, replicas=settings.redis.replicas)
         self._pulse = Pulse(place_of(settings.state_dir, redis_url), context.name, os.getpid())
         self._pulse.generation = context.generation
         self._follower = Follower(settings, self._pulse, self._primary)
@@ -117,7 +123,7 @@ class _Relay:
                 self._bulk,
                 self._dispatcher,
                 self._watch,
-                destinations=settings.backups,
+                destinations=settings.copied,
                 hold_seconds=settings.relay.uncertain_hold,
             )
         self._staging = Staging(
@@ -140,6 +146,8 @@ class _Relay:
             credentials=Credentials.load(settings.smtp),
         )
         self._follower.serve(self._shared)
+        self._tables = Tables(settings) if settings.route_table else None
+        self._taking: asyncio.Task[None] | None = None
         smtp = settings.smtp
         addresses = len(smtp.addresses + smtp.tls_addresses)
         self._fit = limits.relay_fit(limits.files(), smtp.max_connections, smtp.process_count, addresses)
@@ -182,6 +190,7 @@ class _Relay:
             # A Redis that is down must not delay the primary leg for long.
             await asyncio.wait_for(self._introductions.wait(), _INTRODUCTION_SECONDS)
         importing = loop.create_task(_for_ever(self._importer.run)) if self._importer else None
+        looking = await self._take_routes()
         await self._hear_the_primary()
         servers = []
         for n, sock in enumerate(self._place.sockets):
@@ -205,6 +214,7 @@ class _Relay:
             with contextlib.suppress(RedisError, OSError):  # if this fails, the heartbeat expires
                 await asyncio.to_thread(heartbeats.forget, self._jobs, self._pulse.process)
         await self._follower.close()
+        await self._end_routes(looking)
         await self._shared.snapshot.primary.pool.close()
         if self._spool:
             await self._spool.close()
@@ -214,12 +224,44 @@ class _Relay:
         emitter.flush()
         maillog.stopped("relay")
 
+    async def _take_routes(self) -> asyncio.Task[None] | None:
+        """Have clients served by the routes, if there are any; returns what watches over the tables."""
+        if self._tables is None:
+            return None
+        router = await asyncio.to_thread(self._tables.load)
+        settings = self._settings
+        self._shared.fleet = Fleet(router, settings.named, settings.copied, self._primary)
+        return asyncio.get_running_loop().create_task(_for_ever(self._keep_tables))
+
+    async def _end_routes(self, looking: asyncio.Task[None] | None) -> None:
+        if looking is not None:
+            await _end(looking)
+        if self._shared.fleet is not None:
+            await self._shared.fleet.close()
+
+    async def _keep_tables(self) -> None:
+        """Take tables that have been read anew, again and again."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            await self._take_tables()
+
+    async def _take_tables(self) -> None:
+        if self._tables is not None and self._shared.fleet is not None:
+            router = await asyncio.to_thread(self._tables.refresh)
+            if router is not None:
+                self._shared.fleet.router = router
+
     async def _hear_the_primary(self) -> None:
-        """Wait for the primary's EHLO, as long as nobody tells us to stop: it may be silent."""
-        waits = {asyncio.create_task(w) for w in (self._shared.snapshot.primary.announced(), self._stop.wait())}
+        """Wait for the primary's EHLO, or those of all, as long as nobody tells us to stop: it may be silent."""
+        snapshot, fleet = self._shared.snapshot, self._shared.fleet
+        greeting = fleet.hear_all(snapshot) if fleet is not None else _heard(snapshot.primary)
+        waits = {asyncio.create_task(w) for w in (greeting, self._wait_for_stop())}
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for task in waits:
             task.cancel()
+
+    async def _wait_for_stop(self) -> None:
+        await self._stop.wait()
 
     def _end(self) -> None:
         self._shared.leaving = False
@@ -241,6 +283,14 @@ class _Relay:
         else:
             maillog.notice("info", "certificate and users reloaded")
         self._reload_keys()
+        if self._tables is not None:
+            self._taking = asyncio.get_running_loop().create_task(self._take_tables_now())
+
+    async def _take_tables_now(self) -> None:
+        try:
+            await self._take_tables()
+        except OSError as error:
+            maillog.notice("error", "not reloaded", reason=str(error))
 
     @staticmethod
     def _reload_keys() -> None:
@@ -258,7 +308,7 @@ class _Relay:
         me = f"{place_of(self._settings.state_dir, self._redis_url)} {self._context.name}"
         try:
             async with self._redis.pipeline(transaction=True) as pipe:
-                registry.register(pipe, (*self._settings.backups, *self._follower.roles.backups))
+                registry.register(pipe, (*self._settings.copied, *self._follower.roles.backups))
                 await pipe.execute()
             await asyncio.to_thread(self._continuity.register, self._jobs)
             self._watch.is_stranger = False

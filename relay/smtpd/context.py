@@ -9,6 +9,7 @@ from typing import Protocol
 from relay.config.loader import Settings
 from relay.mail.ids import IdSource
 from relay.smtpd.credentials import Credentials
+from relay.smtpd.fleet import Fleet
 from relay.smtpd.shared_counters import ProcessCounters
 from relay.smtpd.snapshot import Snapshot
 from relay.smtpd.staging import Staging
@@ -34,6 +35,7 @@ class Context:
     command_loops: set[Stoppable] = field(default_factory=set)
     stopping: bool = False
     leaving: bool = False  # stopping, since a new process takes the clients now; those connected here are served first
+    fleet: Fleet | None = None  # None: there are no routes, and everybody has the snapshot's primary
     most_clients: int = sys.maxsize  # what the file descriptors of this process allow
 
     @property

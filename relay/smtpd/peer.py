@@ -219,8 +219,12 @@ class Peer:
     async def _offers(self) -> tuple[tuple[str, ...], frozenset[str]]:
         """Return the lines of the EHLO reply, and the extensions whose commands and parameters are accepted."""
         primary = self._context.snapshot.primary
-        announced = await primary.announced()
-        verified = primary.destination.tls == "verify"
+        fleet = self._context.fleet
+        if fleet is None:
+            announced = await primary.announced()
+            verified, is_known = primary.destination.tls == "verify", primary.extensions is not None
+        else:
+            announced, verified, is_known = await fleet.announced(self._context.snapshot)
         lines, offered = offers(announced, self._settings.max_message_bytes, tls=self._protocol.tls, verified=verified)
         ours = []
         if self._offers_tls:
@@ -231,7 +235,7 @@ class Peer:
             ours += [f"XFORWARD {' '.join(smtpd_xclient.XFORWARD)}", f"XCLIENT {' '.join(smtpd_xclient.XCLIENT)}"]
         if self._context.credentials.users is not None:
             offered |= {"AUTH"}
-        if primary.extensions is None:
+        if not is_known:
             # The primary's extensions are not known yet: none is announced, but a parameter gets no permanent refusal.
             # Some clients, such as a Postfix proxy, use extensions that they did not see.
             offered |= frozenset(MAIL_EXTENSIONS.values())

@@ -13,11 +13,12 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 from relay import faultpoints, maillog, metrics
 from relay.client.connection import Connection
 from relay.client.errors import ClientError, ConnectionGone, DeadlinePassed
-from relay.client.pool import Pool
+from relay.client.pool import Pool, PoolExhausted
 from relay.client.server_limits import UNLIMITED, ServerLimits
 from relay.client.xforward import NotIntroduced, introduce, xforward
 from relay.mail.destination import Destination
@@ -28,6 +29,7 @@ from relay.mail.timeouts import MAIL_SECONDS, Timeouts
 _BODY_SECONDS = 180.0  # RFC 5321 4.5.3.2.5, for one chunk
 _ABOUT_US = (530, 534, 535, 538)  # the server wants the relay to authenticate: RFC 4954 6
 _PROBE_PAUSE = 1.0
+_AFTER_MAIL = ("RCPT", "DATA", "body", "dot")  # stages at which a transaction breaks off
 _TOO_MANY = Reply.of(452, "4.5.3 Too many recipients")
 _REPETITIONS = 2  # of a MAIL that reused connections refused
 
@@ -35,6 +37,29 @@ Build = Callable[[Mapping[str, str]], Sequence[bytes]]
 
 # The extensions to announce before the primary has answered an EHLO.
 SAFE_MINIMUM: Mapping[str, str] = {}
+
+
+class Unusable(Exception):
+    """Nobody can have the message: no connection, or a 421 or nothing in reply to MAIL. ``reply`` is the client's.
+
+    ``is_ours``: all connections that we may have are in use.
+    """
+
+    def __init__(self, reply: Reply, reason: str, *, is_ours: bool = False) -> None:
+        super().__init__(reason)
+        self.reply = reply
+        self.reason = reason
+        self.is_ours = is_ours
+
+
+class Witness(Protocol):
+    """Who wants to know how transactions end at a primary."""
+
+    def breaks(self, reason: str) -> None:
+        """Note a transaction that broke off after MAIL."""
+
+    def works(self) -> None:
+        """Note a message that the server has answered for."""
 
 
 class NoReply(Exception):
@@ -85,6 +110,7 @@ class Primary:
         # LMTP answers the dot once for each recipient; the client can only be given one of these replies.
         self.most_recipients = 1 if destination.scheme == "lmtp" else sys.maxsize
         self.extensions: Mapping[str, str] | None = None
+        self.witness: Witness | None = None  # of a primary that has substitutes
         self._probe: asyncio.Task[None] | None = None
         self._probed_at = -_PROBE_PAUSE
 
@@ -94,14 +120,22 @@ class Primary:
         The wait is bounded by the connect timeout: a primary that greets slowly is known later, to other clients.
         """
         if self.extensions is None:
-            if self._probe is None and time.monotonic() - self._probed_at >= _PROBE_PAUSE:
-                self._probe = asyncio.get_running_loop().create_task(self._ask())
+            self.ask_soon()
             if self._probe is not None:
                 await asyncio.wait([self._probe], timeout=self.timeouts.connect)
         return SAFE_MINIMUM if self.extensions is None else self.extensions
 
-    async def begin(self, build: Build, identity: Identity = ()) -> tuple[PrimaryTransaction | None, Reply]:
+    def ask_soon(self) -> None:
+        """Have the primary asked for its extensions, at most once a second, without waiting for it."""
+        if self._probe is None and time.monotonic() - self._probed_at >= _PROBE_PAUSE:
+            self._probe = asyncio.get_running_loop().create_task(self._ask())
+
+    async def begin(
+        self, build: Build, identity: Identity = (), *, or_raise: bool = False
+    ) -> tuple[PrimaryTransaction | None, Reply]:
         """Send MAIL; returns the transaction, or None with the reply that refuses it, and the reply for the client.
+
+        With ``or_raise`` it raises Unusable where the primary has not said a word about this message.
 
         ``build`` makes the commands for the extensions of the leased connection (two nodes may differ): MAIL, and
         behind it the commands that the transaction will be asked for next. What ``build`` raises passes through.
@@ -117,7 +151,7 @@ class Primary:
             try:
                 connection = await self.pool.lease(timeout=self.timeouts.connect, fresh=repeated > 0)
             except ClientError as error:
-                return None, self.unavailable(error)
+                return None, self._no_connection(error, or_raise=or_raise)
             reused = connection.transactions > 0
             most = self.timeouts.connect if reused else self._left(until)
             try:
@@ -128,7 +162,7 @@ class Primary:
                 if reused and isinstance(error, ConnectionGone | DeadlinePassed | NotIntroduced):
                     repeated += 1
                     continue
-                return None, self.unavailable(error)
+                return None, self._no_connection(error, or_raise=or_raise)
             except BaseException:
                 self.pool.give_back(connection)  # the pool closes it, unless nothing was sent
                 raise
@@ -141,14 +175,27 @@ class Primary:
                 self.settle_doubt(doubted, reply)
             if reply.is_positive:
                 return PrimaryTransaction(self, connection, ahead, build, identity, reused=reused), reply
-            try:
-                if reply.code == 421 or reply.code in _ABOUT_US:
-                    connection.close()
-                else:
-                    await self.take_back(connection)
-            finally:
-                self.pool.give_back(connection)
+            await self._give_back_refused(connection, reply)
+            if reply.code == 421 and or_raise:
+                raise Unusable(for_client(reply), f"MAIL: {reply.text}")
             return None, for_client(reply)
+
+    async def _give_back_refused(self, connection: Connection, reply: Reply) -> None:
+        """Give back a connection whose MAIL was refused."""
+        try:
+            if reply.code == 421 or reply.code in _ABOUT_US:
+                connection.close()
+            else:
+                await self.take_back(connection)
+        finally:
+            self.pool.give_back(connection)
+
+    def _no_connection(self, error: ClientError, *, or_raise: bool) -> Reply:
+        reply = self.unavailable(error)
+        if or_raise:
+            is_ours = isinstance(error, PoolExhausted) and error.reply is None
+            raise Unusable(reply, str(error), is_ours=is_ours) from error
+        return reply
 
     def settle_doubt(self, doubted: Reply, reply: Reply) -> None:
         """Note whether a new connection repeated the refusal ``doubted`` of a reused one."""
@@ -218,6 +265,16 @@ class Primary:
         self.extensions = connection.extensions
         self.pool.give_back(connection)
 
+    async def probe(self) -> None:
+        """See that a new connection can be had, with EHLO, TLS and AUTH, and end it with QUIT. Raises ClientError."""
+        connection = await self.pool.lease(timeout=self.timeouts.connect, fresh=True)
+        try:
+            self.extensions = connection.extensions
+            await connection.quit()
+        finally:
+            connection.close()
+            self.pool.give_back(connection)
+
     async def _ask(self) -> None:
         try:
             await self.connect()
@@ -229,6 +286,8 @@ class Primary:
 
     def trouble(self, stage: str, error: BaseException) -> None:
         metrics.primary_trouble.labels(stage).inc()
+        if self.witness is not None and stage in _AFTER_MAIL:
+            self.witness.breaks(f"{stage}: {error}")
         maillog.primary_trouble(self.destination.address, stage, str(error) or type(error).__name__)
 
 
@@ -366,6 +425,8 @@ class PrimaryTransaction:
             raise
         connection.end_data()
         self.end()
+        if self._primary.witness is not None:
+            self._primary.witness.works()
         return for_client_at_end(reply)
 
     def end(self) -> None:

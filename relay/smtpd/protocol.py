@@ -58,6 +58,12 @@ class ClientProtocol(asyncio.Protocol):
         self.tls = False
         self.peer: tuple[str, int] = ("", 0)
 
+    @property
+    def local(self) -> tuple[str, int]:
+        """Our own address that the client has connected to; ("", 0) where that is not known any more."""
+        found = self.transport.get_extra_info("sockname") if self.transport is not None else None
+        return (found[0].removeprefix("::ffff:").partition("%")[0], found[1]) if isinstance(found, tuple) else ("", 0)
+
     # --- what asyncio calls -----------------------------------------------------------------------------------
 
     def connection_made(self, transport: Any) -> None:

@@ -27,9 +27,11 @@ from relay.mail.record import Message
 from relay.mail.reply import Reply
 from relay.smtpd import mail_features
 from relay.smtpd.body import FULL, LARGE, TOO_LARGE, IncomingBody
+from relay.smtpd.choosing import MAIL_OK, Choosing, Promised
 from relay.smtpd.context import Context
 from relay.smtpd.end_of_data import ClientGone, EndOfData, EndOfLines, Pace
 from relay.smtpd.error_limits import ErrorLimits
+from relay.smtpd.fleet import Fleet
 from relay.smtpd.peer import Peer
 from relay.smtpd.primary import NoReply, PrimaryTransaction
 from relay.smtpd.protocol import ClientProtocol
@@ -73,6 +75,8 @@ class MailTransaction:
         self._transaction: PrimaryTransaction | None = None
         self._snapshot = context.snapshot  # of the roles, in a transaction and before its MAIL is answered
         self._has_snapshot = False
+        self._choosing: Choosing | None = None  # in a transaction, where there are routes
+        self._refuser = ""  # who has refused MAIL, where that is not the snapshot's primary
         self._sender = ""
         self._parameters: tuple[str, ...] = ()
         self._recipients: list[Recipient] = []
@@ -91,7 +95,12 @@ class MailTransaction:
 
     @property
     def in_transaction(self) -> bool:
-        return self._transaction is not None
+        return self._transaction is not None or self._awaits_recipient
+
+    @property
+    def _awaits_recipient(self) -> bool:
+        """Whether MAIL has been answered by us, since the recipient decides who is the primary."""
+        return self._choosing is not None and self._transaction is None
 
     @property
     def patience(self) -> float:
@@ -122,6 +131,7 @@ class MailTransaction:
             self._body.close()
             self._body = None
         self._give_back()
+        self._choosing = None
         self._recipients = []
         self._context.counters.add_octets(-self._counted)
         self._counted = 0
@@ -147,7 +157,7 @@ class MailTransaction:
         client = self._peer
         if not client.helo:
             return self.out_of_order(_HELLO_FIRST)
-        if self._transaction is not None:
+        if self._transaction is not None or self._choosing is not None:
             return self.out_of_order(Reply.of(503, "5.5.1 Nested MAIL command"))
         self._was_refused = True  # until the primary accepts it
         sender, given = parse_path(argument, "FROM")
@@ -161,28 +171,63 @@ class MailTransaction:
         if self._context.counters.octets + size > self._settings.max_bytes_in_flight:
             return self._refused("MAIL", FULL, is_own=True)
 
-        def commands(available: Mapping[str, str]) -> list[bytes]:
-            mail = command_line("MAIL FROM", sender, carried(given, MAIL_EXTENSIONS, available))
-            return [mail, *self._look_ahead(available)]
-
         self._identity = client.identity()
         self._snapshot, self._has_snapshot = self._context.snapshot.take(), True
+        self._parameters, self._refuser = given, ""
         try:
-            self._transaction, reply = await self._snapshot.primary.begin(commands, self._identity)
+            if (fleet := self._context.fleet) is None:
+                self._transaction, reply = await self._snapshot.primary.begin(self._commands, self._identity)
+            else:
+                reply = await self._begin(fleet)
         finally:
-            if self._transaction is None:
+            if self._transaction is None and self._choosing is None:
                 self._give_back()
-        self._was_refused = self._transaction is None
+        self._was_refused = self._transaction is None and self._choosing is None
         if self._was_refused:
             self._refused("MAIL", reply)
         else:
             self._count(len(argument))
-        self._parameters, self._heard.mail = given, reply
+        self._heard.mail = reply
         return reply
 
+    async def _begin(self, fleet: Fleet) -> Reply:
+        """Begin a transaction; returns the primary's reply to MAIL, or ours where a recipient has to come first."""
+        choosing = Choosing(fleet, self._snapshot, self._sender, self._peer.address, self._protocol.local)
+        ahead = None if choosing.settled else self._recipient_ahead()
+        if choosing.settled is None and ahead is None:
+            self._choosing = choosing
+            return MAIL_OK
+        self._choosing = choosing
+        try:
+            self._transaction, reply = await choosing.begin(ahead, self._commands, self._identity)
+        finally:
+            if self._transaction is None:
+                self._choosing, self._refuser = None, choosing.primary.destination.name
+        return reply
+
+    def _commands(self, available: Mapping[str, str]) -> list[bytes]:
+        """Return MAIL for a server with these extensions, and what is certain to follow it."""
+        mail = command_line("MAIL FROM", self._sender, carried(self._parameters, MAIL_EXTENSIONS, available))
+        return [mail, *self._look_ahead(available)]
+
+    async def _choose(self, choosing: Choosing, recipient: Recipient) -> Reply | None:
+        """See that this recipient's primary has the transaction; returns the reply to RCPT where that cannot be."""
+        if self._transaction is not None:
+            return choosing.objection(recipient, counted=True)
+        address, given = recipient
+
+        def commands(available: Mapping[str, str]) -> list[bytes]:
+            mail = command_line("MAIL FROM", self._sender, carried(self._parameters, MAIL_EXTENSIONS, available))
+            if "PIPELINING" not in available:
+                return [mail]
+            first = command_line("RCPT TO", address, carried(given, RCPT_EXTENSIONS, available))
+            return [mail, first, *self._look_ahead(available, behind=recipient)]
+
+        self._transaction, reply = await choosing.begin(recipient, commands, self._identity)
+        return reply if self._transaction is None else None
+
     async def rcpt(self, argument: str) -> Reply:
-        transaction = self._transaction
-        if transaction is None:
+        if self._transaction is None and self._choosing is None:
             return self.out_of_order(_MAIL_FIRST)
         if self._body is not None:
             return self.out_of_order(_IN_CHUNKS)
@@ -195,8 +240,12 @@ class MailTransaction:
             reply = Reply.of(452, "4.5.3 Too many recipients")
         elif self._context.counters.octets + len(argument) > self._settings.max_bytes_in_flight:
             reply = FULL
+        elif self._choosing is not None and (refusal := await self._choose(self._choosing, recipient)) is not None:
+            reply = refusal
         else:
             is_own = False
+            transaction = self._transaction
+            assert transaction is not None  # noqa: S101 - begun above at the latest
             reply = await transaction.rcpt(
                 command_line("RCPT TO", address, carried(given, RCPT_EXTENSIONS, transaction.extensions))
             )
@@ -251,9 +300,23 @@ class MailTransaction:
 
     @property
     def _most_recipients(self) -> int:
-        return min(self._settings.max_recipients, self._snapshot.primary.most_recipients)
+        primary = self._snapshot.primary if self._choosing is None else self._choosing.primary
+        return min(self._settings.max_recipients, primary.most_recipients)
 
-    def _look_ahead(self, available: Mapping[str, str]) -> list[bytes]:
+    def _recipient_ahead(self) -> Recipient | None:
+        """Return the first recipient that the client has pipelined behind its MAIL, if it is one of ours."""
+        if self._protocol.read_buffer.is_empty:
+            return None
+        with suppress(SyntaxProblem):
+            for line in self._protocol.read_buffer.lines_ahead():
+                verb, argument = split_command(line)
+                if verb != b"RCPT" or len(line) > LINE_LIMIT or not line.endswith(b"\r\n"):
+                    return None
+                recipient = self._recipient(argument_text(argument))
+                return recipient if self._is_for_us(recipient) else None
+        return None
+
+    def _look_ahead(self, available: Mapping[str, str], behind: Recipient | None = None) -> list[bytes]:
         """Return the commands that the client has pipelined behind its MAIL, to be sent ahead to a PIPELINING primary.
 
         Each is still processed in its turn, and by then the primary's reply is on its way: three round trips become
@@ -262,14 +325,14 @@ class MailTransaction:
         if self._protocol.read_buffer.is_empty or "PIPELINING" not in available:
             return []
         commands: list[bytes] = []
-        limits, domains = server_limits(available), set()
-        most = min(self._most_recipients, limits.recipients)
+        limits, domains = server_limits(available), {behind.domain} if behind else set()
+        most = min(self._most_recipients, limits.recipients) - len(domains)
         with suppress(SyntaxProblem):  # replied to in its turn
             for line in self._protocol.read_buffer.lines_ahead():
                 verb, argument = split_command(line)
                 if len(line) > LINE_LIMIT or not line.endswith(b"\r\n"):
                     break
-                if verb == b"DATA" and not argument and commands:
+                if verb == b"DATA" and not argument and (commands or behind):
                     commands.append(b"DATA")
                     break
                 if verb != b"RCPT" or len(commands) >= most:
@@ -277,6 +340,8 @@ class MailTransaction:
                 recipient = self._recipient(argument_text(argument))
                 domains.add(recipient.domain)
                 if not self._is_for_us(recipient) or len(domains) > limits.domains:
+                    break
+                if self._choosing is not None and self._choosing.objection(recipient) is not None:
                     break
                 address, given = recipient
                 commands.append(command_line("RCPT TO", address, carried(given, RCPT_EXTENSIONS, available)))
@@ -352,6 +417,9 @@ class MailTransaction:
         """Send DATA to the primary; returns the body to be received, or the reply that refuses it."""
         transaction = self._transaction
         if transaction is None:
+            if self._awaits_recipient:
+                self._error_limits.idle()
+                return _NO_RECIPIENTS
             return self.out_of_order(_MAIL_FIRST)
         full = self._context.counters.octets > self._settings.max_bytes_in_flight
         if full or not self._recipients:
@@ -464,7 +532,8 @@ class MailTransaction:
             mail_features.note(envelope)
             is_late = self._protocol.is_gone
             to = [r.address for r in envelope.recipients] if self._context.settings.log.addresses else ()
-            maillog.accepted(envelope, reply, seconds, late=is_late, to=to)
+            primary = self._choosing.accepted(envelope.route) if self._choosing is not None else ""
+            maillog.accepted(envelope, reply, seconds, late=is_late, to=to, primary=primary)
             outcome = events.ACCEPTED
         else:
             if staged:
@@ -476,10 +545,12 @@ class MailTransaction:
 
     @property
     def _primary_name(self) -> str:
-        return self._snapshot.primary.destination.name
+        if self._choosing is None:
+            return self._refuser or self._snapshot.primary.destination.name
+        return self._choosing.primary.destination.name
 
     def _envelope(self, size: int, message_id: str = "") -> Envelope:
-        copies, promised = self._copies()
+        copies, promised, route = self._copies()
         return Envelope(
             id=self._message_id,
             sender=self._sender,
@@ -493,10 +564,13 @@ class MailTransaction:
             identity=self._identity if self._peer.is_spoken_for else (),
             promised=promised,
             message_id=message_id,
+            route=route,
         )
 
-    def _copies(self) -> tuple[tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]:
-        """Decide for good which backups get a copy; returns their names, and (name, recipient indices) if not all."""
+    def _copies(self) -> tuple[tuple[str, ...], Promised, str]:
+        """Decide for good who gets a copy: their names, (name, recipient indices) if not all, and the routes."""
+        if self._choosing is not None:
+            return self._choosing.copies(self._recipients)
         names, promised = [], []
         for backup in self._snapshot.backups:
             wanted = tuple(i for i, r in enumerate(self._recipients) if backup.wants(r)) if backup.domains else None
@@ -504,7 +578,7 @@ class MailTransaction:
                 names.append(backup.name)
             if wanted and len(wanted) < len(self._recipients):
                 promised.append((backup.name, wanted))
-        return tuple(names), tuple(promised)
+        return tuple(names), tuple(promised), ""
 
     def _trace(self) -> bytes:
         client = self._peer

@@ -10,6 +10,7 @@ import pytest
 import redis
 
 from relay import maillog
+from relay.breaker import Breaker
 from relay.config.model import RedisSettings
 from relay.ledger import keys
 from relay.ledger.redis_clock import RedisClock
@@ -18,7 +19,6 @@ from support.redis_servers import RedisServer
 from support.waiting import until
 from workers.delivery.brakes import Brakes
 from workers.delivery.health import HealthReport
-from workers.delivery.retry import Breaker
 
 
 async def test_a_report_outlives_an_outage_of_redis(

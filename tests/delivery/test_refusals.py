@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import redis
 
+from relay.breaker import Breaker
 from relay.ledger import keys
 from relay.mail.reply import Reply
 from support.ledger_contents import Contents
@@ -15,7 +16,6 @@ from support.reactions import Close, Moment, Reaction, Silence
 from support.running_courier import arrived, at_the_dot, at_work, named
 from support.scripted_server import ScriptedServer
 from support.waiting import until
-from workers.delivery.retry import Breaker
 from workers.queues import failed
 
 UNKNOWN = "550 5.1.1 user unknown"

@@ -11,7 +11,8 @@ import pytest
 from relay.config.loader import Settings, load
 from relay.mail.destination import Destination
 from relay.mail.timeouts import Timeouts
-from relay.monitoring.probes import ProbeResult, probe_all, probe_destination, probe_redis
+from relay.monitoring.probe_result import ProbeResult
+from relay.monitoring.probes import probe_all, probe_destination, probe_redis
 from relay.redisio import embedded, versions
 from support.certificates import Certificate
 from support.reactions import Silence

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from relay import maillog, metrics
+from relay.breaker import Breaker
 from relay.client.connection import Connection
 from relay.client.errors import ClientError, ConnectionGone, DeadlinePassed
 from relay.client.pool import Pool, PoolExhausted
@@ -26,7 +27,7 @@ from workers.delivery.copy import Copy
 from workers.delivery.gate import Gate
 from workers.delivery.jobs_in_hand import Ending, JobInHand, JobsInHand
 from workers.delivery.refusals import RefusalMemory
-from workers.delivery.retry import Breaker, Width
+from workers.delivery.retry import Width
 from workers.delivery.runners import Runner
 from workers.delivery.transaction import Opening, Outcome, Unfit, can_follow, opening, send
 

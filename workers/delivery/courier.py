@@ -20,6 +20,7 @@ from typing import cast
 from redis.exceptions import RedisError
 
 from relay import faultpoints, maillog
+from relay.breaker import Breaker
 from relay.client.errors import ClientError
 from relay.client.pool import Pool, PoolExhausted
 from relay.config.loader import Settings
@@ -44,7 +45,7 @@ from workers.delivery.outbox import Outbox
 from workers.delivery.outcomes import Conclusion, Outcomes
 from workers.delivery.probe_choice import ProbeChoice
 from workers.delivery.refusals import RefusalMemory
-from workers.delivery.retry import Breaker, Width
+from workers.delivery.retry import Width
 from workers.delivery.runners import SLOW, Runner, Runners
 from workers.jobs import Interrupted
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from relay.breaker import Breaker
 from workers.delivery.brakes import Brakes
 from workers.delivery.outbox import Outbox
-from workers.delivery.retry import Breaker
 
 
 class Gate:

@@ -13,10 +13,10 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from relay import maillog
+from relay.breaker import Breaker
 from relay.ledger import divergence, keys
 from relay.ledger.health import FIELDS, Health
 from workers.delivery.brakes import Brakes
-from workers.delivery.retry import Breaker
 
 _LOOK_SECONDS = 1.0
 _DIGITS = 16  # of a count that can be right

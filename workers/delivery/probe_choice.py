@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 
+from relay.breaker import Breaker
 from relay.ledger.changes import Claim
 from workers.delivery.bodies import Bodies
 from workers.delivery.claiming import Claiming
@@ -15,7 +16,6 @@ from workers.delivery.connection_run import ConnectionRuns
 from workers.delivery.copy import Copy
 from workers.delivery.jobs_in_hand import JobInHand
 from workers.delivery.refusals import RefusalMemory
-from workers.delivery.retry import Breaker
 
 
 class ProbeChoice:

@@ -15,10 +15,10 @@ import asyncio
 from collections.abc import Callable, Coroutine
 
 from relay import maillog
+from relay.breaker import Breaker
 from relay.client.connection import Connection
 from relay.client.pool import Pool
 from workers.delivery.jobs_in_hand import JobsInHand
-from workers.delivery.retry import Breaker
 
 SLOW = 3.0  # seconds that a transaction counts for the window
 _LOOK_SECONDS = 0.25

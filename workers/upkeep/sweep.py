@@ -136,9 +136,9 @@ class Sweeper:
             pipe.sismember(ledger_keys.LISTS, "")
             pipe.hkeys(ledger_keys.DESTINATIONS)
             is_whole, known = pipe.execute()
-        wanted = {backup.name.encode() for backup in self._settings.backups}
+        wanted = {backup.name.encode() for backup in self._settings.copied}
         if thorough or not is_whole or not wanted.issubset(known):
-            for name in Continuity(self._settings.backups, self._settings.state_dir).register(connection):
+            for name in Continuity(self._settings.copied, self._settings.state_dir).register(connection):
                 self._report.add("unknown destination", "", name, "registered")
         heartbeats.forget_old(connection)
         if forgotten := forget_kept(connection):
@@ -199,7 +199,7 @@ class Sweeper:
         for message_id in recovery.hold_overdue(self._connection, relay.uncertain_hold):
             self._report.add("left staged", message_id, "", "held as uncertain")
         recovery.note_twins(self._connection, self._memory.uncertain)
-        for message in recovery.copy_due(self._connection, self._settings.backups, self._job_size):
+        for message in recovery.copy_due(self._connection, self._settings.copied, self._job_size):
             for name, share in message.shares.items():
                 self._report.add("uncertain", message.id, name, f"copied for {len(share.owed)} recipients")
             if not message.shares:

@@ -1,0 +1,142 @@
+"""Whether a server may be used, by what it has answered lately: its circuit breaker.
+
+The workers have one for each destination, the relay one for each server that has a substitute. It decides nothing about
+a message, does no I/O, and never raises.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from relay.mail.reply import Reply
+
+_JITTER = 0.1
+_FIRST_PROBE = 1.0
+_LONGEST_PROBE = 60.0
+_SAME_REFUSALS = 20  # messages in a row with the same reply: it may be the server's attitude and not the messages
+_SAME_ABOUT_IT = 100  # where the reply itself says that it is about this mailbox, or this message
+_LOOKS = 3  # the last of them are chosen to be unlike those before
+# RFC 3463: the mailbox is wrong, disabled or full; the message is too large, its content cannot be taken.
+_ABOUT_IT = re.compile(r"5\.(?:1\.(?:1|3|6|10)|2\.\d+|3\.4|6\.\d+)")
+_STATUS = re.compile(r"5\.\d{1,3}\.\d{1,3}(?![\d.])")
+_BROKEN_TRANSACTIONS = 3  # connections lost in the middle of one, in a row, before the server is to blame
+
+
+@dataclass(slots=True)
+class Breaker:
+    """Whether a destination may be used, and how widely.
+
+    Closed: up to ``window`` transactions at once, growing by one with each success up to ``limit``. Open: nothing
+    but one probe at ``probe_at`` (monotonic), the pause doubling from 1 s to 60 s. In between, ``is_in_doubt``: so many
+    refusals in a row, all alike, that the next copies, one at a time, are to be unlike those. ``on_change`` is
+    called when it opens or closes.
+    """
+
+    limit: int
+    longest: float = _LONGEST_PROBE
+    on_change: Callable[[Breaker], None] = lambda breaker: None
+    clock: Callable[[], float] = time.monotonic
+    window: int = field(init=False, default=1)
+    reason: str = field(init=False, default="")
+    opened_at: float = field(init=False, default=0.0)
+    probe_at: float = field(init=False, default=0.0)
+    is_refusing: bool = field(init=False, default=False)  # it answers, but refuses everything
+    carried: int = field(init=False, default=0)  # transactions that the server carried through
+    _pause: float = field(init=False, default=_FIRST_PROBE)
+    _broken: int = field(init=False, default=0)
+    _refusal: str = field(init=False, default="")
+    _refused: int = field(init=False, default=0)
+    _most: int = field(init=False, default=_SAME_REFUSALS)
+    _looks: int = field(init=False, default=0)  # refusals of copies that were chosen to be unlike those before
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self.reason)
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether the server may refuse everything: what is tried next is to be as different as can be."""
+        return self._refused >= self._most - _LOOKS and not self.is_open
+
+    @property
+    def seconds_to_probe(self) -> float:
+        return max(0.0, self.probe_at - self.clock())
+
+    def works(self) -> None:
+        """Note a transaction that the server carried through, whatever it said about the message."""
+        self._answered()
+        if self.is_open:
+            self._close()
+        else:
+            self.window = min(self.window + 1, self.limit)
+
+    def took(self) -> None:
+        """Note that it took a message: whatever it refused before was about those messages."""
+        self._refused = self._looks = 0
+        self._refusal = ""
+
+    def refuses(self, reply: Reply, *, is_look: bool = False) -> None:
+        """Note a message refused for good; ``is_look`` when it was tried because it is unlike those before.
+
+        Refusals of some messages are about these. The destination is paused when what was chosen to be different meets
+        the same reply too; from then on each probe that is refused makes the pause longer, and one that is taken ends
+        it. Refusals do not widen the window.
+        """
+        self._answered()
+        status = _STATUS.match(reply.lines[0])
+        kind = status[0] if status else str(reply.code)  # the text may quote an address
+        if kind != self._refusal:
+            self._refusal, self._refused, self._looks = kind, 0, 0
+            self._most = _SAME_ABOUT_IT if _ABOUT_IT.fullmatch(kind) else _SAME_REFUSALS
+        self._refused += 1
+        self._looks += is_look
+        if self._refused >= self._most // 2:
+            self.window = 1  # or what is under way by the time that it is in doubt would all be refused as well
+        if self.is_refusing or (self.is_in_doubt and self._looks >= _LOOKS):
+            self.is_refusing = True
+            self.opens(f"refuses every message: {reply.text}")
+        elif self.is_open:
+            self._close()
+
+    def breaks(self, reason: str) -> None:
+        """Note a transaction that broke off: one may be the message's doing, several in a row are the server's."""
+        self._broken += 1
+        if self.is_open or self._broken >= _BROKEN_TRANSACTIONS:
+            self.opens(reason)
+
+    def opens(self, reason: str) -> None:
+        """Note trouble with the server: nothing is tried before the next probe."""
+        now = self.clock()
+        longest = _LONGEST_PROBE if self.is_refusing else self.longest  # each of those probes costs a copy
+        if not self.is_open:
+            self.opened_at = now
+            self._pause = min(_FIRST_PROBE, longest)
+        elif now < self.probe_at:
+            return  # another transaction of before
+        else:
+            self._pause = min(self._pause * 2, longest)
+        self.reason = reason
+        self.window = 1
+        self.probe_at = now + self._pause * random.uniform(1 - _JITTER, 1 + _JITTER)
+        self.on_change(self)
+
+    def probe_now(self) -> None:
+        """An operator's flush: do not wait."""
+        self.probe_at = self.clock()
+        self._pause = _FIRST_PROBE / 2
+
+    def _answered(self) -> None:
+        self._broken = 0
+        self.carried += 1
+
+    def _close(self) -> None:
+        self.reason = ""
+        self.is_refusing = False
+        self._looks = 0
+        self._pause = _FIRST_PROBE
+        self.window = 1
+        self.on_change(self)

@@ -1,0 +1,98 @@
+"""`route`: which route an address takes, who answers for it, who gets copies, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from relay.command.connection import ledger_of
+from relay.command.exit_status import NO, WELL, CannotSay, Misuse, Trouble
+from relay.command.output import Output
+from relay.config.loader import Settings
+from relay.config.types import listen_addresses
+from relay.mail.addresses import parsed
+from relay.mail.text import printable
+from relay.routing import loading
+from relay.routing.decisions import RouteDecision, owed
+from relay.routing.table_file import BadTable
+from relay.routing.table_store import Table
+from relay.topology import decisions
+from relay.topology.roles import as_settings_say, decided
+
+
+def show(settings: Settings, out: Output, *, address: str, sender: str, client: str, listen: str) -> int:
+    """Show it. Says no where a table cannot be read. Raises Misuse, Trouble."""
+    local = _address(listen, settings)
+    if parsed(client) is None:
+        raise Misuse(f"--client: expected an IP address, not {printable(client)}")
+    warnings: list[str] = []
+    try:
+        tables = loading.tables_as_they_are(settings, warnings.append)
+    except BadTable as error:
+        raise Trouble(f"a table cannot be read: {error}") from error
+    default, backups = _default(settings)
+    router = loading.router_of(settings, tables)
+    plan = router.plan(default, sender.removeprefix("<").removesuffix(">"), client, local, token="message")  # noqa: S106
+    try:
+        decision = plan.decide(address.removeprefix("<").removesuffix(">"))
+    except OSError as error:
+        raise Trouble(str(error)) from error
+    answered = decision.servers[0]
+    by_name = {server.name: server for server in settings.named}
+    copies = list(owed([decision], answered, backups))
+    row: dict[str, Any] = {
+        "address": address,
+        "route": decision.route.name,
+        "primary": answered,
+        "then": list(decision.servers[1:]),
+        "backups": copies,
+        "split": "" if decision.is_default else decision.route.split,
+        "why": _why(decision, tables),
+        "waits_for_recipient": plan.settled is None,
+    }
+    if out.as_json:
+        out.object({**row, "warnings": warnings})
+        return NO if warnings else WELL
+    place = by_name[answered].address if answered in by_name else ""
+    out.line(f"route    {row['route']}")
+    out.line(f"primary  {answered} ({place})" if place and place != answered else f"primary  {answered}")
+    if row["then"]:
+        out.line(f"         then {', '.join(row['then'])}, where that cannot be used")
+    out.line(f"copies   {', '.join(copies) or 'none'}")
+    out.line(f"why      {row['why']}")
+    for warning in warnings:
+        out.line(f"warning  {warning}")
+    return NO if warnings else WELL
+
+
+def _address(listen: str, settings: Settings) -> tuple[str, int]:
+    """Return the address of ours that a client is taken to have connected to."""
+    if not listen:
+        return settings.smtp.addresses[0]
+    try:
+        return listen_addresses(listen)[0]
+    except (ValueError, IndexError):
+        raise Misuse(f"--listen: expected host:port or :port, not {printable(listen)}") from None
+
+
+def _default(settings: Settings) -> tuple[str, list[str]]:
+    """Return who answers by default and who gets copies then: by the last promotion, where Redis can say."""
+    roles = as_settings_say(settings)
+    if settings.redis.url:
+        try:
+            with ledger_of(settings) as connection:
+                topology, _ = decisions.topology(connection)
+                roles = (topology and decided(settings, topology)) or roles
+        except CannotSay:  # as it was at the start
+            pass
+    return roles.primary.name, [backup.name for backup in roles.backups]
+
+
+def _why(decision: RouteDecision, tables: dict[Any, Table]) -> str:
+    if decision.is_default:
+        return "no route matches: the default one"
+    if not decision.key:
+        return f"{decision.route.name} is for every recipient ({decision.route.in_words()})"
+    if decision.source is None:
+        return f"{decision.key} in match.recipients of {decision.route.name}"
+    line = tables[decision.source].line_of(decision.key)
+    return f"{decision.key} in {decision.source}:{line}"

@@ -1,0 +1,45 @@
+"""What `check` and /readyz say of routes: their servers, and the tables that they go by."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from relay.config.model import Settings
+from relay.config.routes import Route
+from relay.monitoring.probe_result import ProbeResult
+from relay.routing import loading, table_store
+from relay.routing.table_file import BadTable
+
+SUBJECT = "table "
+DEFERRED = (
+    "recipients of one message that need another primary than its first one get 452 and come by themselves: with "
+    "Postfix in front after minutes, unless its transport has recipient_limit = 1 or splits by port (docs/routes.md)"
+)
+
+
+def about_routes(settings: Settings) -> Iterator[ProbeResult]:
+    """Say which tables can be read and how many keys they have, and what it means to have several primaries."""
+    for source in loading.sources(settings):
+        try:
+            table = table_store.read(source, settings.named, fold=settings.routes.fold_local)
+        except BadTable as error:
+            yield ProbeResult(f"{SUBJECT}{source}", False, "; ".join(error.faults))
+            continue
+        changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(table.note.changed))
+        to = f", for {', '.join(table.note.servers)}" if table.note.servers else ""
+        yield ProbeResult(f"{SUBJECT}{source}", True, f"{table.note.keys} keys{to}, of {changed}")
+    if waiting := [route.name for route in settings.route_table if _decides_by_recipient(route)]:
+        yield ProbeResult("routes", True, f"{', '.join(waiting)}: {DEFERRED}")
+
+
+def _decides_by_recipient(route: Route) -> bool:
+    return route.match.recipients.are_given or (bool(route.weights) and route.stick == "recipient")
+
+
+def refused_tables(settings: Settings) -> Iterator[ProbeResult]:
+    """Name the tables whose files cannot be used as they are: what was read before holds."""
+    for source in loading.sources(settings):
+        held = table_store.note(settings.state_dir, source)
+        if held is not None and held.fault:
+            yield ProbeResult(f"{SUBJECT}{source}", False, f"refused, what was read before holds: {held.fault}")

@@ -1,0 +1,178 @@
+"""The servers that routes name, as primaries of one relay process: their connections, and who of them can be used.
+
+A transaction gets the first server of its decision that can be used. The next is tried only while nobody can have the
+message: no connection, no greeting, EHLO, TLS or AUTH, a 421 or nothing in reply to MAIL. Whatever a server says else
+is its word, and goes to the client. So no message is at two primaries by a failover.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from relay import maillog, metrics
+from relay.client.pool import PoolExhausted
+from relay.mail.destination import Destination
+from relay.mail.origin import Identity
+from relay.mail.reply import Reply
+from relay.routing.decisions import RouteDecision, Router
+from relay.smtpd.availability import Availability
+from relay.smtpd.primary import SAFE_MINIMUM, Build, Primary, PrimaryTransaction, Unusable
+from relay.smtpd.snapshot import Snapshot
+
+
+class Fleet:
+    """The routes of one relay process and their servers. ``router`` is replaced when a table has changed."""
+
+    def __init__(
+        self,
+        router: Router,
+        named: Iterable[Destination],
+        copied: Iterable[Destination],
+        connect_to: Callable[[Destination], Primary],
+    ) -> None:
+        """``connect_to`` makes a primary of a server, without any connection yet."""
+        self.router = router
+        self.copied: Mapping[str, Destination] = {server.name: server for server in copied}
+        self._named = {server.name: server for server in named}
+        self._connect_to = connect_to
+        self._primaries: dict[str, Primary] = {}
+        self._standing: dict[str, Availability] = {}
+
+    def primary(self, name: str, snapshot: Snapshot) -> Primary:
+        """Return a server as the primary; the one of the snapshot where it has that name."""
+        if snapshot.primary.destination.name == name:
+            return snapshot.primary
+        return self._own(name)
+
+    def _availability(self, name: str, primary: Primary) -> Availability:
+        found = self._standing.get(name)
+        if found is None:
+            found = self._standing[name] = Availability(name, lambda: self._probe(name))
+        primary.witness = found
+        return found
+
+    def _own(self, name: str) -> Primary:
+        """Return a server with connections that no promotion closes."""
+        found = self._primaries.get(name)
+        if found is None:
+            found = self._primaries[name] = self._connect_to(self._named[name])
+        return found
+
+    async def _probe(self, name: str) -> None:
+        try:
+            await self._own(name).probe()
+        except PoolExhausted:  # says nothing about the server
+            return
+
+    @property
+    def down(self) -> list[str]:
+        """Names of the servers that cannot be used at the moment."""
+        return sorted(name for name, standing in self._standing.items() if standing.is_down)
+
+    # --- EHLO -----------------------------------------------------------------------------------------------------
+
+    async def announced(self, snapshot: Snapshot) -> tuple[Mapping[str, str], bool, bool]:
+        """Return what all primaries offer together, whether all verify certificates, and whether any has answered.
+
+        Servers that have not answered an EHLO yet are waited for only while none has.
+        """
+        all_of_them = [snapshot.primary, *(self.primary(name, snapshot) for name in self.router.primaries)]
+        servers = list({id(primary): primary for primary in all_of_them}.values())
+        unknown = [primary for primary in servers if primary.extensions is None]
+        if unknown and len(unknown) == len(servers):
+            await asyncio.gather(*(primary.announced() for primary in unknown))
+        else:
+            for primary in unknown:
+                primary.ask_soon()
+        known = [primary.extensions for primary in servers if primary.extensions is not None]
+        verified = all(primary.destination.tls == "verify" for primary in servers)
+        return in_common(known) if known else SAFE_MINIMUM, verified, bool(known)
+
+    async def hear_all(self, snapshot: Snapshot) -> None:
+        """Wait for the EHLO of every primary, at the start."""
+        names = (snapshot.primary.destination.name, *self.router.primaries)
+        servers = {id(primary): primary for primary in (self.primary(name, snapshot) for name in names)}
+        await asyncio.gather(*(primary.announced() for primary in servers.values()))
+
+    # --- MAIL -----------------------------------------------------------------------------------------------------
+
+    async def begin(
+        self, decision: RouteDecision, snapshot: Snapshot, build: Callable[[Primary], Build], identity: Identity
+    ) -> tuple[PrimaryTransaction | None, Reply, Primary]:
+        """Send MAIL to the first server that can be used; returns as Primary.begin, and who has answered."""
+        if len(decision.servers) == 1:
+            primary = self.primary(decision.servers[0], snapshot)
+            return *await primary.begin(build(primary), identity), primary
+        tried: list[tuple[str, str]] = []  # who could not be used, and why
+        order = self._order(decision)
+        while True:
+            name = order.pop(0)
+            primary = self.primary(name, snapshot)
+            standing = self._availability(name, primary)
+            standing.begins()
+            try:
+                transaction, reply = await primary.begin(build(primary), identity, or_raise=True)
+            except Unusable as trouble:
+                if not trouble.is_ours:
+                    standing.fails(trouble.reason)
+                tried.append((name, trouble.reason))
+                if not order:
+                    return None, trouble.reply, primary
+            else:
+                standing.answers()
+                self._tell(decision, name, dict(tried))
+                return transaction, reply, primary
+            finally:
+                standing.ends()
+
+    def first(self, decision: RouteDecision) -> str:
+        """Return who would be tried first now."""
+        return self._order(decision)[0] if len(decision.servers) > 1 else decision.servers[0]
+
+    def _order(self, decision: RouteDecision) -> list[str]:
+        """Return whom to try, one after the other; where nobody can be used, the one that comes first."""
+        after = decision.route.return_after
+        ready, returning = [], []
+        for name in decision.servers:
+            standing = self._standing.get(name)
+            if standing is None or standing.may_be_used(after):
+                ready.append(name)
+            elif standing.is_back:
+                returning.append(name)
+        return ready + returning or [decision.servers[0]]
+
+    def _tell(self, decision: RouteDecision, name: str, tried: Mapping[str, str]) -> None:
+        """Log a failover, once a turn."""
+        for former in decision.servers:
+            if former == name:
+                return
+            standing = self._standing.get(former)
+            turn = (decision.route.name, name)
+            if standing is not None and (standing.is_down or former in tried) and turn not in standing.told:
+                standing.told.add(turn)
+                metrics.failovers.labels(former, name).inc()
+                maillog.failover(decision.route.name, former, name, standing.reason or tried.get(former, ""))
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for standing in self._standing.values():
+            standing.close()
+        await asyncio.gather(*(primary.pool.close() for primary in self._primaries.values()))
+
+
+def in_common(announced: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
+    """Return the extensions that all of these offer, with what all of them take: the smallest SIZE."""
+    first, *others = announced
+    if not others:
+        return first
+    names = set(first).intersection(*others)
+    sizes = [int(a["SIZE"]) for a in announced if a.get("SIZE", "").isascii() and a.get("SIZE", "").isdigit()]
+    size = str(min([n for n in sizes if n], default=""))
+    found = {}
+    for name in first:
+        if name == "SIZE" and name in names:
+            found[name] = size
+        elif name in names and (len({a[name] for a in announced}) == 1 or name not in {"MT-PRIORITY", "FUTURERELEASE"}):
+            found[name] = first[name]
+    return found
