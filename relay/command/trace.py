@@ -6,11 +6,11 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from datetime import datetime
 from typing import Any
 
 from redis import Redis
 
+from relay.cockpit import tracing
 from relay.cockpit.words import address, moment
 from relay.cockpit.words import duration as short
 from relay.command.connection import ledger_of
@@ -28,14 +28,10 @@ from relay.command.output import (
     terminal_width,
 )
 from relay.config.loader import Settings
-from relay.config.types import duration
-from relay.ledger.hosts import place_of
 from relay.mail.text import printable
-from relay.redisio import embedded
-from relay.trace import files, life
-from relay.trace.asking import OtherHosts
-from relay.trace.life import CopyLife, MessageLife, Step
-from relay.trace.lookup import Query, Unseen, find
+from relay.trace import life
+from relay.trace.life import MessageLife, Step
+from relay.trace.lookup import Query, Unseen
 from relay.trace.privacy import shown
 from relay.trace.words import NoWord
 
@@ -65,15 +61,7 @@ def show(
     report = Unseen()
     count = 0
     with _ledger(settings, report) as connection, slow_progress("looking through the trace") as progress:
-        others = OtherHosts(connection, _place(settings), report) if connection is not None else None
-        found = find(
-            query,
-            files.folder_of(settings.state_dir),
-            connection=connection,
-            others=others,
-            report=report,
-            progress=progress,
-        )
+        found = tracing.search(settings, connection, query, report, progress)
         for message in found:
             if out.as_json:
                 out.object(as_object(message))
@@ -98,29 +86,17 @@ def _ledger(settings: Settings, report: Unseen) -> Iterator[Redis | None]:
         yield connection
 
 
-def _place(settings: Settings) -> str:
-    return place_of(settings.state_dir, settings.redis.url or embedded.url(settings.state_dir))
-
-
 def _when(flag: str, text: str, now: float) -> float:
     """Read a length of time before now, or a local time. Raises Misuse."""
     try:
-        return now - float(duration().read(text))
-    except ValueError:
-        pass
-    try:
-        return datetime.fromisoformat(text).astimezone().timestamp()
-    except (ValueError, OverflowError):
-        raise Misuse(f"{flag}: expected a length of time (90s, 5m, 1h, 5d) or a time (2026-11-27T10:00)") from None
+        return tracing.when(text, now)
+    except ValueError as error:
+        raise Misuse(f"{flag}: {error}") from None
 
 
 def _tell(settings: Settings, out: Output, report: Unseen, query: Query, count: int) -> None:
     """Say what could not be seen, and where nothing was found, why that may be."""
-    notes = [f"{name} did not answer: what it knows is missing" for name in dict.fromkeys(report.silent)]
-    notes += [f"trace file {text}" for text in report.damaged]
-    if report.no_ledger:
-        notes.append(f"where copies stand now, and other hosts, could not be asked: {report.no_ledger}")
-    for note in notes:
+    for note in tracing.unseen(report):
         sys.stderr.write(f"smtp-dup: {printable(note)}\n")
     if out.as_json:
         return
@@ -128,12 +104,7 @@ def _tell(settings: Settings, out: Output, report: Unseen, query: Query, count: 
         out.line(f"The newest {count} are shown; --limit shows more, --since and --until other ones.")
     if count:
         return
-    if not settings.trace.max_bytes:
-        out.line("No trace is kept: trace.max_bytes is 0.")
-    elif report.oldest is None:
-        out.line("No trace is kept on this host so far.")
-    else:
-        out.line(f"Nothing found. The trace of this host begins {moment(report.oldest)}.")
+    out.line(tracing.nothing(settings, report))
 
 
 # One message -----------------------------------------------------------------------------------------------------
@@ -196,7 +167,7 @@ def _show(out: Output, message: MessageLife, *, is_first: bool) -> None:
     for copy in message.copies:
         if copy.status != life.DELIVERED:
             colour = _OF_STATUS.get(copy.status, RED)
-            _fold(out, "  ", f"{copy.destination} now: {_stands(copy)}", width, colour)
+            _fold(out, "  ", f"{copy.destination} now: {tracing.stands(copy)}", width, colour)
 
 
 def _show_step(out: Output, step: Step, who: int, width: int, *, with_day: bool) -> None:
@@ -208,21 +179,6 @@ def _show_step(out: Output, step: Step, who: int, width: int, *, with_day: bool)
         sys.stdout.write(front.rstrip() + "\n")
         front = " " * (len(at) + who + 15)
     _fold(out, front, step.text, width, _COLOURS[step.result])
-
-
-def _stands(copy: CopyLife) -> str:
-    tries = f"after {copy.attempts} attempt{'s' * (copy.attempts != 1)}" if copy.attempts else "not tried yet"
-    said = f": {copy.reply}" if copy.reply else ""
-    if copy.held_until is not None:
-        until = moment(copy.held_until)
-        return f"held, since the primary may not have it; goes out {until} unless the client sends it again"
-    if copy.status == life.WAITING:
-        return f"{'on its way' if copy.is_busy else 'waiting'}, {tries}{said}"
-    if copy.status == life.FAILED:
-        return f"on the failed list since {moment(copy.at)}, {tries}{said}"
-    if copy.status == life.LOST:
-        return "lost"
-    return f"in no list any more: dropped or moved by an operator, or the last step was not kept; {tries}{said}"
 
 
 def _fold(out: Output, front: str, text: str, width: int, colour: str) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from relay.page.views import audit, copies, cutover, divergence, export, message, overview, restraint, runs
+from relay.page.views import audit, copies, cutover, divergence, export, message, overview, restraint, runs, trace
 
 ROUTES = [
     route
-    for view in (overview, divergence, export, copies, runs, message, cutover, restraint, audit)
+    for view in (overview, divergence, export, copies, runs, message, trace, cutover, restraint, audit)
     for route in view.ROUTES
 ]

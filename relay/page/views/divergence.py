@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -13,7 +13,9 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from relay.cockpit import divergence as seen
+from relay.cockpit import tracing
 from relay.cockpit.divergence import Example, Sum
+from relay.config.model import Settings
 from relay.config.types import duration
 from relay.ledger import changes, divergence_groups, queries
 from relay.ledger.divergence import KINDS
@@ -140,16 +142,18 @@ class GroupDetails:
     endings: str
 
 
-def details(connection: Redis, group: Group) -> GroupDetails:
-    """Return what is known of a reason. Raises RedisError."""
+def details(connection: Redis, settings: Settings, group: Group) -> GroupDetails:
+    """Return what is known of a reason; the primary's words are in the trace. Raises RedisError."""
     now = changes.now(connection)
+    examples = seen.examples(connection, group, _EXAMPLES)
+    said = tracing.primary_replies(settings, connection, [example.id for example in examples])
     whom = divergence_groups.whom(connection, group.destination, group.key, _TOP)
     domains = sorted(group.domains.items(), key=lambda one: (-one[1], one[0]))
     rest = sum(count for _, count in domains[_TOP:]) + group.more_domains
     return GroupDetails(
         GroupRow.of(group, now),
         now,
-        seen.examples(connection, group, _EXAMPLES),
+        [replace(example, primary=said.get(example.id) or example.primary) for example in examples],
         whom,
         group.more + max(0, group.seen - group.more - sum(count for _, count in whom)),
         domains[:_TOP],
@@ -175,7 +179,8 @@ async def one(request: Request) -> Response:
 
 async def _one(request: Request, wrong: dict[str, str] | None = None) -> Response:
     try:
-        found = await context_of(request).ask(lambda connection: details(connection, _find(connection, request)))
+        context = context_of(request)
+        found = await context.ask(lambda redis: details(redis, context.settings, _find(redis, request)))
     except UnknownDestination as error:
         raise not_found(str(error)) from None
     done = request.query_params.get("done", "")

@@ -11,6 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from relay.cockpit import tracing
+from relay.config.model import Settings
 from relay.ledger import archive, audit
 from relay.ledger.audit import Act
 from relay.ledger.copy_state import Attempt
@@ -20,22 +22,10 @@ from relay.mail.ids import is_id
 from relay.mail.record import BodyElsewhere
 from relay.page.access import operator, viewer
 from relay.page.views.shell import act, context_of, not_found, page
+from relay.trace.life import BAD, GOOD, LATER, MessageLife, Step
 from workers.queues import backlog, failed
 from workers.queues.backlog import WaitingDetail
 from workers.queues.failed import FailedDetail
-
-GOOD, LATER, BAD, PLAIN = "good", "later", "bad", "plain"
-
-
-@dataclass(frozen=True, slots=True)
-class MessageStep:
-    """One step of its life: ``who`` did or said it; ``result`` is good, later, bad or plain."""
-
-    at: float
-    who: str
-    text: str
-    seconds: float | None = None
-    result: str = PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +33,11 @@ class MessageCopy:
     """The copy for one backup."""
 
     destination: str
-    state: str  # waits, failed
+    state: str  # waits, failed, or what the trace says
     attempts: int
     reply: str
-    next_at: float | None
-    recipients: Sequence[str]
+    next_at: float | None = None
+    recipients: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +51,10 @@ class KnownMessage:
     received_at: float
     client: str
     copies: Sequence[MessageCopy]
-    steps: Sequence[MessageStep]
+    steps: Sequence[Step]
     uncertain_until: float | None = None
+    message_id: str = ""
+    status: str = ""
 
     @property
     def has_failed(self) -> bool:
@@ -73,8 +65,37 @@ class KnownMessage:
         return any(copy.state == "waits" for copy in self.copies)
 
 
-def find(connection: Redis, message_id: str) -> KnownMessage | None:
-    """Return what the ledger knows of a message, None for nothing. Raises RedisError."""
+def find(connection: Redis, settings: Settings, message_id: str) -> KnownMessage | None:
+    """Return what is known of a message: its life by the trace, and how it stands by the ledger. Raises RedisError."""
+    listed, life = _listed(connection, message_id), tracing.life_of(settings, connection, message_id)
+    return _told(life, listed) if life else listed
+
+
+def _told(life: MessageLife, listed: KnownMessage | None) -> KnownMessage:
+    """Return a message as the trace tells it; what waits and what failed is as the ledger has it."""
+    known = {copy.destination: copy for copy in listed.copies} if listed else {}
+    others = [
+        MessageCopy(copy.destination, copy.status, copy.attempts, copy.reply)
+        for copy in life.copies
+        if copy.destination not in known
+    ]
+    heard = life.received
+    return KnownMessage(
+        life.id,
+        life.sender if heard or not listed else listed.sender,
+        life.recipients or (listed.recipients if listed else ()),
+        heard.size if heard else listed.size if listed else 0,
+        life.at,
+        f"{heard.client} ({heard.helo})" if heard and heard.helo else listed.client if listed else "",
+        [*known.values(), *others],
+        life.timeline(),
+        listed.uncertain_until if listed else None,
+        life.message_id,
+        life.status,
+    )
+
+
+def _listed(connection: Redis, message_id: str) -> KnownMessage | None:
     waiting: list[WaitingDetail] = []
     failing: list[FailedDetail] = []
     with suppress(UnknownId):
@@ -94,9 +115,9 @@ def find(connection: Redis, message_id: str) -> KnownMessage | None:
     ]
     people = list(dict.fromkeys(address for detail in details for address in detail.recipients))
     steps = [
-        MessageStep(first.received_at, "relay", "received, and accepted by the primary", None, GOOD),
+        Step(first.received_at, "relay", "received, and accepted by the primary", None, GOOD),
         *(step for d in details for step in _tried(d.destination, d.history)),
-        *(MessageStep(d.failed_at, d.destination, "in the failed list", None, BAD) for d in failing),
+        *(Step(d.failed_at, d.destination, "in the failed list", None, BAD) for d in failing),
     ]
     return KnownMessage(
         message_id,
@@ -110,14 +131,14 @@ def find(connection: Redis, message_id: str) -> KnownMessage | None:
     )
 
 
-def _tried(name: str, history: Sequence[Attempt]) -> Iterator[MessageStep]:
+def _tried(name: str, history: Sequence[Attempt]) -> Iterator[Step]:
     for at, reply in history:
-        yield MessageStep(at, name, reply, None, LATER if reply.startswith("4") else BAD)
+        yield Step(at, name, reply, None, LATER if reply.startswith("4") else BAD)
 
 
 def _uncertain(found: backlog.UncertainMessage) -> KnownMessage:
     text = "no reply to the dot: it is not known whether it has the message"
-    step = MessageStep(found.received_at, "primary", text, None, LATER)
+    step = Step(found.received_at, "primary", text, None, LATER)
     return KnownMessage(
         found.id, found.sender, found.recipients, found.size, found.received_at, "", [], [step], found.copied_at
     )
@@ -134,7 +155,8 @@ def _id(request: Request) -> str:
 async def show(request: Request) -> Response:
     """Show what is known of a message."""
     message_id = _id(request)
-    found = await context_of(request).ask(find, message_id)
+    context = context_of(request)
+    found = await context.ask(find, context.settings, message_id)
     return await page(request, "message/one.html", id=message_id, found=found, status=200 if found else 404)
 
 

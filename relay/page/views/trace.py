@@ -1,0 +1,123 @@
+"""The trace: any message by its id, Message-ID, sender, recipient, domain, or the queue id that a server gave."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from redis import Redis
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from relay.cockpit import tracing
+from relay.config.model import Settings
+from relay.page.access import viewer
+from relay.page.views.shell import context_of, page
+from relay.trace.life import STATUSES, MessageLife
+from relay.trace.lookup import Query, Unseen
+from relay.trace.words import NoWord
+
+_ROWS = 50
+_SECONDS = 5.0  # for one look-up
+_AT_ONCE = 2  # look-ups: each takes a thread, and other views need theirs
+_LONGEST = 1000  # characters of what is looked for
+_looking = asyncio.Semaphore(_AT_ONCE)
+
+
+class _TooLong(Exception):
+    """A look-up takes longer than anybody waits for a page."""
+
+
+@dataclass(frozen=True, slots=True)
+class TraceSheet:
+    """What a look-up has found, and what it could not see."""
+
+    lives: Sequence[MessageLife]
+    notes: Sequence[str]
+    nothing: str
+    is_full: bool
+
+
+def sheet(connection: Redis, settings: Settings, query: Query) -> TraceSheet:
+    """Look up a sheet of messages, the newest first; what has been found when the time is over."""
+    report, end = Unseen(), time.monotonic() + _SECONDS
+    found: list[MessageLife] = []
+
+    def progress(_done: int, _total: int) -> None:
+        if time.monotonic() > end:
+            raise _TooLong
+
+    notes: list[str] = []
+    try:
+        for life in tracing.search(settings, connection, query, report, progress):
+            found.append(life)
+            progress(0, 0)
+    except _TooLong:
+        notes.append("It takes too long to look through all: say more, or give a time. `smtp-dup trace` goes on.")
+    return TraceSheet(
+        found,
+        [*notes, *tracing.unseen(report)],
+        tracing.nothing(settings, report) if not found else "",
+        len(found) >= query.limit,
+    )
+
+
+@viewer
+async def show(request: Request) -> Response:
+    """Show the messages that are meant: without words the last ones."""
+    asked = request.query_params
+    what, since, until, status = (asked.get(name, "").strip() for name in ("what", "since", "until", "status"))
+    wrong: dict[str, str] = {}
+    begin, end, now = 0.0, math.inf, time.time()
+    query = Query(limit=_ROWS)
+    for name, text in (("since", since), ("until", until)):
+        try:
+            if text and name == "since":
+                begin = tracing.when(text, now)
+            elif text:
+                end = tracing.when(text, now)
+        except ValueError as error:
+            wrong[name] = str(error)
+    try:
+        query = Query.of(
+            _words(what[:_LONGEST]),
+            since=begin,
+            until=end,
+            status=status if status in STATUSES else None,
+            limit=_ROWS,
+        )
+    except NoWord as error:
+        wrong["what"] = str(error)
+    found = None
+    if not wrong:
+        context = context_of(request)
+        async with _looking:
+            found = await context.ask(sheet, context.settings, query)
+    return await page(
+        request,
+        "trace.html",
+        found=found,
+        what=what,
+        since=since,
+        until=until,
+        chosen=status,
+        statuses=STATUSES,
+        wrong=wrong,
+        status=400 if wrong else 200,
+    )
+
+
+def _words(text: str) -> list[str]:
+    """Return what is looked for, word by word, as a shell would read it."""
+    try:
+        return shlex.split(text)
+    except ValueError:  # a quote without an end
+        return text.split()
+
+
+ROUTES = [Route("/trace", show, methods=["GET"])]

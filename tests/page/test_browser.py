@@ -1,0 +1,315 @@
+"""The page in a real browser: every view, by mouse and by keyboard, with and without JavaScript, for everybody."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+from relay.ledger import audit, divergence_groups, keys
+from support.dialogue import Unexpected
+from support.page_site import PASSWORD, PageSite
+from support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+    from support.browser import Browser
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A browser; the tests are skipped where there is none."""
+    pytest.importorskip("playwright")
+    from support import browser as browsers
+
+    if not browsers.EXECUTABLE.exists():
+        pytest.skip(f"no {browsers.EXECUTABLE}")
+    with browsers.started() as made:
+        yield made
+
+
+def group_of(site: PageSite, text: str) -> divergence_groups.Group:
+    with site.redis() as connection:
+        return next(group for group in divergence_groups.groups(connection, "new") if text in group.text)
+
+
+def failed_id(site: PageSite, recipient: str) -> str:
+    rows = [json.loads(line) for line in site.product.run("failed", "list", "--json").stdout.splitlines()]
+    return next(row["id"] for row in rows if recipient in row["recipients"])
+
+
+def views(site: PageSite) -> dict[str, str]:
+    """Return a path of every view."""
+    group = group_of(site, "unknown")
+    return {
+        "overview": "/",
+        "readiness": "/ready/new",
+        "divergence": "/divergence",
+        "by domain": "/divergence?by=domain&all=1",
+        "reason": f"/divergence/new/{group.key}",
+        "waiting": "/waiting",
+        "failed": "/failed?code=5xx",
+        "message": f"/message/{failed_id(site, 'frank@example.com')}",
+        "backup": "/server/new",
+        "cut-over": "/cutover",
+        "plan": "/cutover/new",
+        "trace": "/trace?what=@example.com",
+        "audit": "/audit",
+        "nothing": "/failed?recipient=nobody@nowhere.test",
+        "wrong": "/failed?code=nonsense",
+    }
+
+
+# For everybody ------------------------------------------------------------------------------------------------------
+
+
+def test_a_user_logs_in_with_a_password_and_out_again(site: PageSite, browser: Browser) -> None:
+    """A wrong password is told; the right one leads to where one wanted to go; logging out ends it."""
+    with browser.open(site) as page:
+        page.goto("/audit")
+        assert page.url.endswith("/login?next=/audit")
+        page.get_by_label("Name").fill("victor")
+        page.get_by_label("Password").fill("wrong")
+        page.get_by_role("button", name="Log in").click()
+        assert "wrong" in page.get_by_role("alert").inner_text()
+        page.get_by_label("Password").fill(PASSWORD)
+        page.keyboard.press("Enter")
+        page.get_by_role("heading", name="Audit").wait_for()
+        page.get_by_role("button", name="Log out").click()
+        page.goto("/audit")
+        assert "/login" in page.url
+
+
+@pytest.mark.parametrize(("colour", "rules"), [("light", ()), ("dark", ("color-contrast",))])
+def test_no_view_has_a_barrier(site: PageSite, browser: Browser, colour: str, rules: tuple[str, ...]) -> None:
+    """Axe finds nothing, contrast included, and the console stays empty: the policy holds, no script fails."""
+    from support.browser import barriers
+
+    found: dict[str, list[str]] = {}
+    with browser.open(site, role="operator", colour=colour) as page:
+        for name, path in views(site).items():
+            page.goto(path)
+            page.locator("h1").first.wait_for()
+            found[name] = barriers(page, *rules)
+    with browser.open(site, colour=colour) as page:
+        page.goto("/login")
+        found["login"] = barriers(page, *rules)
+    assert {name: those for name, those in found.items() if those} == {}
+
+
+def test_every_view_fits_a_phone(site: PageSite, browser: Browser) -> None:
+    """Nothing is wider than the screen, so that nobody scrolls sideways to read."""
+    wide: dict[str, int] = {}
+    with browser.open(site, role="operator", width=375) as page:
+        for name, path in views(site).items():
+            page.goto(path)
+            width = page.evaluate("document.documentElement.scrollWidth")
+            if width > 375:
+                wide[name] = width
+    assert wide == {}
+
+
+def test_every_view_is_there_without_javascript(site: PageSite, browser: Browser) -> None:
+    """Whatever a view shows is in what the server sends, but for the plots, in whose place a picture is."""
+    with browser.open(site, role="operator", javascript=False) as page:
+        for name, path in views(site).items():
+            page.goto(path)
+            assert page.locator("h1").count() == 1, name
+            if name == "overview":
+                assert page.locator(".plot svg").count() == 2
+                assert page.get_by_text("NOT READY").count() == 1
+                assert page.locator("table.criteria tbody tr").count() >= 15
+
+
+def test_the_verdict_is_one_sheet_of_paper(site: PageSite, browser: Browser) -> None:
+    """Printed, the overview and the evidence are a page each."""
+    with browser.open(site, role="operator") as page:
+        page.goto("/")
+        sheet = page.pdf(prefer_css_page_size=True)
+    assert len(re.findall(rb"/Type\s*/Page\b", sheet)) == 1
+
+
+# What goes on by itself ---------------------------------------------------------------------------------------------
+
+
+def cell(page: Page, title: str) -> str:
+    return page.locator("#servers tbody tr").nth(1).locator(f'[data-title="{title}"]').inner_text()
+
+
+def test_the_overview_goes_on_by_itself_and_through_a_restart(site: PageSite, browser: Browser) -> None:
+    """What has failed is seen on a page that is open; so it is after the product was stopped and started again."""
+    with browser.open(site, role="operator") as page:
+        page.goto("/")
+        page.locator(".plot canvas").first.wait_for()
+        before = int(cell(page, "failed"))
+        site.product.send("late@example.net", "erin@example.com")
+        wait_until(lambda: int(cell(page, "failed")) == before + 1 or page.wait_for_timeout(50))
+        site.product.stop()
+        page.locator("#stale").wait_for(state="visible")
+        site.product.start()
+        page.locator("#stale").wait_for(state="hidden")
+        site.product.send("later@example.net", "erin@example.com")
+        wait_until(lambda: int(cell(page, "failed")) == before + 2 or page.wait_for_timeout(50))
+        browser.complaints.clear()  # the connection was refused meanwhile
+
+
+def test_nothing_is_sent_to_a_page_that_nobody_sees(site: PageSite, browser: Browser) -> None:
+    """The stream ends when the tab is hidden, and begins again when it is seen."""
+    show = """(hidden) => {
+        Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+        document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    with browser.open(site, role="operator") as page:
+        with page.expect_request("**/live"):
+            page.goto("/")
+        page.locator(".plot canvas").first.wait_for()
+        with page.expect_event("requestfailed", lambda request: request.url.endswith("/live")):
+            page.evaluate(show, True)
+        with page.expect_request("**/live"):
+            page.evaluate(show, False)
+
+
+# What an operator does ------------------------------------------------------------------------------------------------
+
+
+def test_failed_copies_are_tried_again_by_mouse(site: PageSite, browser: Browser) -> None:
+    """Ticked, looked at in a dry run, agreed to: then the server gets them, and they are out of the list."""
+    site.new.replies.pop("RCPT TO:<grace@example.org>", None)
+    message_id = failed_id(site, "grace@example.org")
+    with browser.open(site, role="operator") as page:
+        page.goto("/failed")
+        page.get_by_label(f"Tick {message_id} for new").click()
+        assert "the 1 that are ticked" in page.content()
+        page.get_by_role("button", name="Try again").click()
+        page.get_by_role("heading", name="1 copy would be retried").wait_for()
+        with site.redis() as connection:
+            assert connection.zscore(keys.FAILED + "new", message_id) is not None  # nothing is done yet
+        page.get_by_role("button", name="Try again: 1 copy").click()
+        page.get_by_text("1 copy will be tried again now.").wait_for()
+    site.new.wait_until(lambda: any("grace" in line for line in site.new.commands))
+    with site.redis() as connection:
+        wait_until(lambda: connection.zscore(keys.FAILED + "new", message_id) is None)
+
+
+def test_failed_copies_are_dropped_by_keyboard(site: PageSite, browser: Browser) -> None:
+    """Without a mouse, and with the filter: what meets it is dropped for good, and nothing else."""
+    site.product.send("twice@example.net", "frank@example.com")
+    with site.redis() as connection:
+        wait_until(lambda: connection.zcard(keys.FAILED + "new") >= 2)
+    with browser.open(site, role="operator") as page:
+        page.goto("/failed")
+        page.get_by_label("sender").focus()
+        page.keyboard.type("twice@example.net")
+        page.keyboard.press("Enter")
+        page.get_by_text("1 copy of").wait_for()
+        page.get_by_label("all that meet the filter").focus()
+        page.keyboard.press("Space")
+        page.get_by_role("button", name="Drop").focus()
+        page.keyboard.press("Enter")
+        page.get_by_role("heading", name="1 copy would be dropped").wait_for()
+        page.get_by_role("button", name="Drop: 1 copy").focus()
+        page.keyboard.press("Enter")
+        page.get_by_text("1 copy dropped.").wait_for()
+        with site.redis() as connection:
+            last = next(iter(audit.acts(connection)))
+        assert (last.command, last.who) == ("failed drop", "the operator (page)")
+        assert "--sender twice@example.net" in last.details["filter"]
+        page.goto("/failed?recipient=frank@example.com")
+        assert page.locator("tbody tr").count() == 1
+
+
+def test_a_reason_is_acknowledged_by_keyboard_and_counts_again_by_mouse(site: PageSite, browser: Browser) -> None:
+    """With a note and an end; a note that is missing is asked for where it belongs."""
+    group = group_of(site, "unknown")
+    with browser.open(site, role="operator") as page:
+        page.goto("/divergence")
+        page.get_by_role("link", name="no such mailbox").first.focus()
+        page.keyboard.press("Enter")
+        page.get_by_label("acknowledge: why").focus()
+        page.keyboard.type("they have left")
+        page.keyboard.press("Tab")
+        page.keyboard.type("7d")
+        page.keyboard.press("Enter")
+        page.get_by_role("status").get_by_text("Acknowledged").wait_for()
+        assert "they have left" in page.content()
+        with site.redis() as connection:
+            found = divergence_groups.group(connection, "new", group.key)
+        assert found is not None
+        assert found.ack is not None
+        assert (found.ack.by, found.ack.note, round(found.ack.until - found.ack.at)) == (
+            "the operator (page)", "they have left", 7 * 86400,
+        )  # fmt: skip
+        page.get_by_role("button", name="Let it count again").click()
+        page.get_by_text("It counts again.").wait_for()
+
+
+def test_a_backup_is_held_and_released_without_javascript(site: PageSite, browser: Browser) -> None:
+    """The forms are all there is to it."""
+    with browser.open(site, role="operator", javascript=False) as page:
+        page.goto("/server/new")
+        page.get_by_label("why").fill("the disk is being changed")
+        page.get_by_label("for how long").fill("1h")
+        page.get_by_role("button", name="Hold new").click()
+        page.get_by_text("the disk is being changed").first.wait_for()
+        page.get_by_role("button", name="Release").click()
+        page.get_by_text("Released: it gets its copies again.").wait_for()
+
+
+def test_copies_are_tried_again_without_javascript(site: PageSite, browser: Browser) -> None:
+    """The dry run's page loads itself again until it has an end."""
+    site.product.send("plain@example.net", "frank@example.com")
+    with site.redis() as connection:
+        wait_until(lambda: connection.zcard(keys.FAILED + "new") >= 1)
+    with browser.open(site, role="operator", javascript=False) as page:
+        page.goto("/failed?sender=plain@example.net")
+        page.get_by_label("all that meet the filter").check()
+        page.get_by_role("button", name="Try again").click()
+        page.get_by_role("button", name="Try again: 1 copy").click()
+        page.get_by_text("1 copy will be tried again now.").wait_for()
+
+
+def test_a_backup_is_promoted_by_mouse_and_the_way_back_is_by_keyboard(site: PageSite, browser: Browser) -> None:
+    """The name is typed, a server that is not ready takes a tick and a reason; then mail is answered by the other."""
+    with browser.open(site, role="operator") as page:
+        page.goto("/cutover")
+        page.get_by_role("link", name="Promote new").click()
+        page.get_by_label("type the name").fill("old")
+        page.get_by_label("reason").fill("it is a test")
+        page.get_by_role("button", name="Promote new").click()
+        page.get_by_text("Type new to go on.").wait_for()
+        assert page.get_by_text("new is not ready: tick this").count() == 1
+        assert page.get_by_label("reason").input_value() == "it is a test"
+        page.get_by_label("type the name").fill("new")
+        page.get_by_label("I know").check()
+        page.get_by_role("button", name="Promote new").click()
+        page.get_by_text("new answers since").wait_for()
+        assert page.locator("#run tbody tr .pill.ok").count() == 1
+        site.new.replies["RCPT TO:<who@example.com>"] = "550 5.1.1 new says so"
+        with pytest.raises(Unexpected, match="new says so"):
+            site.product.send("me@example.net", "who@example.com")
+        page.get_by_role("link", name="Undo").focus()
+        page.keyboard.press("Enter")
+        page.get_by_role("heading", name="Back to old").wait_for()
+        page.get_by_label("type the name").focus()
+        page.keyboard.type("old")
+        page.keyboard.press("Enter")
+        page.get_by_text("old answers since").wait_for()
+        assert site.product.send("me@example.net", "who@example.com").startswith("250")
+        page.goto("/audit")
+        assert page.get_by_text("it is a test").count() == 1
+
+
+def test_a_viewer_sees_all_and_can_do_nothing(site: PageSite, browser: Browser) -> None:
+    """There is no button but to log out and to look."""
+    with browser.open(site, role="viewer") as page:
+        for path in views(site).values():
+            page.goto(path)
+            texts = [text for text in page.locator("button").all_inner_texts() if text.strip()]
+            assert set(texts) <= {"Log out", "Filter", "Show", "Look up"}, path
+            assert page.locator("form[method=post]").count() == 1, path
