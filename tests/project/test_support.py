@@ -339,6 +339,22 @@ def test_how_a_fork_has_ended(tmp_path, number):
     process.send_signal(number)  # to nobody
 
 
+@pytest.mark.parametrize(
+    "last", ["raise ValueError('a fault')", "sys.exit('a fault')", "sys.exit(7)", "sys.exit()", ""]
+)
+def test_a_fork_ends_as_a_program_does(tmp_path, last):
+    """Its status, what its end says, and what it has to do at its end."""
+    start = "import atexit, sys\natexit.register(print, 'at exit')\nsys.stdout.write('not flushed ')\n"
+    (tmp_path / "program.py").write_text(start + last)
+    path = str(tmp_path / "program.py")
+    real = subprocess.run([sys.executable, path], capture_output=True, text=True, check=False)
+    with (tmp_path / "out").open("w+b") as out, (tmp_path / "err").open("w+b") as err:
+        status = forked.start([path], cwd=tmp_path, env=os.environ, stdout=out, stderr=err).wait(20)
+    assert status == real.returncode
+    assert (tmp_path / "out").read_text() == real.stdout == "not flushed at exit\n"
+    assert (tmp_path / "err").read_text().splitlines()[-1:] == real.stderr.splitlines()[-1:]
+
+
 def test_forks_end_with_the_test_run(tmp_path):
     """Killed, it leaves none behind, nor the process that they are forks of."""
     (tmp_path / "program.py").write_text("import os, signal\nprint(os.getpid(), flush=True)\nsignal.pause()\n")

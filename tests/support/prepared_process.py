@@ -115,6 +115,8 @@ def be(begun: Begun) -> NoReturn:
         _run(begun)
     except SystemExit as ending:
         status = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        if isinstance(ending.code, str):
+            print(ending.code, file=sys.stderr)
     except BaseException:  # as the interpreter does
         status = 1
         sys.excepthook(*sys.exc_info())
