@@ -47,6 +47,7 @@ class Settings:
     user: str
     password: str
     made_up: bool
+    page_url: str = ""
 
 
 def read(environ: Mapping[str, str]) -> Settings:
@@ -73,6 +74,9 @@ def read(environ: Mapping[str, str]) -> Settings:
             raise ValueError(f"DASHBOARD_PASSWORD_FILE: {file} cannot be read: {error}") from None
         if not given:
             raise ValueError(f"DASHBOARD_PASSWORD_FILE: {file} is empty")
+    page_url = environ.get("DASHBOARD_PAGE_URL", "").strip()
+    if page_url and not re.fullmatch(r"(?i)https?://[^\s/?#@]+(/\S*)?", page_url):
+        raise ValueError("DASHBOARD_PAGE_URL: expected http://host:port or https://host, the page of smtp-dup")
     return Settings(
         redis_url=redis_url,
         sentinels=sentinels,
@@ -82,6 +86,7 @@ def read(environ: Mapping[str, str]) -> Settings:
         user=user,
         password=given or secrets.token_urlsafe(12),
         made_up=not given,
+        page_url=page_url,
     )
 
 
@@ -113,7 +118,8 @@ def main() -> None:
     try:
         settings = read(os.environ)
         client = connect(settings)
-        guarded = Guard(make_app(client, settings.redis_url), settings.user, settings.password, client)
+        app = make_app(client, settings.redis_url, settings.page_url)
+        guarded = Guard(app, settings.user, settings.password, client)
         server = waitress.create_server(
             guarded,
             host=settings.host,

@@ -47,8 +47,11 @@ _REGISTRIES: dict[str, type[BaseRegistry]] = {
 }
 
 
-def make_app(client: Redis, redis_url: str) -> Flask:
-    """Return the application on this Redis. It shows ``redis_url`` without its password."""
+def make_app(client: Redis, redis_url: str, page_url: str = "") -> Flask:
+    """Return the application on this Redis, with a link to the page of smtp-dup.
+
+    It shows ``redis_url`` without its password.
+    """
     web.config.serializer = JSONSerializer
     web.Job, web.Worker, web.requeue_job = _Job, _Worker, _requeue
     web.get_queue_registry_jobs_count = _page
@@ -64,7 +67,7 @@ def make_app(client: Redis, redis_url: str) -> Flask:
     app.view_functions["rq_dashboard.requeue_all"] = web.jsonify(lambda queue_name: _requeue_all(client, queue_name))
     if app.jinja_loader:
         app.jinja_env.loader = _Escaping(app.jinja_env.loader or app.jinja_loader)
-    app.context_processor(lambda: {"script_nonce": _nonce()})
+    app.context_processor(lambda: {"script_nonce": _nonce(), "page_url": page_url})
     app.after_request(_harden)
     for error, status, text in (
         (RedisError, 503, "Redis does not answer"),
@@ -222,10 +225,15 @@ _HEADINGS = """<th class="narrow">Waiting messages</th><th class="narrow">Refuse
 <th class="narrow">Queued jobs</th>"""
 _CELLS = """<td class="narrow"><%= d.pending %></td><td class="narrow"><%= d.refused %></td>
 <td class="state"><%= d.state %></td><td class="narrow"> <a href="<%= d.queued_url %>">"""
+_LINK = (
+    """{% if page_url %}<li class="nav-item"><a href="{{ page_url }}" class="nav-link">smtp-dup</a></li>{% endif %}"""
+)
+
 # By template: what it has, as a regular expression, and what ours has there. With another rq-dashboard than that of
 # requirements.txt a page may keep its own words.
 _CHANGES: dict[str, tuple[tuple[str, str], ...]] = {
     "base.html": (("</head>", _STYLE + "</head>"), ("<title>RQ dashboard</title>", "<title>smtp-dup</title>")),
+    "navbar.html": ((r"</ul>", _LINK + "</ul>"),),
     "queues.html": (
         (r"This list below contains all the registered queues[^<]*", _QUEUES),
         (r'<th class="narrow">Queued&nbsp;jobs</th>', _HEADINGS),

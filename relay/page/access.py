@@ -31,6 +31,7 @@ FORM_OCTETS = 64 << 10
 _FORM_FIELDS = 5000
 _FORM_TYPE = "application/x-www-form-urlencoded"
 _REQUEST_SECONDS = 30.0  # until an answer begins
+_LONGEST_PATH = 1000  # characters that a login goes on to
 _OPEN_TO_ALL = {"/login", "/open"}
 _HEADERS = {
     "Content-Security-Policy": (
@@ -152,7 +153,8 @@ def _to_login(request: Request) -> Response:
     accept = request.headers.get("accept", "")
     if request.method == "GET" and ("text/html" in accept or accept in {"", "*/*"}):
         path = request.scope["path"] + (f"?{query}" if (query := request.url.query) else "")
-        return RedirectResponse("/login" if path == "/" else f"/login?next={quote(path, safe='/')}", 303)
+        is_plain = path == "/" or len(path) > _LONGEST_PATH
+        return RedirectResponse("/login" if is_plain else f"/login?next={quote(path, safe='/')}", 303)
     return PlainTextResponse("log in first\n", 401)
 
 

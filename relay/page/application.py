@@ -1,4 +1,4 @@
-"""What is answered over HTTP: the three health paths first, then the page.
+"""What is answered over HTTP: the three health paths first, then the page, which is made when somebody first asks.
 
 The health paths know no template, no session and no route; their answers are found in threads of their own, and all who
 ask at the same time, or within a second, get one computation. Whatever the page raises ends with this request.
@@ -55,12 +55,16 @@ class Shared:
 
 
 class Front:
-    """The outermost application: health, then the page, and the border at which exceptions end."""
+    """The outermost application: health, then the page, and the border at which exceptions end.
 
-    def __init__(self, answers: Mapping[str, Find], page: ASGIApp | None = None) -> None:
+    ``make_page`` is called once, in a thread: it takes half a second and 10 MB. None: there is no page.
+    """
+
+    def __init__(self, answers: Mapping[str, Find], make_page: Callable[[], ASGIApp] | None = None) -> None:
         self._threads = ThreadPoolExecutor(len(answers) or 1, thread_name_prefix="health")
         self._answers = {path: Shared(find, self._threads) for path, find in answers.items()}
-        self._page = page
+        self._make_page = make_page
+        self._page: asyncio.Future[ASGIApp] | None = None
 
     def close(self) -> None:
         """Give the threads back; one that still waits for Redis ends by itself."""
@@ -95,10 +99,17 @@ class Front:
         elif shared := self._answers.get(scope["path"]):
             is_asked = scope["method"] in {"GET", "HEAD"}
             await _send(scope, send, await shared.get() if is_asked else _NOT_ALLOWED)
-        elif self._page:
-            await self._page(scope, receive, send)
+        elif self._make_page:
+            page = await self._made(self._make_page)
+            await page(scope, receive, send)
         else:
             await _send(scope, send, _NOT_FOUND)
+
+    async def _made(self, make_page: Callable[[], ASGIApp]) -> ASGIApp:
+        """Return the page; raises what making it has raised."""
+        if self._page is None:
+            self._page = asyncio.ensure_future(asyncio.to_thread(make_page))
+        return await asyncio.shield(self._page)
 
 
 def _is_stream(message: Message) -> bool:

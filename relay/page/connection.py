@@ -23,6 +23,7 @@ STUCK_SECONDS = 10.0  # without an octet taken
 LINGER_SECONDS = 1.0
 MOST = 128  # connections at once
 
+_FRESH_SECONDS = 0.5  # for the request to come behind the connection
 _SLICE = 4096  # octets that are parsed at once, so that the limit holds however much arrives at once
 STREAM = "smtpdup.stream"  # in the scope of a request whose answer is a stream of events
 
@@ -70,10 +71,6 @@ class HttpConnection(H11Protocol):
     def is_stream(self) -> bool:
         """Whether the answer is a stream of events, which lasts."""
         return self._is_asked and STREAM in self.cycle.scope
-
-    @property
-    def silent_since(self) -> float:
-        return self._silent_since
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._real = transport
@@ -134,18 +131,27 @@ class HttpConnection(H11Protocol):
             if not left and now - max(self._silent_since, self._left[1]) >= LINGER_SECONDS:
                 self.abort()
         elif not self._is_asked:
-            if now - self._head_since >= HEAD_SECONDS or self._owes_body(now):
+            if now - self._head_since >= HEAD_SECONDS or self._owes_body(now, BODY_SECONDS):
                 self.abort()
-        elif self._owes_body(now) or (now - self._asked_at >= ANSWER_SECONDS and not self.is_stream):
+        elif self._owes_body(now, BODY_SECONDS) or (now - self._asked_at >= ANSWER_SECONDS and not self.is_stream):
             self.abort()
 
-    def _owes_body(self, now: float) -> bool:
-        return self.conn.their_state is h11.SEND_BODY and now - self._asked_at >= BODY_SECONDS
+    def _owes_body(self, now: float, seconds: float) -> bool:
+        return self.conn.their_state is h11.SEND_BODY and now - self._asked_at >= seconds
+
+    def _rank(self, now: float) -> int:
+        """Return how much it may stay: whoever has just come may be about to ask."""
+        if not self.is_busy:
+            return 3 if now - self._silent_since < _FRESH_SECONDS else 0
+        if self._owes_body(now, _FRESH_SECONDS):
+            return 1
+        return 2 if self.is_stream else 4
 
     def _make_room(self) -> None:
-        """Disconnect one: first of those who have nothing to get, then of those with a stream; the oldest of them."""
+        """Disconnect one: the silent first, then who owes a form, then who has a stream; the oldest of them."""
+        now = time.monotonic()
         others = [c for c in self.connections if isinstance(c, HttpConnection) and c is not self]
-        oldest = min(others, key=lambda c: (c.is_busy, c.is_busy and not c.is_stream, c.silent_since), default=None)
+        oldest = min(others, key=lambda c: (c._rank(now), c._silent_since), default=None)  # noqa: SLF001  (its own kind)
         if oldest is not None:
             self.connections.discard(oldest)
             oldest.abort()

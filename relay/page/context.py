@@ -19,6 +19,7 @@ from relay.page.users import CurrentUsers, Tries
 from relay.redisio.clients import async_client, sync_client
 
 ASK_SECONDS = 10.0  # for what a view wants to know of Redis or a file
+_SESSION_SECONDS = 2.0  # for Redis to say who asks: somebody waits for a page
 _THREADS = 4
 
 P = ParamSpec("P")
@@ -44,7 +45,7 @@ class PageContext:
         seconds = settings.redis.timeout_seconds
         return cls(
             settings,
-            async_client(settings.redis, seconds, retries=1),
+            async_client(settings.redis, min(seconds, _SESSION_SECONDS), retries=1),
             sync_client(settings.redis, seconds, retries=1),
             Hosts.of(settings.status),
             CurrentUsers(settings.status.users_file),

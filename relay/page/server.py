@@ -1,7 +1,8 @@
 """The HTTP server of the housekeeping process: uvicorn, in a thread, on the socket that the supervisor has bound.
 
-/healthz, /readyz and /metrics are answered first and whatever happens to the page, which is a warning in the log where
-it cannot be made. The socket outlives this process: who connects while it restarts waits for the next.
+/healthz, /readyz and /metrics are answered first and whatever happens to the page; one that cannot be made is an error
+in the log with each request for it. The socket outlives this process: who connects while it restarts waits for the
+next.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from loguru import logger
@@ -97,18 +99,14 @@ def serve(settings: Settings, listener: socket.socket, answers: Mapping[str, Fin
         log.addHandler(_ToOurLog())
         log.propagate = False
     context = None if is_off(settings.status) else PageContext.of(settings, stop)
-    front = Front(answers, _page(context) if context else None)
+    front = Front(answers, partial(_page, context) if context else None)
     try:
         PageServer(front, stop, context).run(sockets=[listener])
     finally:
         front.close()
 
 
-def _page(context: PageContext) -> ASGIApp | None:
-    try:
-        from relay.page import page  # noqa: PLC0415  (a view that cannot be imported must not take health away)
+def _page(context: PageContext) -> ASGIApp:
+    from relay.page import page  # noqa: PLC0415  (10 MB, and a view that cannot be imported must not end health)
 
-        return page.make(context)
-    except Exception:  # the border: health is answered without it
-        logger.exception("the page cannot be shown")
-        return None
+    return page.make(context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import select
 import socket
 import threading
 import time
@@ -18,9 +19,11 @@ from relay.monitoring.answers import HttpAnswer
 from relay.page import application, connection
 from relay.page.application import Front, Shared
 from relay.page.server import PageServer
+from support.raw_http import talk, try_talk
 from support.waiting import wait_until
 
 Answers = Mapping[str, Callable[[], HttpAnswer]]
+MakePage = Callable[[], ASGIApp]
 
 
 @pytest.fixture
@@ -28,10 +31,10 @@ def serve() -> Iterator[Callable[..., int]]:
     """Serve these answers in a thread; gives the port."""
     with contextlib.ExitStack() as ends:
 
-        def start(answers: Answers, page: ASGIApp | None = None) -> int:
+        def start(answers: Answers, page: ASGIApp | None = None, make_page: MakePage | None = None) -> int:
             listener = socket.create_server(("127.0.0.1", 0))
             stop = threading.Event()
-            front = Front(answers, page)
+            front = Front(answers, (lambda: page) if page else make_page)
             thread = threading.Thread(target=PageServer(front, stop).run, args=([listener],))
             port = int(listener.getsockname()[1])
             thread.start()
@@ -45,12 +48,6 @@ def serve() -> Iterator[Callable[..., int]]:
 
 def alive() -> HttpAnswer:
     return HttpAnswer(HTTPStatus.OK, "text/plain", b"ok\n")
-
-
-def talk(port: int, request: bytes) -> bytes:
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
-        client.sendall(request)
-        return b"".join(iter(lambda: client.recv(65536), b""))
 
 
 def test_known_paths_answer_others_are_404(serve):
@@ -170,24 +167,26 @@ LARGE = HttpAnswer(HTTPStatus.OK, "text/plain", b"x" * (8 << 20))
 
 def test_slow_readers_of_a_large_answer_keep_nobody_out(serve, monkeypatch):
     """Clients that take nothing of a large answer: others are answered at once."""
+    monkeypatch.setattr(connection, "MOST", 32)
     for name in ("STUCK_SECONDS", "ANSWER_SECONDS"):
         monkeypatch.setattr(connection, name, 600.0)  # none of them ends by its deadline
     port = serve({"/metrics": lambda: LARGE, "/healthz": alive})
     with contextlib.ExitStack() as held:
-        for _ in range(2 * connection.MOST):
+        for _ in range(64):
             client = held.enter_context(socket.create_connection(("127.0.0.1", port)))
             client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
         assert b" 200 " in talk(port, b"GET /healthz HTTP/1.0\r\n\r\n")
 
 
-def test_strangers_do_not_cut_an_answer_off(serve):
+def test_strangers_do_not_cut_an_answer_off(serve, monkeypatch):
     """Who reads a large answer slowly gets all of it, whoever else connects and stays silent meanwhile."""
+    monkeypatch.setattr(connection, "MOST", 32)
     port = serve({"/metrics": lambda: LARGE})
     held = []
     with socket.create_connection(("127.0.0.1", port), timeout=20) as reader:
         reader.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
         found = len(reader.recv(1000))
-        for _ in range(3 * connection.MOST):
+        for _ in range(96):
             held.append(socket.create_connection(("127.0.0.1", port)))
             found += len(reader.recv(1000))
         while octets := reader.recv(1 << 16):
@@ -215,13 +214,6 @@ def test_what_is_pipelined_behind_a_request_takes_no_answer_away(serve, junk):
     assert answer.count(b"HTTP/1.1 200") == 1
 
 
-def try_talk(port: int, request: bytes = b"GET /healthz HTTP/1.0\r\n\r\n") -> bytes:
-    try:
-        return talk(port, request)
-    except OSError:
-        return b""
-
-
 def test_it_ends_when_told_and_leaves_the_port_to_the_next():
     """A stop ends it soon, and the socket that the supervisor keeps serves its successor."""
     first = socket.create_server(("127.0.0.1", 0))
@@ -234,3 +226,167 @@ def test_it_ends_when_told_and_leaves_the_port_to_the_next():
         stop.set()
         serving.join(10)
         assert not serving.is_alive()
+
+
+# Behind the health paths
+
+
+async def page_that_reads(scope, receive, send) -> None:
+    """Answer with the length of the body."""
+    length, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        length += len(message["body"])
+        more = message["more_body"]
+    text = f"{scope['method']} {scope['path']} {length}\n".encode()
+    headers = [(b"content-length", b"%d" % len(text))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": text})
+
+
+async def broken_page(scope, receive, send) -> None:
+    raise RuntimeError("a secret of the page")
+
+
+async def page_that_streams(scope, receive, send) -> None:
+    """Send an event, and nothing more until the client goes."""
+    headers = [(b"content-type", b"text/event-stream")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def test_a_broken_page_takes_no_health_away(serve):
+    """Whatever the page raises, the three paths answer, and nothing of it is told."""
+    port = serve({"/healthz": alive}, broken_page)
+    for _ in range(3):
+        answer = talk(port, b"GET / HTTP/1.0\r\n\r\n")
+        assert b" 500 " in answer
+        assert b"secret" not in answer
+        assert talk(port, b"GET /healthz HTTP/1.0\r\n\r\n").endswith(b"ok\n")
+
+
+def test_a_page_that_cannot_be_made(serve):
+    """Each request for it hears 500; health is answered."""
+
+    def make_page() -> ASGIApp:
+        raise SyntaxError("a template of the page")
+
+    port = serve({"/healthz": alive}, make_page=make_page)
+    for _ in range(3):
+        assert b" 500 " in talk(port, b"GET / HTTP/1.0\r\n\r\n")
+        assert talk(port, b"GET /healthz HTTP/1.0\r\n\r\n").endswith(b"ok\n")
+
+
+POST = b"POST / HTTP/1.1\r\nHost: x\r\n"
+HIDDEN = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + HIDDEN,
+        POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + HIDDEN,
+        POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef" + HIDDEN,
+        POST + b"Content-Length: +5\r\n\r\nabcde",
+        POST + b"Content-Length: -1\r\n\r\nabcde",
+        POST + b"Content-Length : 5\r\n\r\nabcde",
+        POST + b"X: a\r\n b\x00\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: xchunked\r\n\r\n",
+        b"GET / HTTP/1.1\r\n Host: x\r\n\r\n",
+        b"GET /\rX HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/9.9\r\nHost: x\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\0" * 100,
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET http://evil.example/healthz HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ],
+)  # fmt: skip
+def test_a_request_that_two_servers_could_read_differently(serve, request_bytes):
+    """It is refused, the connection ends, and what came behind it is no request."""
+    port = serve({"/healthz": alive}, page_that_reads)
+    answer = try_talk(port, request_bytes)
+    assert not answer or b" 400 " in answer.split(b"\r\n")[0]
+    assert b"ok\n" not in answer
+
+
+def test_requests_in_a_row_are_answered_in_a_row(serve):
+    """A proxy that keeps its connection gets each answer to its question."""
+    port = serve({"/healthz": alive}, page_that_reads)
+    requests = b"".join(b"GET /%d HTTP/1.1\r\nHost: x\r\n\r\n" % n for n in range(20))
+    answer = talk(port, requests + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert re.findall(rb"GET /(\d+) 0", answer) == [b"%d" % n for n in range(20)]
+    assert answer.endswith(b"ok\n")
+
+
+def test_a_body_that_does_not_come(serve, monkeypatch):
+    """A form that is promised and not sent, or sent an octet a time, ends the connection; others are answered."""
+    monkeypatch.setattr(connection, "BODY_SECONDS", 0.3)
+    port = serve({"/healthz": alive}, page_that_reads)
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc")
+        assert talk(port, b"GET /healthz HTTP/1.0\r\n\r\n").endswith(b"ok\n")
+        with contextlib.suppress(OSError):
+            while True:
+                client.sendall(b"x")
+                if select.select([client], [], [], 0.05)[0]:
+                    break
+        with contextlib.suppress(OSError):
+            assert client.recv(100) == b""
+
+
+def test_a_body_behind_an_answer_has_an_end(serve, monkeypatch):
+    """Who goes on sending a body that nobody wants is hung up on."""
+    monkeypatch.setattr(connection, "BODY_SECONDS", 0.3)
+    port = serve({"/healthz": alive}, broken_page)
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client, contextlib.suppress(OSError):
+        client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
+        begun = time.monotonic()
+        while time.monotonic() - begun < 20:
+            client.sendall(b"x" * 100)
+        pytest.fail("it went on")
+
+
+def read_until_silent(client: socket.socket) -> bool:
+    """Say whether the connection is still open when nothing more comes."""
+    try:
+        while client.recv(1000):
+            pass
+    except TimeoutError:
+        return True
+    return False
+
+
+def test_a_stream_outlives_the_deadlines(serve, monkeypatch):
+    """Events may come for hours; a stop ends the stream all the same."""
+    for name in ("HEAD_SECONDS", "BODY_SECONDS", "ANSWER_SECONDS", "STUCK_SECONDS"):
+        monkeypatch.setattr(connection, name, 0.3)
+    port = serve({"/healthz": alive}, page_that_streams)
+    with socket.create_connection(("127.0.0.1", port), timeout=1.5) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"200" in client.recv(1000)
+        assert read_until_silent(client)
+        assert talk(port, b"GET /healthz HTTP/1.0\r\n\r\n").endswith(b"ok\n")
+
+
+def test_a_stream_that_is_not_read_makes_room(serve, monkeypatch):
+    """Streams take places, and the oldest gives its own to somebody who asks."""
+    monkeypatch.setattr(connection, "MOST", 8)
+    port = serve({"/healthz": alive}, page_that_streams)
+    with contextlib.ExitStack() as held:
+        clients = [held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)) for _ in range(8)]
+        for client in clients:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(10)
+        for _ in range(3):
+            assert talk(port, b"GET /healthz HTTP/1.0\r\n\r\n").endswith(b"ok\n")
+
+
+def test_an_upgrade_is_not_followed(serve):
+    """No web socket, no HTTP/2: the request is answered as if nothing had been offered."""
+    port = serve({"/healthz": alive})
+    for offer in (b"websocket", b"h2c"):
+        request = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: %s\r\n\r\n" % offer
+        assert talk(port, request).endswith(b"ok\n")

@@ -292,6 +292,22 @@ def test_kustomize_builds(tmp_path: Path) -> None:
     assert relay["spec"]["template"]["spec"]["containers"][0]["image"] == "images.example.com/smtp-dup:0.1.0"
 
 
+def test_kustomize_adds_the_page(tmp_path: Path) -> None:
+    """With the component the relays read the users of a Secret, and a Service and a policy lead to them."""
+    shutil.copytree(DEPLOY / "kubernetes", tmp_path / "base")
+    (tmp_path / "kustomization.yaml").write_text("resources: [base]\ncomponents: [base/page]\n")
+    built = list(yaml.safe_load_all(tool("kubectl", "kustomize", tmp_path)))
+    for found in built:
+        check_schema(found)
+    assert [f["kind"] for f in built if f["metadata"]["name"] == "smtp-dup-page"] == ["Service", "NetworkPolicy"]
+    relay = next(w for w in built if w["kind"] == "StatefulSet" and "relay" in w["metadata"]["name"])
+    container = relay["spec"]["template"]["spec"]["containers"][0]
+    (path,) = (v["value"] for v in container["env"] if v["name"] == "SMTP_DUP_STATUS_USERS_FILE")
+    (mount,) = (m for m in container["volumeMounts"] if path.startswith(m["mountPath"] + "/"))
+    (volume,) = (v for v in relay["spec"]["template"]["spec"]["volumes"] if v["name"] == mount["name"])
+    assert volume["secret"]["secretName"] == "smtp-dup-page"
+
+
 def test_kustomize_takes_a_redis_of_yours(tmp_path: Path) -> None:
     """With the page's patch, and without redis.yaml, relay and workers go to that Redis with the secret's password."""
     shutil.copytree(DEPLOY / "kubernetes", tmp_path / "base")

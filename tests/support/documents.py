@@ -43,7 +43,7 @@ MARKERS = {
     "install",
     "plist",
 }
-LANGUAGES = {"", "text", "sh", "toml", "yaml", "ini", "json", "xml"}
+LANGUAGES = {"", "text", "sh", "toml", "yaml", "ini", "json", "xml", "nginx"}
 
 _FENCE = re.compile(r"^( *)```([\w+-]*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _COMMENT = re.compile(r"<!-- test: (.*?) -->\s*$")
