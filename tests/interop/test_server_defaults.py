@@ -122,4 +122,4 @@ async def test_postfix_slows_nobody_down_for_another(postfix: StartPostfix, redi
         async with await AsyncDialogue.open(port) as client:
             await client.hello()
             await client.mail("a@example.com", "b@example.com")
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < 3.0  # it would be a second for each of four replies

@@ -131,7 +131,7 @@ async def test_only_the_first_waits_for_a_redis_that_hangs(make: Callable[..., P
     begun = time.monotonic()
     for _ in range(20):
         await process.staging.release(await process.stage())
-    assert time.monotonic() - begun < 0.5
+    assert time.monotonic() - begun < 5  # of the ten seconds if each waited
     assert process.names() == ["ready"] * 21
     await process.watch.look()
     assert process.watch.is_down
