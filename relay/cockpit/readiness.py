@@ -164,13 +164,19 @@ def gather(connection: Any, settings: Settings, name: str) -> Evidence:
         old_greeting=said.get(old),
         new_greeting=said.get(name),
         relays=[
-            Relay(b.label, b.age, b.is_alive, b.generation, b.epoch, b.trouble) for b in heartbeats.read(connection)
+            Relay(b.label, b.age, b.is_alive, b.generation, b.epoch, b.trouble or _away(name, b.down))
+            for b in heartbeats.read(connection)
         ],
         hosts=hosts.read(connection),
         reaches=hosts.reaches(connection, name),
         old_reaches=hosts.reaches(connection, old),
         uncertain_late_s=_uncertain(connection, now),
     )
+
+
+def _away(name: str, down: Sequence[str]) -> str:
+    """Return what a relay process says of a server of its routes that it cannot use."""
+    return f"cannot use {name}, so that others of its route answer" if name in down else ""
 
 
 def _first(connection: Any, hours: Sequence[Flow], name: str) -> float | None:

@@ -81,7 +81,7 @@ def ready(found: list[ProbeResult]) -> HttpAnswer:
         and (
             (f.subject in _SPOOLED and can_spool)
             or f.subject in {findings.LEDGER, topology.SUBJECT}
-            or f.subject.startswith((findings.HELD, routes.SUBJECT))
+            or f.subject.startswith((findings.HELD, routes.SUBJECT, topology.FAILOVER))
             or f.subject.startswith(_ABOUT_FAILOVER)
         )
     ]

@@ -15,6 +15,7 @@ from relay.topology.decisions import View
 from relay.topology.roles import disagreement
 
 SUBJECT = "topology"
+FAILOVER = "failover from "
 
 
 def about_topology(settings: Settings, seen: View) -> Iterator[ProbeResult]:
@@ -31,6 +32,13 @@ def about_topology(settings: Settings, seen: View) -> Iterator[ProbeResult]:
         yield ProbeResult(
             SUBJECT, True, f"{now.primary} is the primary (epoch {now.epoch}), {count} relay processes follow"
         )
+    away: dict[str, list[str]] = {}
+    for beat in seen.living:
+        for name in beat.down:
+            away.setdefault(name, []).append(beat.label)
+    for name, labels in sorted(away.items()):
+        text = f"cannot be used by {', '.join(labels)}, so that others of its route answer"
+        yield ProbeResult(f"{FAILOVER}{name}", False, text)
     if words := disagreement(settings, seen.topology):  # as it may be for days: mail goes on
         yield ProbeResult("settings", True, words)
 

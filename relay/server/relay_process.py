@@ -341,6 +341,8 @@ class _Relay:
     async def _monitor(self) -> None:
         """Watch Redis, and introduce this process whenever Redis does not know it or a neighbour has ended."""
         while True:
+            if self._shared.fleet is not None:
+                self._pulse.down = self._shared.fleet.down
             if await self._watch.look():
                 await self._follower.follow(self._redis)
                 if self._watch.is_stranger or not self._introductions.is_set() or self._has_lost_somebody:

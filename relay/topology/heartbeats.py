@@ -19,7 +19,8 @@ from relay import __version__
 from relay.ledger import changes, keys
 from relay.ledger.changes import Pipe
 from relay.mail import ids
-from relay.mail.stored import number
+from relay.mail.ids import is_destination_name
+from relay.mail.stored import number, texts
 from relay.topology.state import count, text
 
 DEAD_AFTER = 10.0  # seconds of silence
@@ -41,6 +42,7 @@ class Pulse:
         self.prepared = ""  # the intent for which it could use the new primary
         self.trouble = ""  # why it cannot follow, or could not prepare
         self.in_old = 0  # transactions that go on with an earlier primary
+        self.down: list[str] = []  # servers of routes that it cannot use, so that others answer
         self.topology: str | None = None  # as Redis has told it last, "" for none; None before it has
         self.intent = ""
 
@@ -58,6 +60,7 @@ class Pulse:
                 "prepared": self.prepared,
                 "trouble": self.trouble,
                 "in_old": self.in_old,
+                "down": self.down,
             }
         )
         changes.beat(pipe, self.process, words.removeprefix("{"))
@@ -85,6 +88,7 @@ class Heartbeat:
     in_old: int
     at: float
     age: float
+    down: tuple[str, ...] = ()  # servers of routes that it cannot use
 
     @property
     def is_alive(self) -> bool:
@@ -153,6 +157,7 @@ def _beat(process: str, data: bytes, now: float) -> Heartbeat | None:
             in_old=count(found["in_old"]),
             at=at,
             age=abs(now - at),
+            down=tuple(name for name in texts(found.get("down", [])) if is_destination_name(name)),
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

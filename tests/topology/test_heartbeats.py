@@ -33,6 +33,7 @@ def test_a_beat_is_read_as_it_was_meant(redis_client: redis.Redis) -> None:
     """All fields come back; what stands in the ledger comes with the beat, in the same round trip."""
     pulse = Pulse("host-a /var/lib/x", "relay-2", 7)
     pulse.epoch, pulse.primary, pulse.generation, pulse.trouble, pulse.in_old = 3, "new", 5, "does not know it", 2
+    pulse.down = ["a", "no name"]
     redis_client.set(keys.TOPOLOGY, "a")
     redis_client.set(keys.INTENT, b"\xff")
     beat(redis_client, pulse)
@@ -40,6 +41,7 @@ def test_a_beat_is_read_as_it_was_meant(redis_client: redis.Redis) -> None:
     assert (found.process, found.name, found.pid) == ("host-a /var/lib/x relay-2", "relay-2", 7)
     assert (found.epoch, found.primary, found.generation) == (3, "new", 5)
     assert (found.trouble, found.in_old, found.is_alive) == ("does not know it", 2, True)
+    assert found.down == ("a",)
     assert found.label.endswith("/2")
     assert (pulse.topology, pulse.intent) == ("a", "\\xff")
 
