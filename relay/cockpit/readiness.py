@@ -23,6 +23,7 @@ from relay.ledger.divergence import DEFERRED, GIVEN_UP, REFUSED
 from relay.ledger.divergence_groups import Group
 from relay.ledger.flow import Flow
 from relay.ledger.health import Health
+from relay.mail.stored import moment
 from relay.mail.text import printable
 from relay.topology import decisions, heartbeats
 from relay.topology.state import Topology
@@ -191,7 +192,7 @@ def _first(connection: Any, hours: Sequence[Flow], name: str) -> float | None:
 def _uncertain(connection: Any, now: float) -> float:
     """Return for how long the message that should go out first has been due."""
     first = connection.zrange(keys.UNCERTAIN, 0, 0, withscores=True)
-    return max(0.0, now - first[0][1]) if first else 0.0
+    return max(0.0, now - moment(first[0][1])) if first else 0.0
 
 
 def _restraint(connection: Any, name: str, now: float) -> Restraint:

@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 
 from relay.ledger import changes, events, flow
 from relay.mail import encryption
+from relay.mail.stored import parsed
 from relay.metric_store import Arena
 from relay.repeated import Repeated
 
@@ -143,12 +144,12 @@ def _read(note: bytes | None) -> Totals | None:
     if note is None:
         return None
     try:
-        found = json.loads(zlib.decompressobj().decompress(note, _NOTED))
+        found = parsed(zlib.decompressobj().decompress(note, _NOTED))
         return {
             str(process): {str(name): value for name, value in counted.items() if type(value) is int}
             for process, counted in found.items()
         }
-    except (zlib.error, ValueError, AttributeError, RecursionError):
+    except (zlib.error, ValueError, AttributeError):
         return None
 
 

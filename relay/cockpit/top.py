@@ -12,7 +12,7 @@ from typing import Any
 
 from relay.cockpit.readiness import Verdict, backups_now, primary_now, topology_now, verdicts
 from relay.cockpit.sparkline import sparkline
-from relay.cockpit.words import count
+from relay.cockpit.words import clock, count
 from relay.config.model import Settings
 from relay.ledger import changes, events, flow, hosts, overview
 from relay.ledger.events import Event
@@ -209,7 +209,7 @@ def _hosts(frame: Frame) -> Iterator[str]:
 
 
 def _event(event: Event) -> str:
-    return f"{time.strftime('%H:%M:%S', time.localtime(event.at))} {event.event}: {event.text}"
+    return f"{clock('%H:%M:%S', event.at)} {event.event}: {event.text}"
 
 
 def _cut(line: str, width: int) -> str:

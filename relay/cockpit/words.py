@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+from relay.mail.stored import LATEST
+
 
 def count(number: int, one: str, many: str = "") -> str:
     """Return "1 recipient", "1,200 recipients"."""
@@ -12,7 +14,7 @@ def count(number: int, one: str, many: str = "") -> str:
 
 def span(seconds: float) -> str:
     """Return a length of time in its two largest units: "2 d 4 h", "14 m", "3 s"."""
-    rest = int(seconds)
+    rest = int(min(max(seconds, -LATEST), LATEST))  # what Redis holds may be anything
     parts: list[str] = []
     for unit, length in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
         number, rest = divmod(rest, length)
@@ -60,4 +62,12 @@ def address(text: str) -> str:
 
 def moment(seconds: float | None) -> str:
     """Return a time, seconds since the epoch, in the local zone."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else "-"
+    return clock("%Y-%m-%d %H:%M:%S", seconds) if seconds else "-"
+
+
+def clock(form: str, seconds: float) -> str:
+    """Return a time, seconds since the epoch, in the local zone; a number that is in no calendar as it is."""
+    try:
+        return time.strftime(form, time.localtime(seconds))
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds:g}"

@@ -70,6 +70,8 @@ def _told(error: Exception) -> tuple[int, list[str]] | None:
         kind = getattr(sys.modules.get(module), name, None)
         if kind is not None and isinstance(error, kind):
             prefix = "Redis: " if module.startswith("redis") else ""
+            if "WRONGTYPE" in str(error):
+                return status, ["Redis: a key is of another type than it should be; `smtp-dup queue verify` renames it"]
             return status, [prefix + line for line in str(error).splitlines() or [name]]
     return None
 

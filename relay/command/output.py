@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
+from relay.mail.stored import LATEST
 from relay.mail.text import printable
 
 _PAGE = 500  # rows whose widths are looked at together; the ledger is read in as many
@@ -247,7 +248,7 @@ def cells_of(text: str) -> int:
 
 def span(seconds: float) -> str:
     """Return a length of time in the two units that matter."""
-    rest = int(seconds)
+    rest = int(min(max(seconds, -LATEST), LATEST))  # what Redis holds may be anything
     parts: list[str] = []
     for unit, length in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
         count, rest = divmod(rest, length)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from relay import maillog, private_files
+from relay.mail.stored import parsed
 
 ROLES = ("up", "relay", "workers")
 _QUESTION = 4096  # octets
@@ -109,7 +110,7 @@ class Control:
         elif newline:
             received[:] = rest
             try:
-                question = json.loads(line)
+                question = parsed(line)
             except ValueError:
                 question = None
             if isinstance(question, dict):
@@ -174,7 +175,7 @@ class Line:
             self._received += octets
         line, _, self._received = self._received.partition(b"\n")
         try:
-            told = json.loads(line)
+            told = parsed(line)
         except ValueError as error:
             raise Silent("what it says makes no sense") from error
         if not isinstance(told, dict):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from relay import maillog, private_files
 from relay.mail.destination import Destination
+from relay.mail.stored import parsed
 
 _KEPT = 1000
 
@@ -24,7 +25,7 @@ def remember(state_dir: Path, destinations: Iterable[Destination]) -> frozenset[
     path = state_dir.absolute() / "named.json"
     old: list[str] = []
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        found = json.loads(private_files.read(path.parent, path.name))
+        found = parsed(private_files.read(path.parent, path.name))
         old = [Destination.from_json(text).to_json() for text in found]
     new = [d.to_json() for d in destinations if d.password_from or files_of(d)]
     kept = list(dict.fromkeys([*old, *new]))[-_KEPT:]

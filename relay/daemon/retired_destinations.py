@@ -26,6 +26,7 @@ from relay.ledger import keys, registry, rq_jobs
 from relay.ledger.continuity import Continuity
 from relay.mail import ids
 from relay.mail.destination import Destination
+from relay.mail.stored import moment
 from relay.redisio.clients import sync_client
 from relay.topology import decisions
 from relay.topology.roles import backups_now
@@ -99,7 +100,7 @@ class RetiredDestinations:
                 pipe.llen(rq_jobs.queue(client, name).key)
             (seconds, _), *found = pipe.execute()
         for name, oldest, jobs in zip(sorted(names), found[::2], found[1::2], strict=True):
-            age = seconds - oldest[0][1] if oldest else None
+            age = seconds - moment(oldest[0][1]) if oldest else None
             if self._judge(name, age, jobs):
                 self._begin(client, name, workers_for)
 

@@ -19,6 +19,7 @@ from relay import maillog, private_files
 from relay.config.loader import Settings, load_layers
 from relay.config.model import Layers
 from relay.daemon import control
+from relay.mail.stored import parsed
 
 _VERSION = 1
 _MOST = 1 << 20  # octets
@@ -83,7 +84,7 @@ def read(state_dir: Path) -> Running | None:
 
 def _running(role: str, data: bytes) -> Running | None:
     try:
-        found: dict[str, Any] = json.loads(data)
+        found: dict[str, Any] = parsed(data)
         if found["version"] != _VERSION:
             return None
         layers = Layers(
@@ -95,7 +96,7 @@ def _running(role: str, data: bytes) -> Running | None:
         )
         environ = {str(name): str(value) for name, value in found["environ"].items()}
         return Running(role, int(found["pid"]), int(found["generation"]), layers, environ)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
 
 

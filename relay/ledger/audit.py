@@ -21,6 +21,7 @@ from redis import Redis
 from relay import maillog
 from relay.ledger import keys
 from relay.mail.ids import text as as_text
+from relay.mail.stored import parsed
 from relay.mail.text import printable
 
 _KEPT = 10_000
@@ -119,7 +120,7 @@ def _read(entry: str, fields: Mapping[bytes, bytes]) -> Act:
     values = {name.decode("utf-8", "replace"): value.decode("utf-8", "replace") for name, value in fields.items()}
     details: dict[str, str] = {}
     with suppress(ValueError, AttributeError):
-        details = {printable(str(n)): printable(str(v)) for n, v in json.loads(values.get("details", "{}")).items()}
+        details = {printable(str(n)): printable(str(v)) for n, v in parsed(values.get("details", "{}")).items()}
     milliseconds = entry.partition("-")[0]
     at = int(milliseconds) / 1000 if milliseconds.isdecimal() else 0.0
     text = {name: printable(values.get(name, "")) for name in ("command", "before", "after", "reason", "who", "host")}

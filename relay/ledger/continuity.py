@@ -28,6 +28,7 @@ from relay.ledger import changes, keys
 from relay.ledger.changes import Pipe
 from relay.mail.destination import Destination
 from relay.mail.ids import text as as_text
+from relay.mail.stored import parsed
 
 _SAID = {
     "emptied": "the ledger in Redis is gone: copies accepted before are lost, unless they are in the spool or Redis is "
@@ -126,7 +127,7 @@ class Continuity:
 
     def _read(self, path: Path) -> None:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            found = json.loads(private_files.read(path.parent, path.name))
+            found = parsed(private_files.read(path.parent, path.name))
             self._identity, self._count = str(found["identity"]), int(found["count"])
             self._defined = {name: str(text) for name, text in found["destinations"].items()}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from relay.mail.ids import is_job_id, text
-from relay.mail.stored import any_text, number
+from relay.mail.stored import any_text, number, parsed
 
 _HISTORY = 20  # attempts kept per copy
 REPLY = 1000  # characters of a reply that are kept
@@ -89,14 +89,14 @@ class CopyState:
         job = job if is_job_id(job) else ""
         try:
             return cls(job, **_fields(record))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             return cls(job, history=(Attempt(0.0, UNREADABLE),))
 
 
 def _fields(record: str) -> dict[str, Any]:
     if len(record) > _LONGEST:
         raise ValueError("too long")
-    found = json.loads(record)
+    found = parsed(record)
     # Lua writes an empty list as {}.
     owed, history = (found[key] or [] if key in found else None for key in ("o", "h"))
     if not isinstance(owed, list | None) or not isinstance(history, list | None):

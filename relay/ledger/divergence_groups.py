@@ -19,6 +19,7 @@ from relay.ledger import changes, keys
 from relay.ledger.divergence import DEFERRED, KINDS, MOST_OUTAGES, NOISE, OTHERS, place_of
 from relay.mail import encryption, refusal_class
 from relay.mail.ids import is_id, text
+from relay.mail.stored import moment, parsed, tally
 
 HOUR = 3600
 DAY = 24 * HOUR
@@ -56,7 +57,7 @@ class Acknowledgement:
     def from_json(cls, data: bytes | None) -> Acknowledgement | None:
         """Read the stored form; what makes no sense is none: the group is open."""
         try:
-            found = json.loads(data or b"null")
+            found = parsed(data or b"null")
             return found and cls(
                 by=str(found["by"]),
                 note=str(found["note"]),
@@ -67,7 +68,7 @@ class Acknowledgement:
                 rate=_number(found["rate"]),
                 counted=int(_number(found["counted"])),
             )
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             return None
 
 
@@ -215,7 +216,7 @@ def numbers(connection: Any, destination: str) -> Numbers:
 def examples(connection: Any, destination: str, key: str) -> list[tuple[str, float]]:
     """Return ids of messages of a group and when each was counted, the first and the last ones, the oldest first."""
     found = connection.zrange(_place(keys.EXAMPLES, destination, key), 0, -1, withscores=True)
-    return [(text(name), float(at)) for name, at in found if is_id(text(name))]
+    return [(text(name), moment(at)) for name, at in found if is_id(text(name))]
 
 
 def whom(connection: Any, destination: str, key: str, most: int) -> list[tuple[str, int]]:
@@ -232,7 +233,7 @@ def whom(connection: Any, destination: str, key: str, most: int) -> list[tuple[s
         if word is not None:
             with contextlib.suppress(encryption.MissingKey, encryption.Forged):
                 address = encryption.open_word(place_of(destination), word)
-        shown.append((address, int(times)))
+        shown.append((address, tally(times)))
     return shown
 
 
@@ -261,9 +262,9 @@ def outages(connection: Any, destination: str, since: float = 0.0) -> list[Outag
     found = []
     for item in connection.lrange(keys.OUTAGES + destination, 0, MOST_OUTAGES - 1):
         try:
-            record = json.loads(item)
+            record = parsed(item)
             outage = Outage(_number(record["begin"]), _number(record["end"]), str(record["reason"]))
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             continue
         if not outage.end or outage.end >= since:
             found.append(outage)

@@ -14,7 +14,7 @@ from typing import Any
 
 from relay.ledger import keys
 from relay.ledger.changes import Pipe
-from relay.mail.stored import any_text, number
+from relay.mail.stored import any_text, number, parsed
 from relay.mail.text import printable
 
 MOST = 100  # events that are kept
@@ -60,9 +60,9 @@ def read(connection: Any, most: int = MOST) -> list[Event]:
     events = []
     for record in found if isinstance(found, list) else ():
         try:
-            at, host, event, text = json.loads(record)
+            at, host, event, text = parsed(record)
             events.append(Event(number(at), _text(host), _text(event), _text(text)))
-        except (ValueError, TypeError, RecursionError):
+        except (ValueError, TypeError):
             continue
     return sorted(events, key=lambda event: -event.at)
 

@@ -169,7 +169,8 @@ def read(connection: Any, unit: Unit, count: int, at: float) -> list[Flow]:
         pipe = connection.pipeline(transaction=False)
         for start in page:
             pipe.hgetall(unit.key(start))
-        found += [_read(start, unit.seconds, fields) for start, fields in zip(page, pipe.execute(), strict=True)]
+        hashes = pipe.execute(raise_on_error=False)
+        found += [_read(start, unit.seconds, fields) for start, fields in zip(page, hashes, strict=True)]
     return found
 
 
@@ -210,12 +211,12 @@ def _sum(many: Iterable[Mapping[Any, int]]) -> dict[Any, int]:
     return found
 
 
-def _read(start: float, length: float, fields: Mapping[bytes, bytes]) -> Flow:
+def _read(start: float, length: float, fields: Any) -> Flow:
     plain: dict[str, int] = {}
     uses: dict[str, int] = {}
     results: dict[str, dict[str, int]] = {}
     times: dict[tuple[str, str], dict[float, int]] = {}
-    for name, value in fields.items():
+    for name, value in fields.items() if isinstance(fields, dict) else ():  # another type of key: nothing
         found = _field(name)
         if found is None or not value.isdigit() or (number := int(value[:17])) > _LARGEST:
             continue

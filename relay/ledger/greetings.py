@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 from relay import maillog
 from relay.client.connection import Connection
 from relay.ledger import keys
-from relay.mail.stored import any_text, number
+from relay.mail.stored import any_text, number, parsed
 from relay.mail.text import printable
 
 _MOST = 64  # extensions
@@ -50,10 +50,10 @@ class Greeting:
         if len(data) > _LONGEST:
             raise ValueError("no EHLO: it is too long")
         try:
-            found = json.loads(data)
+            found = parsed(data)
             extensions = {any_text(key): any_text(value) for key, value in found["extensions"].items()}
             return cls(_bounded(extensions), bool(found["tls"]), number(found["at"]))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"no EHLO: {printable(str(error))[:_PARAMETERS]}") from error
 
 

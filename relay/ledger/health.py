@@ -7,7 +7,6 @@ can write anything there: what makes no sense counts as not said.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from relay.ledger import keys
 from relay.ledger.scripts import script
 from relay.mail.ids import text
+from relay.mail.stored import parsed
 from relay.mail.text import printable
 
 FIELDS = ("state", "reason", "probe_at", "held", "held_past", "rate", "connections")
@@ -165,9 +165,9 @@ def _bounded(value: bytes | None, most: float) -> float:
 def _hold(value: bytes | None) -> Hold | None:
     """Read ``[since, until, reason, by]``."""
     try:
-        since, until, reason, by = json.loads(value or b"")
+        since, until, reason, by = parsed(value or b"")
         begun, end = float(since), float(until)
-    except (ValueError, TypeError, RecursionError, OverflowError):
+    except (ValueError, TypeError, OverflowError):
         return None
     if not (0 < begun < _LATEST and 0 <= end < _LATEST):
         return None
@@ -176,7 +176,7 @@ def _hold(value: bytes | None) -> Hold | None:
 
 def _intervals(value: bytes | None) -> Intervals:
     try:
-        found = [(float(begin), float(end)) for begin, end in json.loads(value or b"[]")[:_MOST_PAST]]
-    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
+        found = [(float(begin), float(end)) for begin, end in parsed(value or b"[]")[:_MOST_PAST]]
+    except (ValueError, TypeError, KeyError, OverflowError):
         return ()
     return tuple((begin, end) for begin, end in found if 0 < begin < end < _LATEST)

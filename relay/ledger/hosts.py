@@ -15,7 +15,7 @@ from typing import Any
 from relay.ledger import changes, keys
 from relay.ledger.changes import Pipe
 from relay.mail import ids
-from relay.mail.stored import any_text, number
+from relay.mail.stored import any_text, number, parsed
 from relay.mail.text import printable
 
 LATE = 60.0  # seconds after which a host that has said nothing is not heard any more
@@ -132,7 +132,7 @@ def _entries(connection: Any, key: str) -> list[tuple[bytes, bytes]]:
 
 def _host(place: str, data: bytes, now: float) -> Host | None:
     try:
-        found = json.loads(data)
+        found = parsed(data)
         messages, oldest = found["spool"]
         return Host(
             place=_text(place),
@@ -143,14 +143,14 @@ def _host(place: str, data: bytes, now: float) -> Host | None:
             spool_oldest_s=number(oldest),
             age=abs(now - number(found["at"])),
         )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
 def _reach(field: str, data: bytes, now: float) -> Reach | None:
     destination, _, place = field.partition(" ")
     try:
-        found = json.loads(data)
+        found = parsed(data)
         verified = found["verified"]
         return Reach(
             destination=destination,
@@ -164,7 +164,7 @@ def _reach(field: str, data: bytes, now: float) -> Reach | None:
             certificate_ends=number(found["ends"]),
             age=abs(now - number(found["at"])),
         )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
 
 

@@ -49,6 +49,7 @@ HOSTS = PREFIX + "hosts"  # hash place -> JSON: the processes of a host, the sta
 REACH = PREFIX + "reach"  # hash "destination place" -> JSON: the result of the last connection from that host
 ASK = PREFIX + "ask:"  # list of JSON that expires: what a look-up in the trace asks the host of this place
 ANSWER = PREFIX + "answer:"  # list of JSON that expires: what that host answers
+ASIDE = PREFIX + "aside:"  # and the name of a key that was of another type; see misplaced.py
 EVENTS = PREFIX + "events"  # list of JSON, newest first: the last mail events other than success
 PAGE_SESSION = PREFIX + "page-session:"  # string that expires, by the digest of its token: JSON, see page_access.py
 PAGE_LINK = PREFIX + "page-link:"  # likewise: a link of `smtp-dup open`, good once

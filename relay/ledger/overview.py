@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from relay.ledger.health import Health
+from relay.ledger.health import moment as moment_of
 from relay.ledger.keys import COUNTERS, DESTINATIONS, FAILED, HEALTH, LEDGER, OWN, PENDING
 from relay.mail import ids
+from relay.mail.stored import moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Change(NamedTuple):
 def change(connection: Any) -> Change:
     """Return what the ledger last turned out to be, and when."""
     cause, at = connection.hmget(LEDGER, "cause", "doubt")
-    return Change((cause or b"").decode("ascii", "replace"), float(at or 0))
+    return Change((cause or b"").decode("ascii", "replace"), moment_of(at) or 0.0)
 
 
 def summary(connection: Any) -> list[Summary]:
@@ -63,7 +65,7 @@ def summary(connection: Any) -> list[Summary]:
             Summary(
                 destination=name,
                 pending=pending,
-                oldest_age_s=round(max(0.0, clock - oldest[0][1]), 1) if oldest else 0.0,
+                oldest_age_s=round(max(0.0, clock - moment(oldest[0][1])), 1) if oldest else 0.0,
                 retrying=retrying,
                 failed=failed,
                 delivered=_count(counters.get(f"delivered:{name}".encode())),

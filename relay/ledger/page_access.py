@@ -21,6 +21,7 @@ from redis import Redis
 from relay import maillog
 from relay.ledger import keys
 from relay.ledger.redis_clock import time_of
+from relay.mail.stored import parsed
 
 VIEWER, OPERATOR = "viewer", "operator"
 ROLES = (VIEWER, OPERATOR)
@@ -129,8 +130,8 @@ def _read(value: bytes | str | None) -> dict[str, Any] | None:
     if value is None:
         return None
     try:
-        found = json.loads(value) if len(value) <= _LONGEST else None
-    except (ValueError, RecursionError):
+        found = parsed(value) if len(value) <= _LONGEST else None
+    except ValueError:
         found = None
     if not isinstance(found, dict) or found.get("v") != _VERSION:
         _tell()

@@ -17,6 +17,7 @@ from relay.mail.destination import Destination
 from relay.mail.envelope import Envelope, MalformedRecord
 from relay.mail.ids import is_id, is_job_id, text
 from relay.mail.record import LockedRecord, Message
+from relay.mail.stored import moment
 from relay.mail.text import printable
 
 PAGE = 1000
@@ -66,7 +67,7 @@ def pages(
         if not fresh:
             return
         # A member without the form of an id is ignored: it must not become a key, a file or a job.
-        page = [(name, score) for member, score in fresh if is_valid(name := text(member))]
+        page = [(name, moment(score)) for member, score in fresh if is_valid(name := text(member))]
         if page:
             yield page
         last = fresh[-1][1]

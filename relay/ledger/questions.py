@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from relay.ledger import keys
 from relay.mail import encryption
 from relay.mail.ids import text
+from relay.mail.stored import parsed
 
 _QUESTION_SECONDS = 10  # after which nobody waits for its answer any more
 _ANSWER_SECONDS = 30
@@ -90,7 +91,7 @@ def _unpacked(kind: str, data: bytes | str) -> dict[str, Any] | None:
     if len(data) > _MOST:
         return None
     try:
-        found = json.loads(text(data) if data[:1] in {b"{", "{"} else encryption.open_word(kind, data))
-    except (ValueError, RecursionError, encryption.MissingKey):
+        found = parsed(text(data) if data[:1] in {b"{", "{"} else encryption.open_word(kind, data))
+    except (ValueError, encryption.MissingKey):
         return None
     return found if isinstance(found, dict) else None

@@ -9,7 +9,6 @@ several processes at once. A record that cannot be read is set aside for an hour
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -26,7 +25,7 @@ from relay.mail.destination import Destination
 from relay.mail.envelope import Envelope, MalformedRecord
 from relay.mail.headers import equality_digest
 from relay.mail.ids import is_id, owner_of, text
-from relay.mail.stored import texts
+from relay.mail.stored import parsed, texts
 
 _GRACE = 60.0  # seconds past its deadline before a staged message counts as left behind
 _SET_ASIDE = 3600.0
@@ -192,8 +191,8 @@ def _addresses(lists: bytes | None) -> set[str]:
     """Read what twins have covered: a JSON list a line. Addresses are compared exactly."""
     found: set[str] = set()
     for line in (lists or b"").splitlines():
-        with contextlib.suppress(ValueError, TypeError, RecursionError):  # who is not covered for sure gets a copy
-            found |= set(texts(json.loads(line)))
+        with contextlib.suppress(ValueError, TypeError):  # who is not covered for sure gets a copy
+            found |= set(texts(parsed(line)))
     return found
 
 

@@ -135,6 +135,6 @@ def shorten(connection: Any, keys: Sequence[str], most: int) -> None:
             pipe.ttl(key)
         lives = pipe.execute()
         for key, left in zip(keys, lives, strict=True):
-            if left > most:
+            if left > most or left == -1:  # -1: it would never end
                 pipe.expire(key, most)
         pipe.execute()

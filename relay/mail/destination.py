@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from relay.mail.ids import is_destination_name
 from relay.mail.recipient import Recipient
-from relay.mail.stored import texts
+from relay.mail.stored import parsed, texts
 from relay.mail.text import printable
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -68,11 +68,11 @@ class Destination:
     def from_json(cls, data: str | bytes) -> Destination:
         """Read the stored form. Raises ValueError if it is no destination."""
         try:
-            record = json.loads(data)
+            record = parsed(data)
             record["domains"] = texts(record.get("domains", []))
             known = {k: v for k, v in record.items() if k in cls.__slots__ and k != "password"}
             found = cls(**known)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"unreadable destination: {printable(str(error))}") from error
         words = [value for key, value in known.items() if key not in _NO_TEXTS]
         fine = (

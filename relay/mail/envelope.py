@@ -9,7 +9,7 @@ from typing import Any
 from relay.mail.destination import Destination
 from relay.mail.ids import is_destination_name, is_id
 from relay.mail.recipient import Recipient
-from relay.mail.stored import any_text, line, number, texts
+from relay.mail.stored import LATEST, any_text, line, number, parsed, texts
 from relay.mail.text import printable
 
 _to_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make an encoder at each call
@@ -69,7 +69,7 @@ class Envelope:
     def from_json(cls, data: bytes) -> Envelope:
         """Read the wire form. Raises MalformedRecord."""
         try:
-            record = json.loads(str(data, "utf-8"))  # given bytes, json would detect their encoding first
+            record = parsed(data)
             envelope = cls(
                 id=record["id"],
                 sender=line(record["from"]),
@@ -85,8 +85,10 @@ class Envelope:
                 message_id=any_text(record.get("mid", "")),
                 route=any_text(record.get("route", "")),
             )
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise MalformedRecord(f"unreadable envelope: {printable(str(error))}") from error
+        if not 0 <= envelope.received_at < LATEST:
+            raise MalformedRecord("unreadable envelope: the time is none")
         if not is_id(envelope.id) or type(envelope.size) is not int or envelope.size < 0:
             raise MalformedRecord("unreadable envelope: no id or no size")
         if not all(map(is_destination_name, envelope.destinations)):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+import sys
 import threading
 import zlib
 from collections.abc import Callable
@@ -24,6 +25,7 @@ import zstandard
 
 from relay.mail import encryption
 from relay.mail.envelope import Envelope, MalformedRecord
+from relay.mail.stored import parsed
 from relay.mail.text import printable
 
 T = TypeVar("T")
@@ -45,6 +47,7 @@ _SAMPLES, _SAMPLE = 4, 16 << 10
 # A lone dot would end DATA. The relay writes no bare CR or LF, but some servers take one as a line end.
 _LONE_DOT = re.compile(rb"\n\.[\r\n]")
 _LONE_DOT_ANYHOW = re.compile(rb"\r\.[\r\n]")
+_SLICE = 1 << 20
 _UNFOLDS = 64 << 20  # octets; any body up to this size may be decompressed
 
 
@@ -86,6 +89,10 @@ class BodyElsewhere(Exception):
         )
         self.host = host
         self.path = path
+
+
+class TooLarge(Exception):
+    """The body of a record is larger than what was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +137,11 @@ class Message:
         return b"".join((_HEADER.pack(version, _FLAG_ELSEWHERE, len(head)), head, where))
 
     @classmethod
-    def unpack(cls, record: bytes, message_id: str) -> Message:
-        """Read the stored record of a message. Raises MalformedRecord, LockedRecord, BodyElsewhere."""
+    def unpack(cls, record: bytes, message_id: str, most: int = sys.maxsize) -> Message:
+        """Read the stored record of a message. Raises MalformedRecord, LockedRecord, BodyElsewhere.
+
+        Raises TooLarge, before any work on the body, if that has more than ``most`` octets.
+        """
         version, flags, start = cls._layout(record)
         head, body = bytes(record[_HEADER.size : start]), record[start:]  # the record may be a memoryview
         # _layout has checked the header.
@@ -141,10 +151,12 @@ class Message:
             if version == RECORD_VERSION:
                 _own_envelope(head, message_id)
             raise cls._elsewhere(bytes(body))
-        if version == SEALED_VERSION:
-            opened, sealed = _opened(head, message_id), body
-            head, body = opened.envelope, _authentic(lambda: opened.body(sealed, flags))
-        envelope = _own_envelope(head, message_id)
+        opened, sealed = (_opened(head, message_id), body) if version == SEALED_VERSION else (None, body)
+        envelope = _own_envelope(opened.envelope if opened else head, message_id)
+        if envelope.size > most:
+            raise TooLarge(envelope.size)
+        if opened:
+            body = _authentic(lambda: opened.body(sealed, flags))
         if flags & _FLAG_ZSTD:
             body = _unfolded(body, envelope.size)
         if len(body) != envelope.size:
@@ -188,8 +200,8 @@ class Message:
     @staticmethod
     def _elsewhere(where: bytes) -> BodyElsewhere:
         try:
-            host, path = json.loads(where)
-        except (ValueError, TypeError, RecursionError) as error:
+            host, path = parsed(where)
+        except (ValueError, TypeError) as error:
             raise MalformedRecord("it does not say where its body is") from error
         return BodyElsewhere(printable(str(host)), printable(str(path)))
 
@@ -225,9 +237,13 @@ def _check_wire_form(body: bytes, *, trusted: bool) -> None:
         return
     if bytes(body[-2:]) != b"\r\n":
         raise MalformedRecord("its body does not end with CRLF")
-    start = bytes(body[:2])
-    if start in {b".\r", b".\n"} or _LONE_DOT.search(body) or (not trusted and _LONE_DOT_ANYHOW.search(body)):
+    if bytes(body[:2]) in {b".\r", b".\n"} or _has(_LONE_DOT, body) or (not trusted and _has(_LONE_DOT_ANYHOW, body)):
         raise MalformedRecord("its body has a line of a single dot, which would end it early")
+
+
+def _has(pattern: re.Pattern[bytes], body: bytes) -> bool:
+    """Search for three octets, in slices: while it searches, no other thread runs."""
+    return any(pattern.search(body, at, at + _SLICE + 2) for at in range(0, len(body), _SLICE))
 
 
 def _is_worth_compressing(body: bytes) -> bool:

@@ -1,11 +1,38 @@
-"""Type checks for the fields of a stored form, since stored data is not trusted. A wrong type raises TypeError."""
+"""Reads stored forms, since stored data is not trusted: JSON that is none raises ValueError, a wrong type TypeError."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from typing import Any
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # never sent in a command, see relay.client.connection
+
+LATEST = 1e11  # seconds since the epoch that can be right (the year 5138)
+_LARGEST = 1 << 53
+_MOST_DIGITS = 19  # of a whole number: what is longer is none of ours, and no float holds it
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError("a number with too many digits")
+    return int(digits)
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+_decode = json.JSONDecoder(parse_int=_whole, parse_constant=_constant).decode
+
+
+def parsed(data: bytes | str | memoryview) -> Any:
+    """Parse stored JSON. Raises ValueError for anything else, for deep nesting and for numbers that are none."""
+    try:
+        return _decode(data if isinstance(data, str) else str(data, "utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
 
 
 def any_text(value: object) -> str:
@@ -42,3 +69,13 @@ def number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise TypeError("not a number")
     return value
+
+
+def moment(score: float) -> float:
+    """Return the score of a sorted set, which may be infinite, as a time in seconds since the epoch."""
+    return min(max(score, 0.0), LATEST)
+
+
+def tally(score: float) -> int:
+    """Return the score of a sorted set, which may be infinite, as a count."""
+    return int(min(max(score, 0.0), _LARGEST))

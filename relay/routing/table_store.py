@@ -20,7 +20,7 @@ from pathlib import Path
 
 from relay import private_files
 from relay.mail.destination import Destination
-from relay.mail.stored import texts
+from relay.mail.stored import parsed, texts
 from relay.mail.text import printable
 from relay.routing.table_file import BadTable, Row, parse
 
@@ -105,7 +105,7 @@ def note(state_dir: Path, source: Path) -> Note | None:
     """Return what is known of a table, None for nothing that makes sense."""
     try:
         data = private_files.read(_path_of(state_dir), _note_name(source), _LONGEST_NOTE)
-        found = json.loads(data)
+        found = parsed(data)
         made = Note(**{**found, "stamp": _as_stamp(found["stamp"]), "servers": texts(found["servers"])})
         if made.source != str(source) or (made.name and Path(made.name).name != made.name):
             raise _Unusable
@@ -207,7 +207,7 @@ def _clean(folder: Path, kept: set[str]) -> None:
     named = set(kept)
     for path in folder.glob("*.json"):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            named.add(json.loads(path.read_bytes())["name"])
+            named.add(parsed(path.read_bytes())["name"])
     for path in folder.glob("*.db"):
         if path.name not in named:
             with contextlib.suppress(OSError):

@@ -26,7 +26,7 @@ from relay.mail.destination import Destination
 from relay.mail.envelope import MalformedRecord
 from relay.mail.ids import is_destination_name, is_job_id, owner_of
 from relay.mail.record import LockedRecord, Message
-from relay.mail.stored import any_text, number, texts
+from relay.mail.stored import any_text, number, parsed, texts
 from relay.spool import locks, writer
 from relay.spool.skipped import Skipped, is_of_all
 from relay.spool.writer import DISCARD, READY, RELEASE, STAGED, TMP, Entry
@@ -96,11 +96,11 @@ class SpoolFiles:
         """Add the current destinations to those that the spool has recorded; returns all of them. Raises OSError."""
         path = self._folder / "destinations.json"
         try:
-            found: dict[str, str] = dict(json.loads(private_files.read(self._folder, path.name)))
+            found: dict[str, str] = dict(parsed(private_files.read(self._folder, path.name)))
             old = {name: text for name, text in found.items() if Destination.from_json(text).name == name}
         except FileNotFoundError:
             old = {}
-        except (ValueError, TypeError, RecursionError, private_files.Foreign) as error:
+        except (ValueError, TypeError, private_files.Foreign) as error:
             maillog.spool_trouble(path.name, error)
             old = {}
         known = {**old, **new}
@@ -258,7 +258,7 @@ class SpoolFiles:
                 found.append((entry, self._read_note(entry)))
             except FileNotFoundError:
                 continue
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 try:
                     self._set_aside(entry.name, f"unreadable note: {error}")
                 except OSError as trouble:
@@ -268,7 +268,7 @@ class SpoolFiles:
         return found
 
     def _read_note(self, entry: Entry) -> Released:
-        note = json.loads(private_files.read(writer.messages(self._folder), entry.name))
+        note = parsed(private_files.read(writer.messages(self._folder), entry.name))
         names = texts(note["destinations"])
         if note["id"] != entry.id or not all(map(is_destination_name, names)):
             raise ValueError("of another message, or for no backup")

@@ -20,7 +20,7 @@ from relay.ledger import changes, keys
 from relay.ledger.changes import Pipe
 from relay.mail import ids
 from relay.mail.ids import is_destination_name
-from relay.mail.stored import number, texts
+from relay.mail.stored import number, parsed, texts
 from relay.topology.state import count, text
 
 DEAD_AFTER = 10.0  # seconds of silence
@@ -141,7 +141,7 @@ def forget_old(connection: Redis) -> int:
 
 def _beat(process: str, data: bytes, now: float) -> Heartbeat | None:
     try:
-        found = json.loads(data)
+        found = parsed(data)
         at = number(found["at"])
         return Heartbeat(
             process=text(process),
@@ -159,5 +159,5 @@ def _beat(process: str, data: bytes, now: float) -> Heartbeat | None:
             age=abs(now - at),
             down=tuple(name for name in texts(found.get("down", [])) if is_destination_name(name)),
         )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None

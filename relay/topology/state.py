@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from relay.mail.ids import is_destination_name
-from relay.mail.stored import any_text, number
+from relay.mail.stored import any_text, number, parsed
 from relay.mail.text import printable
 
 _MOST = 1 << 53  # what JSON's numbers keep whole
@@ -90,9 +90,9 @@ def _read(data: str | bytes, make: Callable[[dict[str, Any]], _Read]) -> _Read:
     if len(data) > _LONGEST:
         raise Unreadable("it is too long")
     try:
-        found = json.loads(data)
+        found = parsed(data)
         return make(_object(found))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Unreadable(printable(f"{type(error).__name__}: {error}")[:_CUT]) from error
 
 

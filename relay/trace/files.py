@@ -13,7 +13,6 @@ import binascii
 import calendar
 import contextlib
 import hashlib
-import json
 import os
 import re
 import sqlite3
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from relay import private_files
 from relay.mail import encryption
+from relay.mail.stored import parsed
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -241,8 +241,8 @@ class OpenFile:
             page = numbers[start : start + _AT_ONCE]
             marks = ",".join("?" * len(page))
             for n, data in self._connection.execute(f"SELECT n, data FROM rows WHERE n IN ({marks})", page):  # noqa: S608 - marks
-                with contextlib.suppress(ValueError, TypeError, RecursionError):
-                    content = json.loads(self._opened(data))
+                with contextlib.suppress(ValueError, TypeError):
+                    content = parsed(self._opened(data))
                     found[n] = content if isinstance(content, list) else []
         return [found[n] for n in numbers if n in found]
 

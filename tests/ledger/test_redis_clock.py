@@ -126,7 +126,7 @@ def test_times_come_nearer_and_never_go_farther(redis_client: redis.Redis) -> No
 
 
 def test_keys_that_end_live_no_longer_than_they_were_meant_to(redis_client: redis.Redis) -> None:
-    """A life that the clock has made longer is cut; shorter, endless and missing ones are let be."""
+    """A life that the clock, or somebody, has made longer or endless is cut; shorter and missing ones are let be."""
     redis_client.set("long", "1", ex=7320)
     redis_client.set("short", "1", ex=50)
     redis_client.set("endless", "1")
@@ -134,7 +134,7 @@ def test_keys_that_end_live_no_longer_than_they_were_meant_to(redis_client: redi
     shorten(redis_client, [], 120)
     assert 115 <= redis_client.ttl("long") <= 120
     assert redis_client.ttl("short") <= 50
-    assert redis_client.ttl("endless") == -1
+    assert 115 <= redis_client.ttl("endless") <= 120
 
 
 def test_no_id_comes_twice_while_a_clock_goes_back() -> None:

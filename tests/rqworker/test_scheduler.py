@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -103,6 +105,26 @@ def test_restart_takes_its_own_lock_at_once(redis_url: str, redis_client: redis.
     assert queue.count == 1
     for scheduler in (killed, other, again):
         scheduler.close()
+
+
+def test_nothing_that_redis_holds_stops_a_queue(redis_url: str, redis_client: redis.Redis) -> None:
+    """What is no job, no text, no hash or unfolds without end is taken off; a key of another type is passed over."""
+    queue = Queue("backup-new", connection=redis_client, serializer=JSONSerializer)
+    (sound,) = schedule(queue, 1)
+    key = ScheduledJobRegistry(queue=queue).key
+    hostile = [b"\xff\xfe\0", b"../../x", b"\x1b[2J", b"x" * 100_000, b"no-hash", b"bomb"]
+    redis_client.zadd(key, dict.fromkeys(hostile, 1.0))
+    redis_client.lpush("rq:job:no-hash", "x")
+    redis_client.hset("rq:job:bomb", mapping={"data": zlib.compress(bytes(500_000_000), 1), "status": "scheduled"})
+    redis_client.set(ScheduledJobRegistry("backup-bad", connection=redis_client).key, "no list")
+    scheduler = Scheduler(connector(RedisSettings(redis_url, 5))(), "host-state")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert not scheduler.round(["backup-bad", "backup-new"])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
+    scheduler.close()
+    assert sound in queue.job_ids
+    assert set(queue.job_ids) <= {sound, "bomb"}  # its worker refuses it
+    assert redis_client.zcard(key) == 0
 
 
 def test_unreadable_job_holds_nothing_up(redis_url: str, redis_client: redis.Redis) -> None:

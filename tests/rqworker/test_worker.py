@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -22,6 +24,7 @@ from support.redis_servers import RedisServer
 from support.waiting import wait_until
 from workers import jobs
 from workers.rqworker.courier_thread import CourierThread
+from workers.rqworker.delivery_job import DeliveryJob
 from workers.rqworker.revival import dead_here, place, revive, worker_name
 from workers.rqworker.worker import DeliveryWorker
 from workers.rqworker.worker_process import connector, revive_predecessors
@@ -152,14 +155,31 @@ def test_callbacks_of_a_forged_job_are_not_called(bench: Bench) -> None:
 
 def test_unreadable_and_deleted_jobs_are_passed_over(bench: Bench) -> None:
     """A damaged record and one that was deleted while it waited do not hold up the next, and strand nowhere."""
-    damaged, deleted, pickled, sound = bench.put(), bench.put(), bench.put(), bench.put()
+    damaged, deleted, pickled, listed, sound = (bench.put() for _ in range(5))
     bench.client.hset(f"rq:job:{damaged}", "created_at", "yesterday")
     bench.client.delete(f"rq:job:{deleted}")
     bench.client.hset(f"rq:job:{pickled}", "data", b"\x80\x04N.")
+    bench.client.delete(f"rq:job:{listed}")
+    bench.client.lpush(f"rq:job:{listed}", "no hash")
     bench.worker.work(burst=True)
     assert [job for job, _ in bench.courier.calls] == [sound]
     assert bench.client.llen(bench.queue.intermediate_queue_key) == 0
     assert bench.failed == {pickled: "refused: unreadable call"}
+
+
+def test_a_reason_that_unfolds_without_end_is_not_read(bench: Bench) -> None:
+    """Nothing in the record of a job takes more memory than it has octets."""
+    bomb = bench.put()
+    bench.client.hset(f"rq:job:{bomb}", "exc_info", zlib.compress(bytes(300_000_000), 1))
+    record = bench.client.hgetall(f"rq:job:{bomb}")
+    tracemalloc.start()
+    try:
+        assert DeliveryJob.of(bomb, record, bench.client) is not None
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+    bench.worker.work(burst=True)
+    assert [job for job, _ in bench.courier.calls] == [bomb]
 
 
 def test_fault_of_ours_is_retried_then_failed(bench: Bench) -> None:

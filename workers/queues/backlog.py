@@ -21,6 +21,7 @@ from relay.ledger.copy_state import Attempt, CopyState
 from relay.mail.destination import Destination
 from relay.mail.envelope import Envelope
 from relay.mail.ids import text as as_text
+from relay.mail.stored import moment
 from workers.queues import failed, selection
 from workers.queues.selection import WAITING, Filter
 from workers.rqworker import live_jobs
@@ -154,7 +155,7 @@ def rows(connection: Redis, page: selection.Page) -> Iterator[WaitingCopy]:
     times = connection.zmscore(scheduled, [copy.state.job for copy in page.found])
     clock = changes.now(connection)
     for (message_id, accepted, state, envelope), at in zip(page.found, times, strict=True):
-        due = at if at is not None and at > clock else None
+        due = moment(at) if at is not None and at > clock else None
         yield WaitingCopy(
             id=message_id,
             destination=page.target.name,

@@ -10,29 +10,53 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, cast
 
+from redis import Redis
 from redis.client import Pipeline
 from rq.exceptions import DeserializationError
 from rq.executions import Execution
 from rq.job import Job, JobStatus
 from rq.results import Result
+from rq.serializers import JSONSerializer
 
+from relay.mail.text import printable
 from workers import jobs
 from workers.rqworker import live_jobs
 
 _ARGUMENTS = 2  # destination and ids
+_LONGEST = 200  # characters of a reason
+
+
+class NoJob(ValueError):
+    """A record that is no job."""
 
 
 class DeliveryJob(Job):
     """A job that can call only the functions in workers.jobs that are meant for it."""
 
     def restore(self, raw_data: Any) -> None:
+        # RQ would decompress any amount of data, both of the call and of the reason for a failure.
+        raw_data = {name: value for name, value in raw_data.items() if name != b"exc_info"}
         try:
             live_jobs.unfolded(raw_data.get(b"data", b""))
-        except ValueError:  # RQ would decompress any amount of data
-            raw_data = {**raw_data, b"data": b""}
+        except ValueError:
+            raw_data[b"data"] = b""
         super().restore(raw_data)
         self._success_callback_name = self._failure_callback_name = self._stopped_callback_name = None
         self.webhooks = []
+
+    @classmethod
+    def of(cls, job_id: str, record: object, connection: Redis) -> DeliveryJob | None:
+        """Make the job of a record from Redis; None without a record. Raises NoJob."""
+        if not isinstance(record, dict):
+            raise NoJob("another type of key")
+        job = cls(job_id, connection=connection, serializer=JSONSerializer)
+        try:
+            if record:
+                job.restore(record)
+                return job
+        except Exception as error:  # RQ may raise anything on a forged record
+            raise NoJob(printable(f"{type(error).__name__}: {error}"[:_LONGEST])) from error
+        return None
 
     def function(self) -> Callable[..., Future[None]]:
         """Return the function to call. Raises Refused."""

@@ -8,7 +8,6 @@ empty.
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from relay.ledger import keys as ledger_keys
 from relay.ledger import queries, rq_jobs
 from relay.mail.ids import are_ids
 from relay.mail.ids import text as as_text
+from relay.mail.stored import parsed
 
 _LONGEST = 1 << 20  # octets of the call of a job
 _PAGE = 1000
@@ -91,7 +91,7 @@ def calls(connection: Redis, jobs: Sequence[str]) -> list[list[str]]:
     with connection.pipeline(transaction=False) as pipe:
         for job in jobs:
             pipe.hget(_JOB + job, "data")
-        return [_ids(data) for data in pipe.execute()]
+        return [_ids(data) for data in pipe.execute(raise_on_error=False)]  # one may be no hash
 
 
 def forget_useless(connection: Redis, destination: str) -> int:
@@ -131,11 +131,13 @@ def _add(connection: Redis, live: Live, jobs: Sequence[str]) -> int:
     return count
 
 
-def _ids(data: bytes | None) -> list[str]:
+def _ids(data: object) -> list[str]:
     """Read the call of a job: zlib over JSON ``[function, instance, arguments, keywords]``."""
+    if not isinstance(data, bytes):
+        return []
     try:
-        function, _, (_, ids), _ = json.loads(unfolded(data or b""))
-    except (ValueError, TypeError, RecursionError):
+        function, _, (_, ids), _ = parsed(unfolded(data))
+    except (ValueError, TypeError):
         return []
     return ids if function == rq_jobs.FUNCTION and are_ids(ids) else []
 
@@ -160,8 +162,8 @@ def _dead(connection: Redis, started: Sequence[str]) -> set[str]:
         for entry in started:
             pipe.hget(_EXECUTION + entry, "worker_name")
             pipe.hget(_JOB + entry.partition(":")[0], "worker_name")
-        names = pipe.execute()
-        workers = {as_text(execution or job or b"") for execution, job in zip(names[::2], names[1::2], strict=True)}
+        names = [name if isinstance(name, bytes) else b"" for name in pipe.execute(raise_on_error=False)]
+        workers = {as_text(execution or job) for execution, job in zip(names[::2], names[1::2], strict=True)}
         ordered = sorted(workers)
         for name in ordered:
             pipe.exists(BaseWorker.redis_worker_namespace_prefix + name)

@@ -36,10 +36,14 @@ _GRACE = 0.05  # seconds; a live worker leaves a job in the intermediate list fo
 # A started entry is "<job>:<execution>". The job's own fields are RQ's; "queued" is what RQ sets on a requeue.
 _REVIVE = """
 local again, seen = {}, {}
+local function worker(key)
+    local name = redis.pcall('HGET', key, 'worker_name')
+    return type(name) == 'string' and name
+end
 local function requeue(job)
     local key = 'rq:job:' .. job
     redis.call('LREM', KEYS[2], 0, job)
-    if seen[job] or redis.call('EXISTS', key) == 0 then return end
+    if seen[job] or redis.call('TYPE', key).ok ~= 'hash' then return end
     seen[job] = true
     redis.call('LPUSH', KEYS[3], job)
     redis.call('HSET', key, 'status', 'queued', 'worker_name', '', 'started_at', '')
@@ -47,8 +51,7 @@ local function requeue(job)
 end
 for _, entry in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
     local job, execution = string.match(entry, '^([^:]*):(.*)$')
-    local owner = job and (redis.call('HGET', 'rq:execution:' .. entry, 'worker_name')
-        or redis.call('HGET', 'rq:job:' .. job, 'worker_name'))
+    local owner = job and (worker('rq:execution:' .. entry) or worker('rq:job:' .. job))
     if owner == ARGV[1] then
         redis.call('ZREM', KEYS[1], entry)
         redis.call('DEL', 'rq:execution:' .. entry)
@@ -113,7 +116,10 @@ def dead_here(connection: Redis, queue: Queue) -> list[str]:
     """Return the names of dead workers of ``queue`` that ran in this place, such as all killed at once."""
     here, dead = place(), []
     for name in _workers(connection, queue):
-        pid, where, since = cast("list[Any]", connection.hmget(_key(name), ["pid", PLACE, BORN]))
+        pipe = connection.pipeline(transaction=False)
+        pipe.hmget(_key(name), ["pid", PLACE, BORN])
+        (found,) = pipe.execute(raise_on_error=False)
+        pid, where, since = found if isinstance(found, list) else (b"", b"", b"")  # no hash, no worker
         if not where or text(where) != here or not _PID.fullmatch(pid or b""):
             continue
         # A restarted container has the same small pids, and usually the same namespace number.

@@ -13,32 +13,27 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable
+from typing import cast
 
 from loguru import logger
 from redis import Redis
-from redis.exceptions import RedisError
-from rq.exceptions import NoSuchJobError
-from rq.job import Job
+from redis.exceptions import RedisError, ResponseError
+from rq import Queue
 from rq.registry import ScheduledJobRegistry
 from rq.scheduler import RQScheduler
 from rq.serializers import JSONSerializer
 
 from relay import maillog
 from relay.ledger.redis_clock import RedisClock, last_look, pull_in, shorten
+from relay.mail.ids import is_job_id, text
+from relay.mail.text import printable
 from relay.repeated import Backoff, Repeated
+from workers.rqworker.delivery_job import DeliveryJob, NoJob
 
 _ROUND_SECONDS = 1.0
 _LOCK_SECONDS = 15.0  # between two renewals; RQ's lock lives for 61 s
+_AT_ONCE = 1000  # jobs of a queue moved in a round
 _LONGEST_PAUSE = 10.0  # seconds between rounds while Redis is away
-
-
-class _Registry(ScheduledJobRegistry):
-    """The scheduled jobs of a queue, due by a clock that is not this host's."""
-
-    clock: RedisClock
-
-    def get_jobs_to_schedule(self, timestamp: int | None = None, chunk_size: int = 1000) -> list[str]:
-        return super().get_jobs_to_schedule(int(self.clock.now()), chunk_size)
 
 
 class Scheduler(RQScheduler):
@@ -56,6 +51,8 @@ class Scheduler(RQScheduler):
         self._renewed = float("-inf")
         self._was_asked = False
         self._behind = 0.0  # seconds by which Redis's clock was set back and the schedule must still be moved
+        self._is_more_due = False
+        self._told: set[str] = set()  # queues with a key of another type
 
     def round(self, queues: Iterable[str]) -> bool:
         """Move the due jobs, at most a thousand for each queue; returns whether more are due. Raises RedisError."""
@@ -78,37 +75,66 @@ class Scheduler(RQScheduler):
             self._renewed = time.monotonic()
         elif self._behind:
             self._pull_in()
-        self.enqueue_scheduled_jobs()  # type: ignore[no-untyped-call]
-        return any(r.get_jobs_to_schedule(chunk_size=1) for r in self._registries)
-
-    def prepare_registries(self, queue_names: Iterable[str] | None = None) -> None:
-        """Make the registries of these queues, as RQ does, with Redis's clock."""
-        self._scheduled_job_registries = []
-        for name in queue_names or self._acquired_locks:
-            registry = _Registry(name, connection=self.connection, serializer=self.serializer)  # type: ignore[no-untyped-call]
-            registry.clock = self._clock
-            self._scheduled_job_registries.append(registry)
+        self.enqueue_scheduled_jobs()
+        return self._is_more_due
 
     def _pull_in(self) -> None:
         """Move scheduled jobs nearer by the time that the clock was set back, and at most ``longest`` ahead."""
-        for registry in self._registries:
-            count = pull_in(self.connection, registry.key, self._clock.now(), by=self._behind, most=self._longest)
-            if count:
-                text = "scheduler: {}: {} jobs come earlier: they were too far ahead of Redis's clock"
-                logger.warning(text, registry.name, count)
+        self._each(self._pull_in_one)
         self._behind = 0.0
 
-    def forget_unreadable(self) -> None:
-        """Remove due jobs that cannot be read from the schedule."""
+    def _pull_in_one(self, registry: ScheduledJobRegistry) -> None:
+        count = pull_in(self.connection, registry.key, self._clock.now(), by=self._behind, most=self._longest)
+        if count:
+            text = "scheduler: {}: {} jobs come earlier: they were too far ahead of Redis's clock"
+            logger.warning(text, registry.name, count)
+
+    def enqueue_scheduled_jobs(self) -> None:
+        """Move the due jobs of each queue; one that cannot be read is taken off the schedule.
+
+        RQ's own would decompress any amount of data, and stop all queues at the first key that is not what it should
+        be.
+        """
+        self._is_more_due = False
+        self._each(self._move_due)
+
+    def _each(self, step: Callable[[ScheduledJobRegistry], None]) -> None:
+        """Take a step for each queue; a key of another type stops its own queue only, until the sweep renames it."""
         for registry in self._registries:
-            for job_id in registry.get_jobs_to_schedule():
-                try:
-                    Job.fetch(job_id, self.connection, self.serializer)
-                except (RedisError, NoSuchJobError):
-                    continue
-                except Exception as error:  # RQ may raise anything on a forged record
-                    logger.error("scheduled job {} is unreadable and taken off the schedule: {}", job_id, error)
-                    registry.remove(job_id)
+            try:
+                step(registry)
+                self._told.discard(registry.name)
+            except ResponseError as error:
+                if "WRONGTYPE" not in str(error):
+                    raise
+                if registry.name not in self._told:
+                    self._told.add(registry.name)
+                    logger.warning("scheduler: {}: {}", registry.name, printable(str(error)))
+
+    def _move_due(self, registry: ScheduledJobRegistry) -> None:
+        connection, now = self.connection, int(self._clock.now())
+        due = cast("list[bytes]", connection.zrangebyscore(registry.key, "-inf", now, start=0, num=_AT_ONCE))
+        names = {name: member for member in due if is_job_id(name := text(member))}
+        with connection.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.hgetall(DeliveryJob.key_for(name))
+            records = pipe.execute(raise_on_error=False)  # one may be no hash
+        found = [self._restored(name, record) for name, record in zip(names, records, strict=True)]
+        queue = Queue(registry.name, connection=connection, serializer=self.serializer)
+        with connection.pipeline() as pipe:
+            for job in filter(None, found):
+                queue._enqueue_job(job, pipeline=pipe, at_front=job.should_enqueue_at_front())  # noqa: SLF001  (as RQ)
+            if due:
+                pipe.zrem(registry.key, *due)
+            pipe.execute()
+        self._is_more_due = self._is_more_due or len(due) == _AT_ONCE
+
+    def _restored(self, job_id: str, record: object) -> DeliveryJob | None:
+        try:
+            return DeliveryJob.of(job_id, record, self.connection)
+        except NoJob as error:  # its copies are in the ledger and get a new job
+            logger.error("scheduled job {} is unreadable and taken off the schedule: {}", job_id, error)
+            return None
 
     def start_anew(self) -> None:
         """Take the locks again in the next round, since Redis was down and may have lost them."""
@@ -158,13 +184,9 @@ def keep_scheduling(
             away.came(str(error))
             scheduler.start_anew()
             pause = pauses.next()
-        except Exception:  # a job that RQ cannot read
+        except Exception:  # the border: other queues wait for the next round
             logger.exception("scheduler: a round failed")
             pause = _ROUND_SECONDS
-            try:
-                scheduler.forget_unreadable()
-            except RedisError:
-                scheduler.start_anew()
         if pause:
             stop.wait(pause)
     try:

@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from types import FrameType
@@ -36,7 +36,7 @@ from relay.mail.ids import text as as_text
 from relay.redisio.clients import master_of
 from relay.repeated import Backoff
 from workers import jobs
-from workers.rqworker.delivery_job import DeliveryJob
+from workers.rqworker.delivery_job import DeliveryJob, NoJob
 from workers.rqworker.revival import BORN, LIFE, PLACE, born, place, revive
 
 _POLL_SECONDS = 1  # how long a pop blocks, and so how late a stop is seen when idle
@@ -168,7 +168,8 @@ class DeliveryWorker(SimpleWorker):
             pipeline.llen(self.queue.key)
             for job_id in ids:
                 pipeline.hgetall(DeliveryJob.key_for(job_id))
-            self._behind, *records = pipeline.execute()
+            behind, *records = pipeline.execute(raise_on_error=False)  # one job may be no hash
+        self._behind = behind if isinstance(behind, int) else 0
         found = [self._restored(job_id, record) for job_id, record in zip(ids, records, strict=True)]
         return [job for job in found if job is not None]
 
@@ -181,13 +182,11 @@ class DeliveryWorker(SimpleWorker):
                 self.connection.lrem(self.queue.intermediate_queue_key, 1, raw)
         return [name for name in found if is_job_id(name)]
 
-    def _restored(self, job_id: str, record: Mapping[bytes, bytes]) -> DeliveryJob | None:
-        job = DeliveryJob(job_id, connection=self.connection, serializer=self.serializer)
+    def _restored(self, job_id: str, record: object) -> DeliveryJob | None:
         try:
-            if record:  # else it was deleted while it waited
-                job.restore(record)
-                return job
-        except Exception as error:  # a forged or damaged record; its copies are in the ledger and get a new job
+            if (job := DeliveryJob.of(job_id, record, self.connection)) is not None:
+                return job  # else it was deleted while it waited
+        except NoJob as error:  # its copies are in the ledger and get a new job
             logger.error("worker {}: job {} is unreadable and set aside: {}", self.name, job_id, error)
         self.connection.lrem(self.queue.intermediate_queue_key, 1, job_id)
         return None

@@ -140,9 +140,12 @@ class _Lock:
 def reconcile(connection: Redis, settings: Settings, pause: float = _PAUSE, *, repair: bool = True) -> Report:
     """Sweep twice, ``pause`` seconds apart, and repair at the second. Raises RedisError."""
     sweeper = Sweeper(connection, settings)
+    aside = sweeper.set_aside() if repair else []
     sweeper.sweep(repair=False, thorough=False)
     time.sleep(max(pause, SILENT_SECONDS) if sweeper.misses_workers else pause)
-    return sweeper.sweep(repair=repair, thorough=True)
+    report = sweeper.sweep(repair=repair, thorough=True)
+    report.add_aside(aside)
+    return report
 
 
 def verify(connection: Redis, settings: Settings, *, repair: bool = True, pause: float = _PAUSE) -> Report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 # The findings of ordinary work; any other is a repair.
@@ -45,3 +46,8 @@ class Report:
         self.counts[finding] += 1
         if len(self.findings) < self.kept:
             self.findings.append(Repair(finding, message_id, destination, action))
+
+    def add_aside(self, moved: Sequence[tuple[str, str]]) -> None:
+        """Add the keys that were renamed, each with the type that it was of."""
+        for key, kind in moved:
+            self.add("key of another type", "", "", f"{key} ({kind}) renamed")

@@ -21,7 +21,7 @@ from redis import Redis
 
 from relay import maillog
 from relay.config.loader import Settings
-from relay.ledger import archive, changes, divergence_groups, queries, recovery, registry, rq_jobs
+from relay.ledger import archive, changes, divergence_groups, misplaced, queries, recovery, registry, rq_jobs
 from relay.ledger import keys as ledger_keys
 from relay.ledger.continuity import Continuity, forget_kept
 from relay.ledger.divergence_recount import recount
@@ -85,10 +85,7 @@ class Sweeper:
         self._report = report = Report(kept)
         if thorough is None:
             thorough = begun - self._memory.thorough_at >= _THOROUGH_SECONDS
-        self._look_at_the_clock(repair=repair)
-        if repair:
-            self._complete(thorough=thorough)
-            self._recover()
+        self._begin(repair=repair, thorough=thorough)
         for name, destination in registry.destinations(self._connection).items():
             self._tick()
             found = live_jobs.read(self._connection, name)
@@ -108,6 +105,19 @@ class Sweeper:
             self._memory.thorough_at = begun
         report.seconds = time.monotonic() - begun
         return report
+
+    def _begin(self, *, repair: bool, thorough: bool) -> None:
+        """Do what the steps for each destination rely on."""
+        if repair:
+            self._report.add_aside(self.set_aside())
+        self._look_at_the_clock(repair=repair)
+        if repair:
+            self._complete(thorough=thorough)
+            self._recover()
+
+    def set_aside(self) -> list[tuple[str, str]]:
+        """Rename keys of another type, past which no step goes; returns (key, type found)."""
+        return misplaced.set_aside(self._connection, (backup.name for backup in self._settings.copied))
 
     def _look_at_the_clock(self, *, repair: bool) -> None:
         """Check whether Redis's clock has been set, and if so move times that are too far ahead nearer."""
