@@ -51,7 +51,7 @@ _POOL_WAIT = 0.05
 _MONITOR_SECONDS = 1.0
 _INTRODUCTION_SECONDS = 1.0
 _IMPORT_SECONDS = 5.0  # for the importer's current batch when the process stops
-_GRACE_SECONDS = 30.0  # while draining, for clients between the commands of a transaction
+_GRACE_SECONDS = 30.0  # while draining, for clients that have not sent all of their message
 LEAVE = signal.SIGUSR2  # sent to a process after one with newer settings has replaced it
 
 
@@ -350,7 +350,7 @@ class _Relay:
             await self._follower.pause(_MONITOR_SECONDS)
 
     async def _drain(self, importing: asyncio.Task[None] | None) -> None:
-        """Let sessions finish: between commands within ``_GRACE_SECONDS``, within DATA by the usual time-outs."""
+        """Let sessions finish within ``_GRACE_SECONDS``; after the end of data, whenever the primary answers."""
         loop = asyncio.get_running_loop()
         patience = loop.time() + _GRACE_SECONDS
         if self._importer:

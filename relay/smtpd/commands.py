@@ -81,12 +81,20 @@ class CommandLoop:
                 context.counters.add_client(-1)
 
     def stop(self, *, impatient: bool) -> None:
-        """End an idle session now, and one in a transaction after it; if ``impatient``, before its DATA."""
+        """End an idle session now, and one in a transaction after it; if ``impatient``, before its end of data.
+
+        A client that sends nothing for some seconds is not waited for, and after a while no primary
+        that leaves a command unanswered, except by a process that is being replaced.
+        """
         transaction, protocol = self._transaction, self._protocol
         is_idle = not transaction.in_transaction and not self._may_stay
+        is_final = not self._context.leaving  # no other process with newer settings replaces this one
         if protocol.is_deaf or (protocol.is_securing and not self._may_stay):
             protocol.abort()
-        elif protocol.waiting and (is_idle or (impatient and not transaction.in_data)):
+        elif not protocol.waiting:
+            if impatient and is_final and not transaction.is_concluding:
+                protocol.cancel()
+        elif is_idle or (impatient and not transaction.in_data) or (is_final and (impatient or protocol.is_silent)):
             protocol.dismiss(_SHUTDOWN)
 
     @property

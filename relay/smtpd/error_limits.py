@@ -1,9 +1,10 @@
 """The error limits of one client: its errors are counted, and at the limit it is disconnected.
 
 Twenty bad commands end a session. Commands that a pipelining client sent behind a refused one count as bad only beyond
-a thousand; commands that advance no message (such as NOOP and RSET; compare Postfix's smtpd_junk_command_limit) only
-beyond a hundred, and one of these is forgotten every five seconds. An accepted message resets both counts. The log gets
-at most a hundred lines about one client and message; one more line gives the number of those left out.
+a thousand; what advances no message (NOOP, RSET, a message that is refused at its end; compare Postfix's
+smtpd_junk_command_limit) only beyond a hundred, and one of these is forgotten every five seconds. An accepted message
+resets both counts. The log gets at most a hundred lines about one client and message; one more line gives the number of
+those left out.
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ class ClientProtocol(asyncio.Protocol):
         self._watch_every = write_seconds / 4
         self._watchdog: asyncio.TimerHandle | None = None
         self._deadline = 0.0
+        self._asked_at = 0.0  # when the wait for input began
         self._deaf_at = math.inf
         self._lost = loop.create_future()  # done when the connection is lost
         self._handshake: asyncio.Task[Any] | None = None
@@ -129,6 +130,11 @@ class ClientProtocol(asyncio.Protocol):
         return self.loop.time() >= self._deaf_at - self._write_seconds + _GOODBYE_SECONDS
 
     @property
+    def is_silent(self) -> bool:
+        """Whether we have been waiting for the client's next octet for at least ``_GOODBYE_SECONDS``."""
+        return self.waiting and self.loop.time() >= self._asked_at + _GOODBYE_SECONDS
+
+    @property
     def is_securing(self) -> bool:
         """Whether TLS is being negotiated."""
         return self._handshake is not None
@@ -201,6 +207,11 @@ class ClientProtocol(asyncio.Protocol):
             transport.abort()
         self.connection_lost(None)
 
+    def cancel(self) -> None:
+        """Cancel the command loop, whatever it waits for, and close."""
+        if self._command_loop is not None:
+            self._command_loop.cancel()
+
     # --- in ---------------------------------------------------------------------------------------------------
 
     async def read_line(self, seconds: float, limit: int) -> bytes | None:
@@ -208,7 +219,7 @@ class ClientProtocol(asyncio.Protocol):
         if self.read_buffer.has_line:
             await self._let_others()
         begun = self.loop.time()
-        self._deadline = begun + seconds
+        self._asked_at, self._deadline = begun, begun + seconds
         self.waiting = True
         line = await self.read_buffer.line()
         self.waiting = False
@@ -218,7 +229,7 @@ class ClientProtocol(asyncio.Protocol):
     async def read_chunk(self, seconds: float, most: int = -1) -> bytes:
         """Return what has arrived, at most ``most`` octets; b"" at the end of input."""
         begun = self.loop.time()
-        self._deadline = begun + seconds
+        self._asked_at, self._deadline = begun, begun + seconds
         self.waiting = True
         chunk = await self.read_buffer.read(most)
         self.waiting = False

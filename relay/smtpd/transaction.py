@@ -91,6 +91,7 @@ class MailTransaction:
         self._may_be_told = (
             False  # a refusal of this transaction was logged: a flood of them fills neither log nor trace
         )
+        self.is_concluding = False  # all of the message is here: from now on nothing but its end ends it
         self._was_refused = False  # MAIL or a later command: what a pipelining client sent behind it is no error
 
     @property
@@ -135,7 +136,7 @@ class MailTransaction:
         self._recipients = []
         self._context.counters.add_octets(-self._counted)
         self._counted = 0
-        self.in_data = self._was_refused = False
+        self.in_data = self._was_refused = self.is_concluding = False
         self._peer.end_transaction()
 
     def _give_back(self) -> None:
@@ -374,7 +375,7 @@ class MailTransaction:
                 await opened.take(finder.feed(await self._octets(opened.pace)))
             if finder.rest:
                 self._protocol.read_buffer.unread(finder.rest)
-            return await self._conclude(opened)
+            return self._noted(await self._conclude(opened))
         finally:
             self.forget()
 
@@ -408,7 +409,7 @@ class MailTransaction:
                 self._error_limits.idle()
             return Reply.of(250, f"2.0.0 {size} octets received")
         try:
-            return await self._conclude(opened)
+            return self._noted(await self._conclude(opened))
         finally:
             self.forget()
             self._was_refused = not is_last  # more chunks may be on their way
@@ -454,7 +455,7 @@ class MailTransaction:
 
     async def _conclude(self, incoming: IncomingBody) -> Reply:
         """End a message: make the copies durable, then send the primary the dot; returns the reply for the client."""
-        self.was_served = True
+        self.was_served = self.is_concluding = True
         body = await incoming.complete()
         named = headers.name_of(body)
         message = Message(self._envelope(len(body), named.text), body)
@@ -473,6 +474,12 @@ class MailTransaction:
         digest = await self._digest(envelope.sender, body, named) if staged else ""
         del body, message  # frees memory: the primary may take ten minutes to answer
         return await self._finish(transaction, envelope, digest, staged=staged)
+
+    def _noted(self, reply: Reply) -> Reply:
+        """Count the end of a message that was not accepted: a client could send such for ever; returns ``reply``."""
+        if not reply.is_positive:
+            self._error_limits.idle()
+        return reply
 
     async def _stage(self, message: Message) -> bool | None:
         """Make the copies durable before the primary may accept; returns whether they are.

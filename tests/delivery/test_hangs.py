@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import pytest
 import redis
 
-from support.ledger_contents import Contents
+from relay.ledger import keys
+from support.ledger_contents import Contents, settings
 from support.reactions import Delay, Moment, Reaction, Silence, Trickle
 from support.running_courier import arrived, at_the_dot, at_work, named
 from support.scripted_server import ScriptedServer
 from support.waiting import until
-from workers.delivery import runners
+from workers.delivery import courier, runners
+from workers.delivery.courier import Courier
+from workers.jobs import Interrupted
 
 
 @pytest.fixture
@@ -42,6 +46,42 @@ async def test_one_that_hangs(
         assert work.courier.accepting
         assert contents.pending_ids() == [hangs] or len(contents.pending_ids()) < 20
     assert len({m.wire for m in backup.messages if m.sender != "hang@test"}) == len(good)
+
+
+@pytest.mark.parametrize("stage", ["CONNECT", "EHLO", "MAIL", "RCPT", "DATA"])
+async def test_a_stop_waits_for_no_server_that_is_silent(
+    contents: Contents,
+    redis_url: str,
+    redis_client: redis.Redis,
+    backup: ScriptedServer,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+) -> None:
+    """What has not come to its dot is broken off, and its copies are as if they had not been tried."""
+    monkeypatch.setattr(courier, "_DRAIN_PATIENCE", 0.3)
+    backup.replies[stage] = Silence()
+    ids = mail(contents, 5)
+    patient = {
+        "relay_timeout_seconds": "60",
+        "relay_greeting_timeout_seconds": "60",
+        "relay_command_timeout_seconds": "60",
+    }
+    made = Courier(settings(**patient), backup.destination("new"), "worker", redis_url)
+    await made.start()
+    delivery = asyncio.create_task(made.deliver("job", ids))
+    if stage == "CONNECT":
+        await until(lambda: backup.open_connections > 0)
+    else:
+        await until(lambda: any(command.startswith(stage) for command in backup.commands))
+    begun = time.monotonic()
+    await made.drain()
+    assert time.monotonic() - begun < 10
+    with pytest.raises(Interrupted):
+        await delivery
+    assert sorted(contents.pending_ids()) == sorted(ids)
+    assert [contents.state(message_id).attempts for message_id in ids] == [0] * 5
+    assert redis_client.zcard(keys.BUSY + "new") == 0
+    backup.drop()
 
 
 async def test_several_that_hang_at_the_dot(contents: Contents, redis_url: str, backup: ScriptedServer) -> None:

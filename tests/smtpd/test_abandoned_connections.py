@@ -22,10 +22,11 @@ import pytest
 from loguru import logger
 
 from support.certificates import Certificate
-from support.dialogue import AsyncDialogue
+from support.dialogue import AsyncDialogue, Dialogue
 from support.event_loops import both_loops
 from support.in_process_relay import serve, settings_of
 from support.product import Product
+from support.reactions import Silence
 from support.scripted_server import EXTENSIONS, ScriptedServer
 from support.waiting import until, wait_until
 
@@ -239,6 +240,62 @@ def test_a_stop_waits_for_nobody_who_does_nothing(
         assert house.stop(60) == 0
 
 
+def test_a_stop_waits_for_no_half_message(
+    product: Make, chunking: ScriptedServer, backup: ScriptedServer, options: dict[str, str]
+) -> None:
+    """Clients that stall, or send octet by octet, at each stage: none of them holds up a stop for long."""
+    house = product(primary=chunking.address, backups=[backup.address], settings=options)
+    stalled = []
+    for said in STAGES.values():
+        client = socket.create_connection(("127.0.0.1", house.smtp_port))
+        client.sendall(said)
+        stalled.append(client)
+    ended = {"QUIT", "many commands"}  # by their own words, or for them
+    wait_until(lambda: house.metric("smtpdup_clients") >= len(STAGES) - len(ended))
+    slow = Dialogue(house.smtp_port)
+    slow.hello()
+    slow.say("MAIL FROM:<slow@example.com>", 250)
+    slow.say("RCPT TO:<b@example.com>", 250)
+    slow.say("DATA", 354)
+    over = threading.Event()
+
+    def trickle() -> None:
+        with contextlib.suppress(OSError):
+            while not over.wait(0.2):
+                slow.raw(b"x" * 200)
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    try:
+        begun = time.monotonic()
+        assert house.stop(90) == 0
+        assert time.monotonic() - begun < 60  # 30 s for who still sends
+    finally:
+        over.set()
+        thread.join()
+        for client in stalled:
+            client.close()
+        slow.close()
+    assert not chunking.messages
+
+
+def test_a_stop_waits_for_no_primary_that_is_silent_before_the_dot(
+    product: Make, scripted: Callable[..., ScriptedServer], backup: ScriptedServer
+) -> None:
+    """A primary that answers no RCPT has the message of nobody: after a while a stop goes on without it."""
+    silent = scripted({"RCPT": Silence()})
+    house = product(primary=silent.address, backups=[backup.address])
+    with house.dialogue() as client:
+        client.hello()
+        client.say("MAIL FROM:<a@example.com>", 250)
+        client.send("RCPT TO:<b@example.com>")
+        wait_until(lambda: any(command.startswith("RCPT") for command in silent.commands))
+        begun = time.monotonic()
+        assert house.stop(90) == 0
+        assert time.monotonic() - begun < 60  # of the two minutes that RCPT may take
+        silent.drop()
+
+
 WORDS = [
     HELLO, b"MAIL FROM:<half@example.com>\r\n", b"RCPT TO:<b@example.com>\r\n", b"DATA\r\n",
     b"Subject: x\r\n\r\ntext\r\n", b"BDAT 5\r\n12345", b"BDAT 100000\r\n12",
@@ -249,6 +306,18 @@ WORDS = [
 
 
 ROUNDS_GROW = 8_000_000  # octets; a session that stays takes some 20,000
+
+
+def _in_tls(client: socket.socket) -> socket.socket:
+    """Negotiate TLS, which may break off at any time-out; what follows is said under it."""
+    client.settimeout(1)
+    client.sendall(b"STARTTLS\r\n")
+    while not (said := client.recv(1000)).endswith(b"start TLS\r\n"):
+        if not said:
+            raise ConnectionError("refused")
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context.wrap_socket(client)
 
 
 def break_off(port: int, times: int, seed: int) -> None:
@@ -262,6 +331,8 @@ def break_off(port: int, times: int, seed: int) -> None:
             client.settimeout(0.02)
             if chance.random() < 0.5:
                 client.recv(1000)
+            if chance.random() < 0.05:
+                client = _in_tls(client)
             client.sendall(said)
             if chance.random() < 0.3:
                 client.recv(chance.choice([1, 1000]))
@@ -270,13 +341,20 @@ def break_off(port: int, times: int, seed: int) -> None:
         go(client, chance.choice(["reset", "reset", "close", "half-close"]))
 
 
+@pytest.mark.parametrize(
+    "count",
+    [
+        int(os.environ.get("BROKEN_SESSIONS", "3000")),
+        pytest.param(29_000, marks=[pytest.mark.long, pytest.mark.timeout(600)]),
+    ],
+)
 def test_thousands_of_broken_sessions(
-    product: Make, chunking: ScriptedServer, backup: ScriptedServer, options: dict[str, str]
+    product: Make, chunking: ScriptedServer, backup: ScriptedServer, options: dict[str, str], count: int
 ) -> None:
     """Whatever they say and wherever they go: no place, memory or connection is left, and a stop takes seconds."""
     house = product(primary=chunking.address, backups=[backup.address], settings={**options, "log.level": "debug"})
     relay = house.child("relay-1")
-    times = int(os.environ.get("BROKEN_SESSIONS", "3000")) // 6
+    times = count // 6
     size, grown = 0, ROUNDS_GROW + 1
     for _ in range(6):  # the first make what is made once; what leaks grows with each
         seed = random.randrange(1 << 30)

@@ -30,6 +30,8 @@ Make = Callable[..., Product]
 HELLO = b"EHLO x\r\n"
 OPEN = HELLO + b"MAIL FROM:<a@example.com>\r\n"
 REFUSED = HELLO + b"MAIL FROM:<a@example.com> SIZE=999999999999\r\n"
+CHUNK = b"MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\n"
+MESSAGE = CHUNK + b"DATA\r\n"
 STORMS = {
     "NOOP": (HELLO, b"NOOP\r\n"),
     "RSET": (HELLO, b"RSET\r\n"),
@@ -44,6 +46,8 @@ STORMS = {
     "DATA behind a refused MAIL": (REFUSED, b"DATA\r\n"),
     "refused RCPT": (OPEN, b"RCPT TO:<bad@example.com>\r\n"),
     "BDAT 0": (OPEN + b"RCPT TO:<b@example.com>\r\n", b"BDAT 0\r\n"),
+    "messages that are refused": (HELLO, MESSAGE + b"a\nb\r\n.\r\n"),
+    "messages by BDAT that are refused": (HELLO, CHUNK + b"BDAT 3 LAST\r\na\nb"),
     "BDAT without MAIL": (HELLO, b"BDAT 0 LAST\r\n"),
 }  # fmt: skip
 
@@ -58,7 +62,7 @@ async def test_storms(chunking: ScriptedServer, redis_url: str, tmp_path: Path) 
     """Whatever brings no message ends with 421, after some thousand commands at the most."""
     users = tmp_path / "users"
     users.write_text("")
-    settings = {"smtp.users_file": str(users), "smtp.auth_without_tls": "true"}
+    settings = {"smtp.users_file": str(users), "smtp.auth_without_tls": "true", "smtp.bare_newline": "refuse"}
     async with serve(settings_of(chunking.address, settings), redis_url) as (made, port):
         for name, (first, unit) in STORMS.items():
             reader, writer = await asyncio.open_connection("127.0.0.1", port)

@@ -84,23 +84,10 @@ class ConnectionRuns:
     ) -> AsyncGenerator[Trial, None]:
         """Try a copy once, and others behind it; yields each one with its ending, which the caller sees to."""
         trial = Trial(job, copy, runner, is_look=is_look)
-        try:
-            fresh = copy.repeats > 0
-            connection = await self._pool.lease(timeout=self._relay.timeout_seconds, fresh=fresh)
-        except PoolExhausted:
-            yield trial  # no trouble of the server's: those that hang have them all
-            return
-        except ClientError as error:
-            self._trouble()
-            if runner.is_outrun:
-                self._breaker.breaks(str(error))  # this connection, or address: others have worked meanwhile
-            else:
-                self._breaker.opens(str(error))
+        connection = await self._leased(job, copy, runner)
+        if connection is None:
             yield trial
             return
-        except BaseException:
-            self._jobs.abandon(job, copy.id)
-            raise
         reused = connection.transactions > 0
         following: Trial | None = trial
         try:
@@ -120,6 +107,25 @@ class ConnectionRuns:
             raise
         finally:
             self._pool.give_back(connection)
+
+    async def _leased(self, job: JobInHand, copy: Copy, runner: Runner) -> Connection | None:
+        """Return a connection for a copy, or None: there is none now, and nobody has been asked about the copy."""
+        try:
+            return await self._pool.lease(timeout=self._relay.timeout_seconds, fresh=copy.repeats > 0)
+        except PoolExhausted:
+            return None  # no trouble of the server's: those that hang have them all
+        except ClientError as error:
+            self._trouble()
+            if runner.is_outrun:
+                self._breaker.breaks(str(error))  # this connection, or address: others have worked meanwhile
+            else:
+                self._breaker.opens(str(error))
+            return None
+        except BaseException:
+            if runner.is_cut:
+                return None
+            self._jobs.abandon(job, copy.id)
+            raise
 
     async def _transact(self, connection: Connection, trial: Trial, *, reused: bool) -> Ending:
         """Carry out one transaction; the next one may begin behind its dot."""
@@ -155,6 +161,8 @@ class ConnectionRuns:
             self._smooth = 0
             is_before_body = not (connection.in_data or trial.outcome.sent)
             connection.close()
+            if runner.is_cut and not trial.outcome.sent:
+                return Ending.LAST
             return self._broke_off(trial, error, reused=reused, is_before_body=is_before_body)
         if reused and trial.outcome.is_farewell:
             connection.close()

@@ -57,6 +57,8 @@ _IN_HAND = 10  # copies that a connection delivers of what is in hand at once: t
 _HELD_LOOK = 0.5
 _BODY_PAUSE = 0.5  # seconds until Redis is asked again for a body
 
+_DRAIN_PATIENCE = 10.0  # seconds for what has not come to its dot
+
 
 class Courier:
     """Delivers to one destination; see ``workers.jobs.Deliverer`` for the contract with the worker."""
@@ -168,12 +170,18 @@ class Courier:
     async def drain(self) -> None:
         """Start no further copy; finish those under way, stragglers too, and write their outcomes.
 
+        A transaction whose dot has been sent may be answered for ten minutes; any other is broken off after a while,
+        and its copy goes back to the queue.
+
         What Redis does not take in time is left to its lease: the copies go out again, once, after the next start.
         """
         self._gate.is_draining = True
         self._wake()
         held = self._leases.held
-        while (held or self._deliveries) and not self._outbox.is_stuck:  # noqa: ASYNC110 - three conditions
+        cut_at = asyncio.get_running_loop().time() + _DRAIN_PATIENCE
+        while (held or self._deliveries) and not self._outbox.is_stuck:
+            if asyncio.get_running_loop().time() >= cut_at:
+                self._runners.cut()
             await asyncio.sleep(0.02)
         if self._outbox.is_stuck:
             maillog.notice("error", "outcomes lost", destination=self._name, copies=len(held))

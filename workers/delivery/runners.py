@@ -33,11 +33,11 @@ _CALMING = 0.9  # how an answer shortens a patience that was lengthened
 class Runner:
     """One task with a connection, or on its way to one, and how long what it does now has been going on."""
 
-    __slots__ = ("_runners", "attempts", "begun_at", "carried", "connection", "gave_up", "is_slow", "let_go")
+    __slots__ = ("_runners", "attempts", "begun_at", "carried", "connection", "gave_up", "is_cut", "is_slow", "let_go")
 
     def __init__(self, runners: Runners) -> None:
         self._runners = runners
-        self.is_slow = False
+        self.is_slow = self.is_cut = False
         self.begins(None)
 
     def begins(
@@ -116,6 +116,16 @@ class Runners:
         """Say whether a runner may go on with another transaction; it has none now."""
         runner.begins(None)
         return len(self._runners) - self.slow <= self.breaker.window and len(self._runners) <= self._pool.room
+
+    def cut(self) -> None:
+        """Break off what has not come to its dot: a server that hangs does not hold up a stop."""
+        for task, runner in self._runners.items():
+            is_new = not runner.is_cut
+            runner.is_cut = True
+            if runner.connection is None and is_new:
+                task.cancel()  # on its way to a connection
+            elif runner.connection and not (runner.connection.in_data and runner.connection.replies_owed):
+                runner.connection.close()
 
     async def watch(self) -> None:
         """Look after those that hang; runs until cancelled."""
