@@ -97,8 +97,11 @@ class Pipelines:
         self._idle: list[_Pipeline] = []
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    async def ask(self, batch: CommandBatch) -> list[Any]:
-        """Send a batch; returns its answers. Raises RedisError, OSError, also for a single change that failed."""
+    async def ask(self, batch: CommandBatch, *, each: bool = False) -> list[Any]:
+        """Send a batch; returns its answers. Raises RedisError, OSError.
+
+        A single change that failed raises, too, or with ``each`` has its error in place of the answer.
+        """
         found: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
 
         def answered(answers: Answers) -> None:
@@ -106,7 +109,7 @@ class Pipelines:
                 return
             if not isinstance(answers, Exception):
                 error = next((answer for answer in answers if isinstance(answer, Exception)), None)
-                if error is None:
+                if error is None or each:
                     found.set_result(answers)
                     return
                 answers = error

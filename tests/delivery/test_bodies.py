@@ -1,0 +1,77 @@
+"""Bodies of claimed copies: what unfolds to much is not unfolded ahead, and what is no record holds up nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import redis
+
+from relay.config.model import RedisSettings
+from relay.ledger import keys
+from relay.mail import record
+from relay.redisio.clients import async_client
+from relay.redisio.pipeline import Pipelines
+from support.ledger_contents import Contents
+from support.running_courier import at_work
+from support.scripted_server import ScriptedServer
+from support.waiting import until
+from workers.delivery.bodies import Bodies
+
+
+async def test_what_unfolds_to_much_waits_for_its_turn(redis_client: redis.Redis, redis_url: str) -> None:
+    """A few octets in Redis may be a hundred megabytes: they are counted as what they are, not as they are stored."""
+    contents = Contents(redis_client)
+    small = contents.pending("a@test")
+    large = contents.pending("a@test", body=b"Subject: x\r\n\r\n" + (b"0" * 76 + b"\r\n") * 100_000)
+    assert redis_client.strlen(keys.MESSAGE + large) < 10_000
+    client = async_client(RedisSettings(redis_url, 5), 5)
+    bodies = Bodies(Pipelines(client), client)
+    await bodies.read_ahead([small, large])
+    assert bodies.at_hand(small) is not None
+    assert bodies.at_hand(large) is None
+    message = await bodies.take(large)
+    assert message is not None
+    assert len(message.body) > 7_000_000
+    await client.aclose()
+
+
+async def test_a_large_one_stops_nobody(redis_client: redis.Redis, redis_url: str) -> None:
+    """While it is unfolded and checked, the event loop goes on, and so does every other thread."""
+    contents = Contents(redis_client)
+    large = contents.pending("a@test", body=b"Subject: x\r\n\r\n" + b"..\r\n" * 12_000_000)
+    client = async_client(RedisSettings(redis_url, 5), 5)
+    bodies = Bodies(Pipelines(client), client)
+    worst = 0.0
+    taking = asyncio.create_task(bodies.take(large))
+    while not taking.done():
+        # Processor time: how busy the machine is does not count.
+        begun, used = time.perf_counter(), time.process_time()
+        await asyncio.sleep(0.001)
+        worst = max(worst, min(time.perf_counter() - begun, time.process_time() - used))
+    assert (await taking) is not None
+    assert worst < 0.15
+    await client.aclose()
+
+
+async def test_a_message_of_another_type_of_key(
+    redis_client: redis.Redis, redis_url: str, backup: ScriptedServer
+) -> None:
+    """It fails with the reason, and those in the same job are delivered."""
+    contents = Contents(redis_client)
+    ids = [contents.pending(f"{n}@test") for n in range(5)]
+    redis_client.delete(keys.MESSAGE + ids[2])
+    redis_client.lpush(keys.MESSAGE + ids[2], "no record")
+    async with at_work(redis_url, backup) as work:
+        work.add(ids)
+        await until(lambda: len(backup.messages) == 4)
+        await until(lambda: contents.failed_ids() == [ids[2]])
+    assert "another type of key" in contents.state(ids[2], failure=True).last_reply
+
+
+def test_the_check_finds_a_lone_dot_anywhere() -> None:
+    """Also where two slices of the search meet."""
+    for at in range(record._SLICE - 5, record._SLICE + 5):
+        body = b"x" * at + b"\r\n.\r\n"
+        assert record._has(record._LONE_DOT, body)
+    assert not record._has(record._LONE_DOT, b"x" * (record._SLICE + 3))
