@@ -11,6 +11,7 @@ import pytest
 from relay import ownership, private_files
 from relay.config.destinations import resolve_password
 from relay.config.loader import SettingsError, load
+from relay.daemon import start
 from relay.mail import encryption
 from relay.smtpd.credentials import Credentials
 from relay.smtpd.passwords import Users, hash_password
@@ -143,3 +144,21 @@ def test_folders_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(private_files.Foreign, match="name a folder below it"):
         private_files.folder(everybodys, is_named=True)
     assert everybodys.stat().st_mode & 0o7777 == 0o1777
+
+
+@as_root
+@pytest.mark.parametrize("change", [given_away, open_to_the_group, open_to_all, None])
+def test_settings_that_another_user_could_change_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None] | None
+) -> None:
+    """Whoever can write there decides where mail goes: one line says so at the start."""
+    path = tmp_path / "settings.toml"
+    path.write_text('[relay]\ndestination_primary = "localhost:25"\n')
+    path.chmod(0o644)
+    if change is not None:
+        change(path)
+    told: list[str] = []
+    monkeypatch.setattr(start.maillog, "notice", lambda _level, text, **fields: told.append(f"{text}: {fields}"))
+    start.warn_of_settings_files(load({"config": str(path)}, environ={}, directories=()))
+    assert len(told) == (change is not None)
+    assert all(str(path) in line for line in told)

@@ -58,6 +58,7 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = (), read: Read 
     early = EarlyStop()
     with ExitStack() as ends:
         start.make_state_dir(settings.state_dir)
+        start.warn_of_settings_files(settings)
         start.take(settings.state_dir, role, ends)
         if role.relays and (faults := loading.faults(settings, only_without_former=True)):
             raise SettingsError([Problem("", "", text) for text in faults])

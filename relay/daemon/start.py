@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relay import limits, maillog, private_files
+from relay import limits, maillog, ownership, private_files
 from relay.config.loader import Settings
 from relay.trace import emitter
 
@@ -115,6 +116,15 @@ def make_state_dir(folder: Path) -> None:
                 private_files.take_lock(descriptor)
                 shutil.rmtree(old, ignore_errors=True)
         (folder / "metrics").rmdir()
+
+
+def warn_of_settings_files(settings: Settings) -> None:
+    """Say which file of settings another user could change: whoever can decides where mail goes."""
+    named = {Path(re.sub(r":[0-9]+$", "", origin)) for origin in settings.origins.values()}
+    for path in sorted(path for path in named if path.suffix in {".toml", ".yaml", ".yml"}):
+        with suppress(OSError):
+            if fault := ownership.fault_of_secret(path):
+                maillog.notice("warning", "settings that another user could change", reason=fault)
 
 
 def take(state_dir: Path, role: Role, ends: ExitStack) -> None:
