@@ -9,8 +9,6 @@ from typing import Any
 from relay.cockpit.words import moment
 from relay.config.model import Settings
 from relay.config.types import duration
-from relay.ledger.hosts import place_of
-from relay.redisio import embedded
 from relay.trace import files, life, lookup
 from relay.trace.asking import OtherHosts
 from relay.trace.life import CopyLife, MessageLife
@@ -37,30 +35,18 @@ def search(
         query,
         files.folder_of(settings.state_dir),
         connection=connection,
-        others=_others(settings, connection, report) if connection is not None else None,
-        report=report,
+        others=OtherHosts.of_settings(settings, connection, report) if connection is not None else None,
+        unseen=report,
         progress=progress,
     )
 
 
 def life_of(settings: Settings, connection: Any, message_id: str) -> MessageLife | None:
     """Return the life of one message, None where nobody has kept a step of it."""
-    others = _others(settings, connection, Unseen())
+    others = OtherHosts.of_settings(settings, connection, Unseen())
     folder = files.folder_of(settings.state_dir)
     found: Sequence[MessageLife] = lookup.lives([message_id], folder, connection=connection, others=others)
     return next((each for each in found if each.events), None)
-
-
-def primary_replies(settings: Settings, connection: Any, ids: Sequence[str]) -> dict[str, str]:
-    """Return what the primary said to these messages, as far as that is in the trace of any host."""
-    others = _others(settings, connection, Unseen())
-    found = lookup.lives(ids, files.folder_of(settings.state_dir), others=others) if ids else []
-    return {each.id: each.primary_reply for each in found if each.primary_reply}
-
-
-def _others(settings: Settings, connection: Any, report: Unseen) -> OtherHosts:
-    place = place_of(settings.state_dir, settings.redis.url or embedded.url(settings.state_dir))
-    return OtherHosts(connection, place, report)
 
 
 def stands(copy: CopyLife) -> str:

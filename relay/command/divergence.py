@@ -95,7 +95,7 @@ def show(settings: Settings, out: Output, key: str, destination: str | None) -> 
     with ledger_of(settings) as connection:
         group = _one(connection, key, destination)
         now = changes.now(connection)
-        examples = seen.examples(connection, group, _EXAMPLES)
+        examples = seen.examples(connection, group, _EXAMPLES, settings)
         whom = divergence_groups.whom(connection, group.destination, group.key, _TOP)
         if out.as_json:
             out.object({

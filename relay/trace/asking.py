@@ -11,13 +11,15 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from loguru import logger
 from redis import Redis
 from redis.exceptions import RedisError
 
+from relay.config.model import Settings
 from relay.ledger import hosts, questions
 from relay.mail.ids import are_ids
 from relay.mail.stored import any_text, number
@@ -25,10 +27,12 @@ from relay.repeated import Backoff, Repeated
 from relay.trace import events
 from relay.trace.events import Event
 from relay.trace.life import STATUSES, MessageLife
-from relay.trace.lookup import Query, Unseen, find, lives
+from relay.trace.lookup import Query, Unseen, accepted_recipients, find, lives
 from relay.trace.words import Term
 
 PATIENCE = 3.0  # seconds for the answers
+_LONG = 120.0  # for what takes all files
+_PAGE = 5000  # recipients in a part
 _LISTEN_SECONDS = 1.0
 _MOST_LIMIT = 1000
 _PART = 512 << 10  # octets of an answer's part, about
@@ -38,16 +42,22 @@ _ROLES = {"id", "from", "to", "address"}
 class OtherHosts:
     """The hosts that this one can ask: those whose housekeeping lives. ``own`` is the place of this one."""
 
-    def __init__(self, connection: Any, own: str, report: Unseen) -> None:
+    def __init__(self, connection: Any, own: str, unseen: Unseen) -> None:
         self._connection = connection
-        self._report = report
+        self._unseen = unseen
         self._places: dict[str, str] = {}
         try:
             known = hosts.read(connection)
         except (RedisError, OSError) as error:
-            report.no_ledger = str(error)
+            unseen.no_ledger = str(error)
             return
         self._places = {h.place: h.host for h in known if h.age < hosts.LATE and h.place != own}
+
+    @classmethod
+    def of_settings(cls, settings: Settings, connection: Any, unseen: Unseen) -> Self:
+        """Return the hosts beside that of these settings, for a command or the page."""
+        own = hosts.place_of(settings.state_dir, settings.redis.url or "unix:")  # without a URL it is our own Redis
+        return cls(connection, own, unseen)
 
     def __bool__(self) -> bool:
         return bool(self._places)
@@ -70,32 +80,45 @@ class OtherHosts:
         found = self._ask({"ids": list(ids)})
         return {message_id: some for message_id, some in found.items() if message_id in wanted}
 
-    def _ask(self, asked: dict[str, Any]) -> dict[str, list[Event]]:
+    def recipients(self, since: float) -> set[str]:
+        """Return to whom their primaries have accepted mail since then. That takes a while."""
+        found: set[str] = set()
+        self._ask({"recipients": since}, found, seconds=_LONG)
+        return found
+
+    def _ask(
+        self, asked: dict[str, Any], recipients: set[str] | None = None, *, seconds: float = PATIENCE
+    ) -> dict[str, list[Event]]:
         found: dict[str, list[Event]] = {}
         missing = set(self._places)
         if not missing:
             return found
         try:
             reply_to = questions.ask(self._connection, missing, asked)
-            for place, part in questions.answers(self._connection, reply_to, set(missing), PATIENCE):
+            for place, part in questions.answers(self._connection, reply_to, set(missing), seconds):
                 if part is None:
                     missing.discard(place)
                 else:
                     self._take(place, part, found)
+                    if recipients is not None:
+                        recipients.update(one for one in _list(part, "recipients") if isinstance(one, str))
         except (RedisError, OSError) as error:
-            self._report.no_ledger = str(error)
+            self._unseen.no_ledger = str(error)
         for place in missing:
-            self._report.silent.append(self._places.pop(place))
+            self._unseen.silent.append(self._places.pop(place))
         return found
 
     def _take(self, place: str, part: Any, found: dict[str, list[Event]]) -> None:
-        if not isinstance(part, dict):
-            return
-        for one in part.get("events") or ():
+        for one in _list(part, "events"):
             if (event := events.read(one)) is not None:
                 found.setdefault(event.id, []).append(event)
-        for name in part.get("damaged") or ():
-            self._report.damaged.append(f"{self._places[place]}: {str(name)[:500]}")
+        for name in _list(part, "damaged"):
+            self._unseen.damaged.append(f"{self._places[place]}: {str(name)[:500]}")
+
+
+def _list(part: Any, name: str) -> list[Any]:
+    found = part.get(name) if isinstance(part, dict) else None
+    return found if isinstance(found, list) else []
 
 
 # The host that is asked ------------------------------------------------------------------------------------------
@@ -120,19 +143,28 @@ def keep_answering(connect: Callable[[], Redis], folder: Path, place: str, stop:
 
 
 def _answer(asked: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
-    report = Unseen()
+    unseen = Unseen()
     try:
         found: Iterable[MessageLife]
-        if "ids" in asked:
+        if "recipients" in asked:
+            yield from _pages_of(accepted_recipients(folder, number(asked["recipients"]), unseen=unseen))
+            found = ()
+        elif "ids" in asked:
             ids = asked["ids"]
-            found = lives(ids, folder, report=report) if are_ids(ids) and len(ids) <= _MOST_LIMIT else ()
+            found = lives(ids, folder, unseen=unseen) if are_ids(ids) and len(ids) <= _MOST_LIMIT else ()
         else:
-            found = find(_query(asked), folder, report=report)
+            found = find(_query(asked), folder, unseen=unseen)
         yield from _parts(found)
     except (ValueError, TypeError, KeyError):  # who asks is of another version
         return
-    if report.damaged:
-        yield {"damaged": report.damaged}
+    if unseen.damaged:
+        yield {"damaged": unseen.damaged}
+
+
+def _pages_of(recipients: Iterable[str]) -> Iterator[dict[str, Any]]:
+    rest = iter(recipients)
+    while page := list(islice(rest, _PAGE)):
+        yield {"recipients": page}
 
 
 def _query(asked: dict[str, Any]) -> Query:

@@ -15,10 +15,9 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from loguru import logger
 
@@ -33,13 +32,21 @@ from relay.trace.privacy import Privacy
 _EVERY = 1.0  # seconds between two writes
 _MANY = 4000  # events that are written before that
 _WAIT = 0.5  # seconds for the next datagram
+_ID_LENGTH = 16
 _LARGEST = 1 << 20  # octets of a datagram
 _SWEEP = 30.0  # seconds between two looks at what there is
 _PARTS = 8  # a file takes at most this part of trace.max_bytes
 _SMALLEST = 1 << 20  # octets of a file before another is begun
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
+# Beside what a disk and a file may do: an event that nobody of this version has sent. Housekeeping goes on.
+_EXPECTED = (
+    OSError, sqlite3.Error, files.DamagedFile, files.ClosedFile, encryption.MissingKey,
+    ValueError, TypeError, LookupError,
+)  # fmt: skip
 Clock = Callable[[], float]
+Told = tuple[list[str], set[str]]  # the texts of events, and their words
+_decode = json.JSONDecoder().raw_decode
 
 
 class Collector:
@@ -64,7 +71,7 @@ class Collector:
         self._privacy: Privacy | None = None
         self._open: OpenFile | None = None
         self._number = 0  # of the file that is written in its hour
-        self._pending: dict[str, list[events.Event]] = {}
+        self._pending: dict[str, Told] = {}
         self._count = 0  # of pending events
         self._begun = 0.0  # monotonic: since when some are pending
         self._swept = float("-inf")
@@ -94,11 +101,9 @@ class Collector:
                 data = self._reading.recv(_LARGEST)
             except (BlockingIOError, InterruptedError):
                 return
-            for event in _events(data):
-                if not self._count:
-                    self._begun = time.monotonic()
-                self._pending.setdefault(event.id, []).append(event)
-                self._count += 1
+            if not self._count:
+                self._begun = time.monotonic()
+            self._count += take_apart(data, self._pending)
 
     def write(self) -> None:
         """Write what is pending; what cannot be written is dropped."""
@@ -106,8 +111,7 @@ class Collector:
         self._pending, self._count = {}, 0
         try:
             self._make_room()
-            keep = self._kept_by()
-            rows = list(_rows(pending, keep))
+            rows = _rows(pending, self._kept_by())
             try:
                 self._file().add(rows)
             except (sqlite3.Error, files.DamagedFile) as error:
@@ -115,7 +119,7 @@ class Collector:
                     raise
                 self._set_aside(error)
                 self._file().add(rows)
-        except (OSError, sqlite3.Error, files.DamagedFile, files.ClosedFile, encryption.MissingKey) as error:
+        except _EXPECTED as error:
             self._close()
             metrics.trace_dropped.inc(count)
             self._trouble.came(f"{_words(error)}; mail goes on, its trace is not kept")
@@ -228,22 +232,42 @@ def _words(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _events(data: bytes) -> Iterator[events.Event]:
-    """Yield the events of a datagram; what makes no sense is dropped, and counted."""
+def take_apart(data: bytes, pending: dict[str, Told]) -> int:
+    """Add the events of a datagram to those of their messages; returns how many there were.
+
+    What makes no sense is dropped, and counted. The text of each event is kept as it came.
+    """
+    count = 0
     try:
-        found: list[Any] = json.loads(data)
-    except (ValueError, RecursionError):
-        found = [None]
-    for one in found if isinstance(found, list) else [None]:
-        event = events.read(one)
-        if event is None:
-            metrics.trace_dropped.inc()
+        text = data.decode("ascii")
+        at, last = 1, len(text) - 1
+        while at < last:
+            event, end = _decode(text, at)
+            message_id = event[1]
+            if type(message_id) is not str or len(message_id) != _ID_LENGTH:
+                break
+            told = pending.setdefault(message_id, ([], set()))
+            told[1].update(words.of(event))
+            told[0].append(text[at:end])
+            count += 1
+            at = end + 1
         else:
-            yield event
+            return count
+        metrics.trace_dropped.inc()
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        metrics.trace_dropped.inc()
+    return count
 
 
-def _rows(pending: dict[str, list[events.Event]], kept: Privacy) -> Iterator[Row]:
-    for message_id, some in pending.items():
-        told = [kept.keep(event) for event in some]
-        found = {words.ID + message_id, *(word for event in told for word in words.of(event))}
-        yield _to_json([events.stored(event) for event in told]).encode("ascii"), list(found)
+def _rows(pending: dict[str, Told], kept: Privacy) -> list[Row]:
+    if kept.mode == privacy.CLEAR:
+        return [
+            (f"[{','.join(texts)}]".encode("ascii"), [words.ID + message_id, *found])
+            for message_id, (texts, found) in pending.items()
+        ]
+    rows: list[Row] = []
+    for message_id, (texts, _) in pending.items():
+        told = [events.stored(kept.keep(event)) for text in texts if (event := events.read(json.loads(text)))]
+        found = {words.ID + message_id, *(word for one in told for word in words.of(one))}
+        rows.append((_to_json(told).encode("ascii"), list(found)))
+    return rows

@@ -18,7 +18,7 @@ from relay.mail.reply import Reply
 from relay.mail.stored import any_text, number
 from relay.mail.text import printable
 
-RECEIVED, MORE, TRIED, NOTED = "m", "t", "d", "e"  # kinds, see the classes
+RECEIVED, MORE, TRIED, REMARKED = "m", "t", "d", "e"  # kinds, see the classes
 ACCEPTED, REFUSED, OWN, UNCERTAIN, BROKEN_OFF = "accepted", "refused", "own", "uncertain", "broken off"
 OUTCOMES = frozenset({ACCEPTED, REFUSED, OWN, UNCERTAIN, BROKEN_OFF})
 IN_REDIS, IN_SPOOL, NOWHERE = "redis", "spool", ""  # where a copy was staged
@@ -185,7 +185,7 @@ def tried(
 
 def noted(message_id: str, at: float, event: str, destination: str, text: str) -> Wire:
     """Return the event of a line of the mail log, as it is sent."""
-    return [NOTED, message_id, at, event, destination, text]
+    return [REMARKED, message_id, at, event, destination, text]
 
 
 # As they are read ------------------------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def stored(event: Event) -> Wire:
                 event.next_seconds,
             ]
         case Remark():
-            return [NOTED, event.id, round(event.at, 3), event.event, event.destination, event.text]
+            return [REMARKED, event.id, round(event.at, 3), event.event, event.destination, event.text]
 
 
 def _list(value: object) -> Sequence[Any]:

@@ -167,7 +167,7 @@ class OpenFile:
 
     def _word(self, word: str) -> int:
         made = self._hash.copy()
-        made.update(word.encode("utf-8", "surrogateescape"))
+        made.update(word.encode("utf-8", "surrogatepass"))
         return int.from_bytes(made.digest(), "big")
 
     # --- for the writer ---
@@ -194,7 +194,7 @@ class OpenFile:
                 "INSERT INTO rows VALUES (?, ?)", [(n, self._sealed(data)) for n, (data, _) in numbered]
             )
             # In the order of the tree, so that neighbours are written together.
-            words = sorted({(self.word(word), n) for n, (_, found) in numbered for word in found})
+            words = sorted((self.word(word), n) for n, (_, found) in numbered for word in found)
             connection.executemany("INSERT OR IGNORE INTO words VALUES (?, ?)", words)
             connection.execute("COMMIT")
         except BaseException:

@@ -101,7 +101,8 @@ class MessageLife:
     @cached_property
     def words(self) -> frozenset[str]:
         """The words by which it is found."""
-        return frozenset({words.ID + self.id, *(word for event in self.events for word in words.of(event))})
+        wires = map(events.stored, self.events)
+        return frozenset({words.ID + self.id, *(word for wire in wires for word in words.of(wire))})
 
     @cached_property
     def destinations(self) -> tuple[str, ...]:

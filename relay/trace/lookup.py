@@ -23,15 +23,15 @@ from redis.exceptions import RedisError
 from relay.ledger import whereabouts
 from relay.mail.ids import made_at
 from relay.trace import events, files, privacy, words
-from relay.trace.events import Event
+from relay.trace.events import Event, More, Received
 from relay.trace.files import HOUR, HourFile, OpenFile
 from relay.trace.life import DELIVERED, STATUSES, WAITING, MessageLife, assemble
-from relay.trace.privacy import Privacy
+from relay.trace.privacy import Privacy, shown
 from relay.trace.words import Term
 
 T = TypeVar("T")
 _PAGE = 200  # messages that are put together at once
-_SLACK = 2.0  # seconds by which the clock of an id may differ from the file's
+_SLACK = 86400.0  # seconds by which the clock of an id may differ from the file's: ids never go back with it
 _BY_STATUS = {"failed": (events.FAILED,), "refused": (events.REFUSED,), "lost": ("lost",)}
 
 
@@ -92,26 +92,26 @@ def find(
     *,
     connection: Any = None,
     others: Others | None = None,
-    report: Unseen | None = None,
+    unseen: Unseen | None = None,
     progress: Progress | None = None,
 ) -> Iterator[MessageLife]:
     """Yield the messages that a query is about, the newest first, at most ``query.limit``.
 
     ``folder`` is ``files.folder_of(settings.state_dir)``. With ``connection``, a blocking Redis client, where each copy
-    stands is asked from the ledger; with ``others`` what other hosts know is there, too. ``report`` is filled.
+    stands is asked from the ledger; with ``others`` what other hosts know is there, too. ``unseen`` is filled.
     """
-    report = Unseen() if report is None else report
-    with Reader(folder, report) as reader:
+    unseen = Unseen() if unseen is None else unseen
+    with Reader(folder, unseen) as reader:
         if not others:
-            found = _local(reader, query, connection, None, report, progress)
+            found = _local(reader, query, connection, None, unseen, progress)
             yield from islice(found, query.limit)
             return
         known = others.matching(query)
-        local = list(islice(_local(reader, query, connection, others, report, progress), query.limit))
+        local = list(islice(_local(reader, query, connection, others, unseen, progress), query.limit))
         seen = {life.id for life in local}
         events_here = reader.events_of([message_id for message_id in known if message_id not in seen])
         abroad = {message_id: [*some, *known[message_id]] for message_id, some in events_here.items()}
-        whole = _lives(abroad, connection, others, report)
+        whole = _lives(abroad, connection, others, unseen)
         yield from islice(
             sorted([*local, *_meant(whole, query, reader.privacy)], key=lambda life: -life.at), query.limit
         )
@@ -122,20 +122,20 @@ def _local(
     query: Query,
     connection: Any,
     others: Others | None,
-    report: Unseen,
+    unseen: Unseen,
     progress: Progress | None,
 ) -> Iterator[MessageLife]:
     """Yield what is meant and known here, completed by what other hosts know of it."""
     for page in _pages(reader, query, progress, is_alone=others is None):
-        found = _lives(page, connection, others, report)
+        found = _lives(page, connection, others, unseen)
         yield from sorted(_meant(found, query, reader.privacy), key=lambda life: -life.at)
 
 
-def _lives(found: dict[str, list[Event]], connection: Any, others: Others | None, report: Unseen) -> list[MessageLife]:
+def _lives(found: dict[str, list[Event]], connection: Any, others: Others | None, unseen: Unseen) -> list[MessageLife]:
     if others and found:
         for message_id, some in others.of(list(found)).items():
             found.setdefault(message_id, []).extend(some)
-    return assemble(found, _now(connection, found, report))
+    return assemble(found, _now(connection, found, unseen))
 
 
 def lives(
@@ -144,23 +144,38 @@ def lives(
     *,
     connection: Any = None,
     others: Others | None = None,
-    report: Unseen | None = None,
+    unseen: Unseen | None = None,
 ) -> list[MessageLife]:
     """Return the lives of messages by their ids, as far as they are known; in no order."""
-    report = Unseen() if report is None else report
-    with Reader(folder, report) as reader:
-        return _lives(reader.events_of(ids), connection, others, report)
+    unseen = Unseen() if unseen is None else unseen
+    with Reader(folder, unseen) as reader:
+        return _lives(reader.events_of(ids), connection, others, unseen)
+
+
+def accepted_recipients(folder: Path, since: float, *, unseen: Unseen | None = None) -> Iterator[str]:
+    """Yield each recipient to whom the primary has accepted mail since then, once, in lower case.
+
+    That is this host's part; ``OtherHosts.recipients`` has the others'. Only addresses that are kept as they are.
+    """
+    seen: set[str] = set()
+    with Reader(folder, Unseen() if unseen is None else unseen) as reader:
+        for event in reader.events_since(since):
+            if isinstance(event, More) or (isinstance(event, Received) and event.outcome == events.ACCEPTED):
+                for address in event.recipients:
+                    if "@" in address and shown(address) == address and (low := address.lower()) not in seen:
+                        seen.add(low)
+                        yield low
 
 
 def _now(
-    connection: Any, found: Mapping[str, Iterable[Event]], report: Unseen
+    connection: Any, found: Mapping[str, Iterable[Event]], unseen: Unseen
 ) -> Mapping[str, whereabouts.MessageWhereabouts] | None:
     if connection is None:
         return None
     try:
         return whereabouts.find(connection, {life.id: life.destinations for life in assemble(found)})
     except (RedisError, OSError) as error:
-        report.no_ledger = str(error)
+        unseen.no_ledger = str(error)
         return None
 
 
@@ -207,12 +222,13 @@ def _pages(
 class Reader:
     """The files of this host, opened as they are needed and kept open for one look-up."""
 
-    def __init__(self, folder: Path, report: Unseen) -> None:
+    def __init__(self, folder: Path, unseen: Unseen) -> None:
         self._folder = folder
-        self._report = report
+        self._unseen = unseen
         self._ends = ExitStack()
         self._open: dict[Path, OpenFile | None] = {}
         self._files: list[HourFile] = []
+        self._found_in: dict[str, int] = {}  # message id -> the hour of the file in which it was found
         self.privacy: Privacy | None = None
 
     def __enter__(self) -> Self:
@@ -221,9 +237,9 @@ class Reader:
             if key := privacy.key_of(self._folder):
                 self.privacy = Privacy(privacy.HASHED, key)
         except OSError as error:
-            self._report.damaged.append(f"{error.filename or self._folder}: {error.strerror or error}")
-        self._report.files = len(self._files)
-        self._report.oldest = float(self._files[-1].hour) if self._files else None
+            self._unseen.damaged.append(f"{error.filename or self._folder}: {error.strerror or error}")
+        self._unseen.files = len(self._files)
+        self._unseen.oldest = float(self._files[-1].hour) if self._files else None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -240,7 +256,9 @@ class Reader:
         for file in chosen:
             numbers: list[int] = self._asked(file, lambda opened: opened.rows_of(wanted))
             for start in range(0, len(numbers), _PAGE):
-                yield from self._asked(file, partial(_ids, numbers=numbers[start : start + _PAGE]))
+                for message_id in self._asked(file, partial(_ids, numbers=numbers[start : start + _PAGE])):
+                    self._found_in[message_id] = min(file.hour, self._found_in.get(message_id, file.hour))
+                    yield message_id
             if progress:
                 done += file.octets
                 progress(done, total)
@@ -263,7 +281,7 @@ class Reader:
         found: dict[str, list[Event]] = {message_id: [] for message_id in ids}
         if not ids:
             return found
-        begin = min(made if math.isfinite(made := made_at(message_id)) else 0.0 for message_id in ids)
+        begin = min(min(made_at(message_id) - _SLACK, self._found_in.get(message_id, math.inf)) for message_id in ids)
         group = [words.ID + message_id for message_id in ids]
 
         def read(opened: OpenFile) -> list[Event]:
@@ -271,10 +289,20 @@ class Reader:
             return [event for row in rows for event in map(events.read, row) if event is not None and event.id in found]
 
         for file in reversed(self._files):
-            if file.hour + HOUR + HOUR > begin - _SLACK:
+            if file.hour + HOUR + HOUR > begin:
                 for event in self._asked(file, read):
                     found[event.id].append(event)
         return found
+
+    def events_since(self, since: float) -> Iterator[Event]:
+        """Yield all events since then, those of the newest file first."""
+        for file in self._files:
+            if file.hour + HOUR > since:
+                numbers: list[int] = self._asked(file, lambda opened: opened.rows_of([]))
+                for start in range(0, len(numbers), _PAGE):
+                    page = numbers[start : start + _PAGE]
+                    for row in self._asked(file, lambda opened, page=page: opened.read(page)):  # type: ignore[misc]
+                        yield from (e for one in row if (e := events.read(one)) is not None and e.at >= since)
 
     def _asked(self, file: HourFile, ask: Callable[[OpenFile], list[T]]) -> list[T]:
         """Ask a file; one that cannot be read is told of once, and set aside if it is damaged and nobody writes it."""
@@ -293,7 +321,7 @@ class Reader:
             if files.is_damage(error) and file.hour + 2 * HOUR < time.time():
                 with suppress(OSError):
                     text += f"; it is kept as {file.set_aside()}"
-            self._report.damaged.append(f"{file.path.name}: {text}")
+            self._unseen.damaged.append(f"{file.path.name}: {text}")
             return []
 
 

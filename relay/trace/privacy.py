@@ -56,7 +56,7 @@ class Privacy:
         if not address:
             return address
         made = self._hash.copy()
-        made.update(address.lower().encode("utf-8", "surrogateescape"))
+        made.update(address.lower().encode("utf-8", "surrogatepass"))
         _, at, domain = address.rpartition("@")
         return f"{_MARK}{made.hexdigest()}{at}{domain.lower() if at else ''}"
 

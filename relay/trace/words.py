@@ -8,40 +8,39 @@ found by it is compared with the message's own words.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from relay.mail.ids import is_id
 from relay.trace.events import (
     ACCEPTED,
-    DEFERRED,
-    FAILED,
+    DELIVERED,
+    MORE,
+    RECEIVED,
     REFUSED,
+    REMARKED,
+    TRIED,
     UNCERTAIN,
-    Event,
-    More,
-    Received,
-    Remark,
-    Tried,
+    Wire,
 )
 
 ID, MESSAGE_ID, SENDER, RECIPIENT, FROM_DOMAIN, TO_DOMAIN, QUEUE_ID, STATUS = "imftFTqs"
 LOST = {"copy lost", "body missing", "damaged record"}  # events of the mail log after which a copy is not there
-RARE = {REFUSED, FAILED, DEFERRED, UNCERTAIN, "lost"}  # what is told of few messages, and found by that
 
-_STATUS_CODE = re.compile(r"\d{3}(?:[ -]\d\.\d{1,3}\.\d{1,3})?[ -]?")
-_QUEUED_AS = re.compile(r"(?:queued (?:as|with id)|\bid|InternalId)[ =:]+<?([\w.+/-]{4,100})", re.IGNORECASE)
-_TOKEN = re.compile(r"[A-Za-z0-9](?:[\w.+/-]{3,98})[A-Za-z0-9=]")
+# A queue id: as it is announced, or any word of five characters or more that has a digit and is no status code.
+_QUEUE_ID = re.compile(
+    r"(?:\bqueued (?:as|with id)|\bid)[ =:]+<?([\w.+/-]{4,100})"
+    r"|(?<![\w.+/@-])(?!\d\.\d{1,3}\.\d{1,3}(?![\w.]))(?=[A-Za-z.+/_-]{0,40}\d)([A-Za-z0-9][\w.+/-]{4,100})(?![\w@])",
+    re.IGNORECASE,
+)
 _TOKENS = 4  # of one reply
-_DIGIT = re.compile(r"\d")
+_READ = 400  # characters of a reply
 
 
 def queue_ids(reply: str) -> list[str]:
     """Return what may be the queue id that a server gave in its reply to the dot."""
-    front = _STATUS_CODE.match(reply)
-    text = reply[front.end() : 400] if front else reply[:400]
-    found = [named[1].rstrip(".-/") for named in _QUEUED_AS.finditer(text)]
-    found += [token for token in _TOKEN.findall(text) if _DIGIT.search(token) and "@" not in token]
+    found = ((named or word).rstrip(".-/") for named, word in _QUEUE_ID.findall(reply[:_READ]))
     return list(dict.fromkeys(found))[:_TOKENS]
 
 
@@ -50,42 +49,59 @@ def domain_of(address: str) -> str:
     return address.rpartition("@")[2].lower() if "@" in address else ""
 
 
-def of(event: Event) -> Iterator[str]:
-    """Yield the words of an event, but for its message's id."""
-    match event:
-        case Received():
-            yield from _of_received(event)
-        case More():
-            yield from _recipients(event.recipients)
-        case Tried():
-            for part in event.parts:
-                if part.verdict in RARE:
-                    yield STATUS + part.verdict
-                else:
-                    yield from (QUEUE_ID + word for word in queue_ids(part.reply))
-        case Remark() if event.event in LOST:
-            yield STATUS + "lost"
+def of(wire: Wire) -> list[str]:
+    """Return the words of an event, as it is sent or stored, but for its message's id.
+
+    This is done for every message: it takes the lists as they are. Raises what a list that is none of ours raises.
+    """
+    kind = wire[0]
+    if kind == RECEIVED:
+        return _of_received(wire)
+    found: list[str] = []
+    if kind == TRIED:
+        for verdict, _, _, reply in wire[6]:
+            if verdict == DELIVERED:
+                found += [QUEUE_ID + word for word in queue_ids(_text(reply))]
+            else:
+                found.append(STATUS + verdict)
+    elif kind == MORE:
+        for recipient in wire[3]:
+            _add(found, recipient if type(recipient) is str else recipient[0], RECIPIENT, TO_DOMAIN)
+    elif kind == REMARKED and wire[3] in LOST:
+        found.append(STATUS + "lost")
+    return found
 
 
-def _of_received(event: Received) -> Iterator[str]:
-    yield SENDER + event.sender.lower()
-    if domain := domain_of(event.sender):
-        yield FROM_DOMAIN + domain
-    yield from _recipients(event.recipients)
-    yield from _recipients(tuple(refusal.recipient for refusal in event.refused))
-    if event.message_id:
-        yield MESSAGE_ID + event.message_id.strip("<>").lower()
-    if event.outcome == ACCEPTED:
-        yield from (QUEUE_ID + word for word in queue_ids(event.reply))
+def _of_received(wire: Wire) -> list[str]:
+    found: list[str] = []
+    _add(found, wire[4], SENDER, FROM_DOMAIN)
+    for recipient in wire[5]:
+        _add(found, recipient if type(recipient) is str else recipient[0], RECIPIENT, TO_DOMAIN)
+    for refusal in wire[6]:
+        _add(found, refusal[0], RECIPIENT, TO_DOMAIN)
+    if message_id := wire[10]:
+        found.append(MESSAGE_ID + message_id.strip("<>").lower())
+    outcome = wire[3]
+    if outcome == ACCEPTED:
+        found += [QUEUE_ID + word for word in queue_ids(_text(wire[15]))]
     else:
-        yield STATUS + (UNCERTAIN if event.outcome == UNCERTAIN else REFUSED)
+        found.append(STATUS + (UNCERTAIN if outcome == UNCERTAIN else REFUSED))
+    return found
 
 
-def _recipients(addresses: tuple[str, ...]) -> Iterator[str]:
-    for address in addresses:
-        yield RECIPIENT + address.lower()
-        if domain := domain_of(address):
-            yield TO_DOMAIN + domain
+def _add(found: list[str], address: str, kind: str, of_domain: str) -> None:
+    address = address.lower()
+    found.append(kind + address)
+    at = address.rfind("@")
+    if at >= 0:
+        found.append(of_domain + address[at + 1 :])
+
+
+def _text(reply: Any) -> str:
+    """Return the text of a reply behind its code."""
+    if type(reply) is list:
+        return " ".join(reply[1])
+    return reply[4:] if reply else ""
 
 
 # What is asked for -----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from relay import private_files
 from relay.config.model import TraceSettings
 from relay.mail.envelope import Envelope
 from relay.mail.ids import IdSource
@@ -92,12 +93,53 @@ class Traced:
         )
         return wire
 
-    def find(self, *what: str, report: Unseen | None = None, **rest: object) -> list[MessageLife]:
+    def find(self, *what: str, unseen: Unseen | None = None, **rest: object) -> list[MessageLife]:
         """Look up what an operator types."""
-        return list(find(Query.of(what, **rest), self.folder, report=report))  # type: ignore[arg-type]
+        return list(find(Query.of(what, **rest), self.folder, unseen=unseen))  # type: ignore[arg-type]
 
 
 def delivered(message_id: str, *, destination: str = "new", attempt: int = 1, reply: Reply | None = None) -> Wire:
     """Return the event of a delivery to one recipient."""
     said = reply or Reply.of(250, "2.0.0 Ok: queued as NEW77abc")
     return events.tried(message_id, destination, attempt, 0.03, [(events.DELIVERED, 1, (), said)])
+
+
+def fill(folder: Path, hours: int, messages: int, *, until: float) -> IdSource:
+    """Write files of so many hours with so many delivered messages each, the last hour's at ``until``.
+
+    Message n of hour h is from ``sender<n % 5000>@s<n % 50>.example`` to ``user<h>.<n>@d<n % 200>.example``, with the
+    Message-ID ``<h.n@s.example>`` and the queue ids ``OLD<h>x<n>`` and ``NEW<h>x<n>``. Returns the source of their ids.
+    """
+    private_files.folder(folder)
+    now = [0.0]
+    ids = IdSource(lambda: now[0])
+    for h in range(hours):
+        begin = int(until) // files.HOUR * files.HOUR - (hours - 1 - h) * files.HOUR
+        opened = files.open_to_write(files.named(folder, begin, "up", 1))
+        for start in range(0, messages, _FILLED):
+            rows = []
+            for n in range(start, min(messages, start + _FILLED)):
+                now[0] = begin + n * 3600.0 / messages
+                rows.append(_row(ids.next(), h, n, now[0]))
+            opened.add(rows)
+        opened.finish()
+    return ids
+
+
+_FILLED = 20_000
+
+
+def _row(message_id: str, h: int, n: int, at: float) -> files.Row:
+    sender, recipient = f"sender{n % 5000}@s{n % 50}.example", f"user{h}.{n}@d{n % 200}.example"
+    old, new = f"OLD{h}x{n}", f"NEW{h}x{n}"
+    data = (
+        f'[["m","{message_id}",{at:.3f},"accepted","{sender}",["{recipient}"],[],"192.0.2.7","mx.s.example",4096,'
+        f'"<{h}.{n}@s.example>","redis",0.0021,"old",0.0184,"250 2.0.0 Ok: queued as {old}","","250 2.1.0 Ok",'
+        f'["250 2.1.5 Ok"],["new"],false,1],'
+        f'["d","{message_id}",{at + 0.2:.3f},"new",1,0.0312,[["delivered",1,[],"250 2.0.0 Ok: queued as {new}"]],null]]'
+    )
+    found = [
+        f"i{message_id}", f"f{sender}", f"Fs{n % 50}.example", f"t{recipient}", f"Td{n % 200}.example",
+        f"m{h}.{n}@s.example", f"q{old}", f"q{new}",
+    ]  # fmt: skip
+    return data.encode(), found

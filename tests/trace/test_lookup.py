@@ -132,16 +132,16 @@ def test_a_damaged_file_is_named_and_the_others_are_answered(traced: Traced) -> 
     damaged = files.named(traced.folder, traced.now - 10 * HOUR, "up", 1)
     damaged.path.write_bytes(b"SQLite format 3\0" + b"x" * 8192)
     (traced.folder / "notes.txt").write_text("mine")
-    report = Unseen()
-    assert len(traced.find("bob@b.example", report=report)) == 2
-    assert len(report.damaged) == 1
-    assert damaged.path.name in report.damaged[0]
+    unseen = Unseen()
+    assert len(traced.find("bob@b.example", unseen=unseen)) == 2
+    assert len(unseen.damaged) == 1
+    assert damaged.path.name in unseen.damaged[0]
     assert not damaged.path.exists()
     assert (traced.folder / files.CORRUPT / damaged.path.name).exists()
     assert (traced.folder / "notes.txt").exists()
-    report = Unseen()
-    assert len(traced.find("bob@b.example", report=report)) == 2
-    assert report.damaged == []
+    unseen = Unseen()
+    assert len(traced.find("bob@b.example", unseen=unseen)) == 2
+    assert unseen.damaged == []
 
 
 def test_what_a_file_says_is_not_trusted(traced: Traced) -> None:

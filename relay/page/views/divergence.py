@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -13,7 +13,6 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from relay.cockpit import divergence as seen
-from relay.cockpit import tracing
 from relay.cockpit.divergence import Example, Sum
 from relay.config.model import Settings
 from relay.config.types import duration
@@ -145,15 +144,13 @@ class GroupDetails:
 def details(connection: Redis, settings: Settings, group: Group) -> GroupDetails:
     """Return what is known of a reason; the primary's words are in the trace. Raises RedisError."""
     now = changes.now(connection)
-    examples = seen.examples(connection, group, _EXAMPLES)
-    said = tracing.primary_replies(settings, connection, [example.id for example in examples])
     whom = divergence_groups.whom(connection, group.destination, group.key, _TOP)
     domains = sorted(group.domains.items(), key=lambda one: (-one[1], one[0]))
     rest = sum(count for _, count in domains[_TOP:]) + group.more_domains
     return GroupDetails(
         GroupRow.of(group, now),
         now,
-        [replace(example, primary=said.get(example.id) or example.primary) for example in examples],
+        seen.examples(connection, group, _EXAMPLES, settings),
         whom,
         group.more + max(0, group.seen - group.more - sum(count for _, count in whom)),
         domains[:_TOP],
