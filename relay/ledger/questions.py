@@ -50,7 +50,8 @@ def answers(connection: Any, reply_to: str, places: Iterable[str], seconds: floa
     while missing and (left := deadline - time.monotonic()) > 0:
         found = connection.blpop([key], timeout=max(0.05, left))
         part = _unpacked(keys.ANSWER, found[1]) if found else None
-        if not part or (place := part.get("place")) not in missing:
+        place = part.get("place") if part else None
+        if not part or not isinstance(place, str) or place not in missing:
             continue
         if part.get("part") is not None:
             yield place, part["part"]
