@@ -1,8 +1,8 @@
 """The display of `smtp-dup demo`: it sends some messages as a client would and shows where each one went.
 
 On a terminal it is a table that is updated in place and fits the screen; elsewhere a line for each event. When all
-messages have been shown it suggests commands, and then also shows other mail that arrives. If a message is not seen in
-time, the whole demo ends with an error.
+messages have been shown it suggests commands, goes on sending one now and then, and shows other mail that arrives, too.
+If one of the first messages is not seen in time, the whole demo ends with an error.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from email.message import EmailMessage
 from email.policy import SMTP
 from typing import Any
 
@@ -27,56 +25,15 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from relay.demo.samples import SENDER, Sample, samples
 from relay.demo.setup import DemoSetup, command_line
+from relay.demo.traffic import EVERY, Traffic
 from relay.ledger import keys
 
 _PATIENCE = 60.0  # seconds within which all messages must have been shown
-_SENDER = "sender@example.org"
 _BACKUP = "new"
 _FOLLOW_SECONDS = 0.3
 _MOST_ROWS = 30
-
-
-@dataclass(slots=True)
-class Sample:
-    """One message, and its replies and state so far."""
-
-    title: str
-    recipients: tuple[str, ...]
-    text: str = "This is a demonstration.\n"
-    attachment: bytes = b""
-    heard: str = ""
-    old: str = ""
-    new: list[str] = field(default_factory=list)
-    copy: str = ""
-    id: str = ""
-
-    @property
-    def is_settled(self) -> bool:
-        return self.copy in {"none", "delivered", "failed list"}
-
-    def message(self) -> EmailMessage:
-        """Return it as a mail client would make it."""
-        message = EmailMessage()
-        message["From"] = f"A sender <{_SENDER}>"
-        message["To"] = ", ".join(self.recipients)
-        message["Subject"] = self.title
-        message.set_content(self.text)
-        if self.attachment:
-            message.add_attachment(self.attachment, maintype="application", subtype="octet-stream", filename="data.bin")
-        return message
-
-
-def samples() -> list[Sample]:
-    """Return the messages of the demo; servers.py defines the replies for each recipient."""
-    return [
-        Sample("A plain message", ("alice@example.com",)),
-        Sample("Grüße and a file", ("bob@example.com",), "Schöne Grüße\n", bytes(range(256)) * 100),
-        Sample("Old refuses it", ("zoe@example.com",)),
-        Sample("Old refuses one", ("carol@example.com", "gone@example.com")),
-        Sample("New defers it", ("dave@example.com",)),
-        Sample("New refuses it", ("erin@example.com",)),
-    ]
 
 
 def show(stage: DemoSetup) -> int:
@@ -107,10 +64,12 @@ def _show(stage: DemoSetup, console: Console, redis: Redis) -> int:
         return 1
     _say_what_next(console, stage, programme)
     # Below the suggestions, so that it is on the screen however small that is.
+    traffic = Traffic(stage.smtp, programme, _send)
     with view.shown(transient=False) as changed:
         while True:  # until SIGTERM
             changed()
             time.sleep(_FOLLOW_SECONDS)
+            traffic.go_on()
             watch.look()
 
 
@@ -146,7 +105,7 @@ def _send(client: smtplib.SMTP, sample: Sample) -> str:
     content = sample.message().as_bytes(policy=SMTP)
     client.ehlo_or_helo_if_needed()
     size = [f"size={len(content)}"] if client.has_extn("size") else []
-    code, text = client.mail(_SENDER, size)
+    code, text = client.mail(SENDER, size)
     refusals = []
     if code == 250:
         for address in sample.recipients:
@@ -324,18 +283,22 @@ def _say_what_next(console: Console, stage: DemoSetup, programme: list[Sample]) 
     )
     rows = (
         ("Send another message", another),
+        ("The page in a browser", command_line(stage, "open")),
+        ("Is the new server ready", command_line(stage, "ready new")),
+        ("What it answers otherwise", command_line(stage, "divergence")),
+        ("Make it the primary", command_line(stage, "promote new --force --reason demo")),
+        ("Who answers, and the way back", command_line(stage, "topology")),
         ("What waits", command_line(stage, "queue summary")),
         ("What failed", command_line(stage, "failed list")),
         ("One of them", command_line(stage, f"failed show {failed}")),
         ("Try it again", command_line(stage, f"failed retry {failed}")),
         ("The message itself", command_line(stage, f"failed export {failed}")),
-        ("The page in a browser", command_line(stage, "open")),
         ("Numbers", f"curl -s {stage.status}/metrics | grep ^smtpdup"),
         ("The log", f"tail -f {stage.log}"),
     )
     console.print(
-        f"\nAll of it keeps running, and this table goes on: the relay is on {host}:{port}, "
-        f"the page on {stage.status}. In another terminal:\n"
+        f"\nAll of it keeps running, with a message every {EVERY:.0f} seconds, and this table goes on: the relay is on "
+        f"{host}:{port}, the page on {stage.status}. In another terminal:\n"
     )
     for what, line in rows:
         # As one line, however long: it is for copy and paste.

@@ -11,12 +11,13 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from relay.child import ChildContext
-from relay.config.loader import load
+from relay.config.loader import Settings, load
+from relay.config.model import Layers
 from relay.daemon import services, start
 from relay.daemon.slots import Child
 from relay.demo import servers
@@ -26,6 +27,30 @@ from relay.redisio import embedded
 _SMTP_PORT = 2525
 _STATUS_PORT = 8025
 _LOG_LINES = 20
+_SETTINGS = """\
+state_dir = "{folder}"
+
+[smtp]
+listen = "127.0.0.1:{smtp}"
+processes = 1
+
+[relay]
+destination_primary = "old={old}"
+
+[[backup]]
+name = "new"
+url = "{new}"
+
+[status]
+listen = "127.0.0.1:{status}"
+
+[spool]
+min_free = "1M"
+
+[retry]
+first = "1s"
+longest = "10s"
+"""
 _TRIES = 5  # to find ports that stay free until they are bound
 
 
@@ -42,7 +67,8 @@ def run(colour: str = "auto") -> int:
             sys.stdout.flush()
             try:
                 with _stderr_into(stage.log):
-                    status = services.run(stage.settings, start.UP, extra=_children(stage, old, new))
+                    read = _read(folder / "settings.toml")
+                    status = services.run(stage.settings, start.UP, extra=_children(stage, old, new), read=read)
                 break
             except start.StartError:
                 # Another program, perhaps another demo, may have taken a port since it was found free.
@@ -72,23 +98,18 @@ def _set(folder: Path, old: socket.socket, new: socket.socket, colour: str) -> D
     smtp = free_port(_SMTP_PORT)
     status = free_port(_STATUS_PORT)
     old_address, new_address = (f"127.0.0.1:{s.getsockname()[1]}" for s in (old, new))
-    flags = {
-        "state_dir": str(folder),
-        "smtp.listen": f"127.0.0.1:{smtp}",
-        "smtp.processes": "1",
-        "relay.destination_primary": old_address,
-        "status.listen": f"127.0.0.1:{status}",
-        "spool.min_free": "1M",
-        "retry.first": "1",
-        "retry.longest": "10",
-    }
-    # A name for the backup takes a table, and so a file.
+    # All of it is in a file, so that a command with this folder has the same settings, names and all.
     file = folder / "settings.toml"
-    file.write_text(f'[[backup]]\nname = "new"\nurl = "{new_address}"\n')
-    settings = load({**flags, "config": str(file)}, environ={}, directories=())
+    file.write_text(_SETTINGS.format(folder=folder, smtp=smtp, status=status, old=old_address, new=new_address))
+    settings = _read(file)(None)
     return DemoSetup(
         settings, folder, ("127.0.0.1", smtp), f"http://127.0.0.1:{status}", old_address, new_address, colour
     )
+
+
+def _read(file: Path) -> Callable[[Layers | None], Settings]:
+    """Return what loads the demo's settings, and loads them again: nothing else counts."""
+    return lambda running: load({"config": str(file)}, environ={}, directories=(), running=running)
 
 
 @contextmanager

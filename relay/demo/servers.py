@@ -21,6 +21,7 @@ from aiosmtpd.smtp import SMTP, Envelope, Session
 OLD_DOES_NOT_KNOW = ("zoe@example.com", "gone@example.com")
 NEW_DEFERS_ONCE = ("dave@example.com",)
 NEW_DOES_NOT_KNOW = ("erin@example.com",)
+NEW_IS_FULL_FOR = ("grace@example.com",)
 
 _OUR_ID = re.compile(rb"\(smtp-dup\) with \w+ id (\w+);")
 
@@ -33,6 +34,7 @@ class Server:
     seen: Path
     unknown: tuple[str, ...] = ()
     deferred_once: tuple[str, ...] = ()
+    full: tuple[str, ...] = ()
     _deferred: set[str] = field(default_factory=set)
 
     async def handle_RCPT(  # noqa: N802  (the name is aiosmtpd's)
@@ -40,6 +42,8 @@ class Server:
     ) -> str:
         if address in self.unknown:
             return self._note([address], "550 5.1.1 Unknown")
+        if address in self.full:
+            return self._note([address], "552 5.2.2 Mailbox is full")
         envelope.rcpt_tos.append(address)
         return "250 2.1.5 OK"
 
@@ -69,7 +73,7 @@ def serve(listeners: Mapping[str, socket.socket], seen: Path) -> int:
     """Run both servers until SIGTERM; the ``run`` of a supervisor's child. ``listeners`` has "old" and "new"."""
     servers = (
         Server("old", seen, unknown=OLD_DOES_NOT_KNOW),
-        Server("new", seen, unknown=NEW_DOES_NOT_KNOW, deferred_once=NEW_DEFERS_ONCE),
+        Server("new", seen, unknown=NEW_DOES_NOT_KNOW, deferred_once=NEW_DEFERS_ONCE, full=NEW_IS_FULL_FOR),
     )
     asyncio.run(_serve(listeners, servers))
     return 0

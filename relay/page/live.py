@@ -21,6 +21,7 @@ from relay.page.access import is_still_there
 from relay.page.context import PageContext
 
 MOST = 32  # streams at once
+MOST_OF_NOBODY = 8  # of them, of those who have not logged in
 _RETRY_MS = 3000  # after which a browser comes back
 _LOOK = 0.2  # seconds between two looks whether this process stops
 _ALIVE = 15.0  # seconds after which a silent stream says that it lives
@@ -60,12 +61,13 @@ class LiveParts:
         self._context = context
         self.shared = SharedAnswers()
         self.streams = 0
+        self._of_nobody = 0
 
     def stream(
         self, request: Request, every: float, look: Callable[[], Awaitable[Parts]], *, is_over: Callable[[], bool]
     ) -> Response:
         """Return a stream of what ``look`` finds anew every so many seconds, until ``is_over``."""
-        if self.streams >= MOST:
+        if self.streams >= MOST or (not request.state.visitor.may_see and self._of_nobody >= MOST_OF_NOBODY):
             return PlainTextResponse(
                 f"{MOST} pages are live already: load this one again to see what is new\n", 503, {"Retry-After": "10"}
             )
@@ -76,9 +78,13 @@ class LiveParts:
     async def _events(
         self, request: Request, every: float, look: Callable[[], Awaitable[Parts]], is_over: Callable[[], bool]
     ) -> AsyncIterator[str]:
+        nobody = int(not request.state.visitor.may_see)
         self.streams += 1
+        self._of_nobody += nobody
         try:
             yield f"retry: {_RETRY_MS}\n\n"
+            if self.streams > MOST:  # many have asked at the same moment
+                return
             sent: dict[str, str] = {}
             said_at = asked_at = time.monotonic()
             while not self._context.is_stopping:
@@ -105,6 +111,7 @@ class LiveParts:
                 await self._wait(every)
         finally:
             self.streams -= 1
+            self._of_nobody -= nobody
 
     async def _wait(self, seconds: float) -> None:
         end = time.monotonic() + seconds

@@ -114,7 +114,12 @@ class Runs:
             yield step
 
     def is_to_stop(self, run: Run) -> bool:
-        return run.is_stop_asked or self._context.is_stopping
+        return run.is_stop_asked or self.is_stopping
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether this process ends."""
+        return self._context.is_stopping
 
     def close(self) -> None:
         """Take no more; what goes on sees that this process stops."""
@@ -123,6 +128,8 @@ class Runs:
     def _forget(self, who: str) -> None:
         over = [run.id for run in self._runs.values() if run.is_over]
         own = [name for name in over if self._runs[name].who == who]
+        for name in own:
+            self._runs[name].found = None  # what a look has found may be a million copies: one at a time
         for name in {*own[: max(0, len(own) - _KEPT_OF_ONE + 1)], *over[: max(0, len(over) - _KEPT + 1)]}:
             del self._runs[name]
 

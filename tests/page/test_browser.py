@@ -130,9 +130,10 @@ def test_every_view_is_there_without_javascript(site: PageSite, browser: Browser
 def test_the_verdict_is_one_sheet_of_paper(site: PageSite, browser: Browser) -> None:
     """Printed, the overview and the evidence are a page each."""
     with browser.open(site, role="operator") as page:
-        page.goto("/")
-        sheet = page.pdf(prefer_css_page_size=True)
-    assert len(re.findall(rb"/Type\s*/Page\b", sheet)) == 1
+        for path in ("/", "/ready/new"):
+            page.goto(path)
+            sheet = page.pdf(prefer_css_page_size=True)
+            assert len(re.findall(rb"/Type\s*/Page\b", sheet)) == 1, path
 
 
 # What goes on by itself ---------------------------------------------------------------------------------------------

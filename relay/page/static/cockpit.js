@@ -80,6 +80,13 @@
     return { label: name, stroke, width, points: { show: false }, fill: n ? undefined : `${stroke}22`, value: (_, v) => (v === null ? "–" : v.toLocaleString()) };
   };
 
+  // Steps last until the next one begins; so does the last one.
+  const dataOf = ({ times, seconds, lines }) => {
+    const steps = seconds >= 3600 && times.length > 0;
+    const all = steps ? [...times, times.at(-1) + seconds] : times;
+    return [all, ...lines.map(({ values }) => (steps ? [...values, values.at(-1)] : values))];
+  };
+
   const make = (place, found) => {
     const axis = { stroke: colour("soft"), grid: { stroke: colour("line"), width: 1 }, ticks: { stroke: colour("line"), width: 1 } };
     const steps = found.seconds >= 3600 ? { paths: uPlot.paths.stepped({ align: 1 }) } : {};
@@ -88,11 +95,11 @@
     const options = {
       width: place.clientWidth, height: 180, series: [time, ...lines],
       axes: [{ ...axis, values: "{HH}:{mm}", space: 60 }, { ...axis, size: 46 }],
-      scales: { x: { range: (_, low, high) => [low, high + (found.seconds >= 3600 ? found.seconds : 0)] }, y: { range: (_, low, high) => [0, Math.max(high * 1.1, 1)] } },
+      scales: { y: { range: (_, low, high) => [0, Math.max(high * 1.1, 1)] } },
       cursor: { drag: { x: false, y: false } },
     };
     place.replaceChildren();
-    return new uPlot(options, [found.times, ...found.lines.map((line) => line.values)], place);
+    return new uPlot(options, dataOf(found), place);
   };
 
   const draw = () => {
@@ -104,7 +111,7 @@
       const names = found.lines.map((line) => line.name).join("\n");
       const known = plots.get(found.name);
       if (known?.names === names) {
-        if (known.json !== source.dataset.lines) known.plot.setData([found.times, ...found.lines.map((line) => line.values)]);
+        if (known.json !== source.dataset.lines) known.plot.setData(dataOf(found));
         known.json = source.dataset.lines;
       } else {
         known?.plot.destroy();

@@ -27,6 +27,7 @@ from relay.topology import decisions, promotion
 from relay.topology.decisions import Overtaken, View
 from relay.topology.promotion import Impossible, Plan, Unprepared
 from relay.topology.roles import disagreement
+from relay.topology.state import Topology
 
 _CHANGES = 5
 _COMMANDS = ("promote", "undo")
@@ -176,55 +177,63 @@ async def promote(request: Request) -> Response:
     details |= {"forced": "yes"} if found.needs_force else {}
     title = f"Back to {made.new.name}" if found.is_undo else f"Promote {made.new.name}"
     run = Run("promotion", title, who_acts(request.state.visitor.name), "/cutover")
+    order = Order(reason, details, seconds, at_once)
     try:
-        begun = runs.begin(
-            run, lambda connection, run: _carry_out(connection, run, runs, made, reason, details, seconds, at_once)
-        )
+        begun = runs.begin(run, lambda redis, run: _carry_out(redis, run, runs, made, order))
     except NotBegun as error:
         return await _proposal(request, {"typed": str(error)})
     return RedirectResponse(f"/runs/{begun.id}", 303)
 
 
-def _carry_out(
-    connection: Redis,
-    run: Run,
-    runs: Runs,
-    made: Plan,
-    reason: str,
-    details: dict[str, str],
-    seconds: float,
-    at_once: bool,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What was asked for: why, how long each step may take, and whether it is to be done without preparing."""
+
+    reason: str
+    details: dict[str, str]
+    seconds: float
+    at_once: bool
+
+
+def _carry_out(connection: Redis, run: Run, runs: Runs, made: Plan, order: Order) -> None:
     """Prepare, decide, and see who follows, as `smtp-dup promote` does. Raises Stopped, NotBegun, RedisError."""
+    topology = _decide(connection, run, runs, made, order)
+    at = changeover.clock(topology.now.at)
+    run.say(f"Promoted at {at}, epoch {topology.epoch}: it holds whatever becomes of this page.")
+    run.found = None  # from here on there is no way but another promotion
+
+    def report(text: str) -> None:
+        run.progress = text
+        if runs.is_stopping:
+            raise Stopped
+
+    found = promotion.follow(connection, made, order.seconds, report)
+    for line in changeover.outcome(made, topology, found):
+        run.say(line)
+    if found.late:
+        run.state = "failed"
+
+
+def _decide(connection: Redis, run: Run, runs: Runs, made: Plan, order: Order) -> Topology:
     run.found = made
-    name = made.new.name
 
     def report(text: str) -> None:
         run.progress = text
         if runs.is_to_stop(run):
             raise Stopped
 
-    intent = None
     try:
-        if not at_once:
-            intent = promotion.prepare(connection, made, seconds, report)
-            run.say(f"Prepared: {changeover.processes(len(made.seen.living))} can use {name}.")
-        topology = promotion.commit(connection, made, reason, details, intent)
+        intent = None
+        if not order.at_once:
+            intent = promotion.prepare(connection, made, order.seconds, report)
+            run.say(f"Prepared: {changeover.processes(len(made.seen.living))} can use {made.new.name}.")
+        return promotion.commit(connection, made, order.reason, order.details, intent)
     except Unprepared as error:
         for line in error.lines:
             run.say(line)
         raise NotBegun(f"{error}.".capitalize()) from error
     except Overtaken as error:
         raise NotBegun(f"Nothing has changed: {error}.") from error
-    at = changeover.clock(topology.now.at)
-    run.say(f"Promoted at {at}, epoch {topology.epoch}: it holds whatever becomes of this page.")
-    run.is_stop_asked = False  # from here on there is no way but another promotion
-    run.found = None
-    found = promotion.follow(connection, made, seconds, lambda text: setattr(run, "progress", text))
-    for line in changeover.outcome(made, topology, found):
-        run.say(line)
-    if found.late:
-        run.state = "failed"
 
 
 @operator

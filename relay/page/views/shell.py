@@ -152,6 +152,7 @@ environment().filters.update(
     count=words.count,
     duration=words.duration,
     moment=moment,
+    whole=words.moment,
     number=number,
     octets=words.octets,
     rate=rate,
