@@ -15,6 +15,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from relay.command.flags import Given
+from relay.mail import ids
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -70,6 +71,7 @@ def _look(given: Given, what: str, add: Callable[[str], Any]) -> None:
             for backup in settings.copied:
                 add(backup.name)
         from relay.ledger import keys as ledger_keys  # noqa: PLC0415  (redis-py: 0.1 s, which other completions do not take)
+        from relay.ledger.divergence_groups import is_group  # noqa: PLC0415  (redis-py)
         from relay.redisio import embedded  # noqa: PLC0415  (redis-py: 0.1 s, which other completions do not take)
         from relay.redisio.clients import sync_client  # noqa: PLC0415  (redis-py)
 
@@ -77,18 +79,21 @@ def _look(given: Given, what: str, add: Callable[[str], Any]) -> None:
         if not settings.redis.url and not embedded.socket_path(settings.state_dir).exists():
             return
         with sync_client(server, _ANSWER_SECONDS, retries=0) as connection:
-            destinations = [name.decode() for name in connection.hkeys(ledger_keys.DESTINATIONS)]
+            destinations = ids.names(connection.hkeys(ledger_keys.DESTINATIONS))
             if what == DESTINATION:
                 for name in sorted(destinations):
                     add(name)
                 return
             lists = {FAILED_ID: ledger_keys.FAILED, WAITING_ID: ledger_keys.PENDING, GROUP: ledger_keys.DIVERGENCE}
             key = lists[what]
-            for message_id in _ids(connection, [key + name for name in destinations]):
-                add(message_id)
+            # What has not the form of our names becomes no part of a command line.
+            is_valid: Callable[[object], bool] = is_group if what == GROUP else ids.is_id
+            for name in _members(connection, [key + name for name in destinations]):
+                if is_valid(name):
+                    add(name)
 
 
-def _ids(connection: Redis, keys: Sequence[str]) -> Iterator[str]:
+def _members(connection: Redis, keys: Sequence[str]) -> Iterator[str]:
     for key in keys:
-        for member in connection.zrange(key, 0, _IDS - 1):
-            yield cast("bytes", member).decode()
+        with suppress(Exception):  # another type of key
+            yield from map(ids.text, cast("list[bytes]", connection.zrange(key, 0, _IDS - 1)))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import click
 import pytest
+import redis
 
 import relay
 from relay.command import command_line, commands, completion, exit_status, manual
@@ -271,6 +272,13 @@ def test_completion_knows_what_the_ledger_has(product, primary: ScriptedServer, 
     wait_until(lambda: offered("smtp-dup failed show ") == [row["id"]])
     assert offered(f"smtp-dup failed retry {row['id']} ") == []
     wait_until(lambda: offered("smtp-dup queue flush --destination=127") == [backup.address])
+    # What somebody else has put there must not stand on a command line.
+    hostile = ["$(reboot)", "x;reboot", "\x1b]0;x\x07", "a\nb", b"\xff"]
+    with redis.Redis.from_url(instance.redis_url) as connection:
+        connection.zadd(f"smtpdup:failed:{backup.address}", dict.fromkeys(hostile, 1.0))
+        connection.hset("smtpdup:destinations", mapping=dict.fromkeys(hostile, "x"))
+    wait_until(lambda: offered("smtp-dup failed show ") == [row["id"]])
+    wait_until(lambda: offered("smtp-dup queue flush --destination=") == [backup.address])
 
 
 def test_completion_never_hangs(tmp_path):
