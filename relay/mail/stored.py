@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from typing import Any
 
@@ -11,6 +10,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # never sent in a command, see relay.
 
 LATEST = 1e11  # seconds since the epoch that can be right (the year 5138)
 _LARGEST = 1 << 53
+_HUGEST = 1e308  # beyond it are infinities, and whole numbers that no float holds; NaN is not within
 _MOST_DIGITS = 19  # of a whole number: what is longer is none of ours, and no float holds it
 
 
@@ -66,7 +66,7 @@ def texts(values: object) -> tuple[str, ...]:
 
 def number(value: object) -> float:
     """Return the value if it is a finite number. Raises TypeError."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -_HUGEST <= value <= _HUGEST:
         raise TypeError("not a number")
     return value
 

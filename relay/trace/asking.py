@@ -22,7 +22,8 @@ from redis.exceptions import RedisError
 from relay.config.model import Settings
 from relay.ledger import hosts, questions
 from relay.mail.ids import are_ids
-from relay.mail.stored import any_text, number
+from relay.mail.stored import any_text, moment, number
+from relay.mail.text import printable
 from relay.repeated import Backoff, Repeated
 from relay.trace import events
 from relay.trace.events import Event
@@ -113,7 +114,7 @@ class OtherHosts:
             if (event := events.read(one)) is not None:
                 found.setdefault(event.id, []).append(event)
         for name in _list(part, "damaged"):
-            self._unseen.damaged.append(f"{self._places[place]}: {str(name)[:500]}")
+            self._unseen.damaged.append(f"{self._places[place]}: {printable(str(name)[:500])}")
 
 
 def _list(part: Any, name: str) -> list[Any]:
@@ -147,7 +148,7 @@ def _answer(asked: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
     try:
         found: Iterable[MessageLife]
         if "recipients" in asked:
-            yield from _pages_of(accepted_recipients(folder, number(asked["recipients"]), unseen=unseen))
+            yield from _pages_of(accepted_recipients(folder, moment(number(asked["recipients"])), unseen=unseen))
             found = ()
         elif "ids" in asked:
             ids = asked["ids"]
@@ -177,8 +178,8 @@ def _query(asked: dict[str, Any]) -> Query:
     until = asked["until"]
     return Query(
         tuple(terms),
-        number(asked["since"]),
-        math.inf if until is None else number(until),
+        moment(number(asked["since"])),
+        math.inf if until is None else moment(number(until)),
         status if status in STATUSES else None,
         max(1, min(int(number(asked["limit"])), _MOST_LIMIT)),
     )
