@@ -24,6 +24,7 @@ _PIECE = 1 << 16  # octets of an answer that are written at once
 _NOT_FOUND = HttpAnswer(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"not found\n")
 _NOT_ALLOWED = HttpAnswer(HTTPStatus.METHOD_NOT_ALLOWED, "text/plain; charset=utf-8", b"GET or HEAD\n")
 _NO_CHUNKS = HttpAnswer(HTTPStatus.BAD_REQUEST, "text/plain; charset=utf-8", b"a body needs its length\n")
+_OTHER_VERSION = HttpAnswer(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "text/plain; charset=utf-8", b"HTTP/1.1\n")
 _FAILED = HttpAnswer(
     HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain; charset=utf-8", b"this failed; the log of smtp-dup says why\n"
 )
@@ -64,7 +65,7 @@ class Front:
         self._threads = ThreadPoolExecutor(len(answers) or 1, thread_name_prefix="health")
         self._answers = {path: Shared(find, self._threads) for path, find in answers.items()}
         self._make_page = make_page
-        self._page: asyncio.Future[ASGIApp] | None = None
+        self._page: asyncio.Future[ASGIApp | None] | None = None
 
     def close(self) -> None:
         """Give the threads back; one that still waits for Redis ends by itself."""
@@ -94,22 +95,32 @@ class Front:
             await _send(scope, send, _FAILED)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if any(name == b"transfer-encoding" for name, _ in scope["headers"]):
+        if scope["http_version"] not in {"1.0", "1.1"}:
+            await _send(scope, send, _OTHER_VERSION)
+        elif any(name == b"transfer-encoding" for name, _ in scope["headers"]):
             await _send(scope, send, _NO_CHUNKS)
         elif shared := self._answers.get(scope["path"]):
             is_asked = scope["method"] in {"GET", "HEAD"}
             await _send(scope, send, await shared.get() if is_asked else _NOT_ALLOWED)
         elif self._make_page:
             page = await self._made(self._make_page)
-            await page(scope, receive, send)
+            await (page(scope, receive, send) if page else _send(scope, send, _FAILED))
         else:
             await _send(scope, send, _NOT_FOUND)
 
-    async def _made(self, make_page: Callable[[], ASGIApp]) -> ASGIApp:
-        """Return the page; raises what making it has raised."""
+    async def _made(self, make_page: Callable[[], ASGIApp]) -> ASGIApp | None:
+        """Return the page, None where it cannot be made, which is told once: strangers could fill the log."""
         if self._page is None:
-            self._page = asyncio.ensure_future(asyncio.to_thread(make_page))
+            self._page = asyncio.ensure_future(asyncio.to_thread(_tried, make_page))
         return await asyncio.shield(self._page)
+
+
+def _tried(make_page: Callable[[], ASGIApp]) -> ASGIApp | None:
+    try:
+        return make_page()
+    except Exception:  # the border: a view or a template that cannot be read
+        logger.exception("the page cannot be shown")
+        return None
 
 
 def _is_stream(message: Message) -> bool:

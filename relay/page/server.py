@@ -1,8 +1,7 @@
 """The HTTP server of the housekeeping process: uvicorn, in a thread, on the socket that the supervisor has bound.
 
 /healthz, /readyz and /metrics are answered first and whatever happens to the page; one that cannot be made is an error
-in the log with each request for it. The socket outlives this process: who connects while it restarts waits for the
-next.
+in the log. The socket outlives this process: who connects while it restarts waits for the next.
 """
 
 from __future__ import annotations
