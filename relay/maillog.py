@@ -280,8 +280,14 @@ def page_logged_in(client: str, user: str, role: str, how: str) -> None:
 
 
 def page_login_refused(client: str, user: str, reason: str = "") -> None:
-    """A login to the page with a wrong name or password; with a ``reason``, the password was not checked."""
-    _event("WARNING", "page refused", client=client, user=user, **({"reason": reason} if reason else {}))
+    """A login to the page with a wrong name or password; with a ``reason``, the password was not checked.
+
+    Wrong ones are few, since tries are limited; the others are logged once a minute for each reason, with a count.
+    """
+    if not reason:
+        _event("WARNING", "page refused", client=client, user=user)
+    elif times := _seldom.times(f"page refused {reason}"):
+        _event("WARNING", "page refused", client=client, user=user, reason=reason, **_more(times))
 
 
 def uncertain(envelope: Envelope, hold_seconds: float, reason: str) -> None:

@@ -38,9 +38,10 @@ def test_ledger_trouble_is_few_lines_whatever_it_is_about(monkeypatch: pytest.Mo
         maillog.ledger_trouble(f"release {source.next()}", OSError("refused"))
         maillog.ledger_trouble("renewing leases", OSError("refused"))
         maillog.dispatch_delayed("new", 5, OSError("refused"))
+        maillog.page_login_refused("192.0.2.1", "ann", "too many tries")  # a stranger may try for ever
         now[0] += 1.0
-    assert [event for event, _ in lines] == ["ledger trouble", "ledger trouble", "dispatch delayed"] * 2
-    assert ["times" in fields for _, fields in lines] == [False] * 3 + [True] * 3
+    assert [event for event, _ in lines] == ["ledger trouble", "ledger trouble", "dispatch delayed", "page refused"] * 2
+    assert ["times" in fields for _, fields in lines] == [False] * 4 + [True] * 4
     assert lines[-1][1]["times"] == 60
 
 
