@@ -12,7 +12,7 @@ from relay.breaker import Breaker
 from relay.ledger import keys
 from relay.mail.reply import Reply
 from support.ledger_contents import Contents
-from support.reactions import Close, Moment, Reaction, Silence
+from support.reactions import Close, Moment, Reaction, Reset, Silence
 from support.running_courier import arrived, at_the_dot, at_work, named
 from support.scripted_server import ScriptedServer
 from support.waiting import until
@@ -148,6 +148,108 @@ async def test_trouble_with_one_message_is_that_message_s(
     assert len(backup.messages) == len(good)
 
 
+@pytest.mark.parametrize(
+    ("command", "reaction"),
+    [
+        ("MAIL", ("421 4.7.0 too many of you", Close())),
+        ("MAIL", Close()),
+        ("MAIL", "530 5.7.0 log in first"),
+        ("RCPT", ("421 4.7.0 too many of you", Close())),
+        ("RCPT", Close()),
+        ("RCPT", "530 5.7.0 log in first"),
+        ("DATA", Reset()),
+        (".", ("451 4.3.0 no", Close())),
+        (".", Close()),
+    ],
+)
+async def test_trouble_with_many_messages_is_theirs(
+    contents: Contents, redis_url: str, backup: ScriptedServer, command: str, reaction: Reaction
+) -> None:
+    """A burst at which the server says 421, or closes, holds up nobody for more than a pause or two."""
+    bad = [contents.pending(f"a{n}@test", sender=f"bad{n}@test") for n in range(120)]
+    good = [contents.pending(f"good{n}@test") for n in range(150)]
+    backup.replies[command] = at_the_dot("bad", reaction) if command != "MAIL" else named("bad", reaction)
+    async with at_work(redis_url, backup) as work:
+        work.add(bad + good)
+        await until(lambda: len(arrived(backup)) == len(good), 20, lambda: f"{len(arrived(backup))} came")
+        await until(lambda: set(bad) == set(contents.pending_ids()))
+    assert len(backup.messages) == len(good)
+
+
+async def test_a_server_that_breaks_off_with_everybody_is_paused(
+    contents: Contents, redis_url: str, redis_client: redis.Redis, backup: ScriptedServer
+) -> None:
+    """Trouble with a few copies in a row is the server's: they wait for it, and it is probed."""
+    ids = [contents.pending(f"b{n}@test") for n in range(100)]
+    backup.replies["RCPT"] = Close()
+    async with at_work(redis_url, backup) as work:
+        work.add(ids)
+        await until(lambda: not work.courier.accepting)
+        assert len(backup.transactions) <= 4
+        backup.replies.clear()
+        await until(lambda: not contents.pending_ids())
+    assert len(backup.messages) == len(ids)
+    assert not redis_client.hlen(keys.OWN + "new")
+
+
+async def test_what_comes_later_ends_a_long_pause(contents: Contents, redis_url: str, backup: ScriptedServer) -> None:
+    """Behind hundreds that are refused, a single message that is taken is found by one of the next two probes."""
+    backup.replies["RCPT"] = named("bad", DENIED)
+    async with at_work(redis_url, backup) as work:
+        work.add([contents.pending(f"bad{n}@d{n}.test", sender=f"s{n}@s{n}.test") for n in range(400)])
+        await until(lambda: not work.courier.accepting)
+        good = contents.pending("good@d.test", sender="s@s.test", age=0)
+        before = len(backup.transactions)
+        work.add([good])
+        await until(lambda: good not in contents.pending_ids())
+        assert len(backup.transactions) <= before + 3
+    assert arrived(backup) == {"good@d.test"}
+
+
+async def test_one_copy_alone_meets_trouble(contents: Contents, redis_url: str, backup: ScriptedServer) -> None:
+    """With no other copy to ask with, a server that breaks off is paused at once, and asked again later."""
+    contents.pending("a@test")
+    backup.replies["RCPT"] = Close()
+    async with at_work(redis_url, backup) as work:
+        work.add(contents.pending_ids())
+        await until(lambda: not work.courier.accepting)
+        assert len(backup.transactions) == 1
+        backup.replies.clear()
+        await until(lambda: not contents.pending_ids())
+
+
+@pytest.mark.parametrize("code", ["550 5.1.1 unknown", "554 5.7.1 denied"])
+async def test_what_was_said_before_the_end_of_the_connection_counts(
+    contents: Contents, redis_url: str, backup: ScriptedServer, code: str
+) -> None:
+    """A recipient that was refused is failed, whatever comes of the connection; the others get the copy."""
+    alone = [contents.pending(f"bad{n}@test") for n in range(5)]
+    mixed = contents.pending("bad@test", "good@test")
+    backup.replies["RCPT"] = named("bad", (code, Close()))
+    async with at_work(redis_url, backup, retry_first="0.2") as work:
+        work.add([*alone, mixed])
+        await until(lambda: sorted(contents.failed_ids()) == sorted([*alone, mixed]))
+        await until(lambda: bool(contents.queued()) or not contents.pending_ids())
+        work.add([mixed])
+        await until(lambda: not contents.pending_ids())
+    assert [message.recipients for message in backup.messages] == [["good@test"]]
+
+
+async def test_who_was_answered_at_the_dot_gets_no_second_copy(
+    contents: Contents, redis_url: str, backup: ScriptedServer
+) -> None:
+    """An LMTP server that ends between two of its replies to the dot: only those without one are owed the copy."""
+    backup.lmtp = True
+    message_id = contents.pending("one@test", "two@test", "three@test")
+    backup.replies[".<two@test>"] = "550 5.7.1 not here"
+    backup.replies[".<three@test>"] = Close()
+    async with at_work(redis_url, backup) as work:
+        work.add([message_id])
+        await until(lambda: redis_has_state(contents, message_id))
+        assert contents.state(message_id).owed == (2,)
+        assert contents.failed_ids() == [message_id]
+
+
 def redis_has_state(contents: Contents, message_id: str) -> bool:
     return bool(contents.connection.hexists(keys.OWN + "new", message_id)) and not contents.connection.zcard(
         keys.BUSY + "new"
@@ -229,6 +331,28 @@ def test_how_many_refusals_it_takes(replies: list[str], count: int) -> None:
         if breaker.is_open:
             break
     assert (number if breaker.is_open else 0) == count
+
+
+def test_a_doubt_that_was_wrong_makes_the_next_one_late() -> None:
+    """A server that takes mail in between gets twice the benefit each time, for some minutes; never without an end."""
+    now = [0.0]
+    breaker = Breaker(20, clock=lambda: now[0])
+
+    def refused_until_paused() -> int:
+        for number in range(1, 2000):
+            breaker.refuses(refusal(DENIED), is_look=breaker.is_in_doubt)
+            if breaker.is_open:
+                return number
+        return 0
+
+    counts = []
+    for _ in range(8):
+        counts.append(refused_until_paused())
+        breaker.took()
+        breaker.works()
+    assert counts == [20, 40, 80, 160, 320, 640, 640, 640]
+    now[0] += 601
+    assert refused_until_paused() == 20
 
 
 def test_nobody_is_to_blame_without_a_look() -> None:

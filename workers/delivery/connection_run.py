@@ -203,8 +203,8 @@ class ConnectionRuns:
         copy, outcome = trial.copy, trial.outcome
         if trial.runner.gave_up:
             error = DeadlinePassed("no reply for long, while others wait for a connection", stage=error.stage)
-        elif outcome.replies and not (outcome.is_begun or outcome.is_farewell):
-            return self._read(trial, reused=reused)  # it refused MAIL, and closed
+        elif outcome.is_answered(copy.next_owed) and not outcome.is_farewell:
+            return self._read(trial, reused=reused)  # it refused MAIL, or every RCPT, and closed
         elif reused and (outcome.is_farewell or not (outcome.is_begun or error.reply or trial.runner.is_outrun)):
             return Ending.AGAIN  # the server had closed a kept connection, or has had enough of it: nobody's fault
         elif reused and is_before_body and self._may_repeat(trial) and isinstance(error, ConnectionGone):
@@ -212,17 +212,18 @@ class ConnectionRuns:
             return Ending.AGAIN
         self._trouble()
         is_its_own = trial.runner.is_outrun
-        if not (outcome.replies or is_its_own or trial.runner.gave_up):
+        if not (outcome.sent or outcome.replies or is_its_own or trial.runner.gave_up):
             is_its_own = self._is_known(copy)
             if not is_its_own:
-                self._breaker.opens(str(error))
+                self._doubt(copy, str(error))
                 return Ending.LAST
         if not is_its_own:
-            self._breaker.breaks(str(error))
+            self._doubt(copy, str(error))
         if outcome.sent:
             maillog.repeated(copy.id, self._destination.name, str(error))
-        elif error.reply is not None and error.reply.is_permanent:
-            copy.read(outcome, soft_bounce=self._destination.soft_bounce)  # it refused the body before its end
+        elif error.reply is None or not error.reply.is_permanent:  # else it refused the body before its end
+            outcome.forget_accepted()
+        copy.read(outcome, soft_bounce=self._destination.soft_bounce)
         copy.defer(Reply.of(451, f"4.4.2 {error}"), is_about_it=is_its_own)
         return Ending.ANSWERED
 
@@ -252,7 +253,7 @@ class ConnectionRuns:
             if self._is_known(copy):
                 copy.defer(server, is_own=False)
             else:
-                self._breaker.opens(server.text)
+                self._doubt(copy, server.text)
         elif copy.is_refused:
             # It was answered about itself: what this says of the server is found out with other mail.
             self._refusals.refused(copy, outcome)
@@ -273,6 +274,11 @@ class ConnectionRuns:
         if outcome.digestion is not None:
             self._seconds.observe(outcome.digestion)
 
+    def _doubt(self, copy: Copy, reason: str) -> None:
+        """Note trouble within a transaction: it may be this copy's doing, which other mail will show."""
+        self._refusals.troubled(copy)
+        self._breaker.breaks(reason)
+
     def _is_known(self, copy: Copy) -> bool:
         """Say whether a copy that meets trouble has met it before, and others were carried through since."""
         before = self._suspects.pop(copy.id, None)
@@ -286,6 +292,10 @@ class ConnectionRuns:
     def has_met_trouble(self, message_id: str) -> bool:
         """Say whether a copy was tried when the server was in trouble, and may be the cause."""
         return message_id in self._suspects
+
+    def tells_nothing(self, message_id: str) -> bool:
+        """Say whether a copy has met trouble, and nothing has been carried through since."""
+        return self._suspects.get(message_id, -1) >= self._breaker.carried
 
     def _trouble(self) -> None:
         metrics.deliveries.labels(self._destination.name, "trouble").inc()

@@ -271,7 +271,7 @@ class Courier:
         self._is_probing = True
         try:
             await self._probe_choice.bring_forward(job)
-            if job.work:
+            if job.work and self._gate.is_probe_due:
                 probe = self._runners.start(partial(self._try_next, job, is_look=True))
                 _, hangs = await asyncio.wait({probe}, timeout=SLOW)
                 if hangs and self._breaker.is_open:

@@ -17,6 +17,8 @@ from workers.delivery.copy import Copy
 from workers.delivery.jobs_in_hand import JobInHand
 from workers.delivery.refusals import RefusalMemory
 
+_ENOUGH = 300  # copies in hand among which one may be unlike the others
+
 
 class ProbeChoice:
     """Chooses the probes of one courier."""
@@ -29,6 +31,7 @@ class ProbeChoice:
         self._refusals = refusals
         self._bodies = bodies
         self._claiming = claiming
+        self._is_newest = False  # whether the last one was
 
     async def bring_forward(self, job: JobInHand) -> None:
         """Have the best probe be the next copy of a job, which may get copies of the backlog for that.
@@ -36,14 +39,24 @@ class ProbeChoice:
         Raises Interrupted.
         """
         breaker = self._breaker
-        if breaker.is_in_doubt or breaker.is_refusing or all(self._runs.has_met_trouble(i.id) for i in job.work):
+        own = len(job.work)
+        is_of_messages = breaker.is_in_doubt or breaker.is_refusing or breaker.is_breaking
+        if own < _ENOUGH and (is_of_messages or all(self._runs.has_met_trouble(i.id) for i in job.work)):
             job.work.extend(await self._claiming.claim_sample(job.id))  # its own may all be like what was refused
         if job.work:
-            likeness = [(self._likeness(item), random.random()) for item in job.work]
-            chosen = likeness.index(min(likeness))
+            # A job's own copies were accepted one after the other: what is wrong with some may be with all. Every other
+            # time it is the newest one: what has come since is hardly of the same burst.
+            self._is_newest = not self._is_newest
+            ranks = [
+                (self._likeness(item), place < own, -_accepted_at(item) if self._is_newest else random.random())
+                for place, item in enumerate(job.work)
+            ]
+            chosen = ranks.index(min(ranks))
             item = job.work[chosen]
             del job.work[chosen]
             job.work.appendleft(item)
+            if breaker.is_in_doubt and self._runs.tells_nothing(item.id):
+                breaker.has_no_other()
 
     def _likeness(self, item: Claim | Copy) -> int:
         """Return how little a copy would tell about the server."""
@@ -52,3 +65,7 @@ class ProbeChoice:
         if message is None:  # a large one
             return likeness + 3
         return likeness + self._refusals.likeness(message.envelope, tried=item.state.attempts > 0)
+
+
+def _accepted_at(item: Claim | Copy) -> float:
+    return item.accepted_at if isinstance(item, Claim) else item.message.envelope.received_at

@@ -50,6 +50,14 @@ class RefusalMemory:
         _remember(self._refused, [recipient.address for recipient in recipients])
         _remember(self._domains, [recipient.domain for recipient in recipients])
 
+    def troubled(self, copy: Copy) -> None:
+        """Note a message with which there was trouble of another kind."""
+        envelope = copy.message.envelope
+        _remember(self._senders, [envelope.sender])
+        recipients = [envelope.recipients[i] for i in copy.next_owed]
+        _remember(self._refused, [recipient.address for recipient in recipients])
+        _remember(self._domains, [recipient.domain for recipient in recipients])
+
     def likeness(self, envelope: Envelope, *, tried: bool) -> int:
         """Return how much a message is like what was refused; ``tried``: it had no success before."""
         recipients = envelope.recipients

@@ -70,6 +70,17 @@ class Outcome:
         """Whether the dot is out and every reply is a yes."""
         return self.sent and all(reply.is_positive for reply in self.replies.values())
 
+    def is_answered(self, asked: Sequence[int]) -> bool:
+        """Whether the server has said no to all that was asked, before the dot: to MAIL, or to each of these."""
+        if not self.is_begun:
+            return bool(self.replies)
+        return not (self.accepted or self.sent) and all(i in self.replies for i in asked)
+
+    def forget_accepted(self) -> None:
+        """Keep only what was said to those whose RCPT was refused: the message itself is not answered."""
+        for i in self.accepted:
+            self.replies.pop(i, None)
+
     @property
     def is_farewell(self) -> bool:
         """Whether the server wanted no transaction on this connection."""
@@ -170,6 +181,7 @@ async def send(
     then = following()
     connection.end_body(body, replies=len(accepted) if lmtp else 1, then=then.lines if then else ())
     outcome.sent = True
+    outcome.forget_accepted()
     dot = time.monotonic()
     for i in accepted if lmtp else ():
         outcome.replies[i] = await connection.reply(timeout=final_timeout)
