@@ -258,10 +258,10 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         pytest.skip("mounting a small disk needs root")
     with ExitStack() as ends:
 
-        def mount(megabytes: int) -> Path:
+        def mount(megabytes: int, inodes: int = 0) -> Path:
             disk = tmp_path / "disk"
             disk.mkdir()
-            command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(disk)]
+            command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,nr_inodes={inodes}", "tmpfs", str(disk)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import socket
 
 from redis.exceptions import RedisError
@@ -113,8 +112,11 @@ def _spool(settings: Settings) -> list[ProbeResult]:
     place = next((p for p in (folder, *folder.parents) if p.exists()), folder)
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         return [ProbeResult(SPOOL, False, f"{folder} cannot be written")]
-    free = shutil.disk_usage(place).free
+    disk = os.statvfs(place)
+    if disk.f_files and not disk.f_favail:
+        return [ProbeResult(SPOOL, False, f"no inode is free at {folder}: no file can be made")]
+    free = disk.f_bavail * disk.f_frsize
     least = settings.spool.min_free
-    if free < least:
+    if free < max(least, 1):
         return [ProbeResult(SPOOL, False, f"{free} bytes are free at {folder}, spool.min_free is {least}")]
     return [ProbeResult(SPOOL, True, f"{folder} can be written")]

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,24 @@ def test_not_ready_without_redis(settings, tmp_path):
     answer = answers.ready(findings.of(settings(), f"unix://{tmp_path}/none.sock", relaying=False))
     assert answer.status == 503
     assert json.loads(answer.body)["reasons"][0].startswith("redis: ")
+
+
+@pytest.mark.parametrize("lacks", ["room", "inodes"])
+def test_a_spool_without_room_is_named(settings, redis_url, small_disk, lacks):
+    """No octet or no inode left on the spool's disk: /readyz says which, before mail finds out."""
+    disk = small_disk(1, inodes=20)
+    given = settings(redis__url=redis_url, state_dir=str(disk / "state"), spool__min_free="0")
+    (disk / "state" / "spool").mkdir(parents=True)
+
+    def said() -> str:
+        found = json.loads(answers.ready(findings.of(given, redis_url, relaying=True)).body)
+        return " ".join(found["reasons"] + found["warnings"])
+
+    assert "spool" not in said()
+    with suppress(OSError):
+        for number in range(20):
+            (disk / str(number)).write_bytes(b"x" * (0 if lacks == "inodes" else 100_000))
+    assert ("no inode is free" if lacks == "inodes" else "bytes are free at") in said()
 
 
 def test_a_redis_that_is_away_is_a_warning_beside_a_spool(settings, tmp_path):
