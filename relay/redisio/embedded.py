@@ -230,8 +230,6 @@ def start(state_dir: Path, wanted: str = "") -> EmbeddedRedis:
             logger.info("the path of {} is too long for a socket: Redis listens in {}", state_dir, place)
         argv = server_argv(state_dir, wanted)
         _see_that_it_is_whole(folder(state_dir), program, version)
-        if zeros := aof.cut_zeros(folder(state_dir)):
-            logger.warning("{} zeros cut off the end of the log of Redis: a power cut left a write unfinished", zeros)
         parent = os.getpid()
         # Its output before it opens its log (such as an unknown option) belongs there too.
         with (folder(state_dir) / "redis.log").open("ab") as log:
@@ -314,8 +312,15 @@ def _make_private(directory: Path) -> None:
 
 
 def _see_that_it_is_whole(data: Path, program: Path, version: versions.Version | None) -> None:
-    if objection := versions.objection(data, program, version) or aof.objection(data):
-        raise DataTrouble(objection)
+    try:
+        if objection := versions.objection(data, program, version) or aof.objection(data):
+            raise DataTrouble(objection)
+        zeros = aof.cut_zeros(data)
+    except OSError as error:  # a bad sector, a folder in the place of a file: mail goes on without it
+        file, reason = error.filename or data, error.strerror or error
+        raise DataTrouble(f"{file} cannot be used: {reason}: bring back the data of Redis from a backup") from error
+    if zeros:
+        logger.warning("{} zeros cut off the end of the log of Redis: a power cut left a write unfinished", zeros)
 
 
 def _wait_for_lock(descriptor: int, state_dir: Path) -> None:

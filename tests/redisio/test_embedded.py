@@ -357,6 +357,12 @@ def _snapshot(data: Path) -> None:
     shutil.rmtree(data / "appendonlydir")
 
 
+def _as_folder(data: Path) -> None:
+    manifest = data / "appendonlydir/appendonly.aof.manifest"
+    manifest.unlink()
+    manifest.mkdir()
+
+
 UNWHOLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda data: (data / "appendonlydir/appendonly.aof.manifest").unlink(), "manifest is missing"),
     "an empty manifest": (lambda data: _manifest(data, ""), "empty or damaged"),
@@ -364,6 +370,7 @@ UNWHOLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a manifest cut after a line": (lambda data: _manifest(data, _lines(data)[0]), "does not name .*incr.aof"),
     "a manifest without its base": (lambda data: _manifest(data, _lines(data)[-1]), "does not name .*base.rdb"),
     "a manifest of zeros": (lambda data: _manifest(data, "\0" * 80), "empty or damaged"),
+    "a manifest that is a folder": (_as_folder, "Is a directory"),
     "a base that is gone": (lambda data: next(data.glob("*/*.base.rdb")).unlink(), "base.rdb, which is missing"),
     "a log that is gone": (lambda data: next(data.glob("*/*.incr.aof")).unlink(), "incr.aof, which is missing"),
     "another folder name": (lambda data: (data / "appendonlydir").rename(data / "aof"), "manifest is missing"),
@@ -386,6 +393,7 @@ def test_nothing_starts_empty_beside_data(tmp_path, start, what):
     with pytest.raises(EmbeddedError, match=rf"{words}.*(move what is in|bring back)") as error:
         embedded.start(tmp_path)
     assert "\n" not in str(error.value)
+    assert isinstance(error.value, embedded.DataTrouble)  # mail goes on without it
     assert before == {path: path.stat().st_size for path in before}
     assert aof.objection(tmp_path / "elsewhere" / "redis") == ""
 
