@@ -171,7 +171,7 @@ async def test_trouble_with_many_messages_is_theirs(
     backup.replies[command] = at_the_dot("bad", reaction) if command != "MAIL" else named("bad", reaction)
     async with at_work(redis_url, backup) as work:
         work.add(bad + good)
-        await until(lambda: len(arrived(backup)) == len(good), 20, lambda: f"{len(arrived(backup))} came")
+        await until(lambda: len(arrived(backup)) == len(good), message=lambda: f"{len(arrived(backup))} came")
         await until(lambda: set(bad) == set(contents.pending_ids()))
     assert len(backup.messages) == len(good)
 
@@ -194,15 +194,22 @@ async def test_a_server_that_breaks_off_with_everybody_is_paused(
 
 async def test_what_comes_later_ends_a_long_pause(contents: Contents, redis_url: str, backup: ScriptedServer) -> None:
     """Behind hundreds that are refused, a single message that is taken is found by one of the next two probes."""
-    backup.replies["RCPT"] = named("bad", DENIED)
+    asked: list[str] = []
+
+    def answer(moment: Moment) -> Reaction:
+        asked.append(moment.line)
+        return DENIED if "bad" in moment.line else None
+
+    backup.replies["RCPT"] = answer
     async with at_work(redis_url, backup) as work:
         work.add([contents.pending(f"bad{n}@d{n}.test", sender=f"s{n}@s{n}.test") for n in range(400)])
         await until(lambda: not work.courier.accepting)
         good = contents.pending("good@d.test", sender="s@s.test", age=0)
-        before = len(backup.transactions)
+        before = len(asked)
         work.add([good])
         await until(lambda: good not in contents.pending_ids())
-        assert len(backup.transactions) <= before + 3
+    # A refusal on a kept connection is asked about once more on a new one; the first of the two may be under way.
+    assert next(n for n, line in enumerate(asked) if "good" in line) <= before + 6
     assert arrived(backup) == {"good@d.test"}
 
 
@@ -229,8 +236,8 @@ async def test_what_was_said_before_the_end_of_the_connection_counts(
     async with at_work(redis_url, backup, retry_first="0.2") as work:
         work.add([*alone, mixed])
         await until(lambda: sorted(contents.failed_ids()) == sorted([*alone, mixed]))
-        await until(lambda: bool(contents.queued()) or not contents.pending_ids())
-        work.add([mixed])
+        (job,) = await until(contents.queue().scheduled_job_registry.get_job_ids)
+        work.add([mixed], job)
         await until(lambda: not contents.pending_ids())
     assert [message.recipients for message in backup.messages] == [["good@test"]]
 

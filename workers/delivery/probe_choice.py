@@ -32,6 +32,8 @@ class ProbeChoice:
         self._bodies = bodies
         self._claiming = claiming
         self._is_newest = False  # whether the last one was
+        self._job: JobInHand | None = None  # the last one, and what it has of the backlog
+        self._drawn: set[str] = set()
 
     async def bring_forward(self, job: JobInHand) -> None:
         """Have the best probe be the next copy of a job, which may get copies of the backlog for that.
@@ -39,17 +41,26 @@ class ProbeChoice:
         Raises Interrupted.
         """
         breaker = self._breaker
-        own = len(job.work)
+        if job.work and isinstance(job.work[0], Copy) and job.work[0].repeats:
+            return  # the last one is to be asked about on a new connection
         is_of_messages = breaker.is_in_doubt or breaker.is_refusing or breaker.is_breaking
-        if own < _ENOUGH and (is_of_messages or all(self._runs.has_met_trouble(i.id) for i in job.work)):
-            job.work.extend(await self._claiming.claim_sample(job.id))  # its own may all be like what was refused
+        if job is not self._job:
+            self._job, self._drawn = job, set()
+        if len(job.work) < _ENOUGH and (is_of_messages or all(self._runs.has_met_trouble(i.id) for i in job.work)):
+            sample = await self._claiming.claim_sample(job.id)  # its own may all be like what was refused
+            job.work.extend(sample)
+            self._drawn.update(claim.id for claim in sample)
         if job.work:
             # A job's own copies were accepted one after the other: what is wrong with some may be with all. Every other
             # time it is the newest one: what has come since is hardly of the same burst.
             self._is_newest = not self._is_newest
             ranks = [
-                (self._likeness(item), place < own, -_accepted_at(item) if self._is_newest else random.random())
-                for place, item in enumerate(job.work)
+                (
+                    self._likeness(item),
+                    item.id not in self._drawn,
+                    -_accepted_at(item) if self._is_newest else random.random(),
+                )
+                for item in job.work
             ]
             chosen = ranks.index(min(ranks))
             item = job.work[chosen]
