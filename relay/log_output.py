@@ -5,6 +5,9 @@ descriptor would apply to all processes that share it; a socket (journald's) has
 lines or refuses them. Other lines are buffered, up to a limit, and a thread writes them when possible. If a descriptor
 cannot be opened again, the thread writes all lines. The supervisor forks and so has no thread: it tries again whenever
 it wakes up. Once lines can be written again, a line gives the number of dropped ones. Nothing here raises.
+
+Lines of ordinary mail that an event loop logs (``write_soon``) are gathered and written once a turn of it, as one write
+costs as much as making ten lines. A crash loses those of its last turn, an orderly end none.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 _KEPT_OCTETS = 256 << 10
 _PIECE = 4096  # PIPE_BUF: a write up to this size is atomic, so that lines of several processes do not mix
@@ -50,26 +54,47 @@ class LogStream:
         self._lock = threading.Lock()
         self._more = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
+        self._gathered: list[bytes] = []
+        self.gather(None)
+
+    def gather(self, call_soon: Callable[..., Any] | None) -> None:
+        """Gather the lines of this thread, whose event loop has this ``call_soon``; None: no more."""
+        self._call_soon = call_soon
+        self._gatherer = threading.get_ident()
+        if self._gathered:
+            self.write("")
 
     @property
     def waits(self) -> bool:
         """Whether lines are buffered, or dropped and not yet reported."""
         return bool(self._kept or self.dropped)
 
+    def write_soon(self, text: str) -> None:
+        """Write whole lines at the end of the event loop's turn; at once where none gathers them."""
+        if self._call_soon is None or threading.get_ident() != self._gatherer:
+            self.write(text)
+            return
+        with self._lock:
+            self._gathered.append(text.encode("utf-8", "backslashreplace"))
+            is_first = len(self._gathered) == 1
+        if is_first:
+            try:
+                self._call_soon(self.write, "")
+            except RuntimeError:  # the loop has ended
+                self.write("")
+
     def write(self, text: str) -> None:
-        """Write whole lines, or buffer them, or drop them. Never blocks, never raises."""
+        """Write whole lines, or buffer them, or drop them, after those gathered. Never blocks, never raises."""
         data = text.encode("utf-8", "backslashreplace")
         with self._lock:
-            if self._kept and self._thread is None:
-                self._write_kept()
-            if not self._kept and self._is_at_once and self._catch_up():
-                data = self._attempt(data)
-            if data:
-                self._keep(data)
+            lines, self._gathered = self._gathered, []
+            for piece in _pieces([*lines, data]):
+                self._put(piece)
 
     def flush(self, seconds: float = 0.0) -> None:
         """Wait until the buffer is empty, at most ``seconds``."""
         deadline = time.monotonic() + seconds
+        self.write("")
         while self.waits:
             with self._lock:
                 if self._thread is None:
@@ -79,6 +104,14 @@ class LogStream:
             time.sleep(0.01)
 
     # With the lock
+
+    def _put(self, data: bytes) -> None:
+        if self._kept and self._thread is None:
+            self._write_kept()
+        if not self._kept and self._is_at_once and self._catch_up():
+            data = self._attempt(data)
+        if data:
+            self._keep(data)
 
     @property
     def _is_at_once(self) -> bool:
@@ -245,6 +278,12 @@ def take_over(*, threads: bool) -> LogStream:
     return _output
 
 
+def gather(call_soon: Callable[..., Any] | None) -> None:
+    """Gather the lines that this thread's event loop logs; None: no more. See ``LogStream``."""
+    if _output is not None:
+        _output.gather(call_soon)
+
+
 def waits() -> bool:
     """Return whether lines are buffered, or dropped and not yet reported."""
     return _output is not None and _output.waits
@@ -278,6 +317,18 @@ def _never_blocking(descriptor: int) -> tuple[Callable[[bytes], int] | None, int
     except OSError:  # closed, owned by another user, without a reader, or no Linux
         return None, descriptor
     return lambda data: os.write(again, data[:_PIECE]), again
+
+
+def _pieces(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Join lines, to so many octets as are written without another process's lines between them."""
+    piece = b""
+    for line in lines:
+        if piece and len(piece) + len(line) > _PIECE:
+            yield piece
+            piece = b""
+        piece += line
+    if piece:
+        yield piece
 
 
 def _takes(descriptor: int) -> bool:

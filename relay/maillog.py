@@ -58,7 +58,7 @@ def configure(
         logger.add(
             _to_stderr, level=level.upper(), format=_text_format, colorize=False, backtrace=False, diagnose=False
         )
-    _events = _Events(level, style, process)
+    _events = _Events(level, style, process, output)
     if output is not None:
         output.tell = _events.dropped
 
@@ -71,7 +71,10 @@ def _to_stderr(text: str) -> None:
 class _Events:
     """Writes events in loguru's format at a tenth of its cost, since each message has two lines or more."""
 
-    def __init__(self, level: str, style: str, process: str) -> None:
+    def __init__(self, level: str, style: str, process: str, output: log_output.LogStream | None) -> None:
+        # What is a warning or worse may be the last that a process says.
+        self._ordinary = {"DEBUG", "INFO"} if output is not None else set[str]()
+        self._soon = output.write_soon if output is not None else _to_stderr
         self._lowest = logger.level(level.upper()).no
         self._levels = {name: logger.level(name).no for name in ("DEBUG", "INFO", "WARNING", "ERROR")}
         self._compose = self._json if style == "json" else self._text
@@ -81,7 +84,8 @@ class _Events:
 
     def write(self, level: str, event: str, fields: Values) -> None:
         if self._levels[level] >= self._lowest:
-            _to_stderr(self._compose(level, event, fields))
+            write = self._soon if level in self._ordinary else _to_stderr
+            write(self._compose(level, event, fields))
 
     def dropped(self, count: int) -> str:
         """Return the line that reports dropped lines."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import os
@@ -138,6 +139,45 @@ def test_a_forked_process_repeats_nothing(pipe: tuple[int, int]) -> None:
 
 
 # The product
+
+
+def test_lines_of_one_turn_leave_together(pipe: tuple[int, int]) -> None:
+    """A loop's lines are written at the end of its turn, whole lines in a write, in order with those of warnings."""
+    output, turn = LogStream(pipe[1]), list[Callable[[], None]]()
+    writes: list[bytes] = []
+    output._send = lambda data: writes.append(data) or len(data)  # type: ignore[func-returns-value]
+    output.gather(lambda write, text: turn.append(lambda: write(text)))
+    for number in range(30):
+        output.write_soon(f"{number:199}\n")
+    assert (writes, len(turn)) == ([], 1)
+    turn.pop()()
+    assert [len(data) for data in writes] == [4000, 2000]
+    output.write_soon("accepted\n")
+    output.write("warning\n")
+    assert writes[2:] == [b"accepted\nwarning\n"]
+    turn.pop()()  # nothing is left for it
+    other = threading.Thread(target=output.write_soon, args=("of another thread\n",))
+    other.start()
+    other.join()
+    assert writes[3:] == [b"of another thread\n"]
+
+
+@pytest.mark.parametrize("end", ["gather", "flush", "loop"])
+def test_an_orderly_end_loses_no_line(pipe: tuple[int, int], end: str) -> None:
+    """Lines of the last turn are written whichever way its process ends: drained, at exit, or its loop closed."""
+    output = LogStream(pipe[1])
+    loop = asyncio.new_event_loop()
+    output.gather(loop.call_soon)
+    if end == "loop":
+        loop.close()
+        output.write_soon("last\n")
+    else:
+        output.write_soon("last\n")
+        loop.close()
+        output.gather(None) if end == "gather" else output.flush()
+    output.gather(None)
+    output.write_soon("later\n")
+    assert read_all(pipe[0]) == b"last\nlater\n"
 
 
 @pytest.mark.long

@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import ssl
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -75,7 +76,7 @@ class Connection(asyncio.Protocol):
         self.extensions: Mapping[str, str] = {}  # EHLO keyword in capitals -> parameters
         self.hostname = hostname
         self.limits = UNLIMITED
-        self.created = self.last_used = self._loop.time()
+        self.created = self.last_used = time.monotonic()
         self.transactions = 0  # MAIL commands sent
         self.refusals = 0  # of MAIL, RCPT, DATA and dot since the last accepted message: servers slow down for them
         self.in_data = False  # the server reads body text, so only the dot or a close may follow
@@ -141,7 +142,6 @@ class Connection(asyncio.Protocol):
             raise RuntimeError("only the dot may be sent in the DATA phase")
         self._speak(lines[0])
         self._owe(lines)
-        self.last_used = self._loop.time()
         self._transport.write(b"\r\n".join((*lines, b"")))
 
     async def reply(self, *, timeout: float) -> Reply:

@@ -15,6 +15,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from time import monotonic as _now  # the clock of the event loop, which would have to be looked up each time
 
 from relay.client.connect import connect
 from relay.client.connection import Connection
@@ -100,7 +101,7 @@ class Pool:
         ``fresh`` skips the idle ones, for a caller whose reused connection was just lost. Raises PoolExhausted, and
         ConnectFailed from the handshake of a new connection, which ``timeout`` does not bound.
         """
-        deadline = asyncio.get_running_loop().time() + (self._timeouts.connect if timeout is None else timeout)
+        deadline = _now() + (self._timeouts.connect if timeout is None else timeout)
         if self._closed or self._waiters or self._out >= self._room():
             await self._wait(deadline, first=False)
         else:
@@ -116,7 +117,7 @@ class Pool:
                     self._free()
                     raise
                 self._refusal = error.reply
-                self._ceiling = (others, asyncio.get_running_loop().time() + _CEILING_SECONDS)
+                self._ceiling = (others, _now() + _CEILING_SECONDS)
                 self._free()
                 await self._wait(deadline, first=True)
                 fresh = False  # a connection given back now has just worked
@@ -147,7 +148,7 @@ class Pool:
 
     def renew(self) -> None:
         """Retire all connections that are open now: a server applies its new settings to new connections only."""
-        self._fresh_since = asyncio.get_running_loop().time()
+        self._fresh_since = _now()
         while self._idle:
             self._say_goodbye(self._idle.pop())
 
@@ -183,14 +184,13 @@ class Pool:
         age = self.destination.connection_age
         if not age:
             return self._fresh_since
-        return max(self._fresh_since, asyncio.get_running_loop().time() - age)
+        return max(self._fresh_since, _now() - age)
 
     async def _kept(self) -> Connection | None:
         """Return the idle connection used last that is still usable, or None."""
         while self._idle:
             connection = self._idle.pop()
-            now = asyncio.get_running_loop().time()
-            if connection.last_used + _IDLE_SECONDS < now or connection.created < self._oldest():
+            if connection.last_used + _IDLE_SECONDS < _now() or connection.created < self._oldest():
                 self._say_goodbye(connection)
                 continue
             try:
@@ -212,7 +212,7 @@ class Pool:
 
     def _retire_owed(self) -> None:
         """Close the other idle connections that are owed a reply: waiting would cost a time-out for each."""
-        self._no_rset_until = asyncio.get_running_loop().time() + _NO_RSET_SECONDS
+        self._no_rset_until = _now() + _NO_RSET_SECONDS
         for connection in self._idle:
             if connection.replies_owed:
                 connection.close()
@@ -236,7 +236,7 @@ class Pool:
 
     def _keep(self, connection: Connection) -> None:
         if connection.is_dirty:
-            if asyncio.get_running_loop().time() < self._no_rset_until:
+            if _now() < self._no_rset_until:
                 connection.close()
                 return
             try:
@@ -244,17 +244,16 @@ class Pool:
             except ClientError:
                 connection.close()
                 return
-        loop = asyncio.get_running_loop()
-        connection.last_used = loop.time()
+        connection.last_used = _now()
         self._idle.append(connection)
         if self._reaper is None:
-            self._reaper = loop.call_later(_IDLE_SECONDS, self._reap)
+            self._reaper = asyncio.get_running_loop().call_later(_IDLE_SECONDS, self._reap)
 
     def _reap(self) -> None:
         """Close the connections that have been idle for too long, and set the timer for the next one."""
         loop = asyncio.get_running_loop()
         self._reaper = None
-        now = loop.time()
+        now = _now()
         while self._idle and self._idle[0].last_used + _IDLE_SECONDS <= now + 0.01:
             self._say_goodbye(self._idle.pop(0))
         if self._idle:
@@ -275,7 +274,7 @@ class Pool:
         if self._ceiling is None:
             return self._limit
         ceiling, until = self._ceiling
-        if asyncio.get_running_loop().time() >= until:
+        if _now() >= until:
             self._ceiling = None
             return self._limit
         return min(self._limit, ceiling)

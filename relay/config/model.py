@@ -74,9 +74,13 @@ class SmtpSettings:
 
     @property
     def process_count(self) -> int:
-        """``processes``, or the number of cores that this process may use."""
+        """``processes``, or half the number of cores that this process may use.
+
+        The other half is for the workers and Redis, which a message costs about as much; and the fewer processes, the
+        more messages share a commit: two on two cores take 12 to 19 % more processor time a message than one.
+        """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return self.processes or cores or 1
+        return self.processes or max(1, (cores or 1) // 2)
 
 
 @dataclass(frozen=True, slots=True, repr=False)

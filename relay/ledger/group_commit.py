@@ -39,13 +39,14 @@ class GroupCommit:
     def __init__(self, connection: Redis, *, seconds: float, flights: int = _FLIGHTS) -> None:
         self._wires = Pipelines(connection, seconds=seconds)
         self._seconds = seconds
+        self._loop: asyncio.AbstractEventLoop | None = None  # that of the first change
         self._gathering = Gathering(self._fly, flights=flights, octets=_GROUP_BYTES)
         self._unanswered: deque[_Pending] = deque()  # in the order of their deadlines; answered ones leave late
         self._timer: asyncio.TimerHandle | None = None
 
     def submit(self, kind: str, item: Any, size: int = 0) -> asyncio.Future[Any]:
         """Queue one change; returns a future with its result or exception."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop = self._loop or asyncio.get_running_loop()
         pending = _Pending(kind, item, size, loop.time() + self._seconds, loop.create_future())
         self._gathering.add(pending)
         self._unanswered.append(pending)

@@ -18,7 +18,7 @@ from functools import partial
 import uvloop
 from redis.exceptions import RedisError
 
-from relay import limits, maillog
+from relay import limits, log_output, maillog
 from relay.child import ChildContext
 from relay.client.pool import Pool
 from relay.config.loader import Settings
@@ -82,6 +82,7 @@ def serve(context: ChildContext, settings: Settings, place: Place, redis_url: st
     place = replace(place, counters=place.counters.at_seat(context.seat))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_Relay(context, settings, place, redis_url).run())
+    log_output.gather(None)
     return 0
 
 
@@ -174,6 +175,7 @@ class _Relay:
         """Start up, serve, drain."""
         loop = asyncio.get_running_loop()
         emitter.use(loop)
+        log_output.gather(loop.call_soon)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._end)
         loop.add_signal_handler(signal.SIGHUP, self._reload)

@@ -144,7 +144,7 @@ def test_defaults() -> None:
     assert settings.smtp.listen == "127.0.0.1:2525"
     assert settings.smtp.addresses == (("127.0.0.1", 2525),)
     assert settings.smtp.domain == "localhost"
-    assert settings.smtp.process_count >= 1
+    assert settings.smtp.process_count == max(1, len(os.sched_getaffinity(0)) // 2)
     assert settings.smtp.max_message_bytes == 104857600
     assert settings.smtp.allowed_networks == (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
     assert settings.relay.timeout_seconds == 10.0

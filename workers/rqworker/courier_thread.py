@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import uvloop
 from loguru import logger
 
+from relay import log_output
 from workers.jobs import Deliverer
 
 T = TypeVar("T")
@@ -56,12 +57,14 @@ class CourierThread:
         self._closing = True
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
+        log_output.gather(None)
         signal.set_wakeup_fd(-1)
         for descriptor in self._wakeup:
             os.close(descriptor)
         self.loop.close()
 
     async def _watch(self) -> None:
+        log_output.gather(self.loop.call_soon)
         self.loop.add_reader(self._wakeup[0], self._on_signal)
 
     async def _add(self, make: Callable[[], Deliverer]) -> Deliverer:
