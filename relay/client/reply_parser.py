@@ -68,16 +68,13 @@ class ReplyParser:
 
     def _single(self, data: bytes) -> Reply | None:
         """Return the reply if the data is exactly one plain line, as nearly always, else None."""
-        if data[3:4] != b" " or data[-2:] != b"\r\n" or len(data) > _LINE_KEPT or not self.is_between:
-            return None
-        code, text = data[:3], data[4:-2]
-        if not code.isdigit() or not text.isascii() or not (words := text.decode("ascii")).isprintable():
-            return None
-        return Reply(int(code), (words,))
+        return _plain(data[:-2]) if data[-2:] == b"\r\n" and self.is_between else None
 
     def _line(self, line: bytes) -> Reply | None:
         if line.endswith(b"\r"):
             line = line[:-1]
+        if not self._lines and (reply := _plain(line)) is not None:
+            return reply
         code, mark = line[:3], line[3:4]
         if len(code) != 3 or not code.isdigit() or mark not in _MARKS:
             raise ValueError("not a reply line")
@@ -95,6 +92,14 @@ class ReplyParser:
             return None
         lines, self._lines, self._size = self._lines, [], 0
         return Reply(int(code), tuple(lines))
+
+
+def _plain(line: bytes) -> Reply | None:
+    """Return the reply that is one line of printable ASCII, without its CRLF, as nearly all are; else None."""
+    if len(line) > _LINE_KEPT or not line.isascii():
+        return None
+    code, mark, text = (words := line.decode("ascii"))[:3], words[3:4], words[4:]
+    return Reply(int(code), (text,)) if mark == " " and code.isdigit() and text.isprintable() else None
 
 
 def safe_text(text: bytes) -> str:

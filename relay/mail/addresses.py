@@ -22,6 +22,8 @@ def parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None
 
 def within(address: str, networks: tuple[Network, ...]) -> bool:
     """Return whether an IP address is in one of the networks; False for anything that is no address."""
+    if not networks:
+        return False
     client = parsed(address)
     return client is not None and any(client in network for network in networks)
 
@@ -33,6 +35,7 @@ def plain_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str
     return str(address)
 
 
+@lru_cache(maxsize=4096)
 def is_loopback(address: str) -> bool:
     """Return whether an address is a loopback address."""
     found = parsed(address)

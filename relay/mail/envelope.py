@@ -106,7 +106,7 @@ class Envelope:
         everybody = tuple(range(len(self.recipients)))
         if self.promised is None:
             return tuple(i for i in everybody if destination.wants(self.recipients[i])) or everybody
-        return dict(self.promised).get(destination.name, everybody)
+        return dict(self.promised).get(destination.name, everybody) if self.promised else everybody
 
 
 def _promised(record: dict[str, list[int]], recipients: int) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -73,11 +73,15 @@ class IdSource:
         self.owner = _base32(random.SystemRandom().getrandbits(20), 4)
         self._clock = clock
         self._last = 0  # milliseconds and count
+        self._moment, self._beginning = -1, ""  # milliseconds, and what the ids made in them begin with
 
     def next(self) -> str:
         count = (self._last + 1) & _COUNTED
         self._last = max(int(self._clock() * 1000) << _COUNT_BITS | count, self._last + 1)
-        return _base32(self._last >> _COUNT_BITS, 9) + self.owner + _base32(self._last & _COUNTED, 3)
+        moment, count = self._last >> _COUNT_BITS, self._last & _COUNTED
+        if moment != self._moment:
+            self._moment, self._beginning = moment, _base32(moment, 9) + self.owner
+        return self._beginning + ALPHABET[count >> 10] + ALPHABET[count >> 5 & 31] + ALPHABET[count & 31]
 
 
 def owner_of(message_id: str) -> str:

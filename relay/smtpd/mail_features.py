@@ -5,10 +5,6 @@ So two servers can be compared by what mail has needed of them.
 
 from __future__ import annotations
 
-import functools
-
-from prometheus_client import Counter
-
 from relay import metrics
 from relay.mail.envelope import Envelope
 from relay.mail.esmtp import MAIL_EXTENSIONS, value
@@ -16,15 +12,10 @@ from relay.mail.esmtp import MAIL_EXTENSIONS, value
 _SMTPUTF8, _EIGHT_BIT, _DSN = (metrics.features.labels(name) for name in metrics.MAIL_FEATURES)
 
 
-@functools.cache
-def _copies(destination: str) -> Counter:
-    return metrics.copies.labels(destination)  # looks it up under a lock, and there are few
-
-
 def note(envelope: Envelope) -> None:
     """Count a message's copies, and what it needs that not every server has."""
     for name in envelope.destinations:
-        _copies(name).inc()
+        metrics.increment(metrics.copies, name)(1)
     metrics.largest_message.note(envelope.size)
     metrics.most_recipients.note(len(envelope.recipients))
     given = envelope.parameters

@@ -70,6 +70,10 @@ class Peer:
         # its data can still be read.
         self._is_local = addresses.is_loopback(address)
         self._is_allowed = self._settings.allows(address)
+        # Whether LF is a line end and LF.LF the end of data for this client (smtp.bare_newline_exclusions).
+        self.may_end_lines_with_lf = within(address, self._settings.bare_newline_exclusions)
+        # Whether a bare CR or LF is refused.
+        self.crlf_only = self._settings.bare_newline == "refuse" and not self.may_end_lines_with_lf
 
     # --- the connection ---------------------------------------------------------------------------------------
 
@@ -191,16 +195,6 @@ class Peer:
     def is_spoken_for(self) -> bool:
         """Whether the identity comes from XFORWARD or XCLIENT and not from the connection."""
         return bool(self._forwarded or self._origin)
-
-    @property
-    def may_end_lines_with_lf(self) -> bool:
-        """Whether LF is a line end and LF.LF the end of data for this client (smtp.bare_newline_exclusions)."""
-        return within(self.address, self._settings.bare_newline_exclusions)
-
-    @property
-    def crlf_only(self) -> bool:
-        """Whether a bare CR or LF is refused."""
-        return self._settings.bare_newline == "refuse" and not self.may_end_lines_with_lf
 
     def end_transaction(self) -> None:
         """Forget what XFORWARD said; it is for one message only."""

@@ -195,9 +195,11 @@ class ClientProtocol(asyncio.Protocol):
         if self.transport is not None and self.transport.get_write_buffer_size():
             seconds = self._write_seconds
             self._deaf_at = self.loop.time() + seconds
-        await asyncio.wait([self._lost], timeout=seconds)
-        if not self._lost.done():
-            self.abort()
+        overdue = self.loop.call_later(seconds, self.abort)
+        try:
+            await self._lost
+        finally:
+            overdue.cancel()
 
     def abort(self) -> None:
         """Abort the connection and treat it as lost, without waiting for the event loop to report it."""

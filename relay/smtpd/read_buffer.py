@@ -42,12 +42,14 @@ class ReadBuffer:
         """Append received octets; after the end they are dropped (TLS still delivers some while it closes)."""
         if self._ended:
             return
-        self._data = self._data[self._at :] + data if self._at < len(self._data) else data
-        self._at = 0
-        if self._counted or len(self._data) > _UNCOUNTED:
+        if self._at < len(self._data):
+            data = self._data[self._at :] + data
+        self._data, self._at = data, 0
+        size = len(data)
+        if self._counted or size > _UNCOUNTED:
             self._recount()
         self._wake()
-        if len(self._data) > 2 * BUFFER and not self._paused and self._transport is not None:
+        if size > 2 * BUFFER and not self._paused and self._transport is not None:
             self._transport.pause_reading()
             self._paused = True
 

@@ -81,7 +81,8 @@ class ProcessCounters:
 
     @property
     def octets(self) -> int:
-        return sum(self._numbers[1 : self._end * _FIELDS : _FIELDS])
+        # Asked for four times a message: ``_end`` written out.
+        return sum(self._numbers[1 : (self._rows[0] or 1) * self._processes * _FIELDS : _FIELDS])
 
     def add_client(self, change: int) -> None:
         self._numbers[self._index * _FIELDS] += change

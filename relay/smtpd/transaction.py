@@ -254,7 +254,7 @@ class MailTransaction:
                 self._recipients.append(recipient)
                 self._heard.rcpt.append(reply)
                 self._count(len(argument))
-        metrics.recipients.labels(metrics.reply_class(reply.code)).inc()
+        metrics.increment(metrics.recipients, metrics.reply_class(reply.code))(1)
         if not reply.is_positive:
             self._error_limits.exceed()
             self._heard.refuse(address, reply, is_own=is_own)
@@ -524,7 +524,7 @@ class MailTransaction:
         seconds = self._protocol.loop.time() - begun
         faultpoints.reach("primary answered")
         metrics.primary_seconds.observe(seconds)
-        metrics.messages.labels(metrics.reply_class(reply.code)).inc()
+        metrics.increment(metrics.messages, metrics.reply_class(reply.code))(1)
         if reply.is_positive:
             if staged:
                 addresses = tuple(r.address for r in envelope.recipients)
@@ -535,7 +535,7 @@ class MailTransaction:
                 maillog.copy_lost(envelope)
             self._error_limits.bring_a_message()
             self.log_the_rest()
-            metrics.bytes_accepted.inc(envelope.size)
+            metrics.increment(metrics.bytes_accepted)(envelope.size)
             mail_features.note(envelope)
             is_late = self._protocol.is_gone
             to = [r.address for r in envelope.recipients] if self._context.settings.log.addresses else ()

@@ -68,6 +68,7 @@ class ConnectionRuns:
     ) -> None:
         self._destination = destination
         self._relay = relay
+        self._patience = relay.timeouts.command  # for one reply
         self._pool = pool
         self._bodies = bodies
         self._jobs = jobs
@@ -149,7 +150,7 @@ class ConnectionRuns:
                 trial.copy.message,
                 trial.copy.next_owed,
                 trial.outcome,
-                timeout=self._relay.timeouts.command,
+                timeout=self._patience,
                 final_timeout=self._relay.final_timeout_seconds,
                 begun=trial.begun,
                 following=following,

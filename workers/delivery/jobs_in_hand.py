@@ -73,7 +73,10 @@ class JobsInHand:
 
     def next(self) -> JobInHand | None:
         """Return the first job with copies to be tried."""
-        return next((job for job in self._jobs if job.work), None)
+        for job in self._jobs:  # asked for with each copy: a generator would take three times as long
+            if job.work:
+                return job
+        return None
 
     @property
     def copies_left(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -238,6 +238,20 @@ def _go(reply: Reply, accepted: list[int], outcome: Outcome) -> list[int] | None
 def mail_command(envelope: Envelope, destination: Destination, connection: Connection) -> bytes:
     """Return MAIL for this server. Raises Unfit."""
     extensions = connection.extensions
+    parameters = _needed(envelope, destination, extensions) if envelope.parameters else []
+    if "SIZE" in extensions:
+        limit = extensions["SIZE"].strip()
+        if limit.isascii() and limit.isdigit() and 0 < int(limit) < envelope.size:
+            raise Unfit(f"5.3.4 the message has {envelope.size} octets, the backup takes {limit}: raise its size limit")
+        parameters.append(f"SIZE={envelope.size}")
+    if envelope.parameters:
+        parameters += [p for p in _optional(envelope) if MAIL_EXTENSIONS[p.partition("=")[0]] in extensions]
+    sender = "" if destination.sender == "null" else envelope.sender
+    return command_line("MAIL FROM", sender, parameters)
+
+
+def _needed(envelope: Envelope, destination: Destination, extensions: Mapping[str, str]) -> list[str]:
+    """Return the parameters without which the message must not be sent. Raises Unfit."""
     parameters = []
     if value(envelope.parameters, "SMTPUTF8") is not None:
         if "SMTPUTF8" not in extensions:
@@ -254,15 +268,7 @@ def mail_command(envelope: Envelope, destination: Destination, connection: Conne
                 "5.7.30 the message must travel with REQUIRETLS: offer it there, and set tls = verify for it here"
             )
         parameters.append("REQUIRETLS")
-    if "SIZE" in extensions:
-        limit = extensions["SIZE"].strip()
-        if limit.isascii() and limit.isdigit() and 0 < int(limit) < envelope.size:
-            raise Unfit(f"5.3.4 the message has {envelope.size} octets, the backup takes {limit}: raise its size limit")
-        parameters.append(f"SIZE={envelope.size}")
-    if envelope.parameters:
-        parameters += [p for p in _optional(envelope) if MAIL_EXTENSIONS[p.partition("=")[0]] in extensions]
-    sender = "" if destination.sender == "null" else envelope.sender
-    return command_line("MAIL FROM", sender, parameters)
+    return parameters
 
 
 def _optional(envelope: Envelope) -> Iterator[str]:
