@@ -96,6 +96,7 @@ class RelaySettings:
     connection_age: float
     final_timeout_seconds: float
     require_durable_copies: bool
+    await_release: bool
     uncertain_hold: float
     demoted: Demoted
 

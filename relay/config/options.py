@@ -181,6 +181,10 @@ OPTIONS: tuple[Option, ...] = (
     Option("relay.require_durable_copies", BOOLEAN, False, "",
            "If neither Redis nor the spool can be written: false, the primary's reply stands, and the lost copy is "
            "logged and counted; true, the client gets 451 before the primary has the message."),
+    Option("relay.await_release", BOOLEAN, True, "",
+           "The reply to the final dot waits until Redis has stored that the copies are due; false: only until it is "
+           "sent to Redis. If the relay process and Redis both die in between, the copies wait for "
+           "relay.uncertain_hold."),
     Option("relay.uncertain_hold", duration(), "1h", "seconds",
            "If it is unknown whether the primary accepted a message, its copy waits this long for the client to send "
            "the message again; then it is delivered anyway."),

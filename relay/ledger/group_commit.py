@@ -31,6 +31,7 @@ class _Pending:
     size: int
     deadline: float
     done: asyncio.Future[Any]
+    sent: asyncio.Future[None] | None = None  # done with the write to Redis, at the latest with its answer
 
 
 class GroupCommit:
@@ -44,10 +45,12 @@ class GroupCommit:
         self._unanswered: deque[_Pending] = deque()  # in the order of their deadlines; answered ones leave late
         self._timer: asyncio.TimerHandle | None = None
 
-    def submit(self, kind: str, item: Any, size: int = 0) -> asyncio.Future[Any]:
-        """Queue one change; returns a future with its result or exception."""
+    def submit(
+        self, kind: str, item: Any, size: int = 0, sent: asyncio.Future[None] | None = None
+    ) -> asyncio.Future[Any]:
+        """Queue one change; returns a future with its result or exception. ``sent`` is done once it is on its way."""
         loop = self._loop = self._loop or asyncio.get_running_loop()
-        pending = _Pending(kind, item, size, loop.time() + self._seconds, loop.create_future())
+        pending = _Pending(kind, item, size, loop.time() + self._seconds, loop.create_future(), sent)
         self._gathering.add(pending)
         self._unanswered.append(pending)
         if self._timer is None:
@@ -66,6 +69,7 @@ class GroupCommit:
             pending = unanswered.popleft()
             if not pending.done.done():
                 pending.done.set_exception(TimeoutError(f"no answer within {self._seconds:g} s"))
+                _note(pending.sent)
         self._timer = loop.call_at(unanswered[0].deadline, self._expire) if unanswered else None
 
     def _fly(self, group: list[_Pending]) -> None:
@@ -81,12 +85,15 @@ class GroupCommit:
         except Exception as error:  # the border: the waiting callers get it
             asyncio.get_running_loop().call_soon(self._land, kinds, error)
         else:
-            self._wires.send(batch, partial(self._land, kinds))
+            if self._wires.send(batch, partial(self._land, kinds)):
+                for pending in group:
+                    _note(pending.sent)
 
     def _land(self, kinds: list[list[_Pending]], answers: Answers) -> None:
         for number, members in enumerate(kinds):
             answer = answers if isinstance(answers, Exception) else answers[number]
             for i, pending in enumerate(members):
+                _note(pending.sent)
                 pending.item = None  # frees the record: the entry may stay in the queue for a while
                 if pending.done.done():
                     continue
@@ -97,6 +104,11 @@ class GroupCommit:
         while self._unanswered and self._unanswered[0].done.done():
             self._unanswered.popleft()
         self._gathering.landed()
+
+
+def _note(sent: asyncio.Future[None] | None) -> None:
+    if sent is not None and not sent.done():
+        sent.set_result(None)
 
 
 _ADD: Mapping[str, Callable[[Any, Sequence[Any]], None]] = {

@@ -118,17 +118,21 @@ class Pipelines:
         self.send(batch, answered)
         return await found
 
-    def send(self, batch: CommandBatch, answered: Answered) -> None:
-        """Send a batch; ``answered`` is called once, with its answers or with the exception that prevented them."""
+    def send(self, batch: CommandBatch, answered: Answered) -> bool:
+        """Send a batch; ``answered`` is called once, with its answers or with the exception that prevented them.
+
+        Returns whether it is on its way: a new connection has to be opened first.
+        """
         for command in self._confirmation:
             batch.add(command)
         while self._idle:
             wire = self._idle.pop()
             if wire.is_open:
                 self._send(wire, batch, answered, is_last=False)
-                return
+                return True
             self._drop(wire)
         self._connect(batch, answered, is_last=False)
+        return False
 
     def _connect(self, batch: CommandBatch, answered: Answered, *, is_last: bool) -> None:
         def connected(task: asyncio.Task[_Pipeline]) -> None:

@@ -136,6 +136,7 @@ class _Relay:
             deadline_seconds=settings.relay.final_timeout_seconds + 30,
             hold_seconds=settings.relay.uncertain_hold,
             spool=self._spool,
+            awaits_release=settings.relay.await_release,
             covering=lambda released: asyncio.to_thread(recovery.tell_of_repeats, self._jobs, released),
         )
         self._shared = Context(

@@ -62,8 +62,12 @@ class Staging:
         hold_seconds: float,
         spool: Spool | None = None,
         covering: Callable[[Released], Awaitable[None]] | None = None,
+        awaits_release: bool = True,
     ) -> None:
-        """``covering`` is told of a release that stands for an uncertain message too."""
+        """``covering`` is told of a release that stands for an uncertain message too.
+
+        Without ``awaits_release``, ``release`` waits only until it is on its way to Redis.
+        """
         self._small = GroupCommit(connection, seconds=stage_seconds)
         self._large = GroupCommit(bulk, seconds=stage_seconds)
         self._dispatcher = dispatcher
@@ -73,6 +77,7 @@ class Staging:
         self._hold_seconds = hold_seconds
         self._spool = spool
         self._covering = covering
+        self._awaits_release = awaits_release
         self._doubtful: set[str] = set()  # ids whose stage got no answer: Redis may have them nevertheless
         self._repeating: set[asyncio.Task[None]] = set()
 
@@ -142,25 +147,47 @@ class Staging:
         maillog.spooled(envelope, reason)
 
     async def release(self, released: Released) -> None:
-        """Make a staged message due at its backups. Waits for the first try only; repetitions run in the background."""
+        """Make a staged message due at its backups. Waits for the first try only; repetitions run in the background.
+
+        Without ``awaits_release`` the first try runs there too, once it is sent. Only the loss of this process and of
+        Redis at that moment leaves the message staged: then its copies are due after the hold, as uncertain ones.
+        """
         spool = self._spool
         if spool is not None and spool.has(released.id) and await self._in_spool(spool.release, released.id):
             self._doubtful.discard(released.id)  # the importer merges it with what Redis may have
             return
         if not self._watch.is_down:
-            try:
-                is_new = await self._small.submit("release", released)
-            except (RedisError, OSError, TimeoutError) as error:
-                self._watch.failed(error)
-                maillog.ledger_trouble(f"release {released.id}", error)
-            else:
-                # Also when Redis had it done already, by a try that got no answer. A superfluous job does no harm.
-                self._dispatch(released)
-                if not is_new:
-                    self._repeat(lambda: self._look_for(released))
-                elif is_new == COVERING and self._covering:
-                    self._repeat(partial(self._covering, released))
+            if not self._awaits_release:
+                sent = asyncio.get_running_loop().create_future()
+                answer = self._small.submit("release", released, sent=sent)
+                self._repeat(partial(self._see_to, released, answer))
+                await sent
                 return
+            if await self._is_released(released, self._small.submit("release", released)):
+                return
+        await self._release_later(released)
+
+    async def _is_released(self, released: Released, answer: asyncio.Future[Any]) -> bool:
+        """Wait for the answer to a release, and see to what follows from it."""
+        try:
+            is_new = await answer
+        except (RedisError, OSError, TimeoutError) as error:
+            self._watch.failed(error)
+            maillog.ledger_trouble(f"release {released.id}", error)
+            return False
+        # Also when Redis had it done already, by a try that got no answer. A superfluous job does no harm.
+        self._dispatch(released)
+        if not is_new:
+            self._repeat(lambda: self._look_for(released))
+        elif is_new == COVERING and self._covering:
+            self._repeat(partial(self._covering, released))
+        return True
+
+    async def _see_to(self, released: Released, answer: asyncio.Future[Any]) -> None:
+        if not await self._is_released(released, answer):
+            await self._release_later(released)
+
+    async def _release_later(self, released: Released) -> None:
         if self._spool is not None:
             await self._noted(self._spool.note_release(released))
         self._repeat(lambda: self._released_late(released))

@@ -37,11 +37,13 @@ SETTINGS = {
 }
 # A job takes many copies with it, so few jobs are fetched; the other points are passed once for each message or group.
 PASSES = {"job fetched": 1, "before settle": 2}
-CASES = [(point, victim) for point in RELAY_POINTS + WORKER_POINTS for victim in ("itself", "supervisor", "redis")]
+VICTIMS = ("itself", "supervisor", "redis")
+CASES = [(point, victim, "true") for point in RELAY_POINTS + WORKER_POINTS for victim in VICTIMS]
+CASES += [(point, victim, "false") for point in ("primary answered", "released") for victim in VICTIMS]
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize(("point", "victim"), CASES)
+@pytest.mark.parametrize(("point", "victim", "await_release"), CASES)
 def test_killed_at(
     product: Callable[..., Product],
     primary: ScriptedServer,
@@ -50,11 +52,13 @@ def test_killed_at(
     monkeypatch: pytest.MonkeyPatch,
     point: str,
     victim: str,
+    await_release: str,
 ) -> None:
     """SIGKILL of the process at this point, of everything, or of Redis under it: nothing is lost."""
     reached = tmp_path / "reached"
     monkeypatch.setenv(faultpoints.VARIABLE, f"{point}:{PASSES.get(point, 10)}:{reached}")
-    pair = product(primary=primary.address, backups=[backup.address], settings=SETTINGS)
+    settings = {**SETTINGS, "relay.await_release": await_release}
+    pair = product(primary=primary.address, backups=[backup.address], settings=settings)
     sender = Sender(pair.smtp_port, range(60)).start()
     wait_until(reached.exists, 30, f"nobody reached {point!r}")
     kill(pair, victim)

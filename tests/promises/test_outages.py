@@ -56,7 +56,15 @@ SETTINGS = {
 class Process:
     """The durable side of one relay process, on a Redis of its own."""
 
-    def __init__(self, folder: Path, server: RedisServer, *, with_spool: bool = True, seconds: float = 0.5) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        server: RedisServer,
+        *,
+        with_spool: bool = True,
+        seconds: float = 0.5,
+        awaits_release: bool = True,
+    ) -> None:
         self.server = server
         self.folder = folder
         self.ids = IdSource()
@@ -75,6 +83,7 @@ class Process:
             deadline_seconds=600,
             hold_seconds=3600,
             spool=self.spool,
+            awaits_release=awaits_release,
         )
 
     def message(self, size: int = 10) -> Message:
@@ -111,10 +120,13 @@ class Process:
 async def make(tmp_path: Path, redis_factory: Callable[..., RedisServer]) -> AsyncIterator[Callable[..., Process]]:
     made: list[Process] = []
 
-    def start(*, with_spool: bool = True, seconds: float = 0.5, **options: str) -> Process:
+    def start(*, with_spool: bool = True, seconds: float = 0.5, awaits_release: bool = True, **options: str) -> Process:
         server = redis_factory(**options)
-        made.append(Process(tmp_path / "spool", server, with_spool=with_spool, seconds=seconds))
-        return made[-1]
+        process = Process(
+            tmp_path / "spool", server, with_spool=with_spool, seconds=seconds, awaits_release=awaits_release
+        )
+        made.append(process)
+        return process
 
     yield start
     for process in made:
@@ -166,6 +178,25 @@ async def test_an_acceptance_while_redis_hangs(make: Callable[..., Process]) -> 
     await until(lambda: process.names() == [])
     assert process.ledger.pending_ids() == [released.id]
     await until(lambda: released.id in [i for ids in process.ledger.queued().values() for i in ids])
+
+
+async def test_a_release_that_is_only_sent(make: Callable[..., Process]) -> None:
+    """Without awaits_release a release returns once it is sent; what gets no answer is noted and repeated as ever."""
+    process = make(awaits_release=False, seconds=2.0)
+    first, second = await process.stage(), await process.stage()
+    process.server.pause()
+    begun = time.monotonic()
+    await process.staging.release(first)
+    assert time.monotonic() - begun < 1
+    assert not process.staging._small._unanswered[0].done.done()
+    await until(lambda: process.names() == ["release"], timeout=30)  # after the time-out, for a crash to come
+    process.server.resume()
+    await until(lambda: process.ledger.pending_ids() == [first.id] and process.names() == [])
+    await until(lambda: first.id in [i for ids in process.ledger.queued().values() for i in ids])
+    await process.is_well()
+    await process.staging.release(second)
+    await process.staging.drain()
+    assert sorted(process.ledger.pending_ids()) == sorted((first.id, second.id))
 
 
 async def test_uncertain_while_redis_is_down(make: Callable[..., Process]) -> None:
