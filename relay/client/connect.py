@@ -1,7 +1,8 @@
 """Opens a session with a server: TCP, greeting, EHLO, TLS, AUTH, each with its own deadline.
 
-Every failure is a ConnectFailed whose ``stage`` names the step: it is about the server, never about a message. Its text
-holds no secret.
+aiosmtplib does the handshake: its protocol without the client around it, which takes longer than the rest and is needed
+for AUTH only. Then a Connection takes over the transport. Every failure is a ConnectFailed whose ``stage`` names the
+step: it is about the server, never about a message. Its text holds no secret.
 
 TLS by ``destination.tls``: none; opportunistic (if offered, without checking the certificate, and in plain text if the
 handshake fails, as Postfix's "may"); encrypt (or fail, certificate not checked); verify (or fail). The scheme smtps is
@@ -15,15 +16,19 @@ import functools
 import os
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
-from relay.client import login
+import aiosmtplib
+from aiosmtplib.protocol import SMTPProtocol
+
 from relay.client.connection import Connection
-from relay.client.errors import ClientError, ConnectFailed, ConnectionGone, DeadlinePassed, MalformedReply
+from relay.client.errors import ConnectFailed
+from relay.client.reply_parser import safe_text
 from relay.mail.destination import Destination
+from relay.mail.reply import Reply
 from relay.mail.timeouts import Timeouts
 
 _Address: TypeAlias = tuple[int, int, int, Any]  # family, type, protocol, socket address
@@ -75,7 +80,7 @@ class _Attempt:
         self, destination: Destination, local_hostname: str, timeouts: Timeouts, context: ssl.SSLContext | None
     ) -> None:
         self._destination = destination
-        self._hello = local_hostname.encode("ascii") or b"localhost"
+        self._local_hostname = local_hostname
         self._timeouts = timeouts
         self._context = context
         self._loop = asyncio.get_running_loop()
@@ -93,96 +98,114 @@ class _Attempt:
         return await self._open(address, patience, share, start_tls=False)
 
     async def _open(self, address: _Address, patience: float, share: int, *, start_tls: bool) -> Connection:
-        connection = await self._dial(address, patience)
+        protocol = SMTPProtocol(loop=self._loop)
         try:
-            await self._shake_hands(connection, share, start_tls=start_tls)
+            await self._connect(protocol, address, patience, share)
+            transport, hello = await self._shake_hands(protocol, share, start_tls=start_tls)
+            return Connection(self._destination, transport, hello, self._local_hostname)
         except BaseException:
-            connection.close()
+            if protocol.transport is not None:
+                # close() would wait for the server's TLS close_notify, which may never come.
+                cast("asyncio.Transport", protocol.transport).abort()
             raise
-        return connection
 
-    async def _shake_hands(self, connection: Connection, share: int, *, start_tls: bool) -> None:
-        destination, timeouts = self._destination, self._timeouts
-        if destination.scheme == "smtps":
+    async def _connect(self, protocol: SMTPProtocol, address: _Address, patience: float, share: int) -> None:
+        family, _, number, where = address
+        if self._destination.scheme == "smtps":
+            seconds = self._left(self._timeouts.greeting) / share
+            with _stage("connect"):
+                connected = await _dial(address, patience)
             with _stage("TLS"):
-                await self._secure(connection, self._left(timeouts.greeting) / share)
+                async with asyncio.timeout(seconds):
+                    await self._loop.create_connection(
+                        lambda: protocol,
+                        sock=connected,
+                        ssl=self._context,
+                        server_hostname=self._name,
+                        ssl_handshake_timeout=seconds,
+                    )
+            return
+        host = f"{where[0]}%{where[3]}" if len(where) > 3 and where[3] else where[0]  # IPv6 with its scope
+        with _stage("connect"):
+            async with asyncio.timeout(patience):
+                transport, _ = await self._loop.create_connection(
+                    lambda: protocol, host, where[1], family=family, proto=number
+                )
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    async def _shake_hands(
+        self, protocol: SMTPProtocol, share: int, *, start_tls: bool
+    ) -> tuple[asyncio.Transport, Sequence[str]]:
+        """Return the transport, and the lines of EHLO's reply that announce extensions."""
+        destination, timeouts = self._destination, self._timeouts
         with _stage("greeting"):
-            greeting = await connection.reply(timeout=self._left(timeouts.greeting) / share)
-        if greeting.code != 220:
-            raise ConnectFailed("refused", stage="greeting", reply=greeting)
-        await self._introduce(connection, self._left(timeouts.command) / share)
-        if start_tls and await self._start_tls(connection, self._left(timeouts.command)):
+            greeting = await protocol.read_response(self._left(timeouts.greeting) / share)
+            if greeting.code != 220:
+                raise aiosmtplib.SMTPConnectResponseError(*greeting)
+        hello = await self._introduce(protocol, self._left(timeouts.command) / share)
+        if start_tls and await self._start_tls(protocol, hello, self._left(timeouts.command)):
             # RFC 3207 4.2: the extensions announced before TLS do not count.
-            await self._introduce(connection, self._left(timeouts.command))
+            hello = await self._introduce(protocol, self._left(timeouts.command))
         if destination.username:
-            await self._log_in(connection, self._left(timeouts.command))
-        if not connection.is_usable:
-            raise ConnectFailed("the server closed the connection, or said more than was asked", stage="EHLO")
+            await self._log_in(protocol, hello, self._left(timeouts.command))
+        if protocol.transport is None or not protocol.is_connected:
+            raise ConnectFailed("the server closed the connection", stage="EHLO")
+        return cast("asyncio.Transport", protocol.transport), hello.message.split("\n")[1:]
+
+    @property
+    def _name(self) -> str:
+        """The name for SNI and certificates, without a trailing dot (RFC 6066 3)."""
+        return self._destination.host.rstrip(".")
 
     def _left(self, most: float) -> float:
         """Return the seconds that the next step may take, within the limit of the whole handshake."""
         spent = self._loop.time() - self._begun
         return max(self._timeouts.connect, min(most, self._timeouts.session - spent))
 
-    async def _dial(self, address: _Address, timeout: float) -> Connection:
-        family, _, protocol, where = address
-        host = f"{where[0]}%{where[3]}" if len(where) > 3 and where[3] else where[0]  # IPv6 with its scope
-
-        def made() -> Connection:
-            return Connection(self._destination, self._hello.decode())
-
-        with _stage("connect"):
-            async with asyncio.timeout(timeout):
-                transport, connection = await self._loop.create_connection(
-                    made, host, where[1], family=family, proto=protocol
-                )
-            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        return connection
-
-    async def _introduce(self, connection: Connection, timeout: float) -> None:
-        """Send EHLO (LHLO for LMTP, HELO to an old server) and note the extensions."""
+    async def _introduce(self, protocol: SMTPProtocol, timeout: float) -> aiosmtplib.SMTPResponse:
+        """Send EHLO (LHLO for LMTP, HELO to an old server); returns the reply."""
         verb = "LHLO" if self._destination.scheme == "lmtp" else "EHLO"
+        name = (self._local_hostname or "localhost").encode("ascii")
         with _stage(verb):
-            reply = await connection.command(verb.encode() + b" " + self._hello, timeout=timeout)
-            is_old = reply.code in (500, 502) and verb == "EHLO"
-            if is_old:
-                reply = await connection.command(b"HELO " + self._hello, timeout=timeout)
+            reply = await protocol.execute_command(verb.encode(), name, timeout=timeout)
+            if reply.code in (500, 502) and verb == "EHLO":
+                reply = await protocol.execute_command(b"HELO", name, timeout=timeout)
+                if reply.code == 250:
+                    return aiosmtplib.SMTPResponse(250, "")
             if reply.code != 250:
-                raise ConnectFailed("refused", stage=verb, reply=reply)
-        connection.announce(() if is_old else reply.lines[1:])
+                raise aiosmtplib.SMTPHeloError(*reply)
+        return reply
 
-    async def _start_tls(self, connection: Connection, timeout: float) -> bool:
+    async def _start_tls(self, protocol: SMTPProtocol, hello: aiosmtplib.SMTPResponse, timeout: float) -> bool:
         """Negotiate TLS; returns False if the session continues in plain text, which only "opportunistic" allows."""
         optional = self._destination.tls == "opportunistic"
-        if "STARTTLS" not in connection.extensions:
+        words = {line.partition(" ")[0].upper() for line in hello.message.split("\n")[1:]}
+        if "STARTTLS" not in words or self._context is None:
             if optional:
                 return False
             raise ConnectFailed("the server does not offer STARTTLS", stage="STARTTLS")
         try:
-            with _stage("TLS"):
-                reply = await connection.command(b"STARTTLS", timeout=timeout)
-                if reply.code == 220:
-                    await self._secure(connection, timeout)
-                    return True
+            with _stage("STARTTLS"):
+                # An upper limit besides the deadlines of reply and handshake, which miss a connection lost before.
+                async with asyncio.timeout(3 * timeout):
+                    await protocol.start_tls(self._context, server_hostname=self._name, timeout=timeout)
         except ConnectFailed as error:
-            raise _TLSFailed(error.reason, stage="TLS") from error
-        if optional and connection.is_usable:
-            return False
-        raise ConnectFailed("refused", stage="STARTTLS", reply=reply)
+            if error.reply is None:
+                raise _TLSFailed(error.reason, stage="TLS") from error
+            if optional and protocol.is_connected:
+                return False
+            raise
+        return True
 
-    async def _secure(self, connection: Connection, timeout: float) -> None:
-        if self._context is not None:  # the destination says so
-            # No trailing dot in SNI and certificates (RFC 6066 3).
-            await connection.start_tls(self._context, self._destination.host.rstrip("."), timeout)
-
-    async def _log_in(self, connection: Connection, timeout: float) -> None:
+    async def _log_in(self, protocol: SMTPProtocol, hello: aiosmtplib.SMTPResponse, timeout: float) -> None:
         destination = self._destination
         with _stage("AUTH"):
-            if destination.tls != "none" and not connection.is_encrypted:
+            is_secret = protocol.transport is not None and protocol.transport.get_extra_info("sslcontext") is not None
+            if destination.tls != "none" and not is_secret:
                 raise ConnectFailed("no password is sent without TLS", stage="AUTH")
-            refusal = await login.log_in(connection, destination.username, destination.password, timeout)
-        if refusal is not None:
-            raise ConnectFailed("refused", stage="AUTH", reply=refusal)
+            smtp = aiosmtplib.SMTP(hostname=self._name, local_hostname=self._local_hostname, timeout=timeout)
+            smtp.protocol, smtp.transport, smtp.last_ehlo_response = protocol, protocol.transport, hello
+            await smtp.login(destination.username, destination.password)
 
 
 async def _addresses(destination: Destination, timeout: float) -> list[_Address]:
@@ -199,6 +222,21 @@ async def _addresses(destination: Destination, timeout: float) -> list[_Address]
     return list(dict.fromkeys((family, kind, protocol, address) for family, kind, protocol, _, address in found))
 
 
+async def _dial(address: _Address, timeout: float) -> socket.socket:
+    family, kind, protocol, where = address
+    connected = socket.socket(family, kind, protocol)
+    try:
+        connected.setblocking(False)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        async with asyncio.timeout(timeout):
+            await asyncio.get_running_loop().sock_connect(connected, where)
+    except BaseException:
+        connected.close()
+        raise
+    return connected
+
+
 @contextmanager
 def _stage(stage: str) -> Iterator[None]:
     """Turn any exception of a step into a ConnectFailed of this stage."""
@@ -206,28 +244,36 @@ def _stage(stage: str) -> Iterator[None]:
         yield
     except ConnectFailed:
         raise
-    except (OSError, ClientError, ValueError) as error:
-        raise ConnectFailed(_why(error), stage=stage) from error
+    except aiosmtplib.SMTPResponseException as error:
+        if error.code < 0:  # aiosmtplib's mark for a malformed reply
+            raise ConnectFailed("not an SMTP reply", stage=stage) from error
+        raise ConnectFailed("refused", stage=stage, reply=_reply(error.code, error.message)) from error
+    except (OSError, aiosmtplib.SMTPException, ValueError) as error:
+        cause = error.__cause__
+        if isinstance(error, aiosmtplib.SMTPConnectError) and not isinstance(cause, aiosmtplib.SMTPException):
+            stage = "TLS"  # the socket was connected before, so this is the TLS handshake of smtps
+        raise ConnectFailed(_why(error if isinstance(error, TimeoutError) else cause or error), stage=stage) from error
 
 
-def _why(error: Exception) -> str:
+def _why(error: BaseException) -> str:
     """Describe an error in a few words, without addresses or the library's own text."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate not accepted: {error.verify_message}"
-    is_late = isinstance(error, DeadlinePassed | TimeoutError)
-    if is_late or (isinstance(error, ConnectionAbortedError) and not error.errno):
+    if isinstance(error, TimeoutError) or (isinstance(error, ConnectionAbortedError) and not error.errno):
         return "no answer in time"  # asyncio raises ConnectionAbortedError for a TLS handshake time-out
     if isinstance(error, ssl.SSLError):
         return f"TLS handshake failed: {error.reason or 'connection closed'}"
     if isinstance(error, socket.gaierror):
         return f"cannot resolve the name: {error.strerror}"
-    if isinstance(error, MalformedReply):
-        return "not an SMTP reply"
-    if isinstance(error, ConnectionGone):
+    if isinstance(error, aiosmtplib.SMTPServerDisconnected):
         return "the server closed the connection"
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     return str(error) or type(error).__name__
+
+
+def _reply(code: int, message: str) -> Reply:
+    return Reply(code, tuple(safe_text(line.encode("utf-8", "surrogateescape")) for line in message.split("\n")))
 
 
 async def _context(destination: Destination) -> ssl.SSLContext:

@@ -10,7 +10,6 @@ import asyncio
 import os
 import re
 import socket
-import ssl
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,7 @@ _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 
 
 class Connection(asyncio.Protocol):
-    """A session. Made by ``connect``, which does its handshake; used by one task at a time.
+    """A session after its handshake. Made by ``connect``; used by one task at a time.
 
     Each line given to ``send`` owes one reply, and ``reply`` returns them in that order. After a 354 the caller calls
     ``begin_data``, writes the body and ends it with ``end_body``; after the last reply to the dot, ``end_data``.
@@ -68,10 +67,15 @@ class Connection(asyncio.Protocol):
         "transactions",
     )
 
-    def __init__(self, destination: Destination, hostname: str) -> None:
-        """Make the protocol of a new connection, which owes its greeting. ``hostname`` is the name for EHLO."""
+    def __init__(
+        self, destination: Destination, transport: asyncio.Transport, hello: Sequence[str], hostname: str
+    ) -> None:
+        """Take over a transport after its handshake. ``hello`` are the lines of the reply to EHLO after the first one.
+
+        ``hostname`` is the name that was sent in EHLO.
+        """
         self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.Transport
+        self._transport = transport
         self.destination = destination
         self.extensions: Mapping[str, str] = {}  # EHLO keyword in capitals -> parameters
         self.hostname = hostname
@@ -83,7 +87,7 @@ class Connection(asyncio.Protocol):
         self.is_dirty = False  # a MAIL was sent, and neither was its dot answered nor a RSET sent
         self._is_ahead = False  # the next MAIL was sent behind the dot
         self.introduced = b""  # the XCLIENT command in effect
-        self._owed: deque[bytes] = deque((b"greeting",))  # verbs whose replies have not arrived
+        self._owed: deque[bytes] = deque()  # verbs whose replies have not arrived
         self._ready: deque[Reply] = deque()  # replies that arrived before they were awaited
         self._waiter: asyncio.Future[Reply] | None = None
         self._drain: asyncio.Future[None] | None = None
@@ -94,6 +98,9 @@ class Connection(asyncio.Protocol):
         self._unasked: Reply | None = None
         self._extra = 0  # unsolicited replies so far
         self._parser = ReplyParser()
+        self.announce(hello)
+        transport.set_write_buffer_limits(high=_WRITE_HIGH)
+        transport.set_protocol(self)
 
     @property
     def is_open(self) -> bool:
@@ -229,27 +236,7 @@ class Connection(asyncio.Protocol):
         self.extensions = {keyword.upper(): parameters.strip() for keyword, _, parameters in words if keyword}
         self.limits = server_limits(self.extensions)
 
-    async def start_tls(self, context: ssl.SSLContext, hostname: str, timeout: float) -> None:
-        """Negotiate TLS. Raises ConnectionGone, OSError (also ssl's and TimeoutError).
-
-        Text that arrived before it must not pass for a reply under TLS (RFC 3207 4.2): it ends the session.
-        """
-        if self._ready or self._unasked or not self._parser.is_between or not self.is_open:
-            raise self._gone(b"TLS")
-        # The loop's own time-out misses a connection that was lost just before.
-        async with asyncio.timeout(3 * timeout):
-            secured = await self._loop.start_tls(
-                self._transport, self, context, server_hostname=hostname, ssl_handshake_timeout=timeout
-            )
-        if secured is None:
-            raise self._gone(b"TLS")
-        self.connection_made(secured)
-
     # -- what asyncio calls --
-
-    def connection_made(self, transport: Any) -> None:
-        self._transport = transport
-        transport.set_write_buffer_limits(high=_WRITE_HIGH)
 
     def data_received(self, data: bytes) -> None:
         if self._fault:

@@ -249,8 +249,7 @@ async def test_methods_of_auth(scripted: Scripted):
         "LOGIN",
     ]
     none = scripted(extensions=["AUTH GSSAPI"])
-    error = await refused(none, **user)
-    assert (error.stage, error.reason) == ("AUTH", "the server offers no AUTH that we know")
+    assert (await refused(none, **user)).stage == "AUTH"
 
 
 @both_loops

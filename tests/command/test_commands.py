@@ -54,7 +54,7 @@ def test_no_command_is_a_usage_error(product, words):
 
 def test_the_quick_commands_import_nothing_heavy():
     """`--help` and the listings do not pay for servers, workers and metrics."""
-    heavy = ["aiosmtpd", "prometheus_client", "redis", "rich", "rq", "uvloop", "zstandard"]
+    heavy = ["aiosmtpd", "aiosmtplib", "prometheus_client", "redis", "rich", "rq", "uvloop", "zstandard"]
     script = f"import sys, relay.command.main; sys.exit(', '.join(set({heavy}) & set(sys.modules)) or 0)"
     source = str(Path(relay.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": source}
