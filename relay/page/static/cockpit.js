@@ -159,6 +159,7 @@
   });
   addEventListener("pageshow", () => $$("form[data-sent]").forEach((form) => delete form.dataset.sent));
 
+  $(".top nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" }); // where the bar is narrow
   draw();
   open();
 })();
