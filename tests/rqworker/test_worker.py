@@ -361,6 +361,7 @@ def test_redis_restart_between_jobs_is_survived(redis_factory: Callable[..., Red
     working.start()
     first = bench.put()
     wait_until(lambda: len(bench.courier.calls) == 1)
+    wait_until(lambda: not bench.job_keys)  # its end is written: the worker waits for the next
     server.kill()
     wait_until(lambda: bench.worker._in_doubt)
     server.start()
