@@ -37,7 +37,7 @@ _LARGEST = 1 << 20  # octets of a datagram
 _SWEEP = 30.0  # seconds between two looks at what there is
 _PARTS = 8  # a file takes at most this part of trace.max_bytes
 _SMALLEST = 1 << 20  # octets of a file before another is begun
-_to_json = json.JSONEncoder(separators=(",", ":")).encode
+_to_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 # Beside what a disk and a file may do: an event that nobody of this version has sent. Housekeeping goes on.
 _EXPECTED = (

@@ -1,7 +1,7 @@
 """The events of a message's life: as the processes send them, as they are stored, and as who looks reads them.
 
-An event is a JSON list: its kind, the message id, when (seconds since the epoch by this host's clock), and the fields
-of its kind. On the wire a reply is a list of its code and lines, which costs the sender nothing; stored it is a text.
+An event is a JSON list: its kind, the message id, when (milliseconds since the epoch by this host's clock), and the
+fields of its kind; lengths of time are microseconds. A reply is a text, or a list of its code and lines.
 What is stored is not trusted: one that makes no sense is none. A later version adds fields at the end of a list.
 """
 
@@ -140,7 +140,7 @@ def received(
 ) -> list[Wire]:
     """Return the events for the end of a message at the primary, as they are sent: one, but for very many people."""
     recipients = envelope.recipients
-    now = time.time()
+    now = int(time.time() * 1000)
     first: Wire = [
         RECEIVED,
         envelope.id,
@@ -154,13 +154,13 @@ def received(
         envelope.size,
         envelope.message_id,
         stage,
-        stage_seconds,
+        int(stage_seconds * 1e6),
         primary,
-        seconds,
-        reply,
+        int(seconds * 1e6),
+        _said(reply),
         refused_at,
-        mail_reply,
-        rcpt_replies if len(rcpt_replies) <= AT_ONCE else rcpt_replies[:AT_ONCE],
+        _said(mail_reply),
+        [*map(_said, rcpt_replies[:AT_ONCE])],
         envelope.destinations,
         is_late,
         len(recipients),
@@ -180,12 +180,29 @@ def tried(
     next_seconds: float | None = None,
 ) -> Wire:
     """Return the event of an attempt, as it is sent."""
-    return [TRIED, message_id, time.time(), destination, attempt, seconds, parts, next_seconds]
+    said = [(verdict, count, names, _said(reply)) for verdict, count, names, reply in parts]
+    return [
+        TRIED,
+        message_id,
+        int(time.time() * 1000),
+        destination,
+        attempt,
+        None if seconds is None else int(seconds * 1e6),
+        said,
+        None if next_seconds is None else int(next_seconds),
+    ]
 
 
 def noted(message_id: str, at: float, event: str, destination: str, text: str) -> Wire:
     """Return the event of a line of the mail log, as it is sent."""
-    return [REMARKED, message_id, at, event, destination, text]
+    return [REMARKED, message_id, int(at * 1000), event, destination, text]
+
+
+def _said(reply: Reply | str | None) -> Any:
+    """Return a reply as it is sent: nearly always it has one line."""
+    if reply is None or isinstance(reply, str):
+        return reply
+    return f"{reply[0]} {reply[1][0]}" if len(reply[1]) == 1 else reply
 
 
 # As they are read ------------------------------------------------------------------------------------------------
@@ -194,24 +211,25 @@ def noted(message_id: str, at: float, event: str, destination: str, text: str) -
 def read(found: object) -> Event | None:
     """Read an event, as sent or as stored; None for what is none."""
     try:
-        if not isinstance(found, list) or not is_id(found[1]) or not 0 <= number(found[2]) < 1e11:
+        if not isinstance(found, list) or not is_id(found[1]) or not 0 <= number(found[2]) < 1e14:
             return None
+        at = found[2] / 1000
         match found[0]:
             case "m":
-                return _received(found)
+                return _received(found, at)
             case "t":
-                return More(found[1], float(found[2]), _addresses(found[3]))
+                return More(found[1], at, _addresses(found[3]))
             case "d":
-                return _tried(found)
+                return _tried(found, at)
             case "e":
                 destination = found[4] if is_destination_name(found[4]) else ""
-                return Remark(found[1], float(found[2]), _text(found[3]), destination, _text(found[5]))
+                return Remark(found[1], at, _text(found[3]), destination, _text(found[5]))
     except (IndexError, ValueError, TypeError, KeyError, RecursionError, OverflowError):
         return None
     return None
 
 
-def _received(found: list[Any]) -> Received:
+def _received(found: list[Any], at: float) -> Received:
     outcome = _text(found[3])
     if outcome not in OUTCOMES:
         raise ValueError("no outcome")
@@ -219,7 +237,7 @@ def _received(found: list[Any]) -> Received:
     replies = tuple(map(reply_text, _list(found[18])))
     return Received(
         id=found[1],
-        at=float(found[2]),
+        at=at,
         outcome=outcome,
         sender=_text(found[4]),
         recipients=recipients,
@@ -229,9 +247,9 @@ def _received(found: list[Any]) -> Received:
         size=int(number(found[9])),
         message_id=_text(found[10]),
         stage=_text(found[11]),
-        stage_seconds=number(found[12]),
+        stage_seconds=number(found[12]) / 1e6,
         primary=_text(found[13]),
-        seconds=number(found[14]),
+        seconds=number(found[14]) / 1e6,
         reply=reply_text(found[15]),
         refused_at=_text(found[16]),
         mail_reply=reply_text(found[17]),
@@ -242,15 +260,15 @@ def _received(found: list[Any]) -> Received:
     )
 
 
-def _tried(found: list[Any]) -> Tried:
+def _tried(found: list[Any], at: float) -> Tried:
     if not is_destination_name(found[3]):
         raise ValueError("no destination")
     return Tried(
         id=found[1],
-        at=float(found[2]),
+        at=at,
         destination=found[3],
         attempt=int(number(found[4])),
-        seconds=None if found[5] is None else number(found[5]),
+        seconds=None if found[5] is None else number(found[5]) / 1e6,
         parts=tuple(map(_part, _list(found[6]))),
         next_seconds=None if found[7] is None else number(found[7]),
     )
@@ -270,7 +288,7 @@ def stored(event: Event) -> Wire:
             return [
                 RECEIVED,
                 event.id,
-                round(event.at, 3),
+                round(event.at * 1000),
                 event.outcome,
                 event.sender,
                 event.recipients,
@@ -280,9 +298,9 @@ def stored(event: Event) -> Wire:
                 event.size,
                 event.message_id,
                 event.stage,
-                round(event.stage_seconds, 4),
+                round(event.stage_seconds * 1e6),
                 event.primary,
-                round(event.seconds, 4),
+                round(event.seconds * 1e6),
                 event.reply,
                 event.refused_at,
                 event.mail_reply,
@@ -292,13 +310,13 @@ def stored(event: Event) -> Wire:
                 event.count,
             ]
         case More():
-            return [MORE, event.id, round(event.at, 3), event.recipients]
+            return [MORE, event.id, round(event.at * 1000), event.recipients]
         case Tried():
-            seconds = None if event.seconds is None else round(event.seconds, 4)
+            seconds = None if event.seconds is None else round(event.seconds * 1e6)
             return [
                 TRIED,
                 event.id,
-                round(event.at, 3),
+                round(event.at * 1000),
                 event.destination,
                 event.attempt,
                 seconds,
@@ -306,7 +324,7 @@ def stored(event: Event) -> Wire:
                 event.next_seconds,
             ]
         case Remark():
-            return [REMARKED, event.id, round(event.at, 3), event.event, event.destination, event.text]
+            return [REMARKED, event.id, round(event.at * 1000), event.event, event.destination, event.text]
 
 
 def _list(value: object) -> Sequence[Any]:
@@ -329,7 +347,7 @@ def reply_text(value: object) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
-        return value[:_TEXT]
+        return printable(value.rstrip()[:_TEXT])
     code, lines = _list(value)
     text = f"{int(number(code))} {' '.join(map(any_text, _list(lines)))}"
     return printable(text.rstrip())[:_TEXT]

@@ -1,9 +1,10 @@
 """The files of the trace: SQLite, one for an hour (UTC) and role, in ``state_dir/trace``; oldest ones go as a whole.
 
-A file has rows, each with events of one message, and words (words.py) that lead to them, as keyed hashes of 48 bits:
-what is found is compared. Where mail is sealed (storage.key_file) so is each row, by a key that is kept in the file and
-sealed itself. Nothing is synced to the disk: what a power cut takes is no mail. A file that is damaged is set aside in
-the folder ``corrupt``, once whoever writes it is done with it; the others go on. Raises sqlite3.Error, OSError.
+A file has rows, each with events of one message, and words (words.py) that lead to them, as short hashes: what is found
+is compared. Where mail is sealed (storage.key_file) so is each row, by a key that is kept in the file, itself sealed;
+the hashes are keyed then, and say nothing of the words. Nothing is synced to the disk: what a power cut takes is no
+mail. A file that is damaged is set aside in the folder ``corrupt``, once whoever writes it is done with it; the others
+go on. Raises sqlite3.Error, OSError.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import sqlite3
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from relay import private_files
 from relay.mail import encryption
@@ -34,15 +35,22 @@ FOLDER, CORRUPT = "trace", "corrupt"
 HOUR = 3600
 _NAME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d)\.(up|relay|workers)\.(\d{1,6})\.sqlite")
 _BESIDE = ("-wal", "-shm", "-journal")
-_VERSION = 1
+_VERSION = 2
 _KEY_OCTETS, _NONCE_OCTETS = 32, 12
 _PATIENCE = 2.0  # seconds for a lock: a reader never has one for long
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _AT_ONCE = 500  # words or rows in one statement
+# Rows are numbered; so many bits of a number are within one part of the index. A write then touches the pages of one
+# part, a tenth of a page for each message, and not those of the whole hour; a look-up asks each part.
+_PART_BITS = 13
+_BY_WORD = """
+WITH RECURSIVE parts(part) AS (VALUES (0) UNION ALL SELECT part + 1 FROM parts WHERE part < ?)
+SELECT words.row FROM parts CROSS JOIN words ON words.part = parts.part AND words.word IN (%s)
+"""
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID;
 CREATE TABLE rows (n INTEGER PRIMARY KEY, data BLOB);
-CREATE TABLE words (word INTEGER, row INTEGER, PRIMARY KEY (word, row)) WITHOUT ROWID;
+CREATE TABLE words (part INTEGER, word INTEGER, row INTEGER, PRIMARY KEY (part, word, row)) WITHOUT ROWID;
 """
 
 Row = tuple[bytes, Sequence[str]]  # the events of a message as JSON, and the words by which they are found
@@ -132,7 +140,6 @@ class OpenFile:
         self._secret = b""
         self._cipher: AESGCM | None = None
         self._hash: Any = None
-        self.word = lru_cache(maxsize=1 << 16)(self._word)
 
     @property
     def is_sealed(self) -> bool:
@@ -142,9 +149,7 @@ class OpenFile:
         """Take the file's key. Raises ClosedFile, DamagedFile."""
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         if version != _VERSION:
-            raise (
-                ClosedFile(f"it is of version {version}") if version > _VERSION else DamagedFile("it has no content")
-            )
+            raise ClosedFile(f"it is of version {version}") if version else DamagedFile("it has no content")
         found = dict(self._connection.execute("SELECT name, value FROM meta").fetchall())
         try:
             is_sealed = "sealed" in found
@@ -159,15 +164,19 @@ class OpenFile:
         if len(secret) != _KEY_OCTETS:
             raise ValueError("no key")
         self._secret = secret
-        self._hash = hashlib.blake2b(digest_size=6, key=secret, person=b"smtp-dup word")
         if is_sealed:
             from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # noqa: PLC0415  (storage.key_file alone needs it)
 
+            self._hash = hashlib.blake2b(digest_size=6, key=secret, person=b"smtp-dup word")
             self._cipher = AESGCM(hashlib.blake2b(b"rows", digest_size=32, key=secret).digest())
 
-    def _word(self, word: str) -> int:
+    def word(self, word: str) -> int:
+        """Return the hash of a word. It is for the index alone: what is found by it is compared."""
+        octets = word.encode("utf-8", "surrogatepass")
+        if self._hash is None:
+            return crc32(octets)
         made = self._hash.copy()
-        made.update(word.encode("utf-8", "surrogatepass"))
+        made.update(octets)
         return int.from_bytes(made.digest(), "big")
 
     # --- for the writer ---
@@ -194,8 +203,8 @@ class OpenFile:
                 "INSERT INTO rows VALUES (?, ?)", [(n, self._sealed(data)) for n, (data, _) in numbered]
             )
             # In the order of the tree, so that neighbours are written together.
-            words = sorted((self.word(word), n) for n, (_, found) in numbered for word in found)
-            connection.executemany("INSERT OR IGNORE INTO words VALUES (?, ?)", words)
+            words = sorted((n >> _PART_BITS, self.word(word), n) for n, (_, found) in numbered for word in found)
+            connection.executemany("INSERT OR IGNORE INTO words VALUES (?, ?, ?)", words)
             connection.execute("COMMIT")
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
@@ -218,17 +227,15 @@ class OpenFile:
         """Return the numbers of rows that have a word of each group, the newest first; all for no group."""
         if not groups:
             return [n for (n,) in self._connection.execute("SELECT n FROM rows ORDER BY n DESC")]
+        (last,) = self._connection.execute("SELECT coalesce(max(n), 0) FROM rows").fetchone()
         found: set[int] | None = None
         for group in groups:
             hashes = [self.word(word) for word in group]
             numbers: set[int] = set()
             for start in range(0, len(hashes), _AT_ONCE):
                 page = hashes[start : start + _AT_ONCE]
-                marks = ",".join("?" * len(page))
-                numbers.update(
-                    n
-                    for (n,) in self._connection.execute(f"SELECT row FROM words WHERE word IN ({marks})", page)  # noqa: S608 - marks
-                )
+                select = _BY_WORD % ",".join("?" * len(page))
+                numbers.update(n for (n,) in self._connection.execute(select, (last >> _PART_BITS, *page)))
             found = numbers if found is None else found & numbers
             if not found:
                 return []

@@ -45,7 +45,7 @@ class Traced:
 
     def send(self, *wires: Wire) -> None:
         for wire in wires:
-            wire[2] = self.now
+            wire[2] = round(self.now * 1000)
             self.writing.send(json.dumps([wire]).encode())
 
     def write(self, *wires: Wire) -> None:
@@ -132,11 +132,12 @@ _FILLED = 20_000
 def _row(message_id: str, h: int, n: int, at: float) -> files.Row:
     sender, recipient = f"sender{n % 5000}@s{n % 50}.example", f"user{h}.{n}@d{n % 200}.example"
     old, new = f"OLD{h}x{n}", f"NEW{h}x{n}"
+    ms = round(at * 1000)
     data = (
-        f'[["m","{message_id}",{at:.3f},"accepted","{sender}",["{recipient}"],[],"192.0.2.7","mx.s.example",4096,'
-        f'"<{h}.{n}@s.example>","redis",0.0021,"old",0.0184,"250 2.0.0 Ok: queued as {old}","","250 2.1.0 Ok",'
+        f'[["m","{message_id}",{ms},"accepted","{sender}",["{recipient}"],[],"192.0.2.7","mx.s.example",4096,'
+        f'"<{h}.{n}@s.example>","redis",2100,"old",18400,"250 2.0.0 Ok: queued as {old}","","250 2.1.0 Ok",'
         f'["250 2.1.5 Ok"],["new"],false,1],'
-        f'["d","{message_id}",{at + 0.2:.3f},"new",1,0.0312,[["delivered",1,[],"250 2.0.0 Ok: queued as {new}"]],null]]'
+        f'["d","{message_id}",{ms + 200},"new",1,31200,[["delivered",1,[],"250 2.0.0 Ok: queued as {new}"]],null]]'
     )
     found = [
         f"i{message_id}", f"f{sender}", f"Fs{n % 50}.example", f"t{recipient}", f"Td{n % 200}.example",
