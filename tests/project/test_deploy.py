@@ -29,7 +29,7 @@ from support import documents
 from support.documents import ROOT
 from support.product import Product
 from support.scripted_server import ScriptedServer
-from support.waiting import wait_until
+from support.waiting import free_port, wait_until
 
 DEPLOY = ROOT / "deploy"
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
@@ -335,13 +335,36 @@ def test_kustomize_takes_a_redis_of_yours(tmp_path: Path) -> None:
 def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """The metrics of a running product that has delivered: name -> labels; a histogram under its own name."""
     primary, backup = ScriptedServer().start(), ScriptedServer().start()
-    instance = Product(tmp_path_factory.mktemp("metrics"), primary=primary.address, backups=[backup.address])
+    gone = free_port()
+    routes = f"""
+    [[server]]
+    name = "gone"
+    url = "127.0.0.1:{gone}"
+    [[route]]
+    name = "redundant"
+    match = {{ recipients = "@redundant.example" }}
+    primary = ["gone", "first"]
+    """
+    instance = Product(
+        tmp_path_factory.mktemp("metrics"),
+        primary=f"first={primary.address}",
+        backups=[backup.address],
+        files={"settings.toml": routes},
+    )
     try:
         instance.start()
+        with instance.dialogue() as client:
+            client.hello()
+            client.say("MAIL FROM:<a@example.net>", 250)
+            client.say("RCPT TO:<b@example.com>", 250)
+            client.say("RCPT TO:<b@redundant.example>", 452)
+            client.say("RSET", 250)
+            client.mail("a@example.net", "b@redundant.example")
         primary.down()
         with instance.dialogue() as client:
             client.hello()
-            client.say("MAIL FROM:<a@example.net>", 451)
+            client.say("MAIL FROM:<a@example.net>", 250)
+            client.say("RCPT TO:<b@example.com>", 451)
         primary.listen()
         instance.send("a@example.net", "b@example.com")
         wait_until(lambda: instance.summary()["delivered"] == 1)
