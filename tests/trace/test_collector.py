@@ -213,7 +213,9 @@ def test_the_collector_ends_with_what_is_there_written(tmp_path: Path) -> None:
     assert [path.exists() for path in file.all_paths] == [True, False, False, False]
     with sqlite3.connect(f"file:{file.path}?mode=ro&immutable=1", uri=True) as connection:
         assert connection.execute("SELECT count(*) FROM rows").fetchone() == (1,)
+    connection.close()
     assert traced.find(mine[1])
+    traced.close()
 
 
 # Who sends -------------------------------------------------------------------------------------------------------
