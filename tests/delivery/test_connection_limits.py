@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from itertools import product
 from typing import Any
 
 import pytest
@@ -56,9 +57,15 @@ def unsettled(redis_client: redis.Redis) -> int:
     return int(redis_client.zcard(keys.PENDING + "new")) + int(redis_client.zcard(keys.FAILED + "new"))
 
 
-@pytest.mark.parametrize("extensions", [EXTENSIONS, ("SIZE 1000000",)], ids=["pipelining", "plain"])
-@pytest.mark.parametrize("command", ["MAIL", "RCPT", "RCPT TO:<c@", "DATA"])
-@pytest.mark.parametrize("refusal", REFUSALS, ids=str)
+def limits_of_a_connection() -> Iterator[Any]:
+    """Yield every refusal at every command, one by one or pipelined; the other of these two is for --long."""
+    for (a, refusal), (b, command) in product(enumerate(REFUSALS), enumerate(("MAIL", "RCPT", "RCPT TO:<c@", "DATA"))):
+        for c, (name, extensions) in enumerate((("pipelining", EXTENSIONS), ("plain", ("SIZE 1000000",)))):
+            marks = [pytest.mark.long] if (a + b + c) % 2 else []
+            yield pytest.param(refusal, command, extensions, id=f"{refusal}-{command}-{name}", marks=marks)
+
+
+@pytest.mark.parametrize(("refusal", "command", "extensions"), [*limits_of_a_connection()])
 async def test_a_limit_of_the_connection(
     scripted: Scripted,
     make_contents: Any,

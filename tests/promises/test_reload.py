@@ -100,12 +100,13 @@ class Newcomers:
                 self.sent.append(number)
 
 
-def test_ten_reloads_under_load(configured: Make, primary: ScriptedServer, backup: ScriptedServer) -> None:
+@pytest.mark.parametrize("times", [3, pytest.param(10, marks=pytest.mark.long)])
+def test_reloads_under_load(configured: Make, primary: ScriptedServer, backup: ScriptedServer, times: int) -> None:
     """Whoever connects is served, whoever has a connection may be asked to come again; each message arrives once."""
     up = configured(primary.address, {"new": backup.address}, settings={"smtp.processes": "2"})
     sender = Sender(up.smtp_port, range(1000), sessions=3, patience=300).start()
     with Newcomers(up) as newcomers:
-        for n in range(10):
+        for n in range(times):
             before = len(newcomers.sent)
             rewrite(up, primary.address, {"new": backup.address}, smtp__max_recipients=900 + n)
             assert f"Generation {n + 2}:" in reload(up, "--wait", "60s").stdout
@@ -114,12 +115,14 @@ def test_ten_reloads_under_load(configured: Make, primary: ScriptedServer, backu
         sender.join()
     assert newcomers.troubles == []
     sent = sender.accepted | set(newcomers.sent)
-    assert len(newcomers.sent) >= 10
+    assert len(newcomers.sent) >= times
     wait_until(lambda: set(numbers(backup)) >= sent, message=lambda: f"missing {sent - set(numbers(backup))}")
     assert {n: c for n, c in numbers(primary).items() if c > 1} == {}
     assert {n: c for n, c in numbers(backup).items() if c > 1} == {}
     wait_until(lambda: up.summary()["pending"] == 0)
-    wait_until(lambda: sum(e.get("event") == "relay stopped" for e in up.events) == 20, message=lambda: up.log[-2000:])
+    wait_until(
+        lambda: sum(e.get("event") == "relay stopped" for e in up.events) == 2 * times, message=lambda: up.log[-2000:]
+    )
     assert up.metric("smtpdup_clients") == 0
     assert up.metric("smtpdup_messages_total", result="accepted") == len(numbers(primary))
     assert up.stop() == 0

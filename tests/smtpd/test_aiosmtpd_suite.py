@@ -133,7 +133,11 @@ ELSEWHERE = {
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    ("modules", "at_least"), [(["test_smtp"], 170), (["test_starttls", "test_smtps", "test_smtpsmuggling"], 12)]
+    ("modules", "at_least"),
+    [
+        pytest.param(["test_smtp"], 170, marks=pytest.mark.long),
+        (["test_starttls", "test_smtps", "test_smtpsmuggling"], 12),
+    ],
 )
 def test_its_own_tests(tmp_path: Path, modules: list[str], at_least: int) -> None:
     """All that is about SMTP holds for a relay of ours; what does not is in the list above, and nothing else is."""
