@@ -7,6 +7,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -211,7 +212,7 @@ def test_the_collector_ends_with_what_is_there_written(tmp_path: Path) -> None:
     thread.join()
     (file,) = files.listed(traced.folder)
     assert [path.exists() for path in file.all_paths] == [True, False, False, False]
-    with sqlite3.connect(f"file:{file.path}?mode=ro&immutable=1", uri=True) as connection:
+    with closing(sqlite3.connect(f"file:{file.path}?mode=ro&immutable=1", uri=True)) as connection, connection:
         assert connection.execute("SELECT count(*) FROM rows").fetchone() == (1,)
     connection.close()
     assert traced.find(mine[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,7 @@ def test_what_a_file_says_is_not_trusted(traced: Traced) -> None:
     mine = traced.received()
     traced.write(mine)
     (file,) = files.listed(traced.folder)
-    with sqlite3.connect(file.path) as connection:
+    with closing(sqlite3.connect(file.path)) as connection, connection:
         row = connection.execute("SELECT data FROM rows").fetchone()[0].decode()
         odd = [b"", b"{", b"[]", b"[[]]", b"[1]", b"null", b'[["m"]]', b'[["m",1,2]]', b"[" * 100_000, b"\xff",
                row.replace('"accepted"', '"other"').encode(), row.replace("18000", "1e999").encode(),
