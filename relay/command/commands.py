@@ -263,7 +263,7 @@ ROOT = _group(
             _option("--minutes", metavar="N", type=click.IntRange(1, 1500), help="the last N minutes instead"),
         ),
         "trace": _word(
-            "what became of a message: by id, Message-ID, address, @domain or queue id", "trace:show",
+            "what became of a message, by id, Message-ID, address or queue id", "trace:show",
             click.Argument(["what"], metavar="[WHAT]...", nargs=-1),
             _option("--since", metavar="TIME", help="received within 90s, 5m, 1h, 5d, or since 2026-11-27T10:00"),
             _option("--until", metavar="TIME", help="received before that"),
@@ -322,8 +322,7 @@ ROOT = _group(
 
 ROOT.lesser = frozenset({
     "relay", "workers", "demo", "open", "reload", "undo", "topology", "audit", "release", "throttle", "route",
-    "hash-password",
-    "new-key", "completion", "version",
+    "flow", "hash-password", "new-key", "completion", "version",
 })  # fmt: skip
 
 
