@@ -21,8 +21,7 @@ RQ = {
         *("connection_timeout", "run_maintenance_tasks", "clean_registries"),
     },
     "DeliveryJob": {"restore", "perform", "_execute"},
-    "_Registry": {"get_jobs_to_schedule"},
-    "Scheduler": {"prepare_registries"},
+    "Scheduler": {"enqueue_scheduled_jobs"},
 }
 
 

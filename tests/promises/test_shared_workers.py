@@ -49,7 +49,7 @@ def test_quiet_backups_share_a_process(shared: Product, servers: dict[str, Scrip
     for name in ("hangs", "away"):
         shared.wait_for_log(f"worker-{name}-1 started")
     assert servers["hangs"].transactions
-    assert shared.summary("away")["state"] == "paused"
+    wait_until(lambda: shared.summary("away")["state"] == "paused")
     servers["away"].listen()
     servers["away"].wait_for(12)
     servers["hangs"].drop()

@@ -68,6 +68,15 @@ class Operator:
         except (redis.RedisError, decisions.Overtaken, promotion.Unprepared):
             return False
 
+    def is_followed(self) -> bool:
+        """Whether every living relay process follows the last decision, as far as Redis says."""
+        try:
+            with redis.Redis.from_url(self.product.redis_url) as client:
+                seen = decisions.view(client)
+                return bool(seen.living) and all(map(seen.follows, seen.living))
+        except redis.RedisError:
+            return False
+
     def kill(self) -> str:
         """End one process as a power cut would."""
         name = self.source.choice(MORTAL)
@@ -96,8 +105,10 @@ def test_swaps_under_load_with_kills(product: Callable[..., Product], scripted: 
     old, new = scripted(), scripted()
     both = product(primary=f"old={old.address}", settings=SETTINGS, files={"settings.toml": TABLE.format(new.address)})
     operator = Operator(both, random.Random(SWAPS))
-    sender = Sender(both.smtp_port, range(TRANSACTIONS), patience=40 * SWAPS).start()
+    sender = Sender(both.smtp_port, range(TRANSACTIONS), patience=40 * SWAPS)
     step = TRANSACTIONS // (SWAPS + 1)
+    sender.pause_at(step + step // 2)  # however fast it is, each primary gets a part
+    sender.start()
     killed = Counter[str]()
     for n in range(1, SWAPS + 1):
         wait_until(lambda n=n: len(sender.accepted) >= min(step * n, TRANSACTIONS - 1), 60)  # type: ignore[misc]
@@ -105,6 +116,8 @@ def test_swaps_under_load_with_kills(product: Callable[..., Product], scripted: 
         killer.start()  # before, during or after
         operator.swap()
         killer.join()
+        wait_until(operator.is_followed, 60)
+        sender.pause_at(step * (n + 1) + step // 2 if n < SWAPS else TRANSACTIONS)
     accepted = sender.join()
     assert accepted == set(range(TRANSACTIONS))
     wait_until(lambda: is_drained(both), 60, lambda: f"not drained: {both.log[-3000:]}")

@@ -498,11 +498,11 @@ async def test_shutdown(primary: ScriptedServer, redis_url: str) -> None:
         await gate.arrival()
         made.stopping = True
         for command_loop in made.command_loops:
-            command_loop.stop(impatient=True)
+            command_loop.stop(impatient=False)
         gate.open()
         begins(await hear(client, 3), "250", "250", "354")
         for command_loop in made.command_loops:
-            command_loop.stop(impatient=True)
+            command_loop.stop(impatient=False)
         await client.raw(BODY + wire(NEXT))
         begins(await hear(client, 2), "250", "421 4.3.2")
         assert await client.is_closed()

@@ -18,7 +18,9 @@ class Sender:
         self._port = port
         self._host = host
         self._left = list(numbers)[::-1]
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
+        self._most = len(self._left)  # messages that may be begun
+        self._begun = 0
         self._deadline = time.monotonic() + patience
         self.accepted: set[int] = set()
         self.spans: dict[int, tuple[float, float]] = {}  # when the attempt began that got the 2xx, and when that came
@@ -42,8 +44,19 @@ class Sender:
             self._left.clear()
             self._deadline = time.monotonic()
 
+    def pause_at(self, count: int) -> None:
+        """Begin no more than so many messages, until a later call allows more."""
+        with self._lock:
+            self._most = count
+            self._lock.notify_all()
+
     def _take(self) -> int | None:
         with self._lock:
+            while self._left and self._begun >= self._most:
+                self._lock.wait(max(0.0, min(1.0, self._deadline - time.monotonic())))
+                if time.monotonic() >= self._deadline:
+                    return None
+            self._begun += 1
             return self._left.pop() if self._left else None
 
     def _work(self) -> None:
