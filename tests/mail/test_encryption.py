@@ -318,12 +318,12 @@ def key_file(tmp_path: Path) -> Path:
 
 
 def places_with(text: str, root: Path) -> set[str]:
-    """Return what holds a text of the files below a folder: ``aof``, ``rdb``, ``spool``, ``failed``, or its name."""
+    """Return which files below a folder hold a text: ``aof``, ``rdb``, ``spool``, ``failed``, ``trace`` or the name."""
     found = set()
     for path in root.rglob("*"):
         if path.is_file() and text.encode() in path.read_bytes():
             kind = path.suffix.strip(".") if path.suffix in {".aof", ".rdb"} else ""
-            found.add(kind or next((p for p in ("spool", "failed") if p in path.parts), path.name))
+            found.add(kind or next((p for p in ("spool", "failed", "trace") if p in path.parts), path.name))
     return found
 
 
@@ -382,7 +382,7 @@ def test_a_canary_is_nowhere_to_be_found(
         client.bgrewriteaof()
         wait_until(lambda: not client.info("persistence")["aof_rewrite_in_progress"])
         stored |= places_with(CANARY, one.state_dir)
-    assert stored == (set() if sealed else {"aof", "rdb", "spool", "failed"})
+    assert stored == (set() if sealed else {"aof", "rdb", "spool", "failed", "trace"})
     assert CANARY not in one.log.replace(f"{CANARY}@example.com", "")
     assert CANARY not in metrics
     backup.replies.clear()
