@@ -476,8 +476,11 @@ class MailTransaction:
         return await self._finish(transaction, envelope, digest, staged=staged)
 
     def _noted(self, reply: Reply) -> Reply:
-        """Count the end of a message that was not accepted: a client could send such for ever; returns ``reply``."""
-        if not reply.is_positive:
+        """Count the end of a message that was not accepted: a client could send such for ever; returns ``reply``.
+
+        That nothing can be stored is no fault of the client's.
+        """
+        if not reply.is_positive and reply is not _NOT_DURABLE:
             self._error_limits.idle()
         return reply
 
