@@ -7,6 +7,7 @@ ask at the same time, or within a second, get one computation. Whatever the page
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,7 @@ class Shared:
         """Return the answer; raises what the computation raised."""
         is_old = self._finding is not None and self._finding.done()
         if self._finding is None or (is_old and time.monotonic() - self._found_at >= _SHARED_SECONDS):
+            self._found_at = math.inf  # until it is noted, which is a turn of the loop after its end
             self._finding = asyncio.get_running_loop().run_in_executor(self._threads, self._find)
             self._finding.add_done_callback(self._note)
         return await asyncio.shield(self._finding)  # whoever hangs up takes it from nobody else
