@@ -14,6 +14,7 @@ import fcntl
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from relay import maillog, ownership
@@ -109,6 +110,17 @@ def open_locked(path: Path, flags: int = os.O_RDWR | os.O_CREAT, *, shared: bool
         os.close(descriptor)
         raise
     return descriptor
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, after whoever holds it now. Raises what ``open_lock`` raises."""
+    descriptor = open_lock(path)
+    try:
+        take_lock(descriptor, wait=True)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read(where: Path, name: str, size: int | None = None) -> bytes:

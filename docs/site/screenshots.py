@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -30,7 +31,7 @@ def main() -> None:
     with tempfile.TemporaryFile("w+") as output, subprocess.Popen([*COMMAND, "demo"], stdout=output) as demo:  # noqa: S603  (ours)
         try:
             state_dir = wait_for(output, r"--state-dir (\S+)")
-            time.sleep(seconds)
+            time.sleep(seconds)  # the plots and lists of the pictures fill meanwhile
             with sync_playwright() as playwright:
                 browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--headless", "--no-sandbox"])
                 take_all(browser, state_dir)
@@ -39,12 +40,12 @@ def main() -> None:
             demo.terminate()
 
 
-def wait_for(output: object, pattern: str) -> str:
+def wait_for(output: IO[str], pattern: str) -> str:
     """Return what a pattern finds in the demo's output, once it is there."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        output.seek(0)  # type: ignore[attr-defined]
-        if found := re.search(pattern, output.read()):  # type: ignore[attr-defined]
+        output.seek(0)
+        if found := re.search(pattern, output.read()):
             return found[1]
         time.sleep(0.2)
     raise SystemExit("the demo has not begun within a minute")

@@ -31,7 +31,8 @@ def show(settings: Settings, out: Output, *, address: str, sender: str, client: 
         raise Trouble(f"a table cannot be read: {error}") from error
     default, backups = _default(settings)
     router = loading.router_of(settings, tables)
-    plan = router.plan(default, sender.removeprefix("<").removesuffix(">"), client, local, token="message")  # noqa: S106
+    # The token stands for the message where that decides by weight: there is none.
+    plan = router.plan(default, sender.removeprefix("<").removesuffix(">"), client, local, token="message")  # noqa: S106  (no password)
     try:
         decision = plan.decide(address.removeprefix("<").removesuffix(">"))
     except OSError as error:

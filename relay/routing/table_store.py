@@ -12,9 +12,8 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -60,7 +59,7 @@ def update(
     """Read a table's file if it has changed. Raises BadTable: it is refused, and the former stays if there is one."""
     folder = _folder(state_dir)
     context = _context(servers, fold=fold)
-    with _alone(folder):
+    with private_files.locked(folder / _LOCK):
         known = note(state_dir, source)
         try:
             stamp = _stamp(source)
@@ -127,16 +126,6 @@ def _folder(state_dir: Path) -> Path:
     folder = _path_of(state_dir)
     private_files.folder(folder)
     return folder
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    descriptor = private_files.open_lock(folder / _LOCK)
-    try:
-        private_files.take_lock(descriptor, wait=True)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _note_name(source: Path) -> str:

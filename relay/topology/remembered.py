@@ -6,9 +6,6 @@ never replaced by a lower one. A file that is missing, another user's or makes n
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from relay import maillog, private_files
@@ -34,17 +31,7 @@ def load(state_dir: Path) -> Topology | None:
 def save(state_dir: Path, topology: Topology) -> None:
     """Remember it, on stable storage, unless a later decision is remembered already. Raises OSError."""
     folder = state_dir.absolute()
-    with _alone(folder):
+    with private_files.locked(folder / _LOCK):
         before = load(folder)
         if before is None or before.epoch < topology.epoch or (before.epoch == topology.epoch and before != topology):
             private_files.write(folder, _NAME, topology.to_json().encode())
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    descriptor = private_files.open_lock(folder / _LOCK)
-    try:
-        private_files.take_lock(descriptor, wait=True)
-        yield
-    finally:
-        os.close(descriptor)
