@@ -7,6 +7,7 @@ counted for another. All are started through an ExitStack and end with it.
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ import redis
 
 from bench import ROOT, exim, haraka, programs, usage
 from relay.ledger import keys
+from relay.redisio import embedded
 from support import postfix_instance
+from support.child_processes import tied
 from support.load import SmtpSink
 from support.postfix_instance import PostfixInstance
 from support.product import Product
-from support.waiting import free_port
+from support.redis_servers import RedisServer
+from support.waiting import free_port, wait_until
 
 # `up` as an operator has it: the harness's own choices undone.
 _AS_SHIPPED = {
@@ -171,6 +175,38 @@ def haraka_copy(stack: ExitStack, folder: Path) -> Peer:
     )
 
 
+def limit_unavailable() -> str:
+    """Say why the program in C cannot be built; "" when it can."""
+    return "" if shutil.which("cc") else "needs a C compiler"
+
+
+def limit(stack: ExitStack, folder: Path) -> Peer:
+    """Make the program in C of the same design, with a Redis that is run as the product's: what is left to gain."""
+    primary, backup = sink(stack), sink(stack)
+    folder.mkdir()
+    program = folder / "limit"
+    subprocess.run(["cc", "-O2", "-o", str(program), str(ROOT / "bench" / "limit.c")], check=True, timeout=60)
+    server = RedisServer(folder).start()
+    stack.callback(server.stop)
+    client = server.client()
+    stack.callback(client.close)
+    port = free_port()
+    path = str(embedded.socket_path(folder))
+    words = [str(program), str(port), str(primary.port), str(backup.port), path]
+    process = subprocess.Popen(tied(words), stdin=subprocess.DEVNULL, start_new_session=True)
+    stack.callback(programs.stop, process)
+    wait_until(lambda: programs.listens(process, port), message="bench/limit.c does not listen")
+    assert server.process is not None
+    pids = [process.pid, *usage.descendants(process.pid), server.process.pid]
+    return Peer(
+        "the same in C",
+        port,
+        (primary, backup),
+        pending=lambda: int(client.zcard("limit:pending")),
+        processes=lambda: {"all": pids},
+    )
+
+
 def competitors(stack: ExitStack, folder: Path, wanted: tuple[str, ...] = ()) -> list[Peer]:
     """Start every peer that can be run here, smtp-dup first. ``wanted`` are beginnings of their short names."""
     makers: dict[str, tuple[bool, Callable[[], Peer]]] = {
@@ -181,12 +217,13 @@ def competitors(stack: ExitStack, folder: Path, wanted: tuple[str, ...] = ()) ->
         "haraka": (haraka.program() is not None, lambda: haraka_copy(stack, folder)),
         "plain": (True, lambda: plain_relay(stack, keep=False)),
         "plain-pooled": (True, lambda: plain_relay(stack, keep=True)),
+        "limit": (not limit_unavailable(), lambda: limit(stack, folder / "limit")),
         "direct": (True, lambda: direct(stack)),
     }
     return [make() for name, (there, make) in makers.items() if there and (not wanted or name in wanted)]
 
 
-NAMES = ("smtp-dup", "postfix", "postfix-alone", "exim", "haraka", "plain", "plain-pooled", "direct")
+NAMES = ("smtp-dup", "postfix", "postfix-alone", "exim", "haraka", "plain", "plain-pooled", "limit", "direct")
 
 
 def enough_disk(folder: Path) -> str:

@@ -74,6 +74,8 @@ def _tell(row: Row, field: list[Peer], runs: dict[tuple[str, str], list[Run]]) -
         row.goal_ratio(f"drained against Postfix with a copy, {mode}", ours, ("Postfix with a copy", ours[1]), postfix)
         for plain in ("plain relay", "plain relay, pooled"):
             row.goal_ratio(f"drained against a {plain} without durability, {mode}", ours, (plain, ours[1]), 1.0)
+    kept = "kept connections, drained"
+    row.goal_ratio("drained against the same in C, kept", ("smtp-dup", kept), ("the same in C", kept), 1 / 1.5)
     for mode in MODES:
         for peer in field:
             if len(peer.targets) > 1 and (found := runs[peer.name, mode]):
