@@ -11,6 +11,7 @@ whatever happened; one in an unknown state is closed here and never used again.
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -57,6 +58,8 @@ class Pool:
         self._timeouts = timeouts
         self._limit = max(1, limit)
         self._max_refusals = max_refusals
+        self._most_messages = destination.messages_per_connection or sys.maxsize
+        self._age = destination.connection_age or math.inf
         self._fresh_since = float("-inf")  # older connections are not leased any more
         self.refusals = SessionRefusals()  # whether refusals on reused connections were about the connection
         self._on_open = on_open
@@ -74,7 +77,7 @@ class Pool:
     @property
     def room(self) -> int:
         """How many connections may be in use now: the limit, or less if the server has a lower one."""
-        return self._room()
+        return self._limit if self._ceiling is None else self._room()
 
     @property
     def in_use(self) -> int:
@@ -102,13 +105,13 @@ class Pool:
         ConnectFailed from the handshake of a new connection, which ``timeout`` does not bound.
         """
         deadline = _now() + (self._timeouts.connect if timeout is None else timeout)
-        if self._closed or self._waiters or self._out >= self._room():
+        if self._closed or self._waiters or self._out >= (self._limit if self._ceiling is None else self._room()):
             await self._wait(deadline, first=False)
         else:
             self._out += 1
         while True:
             try:
-                connection = None if fresh else await self._kept()
+                connection = await self._kept() if self._idle and not fresh else None
                 if connection is None:
                     connection = await self._connect()
             except ConnectFailed as error:
@@ -171,26 +174,21 @@ class Pool:
 
     def _is_worth_keeping(self, connection: Connection) -> bool:
         """Return whether a connection may carry another transaction, also of another caller."""
-        destination = self.destination
-        most = min(destination.messages_per_connection or sys.maxsize, connection.limits.mails)
         return (
-            connection.transactions < most
+            connection.transactions < self._most_messages
+            and connection.transactions < connection.limits.mails
             and connection.refusals <= self._max_refusals
-            and connection.created >= self._oldest()
+            and connection.created >= self._fresh_since
+            and connection.created + self._age >= _now()
         )
-
-    def _oldest(self) -> float:
-        """Return the loop time before which a connection was opened too long ago to be used."""
-        age = self.destination.connection_age
-        if not age:
-            return self._fresh_since
-        return max(self._fresh_since, _now() - age)
 
     async def _kept(self) -> Connection | None:
         """Return the idle connection used last that is still usable, or None."""
         while self._idle:
             connection = self._idle.pop()
-            if connection.last_used + _IDLE_SECONDS < _now() or connection.created < self._oldest():
+            now = _now()
+            is_stale = connection.last_used + _IDLE_SECONDS < now or connection.created + self._age < now
+            if is_stale or connection.created < self._fresh_since:
                 self._say_goodbye(connection)
                 continue
             try:
@@ -312,7 +310,8 @@ class Pool:
 
     def _free(self) -> None:
         self._out -= 1
-        self._wake()
+        if self._waiters:
+            self._wake()
 
     def _wake(self) -> None:
         while self._waiters and self._out < self._room():

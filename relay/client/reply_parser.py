@@ -16,29 +16,23 @@ _LINE_KEPT = 512 - len("250 \r\n")  # RFC 5321 4.5.3.1.5; longer lines are accep
 _MAX_LINES = 100
 _MAX_REPLY = 64 * 1024  # octets; no real reply comes near
 _MARKS = (b" ", b"-", b"")
+_new = tuple.__new__  # what Reply(...) calls, without a function of Python between
 
 
 class ReplyParser:
     """Parses the replies of one connection."""
 
-    __slots__ = ("_code", "_lines", "_size", "_tail")
+    __slots__ = ("_code", "_lines", "_size", "_tail", "is_between")
 
     def __init__(self) -> None:
+        self.is_between = True  # no incomplete reply is buffered
         self._tail = bytearray()  # a line without its end yet
         self._code = b""  # of the multi-line reply being read
         self._lines: list[str] = []
         self._size = 0
 
-    @property
-    def is_between(self) -> bool:
-        """Whether no incomplete reply is buffered."""
-        return not (self._tail or self._lines)
-
     def feed(self, data: bytes) -> Iterator[Reply]:
         """Yield the replies that these octets complete. Raises ValueError, after the replies before the fault."""
-        if (reply := self._single(data)) is not None:
-            yield reply
-            return
         if self._tail:
             self._tail += data
             if b"\n" not in data:  # only the new octets are searched: many tiny packets stay linear
@@ -55,6 +49,7 @@ class ReplyParser:
                 yield reply
         if len(rest) > _MAX_REPLY:
             raise ValueError("a line without an end")
+        self.is_between = not (self._tail or self._lines)
 
     def finish(self) -> Reply | None:
         """At the end of the stream, return the incomplete reply if its code is there, else None. Raises ValueError."""
@@ -66,14 +61,10 @@ class ReplyParser:
             reply, self._lines = Reply(int(self._code), tuple(self._lines)), []
         return reply
 
-    def _single(self, data: bytes) -> Reply | None:
-        """Return the reply if the data is exactly one plain line, as nearly always, else None."""
-        return _plain(data[:-2]) if data[-2:] == b"\r\n" and self.is_between else None
-
     def _line(self, line: bytes) -> Reply | None:
         if line.endswith(b"\r"):
             line = line[:-1]
-        if not self._lines and (reply := _plain(line)) is not None:
+        if not self._lines and (reply := plain(line)) is not None:
             return reply
         code, mark = line[:3], line[3:4]
         if len(code) != 3 or not code.isdigit() or mark not in _MARKS:
@@ -94,12 +85,12 @@ class ReplyParser:
         return Reply(int(code), tuple(lines))
 
 
-def _plain(line: bytes) -> Reply | None:
+def plain(line: bytes) -> Reply | None:
     """Return the reply that is one line of printable ASCII, without its CRLF, as nearly all are; else None."""
     if len(line) > _LINE_KEPT or not line.isascii():
         return None
     code, mark, text = (words := line.decode("ascii"))[:3], words[3:4], words[4:]
-    return Reply(int(code), (text,)) if mark == " " and code.isdigit() and text.isprintable() else None
+    return _new(Reply, (int(code), (text,))) if mark == " " and code.isdigit() and text.isprintable() else None
 
 
 def safe_text(text: bytes) -> str:

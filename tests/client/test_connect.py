@@ -101,7 +101,7 @@ async def test_closed_by_ourselves_while_a_reply_is_owed(scripted: Scripted, cer
     gate = Gate()
     server = scripted({"NOOP": (gate, Silence())}, tls=certificate.server_context() if encrypted else None)
     connection = await opened(server)
-    waiting = asyncio.create_task(connection.command(b"NOOP", timeout=LONG))
+    waiting = asyncio.ensure_future(connection.command(b"NOOP", timeout=LONG))
     await gate.arrival()
     connection.close()
     connection.close()

@@ -262,7 +262,7 @@ async def test_each_reply_has_its_own_deadline(scripted: Scripted):
     server = scripted({"RSET": Silence(), "NOOP": (gate, "250 ok")})
     connection = await opened(server)
     await connection.command(b"MAIL FROM:<>", timeout=ENOUGH)
-    waiting = asyncio.create_task(connection.command(b"NOOP", timeout=LONG))
+    waiting = asyncio.ensure_future(connection.command(b"NOOP", timeout=LONG))
     await gate.arrival()
     loop = asyncio.get_running_loop()
     passed = loop.create_future()
@@ -283,7 +283,7 @@ async def test_a_cancelled_wait_stays_owed(scripted: Scripted):
     gate = Gate()
     server = scripted({"MAIL": (gate, "250 to mail"), "RCPT": "550 to rcpt"})
     connection = await opened(server)
-    waiting = asyncio.create_task(connection.command(b"MAIL FROM:<>", timeout=LONG))
+    waiting = asyncio.ensure_future(connection.command(b"MAIL FROM:<>", timeout=LONG))
     await gate.arrival()
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
