@@ -14,7 +14,7 @@ from relay.mail import headers
 from relay.mail.reply import Reply
 from relay.smtpd.end_of_data import Pace
 from relay.smtpd.line_endings import LineEnds, LongestLine, Stuffing
-from relay.smtpd.primary import PrimaryTransaction
+from relay.smtpd.primary_transaction import PrimaryTransaction
 from relay.smtpd.shared_counters import ProcessCounters
 
 FULL = Reply.of(452, "4.3.1 Too much mail at once, try again later")
@@ -49,10 +49,10 @@ class IncomingBody:
         "_octets",
         "_settings",
         "_stuffing",
-        "_transaction",
         "is_by_primary",
         "pace",
         "refusal",
+        "transaction",
     )
 
     def __init__(
@@ -67,7 +67,7 @@ class IncomingBody:
     ) -> None:
         self._settings = settings
         self._counters = counters
-        self._transaction = transaction
+        self.transaction = transaction  # at the primary
         self._ends = LineEnds(refuse=crlf_only, stuffed=stuffed)
         self._stuffing = None if stuffed else Stuffing()
         self._lines = LongestLine(settings.max_line_bytes) if settings.max_line_bytes else None
@@ -91,7 +91,7 @@ class IncomingBody:
             await self._pass_on(self._ends.finish())
         if not self._begun and self.refusal is None:
             await self._pass_on(b"", is_last=True)
-        self._transaction.hold(self._last)
+        self.transaction.hold(self._last)
         parts, self._kept = (*self._kept, self._last), []
         body = b"".join(parts) if self._octets <= LARGE else await asyncio.to_thread(b"".join, parts)
         if self.refusal is None:
@@ -117,7 +117,7 @@ class IncomingBody:
                 self._last += piece
             else:
                 self._kept.append(self._last)
-                self.refusal = await self._transaction.write([self._last])
+                self.refusal = await self.transaction.write([self._last])
                 self.is_by_primary = self.refusal is not None
                 self._last = piece
         if self.refusal is not None:
@@ -137,7 +137,7 @@ class IncomingBody:
         return b"\r\n" + piece if piece and (undecided or _CONTINUES.match(piece)) else piece
 
     def _give_up(self) -> None:
-        self._transaction.abandon()
+        self.transaction.abandon()
         self._kept, self._last = [], b""
 
     def _too_much(self, piece: bytes) -> Reply | None:

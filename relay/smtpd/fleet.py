@@ -16,8 +16,10 @@ from relay.mail.destination import Destination
 from relay.mail.origin import Identity
 from relay.mail.reply import Reply
 from relay.routing.decisions import RouteDecision, Router
+from relay.smtpd import primary_transaction
 from relay.smtpd.availability import Availability
-from relay.smtpd.primary import SAFE_MINIMUM, Build, Primary, PrimaryTransaction, Unusable
+from relay.smtpd.primary import SAFE_MINIMUM, Build, Primary
+from relay.smtpd.primary_transaction import PrimaryTransaction, Unusable
 from relay.smtpd.snapshot import Snapshot
 
 
@@ -100,10 +102,10 @@ class Fleet:
     async def begin(
         self, decision: RouteDecision, snapshot: Snapshot, build: Callable[[Primary], Build], identity: Identity
     ) -> tuple[PrimaryTransaction | None, Reply, Primary]:
-        """Send MAIL to the first server that can be used; returns as Primary.begin, and who has answered."""
+        """Send MAIL to the first server that can be used; returns as ``begin`` there does, and who has answered."""
         if len(decision.servers) == 1:
             primary = self.primary(decision.servers[0], snapshot)
-            return *await primary.begin(build(primary), identity), primary
+            return *await primary_transaction.begin(primary, build(primary), identity), primary
         tried: list[tuple[str, str]] = []  # who could not be used, and why
         order = self._order(decision)
         while True:
@@ -112,7 +114,7 @@ class Fleet:
             standing = self._availability(name, primary)
             standing.begins()
             try:
-                transaction, reply = await primary.begin(build(primary), identity, or_raise=True)
+                transaction, reply = await primary_transaction.begin(primary, build(primary), identity, or_raise=True)
             except Unusable as trouble:
                 if not trouble.is_ours:
                     standing.fails(trouble.reason)

@@ -24,7 +24,6 @@ def note(envelope: Envelope) -> None:
             _SMTPUTF8.inc()
         if (value(given, "BODY") or "7BIT").upper() != "7BIT":
             _EIGHT_BIT.inc()
-    if any(MAIL_EXTENSIONS.get(p.partition("=")[0].upper()) == "DSN" for p in given) or any(
-        recipient.parameters for recipient in envelope.recipients
-    ):
+    of_mail = [MAIL_EXTENSIONS.get(p.partition("=")[0].upper()) for p in given] if given else ()
+    if "DSN" in of_mail or any(recipient.parameters for recipient in envelope.recipients):
         _DSN.inc()  # the RCPT parameters are NOTIFY and ORCPT, both from RFC 3461

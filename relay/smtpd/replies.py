@@ -29,11 +29,6 @@ class Replies:
         if len(self.refused) < _MOST_REFUSED:
             self.refused.append((address, reply, is_own))
 
-    @property
-    def has_untold_refusals(self) -> bool:
-        """Whether recipients were refused and nobody was told of it yet."""
-        return bool(self.refused) and not self.is_told
-
     def tell(
         self,
         outcome: str,

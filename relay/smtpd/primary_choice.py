@@ -1,32 +1,69 @@
-"""Who answers in one transaction, and what its recipients are owed, where the settings have routes.
+"""The choice of the primary for one transaction, and of the backups that get a copy for its recipients.
 
-The primary is chosen at MAIL where the recipient does not matter for that, else at the first recipient; it stays for
-the whole transaction. Recipients who need another are put off with 452, to be sent by themselves.
+Without routes the primary is the one of all mail. With routes it is chosen at MAIL where the recipient does not matter
+for that, else at the first recipient; it stays for the whole transaction. Recipients who need another are put off with
+452, to be sent by themselves. Both choices are asked the same; each keeps the snapshot of the roles until ``end``.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 
 from relay import maillog, metrics
 from relay.mail.origin import Identity
 from relay.mail.recipient import Recipient
 from relay.mail.reply import Reply
 from relay.routing.decisions import RouteDecision, owed
+from relay.smtpd import primary_transaction
 from relay.smtpd.fleet import Fleet
-from relay.smtpd.primary import Build, Primary, PrimaryTransaction
+from relay.smtpd.primary import Build, Primary
+from relay.smtpd.primary_transaction import PrimaryTransaction
 from relay.smtpd.snapshot import Snapshot
 
-MAIL_OK = Reply.of(250, "2.1.0 Ok")
 _ELSEWHERE = Reply.of(452, "4.5.3 Recipient is on another server, send it by itself")
 _NO_TABLE = Reply.of(451, "4.3.0 The table of routes cannot be read, try again later")
 
 Promised = tuple[tuple[str, tuple[int, ...]], ...]
+Begun = tuple[PrimaryTransaction | None, Reply]
 
 
-class Choosing:
-    """The choice of one transaction."""
+class OnePrimary:
+    """The choice where there are no routes: the primary of the snapshot, whoever the recipients are."""
+
+    __slots__ = ("_snapshot", "primary")
+    awaits_recipient = False  # the transaction can begin without
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot.take()
+        self.primary = snapshot.primary
+
+    def begin(self, recipient: Recipient | None, build: Build, identity: Identity) -> Awaitable[Begun]:
+        """Begin the transaction; returns as primary_transaction.begin."""
+        return primary_transaction.begin(self.primary, build, identity)
+
+    def objection(self, recipient: Recipient, *, counted: bool = False) -> Reply | None:
+        """Return None: every recipient may be in this transaction."""
+        return None
+
+    def copies(self, recipients: Sequence[Recipient]) -> tuple[tuple[str, ...], Promised, str]:
+        """Decide for good who gets a copy; returns their names, (name, recipient indices) if not all, and no route."""
+        names, promised = [], []
+        for backup in self._snapshot.backups:
+            wanted = tuple(i for i, r in enumerate(recipients) if backup.wants(r)) if backup.domains else None
+            if wanted is None or wanted:
+                names.append(backup.name)
+            if wanted and len(wanted) < len(recipients):
+                promised.append((backup.name, wanted))
+        return tuple(names), tuple(promised), ""
+
+    def end(self) -> None:
+        """Give the snapshot back."""
+        self._snapshot.give_back()
+
+
+class PrimaryByRoute:
+    """The choice by the routes, for one transaction."""
 
     def __init__(self, fleet: Fleet, snapshot: Snapshot, sender: str, client: str, local: tuple[str, int]) -> None:
         self._fleet = fleet
@@ -34,20 +71,24 @@ class Choosing:
         self._plan = fleet.router.plan(
             snapshot.primary.destination.name, sender, client, local, token=secrets.token_hex(8)
         )
-        self.settled = self._plan.settled  # None: the recipient decides
+        self._settled = self._plan.settled  # None: the recipient decides
         self._chosen: RouteDecision | None = None  # whose primary this transaction has, or is about to have
         self._refusals: dict[tuple[str, ...], Reply] = {}  # what MAIL got, by who was to answer
         self.primary = snapshot.primary
+        snapshot.take()
 
-    async def begin(
-        self, recipient: Recipient | None, build: Build, identity: Identity
-    ) -> tuple[PrimaryTransaction | None, Reply]:
+    @property
+    def awaits_recipient(self) -> bool:
+        """Whether the transaction can only begin with a recipient."""
+        return self._settled is None
+
+    async def begin(self, recipient: Recipient | None, build: Build, identity: Identity) -> Begun:
         """Begin the transaction at the primary of this recipient, of all where there is none given.
 
         A MAIL that was refused once is the reply to every further recipient of the same servers.
         """
         try:
-            decision = self.settled or self._plan.decide(recipient.address if recipient else "")
+            decision = self._settled or self._plan.decide(recipient.address if recipient else "")
         except OSError as error:
             return None, _unreadable(error)
         if (refused := self._refusals.get(decision.servers)) is not None:
@@ -67,7 +108,7 @@ class Choosing:
     def objection(self, recipient: Recipient, *, counted: bool = False) -> Reply | None:
         """Return the reply for a recipient who needs another primary, None where this one is right."""
         chosen = self._chosen
-        if self.settled is not None or chosen is None:
+        if self._settled is not None or chosen is None:
             return None
         try:
             found = self._plan.decide(recipient.address)
@@ -78,13 +119,6 @@ class Choosing:
         if counted:
             metrics.split.labels("defer").inc()
         return _ELSEWHERE
-
-    def accepted(self, routes: str) -> str:
-        """Count an accepted message; returns the name of the server that has taken it."""
-        name = self.primary.destination.name
-        for route in routes.split(","):
-            metrics.route_messages.labels(route, name).inc()
-        return name
 
     def copies(self, recipients: Sequence[Recipient]) -> tuple[tuple[str, ...], Promised, str]:
         """Decide for good who gets a copy; returns their names, (name, recipient indices) if not all, and the routes.
@@ -103,6 +137,13 @@ class Choosing:
             if wanted and len(wanted) < len(recipients):
                 promised.append((name, wanted))
         return tuple(names), tuple(promised), ",".join(dict.fromkeys(d.route.name for d in decisions))
+
+    def end(self) -> None:
+        """Give the snapshot back."""
+        self._snapshot.give_back()
+
+
+PrimaryChoice = OnePrimary | PrimaryByRoute
 
 
 def _unreadable(error: OSError) -> Reply:

@@ -1,0 +1,144 @@
+"""The end of a message: its copies are made durable, then the primary gets the final dot, held until then.
+
+By the primary's reply the copies are released, discarded or held as uncertain, and the client gets that reply. Nothing
+here ends early because the client has gone: the primary may have the message. Where the copies cannot be stored, the
+primary's reply stands and the lost copies are logged, unless the settings require durable copies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from relay import faultpoints, maillog, metrics
+from relay.ledger.changes import Released
+from relay.mail import headers
+from relay.mail.envelope import Envelope
+from relay.mail.record import Message
+from relay.mail.reply import Reply
+from relay.smtpd import mail_features
+from relay.smtpd.body import LARGE, IncomingBody
+from relay.smtpd.context import Context
+from relay.smtpd.error_limits import ErrorLimits
+from relay.smtpd.open_envelope import OpenEnvelope
+from relay.smtpd.primary_transaction import NoReply, PrimaryTransaction
+from relay.smtpd.protocol import ClientProtocol
+from relay.smtpd.staging import NotDurable
+from relay.smtpd.transaction_report import TransactionReport
+from relay.trace import events
+
+_NOT_DURABLE = Reply.of(451, "4.3.1 The copy cannot be stored at the moment, try again later")
+_NO_ANSWER = Reply.of(451, "4.4.2 The primary server did not answer, try again later")
+
+
+class FinalDot:
+    """Ends the messages of one client."""
+
+    def __init__(
+        self, context: Context, protocol: ClientProtocol, error_limits: ErrorLimits, report: TransactionReport
+    ) -> None:
+        self._context = context
+        self._protocol = protocol
+        self._error_limits = error_limits
+        self._report = report
+
+    async def send(self, incoming: IncomingBody, opened: OpenEnvelope) -> Reply:
+        """Make the copies durable, then send the primary the dot; returns the reply for the client."""
+        body = await incoming.complete()
+        named, replies = headers.name_of(body), self._report.replies
+        primary = opened.choice.primary.destination.name
+        message = Message(opened.sealed(self._context.staging.now(), len(body), named.text), body)
+        envelope = message.envelope
+        if (refusal := incoming.refusal) is not None:
+            self._error_limits.idle()
+            metrics.messages.labels("own").inc()
+            maillog.refused(envelope, refusal)
+            outcome = events.REFUSED if incoming.is_by_primary else events.OWN
+            replies.tell(outcome, envelope, primary, refusal)
+            return refusal
+        staged = await self._stage(message)
+        is_required = self._context.settings.relay.require_durable_copies and envelope.destinations
+        if staged is None or (not staged and is_required):
+            replies.tell(events.OWN, envelope, primary, _NOT_DURABLE)
+            return _NOT_DURABLE  # no fault of the client's
+        digest = await self._digest(envelope.sender, body, named) if staged else ""
+        del body, message  # frees memory: the primary may take ten minutes to answer
+        return await self._finish(incoming.transaction, envelope, primary, digest, staged=staged)
+
+    async def _stage(self, message: Message) -> bool | None:
+        """Make the copies durable before the primary may accept; returns whether they are.
+
+        False: there are no copies, or neither Redis nor the spool can be written. None: this process lacks descriptors,
+        memory or threads, so the client gets a temporary refusal.
+        """
+        if not message.envelope.destinations:
+            return False
+        begun = self._protocol.loop.time()
+        faultpoints.reach("before staging")
+        replies = self._report.replies
+        try:
+            replies.stage = await self._context.staging.stage(message)
+        except NotDurable as error:
+            maillog.not_durable(message.envelope, str(error))
+            return None if error.is_own else False
+        faultpoints.reach("staged")
+        replies.stage_seconds = seconds = self._protocol.loop.time() - begun
+        metrics.stage_seconds.observe(seconds)
+        return True
+
+    @staticmethod
+    async def _digest(sender: str, body: bytes, named: headers.Named) -> str:
+        if len(body) <= LARGE:
+            return headers.equality_digest(sender, body, named)
+        return await asyncio.to_thread(headers.equality_digest, sender, body, named)
+
+    async def _finish(
+        self, transaction: PrimaryTransaction, envelope: Envelope, primary: str, digest: str, *, staged: bool
+    ) -> Reply:
+        """Send the held dot; release, discard or hold the copies by the primary's reply, and return that reply."""
+        staging, replies = self._context.staging, self._report.replies
+        begun = self._protocol.loop.time()
+        try:
+            reply = await transaction.finish()
+        except NoReply as trouble:
+            self._error_limits.idle()
+            if staged:
+                staging.hold(envelope.id, digest)
+            metrics.messages.labels("uncertain").inc()
+            maillog.uncertain(envelope, self._context.settings.relay.uncertain_hold, str(trouble))
+            seconds, why = self._protocol.loop.time() - begun, Reply.of(451, str(trouble))
+            replies.tell(events.UNCERTAIN, envelope, primary, why, seconds=seconds)
+            return _NO_ANSWER
+        seconds = self._protocol.loop.time() - begun
+        faultpoints.reach("primary answered")
+        metrics.primary_seconds.observe(seconds)
+        metrics.increment(metrics.messages, metrics.reply_class(reply.code))(1)
+        if reply.is_positive:
+            if staged:
+                addresses = tuple([r.address for r in envelope.recipients])
+                await staging.release(Released(envelope.id, envelope.destinations, digest, addresses))
+                faultpoints.reach("released")
+            elif envelope.destinations:
+                metrics.copies_lost.inc()
+                maillog.copy_lost(envelope)
+            self._accepted(envelope, primary, reply, seconds)
+        else:
+            self._error_limits.idle()
+            if staged:
+                staging.discard(envelope.id)
+            maillog.refused(envelope, reply)
+            replies.tell(events.REFUSED, envelope, primary, reply, seconds=seconds)
+        return reply
+
+    def _accepted(self, envelope: Envelope, primary: str, reply: Reply, seconds: float) -> None:
+        """Count, log and tell of a message that the primary has."""
+        self._error_limits.bring_a_message()
+        self._report.log_the_rest()
+        metrics.increment(metrics.bytes_accepted)(envelope.size)
+        mail_features.note(envelope)
+        for route in envelope.route.split(",") if envelope.route else ():
+            metrics.route_messages.labels(route, primary).inc()
+        is_late = self._protocol.is_gone
+        to = [r.address for r in envelope.recipients] if self._context.settings.log.addresses else ()
+        by = primary if envelope.route else ""
+        maillog.accepted(envelope, reply, seconds, late=is_late, to=to, primary=by)
+        self._report.replies.tell(events.ACCEPTED, envelope, primary, reply, seconds=seconds, is_late=is_late)
