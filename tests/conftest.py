@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import redis
 
 from relay import maillog, ownership, private_files
 from relay.mail import encryption, record
-from support import exim_instance, load, postfix_instance, settable_clock
+from support import exim_instance, load, postfix_instance, remembered, settable_clock
 from support.certificates import Certificate
 from support.load import SmtpSink
 from support.postfix_instance import PostfixInstance
@@ -44,6 +45,7 @@ def pytest_configure() -> None:
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: None)  # a handler is not inherited; we ourselves go on all the same
     Product.forks = True
+    remembered.remember()
     free_port()  # opens its file now, not between two counts of descriptors
 
 
@@ -67,6 +69,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group("demanding"))
         elif _shares_a_fixture(item):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def pytest_collection_finish() -> None:
+    """Leave alone what is there for the whole run: a collection of garbage looks at some hundred megabytes else."""
+    gc.collect()
+    gc.freeze()
 
 
 def _shares_a_fixture(item: pytest.Item) -> bool:

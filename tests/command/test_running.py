@@ -6,7 +6,6 @@ import json
 import os
 import stat
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from relay.config.differences import differences
 from relay.config.loader import load
 from relay.daemon import control, running
 from relay.daemon.control import Control
+from support import forked
 from support.product import Product
 from support.scripted_server import ScriptedServer
 
@@ -29,15 +29,8 @@ FLAGS = {
 def run(product: Product, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a command as in another terminal: only the state folder is known there."""
     kept = {name: value for name, value in product.environment.items() if not name.startswith("SMTP_DUP_")}
-    return subprocess.run(
-        [sys.executable, "-m", "relay.command", *words],
-        cwd=product.state_dir,
-        env={**kept, "SMTP_DUP_STATE_DIR": str(product.state_dir), **variables},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    env = {**kept, "SMTP_DUP_STATE_DIR": str(product.state_dir), **variables}
+    return forked.run(words, cwd=product.state_dir, env=env, input="", timeout=60)
 
 
 def test_commands_without_settings(

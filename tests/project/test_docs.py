@@ -7,7 +7,6 @@ import os
 import plistlib
 import re
 import runpy
-import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import tarfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import click
 import pytest
@@ -25,7 +24,7 @@ from relay.command import commands
 from relay.config.loader import CONFIG_VARIABLE, DEFAULTS_VARIABLE, load
 from relay.config.options import BY_KEY, OPTIONS
 from relay.monitoring.probes import probe_redis
-from support import documents
+from support import documents, forked
 from support.documents import ROOT, Block
 from support.product import Product
 from support.redis_servers import RedisServer
@@ -191,14 +190,19 @@ def test_links_out_of_the_docs_lead_somewhere() -> None:
 # Run
 
 
+class Programs(NamedTuple):
+    """What a shell needs for a `smtp-dup` that is the code under test: variables, and a descriptor to inherit."""
+
+    variables: dict[str, str]
+    descriptor: int
+
+
 @pytest.fixture
-def programs(tmp_path: Path) -> Path:
+def programs(tmp_path: Path) -> Programs:
     """A folder with a `smtp-dup` that is the code under test."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "smtp-dup").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m relay.command "$@"\n')
-    (folder / "smtp-dup").chmod(0o755)
-    return folder
+    return Programs(*forked.program(folder))
 
 
 @pytest.fixture
@@ -220,14 +224,14 @@ def wait_failed(instance: Product) -> list[dict[str, Any]]:
     return instance.json("failed", "list")
 
 
-def run(instance: Product, text: str, programs: Path) -> subprocess.CompletedProcess[str]:
+def run(instance: Product, text: str, programs: Programs) -> subprocess.CompletedProcess[str]:
     """Run a block as its reader would, in the folder and with the settings of this instance."""
     text = text.replace("127.0.0.1:8025", f"127.0.0.1:{instance.status_port}")
-    environment = {**instance.environment, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
     return subprocess.run(
         ["bash", "-euo", "pipefail", "-c", text],
         cwd=instance.directory,
-        env=environment,
+        env={**instance.environment, **programs.variables},
+        pass_fds=[programs.descriptor],
         capture_output=True,
         text=True,
         timeout=60,
@@ -236,9 +240,11 @@ def run(instance: Product, text: str, programs: Path) -> subprocess.CompletedPro
 
 
 @pytest.mark.parametrize("page", sorted({block.page for block in documents.of("run")}))
-def test_commands_do_what_the_page_says(page: str, site: Product, programs: Path) -> None:
+def test_commands_do_what_the_page_says(page: str, site: Product, programs: Programs) -> None:
     """The blocks of a page that are marked `run`, one after the other."""
     message = site.json("failed", "list")[0]["id"]
+    if page == "trace.md":  # what is traced is written a moment later
+        wait_until(lambda: site.run("trace", "bob@example.com").returncode == 0)
     for block in documents.of("run", page=page):
         if "| jq" in block.text and not shutil.which("jq"):
             pytest.skip("jq is not installed")
@@ -258,26 +264,25 @@ class AsWritten(Product):
     """A product that is started by the text of a block."""
 
     text = ""
+    programs: Programs
 
-    def _argv(self, *words: str) -> list[str]:
-        if words[0] != "up":
-            return super()._argv(*words)
+    def _launch(self, argv: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
         # Its process is the product's: exec has the shell make place.
-        return [
-            "bash",
-            "-euo",
-            "pipefail",
-            "-c",
-            re.sub(r"(?m)^smtp-dup up|(?<= )smtp-dup up", "exec smtp-dup up", self.text),
-        ]
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {**super().environment, "PATH": f"{self.directory / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+        text = re.sub(r"(?m)^smtp-dup up|(?<= )smtp-dup up", "exec smtp-dup up", self.text)
+        return subprocess.Popen(
+            ["bash", "-euo", "pipefail", "-c", text],
+            cwd=self.directory,
+            env={**self.environment, **self.programs.variables},
+            pass_fds=[self.programs.descriptor],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
 
 @pytest.mark.parametrize("block", documents.of("up"), ids=str)
-def test_what_the_page_starts_relays_and_copies(block: Block, tmp_path: Path, programs: Path) -> None:
+def test_what_the_page_starts_relays_and_copies(block: Block, tmp_path: Path, programs: Programs) -> None:
     """Each way of a page to start it, with our servers in place of its names: mail reaches all that are named."""
     hosts = sorted(set(re.findall(r"[\w.-]+\.example\.com:25", block.text)))
     file = ""
@@ -290,6 +295,7 @@ def test_what_the_page_starts_relays_and_copies(block: Block, tmp_path: Path, pr
         primary = next(server for host, server in servers.items() if "old" in host or "primary" in host)
 
         instance = AsWritten(tmp_path)
+        instance.programs = programs
         ends.callback(instance.clean_up)
 
         def ours(text: str) -> str:
@@ -309,7 +315,7 @@ def test_what_the_page_starts_relays_and_copies(block: Block, tmp_path: Path, pr
         assert primary.messages
 
 
-def test_backup_and_restore(site: Product, programs: Path) -> None:
+def test_backup_and_restore(site: Product, programs: Programs) -> None:
     """What waited and what failed is there again after the two procedures of operations.md."""
     save, restore = documents.of("backup", page="operations.md")
     before = (site.json("queue", "list"), site.json("failed", "list"))
@@ -323,7 +329,7 @@ def test_backup_and_restore(site: Product, programs: Path) -> None:
     assert [row["id"] for row in before[0]] == [row["id"] for row in after[0]]
 
 
-def follow(instance: Product, block: Block, programs: Path) -> None:
+def follow(instance: Product, block: Block, programs: Programs) -> None:
     """Do what a block says, with the product in place of the service and its state folder in place of the real one."""
     for line in block.text.splitlines():
         if line.startswith("systemctl "):

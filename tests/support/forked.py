@@ -24,6 +24,7 @@ _server: tuple[socket.socket, subprocess.Popen[bytes]] | None = None
 # What the interpreter and its libraries read once, when they start.
 _READ_AT_START = ("LD_", "PYTHON", "MALLOC_", "GLIBC_", "LC_", "LANG", "LOGURU_", "SSL_", "OPENSSL_")
 _OURS = {"PYTHONPATH", "PYTHONUNBUFFERED"}
+_VARIABLE = "SMTPDUP_TEST_FORKS"
 
 
 def fits(env: Mapping[str, str]) -> bool:
@@ -128,6 +129,41 @@ def run(
             # Line ends as subprocess.run reads them.
             texts.append(file.read().decode().replace("\r\n", "\n").replace("\r", "\n"))
         return subprocess.CompletedProcess(["smtp-dup", *words], status, *texts)
+
+
+_PROGRAM = """#!{python} -IS
+import _socket, json, os, signal, sys
+
+umask = os.umask(0)
+os.umask(umask)
+words = {{"program": ["smtp-dup", *sys.argv[1:]], "cwd": os.getcwd(), "env": dict(os.environ), "session": False}}
+ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+files = b"".join(file.to_bytes(4, sys.byteorder) for file in (0, 1, 2, theirs.fileno()))
+signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+_socket.socket(fileno=int(os.environ["{variable}"])).sendmsg(
+    [json.dumps({{**words, "umask": umask}}).encode()], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, files)]
+)
+theirs.close()
+pid = int(ours.recv(100))
+for number in signals:
+    signal.signal(number, lambda number, _: os.kill(pid, number))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+status = int(ours.recv(100))
+sys.exit(status if status >= 0 else 128 - status)
+"""
+
+
+def program(folder: Path) -> tuple[dict[str, str], int]:
+    """Write a ``smtp-dup`` into a folder, for a shell: it starts a fork, and is there until that ends.
+
+    Returns the variables that it needs, and a descriptor that it inherits.
+    """
+    path = folder / "smtp-dup"
+    path.write_text(_PROGRAM.format(python=sys.executable, variable=_VARIABLE))
+    path.chmod(0o755)
+    descriptor = _connected().fileno()
+    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", _VARIABLE: str(descriptor)}, descriptor
 
 
 def _connected() -> socket.socket:

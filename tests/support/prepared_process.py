@@ -12,6 +12,7 @@ import atexit
 import ctypes
 import gc
 import importlib
+import io
 import json
 import os
 import pkgutil
@@ -26,6 +27,8 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
+
+from support import remembered
 
 OCTETS = 1 << 20  # of a request: arguments and environment
 _PR_SET_PDEATHSIG = 1
@@ -139,6 +142,7 @@ def _run(begun: Begun) -> None:
         os.dup2(file, number)
     for file in files:
         os.close(file)
+    _reopen_streams()
     os.umask(request["umask"])
     os.chdir(request["cwd"])
     os.environ.clear()
@@ -154,6 +158,16 @@ def _run(begun: Begun) -> None:
         main()
     else:
         runpy.run_path(program[0], run_name="__main__")
+
+
+def _reopen_streams() -> None:
+    """Have the streams of what the descriptors are now: a file can be sought in, a pipe cannot."""
+    sys.stdin = open(0, encoding=sys.stdin.encoding, errors=sys.stdin.errors, closefd=False)  # noqa: SIM115
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        before = getattr(sys, name)
+        raw = open(number, "wb", buffering=0, closefd=False)  # noqa: SIM115
+        text = io.TextIOWrapper(raw, before.encoding, before.errors, newline="\n", write_through=True)  # type: ignore[arg-type]
+        setattr(sys, name, text)
 
 
 def _renew() -> None:
@@ -173,6 +187,7 @@ def prepare() -> None:
         for module in pkgutil.walk_packages(importlib.import_module(name).__path__, f"{name}."):
             if not module.name.endswith("__main__"):
                 importlib.import_module(module.name)
+    remembered.remember()
     gc.collect()
     gc.freeze()  # a collection in a fork does not copy all of it
 

@@ -7,13 +7,12 @@ import pty
 import re
 import signal
 import struct
-import subprocess
-import sys
 import termios
 from contextlib import suppress
 from dataclasses import dataclass
 from fcntl import ioctl
 
+from support import forked
 from support.product import Product
 
 
@@ -29,27 +28,26 @@ def typed(instance: Product, *words: str, answer: str = "", columns: int = 60, i
     """Run a command on a terminal; with ``interrupt_at``, a pattern, press Ctrl-C once as soon as that is shown."""
     ours, theirs = pty.openpty()
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    with subprocess.Popen(
-        [sys.executable, "-m", "relay.command", *words],
-        env={**instance.environment, "TERM": "xterm"},
-        cwd=instance.directory,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-    ) as process:
-        os.close(theirs)
-        os.write(ours, answer.encode())
-        seen = b""
-        with suppress(OSError):  # EIO: the other end is closed
-            while chunk := os.read(ours, 4096):
-                seen += chunk
-                if interrupt_at and re.search(interrupt_at.encode(), seen):
-                    process.send_signal(signal.SIGINT)
-                    interrupt_at = ""
-        os.close(ours)
-        status = process.wait(20)
-    return Seen(seen.decode(), status)
+    with os.fdopen(theirs, "r+b", buffering=0) as terminal:
+        process = forked.start(
+            ["smtp-dup", *words],
+            env={**instance.environment, "TERM": "xterm"},
+            cwd=instance.directory,
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
+        )
+    os.write(ours, answer.encode())
+    seen = b""
+    with suppress(OSError):  # EIO: the other end is closed
+        while chunk := os.read(ours, 4096):
+            seen += chunk
+            if interrupt_at and re.search(interrupt_at.encode(), seen):
+                process.send_signal(signal.SIGINT)
+                interrupt_at = ""
+    os.close(ours)
+    return Seen(seen.decode(), process.wait(20))
 
 
 def on_terminal(instance: Product, *words: str, answer: str = "", columns: int = 60) -> str:

@@ -74,10 +74,12 @@ def wait_until(
 ) -> T:
     """Call predicate until it returns something true, and return that. Fails the test at the deadline."""
     deadline = time.monotonic() + timeout
+    begun = time.monotonic()
     while not (result := predicate()):
         if time.monotonic() > deadline:
             raise AssertionError(_text(message, timeout, predicate))
-        time.sleep(interval)
+        time.sleep(_pause(interval, begun))
+        begun = time.monotonic()
     return result
 
 
@@ -86,11 +88,18 @@ async def until(
 ) -> T:
     """Like ``wait_until``, for what runs in this event loop."""
     deadline = time.monotonic() + timeout
+    begun = time.monotonic()
     while not (result := predicate()):
         if time.monotonic() > deadline:
             raise AssertionError(_text(message, timeout, predicate))
-        await asyncio.sleep(interval)
+        await asyncio.sleep(_pause(interval, begun))
+        begun = time.monotonic()
     return result
+
+
+def _pause(interval: float, begun: float) -> float:
+    """Return the pause after a look that began then: what takes long, as a command does, is looked at less often."""
+    return max(interval, min(3 * (time.monotonic() - begun), 1.0))
 
 
 def _text(message: str | Callable[[], str], timeout: float, predicate: object) -> str:
