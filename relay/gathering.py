@@ -34,6 +34,7 @@ class Gathering(Generic[T]):
         self._queue: list[T] = []
         self._flights = 0
         self._is_scheduled = False
+        self._loop: asyncio.AbstractEventLoop | None = None  # that of the first item
         self._has_landed = asyncio.Event()  # set when any write ends; ``drain`` waits for it
 
     @property
@@ -46,7 +47,9 @@ class Gathering(Generic[T]):
         self._queue.append(item)
         if not self._is_scheduled and self._flights < self._limit:
             self._is_scheduled = True
-            asyncio.get_running_loop().call_soon(self._take_off)
+            loop = self._loop or asyncio.get_running_loop()
+            self._loop = loop
+            loop.call_soon(self._take_off)
 
     def landed(self) -> None:
         """Note that the write of a group has ended, successfully or not."""

@@ -6,6 +6,7 @@ counted here but read at scrape time, in monitoring/collectors.py. Updating a me
 
 import functools
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 
 from prometheus_client import Counter, Gauge, Histogram, values
@@ -104,6 +105,19 @@ def increment(counter: Counter, *labels: str) -> Callable[[float], None]:
     child = counter.labels(*labels) if labels else counter
     adding: Callable[[float], None] = child._value.inc  # noqa: SLF001 - our own class (metric_store.Value)
     return adding
+
+
+@functools.cache
+def observer(histogram: Histogram, *labels: str) -> Callable[[float], None]:
+    """Return what observes a value in a histogram; kept, as with ``increment``."""
+    child = histogram.labels(*labels) if labels else histogram
+    bounds, buckets, add = child._upper_bounds, child._buckets, child._sum.inc  # noqa: SLF001
+
+    def observe(value: float) -> None:
+        add(value)
+        buckets[bisect_left(bounds, value)].inc(1)
+
+    return observe
 
 
 def reply_class(code: int) -> str:

@@ -125,7 +125,10 @@ def beat(pipe: Pipe, process: str, words: str) -> None:
 
 def stage(pipe: Pipe, messages: Sequence[Staged]) -> None:
     """Write messages before the primary may see their dot."""
-    pipe.eval(_STAGE, 0, *(part for m in messages for part in (m.id, str(m.deadline), b"".join(m.record))))
+    arguments: list[str | bytes] = []
+    for message_id, record, deadline in messages:
+        arguments += (message_id, str(deadline), b"".join(record))
+    pipe.eval(_STAGE, 0, *arguments)
 
 
 def stage_large(pipe: Pipe, messages: Sequence[Staged]) -> None:

@@ -49,7 +49,8 @@ class GroupCommit:
         self, kind: str, item: Any, size: int = 0, sent: asyncio.Future[None] | None = None
     ) -> asyncio.Future[Any]:
         """Queue one change; returns a future with its result or exception. ``sent`` is done once it is on its way."""
-        loop = self._loop = self._loop or asyncio.get_running_loop()
+        loop = self._loop or asyncio.get_running_loop()
+        self._loop = loop
         pending = _Pending(kind, item, size, loop.time() + self._seconds, loop.create_future(), sent)
         self._gathering.add(pending)
         self._unanswered.append(pending)
@@ -69,16 +70,22 @@ class GroupCommit:
             pending = unanswered.popleft()
             if not pending.done.done():
                 pending.done.set_exception(TimeoutError(f"no answer within {self._seconds:g} s"))
-                _note(pending.sent)
+                if pending.sent is not None:
+                    _note(pending.sent)
         self._timer = loop.call_at(unanswered[0].deadline, self._expire) if unanswered else None
 
     def _fly(self, group: list[_Pending]) -> None:
-        group = [p for p in group if not p.done.done()]  # a change that timed out must not be sent any more
-        kinds = [members for kind in _ADD if (members := [p for p in group if p.kind == kind])]
+        of_kind: dict[str, list[_Pending]] = {}
+        size = 0
+        for pending in group:
+            if not pending.done.done():  # a change that timed out must not be sent any more
+                of_kind.setdefault(pending.kind, []).append(pending)
+                size += pending.size
+        kinds = sorted(of_kind.values(), key=_turn) if len(of_kind) > 1 else [*of_kind.values()]
         if not kinds:
             asyncio.get_running_loop().call_soon(self._land, kinds, [])
             return
-        batch = CommandBatch(sum(p.size for p in group))
+        batch = CommandBatch(size)
         try:
             for members in kinds:
                 _ADD[members[0].kind](batch, [p.item for p in members])
@@ -87,13 +94,15 @@ class GroupCommit:
         else:
             if self._wires.send(batch, partial(self._land, kinds)):
                 for pending in group:
-                    _note(pending.sent)
+                    if pending.sent is not None:
+                        _note(pending.sent)
 
     def _land(self, kinds: list[list[_Pending]], answers: Answers) -> None:
         for number, members in enumerate(kinds):
             answer = answers if isinstance(answers, Exception) else answers[number]
             for i, pending in enumerate(members):
-                _note(pending.sent)
+                if pending.sent is not None:
+                    _note(pending.sent)
                 pending.item = None  # frees the record: the entry may stay in the queue for a while
                 if pending.done.done():
                     continue
@@ -106,9 +115,13 @@ class GroupCommit:
         self._gathering.landed()
 
 
-def _note(sent: asyncio.Future[None] | None) -> None:
-    if sent is not None and not sent.done():
+def _note(sent: asyncio.Future[None]) -> None:
+    if not sent.done():
         sent.set_result(None)
+
+
+def _turn(members: list[_Pending]) -> int:
+    return _TURNS[members[0].kind]
 
 
 _ADD: Mapping[str, Callable[[Any, Sequence[Any]], None]] = {
@@ -118,3 +131,4 @@ _ADD: Mapping[str, Callable[[Any, Sequence[Any]], None]] = {
     "discard": changes.discard,
     "hold": changes.hold,
 }
+_TURNS = {kind: n for n, kind in enumerate(_ADD)}  # in which order the kinds of one write are sent

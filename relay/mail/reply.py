@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from relay.mail.text import printable
@@ -60,14 +61,19 @@ class Reply(NamedTuple):
     @property
     def wire(self) -> bytes:
         """The reply as sent to a client: each line printable and at most 512 octets with its CRLF."""
-        if len(self.lines) == 1:
-            (text,) = self.lines
-            if text.isascii() and text.isprintable():
-                return f"{self.code:03d} {text[: _REPLY_LINE_LIMIT - 6]}\r\n".encode("ascii")
-        last = len(self.lines) - 1
-        return b"".join(
-            b"%03d%s" % (self.code, b" " if i == last else b"-")
-            + printable(line).encode("utf-8", "backslashreplace")[: _REPLY_LINE_LIMIT - 6]
-            + b"\r\n"
-            for i, line in enumerate(self.lines)
-        )
+        return wire(self)
+
+
+@lru_cache(maxsize=100)  # all but the reply to the dot are the same for message after message
+def wire(reply: Reply) -> bytes:
+    """Return ``reply.wire``."""
+    code, lines = reply
+    if len(lines) == 1 and lines[0].isascii() and lines[0].isprintable():
+        return f"{code:03d} {lines[0][: _REPLY_LINE_LIMIT - 6]}\r\n".encode("ascii")
+    last = len(lines) - 1
+    return b"".join(
+        b"%03d%s" % (code, b" " if i == last else b"-")
+        + printable(line).encode("utf-8", "backslashreplace")[: _REPLY_LINE_LIMIT - 6]
+        + b"\r\n"
+        for i, line in enumerate(lines)
+    )

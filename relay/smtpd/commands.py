@@ -60,7 +60,12 @@ class CommandLoop:
                 return
             await protocol.push(greeting)
             while (line := await protocol.read_line(transaction.patience, AUTH_LINE)) is not None:
-                reply = await self._answer(line)
+                try:
+                    reply = await self._command(line)
+                except Exception as error:
+                    reply = self._reply_to(error)
+                if self._error_limits.are_unbearable:
+                    reply = _TOO_MANY_ERRORS
                 if reply is not None:
                     await protocol.push(reply)
                     if self._over or transaction.is_lost or reply.code == 421:
@@ -102,37 +107,34 @@ class CommandLoop:
         """Whether this process is only being replaced and the client has not yet sent a message over it."""
         return self._context.leaving and not self._transaction.was_served
 
-    async def _answer(self, line: bytes) -> Reply | None:
-        """Return the reply to one command, or None if it has been sent; unexpected exceptions become 451 here."""
-        try:
-            command, argument = self._read(line)
-            reply = await command(self, argument)
-        except SyntaxProblem as problem:
+    def _reply_to(self, error: Exception) -> Reply:
+        """Return the reply to a command that raised: at this border the unexpected becomes 451. Raises ClientGone."""
+        if isinstance(error, SyntaxProblem):
             self._error_limits.bad += 1
-            reply = problem.reply
-        except ClientGone:
-            raise
-        except Exception as error:
-            maillog.session_error(self._peer.address, error)
-            metrics.session_errors.inc()
-            self._transaction.forget()
-            return INTERNAL
-        return _TOO_MANY_ERRORS if self._error_limits.are_unbearable else reply
+            return error.reply
+        if isinstance(error, ClientGone):
+            raise error
+        maillog.session_error(self._peer.address, error)
+        metrics.session_errors.inc()
+        self._transaction.forget()
+        return INTERNAL
 
-    def _read(self, line: bytes) -> tuple[_Command, str]:
-        """Return the command of a line, and its argument. Raises SyntaxProblem."""
+    def _command(self, line: bytes) -> Awaitable[Reply | None]:
+        """Return what answers a command line, with None if the reply has been sent. Raises SyntaxProblem."""
         verb, argument = split_command(line)
-        command = _COMMANDS.get(verb)
+        mailing = _MAILING.get(verb)
         if not line or (len(line) > LINE_LIMIT and verb != b"AUTH"):
             raise SyntaxProblem(500, "5.5.2 Line too long")
-        if command is None:
+        if mailing is None and verb not in _COMMANDS:
             raise _unknown(verb)
         text = argument_text(argument)
         if not line.endswith(b"\r\n") and self._peer.crlf_only:
             raise SyntaxProblem(500, "5.5.2 A command must end with CRLF")
-        if verb in _IDLE:
+        if mailing is not None:
+            return mailing(self._transaction, text)
+        if verb != b"QUIT":
             self._error_limits.idle()
-        return command, text
+        return _COMMANDS[verb](self, text)
 
     # --- commands ---------------------------------------------------------------------------------------------
 
@@ -166,7 +168,7 @@ class CommandLoop:
         return Reply.of(252, "2.1.5 Cannot verify, but will pass the message on")
 
     async def _help(self, _: str) -> Reply:
-        return Reply.of(214, "2.0.0 " + " ".join(verb.decode() for verb in _COMMANDS))
+        return Reply.of(214, "2.0.0 " + " ".join(verb.decode() for verb in (*_COMMANDS, *_MAILING)))
 
 
 _Command = Callable[[CommandLoop, str], Awaitable[Reply | None]]
@@ -174,10 +176,6 @@ _Command = Callable[[CommandLoop, str], Awaitable[Reply | None]]
 
 def _between(command: Callable[[Peer, str], Awaitable[Reply | None]]) -> _Command:
     return lambda loop, argument: loop._introduce(argument, command)
-
-
-def _mailing(command: Callable[[MailTransaction, str], Awaitable[Reply]]) -> _Command:
-    return lambda loop, argument: command(loop._transaction, argument)
 
 
 # ruff: noqa: SLF001 - the table belongs to the class
@@ -188,17 +186,19 @@ _COMMANDS: Mapping[bytes, _Command] = {
     b"AUTH": _between(Peer.auth),
     b"XFORWARD": _between(Peer.xforward),
     b"XCLIENT": _between(Peer.xclient),
-    b"MAIL": _mailing(MailTransaction.mail),
-    b"RCPT": _mailing(MailTransaction.rcpt),
-    b"DATA": _mailing(MailTransaction.data),
-    b"BDAT": _mailing(MailTransaction.bdat),
     b"RSET": CommandLoop._rset,
     b"NOOP": CommandLoop._noop,
     b"QUIT": CommandLoop._quit,
     b"VRFY": CommandLoop._vrfy,
     b"HELP": CommandLoop._help,
 }
-_IDLE = (b"HELO", b"EHLO", b"RSET", b"NOOP", b"VRFY", b"HELP", b"XFORWARD", b"XCLIENT", b"AUTH", b"STARTTLS")
+# What brings a message: it has a table of its own, so that nothing lies between it and the loop.
+_MAILING: Mapping[bytes, Callable[[MailTransaction, str], Awaitable[Reply]]] = {
+    b"MAIL": MailTransaction.mail,
+    b"RCPT": MailTransaction.rcpt,
+    b"DATA": MailTransaction.data,
+    b"BDAT": MailTransaction.bdat,
+}
 _UNIMPLEMENTED = (b"EXPN", b"SEND", b"SOML", b"SAML", b"TURN", b"ETRN")
 _OTHER_PROTOCOLS = (b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS", b"CONNECT")  # a web page abuses a browser for SMTP
 

@@ -82,7 +82,7 @@ class FinalDot:
             return None if error.is_own else False
         faultpoints.reach("staged")
         replies.stage_seconds = seconds = self._protocol.loop.time() - begun
-        metrics.stage_seconds.observe(seconds)
+        metrics.observer(metrics.stage_seconds)(seconds)
         return True
 
     @staticmethod
@@ -110,7 +110,7 @@ class FinalDot:
             return _NO_ANSWER
         seconds = self._protocol.loop.time() - begun
         faultpoints.reach("primary answered")
-        metrics.primary_seconds.observe(seconds)
+        metrics.observer(metrics.primary_seconds)(seconds)
         metrics.increment(metrics.messages, metrics.reply_class(reply.code))(1)
         if reply.is_positive:
             if staged:

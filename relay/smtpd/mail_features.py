@@ -5,10 +5,13 @@ So two servers can be compared by what mail has needed of them.
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from relay import metrics
 from relay.mail.envelope import Envelope
 from relay.mail.esmtp import MAIL_EXTENSIONS, value
 
+_parameters = attrgetter("parameters")
 _SMTPUTF8, _EIGHT_BIT, _DSN = (metrics.features.labels(name) for name in metrics.MAIL_FEATURES)
 
 
@@ -25,5 +28,5 @@ def note(envelope: Envelope) -> None:
         if (value(given, "BODY") or "7BIT").upper() != "7BIT":
             _EIGHT_BIT.inc()
     of_mail = [MAIL_EXTENSIONS.get(p.partition("=")[0].upper()) for p in given] if given else ()
-    if "DSN" in of_mail or any(recipient.parameters for recipient in envelope.recipients):
+    if "DSN" in of_mail or any(map(_parameters, envelope.recipients)):
         _DSN.inc()  # the RCPT parameters are NOTIFY and ORCPT, both from RFC 3461

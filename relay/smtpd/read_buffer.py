@@ -48,7 +48,9 @@ class ReadBuffer:
         size = len(data)
         if self._counted or size > _UNCOUNTED:
             self._recount()
-        self._wake()
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
         if size > 2 * BUFFER and not self._paused and self._transport is not None:
             self._transport.pause_reading()
             self._paused = True
@@ -56,7 +58,9 @@ class ReadBuffer:
     def end(self) -> None:
         """Mark the end of input."""
         self._ended = True
-        self._wake()
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def unread(self, data: bytes) -> None:
         """Put octets back in front of the unread ones."""
@@ -93,22 +97,32 @@ class ReadBuffer:
             yield self._data[at:end]
             at = end
 
+    def next_line(self) -> bytes | None:
+        """Return the next line if all of it is here, b"" if longer than ``BUFFER``; else None."""
+        end = self._data.find(b"\n", self._at) + 1
+        if not end:
+            return None
+        line = self._take(end)
+        return line if len(line) <= BUFFER else b""
+
     async def line(self) -> bytes | None:
         """Return the next line, b"" if longer than ``BUFFER``, None at the end of input."""
         too_long = False
-        while (end := self._data.find(b"\n", self._at) + 1) == 0:
-            if len(self._data) - self._at > BUFFER:
+        while (line := self.next_line()) is None:
+            size = len(self._data) - self._at
+            if size > BUFFER:
                 self.clear()
-                too_long = True
-            if not await self._more():
+                size, too_long = 0, True
+            if not self._ended:
+                await self._arrival()
+            if len(self._data) - self._at <= size:
                 return None
-        line = self._take(end)
-        return b"" if too_long or len(line) > BUFFER else line
+        return b"" if too_long else line
 
     async def read(self, n: int = -1) -> bytes:
         """Return the unread octets, at most ``n``; waits for the first, b"" at the end of input."""
-        if self._at == len(self._data) and not await self._more():
-            return b""
+        if self._at == len(self._data) and not self._ended:
+            await self._arrival()
         size = len(self._data) - self._at
         return self._take(self._at + (size if n < 0 else min(n, size)))
 
@@ -149,18 +163,14 @@ class ReadBuffer:
 
     async def _more(self) -> bool:
         """Wait for more input; returns False at the end of input."""
-        if self._ended:
-            return False
+        before = len(self._data) - self._at
+        if not self._ended:
+            await self._arrival()
+        return len(self._data) - self._at > before
+
+    def _arrival(self) -> asyncio.Future[None]:
+        """Return what is done with the next input, or at the end of input."""
         if self._paused:
             self._resume()
         self._waiter = self._loop.create_future()
-        before = len(self._data) - self._at
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-        return len(self._data) - self._at > before
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        return self._waiter
