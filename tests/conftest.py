@@ -19,6 +19,7 @@ from relay import maillog, ownership, private_files
 from relay.mail import encryption, record
 from support import exim_instance, load, postfix_instance, remembered, settable_clock
 from support.certificates import Certificate
+from support.dns_server import DnsServer
 from support.load import SmtpSink
 from support.postfix_instance import PostfixInstance
 from support.product import Product
@@ -179,6 +180,20 @@ def scripted() -> Iterator[Callable[..., ScriptedServer]]:
     with ExitStack() as ends:
         for server in servers:
             ends.callback(server.stop)
+
+
+@pytest.fixture
+def dns_server() -> Iterator[Callable[..., DnsServer]]:
+    """Call it with records for a started DnsServer. All end with the test."""
+    servers: list[DnsServer] = []
+
+    def make(*records: str) -> DnsServer:
+        servers.append(DnsServer(*records).start())
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.stop()
 
 
 @pytest.fixture

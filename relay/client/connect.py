@@ -16,6 +16,7 @@ import functools
 import os
 import socket
 import ssl
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +27,14 @@ from aiosmtplib.protocol import SMTPProtocol
 
 from relay.client.connection import Connection
 from relay.client.errors import ConnectFailed
+from relay.client.exchangers import exchangers
 from relay.client.reply_parser import safe_text
 from relay.mail.destination import Destination
 from relay.mail.reply import Reply
 from relay.mail.timeouts import Timeouts
+
+_AVOID_SECONDS = 60.0  # in which an address that did not work is the last to be tried
+_MOST_AVOIDED = 4096
 
 _Address: TypeAlias = tuple[int, int, int, Any]  # family, type, protocol, socket address
 
@@ -46,26 +51,28 @@ async def connect(
 ) -> Connection:
     """Open a session, ready for MAIL, with a deadline for each step and for all together. Raises ConnectFailed.
 
-    The addresses of the host are tried in turn until one works (RFC 5321 5.1). Each gets an equal share of the time
-    left for its connect, greeting and EHLO; the last one gets all of it. After a refused password no other address is
-    tried.
+    The addresses of the host, or of the hosts that DNS names for a domain, are tried in turn until one works (RFC 5321
+    5.1); those that did not work lately come last. Each gets an equal share of the time left for its connect, greeting
+    and EHLO; the last one gets all of it. After a refused password no other address is tried.
     """
     context: ssl.SSLContext | None = None
     if destination.scheme == "smtps" or destination.tls != "none":
         with _stage("TLS"):
             context = await _context(destination)
     with _stage("connect"):
-        addresses = await _addresses(destination, timeouts.connect)
+        found = await _addresses(destination, timeouts.connect)
+    addresses = sorted(found, key=_is_avoided) if len(found) > 1 and _avoided else found
     loop = asyncio.get_running_loop()
     deadline, left = loop.time() + timeouts.connect, len(addresses)
     attempt = _Attempt(destination, local_hostname, timeouts, context)
     trouble: ConnectFailed | None = None
-    for address in addresses:
+    for name, address in addresses:
         patience = max(deadline - loop.time(), timeouts.connect / len(addresses)) / left
         share, left = left, left - 1
         try:
-            return await attempt.at(address, patience, share)
+            return await attempt.at(address, name, patience, share)
         except ConnectFailed as error:
+            _avoid(address)
             if error.reply is not None or trouble is None or trouble.reply is None:
                 trouble = error  # a reply says more than an address that does not answer
             if error.stage == "AUTH":
@@ -85,10 +92,15 @@ class _Attempt:
         self._context = context
         self._loop = asyncio.get_running_loop()
         self._begun = self._loop.time()
+        self._name = destination.host
 
-    async def at(self, address: _Address, patience: float, share: int) -> Connection:
-        """Open a session with one address; ``patience`` is for its connect, 1/``share`` of the usual for its EHLO."""
+    async def at(self, address: _Address, name: str, patience: float, share: int) -> Connection:
+        """Open a session with one address of the host of that name.
+
+        ``patience`` is for its connect, 1/``share`` of the usual for its EHLO.
+        """
         destination = self._destination
+        self._name = name.rstrip(".")  # for SNI and certificates (RFC 6066 3)
         start_tls = destination.scheme != "smtps" and destination.tls != "none"
         try:
             return await self._open(address, patience, share, start_tls=start_tls)
@@ -152,11 +164,6 @@ class _Attempt:
             raise ConnectFailed("the server closed the connection", stage="EHLO")
         return cast("asyncio.Transport", protocol.transport), hello.message.split("\n")[1:]
 
-    @property
-    def _name(self) -> str:
-        """The name for SNI and certificates, without a trailing dot (RFC 6066 3)."""
-        return self._destination.host.rstrip(".")
-
     def _left(self, most: float) -> float:
         """Return the seconds that the next step may take, within the limit of the whole handshake."""
         spent = self._loop.time() - self._begun
@@ -208,7 +215,40 @@ class _Attempt:
             await smtp.login(destination.username, destination.password)
 
 
-async def _addresses(destination: Destination, timeout: float) -> list[_Address]:
+_avoided: dict[tuple[Any, ...], float] = {}  # host and port -> until when (monotonic) others are tried before it
+
+
+def avoid(peer: tuple[Any, ...]) -> None:
+    """Have other addresses of the same name tried first for a while: this one takes no mail at the moment."""
+    now = time.monotonic()
+    if len(_avoided) >= _MOST_AVOIDED:
+        for known in [known for known, until in _avoided.items() if until <= now] or [next(iter(_avoided))]:
+            del _avoided[known]
+    _avoided[peer[:2]] = now + _AVOID_SECONDS
+
+
+def _avoid(address: _Address) -> None:
+    avoid(address[3])
+
+
+def _is_avoided(target: tuple[str, _Address]) -> bool:
+    return _avoided.get(target[1][3][:2], 0.0) > time.monotonic()
+
+
+async def _addresses(destination: Destination, timeout: float) -> list[tuple[str, _Address]]:
+    """Return the name and the address of each host to be tried, in this order, each once."""
+    if destination.scheme != "mx":
+        return [(destination.host, address) for address in await _of_name(destination, timeout)]
+    found: dict[_Address, str] = {}
+    for host in await exchangers(destination, timeout):
+        for address in host.addresses:
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            where = (address, destination.port, 0, 0) if ":" in address else (address, destination.port)
+            found.setdefault((family, socket.SOCK_STREAM, socket.IPPROTO_TCP, where), host.name)
+    return [(name, address) for address, name in found.items()]
+
+
+async def _of_name(destination: Destination, timeout: float) -> list[_Address]:
     """Return the host's addresses in the resolver's order, each once."""
     try:  # an IP address needs neither the resolver nor a thread for it
         found = socket.getaddrinfo(

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import re
-import socket
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from relay.client.errors import ClientError, ConnectionGone, DeadlinePassed, MalformedReply, stage_of
 from relay.client.reply_parser import ReplyParser, plain
 from relay.client.server_limits import UNLIMITED, server_limits
+from relay.client.unread import unread
 from relay.mail.destination import Destination
 from relay.mail.reply import Reply
 
@@ -65,8 +63,10 @@ class Connection(asyncio.Protocol):
         "is_dirty",
         "last_used",
         "limits",
+        "peer",
         "refusals",
         "transactions",
+        "turned_away",
     )
 
     def __init__(
@@ -82,9 +82,11 @@ class Connection(asyncio.Protocol):
         self.extensions: Mapping[str, str] = {}  # EHLO keyword in capitals -> parameters
         self.hostname = hostname
         self.limits = UNLIMITED
+        self.peer: tuple[Any, ...] = transport.get_extra_info("peername") or ()
         self.created = self.last_used = time.monotonic()
         self.transactions = 0  # MAIL commands sent
         self.refusals = 0  # of MAIL, RCPT, DATA and dot since the last accepted message: servers slow down for them
+        self.turned_away = False  # it said 421 to a command, or nothing: another host of the same name may be better
         self.in_data = False  # the server reads body text, so only the dot or a close may follow
         self.is_dirty = False  # a MAIL was sent, and neither was its dot answered nor a RSET sent
         self._is_ahead = False  # the next MAIL was sent behind the dot
@@ -302,6 +304,7 @@ class Connection(asyncio.Protocol):
             return
         verb = self._owed.popleft()
         if reply.code >= 400:
+            self.turned_away |= reply.code == 421
             self.refusals += verb in _OF_MAIL
         elif verb == b".":
             self.refusals = 0
@@ -323,18 +326,13 @@ class Connection(asyncio.Protocol):
         self._transport.abort()
 
     def _read_remains(self) -> None:
-        """Read what the kernel still holds after a failed write: a server that refuses a body replies, then closes.
+        """Read what has come before a failed write: a server that refuses a body replies, then closes.
 
-        The transport stops reading at EPIPE, but closes its socket only after connection_lost. Not for TLS, which
-        cannot be decrypted without the transport.
+        Not for TLS, which cannot be decrypted without the transport.
         """
-        if self.is_encrypted or not (self._owed or self.in_data):
-            return
-        with suppress(OSError, ValueError):
-            descriptor = os.dup(self._transport.get_extra_info("socket").fileno())
-            with socket.socket(fileno=descriptor) as copy:
-                while data := copy.recv(65536, socket.MSG_DONTWAIT):
-                    self.data_received(data)
+        if not self.is_encrypted and (self._owed or self.in_data):
+            for data in unread(self._transport):
+                self.data_received(data)
 
     # -- waiting --
 
@@ -390,6 +388,7 @@ class Connection(asyncio.Protocol):
         if self._deadline > self._loop.time():
             self._set_timer(self._deadline)
         else:
+            self.turned_away = True
             self._fail(DeadlinePassed(f"no reply within {self._patience:g} s", stage=stage_of(self._owed[0])))
 
 

@@ -2,6 +2,7 @@
 
 ClientError
 ConnectFailed         TCP, greeting, EHLO, TLS or AUTH failed (see client.connect)
+NoExchanger           a ConnectFailed: DNS has no host for the mail of the domain, or cannot tell
 ConnectionGone        the server closed, or sent an unsolicited reply, before the reply that it owed
 DeadlinePassed        no reply, or no room to write, in time
 MalformedReply        the server sent something that is no SMTP reply
@@ -25,6 +26,14 @@ class ClientError(Exception):
 
 class ConnectFailed(ClientError):
     """No session was established: stage is connect, greeting, EHLO, STARTTLS, TLS or AUTH."""
+
+
+class NoExchanger(ConnectFailed):
+    """No host is known that takes mail for the domain. ``told`` is what our own client hears, without any name."""
+
+    def __init__(self, text: str, told: str) -> None:
+        super().__init__(text, stage="MX")
+        self.told = told
 
 
 class ConnectionGone(ClientError):

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic as _now  # the clock of the event loop, which would have to be looked up each time
 
-from relay.client.connect import connect
+from relay.client.connect import avoid, connect
 from relay.client.connection import Connection
 from relay.client.errors import ClientError, ConnectFailed, DeadlinePassed
 from relay.client.session_refusals import SessionRefusals
@@ -141,6 +141,8 @@ class Pool:
             connection.close()
             return
         self._leased.discard(connection)
+        if connection.turned_away:
+            avoid(connection.peer)
         if not connection.is_usable:
             connection.close()
         elif self._closed or self._out + len(self._idle) > self._limit or not self._is_worth_keeping(connection):

@@ -7,6 +7,7 @@ returned as (field, text); no text repeats anything that may hold a password, no
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +16,14 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from relay.config.options import BACKUP_FIELDS
 from relay.config.types import split_host_port
-from relay.mail.destination import Destination
+from relay.mail.address_keys import domain_key, is_domain
+from relay.mail.destination import MX_PORT, Destination
 from relay.mail.ids import is_destination_name
 from relay.ownership import fault_of_secret
 
-_DEFAULT_PORTS = {"smtp": 25, "smtps": 465, "lmtp": 24}
-_URL_FIELDS = ("tls", "ca_file", "tls_certificate", "tls_key", "password_from")
+_DEFAULT_PORTS = {"smtp": 25, "smtps": 465, "lmtp": 24, "mx": MX_PORT}
+_MX = re.compile(r"mx:(?!\d+$)(?://)?(?=[^/])", re.IGNORECASE)  # mx:25 is port 25 of a host with that name
+_URL_FIELDS = ("tls", "ca_file", "tls_certificate", "tls_key", "password_from", "dns")
 _TLS = ("none", "opportunistic", "encrypt", "verify")
 _KINDS = {field.key: field.kind for field in BACKUP_FIELDS}
 
@@ -86,8 +89,10 @@ def _scheme_of(text: str) -> tuple[str, str]:
     scheme, mark, rest = text.partition("://")
     if not text.isprintable() or " " in text:
         raise ValueError("expected no spaces or control characters within a destination")
+    if is_mx(text):
+        return "mx", _of_domain(_MX.sub("", text, count=1))
     if mark and scheme.lower() not in _DEFAULT_PORTS:
-        raise ValueError("expected a URL that begins with smtp://, smtps:// or lmtp://")
+        raise ValueError("expected a URL that begins with smtp://, smtps:// or lmtp://, or mx:example.com")
     if mark:
         return scheme.lower(), rest
     if "@" in text:
@@ -95,6 +100,33 @@ def _scheme_of(text: str) -> tuple[str, str]:
     if "/" in text or "?" in text:
         raise ValueError("expected host:port or a URL: smtp://host:port")
     return "smtp", text
+
+
+def is_mx(text: str) -> bool:
+    """Return whether a text names a server by the domain whose mail it takes: mx:example.com."""
+    return _MX.match(text) is not None
+
+
+def _of_domain(text: str) -> str:
+    """Return what follows mx:, its domain as DNS has it. Raises ValueError."""
+    if "@" in text.partition("?")[0]:
+        raise ValueError("expected no user after mx:, since DNS says which hosts would get the password")
+    end = min([n for n in map(text.find, ":/?") if n >= 0], default=len(text))
+    domain = domain_key(text[:end])
+    if not is_domain(domain) or domain.startswith("[") or re.fullmatch(r"[0-9.]+", domain):
+        raise ValueError("expected a domain after mx:, such as mx:example.com, whose MX records name the hosts")
+    return domain + text[end:]
+
+
+def default_name(text: str) -> str:
+    """Return the name of a server that is given as mx:example.com and nothing else; any other text as it is."""
+    if not is_mx(text):
+        return text
+    try:
+        parts, _ = _split_url(text)
+    except ValueError:
+        return text
+    return Destination("", parts["host"], parts["port"], parts["scheme"]).address
 
 
 def read_destination(
@@ -120,8 +152,10 @@ def read_destination(
     if faults:
         return None, faults
     values |= parts
-    values.setdefault("name", Destination("", parts["host"], parts["port"]).address)
+    values.setdefault("name", Destination("", parts["host"], parts["port"], parts["scheme"]).address)
     faults = [*_secrets(values, environ), *_transport(values, given="tls" in query or bool(table.get("tls")))]
+    if values.get("dns") and values["scheme"] != "mx":
+        faults.append(("dns", "has a meaning only with mx:example.com"))
     if not is_destination_name(values["name"]):
         faults.append(("name", "expected letters, digits and . _ : - [ ] only, at most 100"))
     return (None, faults) if faults else (Destination(**values), [])
@@ -218,7 +252,11 @@ def _is_this_machine(host: str) -> bool:
 
 def same_server(one: Destination, other: Destination) -> bool:
     """Return whether both are the same host and port, as far as can be known without a DNS query."""
-    return one.port == other.port and bool(hosts_of(one.host) & hosts_of(other.host))
+    return (
+        (one.scheme == "mx") == (other.scheme == "mx")
+        and one.port == other.port
+        and bool(hosts_of(one.host) & hosts_of(other.host))
+    )
 
 
 def is_own_address(host: str, port: int, listening: Sequence[tuple[str, int]]) -> bool:
@@ -234,16 +272,26 @@ def is_own_address(host: str, port: int, listening: Sequence[tuple[str, int]]) -
     return False
 
 
+def _loop(server: Destination, listening: Sequence[tuple[str, int]]) -> str:
+    """Say that mail to a server would come back to us; "" where it would not, as far as can be known here."""
+    if server.scheme == "mx":  # at port 25 the relay looks itself: see relay.client.exchangers
+        is_ours = server.port != MX_PORT and any(port == server.port for _, port in listening)
+        return f"{server.address} is at our own port (smtp.listen): mail would go round in a loop" if is_ours else ""
+    if is_own_address(server.host, server.port, listening):
+        return f"{server.address} is our own listening address (smtp.listen): mail would go round in a loop"
+    return ""
+
+
 def conflicts(
     primary: Destination | None, backups: Sequence[Destination], listening: Sequence[tuple[str, int]]
 ) -> Iterator[tuple[int, str]]:
     """Yield (index of the backup, or -1 for the primary; text of the problem)."""
     seen: list[tuple[str, Destination]] = [("the primary", primary)] if primary else []
-    if primary and is_own_address(primary.host, primary.port, listening):
-        yield -1, f"{primary.address} is our own listening address (smtp.listen): mail would go round in a loop"
+    if primary and (text := _loop(primary, listening)):
+        yield -1, text
     for index, backup in enumerate(backups):
-        if is_own_address(backup.host, backup.port, listening):
-            yield index, f"{backup.address} is our own listening address (smtp.listen): mail would go round in a loop"
+        if text := _loop(backup, listening):
+            yield index, text
             continue
         for label, other in seen:
             if same_server(backup, other):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relay import ownership
 from relay.config.agreement import disagreements, own_addresses
-from relay.config.destinations import conflicts, read_destination, resolve_password, same_server
+from relay.config.destinations import conflicts, default_name, is_mx, read_destination, resolve_password, same_server
 from relay.config.model import DEMOTED_ORIGIN, PARTS, Layers, Settings, Shown, describe
 from relay.config.options import (
     BACKUP_FIELDS,
@@ -358,6 +358,7 @@ class _Loader:
         for n, (table, where) in enumerate(self.servers, 1):
             server = self._server_table("server", n, table, where)
             backups += [(server, f"server[{n}]", where[""])] if server else []
+        backups += list(self._by_domain([*([primary] if primary else []), *(b for b, _, _ in backups)]))
         found = tuple(backup for backup, _, _ in backups)
         for index, text in conflicts(primary, found, own_addresses(values)):
             if index < 0:
@@ -365,6 +366,19 @@ class _Loader:
             else:
                 self._wrong(backups[index][1], text, backups[index][2])
         return primary, demoted, found[:count], found[count:]
+
+    def _by_domain(self, known: Sequence[Destination]) -> Iterator[tuple[Destination, str, str]]:
+        """Yield the servers that only routes name, as mx:example.com, each with its key and origin."""
+        names = {server.name.lower() for server in known}
+        for n, (table, where) in enumerate(self.routes, 1):
+            for field in ("primary", "servers", "backups") if isinstance(table, dict) else ():
+                for text in filter(is_mx, _texts(table.get(field))):
+                    if (name := default_name(text.strip())).lower() in names:
+                        continue
+                    names.add(name.lower())
+                    server, _ = read_destination(text.strip(), {}, environ={}, connections=self.connections)
+                    if server:  # else the route says what is wrong
+                        yield server, f"route[{n}].{field}", where.get(field, where[""])
 
     def _plain_backups(self, values: dict[str, Any]) -> Iterator[tuple[Destination, str, str]]:
         """Yield the backups of relay.destination_backups, each with its key and origin."""
@@ -452,6 +466,12 @@ class _Loader:
 def _is_the_same(table: Any, backup: Destination, primary: Destination) -> bool:
     """Say whether a [[backup]] is meant to be the primary: by its name, which it has been given, and its address."""
     return "name" in table and backup.name == primary.name and same_server(backup, primary)
+
+
+def _texts(value: Any) -> list[str]:
+    """Return the texts of a list, the names of a table, or the one text."""
+    items = [value] if isinstance(value, str) else value if isinstance(value, list | dict) else []
+    return [item for item in items if isinstance(item, str)]
 
 
 def _fields(table: Any) -> list[str]:

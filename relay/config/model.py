@@ -375,7 +375,9 @@ def describe(settings: Settings) -> list[Shown]:
     if settings.demoted and (origin := settings.origins.get(DEMOTED_ORIGIN)):
         rows.append(Shown(f"backup.{settings.demoted.name}", in_words(settings.demoted), "", origin))
     for n, server in enumerate(settings.servers, 1):
-        rows.append(Shown(f"server.{server.name}", in_words(server), "", settings.origins[f"server[{n}]"]))
+        rows.append(
+            Shown(f"server.{server.name}", in_words(server), "", settings.origins.get(f"server[{n}]", "routes"))
+        )
     for n, route in enumerate(settings.route_table, 1):
         rows.append(Shown(f"route.{route.name}", route.in_words(), "", settings.origins[f"route[{n}]"]))
     return rows
@@ -384,16 +386,14 @@ def describe(settings: Settings) -> list[Shown]:
 def in_words(backup: Destination) -> str:
     """Return a backup on a line, its password masked."""
     user = f"{backup.username}:***@" if backup.username else ""
-    words = [f"{backup.scheme}://{user}{backup.address}", f"tls={backup.tls}", f"sender={backup.sender}"]
+    place = backup.address if backup.scheme == "mx" else f"{backup.scheme}://{user}{backup.address}"
+    words = [place, f"tls={backup.tls}", f"sender={backup.sender}"]
     words += [f"connections={backup.connections}"]
     words += ["soft_bounce"] * backup.soft_bounce
     if backup.messages_per_connection != MESSAGES_PER_CONNECTION:
         words.append(f"messages_per_connection={backup.messages_per_connection}")
     if backup.connection_age != CONNECTION_AGE:
         words.append(f"connection_age={backup.connection_age:g}")
-    words += [
-        f"{name}={value}"
-        for name in ("ca_file", "tls_certificate", "password_from")
-        if (value := getattr(backup, name))
-    ]
+    others = ("ca_file", "tls_certificate", "password_from", "dns")
+    words += [f"{name}={value}" for name in others if (value := getattr(backup, name))]
     return " ".join([*words, *(f"domains={','.join(backup.domains)}" for _ in backup.domains[:1])])

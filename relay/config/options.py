@@ -17,6 +17,7 @@ from relay.config.types import (
     DEMOTED,
     DESTINATION,
     DESTINATIONS,
+    DNS_SERVER,
     DOMAINS,
     HOST_NAME,
     NETWORKS,
@@ -154,7 +155,8 @@ OPTIONS: tuple[Option, ...] = (
            "lmtp://user:password@host:port (special characters percent-encoded), with "
            "?tls=none|opportunistic|encrypt|verify, ca_file=/path, "
            "tls_certificate=/path and tls_key=/path (client certificate, if the server requests one), and "
-           "password_from=env:NAME or file:/path. Default ports: 25, 465, 24. name= in front gives it a name for "
+           "password_from=env:NAME or file:/path. Default ports: 25, 465, 24. mx:example.com is the hosts that "
+           "DNS names for the mail of that domain. name= in front gives it a name for "
            "`smtp-dup promote` and `topology`; the default is host:port. Required.", "--primary"),
     Option("relay.destination_backups", DESTINATIONS, [], "",
            "The servers that get a copy, each written like the primary, with name= in front for one with a name; in a "
@@ -311,6 +313,8 @@ BACKUP_FIELDS: tuple[Option, ...] = (
     Option("tls_certificate", TEXT, "", "", "PEM file of the client certificate, for a server that requests one."),
     Option("tls_key", TEXT, "", "", "PEM file of its key. Default: the certificate's file."),
     Option("password_from", TEXT, "", "", "env:NAME or file:/path instead of a password in the URL."),
+    Option("dns", DNS_SERVER, "", "",
+           "With mx:example.com as the url, the DNS server to ask, address:port. Empty: those of /etc/resolv.conf."),
 )
 
 # Fields of [[route]]: name, an example as TOML has it, what it means.
@@ -322,7 +326,8 @@ ROUTE_FIELDS: tuple[tuple[str, str, str], ...] = (
       "file:/path of a table; a sender also <>. clients: networks. listen: addresses of smtp.listen. Without match: "
       "everything.")),
     ("primary", '["new", "old"]',
-     "Who answers: one server, several in order (the next where one cannot be used), or weights {a = 3, b = 1}."),
+     ("Who answers: one server, several in order (the next where one cannot be used), or weights {a = 3, b = 1}. "
+      "mx:example.com is a server, too: the hosts that take mail for that domain.")),
     ("servers", '["new", "old"]', "Another word for primary, for a route with copies = others."),
     ("backups", '["archive"]', "Servers that get a copy. A server of the primary's name gets it by relay.demoted."),
     ("copies", '"others"',

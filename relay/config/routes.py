@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relay.config.destinations import Faults, hosts_of
+from relay.config.destinations import Faults, default_name, hosts_of, is_mx, read_destination
 from relay.config.types import choice, duration, listen_addresses, quoted
 from relay.mail.address_keys import covers, entry_key
 from relay.mail.addresses import Network
@@ -192,8 +192,11 @@ class _Reading:
             return ()
         found: list[str] = []
         for item in value:
-            server = self._known.get(item.strip().lower())
-            if server is None:
+            server = self._known.get(item.strip().lower()) or self._known.get(default_name(item.strip()).lower())
+            if server is None and is_mx(item.strip()):
+                _, faults = read_destination(item.strip(), {}, environ={}, connections=0)
+                self.faults += [(field, f"{fault}; not {quoted(item)}") for _, fault in faults]
+            elif server is None:
                 near = difflib.get_close_matches(item.lower(), self._known, 1)
                 meant = f"did you mean {self._known[near[0]].name}?" if near else self._there_are()
                 self._wrong(field, f"no server is named {quoted(item)}; {meant}")

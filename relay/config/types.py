@@ -202,6 +202,17 @@ def split_host_port(text: str, default_port: int | None = None) -> tuple[str, in
     return host, number
 
 
+def _read_dns_server(value: object) -> str:
+    expected = "the address of a DNS server, such as 10.0.0.53 or [2001:db8::53]:5353"
+    text = _text_of(value, expected)
+    try:
+        host, port = split_host_port(f"[{text}]" if text.count(":") > 1 and "[" not in text else text, 53)
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        raise _fail(expected, value) from None
+    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
+
+
 def listen_addresses(text: str) -> tuple[tuple[str, int], ...]:
     """Return (host, port) of each listening address in a text; the host "" means all interfaces."""
     return tuple(split_host_port(part.strip()) for part in text.split(",") if part.strip())
@@ -362,6 +373,7 @@ def _joined(values: Iterable[object]) -> str:
 
 TEXT = OptionType("text", lambda v: _text_of(v, "text"))
 BOOLEAN = OptionType("true or false", _read_boolean, lambda v: "true" if v else "false", ("true", "false"))
+DNS_SERVER = OptionType("a DNS server", _read_dns_server)
 DESTINATION = OptionType("a destination", lambda v: _text_of(v, "host:port or a URL"), mask)
 DESTINATIONS = OptionType(
     "destinations", lambda v: tuple(_items_of(v, "destinations, each host:port or a URL")), _joined, several=True

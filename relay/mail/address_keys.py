@@ -81,7 +81,7 @@ def entry_key(entry: str, *, fold: bool) -> str:
     local, at, domain = text.rpartition("@")
     is_below = not local and domain.startswith(".")
     key = domain_key(domain.removeprefix(".") if is_below else domain)
-    if not _is_domain(key) or (is_below and key.startswith("[")):
+    if not is_domain(key) or (is_below and key.startswith("[")):
         raise ValueError("expected user@example.com, @example.com or @.example.com (all domains below it)")
     if not local:
         return f"@{'.' * is_below}{key}"
@@ -107,7 +107,8 @@ def covers(keys: frozenset[str], key: str) -> bool:
 
 
 @lru_cache(maxsize=65536)  # a table has many addresses of each domain
-def _is_domain(key: str) -> bool:
+def is_domain(key: str) -> bool:
+    """Return whether this, made by ``domain_key``, is a domain or the literal of an address."""
     if key.startswith("["):
         return _LITERAL.fullmatch(key) is not None
     return bool(key) and len(key) <= 255 and all(map(_LABEL.fullmatch, key.split(".")))

@@ -11,8 +11,10 @@ from relay.mail.recipient import Recipient
 from relay.mail.stored import parsed, texts
 from relay.mail.text import printable
 
+_DNS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\[\]:]+):[0-9]{1,5}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 MESSAGES_PER_CONNECTION = 10  # by default Exim queues further messages, and Stalwart refuses them
+MX_PORT = 25  # of a host that DNS names for a domain
 CONNECTION_AGE = 300.0  # seconds, as Postfix's smtp_connection_reuse_time_limit
 _NUMBERS = {"port", "connections", "messages_per_connection", "connection_age"}  # fields of a destination
 _NO_TEXTS = _NUMBERS | {"soft_bounce", "domains"}
@@ -30,7 +32,7 @@ class Destination:
     name: str
     host: str
     port: int
-    scheme: str = "smtp"  # smtp, smtps or lmtp
+    scheme: str = "smtp"  # smtp, smtps, lmtp, or mx: the host is a domain, and DNS has the hosts for its mail
     tls: str = "opportunistic"  # none, opportunistic, encrypt, verify (smtps: TLS from the first byte)
     username: str = ""
     password: str = field(default="", repr=False)
@@ -44,10 +46,13 @@ class Destination:
     ca_file: str = ""
     tls_certificate: str = ""  # client certificate, for a server that requests one
     tls_key: str = ""
+    dns: str = ""  # host:port of the DNS server to ask, with mx; "": those of the system
 
     @property
     def address(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
+        if self.scheme == "mx":
+            return f"mx:{host}" if self.port == MX_PORT else f"mx:{host}:{self.port}"
         return f"{host}:{self.port}"
 
     @property
@@ -61,7 +66,7 @@ class Destination:
 
     def to_json(self) -> str:
         """Return the stored form, without the password."""
-        names = [s for s in self.__slots__ if s != "password"]
+        names = [s for s in self.__slots__ if s != "password" and (s != "dns" or self.dns)]
         return json.dumps({s: getattr(self, s) for s in names}, sort_keys=True)
 
     @classmethod
@@ -80,7 +85,7 @@ class Destination:
             and all(isinstance(value, str) and not _CONTROL.search(value) for value in words)
             and type(found.port) is int
             and 0 <= found.port < 65536  # 0: only the name is known, see relay.ledger.continuity
-            and found.scheme in {"smtp", "smtps", "lmtp"}
+            and found.scheme in {"smtp", "smtps", "lmtp", "mx"}
             and found.tls in {"none", "opportunistic", "encrypt", "verify"}
             and found.sender in {"keep", "null"}
             and type(found.connections) is int
@@ -90,6 +95,7 @@ class Destination:
             and type(found.connection_age) in {int, float}
             and 0 <= found.connection_age < float("inf")
             and type(found.soft_bounce) is bool
+            and (not found.dns or _DNS.fullmatch(found.dns) is not None)
         )
         if not fine:
             raise ValueError("unreadable destination: a field has not the form that it should")

@@ -6,7 +6,7 @@ temporary. Nothing here does I/O, and nothing raises.
 
 from __future__ import annotations
 
-from relay.client.errors import ClientError
+from relay.client.errors import ClientError, NoExchanger
 from relay.mail.reply import Reply
 
 ABOUT_US = (530, 534, 535, 538)  # the server wants the relay to authenticate: RFC 4954 6
@@ -58,6 +58,8 @@ def for_client_early(reply: Reply) -> Reply:
 
 def for_client_unconnected(error: ClientError) -> Reply:
     """Return the reply for the client where no connection to the primary can be had."""
+    if isinstance(error, NoExchanger):
+        return Reply.of(451, error.told)
     if error.reply is not None and error.reply.code in (421, 450, 451, 452):
         return Reply(451, error.reply.lines)
     return Reply.of(451, "4.4.1 The primary server is not available, try again later")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from relay import faultpoints
 from relay.client.connection import Connection
@@ -40,14 +41,15 @@ _REPETITIONS = 2  # of a MAIL that reused connections refused
 class Unusable(Exception):
     """Nobody can have the message: no connection, or a 421 or nothing in reply to MAIL. ``reply`` is the client's.
 
-    ``is_ours``: all connections that we may have are in use.
+    ``is_ours``: all connections that we may have are in use. ``peer``: the address that MAIL was sent to, if any.
     """
 
-    def __init__(self, reply: Reply, reason: str, *, is_ours: bool = False) -> None:
+    def __init__(self, reply: Reply, reason: str, *, is_ours: bool = False, peer: tuple[Any, ...] = ()) -> None:
         super().__init__(reason)
         self.reply = reply
         self.reason = reason
         self.is_ours = is_ours
+        self.peer = peer
 
 
 class NoReply(Exception):
@@ -70,12 +72,30 @@ async def begin(
     of ``timeouts.connect`` also counts as dead, since the host may have vanished.
     """
     until = time.monotonic() + MAIL_SECONDS
+    turned_away: set[tuple[Any, ...]] = set()
+    while True:
+        try:
+            return await _begin(primary, build, identity, until)
+        except Unusable as trouble:
+            # DNS may have another host for the domain, which is another server: each is asked once.
+            if primary.destination.scheme == "mx" and trouble.peer and trouble.peer not in turned_away:
+                turned_away.add(trouble.peer)
+            elif or_raise:
+                raise
+            else:
+                return None, trouble.reply
+
+
+async def _begin(
+    primary: Primary, build: Build, identity: Identity, until: float
+) -> tuple[PrimaryTransaction | None, Reply]:
+    """Begin, as above. Raises Unusable."""
     pool, repeated, doubted = primary.pool, 0, None
     while True:
         try:
             connection = await pool.lease(timeout=primary.timeouts.connect, fresh=repeated > 0)
         except ClientError as error:
-            return None, _no_connection(primary, error, or_raise=or_raise)
+            raise _unusable(primary, error) from error
         reused = connection.transactions > 0
         most = primary.timeouts.connect if reused else _left(primary.timeouts, until)
         try:
@@ -86,7 +106,7 @@ async def begin(
             if reused and isinstance(error, ConnectionGone | DeadlinePassed | NotIntroduced):
                 repeated += 1
                 continue
-            return None, _no_connection(primary, error, or_raise=or_raise)
+            raise _unusable(primary, error, connection.peer) from error
         except BaseException:
             pool.give_back(connection)  # the pool closes it, unless nothing was sent
             raise
@@ -100,8 +120,8 @@ async def begin(
         if reply.is_positive:
             return PrimaryTransaction(primary, connection, ahead, build, identity, reused=reused), reply
         await _give_back_refused(primary, connection, reply)
-        if reply.code == 421 and or_raise:
-            raise Unusable(for_client(reply), f"MAIL: {reply.text}")
+        if reply.code == 421:
+            raise Unusable(for_client(reply), f"MAIL: {reply.text}", peer=connection.peer)
         return None, for_client(reply)
 
 
@@ -116,12 +136,9 @@ async def _give_back_refused(primary: Primary, connection: Connection, reply: Re
         primary.pool.give_back(connection)
 
 
-def _no_connection(primary: Primary, error: ClientError, *, or_raise: bool) -> Reply:
-    reply = primary.unavailable(error)
-    if or_raise:
-        is_ours = isinstance(error, PoolExhausted) and error.reply is None
-        raise Unusable(reply, str(error), is_ours=is_ours) from error
-    return reply
+def _unusable(primary: Primary, error: ClientError, peer: tuple[Any, ...] = ()) -> Unusable:
+    is_ours = isinstance(error, PoolExhausted) and error.reply is None
+    return Unusable(primary.unavailable(error), str(error), is_ours=is_ours, peer=peer)
 
 
 def _left(timeouts: Timeouts, until: float) -> float:

@@ -46,6 +46,7 @@ class ScriptedServer:
         max_connections: int | None = None,
         tls: ssl.SSLContext | None = None,
         implicit_tls: bool = False,
+        host: str = "127.0.0.1",
         port: int = 0,
     ) -> None:
         self.replies: dict[str, Reaction] = dict(replies or {})
@@ -56,7 +57,7 @@ class ScriptedServer:
         self.max_connections = max_connections
         self.tls = tls
         self.implicit_tls = implicit_tls
-        self.host = "127.0.0.1"
+        self.host = host
         self.port = port
         self.connections: list[Connection] = []
         self.errors: list[BaseException] = []
