@@ -105,9 +105,9 @@ def judge(evidence: Evidence) -> Verdict:
     return Verdict(evidence.name, evidence.old, evidence.now, judged)
 
 
-def verdict(connection: Any, settings: Settings, name: str) -> Verdict:
-    """Ask about one backup. Raises UnknownBackup, RedisError."""
-    return judge(gather(connection, settings, name))
+def verdict(connection: Any, settings: Settings, name: str, old: str = "") -> Verdict:
+    """Ask about one backup, beside the primary or whom ``old`` names. Raises UnknownBackup, RedisError."""
+    return judge(gather(connection, settings, name, old))
 
 
 def verdicts(connection: Any, settings: Settings) -> list[Verdict]:
@@ -134,10 +134,10 @@ def backups_now(connection: Any, settings: Settings) -> list[str]:
     return [name for name in dict.fromkeys(server.name for server in servers) if name != primary]
 
 
-def gather(connection: Any, settings: Settings, name: str) -> Evidence:
-    """Read what is known of a backup. Raises UnknownBackup, RedisError."""
+def gather(connection: Any, settings: Settings, name: str, old: str = "") -> Evidence:
+    """Read what is known of a backup, beside the primary or whom ``old`` names. Raises UnknownBackup, RedisError."""
     known = registry.destinations(connection)
-    old = primary_now(connection, settings)
+    old = old or primary_now(connection, settings)
     if name not in known and name not in backups_now(connection, settings):
         there = ", ".join(sorted({*known, *backups_now(connection, settings)})) or "none"
         raise UnknownBackup(f"no backup {name!r}; there is: {there}")

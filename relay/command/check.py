@@ -25,7 +25,7 @@ from relay.monitoring.topology import about_topology
 from relay.page import hosts, users
 from relay.redisio import embedded
 from relay.topology import decisions
-from relay.topology.roles import backups_now
+from relay.topology.roles import copied_now
 
 _SETTINGS = [
     Column("option", lambda r: r.key),
@@ -135,7 +135,7 @@ def _left_behind(settings: Settings) -> Iterator[ProbeResult]:
     with ledger_of(settings) as connection:
         topology, _ = decisions.topology(connection)
         rows = overview.summary(connection)
-    configured = {backup.name for backup in (*settings.copied, *backups_now(settings, topology))}
+    configured = {backup.name for backup in (*settings.copied, *copied_now(settings, topology))}
     for row in rows:
         if row.destination not in configured and (row.pending or row.failed):
             left = f"no backup any more, but {row.pending} copies wait and {row.failed} have failed"

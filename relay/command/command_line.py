@@ -152,6 +152,16 @@ class CommandGroup(_Completes, click.Group):
         return f"; did you mean {' or '.join(within)}?" if within else f"; see {ctx.command_path} --help"
 
 
+class Asking(CommandGroup):
+    """Commands of which one, the first, is meant where no other is named: `route user@example.com`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = [word for word in args if not word.startswith("-")]
+        if words and not any(word in self.commands for word in words):
+            args = [next(iter(self.commands)), *args]
+        return super().parse_args(ctx, args)
+
+
 class Listing(CommandGroup):
     """Commands about what the group itself shows, without one of them."""
 

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from relay import __version__
-from relay.command.command_line import HELP_OPTIONS, NAME, CommandGroup, Listing, Task, Word
-from relay.command.completed_names import DESTINATION, FAILED_ID, GROUP, TOPIC, WAITING_ID, Names
+from relay.command.command_line import HELP_OPTIONS, NAME, Asking, CommandGroup, Listing, Task, Word
+from relay.command.completed_names import DESTINATION, FAILED_ID, GROUP, ROUTE, SERVER, TOPIC, WAITING_ID, Names
 from relay.command.filter_flags import FILTER_FLAGS
 from relay.command.filter_flags import NAMES as FILTER_NAMES
 from relay.command.flags import SETTINGS_FLAGS, Given
@@ -117,8 +117,14 @@ def _listing(listing: Word, commands: dict[str, Word | CommandGroup]) -> Listing
     return made
 
 
-def _group(text: str, commands: dict[str, Word | CommandGroup], params: Sequence[click.Parameter] = ()) -> CommandGroup:
-    made = CommandGroup(
+def _group(
+    text: str,
+    commands: dict[str, Word | CommandGroup],
+    params: Sequence[click.Parameter] = (),
+    *,
+    kind: type[CommandGroup] = CommandGroup,
+) -> CommandGroup:
+    made = kind(
         None,
         commands={},
         params=[*params, COLOUR, *SETTINGS_FLAGS],
@@ -126,7 +132,7 @@ def _group(text: str, commands: dict[str, Word | CommandGroup], params: Sequence
         short_help=text,
         context_settings=HELP_OPTIONS,
         no_args_is_help=False,
-        subcommand_metavar="COMMAND [ARGS]...",
+        subcommand_metavar="ADDRESS | COMMAND [ARGS]..." if kind is Asking else "COMMAND [ARGS]...",
         options_metavar="",
         callback=lambda: None,
     )
@@ -203,6 +209,27 @@ _DIVERGENCES: dict[str, Word | CommandGroup] = {
     "retry": _word("try the failed copies of a reason again, now", "divergence:retry", _KEY, _DESTINATION),
 }  # fmt: skip
 
+_ROUTE_NAME = click.Argument(["route"], metavar="ROUTE", type=Names(ROUTE))
+_ROUTE: dict[str, Word | CommandGroup] = {
+    "show": _word(
+        "which route an address takes, who answers for it, and why", "route:show",
+        click.Argument(["address"], metavar="ADDRESS"),
+        _option("--sender", metavar="ADDRESS", default="", help="of the message; the null sender"),
+        _option("--client", metavar="IP", default="127.0.0.1", help="that sends it; 127.0.0.1"),
+        _option("--listen", metavar="HOST:PORT", default="", help="of ours, that it connects to; the first"),
+        settings="primary",
+    ),
+    "weight": _word(
+        "share a route's mail among its servers by weights, without a restart", "route_roles:weight",
+        _ROUTE_NAME, click.Argument(["weights"], metavar="SERVER=WEIGHT...", nargs=-1, required=True),
+        _DRY_RUN, _WAIT_FOR, _AT_ONCE, _REASON, _YES, settings="primary",
+    ),
+    "reset": _word(
+        "let a route be as the settings say, whatever was decided", "route_roles:reset",
+        _ROUTE_NAME, _DRY_RUN, _WAIT_FOR, _AT_ONCE, _REASON, _YES, settings="primary",
+    ),
+}  # fmt: skip
+
 ROOT = _group(
     "relay mail to a primary, and a durable copy of it to every backup",
     {
@@ -219,13 +246,8 @@ ROOT = _group(
             settings="given",
         ),
         "check": _word("validate the settings, probe Redis and every server", "check:check", settings="checked"),
-        "route": _word(
-            "which route an address takes, who answers for it, and why", "route:show",
-            click.Argument(["address"], metavar="ADDRESS"),
-            _option("--sender", metavar="ADDRESS", default="", help="of the message; the null sender"),
-            _option("--client", metavar="IP", default="127.0.0.1", help="that sends it; 127.0.0.1"),
-            _option("--listen", metavar="HOST:PORT", default="", help="of ours, that it connects to; the first"),
-            settings="primary",
+        "route": _group(
+            "which route an address takes; weights of its servers", _ROUTE, kind=Asking,
         ),
         "ready": _word(
             "whether a backup is ready to be the primary, and why not", "ready:show",
@@ -274,13 +296,14 @@ ROOT = _group(
         ),
         "promote": _word(
             "make a backup the primary, without a restart", "promote:promote",
-            click.Argument(["name"], metavar="[NAME]", required=False, type=Names(DESTINATION)),
+            click.Argument(["name"], metavar="[NAME]", required=False, type=Names(SERVER)),
+            _option("--route", metavar="ROUTE", type=Names(ROUTE), default="", help="only on this route"),
             _DRY_RUN, _WAIT_FOR, _option("--cancel", is_flag=True, help="cancel a prepared promotion, also another's"),
             _AT_ONCE, _option("--force", is_flag=True, help="even if it is not known to be ready"), _REASON, _YES,
             settings="primary",
         ),
         "undo": _word(
-            "make the previous primary the primary again", "promote:undo",
+            "undo the last decision about who answers", "promote:undo",
             _DRY_RUN, _WAIT_FOR, _AT_ONCE, _REASON, _YES, settings="primary",
         ),
         "topology": _word("which server is primary since when, and which relays follow", "topology:show"),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from redis import Redis
 
 DESTINATION, FAILED_ID, WAITING_ID, GROUP, TOPIC = "destination", "failed id", "waiting id", "group", "topic"
+ROUTE, SERVER = "route", "server"
 
 _ANSWER_SECONDS = 0.2  # for each answer of Redis
 _PATIENCE = 0.8  # seconds for all of it, also where a name server is silent
@@ -70,6 +71,10 @@ def _look(given: Given, what: str, add: Callable[[str], Any]) -> None:
         if what == DESTINATION:
             for backup in settings.copied:
                 add(backup.name)
+        if what in {ROUTE, SERVER}:
+            for one in settings.route_table if what == ROUTE else settings.named:
+                add(one.name)
+            return
         from relay.ledger import keys as ledger_keys  # noqa: PLC0415  (redis-py: 0.1 s, which other completions do not take)
         from relay.ledger.divergence_groups import is_group  # noqa: PLC0415  (redis-py)
         from relay.redisio import embedded  # noqa: PLC0415  (redis-py: 0.1 s, which other completions do not take)

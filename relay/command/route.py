@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from relay.cockpit import changeover
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, CannotSay, Misuse, Trouble
 from relay.command.output import Output
@@ -11,12 +12,13 @@ from relay.config.loader import Settings
 from relay.config.types import listen_addresses
 from relay.mail.addresses import parsed
 from relay.mail.text import printable
+from relay.redisio import embedded
 from relay.routing import loading
 from relay.routing.decisions import RouteDecision, owed
 from relay.routing.table_file import BadTable
 from relay.routing.table_store import Table
 from relay.topology import decisions
-from relay.topology.roles import as_settings_say, decided
+from relay.topology.roles import Roles, as_settings_say, decided
 
 
 def show(settings: Settings, out: Output, *, address: str, sender: str, client: str, listen: str) -> int:
@@ -29,8 +31,9 @@ def show(settings: Settings, out: Output, *, address: str, sender: str, client: 
         tables = loading.tables_as_they_are(settings, warnings.append)
     except BadTable as error:
         raise Trouble(f"a table cannot be read: {error}") from error
-    default, backups = _default(settings)
-    router = loading.router_of(settings, tables)
+    roles = _roles(settings)
+    default, backups = roles.primary.name, [backup.name for backup in roles.backups]
+    router = loading.router_of(settings, tables).with_routes(roles.routes)
     # The token stands for the message where that decides by weight: there is none.
     plan = router.plan(default, sender.removeprefix("<").removesuffix(">"), client, local, token="message")  # noqa: S106  (no password)
     try:
@@ -48,6 +51,7 @@ def show(settings: Settings, out: Output, *, address: str, sender: str, client: 
         "backups": copies,
         "split": "" if decision.is_default else decision.route.split,
         "why": _why(decision, tables),
+        "weights": _weights(decision),
         "waits_for_recipient": plan.settled is None,
     }
     if out.as_json:
@@ -59,6 +63,8 @@ def show(settings: Settings, out: Output, *, address: str, sender: str, client: 
     if row["then"]:
         out.line(f"         then {', '.join(row['then'])}, where that cannot be used")
     out.line(f"copies   {', '.join(copies) or 'none'}")
+    if row["weights"]:
+        out.line(f"weights  {changeover.answering(decision.route)}")
     out.line(f"why      {row['why']}")
     for warning in warnings:
         out.line(f"warning  {warning}")
@@ -75,17 +81,23 @@ def _address(listen: str, settings: Settings) -> tuple[str, int]:
         raise Misuse(f"--listen: expected host:port or :port, not {printable(listen)}") from None
 
 
-def _default(settings: Settings) -> tuple[str, list[str]]:
-    """Return who answers by default and who gets copies then: by the last promotion, where Redis can say."""
+def _roles(settings: Settings) -> Roles:
+    """Return who answers and who gets copies: by the last decision, where Redis can say."""
     roles = as_settings_say(settings)
-    if settings.redis.url:
+    if settings.redis.url or embedded.socket_path(settings.state_dir).exists():
         try:
             with ledger_of(settings) as connection:
                 topology, _ = decisions.topology(connection)
                 roles = (topology and decided(settings, topology)) or roles
         except CannotSay:  # as it was at the start
             pass
-    return roles.primary.name, [backup.name for backup in roles.backups]
+    return roles
+
+
+def _weights(decision: RouteDecision) -> dict[str, float]:
+    """Return how the mail of its route is shared, where it is."""
+    route = decision.route
+    return dict(zip(route.servers, route.weights, strict=True)) if route.weights else {}
 
 
 def _why(decision: RouteDecision, tables: dict[Any, Table]) -> str:

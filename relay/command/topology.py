@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import islice
 
 from relay.cockpit.words import moment
@@ -11,12 +12,13 @@ from relay.command.exit_status import NO, WELL
 from relay.command.output import GREEN, RED, YELLOW, Column, Output, as_object, span
 from relay.config.loader import Settings
 from relay.ledger import audit
-from relay.topology import decisions, promotion
+from relay.topology import decisions, promotion, route_roles
 from relay.topology.decisions import View
 from relay.topology.heartbeats import Heartbeat
+from relay.topology.roles import disagreement
+from relay.topology.state import RouteRoles, Topology
 
 _CHANGES = 5
-_COMMANDS = ("promote", "undo")
 _PROCESSES = [
     Column("process", lambda row: row[0].label),
     Column("follows", lambda row: "yes" if row[1] else "dead" if not row[0].is_alive else "NO",
@@ -33,6 +35,7 @@ _HISTORY = [
     Column("when", lambda act: moment(act.at)),
     Column("who", lambda act: act.who),
     Column("what", lambda act: act.command),
+    Column("route", lambda act: act.details.get("route", "-")),
     Column("before", lambda act: act.before or "-"),
     Column("after", lambda act: act.after or "-"),
     Column("why", lambda act: act.reason or "-", detail=True),
@@ -43,7 +46,7 @@ def show(settings: Settings, out: Output) -> int:
     """Show who is the primary since when, which process follows, and the last changes. Says no when one does not."""
     with ledger_of(settings) as connection:
         seen = decisions.view(connection)
-        last = list(islice((act for act in audit.acts(connection) if act.command in _COMMANDS), _CHANGES))
+        last = list(islice((act for act in audit.acts(connection) if act.command in promotion.COMMANDS), _CHANGES))
     late = [beat for beat in seen.living if not seen.follows(beat)]
     if out.as_json:
         out.object(_as_object(seen, settings))
@@ -74,8 +77,12 @@ def _as_object(seen: View, settings: Settings) -> dict[str, object]:
         "at": now.at if now else None,
         "reason": now.reason if now else "",
         "previous": seen.topology.previous.primary if seen.topology else None,
-        "preparing": {"primary": intent.primary, "by": intent.by, "at": intent.at} if intent else None,
+        "preparing": {"primary": intent.primary, "route": intent.route, "by": intent.by, "at": intent.at}
+        if intent
+        else None,
         "settings_agree": _agree(seen, settings),
+        "routes": {name: asdict(roles) for name, roles in now.routes.items()} if now else {},
+        "disagreement": disagreement(settings, seen.topology),
         "trouble": seen.nonsense,
     }
 
@@ -84,7 +91,7 @@ def _agree(seen: View, settings: Settings) -> bool | None:
     """Say whether the settings name the same primary; None for settings without one."""
     if settings.primary is None:
         return None
-    return promotion.current(seen, settings) == settings.primary.name
+    return promotion.current(seen, settings) == settings.primary.name and not disagreement(settings, seen.topology)
 
 
 def _head(seen: View, settings: Settings) -> Iterator[tuple[str, str]]:
@@ -98,11 +105,36 @@ def _head(seen: View, settings: Settings) -> Iterator[tuple[str, str]]:
         now = seen.topology.now
         why = f": {now.reason}" if now.reason else ""
         yield "epoch", f"{now.epoch}, by {now.by or 'somebody'} at {moment(now.at)}{why}"
-        yield "before", f"{seen.topology.previous.primary}; `smtp-dup undo` goes back to it"
+        yield from _before(seen.topology)
+    if seen.topology:
+        for name, roles in seen.topology.now.routes.items():
+            yield f"route {name}", f"{roles.in_words()}; copies: {', '.join(_copied(roles)) or 'none'}"
     if seen.intent:
         ago = max(0.0, seen.now - seen.intent.at)
-        yield "preparing", f"{seen.intent.primary}, by {seen.intent.by} for {ago:.0f} s"
+        where = f" on {seen.intent.route}" if seen.intent.route else ""
+        yield "preparing", f"{seen.intent.primary}{where}, by {seen.intent.by} for {ago:.0f} s"
     if seen.nonsense:
         yield "trouble", f"what Redis holds as topology makes no sense: {seen.nonsense}"
-    if _agree(seen, settings) is False and settings.primary:
+    primary_now = promotion.current(seen, settings)
+    if settings.primary and settings.primary.name != primary_now:
         yield "settings", f"they name {settings.primary.name} as the primary: edit them to agree before long"
+    if seen.topology:
+        for text in route_roles.disagreements(settings, seen.topology):
+            yield "settings", text
+
+
+def _before(topology: Topology) -> Iterator[tuple[str, str]]:
+    """Yield what an undo goes back to."""
+    now, before = topology.now, topology.previous
+    if now.primary != before.primary or now.routes == before.routes:
+        yield "before", f"{before.primary}; `smtp-dup undo` goes back to it"
+        return
+    for name in now.routes | before.routes:
+        if now.routes.get(name) != before.routes.get(name):
+            was = before.routes[name].in_words() if name in before.routes else "as the settings say"
+            yield "before", f"{name}: {was}; `smtp-dup undo` goes back to that"
+
+
+def _copied(roles: RouteRoles) -> list[str]:
+    servers = roles.servers if roles.copies == "others" else ()
+    return list(dict.fromkeys((*servers, *roles.backups)))

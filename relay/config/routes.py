@@ -70,6 +70,13 @@ class Route:
         return (*self.match.recipients.files, *self.match.senders.files)
 
     @property
+    def answering(self) -> tuple[str, ...]:
+        """Names of the servers that may answer: a weight of 0, which only a command can set, takes none."""
+        if not self.weights:
+            return self.servers
+        return tuple(name for name, weight in zip(self.servers, self.weights, strict=True) if weight)
+
+    @property
     def copied(self) -> tuple[str, ...]:
         """Names of the servers to which it may owe copies."""
         return (*self.backups, *(self.servers if self.copies == "others" else ()))

@@ -29,7 +29,7 @@ from relay.mail.destination import Destination
 from relay.mail.stored import moment
 from relay.redisio.clients import sync_client
 from relay.topology import decisions
-from relay.topology.roles import backups_now
+from relay.topology.roles import as_copied, copied_now
 
 _OLD = 5.0  # seconds that a copy has been pending for when nobody seems to serve it
 _LOOKS = 2  # so many in a row must agree before a worker starts for a job alone, and before one ends
@@ -56,7 +56,8 @@ class RetiredDestinations:
         self._undefined: set[str] = set()  # told once
         self._is_told = False  # of what makes no sense
         demoted = (settings.demoted,) if settings.demoted else ()
-        self._named = known_passwords.remember(settings.state_dir, (*settings.copied, *demoted))
+        on_routes = [server for name in _servers_of_routes(settings) if (server := as_copied(settings, name))]
+        self._named = known_passwords.remember(settings.state_dir, (*settings.copied, *demoted, *on_routes))
         self._configured = {backup.name for backup in settings.copied}
         self._former = {backup.to_json(): backup for backup in former}
         self._is_registered = False  # as long as the ledger may not know the backups of new settings
@@ -107,7 +108,7 @@ class RetiredDestinations:
     def _serve_the_demoted(self, client: Redis, workers_for: Callable[[Destination], Sequence[Child]]) -> set[str]:
         """See that whoever is a backup since a promotion has workers. Returns their names."""
         topology, _ = decisions.topology(client)
-        now = {server.name: server for server in backups_now(self._settings, topology)}
+        now = {server.name: server for server in copied_now(self._settings, topology)}
         demoted = now.keys() - self._configured
         for name in demoted - self._serving.keys():
             maillog.notice("info", "a backup since another was promoted: its worker starts", destination=name)
@@ -156,6 +157,11 @@ class RetiredDestinations:
             destination = self._former.get(destination.to_json()) or _with_password(destination, self._named)
         self._serving[name] = workers_for(destination)
         self._looks.pop(name, None)
+
+
+def _servers_of_routes(settings: Settings) -> list[str]:
+    """Return the names of whoever a decision can turn into one that gets copies."""
+    return [name for route in settings.route_table for name in route.servers]
 
 
 def _defined(text: str | bytes, name: str) -> Destination | None:

@@ -12,6 +12,7 @@ from relay.monitoring.probe_result import ProbeResult
 from relay.redisio.clients import sync_client
 from relay.topology import decisions
 from relay.topology.decisions import View
+from relay.topology.heartbeats import Heartbeat
 from relay.topology.roles import disagreement
 
 SUBJECT = "topology"
@@ -22,7 +23,7 @@ def about_topology(settings: Settings, seen: View) -> Iterator[ProbeResult]:
     """Say whether settings and topology agree, and whether everybody follows; nothing before the first promotion."""
     troubles = [f"{beat.label}: {beat.trouble}" for beat in seen.living if beat.trouble]
     late = [beat for beat in seen.living if not beat.trouble and not seen.follows(beat)]
-    troubles += [f"{beat.label} has not followed: it takes {beat.primary} for the primary" for beat in late]
+    troubles += [f"{beat.label} has not followed: {_what_it_does(seen, beat)}" for beat in late]
     if seen.nonsense:
         troubles.append(f"what Redis holds as topology makes no sense: {seen.nonsense}")
     if troubles:
@@ -41,6 +42,13 @@ def about_topology(settings: Settings, seen: View) -> Iterator[ProbeResult]:
         yield ProbeResult(f"{FAILOVER}{name}", False, text)
     if words := disagreement(settings, seen.topology):  # as it may be for days: mail goes on
         yield ProbeResult("settings", True, words)
+
+
+def _what_it_does(seen: View, beat: Heartbeat) -> str:
+    decided = seen.topology.now.routes if seen.topology else {}
+    if seen.topology and beat.primary == seen.topology.primary and beat.routes is None and decided:
+        return f"smtp-dup {beat.version} there knows no decision about routes"
+    return f"it takes {beat.primary} for the primary"
 
 
 def find(settings: Settings, server: RedisSettings) -> list[ProbeResult]:

@@ -45,13 +45,18 @@ class Router:
     def __init__(
         self, routes: Sequence[Route], tables: Mapping[Path, Table], servers: Iterable[str], *, fold: bool
     ) -> None:
+        self._tables = tables
         self._routes = [(route, _Finder(route.match.recipients, tables)) for route in routes]
         self._senders = {route.name: _Finder(route.match.senders, tables) for route in routes}
         self._servers = frozenset(servers)
         self._fold = fold
         self._needs_sender = any(route.match.senders.are_given for route in routes)
-        found = [name for route, finder in self._routes for name in (*route.servers, *self.known(finder.servers))]
+        found = [name for route, finder in self._routes for name in (*route.answering, *self.known(finder.servers))]
         self.primaries = tuple(dict.fromkeys(found))  # who may answer, besides whoever does by default
+
+    def with_routes(self, routes: Sequence[Route]) -> Router:
+        """Return one with the same tables for these routes: others have been decided to answer."""
+        return Router(routes, self._tables, self._servers, fold=self._fold)
 
     def plan(
         self, default: str, sender: str, client: str, listen: tuple[str, int] = ("", 0), token: str = ""
@@ -179,9 +184,12 @@ def by_weight(servers: tuple[str, ...], weights: tuple[float, ...], key: str) ->
     """Return the servers in the order of weighted rendezvous hashing for a key.
 
     A server that is taken out moves only the keys that it was first for, and a weight that grows only moves keys to it.
+    One without weight is not among them.
     """
     scores = []
     for name, weight in zip(servers, weights, strict=True):
+        if not weight:
+            continue
         digest = hashlib.blake2b(f"{name}\0{key}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
         share = (int.from_bytes(digest) + 0.5) / 2**64
         scores.append((weight / -math.log(share), name))

@@ -24,7 +24,7 @@ from relay.mail.text import printable
 from relay.smtpd.context import Context
 from relay.smtpd.primary import Primary
 from relay.smtpd.snapshot import Snapshot
-from relay.topology import remembered, roles
+from relay.topology import remembered, roles, route_roles
 from relay.topology.heartbeats import Pulse
 from relay.topology.roles import Roles
 from relay.topology.state import Intent, Topology, Unreadable
@@ -60,6 +60,11 @@ class Follower:
     def begin(self) -> Snapshot:
         """Return the snapshot to begin with."""
         return Snapshot(self._connect_to(self.roles.primary), self.roles.backups, self.roles.epoch)
+
+    @property
+    def copied(self) -> tuple[Destination, ...]:
+        """Everybody who may get copies now."""
+        return roles.copied(self._settings, self.roles.backups, self.roles.routes)
 
     def serve(self, context: Context) -> None:
         """Change the snapshot of this context from now on."""
@@ -112,7 +117,7 @@ class Follower:
             else:
                 if decided != self.roles:
                     self._adopt(decided, found)
-                self._disagree(trouble)
+                self._disagree("; ".join([trouble] * bool(trouble) + list(route_roles.troubles(self._settings, found))))
         else:
             self._disagree("")
 
@@ -138,23 +143,30 @@ class Follower:
         before, self.roles = self.roles, decided
         self._is_registered = False
         if self._context is not None:
-            primary, self._ready = self._ready, None
-            if primary is None or primary.destination != decided.primary:
-                _close(primary)
-                primary = self._connect_to(decided.primary)
-            old, self._context.snapshot = self._context.snapshot, Snapshot(primary, decided.backups, decided.epoch)
-            old.retire()
+            old, primary = self._context.snapshot, self._next_primary(decided.primary)
+            self._context.snapshot = Snapshot(primary, decided.backups, decided.epoch, old)
+            if self._context.fleet is not None:
+                self._context.fleet.follow(decided.routes)
             self._retired = [s for s in self._retired if s.in_use] + [old]
             self._busy_until = asyncio.get_running_loop().time() + _UNDER_WAY_SECONDS
         if decided.primary.name != before.primary.name:
             now = topology.now
             maillog.promoted(decided.primary.name, before.primary.name, decided.epoch, by=now.by, reason=now.reason)
 
+    def _next_primary(self, server: Destination) -> Primary:
+        """Return the one that is prepared, or that serves already, or a new one."""
+        ready, self._ready = self._ready, None
+        serving = self._context.snapshot.primary if self._context else None
+        if ready is not None and ready.destination == server:
+            return ready
+        _close(ready)
+        return serving if serving is not None and serving.destination == server else self._connect_to(server)
+
     async def _register(self, ledger: Redis) -> None:
         """Tell the ledger where copies go now, so that whatever is pending there is delivered."""
         try:
             async with ledger.pipeline(transaction=True) as pipe:
-                registry.register(pipe, self.roles.backups)
+                registry.register(pipe, self.copied)
                 await pipe.execute()
         except (RedisError, OSError) as error:
             maillog.ledger_trouble("a change of the roles", error)
@@ -180,7 +192,10 @@ class Follower:
     async def _try(self, intent: Intent) -> None:
         """Find out whether we can use the new primary; what was opened is kept for its mail."""
         trouble = self._objection(intent)
-        if not trouble:
+        if not trouble and intent.route:
+            fleet = self._context.fleet if self._context else None
+            trouble = await fleet.prepare(intent.servers, self._context.snapshot) if fleet and self._context else ""
+        elif not trouble:
             known = (self._settings.primary, *self._settings.backups)
             primary = self._connect_to(next(s for s in known if s and s.name == intent.primary))
             try:
@@ -216,10 +231,11 @@ class Follower:
     def _tell(self) -> None:
         pulse = self._pulse
         prepared, objection = self._answer
-        before = (pulse.epoch, pulse.primary, pulse.prepared, pulse.trouble)
+        before = (pulse.epoch, pulse.primary, pulse.prepared, pulse.trouble, pulse.routes)
+        pulse.routes = route_roles.followed(self._settings, self._topology)
         pulse.epoch, pulse.primary = self._topology.epoch if self._topology else 0, self.roles.primary.name
         pulse.prepared, pulse.trouble = prepared, objection if prepared else self._trouble
-        if before != (pulse.epoch, pulse.primary, pulse.prepared, pulse.trouble):
+        if before != (pulse.epoch, pulse.primary, pulse.prepared, pulse.trouble, pulse.routes):
             self._news.set()
 
 

@@ -45,6 +45,7 @@ from relay.spool.importer import Importer
 from relay.spool.writer import Spool
 from relay.topology import heartbeats
 from relay.topology.heartbeats import Pulse
+from relay.topology.roles import as_copied
 from relay.trace import emitter
 
 _POOL_WAIT = 0.05
@@ -233,7 +234,9 @@ class _Relay:
             return None
         router = await asyncio.to_thread(self._tables.load)
         settings = self._settings
-        self._shared.fleet = Fleet(router, settings.named, settings.copied, self._primary)
+        router = router.with_routes(self._follower.roles.routes)
+        copied = (server for named in settings.named if (server := as_copied(settings, named.name)))
+        self._shared.fleet = Fleet(router, settings.named, copied, self._primary)
         return asyncio.get_running_loop().create_task(_for_ever(self._keep_tables))
 
     async def _end_routes(self, looking: asyncio.Task[None] | None) -> None:
@@ -252,7 +255,7 @@ class _Relay:
         if self._tables is not None and self._shared.fleet is not None:
             router = await asyncio.to_thread(self._tables.refresh)
             if router is not None:
-                self._shared.fleet.router = router
+                self._shared.fleet.router = router.with_routes(self._follower.roles.routes)
 
     async def _hear_the_primary(self) -> None:
         """Wait for the primary's EHLO, or those of all, as long as nobody tells us to stop: it may be silent."""
@@ -311,7 +314,7 @@ class _Relay:
         me = f"{place_of(self._settings.state_dir, self._redis_url)} {self._context.name}"
         try:
             async with self._redis.pipeline(transaction=True) as pipe:
-                registry.register(pipe, (*self._settings.copied, *self._follower.roles.backups))
+                registry.register(pipe, (*self._settings.copied, *self._follower.copied))
                 await pipe.execute()
             await asyncio.to_thread(self._continuity.register, self._jobs)
             self._watch.is_stranger = False

@@ -11,7 +11,9 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from relay import maillog, metrics
+from relay.client.errors import ClientError
 from relay.client.pool import PoolExhausted
+from relay.config.routes import Route
 from relay.mail.destination import Destination
 from relay.mail.origin import Identity
 from relay.mail.reply import Reply
@@ -40,6 +42,21 @@ class Fleet:
         self._connect_to = connect_to
         self._primaries: dict[str, Primary] = {}
         self._standing: dict[str, Availability] = {}
+
+    def follow(self, routes: Sequence[Route]) -> None:
+        """Have the next transactions go by these routes, with the tables that hold."""
+        self.router = self.router.with_routes(routes)
+
+    async def prepare(self, names: Iterable[str], snapshot: Snapshot) -> str:
+        """Open a connection to each server as for mail, and keep it; returns which cannot be used, and why."""
+        troubles = []
+        for name in names:
+            primary = self.primary(name, snapshot)
+            try:
+                await primary.connect()
+            except ClientError as error:
+                troubles.append(f"{primary.destination.address} cannot be used: {error}")
+        return "; ".join(troubles)
 
     def primary(self, name: str, snapshot: Snapshot) -> Primary:
         """Return a server as the primary; the one of the snapshot where it has that name."""

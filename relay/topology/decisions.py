@@ -60,7 +60,8 @@ class View:
         """Say whether a process does what was decided."""
         if self.topology is None:
             return not beat.epoch
-        return (beat.epoch, beat.primary) == (self.topology.epoch, self.topology.primary)
+        decided = self.topology
+        return (beat.epoch, beat.primary) == (decided.epoch, decided.primary) and beat.goes_by(decided.now.routes)
 
 
 def view(connection: Redis) -> View:
@@ -78,10 +79,19 @@ def topology(connection: Redis) -> tuple[Topology | None, str]:
     return _topology(_get(connection, keys.TOPOLOGY))
 
 
-def propose(connection: Redis, epoch: int, primary: str, old: str, seconds: float) -> Intent:
+def propose(
+    connection: Redis,
+    epoch: int,
+    primary: str,
+    old: str,
+    seconds: float,
+    *,
+    route: str = "",
+    servers: tuple[str, ...] = (),
+) -> Intent:
     """Ask every relay process to prepare. Raises Overtaken where somebody else has asked."""
     who, at = audit.operator(), changes.now(connection)
-    intent = Intent(secrets.token_hex(8), epoch, primary, old, who, at, seconds)
+    intent = Intent(secrets.token_hex(8), epoch, primary, old, who, at, seconds, route, servers)
     if connection.set(keys.INTENT, intent.to_json(), nx=True, px=max(1, math.ceil(seconds * 1000))):
         return intent
     other = view(connection).intent
@@ -144,7 +154,7 @@ def _said(found: Topology | None, now: float) -> str:
     if found is None:
         return "somebody else has changed the topology at the same moment: look at `smtp-dup topology`"
     ago = max(0.0, now - found.now.at)
-    return f"{found.now.by or 'somebody'} promoted {found.primary} {ago:.0f} s before you"
+    return f"{found.now.by or 'somebody'} {found.in_words()} {ago:.0f} s before you"
 
 
 def _get(pipe: Any, key: str) -> Any:

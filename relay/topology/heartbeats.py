@@ -43,6 +43,7 @@ class Pulse:
         self.trouble = ""  # why it cannot follow, or could not prepare
         self.in_old = 0  # transactions that go on with an earlier primary
         self.down: list[str] = []  # servers of routes that it cannot use, so that others answer
+        self.routes: list[str] = []  # that were decided about, and are followed
         self.topology: str | None = None  # as Redis has told it last, "" for none; None before it has
         self.intent = ""
 
@@ -61,6 +62,7 @@ class Pulse:
                 "trouble": self.trouble,
                 "in_old": self.in_old,
                 "down": self.down,
+                "routes": self.routes,
             }
         )
         changes.beat(pipe, self.process, words.removeprefix("{"))
@@ -89,6 +91,11 @@ class Heartbeat:
     at: float
     age: float
     down: tuple[str, ...] = ()  # servers of routes that it cannot use
+    routes: frozenset[str] | None = None  # that were decided about, and are followed; None: of an older version
+
+    def goes_by(self, routes: Iterable[str]) -> bool:
+        """Return whether it follows what was decided about these routes."""
+        return (self.routes or frozenset()).issuperset(routes)
 
     @property
     def is_alive(self) -> bool:
@@ -158,6 +165,7 @@ def _beat(process: str, data: bytes, now: float) -> Heartbeat | None:
             at=at,
             age=abs(now - at),
             down=tuple(name for name in texts(found.get("down", [])) if is_destination_name(name)),
+            routes=frozenset(texts(found["routes"])) if "routes" in found else None,
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         return None

@@ -8,20 +8,23 @@ transaction. Whoever ran this may be killed at any step: an intent ends by itsel
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from redis import Redis
 
 from relay.config.model import Settings
+from relay.config.routes import Route, lmtp_faults
 from relay.ledger import keys
 from relay.ledger.audit import Act
 from relay.mail.destination import Destination
-from relay.topology import decisions, remembered
+from relay.topology import decisions, remembered, roles, route_roles
 from relay.topology.decisions import View
 from relay.topology.heartbeats import Heartbeat
-from relay.topology.state import Decision, Intent, Topology
+from relay.topology.state import Decision, Intent, RouteRoles, Topology
 
+PROMOTE, UNDO, ROUTE_WEIGHT, ROUTE_RESET = "promote", "undo", "route weight", "route reset"
+COMMANDS = (PROMOTE, UNDO, ROUTE_WEIGHT, ROUTE_RESET)  # that decide, as the audit calls them
 _EVERY = 0.2  # seconds between two looks at the processes
 
 Report = Callable[[str], None]
@@ -40,8 +43,17 @@ class Unprepared(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class RouteChange:
+    """What becomes of one route; ``after`` None: it is as each host's settings say."""
+
+    route: Route  # as it is now, here
+    after: Route
+    decided: RouteRoles | None
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """What a promotion would do."""
+    """What a promotion would do: by default, or with a ``change`` on one route."""
 
     seen: View
     new: Destination
@@ -51,12 +63,28 @@ class Plan:
     epoch: int
     pending: int  # copies on their way to the new primary
     command: str = "promote"
+    change: RouteChange | None = None
+    default: str = ""  # who is the primary afterwards where no route matches
+    routes: dict[str, RouteRoles] = field(default_factory=dict)  # all that are decided afterwards
+    last: Topology | None = None  # the decision that this is the next to
 
     @property
     def agree(self) -> bool:
-        """Whether the new primary is the primary already, for everybody."""
+        """Whether all is for everybody as it would be."""
         seen = self.seen
-        return self.new.name == self.old and seen.highest == seen.epoch and all(map(seen.follows, seen.living))
+        is_so = self.change.route == self.change.after if self.change else self.new.name == self.old
+        return is_so and seen.highest == seen.epoch and all(map(seen.follows, seen.living))
+
+    @property
+    def title(self) -> str:
+        """What it is about, to be typed by whoever wants it: the new primary, or the route where that has several."""
+        if self.change and (self.command == ROUTE_WEIGHT or len(self.change.after.answering) > 1):
+            return self.change.route.name
+        return self.new.name
+
+    def is_followed_by(self, beat: Heartbeat) -> bool:
+        """Say whether a process does what this has decided."""
+        return (beat.epoch, beat.primary) == (self.epoch, self.default) and beat.goes_by(self.routes)
 
 
 def current(seen: View, settings: Settings) -> str:
@@ -69,7 +97,13 @@ def current(seen: View, settings: Settings) -> str:
     return settings.primary.name if settings.primary else ""
 
 
-def plan(connection: Redis, settings: Settings, name: str, *, command: str = "promote") -> Plan:
+def latest(seen: View, settings: Settings) -> Topology | None:
+    """Return the last decision: Redis may have lost it, or have been given older data back."""
+    known = (seen.topology, remembered.load(settings.state_dir))
+    return max((t for t in known if t), key=lambda t: t.epoch, default=None)
+
+
+def plan(connection: Redis, settings: Settings, name: str, *, command: str = PROMOTE) -> Plan:
     """Look what it would take to make a server the primary. Raises Impossible, RedisError."""
     seen = decisions.view(connection)
     known = {server.name: server for server in (settings.primary, *settings.backups) if server}
@@ -77,12 +111,9 @@ def plan(connection: Redis, settings: Settings, name: str, *, command: str = "pr
         others = ", ".join(sorted(known)) or "none"
         raise Impossible(f"these settings have no server named {name}; they name: {others}")
     new, old = known[name], current(seen, settings)
-    if new.domains and new is not settings.primary:
-        raise Impossible(
-            f"{name} takes mail of {len(new.domains)} domains only, by its settings: take domains out first"
-        )
+    _check_domains(new, settings)
     demoted = settings.demoted if settings.primary and old == settings.primary.name else known.get(old)
-    pending = int(connection.zcard(keys.PENDING + name))
+    before = latest(seen, settings)
     return Plan(
         seen,
         new,
@@ -90,27 +121,114 @@ def plan(connection: Redis, settings: Settings, name: str, *, command: str = "pr
         demoted if old != name else None,
         tuple(n for n in known if n != name),
         seen.highest + 1,
-        pending,
+        _pending(connection, name),
         command,
+        default=name,
+        routes=dict(before.now.routes) if before else {},
+        last=before,
     )
 
 
 def plan_undo(connection: Redis, settings: Settings) -> Plan:
-    """Look what it would take to go back to the primary before. Raises Impossible, RedisError."""
-    found, _ = decisions.topology(connection)
-    known = (found, remembered.load(settings.state_dir))  # Redis may have lost it, or have been given older data back
-    topology = max((t for t in known if t), key=lambda t: t.epoch, default=None)
+    """Look what it would take to undo the last decision. Raises Impossible, RedisError."""
+    seen = decisions.view(connection)
+    topology = latest(seen, settings)
     if topology is None:
         raise Impossible("there is nothing to undo: nobody has promoted a server")
-    if topology.previous.primary == topology.primary:
+    now, before = topology.now, topology.previous
+    if before.primary != now.primary:
+        return replace(plan(connection, settings, before.primary, command=UNDO), routes=dict(before.routes))
+    changed = [name for name in now.routes | before.routes if now.routes.get(name) != before.routes.get(name)]
+    if not changed:
         raise Impossible(f"there is nothing to undo: {topology.primary} was the primary before, too")
-    return plan(connection, settings, topology.previous.primary, command="undo")
+    return _plan_route(connection, settings, changed[0], lambda _: before.routes.get(changed[0]), UNDO)
+
+
+def plan_on_route(connection: Redis, settings: Settings, name: str, route: str) -> Plan:
+    """Look what it would take to have a server answer on a route. Raises Impossible, RedisError."""
+    return _plan_route(connection, settings, route, lambda found: route_roles.promoted(found, name), PROMOTE)
+
+
+def plan_weights(connection: Redis, settings: Settings, route: str, weights: Mapping[str, float]) -> Plan:
+    """Look what it would take to share the mail of a route by these weights. Raises Impossible, RedisError."""
+    return _plan_route(connection, settings, route, lambda found: route_roles.weighed(found, weights), ROUTE_WEIGHT)
+
+
+def plan_reset(connection: Redis, settings: Settings, route: str) -> Plan:
+    """Look what it would take to have a route be as each host's settings say. Raises Impossible, RedisError."""
+    return _plan_route(connection, settings, route, lambda _: None, ROUTE_RESET)
+
+
+def _plan_route(
+    connection: Redis, settings: Settings, name: str, decide: Callable[[Route], RouteRoles | None], command: str
+) -> Plan:
+    seen = decisions.view(connection)
+    topology = latest(seen, settings)
+    here = {route.name: route for route in route_roles.table(settings, topology)}
+    if name not in here:
+        there = ", ".join(here) or "none"
+        raise Impossible(f"these settings have no route {name}; there is: {there}")
+    before = here[name]
+    try:
+        decided = decide(before)
+    except route_roles.Unsuitable as error:
+        raise Impossible(str(error)) from error
+    as_set = next(route for route in settings.route_table if route.name == name)
+    after = route_roles.applied(before, decided) if decided else as_set
+    known = {server.name: server for server in settings.named}
+    strangers = sorted({*after.servers, *after.backups} - known.keys())
+    if strangers:
+        raise Impossible(f"these settings have no server named {' and '.join(strangers)}")
+    for fault in (text for _, text in lmtp_faults(after, known)):
+        raise Impossible(f"{name}: {fault}")
+    new = known[_first(after)]
+    if command == PROMOTE:
+        _check_domains(new, settings)
+    routes = dict(topology.now.routes) if topology else {}
+    routes.pop(name, None)
+    if decided:
+        routes[name] = decided
+    backups = topology.now.backups if topology else tuple(backup.name for backup in settings.backups)
+    old = _first(before)
+    return Plan(
+        seen,
+        new,
+        old,
+        roles.as_copied(settings, old) if old in after.copied else None,
+        backups,
+        seen.highest + 1,
+        _pending(connection, new.name),
+        command,
+        RouteChange(before, after, decided),
+        current(seen, settings),
+        routes,
+        topology,
+    )
+
+
+def _first(route: Route) -> str:
+    """Return who answers for most of a route."""
+    if not route.weights:
+        return route.servers[0]
+    return max(zip(route.weights, route.servers, strict=True), key=lambda found: found[0])[1]
+
+
+def _check_domains(new: Destination, settings: Settings) -> None:
+    if new.domains and new is not settings.primary:
+        raise Impossible(
+            f"{new.name} takes mail of {len(new.domains)} domains only, by its settings: take domains out first"
+        )
+
+
+def _pending(connection: Redis, name: str) -> int:
+    return int(connection.zcard(keys.PENDING + name))
 
 
 def prepare(connection: Redis, made: Plan, seconds: float, report: Report) -> Intent:
     """Have every living process prepare. Raises Unprepared, decisions.Overtaken, RedisError."""
     old = made.old if made.demoted else ""
-    intent = decisions.propose(connection, made.epoch, made.new.name, old, seconds)
+    route, servers = (made.change.route.name, made.change.after.answering) if made.change else ("", ())
+    intent = decisions.propose(connection, made.epoch, made.new.name, old, seconds, route=route, servers=servers)
     try:
         _wait_until_prepared(connection, intent, seconds, report)
     except BaseException:
@@ -128,6 +246,11 @@ def _wait_until_prepared(connection: Redis, intent: Intent, seconds: float, repo
         answered = [beat for beat in seen.living if beat.prepared == intent.id]
         waiting = [beat for beat in seen.living if beat.prepared != intent.id]
         troubles = [f"{beat.label}: {beat.trouble}" for beat in answered if beat.trouble]
+        if intent.route:
+            older = [beat for beat in seen.living if beat.routes is None]
+            troubles += [
+                f"{beat.label}: smtp-dup {beat.version} there knows no decision about routes" for beat in older
+            ]
         report(f"preparing: {len(answered)} of {len(seen.living)} processes")
         is_over = time.monotonic() >= deadline - 2 * _EVERY  # the intent must stand when all is well, for the commit
         if is_over or (troubles and not waiting):
@@ -150,18 +273,28 @@ def _silent(beat: Heartbeat) -> str:
 
 def commit(connection: Redis, made: Plan, reason: str, details: dict[str, str], intent: Intent | None) -> Topology:
     """Decide. Raises decisions.Overtaken, RedisError."""
-    act = Act(made.command, before=made.old, after=made.new.name, reason=reason, details=details)
-    decision = Decision(made.epoch, made.new.name, made.backups, by=act.who, reason=reason)
+    before, after = made.old, made.new.name
+    if made.change:
+        details = {"route": made.change.route.name, **details}
+        before, after = (route_roles.of(route).in_words() for route in (made.change.route, made.change.after))
+    act = Act(made.command, before=before, after=after, reason=reason, details=details)
+    decision = Decision(
+        made.epoch, made.default or made.new.name, made.backups, by=act.who, reason=reason, routes=made.routes
+    )
     return decisions.commit(connection, made.seen, decision, _former(made), act, intent)
 
 
 def _former(made: Plan) -> Decision:
     """Return what an undo goes back to."""
+    if made.change:
+        return made.last.now if made.last else Decision(0, made.default)
     topology = made.seen.topology
+    routes = dict(made.last.now.routes) if made.last else {}
     if made.old != made.new.name:
-        return topology.now if topology and topology.primary == made.old else Decision(0, made.old or made.new.name)
+        is_known = topology is not None and topology.primary == made.old
+        return topology.now if topology and is_known else Decision(0, made.old or made.new.name, routes=routes)
     if topology is None:
-        return Decision(0, made.old)
+        return Decision(0, made.old, routes=routes)
     return topology.previous if topology.primary == made.old else topology.now
 
 
@@ -185,7 +318,7 @@ def follow(connection: Redis, made: Plan, seconds: float, report: Report) -> Fol
     lived = {beat.process for beat in made.seen.living}
     while True:
         beats = decisions.view(connection).beats
-        followed = [beat for beat in beats if (beat.epoch, beat.primary) == (made.epoch, made.new.name)]
+        followed = [beat for beat in beats if made.is_followed_by(beat)]
         behind = [beat for beat in beats if beat not in followed]
         late = [beat for beat in behind if beat.is_alive or beat.process in lived]
         dead = [beat for beat in behind if beat not in late]

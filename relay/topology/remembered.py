@@ -9,18 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from relay import maillog, private_files
-from relay.topology.state import Topology, Unreadable
+from relay.topology.state import LONGEST, Topology, Unreadable
 
 _NAME = "topology.json"
 _LOCK = "topology.lock"
-_LONGEST = 64 << 10  # octets
 
 
 def load(state_dir: Path) -> Topology | None:
     """Return what was remembered, if anything."""
     folder = state_dir.absolute()
     try:
-        return Topology.from_json(private_files.read(folder, _NAME, _LONGEST))
+        return Topology.from_json(private_files.read(folder, _NAME, LONGEST))
     except FileNotFoundError:
         return None
     except (OSError, Unreadable) as error:

@@ -1,15 +1,17 @@
 """Who is the primary since when, by whose decision; and a decision that is being prepared. Their stored forms.
 
 Names and roles only: what a name stands for, each host's settings say. An epoch counts the decisions; 0 is before the
-first, when each host's settings say who is the primary. What is read back is data: what is not in every field what it
+first, when each host's settings say who is the primary. Of routes a decision has only those that somebody has decided
+about; a version that knows none of that reads the rest. What is read back is data: what is not in every field what it
 must be, is none.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from relay.mail.ids import is_destination_name
@@ -17,8 +19,10 @@ from relay.mail.stored import any_text, number, parsed
 from relay.mail.text import printable
 
 _MOST = 1 << 53  # what JSON's numbers keep whole
-_LONGEST = 16 << 10  # octets of a stored form
+LONGEST = 64 << 10  # octets of a stored form
 _CUT = 300  # characters of a text
+_OF_A_ROUTE = ("route", "servers")  # of an intent
+_ROUTE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _Read = TypeVar("_Read")
 
 
@@ -27,8 +31,41 @@ class Unreadable(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class RouteRoles:
+    """Who answers on a route, who comes first first, or by weight, and who gets copies: in place of its settings.
+
+    ``weights``, if there are any, belong to ``servers`` one by one; 0 takes none. ``copies`` is as in the settings.
+    """
+
+    servers: tuple[str, ...]
+    weights: tuple[float, ...] = ()
+    backups: tuple[str, ...] = ()
+    copies: str = "backups"
+
+    @property
+    def answering(self) -> tuple[str, ...]:
+        """Names of the servers that get any mail as the primary."""
+        if not self.weights:
+            return self.servers
+        return tuple(name for name, weight in zip(self.servers, self.weights, strict=True) if weight)
+
+    @property
+    def named(self) -> frozenset[str]:
+        return frozenset((*self.servers, *self.backups))
+
+    def in_words(self) -> str:
+        """Return who answers: "a, then b", or "a=3 b=1"."""
+        if self.weights:
+            return " ".join(f"{n}={w:g}" for n, w in zip(self.servers, self.weights, strict=True))
+        return ", then ".join(self.servers)
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
-    """Who was made the primary, and by whom. ``at`` is seconds since the epoch by Redis's clock."""
+    """Who was made the primary, and by whom. ``at`` is seconds since the epoch by Redis's clock.
+
+    ``routes`` has the roles of each route that was decided about; the others are as each host's settings say.
+    """
 
     epoch: int
     primary: str
@@ -36,6 +73,14 @@ class Decision:
     by: str = ""
     at: float = 0.0
     reason: str = ""
+    routes: dict[str, RouteRoles] = field(default_factory=dict)
+
+    def as_record(self) -> dict[str, Any]:
+        """Return what is stored of it."""
+        record = asdict(self)
+        if not self.routes:
+            del record["routes"]
+        return record
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +98,17 @@ class Topology:
     def primary(self) -> str:
         return self.now.primary
 
+    def in_words(self) -> str:
+        """Return what whoever decided has done: "promoted new", "set shop: a=1 b=9"."""
+        now, before = self.now, self.previous
+        changed = [name for name in now.routes | before.routes if now.routes.get(name) != before.routes.get(name)]
+        if now.primary != before.primary or not changed:
+            return f"promoted {now.primary}"
+        told = (f"{n}: {now.routes[n].in_words() if n in now.routes else 'as the settings say'}" for n in changed)
+        return f"set {', '.join(told)}"
+
     def to_json(self) -> str:
-        return json.dumps({**asdict(self.now), "previous": asdict(self.previous)})
+        return json.dumps({**self.now.as_record(), "previous": self.previous.as_record()})
 
     @classmethod
     def from_json(cls, data: str | bytes) -> Topology:
@@ -66,7 +120,8 @@ class Topology:
 class Intent:
     """A promotion that is being prepared: every relay process is to say whether it could use the new primary.
 
-    ``epoch`` is the one that would begin; ``old`` the primary that would be a backup, "" where nobody knows it.
+    ``epoch`` is the one that would begin; ``old`` the primary that would be a backup, "" where nobody knows it. With a
+    ``route`` it is about that one alone, and all of ``servers`` are to be used there.
     """
 
     id: str
@@ -76,9 +131,11 @@ class Intent:
     by: str
     at: float
     seconds: float  # until it ends by itself
+    route: str = ""
+    servers: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps({name: value for name, value in asdict(self).items() if value or name not in _OF_A_ROUTE})
 
     @classmethod
     def from_json(cls, data: str | bytes) -> Intent:
@@ -87,7 +144,7 @@ class Intent:
 
 
 def _read(data: str | bytes, make: Callable[[dict[str, Any]], _Read]) -> _Read:
-    if len(data) > _LONGEST:
+    if len(data) > LONGEST:
         raise Unreadable("it is too long")
     try:
         found = parsed(data)
@@ -103,17 +160,33 @@ def _object(found: Any) -> dict[str, Any]:
 
 
 def _decision(found: dict[str, Any]) -> Decision:
-    backups = found["backups"]
-    if not isinstance(backups, list):
-        raise TypeError("backups: not a list")
+    routes = _object(found.get("routes", {}))
     return Decision(
         epoch=count(found["epoch"]),
         primary=_name(found["primary"]),
-        backups=tuple(map(_name, backups)),
+        backups=_names(found["backups"]),
         by=text(found.get("by", "")),
         at=number(found.get("at", 0)),
         reason=text(found.get("reason", "")),
+        routes={_route(name): _roles(_object(roles)) for name, roles in routes.items()},
     )
+
+
+def _roles(found: dict[str, Any]) -> RouteRoles:
+    given = found.get("weights", [])
+    if not isinstance(given, list) or found.get("copies", "backups") not in {"backups", "others"}:
+        raise TypeError("the roles of a route")
+    servers, weights = _names(found["servers"]), tuple(map(number, given))
+    if not servers or len(set(servers)) != len(servers) or (weights and len(weights) != len(servers)):
+        raise TypeError("the servers of a route")
+    if weights and (not any(weights) or not all(is_weight(weight) for weight in weights)):
+        raise TypeError("the weights of a route")
+    return RouteRoles(servers, weights, _names(found.get("backups", [])), found.get("copies", "backups"))
+
+
+def is_weight(value: float) -> bool:
+    """Return whether a server may have this weight."""
+    return 0 <= value < 1e9
 
 
 def _intent(found: dict[str, Any]) -> Intent:
@@ -125,12 +198,26 @@ def _intent(found: dict[str, Any]) -> Intent:
         by=text(found["by"]),
         at=number(found["at"]),
         seconds=number(found["seconds"]),
+        route=_route(found["route"]) if found.get("route") else "",
+        servers=_names(found.get("servers", [])),
     )
 
 
 def _name(value: Any) -> str:
     if not is_destination_name(value):
         raise TypeError("no name of a server")
+    return value
+
+
+def _names(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list):
+        raise TypeError("no list of servers")
+    return tuple(map(_name, values))
+
+
+def _route(value: Any) -> str:
+    if not isinstance(value, str) or not _ROUTE.fullmatch(value):
+        raise TypeError("no name of a route")
     return value
 
 

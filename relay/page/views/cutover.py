@@ -30,7 +30,6 @@ from relay.topology.roles import disagreement
 from relay.topology.state import Topology
 
 _CHANGES = 5
-_COMMANDS = ("promote", "undo")
 _WAIT = "10s"
 _LONGEST_WAIT = 600.0
 _EVERY = 1.0
@@ -52,7 +51,7 @@ class RolesStanding:
 def standing(connection: Redis, settings: Settings, verdicts: Sequence[Verdict]) -> RolesStanding:
     """Return how the roles stand. Raises RedisError."""
     seen = decisions.view(connection)
-    acts = islice((done for done in audit.acts(connection) if done.command in _COMMANDS), _CHANGES)
+    acts = islice((done for done in audit.acts(connection) if done.command in promotion.COMMANDS), _CHANGES)
     previous = seen.topology.previous.primary if seen.topology else ""
     return RolesStanding(
         seen,

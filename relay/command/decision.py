@@ -1,0 +1,187 @@
+"""A decision about who answers, as promote, undo, route weight and route reset show, ask for and carry it out."""
+
+from __future__ import annotations
+
+import sys
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+from relay.cockpit import changeover
+from relay.cockpit.readiness import Verdict
+from relay.command import prompt
+from relay.command.exit_status import NO, WELL, CannotSay, Misuse, Trouble
+from relay.command.output import Output
+from relay.config.types import duration
+from relay.mail.text import printable
+from relay.topology import promotion
+from relay.topology.decisions import Overtaken
+from relay.topology.promotion import Followed, Plan, Unprepared
+from relay.topology.state import Intent, Topology
+
+
+def seconds_of(wait: str) -> float:
+    """Read ``--wait``. Raises Misuse."""
+    try:
+        return float(duration().read(wait))
+    except ValueError as error:
+        raise Misuse(f"--wait: {error}") from None
+
+
+# The steps ------------------------------------------------------------------------------------------------------
+
+
+def confirmed(made: Plan) -> bool:
+    """Have the name typed. Raises Misuse where nobody is there."""
+    what = "the server that shall answer" if made.title == made.new.name else "the route"
+    return prompt.ask_for_word(made.title, f"Type the name of {what} ({made.title})")
+
+
+def carry_out(
+    connection: Redis, out: Output, made: Plan, reason: str, details: dict[str, str], seconds: float, *, at_once: bool
+) -> int:
+    """Prepare, decide and see who follows. Says no when somebody who lives does not. Raises Trouble, CannotSay."""
+    report = _Progress(out)
+    intent = None
+    try:
+        if not at_once:
+            intent = promotion.prepare(connection, made, seconds, report)
+            report.end(changeover.prepared(made))
+    except Unprepared as error:
+        report.clear()
+        for line in error.lines:
+            _say(out, line, {"kind": "trouble", "text": line})
+        raise Trouble(str(error)) from error
+    except Overtaken as error:
+        raise Trouble(f"nothing has changed: {error}") from error
+    topology = _commit(connection, made, reason, details, intent)
+    at = changeover.clock(topology.now.at)
+    _say(
+        out,
+        f"{changeover.done(made)} at {at}, epoch {topology.epoch}: it holds whatever becomes of this command.",
+        {
+            "kind": "promoted",
+            "epoch": topology.epoch,
+            "primary": topology.primary,
+            "at": topology.now.at,
+            **_route_of(made),
+        },
+    )
+    try:
+        return _told(out, made, topology, promotion.follow(connection, made, seconds, report), report)
+    except RedisError as error:
+        report.clear()
+        raise CannotSay(
+            f"{changeover.done(made).lower()} (epoch {topology.epoch}), but Redis does not answer any more: who "
+            f"follows cannot be said; each process follows when it reaches Redis; `smtp-dup topology` tells "
+            f"({printable(str(error))})"
+        ) from error
+
+
+def _commit(connection: Redis, made: Plan, reason: str, details: dict[str, str], intent: Intent | None) -> Topology:
+    try:
+        return promotion.commit(connection, made, reason, details, intent)
+    except Overtaken as error:
+        raise Trouble(f"nothing has changed: {error}") from error
+    except RedisError as error:
+        raise CannotSay(
+            f"it is not known whether that was decided: Redis has not answered; `smtp-dup topology` tells "
+            f"({printable(str(error))})"
+        ) from error
+
+
+def _told(out: Output, made: Plan, topology: Topology, found: Followed, report: _Progress) -> int:
+    """Say who follows. Says no when somebody who lives does not."""
+    report.clear()
+    if out.as_json:
+        out.object(
+            {
+                "kind": "followed",
+                "epoch": topology.epoch,
+                "primary": topology.primary,
+                "followed": [beat.label for beat in found.followed],
+                "late": [beat.label for beat in found.late],
+                "dead": [beat.label for beat in found.dead],
+                "finishing": found.finishing,
+                **_route_of(made),
+            }
+        )
+    else:
+        for line in changeover.outcome(made, topology, found):
+            out.line(line)
+    return NO if found.late else WELL
+
+
+class _Progress:
+    """One line on the terminal that changes; without a terminal nothing."""
+
+    def __init__(self, out: Output) -> None:
+        self._out = out
+        self._shown = ""
+
+    def __call__(self, text: str) -> None:
+        if text != self._shown and sys.stderr.isatty():
+            sys.stderr.write(f"\r\x1b[K{printable(text)}")
+            sys.stderr.flush()
+            self._shown = text
+
+    def clear(self) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+            self._shown = ""
+
+    def end(self, text: str) -> None:
+        """Say how a step has ended."""
+        self.clear()
+        _say(self._out, text, {"kind": "prepared"})
+
+
+def _say(out: Output, text: str, value: dict[str, object]) -> None:
+    if out.as_json:
+        out.object(value)
+    else:
+        out.line(text)
+
+
+# What is shown --------------------------------------------------------------------------------------------------
+
+
+def show_plan(out: Output, made: Plan, verdict: Verdict | None) -> None:
+    """Show what would change."""
+    if out.as_json:
+        seen, new, old = made.seen, made.new, made.old
+        out.object(
+            {
+                "kind": "plan",
+                "primary": new.name,
+                "former": old,
+                "backups": made.backups,
+                "epoch": made.epoch,
+                "pending": made.pending,
+                "readiness": verdict.summary if verdict else None,
+                "processes": [beat.label for beat in seen.living],
+                "dead": [beat.label for beat in seen.dead],
+                "remarks": list(changeover.remarks(made)),
+                **_route_of(made),
+            }
+        )
+        return
+    out.pairs(changeover.plan(made, verdict))
+
+
+def nothing_to_do(out: Output, made: Plan) -> int:
+    """Say that it is so already."""
+    name = made.new.name
+    _say(out, changeover.nothing_to_do(made), {"kind": "nothing", "primary": name, **_route_of(made)})
+    return WELL
+
+
+def _route_of(made: Plan) -> dict[str, object]:
+    """Return, for a program, the route that it is about."""
+    change = made.change
+    if change is None:
+        return {}
+    after = change.after
+    weights = dict(zip(after.servers, after.weights, strict=True)) if after.weights else None
+    return {"route": after.name, "servers": after.servers, "weights": weights, "copied": after.copied}

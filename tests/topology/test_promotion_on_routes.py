@@ -1,0 +1,152 @@
+"""A decision about one route while mail goes on: all processes follow, nobody else is moved, and it can be undone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from support.product import Product
+from support.scripted_server import ScriptedServer
+
+Make = Callable[..., Product]
+Servers = dict[str, ScriptedServer]
+FORCED = ("--yes", "--force", "--reason", "test")
+SETTINGS = {"retry.first": "1", "relay.timeout_seconds": "2", "relay.uncertain_hold": "1"}
+SHOP = """
+[[route]]
+name = "shop"
+match = { recipients = "@shop.example" }
+primary = "a"
+backups = ["b"]
+"""
+
+
+@pytest.fixture
+def servers(scripted: Callable[..., ScriptedServer]) -> Servers:
+    return {name: scripted() for name in ("old", "a", "b")}
+
+
+def relay_of(product: Make, servers: Servers, routes: str = SHOP, **settings: str) -> Product:
+    """Return the product with "old" as the primary by default, servers a and b, and these routes."""
+    return product(primary=f"old={servers['old'].address}", files={"settings.toml": file_of(servers, routes)},
+                   settings={**SETTINGS, **{k.replace("__", "."): v for k, v in settings.items()}})  # fmt: skip
+
+
+def file_of(servers: Servers, routes: str) -> str:
+    tables = (f'[[server]]\nname = "{n}"\nurl = "{s.address}"\n' for n, s in servers.items() if n != "old")
+    return "".join(tables) + routes
+
+
+def send(relay: Product, subject: str, to: str = "x@shop.example") -> None:
+    relay.send("s@example.org", to, data=f"Subject: {subject}\r\n\r\n{subject}\r\n".encode())
+
+
+def subjects(server: ScriptedServer) -> list[str]:
+    return [m.header("Subject") or "" for m in server.messages]
+
+
+def test_a_promotion_on_a_route_and_its_undo(product: Make, servers: Servers) -> None:
+    """Its new server answers, the former one gets copies with the null sender; other mail goes as before; and back."""
+    relay = relay_of(product, servers, smtp__processes="2")
+    send(relay, "one")
+    servers["b"].wait_for(1)
+    assert relay.run("promote", "b", "--route", "shop", "--dry-run").returncode == 1, "readiness is not known"
+    for wrong in (("b", "--route", "chop"), ("old", "--route", "shop"), ("x", "--route", "shop")):
+        assert relay.run("promote", *wrong, *FORCED).returncode == 2
+    done = relay.run("promote", "b", "--route", "shop", *FORCED)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "b, instead of a" in done.stdout
+    assert "2 of 2 processes" in done.stdout
+    send(relay, "two")
+    send(relay, "elsewhere", "x@example.com")
+    servers["a"].wait_for(2)
+    assert sorted(subjects(servers["b"])) == ["one", "two"]
+    assert {m.header("Subject"): m.sender for m in servers["a"].messages} == {"one": "s@example.org", "two": ""}
+    assert subjects(servers["old"]) == ["elsewhere"]
+    (row,) = relay.json("route", "x@shop.example")
+    assert (row["primary"], row["backups"]) == ("b", ["a"])
+    status = relay.json("topology")
+    assert (status[0]["epoch"], status[0]["primary"], status[0]["settings_agree"]) == (1, "old", False)
+    assert status[0]["routes"]["shop"]["servers"] == ["b"]
+    assert all(process["follows"] for process in status if process["kind"] == "process")
+    assert "the route shop was decided to be b, although the settings say a" in relay.run("check").stdout
+    assert "route shop" in relay.run("topology").stdout
+    assert json.loads(relay.get("/readyz")[1])["ready"]
+    assert relay.run("promote", "b", "--route", "shop", "--yes").returncode == 0, "nothing to do"
+
+    back = relay.run("undo", "--yes")
+    assert back.returncode == 0, back.stdout + back.stderr
+    send(relay, "three")
+    assert "three" in subjects(servers["a"])
+    servers["b"].wait_for(3)
+    acts = relay.json("audit")
+    assert [(a["command"], a["before"], a["after"], a["details"]["route"]) for a in acts] == [
+        ("undo", "b", "a", "shop"), ("promote", "a", "b", "shop"),
+    ]  # fmt: skip
+    assert relay.run("undo", "--yes").returncode == 0, "a second undo undoes the first"
+    assert relay.json("route", "x@shop.example")[0]["primary"] == "b"
+    again = relay.run("route", "reset", "shop", "--yes")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert relay.json("topology")[0]["settings_agree"] is True
+    assert relay.json("route", "x@shop.example")[0]["primary"] == "a"
+    assert relay.stop() == 0
+
+
+def test_each_decision_leaves_the_others(product: Make, servers: Servers) -> None:
+    """By default and on a route: undo takes back what was last, and only that."""
+    routes = SHOP.replace('backups = ["b"]', 'backups = ["b", "old"]')
+    relay = product(primary=f"old={servers['old'].address}", backups=[f"new={servers['a'].address}"],
+                    files={"settings.toml": file_of(servers, routes).replace(
+                        f'[[server]]\nname = "a"\nurl = "{servers["a"].address}"\n', "").replace('"a"', '"new"')},
+                    settings=SETTINGS)  # fmt: skip
+    assert relay.run("promote", "b", "--route", "shop", *FORCED).returncode == 0
+    done = relay.run("promote", "new", *FORCED)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert relay.json("route", "x@shop.example")[0]["primary"] == "b"
+    assert relay.json("route", "x@example.com")[0]["primary"] == "new"
+    assert relay.run("undo", "--yes").returncode == 0
+    assert relay.json("route", "x@shop.example")[0]["primary"] == "b"
+    assert relay.json("route", "x@example.com")[0]["primary"] == "old"
+    assert relay.run("route", "weight", "shop", "b=1", "new=1", "--yes").returncode == 0
+    assert relay.run("undo", "--yes").returncode == 0
+    (row,) = relay.json("route", "x@shop.example")
+    assert (row["primary"], row["weights"]) == ("b", {})
+
+
+def test_weights_by_command(product: Make, servers: Servers) -> None:
+    """1 %, 10 %, 100 % and back under mail: only so many mailboxes move, back to where they were, and all have all."""
+    relay = relay_of(product, servers, smtp__processes="2")
+    mailboxes = [f"u{n}@shop.example" for n in range(40)]
+
+    def answering() -> dict[str, str]:
+        return {who: relay.json("route", who)[0]["primary"] for who in mailboxes[:10]}
+
+    assert relay.run("route", "weight", "shop", "a=1", "x=9", "--yes").returncode == 2
+    assert relay.run("route", "weight", "shop", "a=1", "b=-9", "--yes").returncode == 2
+    assert relay.run("route", "weight", "shop", "a=one", "--yes").returncode == 2
+    assert relay.run("route", "weight", "shop", "a=9", "b=1").returncode == 2, "nobody to ask"
+    dry = relay.run("route", "weight", "shop", "a=9", "b=1", "--dry-run")
+    assert dry.returncode == 0
+    assert "a 90 %, b 10 %" in dry.stdout
+    shares = (1, 5, 10, 0)
+    for share in shares:
+        done = relay.run("route", "weight", "shop", f"a={10 - share}", f"b={share}", "--yes")
+        assert done.returncode == 0, done.stdout + done.stderr
+        for who in mailboxes:
+            send(relay, f"{share}", who)
+    assert answering() == dict.fromkeys(mailboxes[:10], "a")
+    for name in ("a", "b"):
+        servers[name].wait_for(len(mailboxes) * len(shares))
+    both = [Counter(t.recipients[0] for t in servers[name].messages) for name in ("a", "b")]
+    assert both[0] == both[1] == Counter(dict.fromkeys(mailboxes, len(shares)))
+    at_b = {
+        share: {t.recipients[0] for t in servers["a"].messages if not t.sender and t.header("Subject") == str(share)}
+        for share in shares
+    }
+    assert set() == at_b[0] < at_b[1] < at_b[5] < at_b[10] == set(mailboxes), "only so many move, and those come back"
+    assert relay.json("audit")[0]["details"]["route"] == "shop"
+    assert relay.run("undo", "--yes").returncode == 0
+    assert answering() == dict.fromkeys(mailboxes[:10], "b")
