@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import redis
 
-from relay import maillog, ownership, private_files
+from relay import log_lines, ownership, private_files
 from relay.mail import encryption, record
 from support import exim_instance, load, postfix_instance, remembered, settable_clock
 from support.certificates import Certificate
@@ -105,7 +105,7 @@ def process_wide(sealed: None, monkeypatch: pytest.MonkeyPatch) -> None:
         (record, "_most"),
         (ownership, "_trusted"),
         (private_files, "_owner"),
-        (maillog, "_events"),
+        (log_lines, "_events"),
     ):
         value = getattr(module, name)
         monkeypatch.setattr(module, name, set(value) if isinstance(value, set) else value)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from loguru import logger
 
-from relay import maillog
+from relay import log_lines, maillog
 from relay.mail.reply import Reply
 
 # Ends of lines of every sort, terminal sequences (C0 and C1), text that runs backwards, and octets that are no UTF-8.
@@ -26,7 +26,7 @@ def _restored() -> Iterator[None]:
 @pytest.mark.parametrize("style", ["text", "json"])
 def test_what_comes_from_outside_stays_on_its_line(capsys: pytest.CaptureFixture[str], style: str) -> None:
     """Replies, addresses, names: nothing in them ends a line, starts a field or speaks to the terminal."""
-    maillog.configure("debug", style, "relay-1")
+    log_lines.configure("debug", style, "relay-1")
     maillog.command_refused(FOUL, FOUL, Reply.of(554, FOUL))
     maillog.deferred("id", FOUL, 1, 1, FOUL, 1.0)
     maillog.notice("error", "trouble", reason=FOUL)
@@ -43,7 +43,7 @@ def test_what_comes_from_outside_stays_on_its_line(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("style", ["text", "json"])
 def test_nor_in_an_exception(capsys: pytest.CaptureFixture[str], style: str) -> None:
     """The lines of a traceback are told apart from those of the log, whatever the exception says."""
-    maillog.configure("debug", style, "relay-1")
+    log_lines.configure("debug", style, "relay-1")
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - what it says is what this is about
         int(FOUL + "\n" + FOUL)
     caught.value.args = (FOUL,)
@@ -65,8 +65,8 @@ def test_the_short_way_writes_what_the_long_one_does(
     time.tzset()
     fields = {"id": "1", "n": 3, "age": 1.5, "ok": True, "e": "", "s": 'two "words" \\', "none": None, "reply": FOUL}
     for level in ("DEBUG", "INFO", "WARNING", "ERROR"):
-        maillog.configure("info", style, "relay-1")
-        maillog._event(level, "event " + FOUL, **fields)
+        log_lines.configure("info", style, "relay-1")
+        log_lines.event(level, "event " + FOUL, **fields)
         logger.bind(**fields).log(level, "event " + FOUL)
         written = capsys.readouterr().err.splitlines()
         assert len(written) == (0 if level == "DEBUG" else 2)

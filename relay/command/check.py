@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from relay import maillog
+from relay import log_lines
 from relay.cockpit import extensions, readiness
 from relay.cockpit.extensions import Extension
 from relay.command.connection import ledger_of
@@ -50,7 +50,7 @@ def check(settings: Settings, out: Output) -> int:
 
     Where the only trouble is that Redis does not answer, nothing can be said of the copies.
     """
-    maillog.configure("warning")  # the findings are the output
+    log_lines.configure("warning")  # the findings are the output
     _tell_settings(describe(settings), _drift(settings), out)
     if not settings.redis.url and embedded.socket_path(settings.state_dir).exists():
         # `up` runs with this state folder: its Redis is the one that counts.

@@ -13,7 +13,7 @@ from redis.exceptions import AuthenticationError, BusyLoadingError
 from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import TimeoutError as NoAnswer
 
-from relay import maillog, private_files
+from relay import log_lines, private_files
 from relay.command.exit_status import CannotSay, Trouble
 from relay.config.loader import Settings
 from relay.mail import encryption
@@ -28,7 +28,7 @@ _PATIENCE = 30.0  # seconds for one answer, once it has answered at all: an oper
 @contextmanager
 def ledger_of(settings: Settings) -> Iterator[Redis]:
     """Connect to the Redis with the ledger, ready to read what is stored there. Raises CannotSay, Trouble."""
-    maillog.configure("warning")  # a command's words are its output
+    log_lines.configure("warning")  # a command's words are its output
     private_files.trust(settings.state_dir)
     try:
         encryption.use(settings.storage.key_file)

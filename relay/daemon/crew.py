@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from redis import Redis
 
-from relay import limits, maillog
+from relay import limits, log_lines
 from relay.child import ChildContext
 from relay.cockpit.host_news import HostNews
 from relay.cockpit.reach import Looks, keep_looking
@@ -223,7 +223,7 @@ def _workers(settings: Settings, destinations: Sequence[Destination], url: str) 
         most = limits.worker_connections(limit, _width(destination))
 
         def be_worker(context: ChildContext) -> int:
-            maillog.configure(settings.log.level, settings.log.format, context.name, threads=True)
+            log_lines.configure(settings.log.level, settings.log.format, context.name, threads=True)
             return worker_process.serve(
                 context,
                 destination=destination.name,
@@ -253,7 +253,7 @@ def _shared_worker(settings: Settings, url: str) -> Child:
     ]
 
     def be_shared(context: ChildContext) -> int:
-        maillog.configure(settings.log.level, settings.log.format, context.name, threads=True)
+        log_lines.configure(settings.log.level, settings.log.format, context.name, threads=True)
         return shared_process.serve(context, tenants, worker_process.connector(settings.redis))
 
     return Child("worker-shared", run=be_shared, stage=WORKERS_STAGE)
@@ -284,7 +284,7 @@ def _housekeeping(settings: Settings, duties: Mapping[str, Duty]) -> Child:
     from workers.upkeep.housekeeping import housekeep  # noqa: PLC0415  (only where something is to be run)
 
     def be_housekeeping(context: ChildContext) -> int:
-        maillog.configure(settings.log.level, settings.log.format, context.name, threads=True)
+        log_lines.configure(settings.log.level, settings.log.format, context.name, threads=True)
         context.ready()
         return housekeep({name: partial(duty, context) for name, duty in duties.items()})
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
-from relay import maillog
+from relay import log_lines, maillog
 from relay.config.differences import Difference, differences
 from relay.config.loader import Problem, Settings, SettingsError
 from relay.config.model import Layers
@@ -209,7 +209,7 @@ class Reload:
         else:
             self.settings = settings
             name = f"smtp-dup-{self.crew.role.name}"
-            maillog.configure(settings.log.level, settings.log.format, name, threads=False)
+            log_lines.configure(settings.log.level, settings.log.format, name, threads=False)
             words = "; ".join(f"{change.key}: {change.before} -> {change.after}" for change in changes)
             maillog.notice("info", "reloaded", generation=generation, changes=words)
             self.on_taken(settings, generation)

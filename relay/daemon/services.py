@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from redis.exceptions import RedisError
 
-from relay import maillog
+from relay import log_lines, maillog
 from relay.config.destinations import is_loopback
 from relay.config.loader import Problem, Settings, SettingsError
 from relay.config.model import SmtpSettings, StatusSettings
@@ -48,7 +48,7 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = (), read: Read 
     With ``read`` the settings can be reloaded. Raises StartError, and SettingsError where systemd has bound other
     addresses than they name.
     """
-    maillog.configure(settings.log.level, settings.log.format, f"smtp-dup-{role.name}", threads=False)
+    log_lines.configure(settings.log.level, settings.log.format, f"smtp-dup-{role.name}", threads=False)
     try:
         encryption.use(settings.storage.key_file)
         record.bound(settings.smtp.max_message_bytes)

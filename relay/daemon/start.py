@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relay import limits, maillog, ownership, private_files
+from relay import limits, log_lines, maillog, ownership, private_files
 from relay.config.loader import Settings
 from relay.trace import emitter
 
@@ -164,7 +164,7 @@ def arena(name: str) -> metric_store.Arena | None:
         return None
     made.reserve(name)
     made.take(name)
-    maillog.on_trouble = made.events.note
+    log_lines.on_trouble = made.events.note
     return made
 
 

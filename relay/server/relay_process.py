@@ -18,7 +18,7 @@ from functools import partial
 import uvloop
 from redis.exceptions import RedisError
 
-from relay import limits, log_output, maillog
+from relay import limits, log_lines, log_output, maillog
 from relay.child import ChildContext
 from relay.client.pool import Pool
 from relay.config.loader import Settings
@@ -79,7 +79,7 @@ async def _for_ever(task: Callable[[], Awaitable[None]]) -> None:
 
 def serve(context: ChildContext, settings: Settings, place: Place, redis_url: str) -> int:
     """Run one relay process until SIGTERM (the ``run`` of a supervisor's child). Returns the exit status."""
-    maillog.configure(settings.log.level, settings.log.format, context.name, threads=True)
+    log_lines.configure(settings.log.level, settings.log.format, context.name, threads=True)
     place = replace(place, counters=place.counters.at_seat(context.seat))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_Relay(context, settings, place, redis_url).run())

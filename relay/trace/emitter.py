@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from relay import maillog, metrics
+from relay import log_lines, metrics
 from relay.mail.ids import is_id
 from relay.trace import events
 from relay.trace.events import Wire
@@ -137,7 +137,7 @@ def take(sock: socket.socket | None) -> None:
     """Send this process's events over this channel from now on; None: there is no trace."""
     global _emitter  # noqa: PLW0603 - one for each process, like its log
     _emitter = None if sock is None else Emitter(sock)
-    maillog.on_message = None if sock is None else _of_log
+    log_lines.on_message = None if sock is None else _of_log
 
 
 def use(loop: asyncio.AbstractEventLoop) -> None:
