@@ -90,7 +90,7 @@ class Breaker:
     @property
     def is_in_doubt(self) -> bool:
         """Whether it may be the server and not these messages: what is tried next is to be as different as can be."""
-        return not self.is_open and (self._broken > 0 or self._seems_to_refuse)
+        return not self.reason and (self._broken > 0 or self._seems_to_refuse)
 
     @property
     def seconds_to_probe(self) -> float:
@@ -172,6 +172,8 @@ class Breaker:
 
     @property
     def _seems_to_refuse(self) -> bool:
+        if not self._refused:  # nearly always
+            return self.is_refusing
         return self.is_refusing or self._refused >= self._most * self._when_refusing.times - _LOOKS
 
     def _answered(self) -> None:

@@ -105,6 +105,7 @@ class Claim:
     state: CopyState = field(default_factory=CopyState)
     was_failed: bool = False  # an operator's retry: the retry schedule starts again
     before: str = ""  # a worker that claimed it before and reported no outcome: it may have been sent
+    size: int = 0  # octets of its record, as stored
 
 
 def is_known(pipe: Pipe, identity: str, count: int, fresh: str, *, count_on: bool) -> None:
@@ -229,12 +230,12 @@ def claimed(result: Sequence[Sequence[bytes]]) -> tuple[list[Claim], list[str]]:
     for row in result:
         if not row[0]:  # the row for ``heard``
             continue
-        message_id, verdict, accepted, state, before = row
+        message_id, verdict, accepted, state, before, size = row
         if verdict == b"later":
             later.append(as_text(message_id))
         else:
             known, is_retried = CopyState.from_wire(state), verdict == b"retried"
-            claims.append(Claim(as_text(message_id), float(accepted), known, is_retried, as_text(before)))
+            claims.append(Claim(as_text(message_id), float(accepted), known, is_retried, as_text(before), int(size)))
     return claims, later
 
 

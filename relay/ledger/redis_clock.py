@@ -83,7 +83,10 @@ class RedisClock:
 
     def age(self, at: float) -> float:
         """Return how many seconds ago that was, without those that did not pass."""
-        return max(0.0, self.now() - at - sum(leap.seconds for leap in self._leaps if at <= leap.start))
+        age = self.now() - at
+        if self._leaps:
+            age -= sum(leap.seconds for leap in self._leaps if at <= leap.start)
+        return max(0.0, age)
 
     def ago(self, seconds: float) -> float:
         """Return the time from which so many seconds have passed."""

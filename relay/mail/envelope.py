@@ -110,6 +110,8 @@ class Envelope:
 
 
 def _promised(record: dict[str, list[int]], recipients: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    if record == {}:  # nearly always: each backup gets all
+        return ()
     promised = tuple((name, tuple(indices)) for name, indices in record.items())
     if not all(indices and all(type(i) is int and 0 <= i < recipients for i in indices) for _, indices in promised):
         raise ValueError("a copy is promised to recipients that it does not have")

@@ -27,7 +27,7 @@ async def test_what_unfolds_to_much_waits_for_its_turn(redis_client: redis.Redis
     assert redis_client.strlen(keys.MESSAGE + large) < 10_000
     client = async_client(RedisSettings(redis_url, 5), 5)
     bodies = Bodies(Pipelines(client), client)
-    await bodies.read_ahead([small, large])
+    await bodies.read_ahead(contents.claim("job", small, large))
     assert bodies.at_hand(small) is not None
     assert bodies.at_hand(large) is None
     message = await bodies.take(large)

@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from relay.ledger import archive, keys
+from relay.ledger.changes import Claim
 from relay.mail.envelope import MalformedRecord
 from relay.mail.record import BodyElsewhere, Message, TooLarge
 from relay.redisio.pipeline import CommandBatch, Pipelines
@@ -36,23 +37,17 @@ class Bodies:
         self._turns = asyncio.Semaphore(_TURNS)
         self._ahead: dict[str, Message] = {}
 
-    async def read_ahead(self, ids: Sequence[str]) -> None:
+    async def read_ahead(self, claims: Sequence[Claim]) -> None:
         """Fetch the small ones of these. Raises RedisError."""
-        if not ids:
-            return
-        batch = CommandBatch()
-        for message_id in ids:
-            batch.add(("STRLEN", keys.MESSAGE + message_id))
-        sizes = await self._wires.ask(batch, each=True)
         group: list[str] = []
         total = 0
-        for message_id, size in zip(ids, sizes, strict=True):
-            if isinstance(size, int) and 0 < size <= _LARGE:  # else another type of key: told when its turn comes
-                if total + size > _AT_ONCE:
+        for claim in claims:
+            if 0 < claim.size <= _LARGE:  # else it is told when its turn comes
+                if total + claim.size > _AT_ONCE:
                     await self._fetch(group)
                     group, total = [], 0
-                group.append(message_id)
-                total += size
+                group.append(claim.id)
+                total += claim.size
         await self._fetch(group)
 
     async def take(self, message_id: str) -> Message | None:

@@ -121,7 +121,7 @@ class Claiming:
                 maillog.repeated(claim.id, self._destination, f"worker {claim.before} had it in hand")
         await self._compare(changes.heard(answer), claims)
         claims = self._undelivered(claims)
-        await self._bodies.read_ahead([claim.id for claim in claims])
+        await self._bodies.read_ahead(claims)
         return claims, later
 
     async def _compare(self, heard: Heard, claims: Sequence[Claim]) -> None:

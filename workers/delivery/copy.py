@@ -53,7 +53,8 @@ class Copy:
         state = begun(claim)
         envelope = message.envelope
         owed = envelope.owed_to(destination) if state.owed is None else state.owed
-        return cls(claim.id, message, state, [i for i in owed if 0 <= i < len(envelope.recipients)])
+        count = len(envelope.recipients)
+        return cls(claim.id, message, state, [i for i in owed if 0 <= i < count])
 
     @property
     def taken(self) -> int:
@@ -83,8 +84,15 @@ class Copy:
         ``is_doubtful`` says of a refusal on a reused connection whether a new one is to be asked: the recipient is
         then owed as before, and ``doubted`` is what was said.
         """
-        server = None
         self.doubted = None
+        if not outcome.is_taken:
+            return self._sort(outcome, soft_bounce, is_doubtful)
+        self.yes.update(outcome.replies)
+        self.owed = [i for i in self.owed if i not in outcome.replies]
+        return None
+
+    def _sort(self, outcome: Outcome, soft_bounce: bool, is_doubtful: Callable[[Reply], bool] | None) -> Reply | None:
+        server = None
         accepted = any(reply.is_positive for reply in outcome.replies.values())
         owed = [i for i in self.owed if i not in outcome.replies]
         doubtful: dict[int, bool] = {}  # by code, so that many recipients are one question
@@ -141,9 +149,11 @@ class Copy:
 
     def parts(self) -> list[tuple[str, int, Sequence[str], Reply]]:
         """Return what was said to whom, as the trace keeps it: who, where not all of them heard the same."""
+        is_mixed = bool(self.later or self.never)
+        if not is_mixed and len(found := set(self.yes.values())) == 1:
+            return [(DELIVERED, len(self.yes), (), found.pop())]
         parts: list[tuple[str, int, Sequence[str], Reply]] = []
         recipients = self.message.envelope.recipients
-        is_mixed = bool(self.later or self.never)
         for verdict, replies in ((DELIVERED, self.yes), (DEFERRED, self.later), (FAILED, self.never)):
             by_reply: dict[Reply, list[int]] = {}
             for i, reply in replies.items():

@@ -230,7 +230,7 @@ class Courier:
             self._bodies.drop(untried)
             await self._outcomes.give_back(untried)
         if job.written:
-            await asyncio.gather(*job.written)
+            await asyncio.wait(job.written)
         if untried:
             self._leases.free(untried)
             raise Interrupted

@@ -51,8 +51,9 @@ class Divergences:
 
         ``is_given_up``: what is put off is not tried again.
         """
-        if copy.taken:
-            self._cover(copy)
+        recipients = copy.message.envelope.recipients
+        for i in copy.yes:
+            self._coverage.add(recipients[i].domain, taken=1)
         if not (copy.later or copy.never):
             return copy.state, None
         later = copy.later if is_given_up else {i: r for i, r in copy.later.items() if i not in copy.uncounted}
@@ -74,12 +75,6 @@ class Divergences:
             i: Answer(kind, str(copy.stages.get(i, divergence.OWN)), reply, soft and reply.is_permanent)
             for i, reply in replies.items()
         }
-
-    def _cover(self, copy: Copy) -> None:
-        envelope, owed = copy.message.envelope, copy.state.owed
-        for i in envelope.owed_to(self._destination) if owed is None else owed:
-            if i not in copy.never and i not in copy.later and i < len(envelope.recipients):
-                self._coverage.add(envelope.recipients[i].domain, taken=1)
 
     def note(self, pipe: Any, diverged: Diverged | None) -> None:
         """Add to a MULTI, in front of the copy's new state, what it says of groups."""

@@ -38,7 +38,7 @@ class JobInHand:
     under_way: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # its work is given out, a copy is done with
     deferred: dict[str, Deferral] = field(default_factory=dict)
-    written: list[asyncio.Future[None]] = field(default_factory=list)
+    written: set[asyncio.Future[None]] = field(default_factory=set)
     is_over: bool = False  # the job has returned without its stragglers
 
     async def wait(self, seconds: float, *, or_work: bool) -> None:
@@ -81,7 +81,10 @@ class JobsInHand:
     @property
     def copies_left(self) -> int:
         """How many copies are to be tried."""
-        return sum(len(job.work) for job in self._jobs)
+        count = 0
+        for job in self._jobs:  # as above
+            count += len(job.work)
+        return count
 
     def wake(self) -> None:
         """Have every job look at what is left of it."""
@@ -138,7 +141,7 @@ class JobsInHand:
         elif written is not None:
             self._leases.free_when(written, [message_id])
         if written is not None and not job.is_over:
-            job.written.append(written)
+            job.written.add(written)
 
     # --- the end of a job -------------------------------------------------------------------------------------
 
@@ -160,5 +163,5 @@ class JobsInHand:
         deferred, job.deferred = job.deferred, {}
         if deferred:
             written = self._outcomes.defer(deferred)
-            self._leases.free_when(written, list(deferred))
-            job.written.append(written)
+            self._leases.free_when(written, deferred)
+            job.written.add(written)

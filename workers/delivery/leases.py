@@ -32,6 +32,7 @@ class Leases:
         self._renewal_at = time.monotonic() + _RENEW  # not at once: what is about to be claimed may be another's still
         self.clock = RedisClock()
         self.held: set[str] = set()
+        self._leaving: dict[asyncio.Future[None], list[str]] = {}  # what is held until something is written
 
     def hear(self, said: float, asked_at: float) -> None:
         """Take Redis's time, as the answer to what was asked at that monotonic time."""
@@ -48,7 +49,14 @@ class Leases:
 
     def free_when(self, written: asyncio.Future[None], ids: Iterable[str]) -> None:
         """Hold these until this is written."""
-        written.add_done_callback(lambda _: self.free(ids))
+        leaving = self._leaving.get(written)
+        if leaving is None:
+            leaving = self._leaving[written] = []
+            written.add_done_callback(self._free_written)
+        leaving += ids
+
+    def _free_written(self, written: asyncio.Future[None]) -> None:
+        self.free(self._leaving.pop(written))
 
     async def renew(self) -> None:
         """Look at Redis's clock once a second, and renew what is held when that is due; runs until cancelled."""

@@ -1,9 +1,9 @@
 """Outcomes on their way to the ledger, group-committed: what copies have come to while Redis was busy leaves together.
 
 An outcome that cannot be written is tried again until it is: a Redis restart in the middle of a batch repeats no
-delivery. Futures resolve when Redis has answered. While the oldest outcome waits for more than a second,
-``is_late`` tells the courier to start no new copy. Under Sentinels a failover can lose what was answered: what was
-settled lately is remembered, and settled again at the new master.
+delivery. A group has one future, for ``asyncio.wait``; it resolves when Redis has answered. While the oldest outcome
+waits for more than a second, ``is_late`` tells the courier to start no new copy. Under Sentinels a failover can lose
+what was answered: what was settled lately is remembered, and settled again at the new master.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ Change = Callable[[Any], object]
 class _Waiting:
     """An outcome on its way: a copy that is settled, or a change."""
 
-    done: asyncio.Future[None]
     settled: str = ""
     counted: bool = False  # in a group of divergence
     change: Change | None = None
@@ -76,6 +75,7 @@ class Outbox:
         self._noise = noise
         self._gathering = Gathering(self._begin)
         self._flight: asyncio.Task[None] | None = None
+        self._written: asyncio.Future[None] | None = None  # of the next group
         self._oldest: float | None = None
         self._now = now
         self._remembers = remembers
@@ -93,12 +93,11 @@ class Outbox:
 
     def settle(self, message_id: str, *, counted: bool = False) -> asyncio.Future[None]:
         """Note a delivered copy; ``counted`` when it is open in a group of divergence."""
-        done = asyncio.get_running_loop().create_future()
-        return self._submit(_Waiting(done, settled=message_id, counted=counted))
+        return self._submit(_Waiting(message_id, counted))
 
     def write(self, change: Change) -> asyncio.Future[None]:
         """Note a change that makes an RQ job too; called in a thread with a pipeline in MULTI, again if that fails."""
-        return self._submit(_Waiting(asyncio.get_running_loop().create_future(), change=change))
+        return self._submit(_Waiting(change=change))
 
     def has_settled(self, claim: Claim) -> bool:
         """Say whether this very copy was settled here: Redis has it as pending because a failover lost that."""
@@ -150,10 +149,13 @@ class Outbox:
         self._gathering.add(outcome)
         if self._oldest is None:
             self._oldest = time.monotonic()
-        return outcome.done
+        if self._written is None:
+            self._written = asyncio.get_running_loop().create_future()
+        return self._written
 
     def _begin(self, group: list[_Waiting]) -> None:
-        self._flight = asyncio.get_running_loop().create_task(self._fly(group))
+        written, self._written = self._written, None  # a group is all that waits
+        self._flight = asyncio.get_running_loop().create_task(self._fly(group, written))
         self._flight.add_done_callback(self._land)
 
     def _land(self, flight: asyncio.Task[None]) -> None:
@@ -161,15 +163,14 @@ class Outbox:
         if not flight.cancelled():  # else the loop ends
             self._gathering.landed()
 
-    async def _fly(self, group: list[_Waiting]) -> None:
+    async def _fly(self, group: list[_Waiting], written: asyncio.Future[None] | None) -> None:
         for counted in (False, True):
             if settled := [outcome.settled for outcome in group if outcome.settled and outcome.counted == counted]:
                 await self._until_written(partial(self._settle, settled, counted=counted))
         if changes := [outcome.change for outcome in group if outcome.change is not None]:
             await self._until_written(partial(asyncio.to_thread, self._change, changes))
-        for outcome in group:
-            if not outcome.done.done():
-                outcome.done.set_result(None)
+        if written is not None and not written.done():
+            written.set_result(None)
 
     async def _settle(self, ids: list[str], *, counted: bool = False) -> None:
         faultpoints.reach("before settle")

@@ -106,7 +106,7 @@ class Outcomes:
                 deferral = Deferral(state, delay, None if copy.never else diverged)
                 metrics.deliveries.labels(name, "deferred").inc()
                 maillog.deferred(copy.id, name, len(copy.later), attempts, reply, delay)
-        if copy.taken:
+        if copy.yes:
             age = self._clock.age(copy.message.envelope.received_at)
             self._delivered.inc()
             self._age.observe(age)
@@ -173,7 +173,7 @@ class Outcomes:
             failed.adopt(pipe, self._name, ids, job.id)
             rq_jobs.schedule(pipe, self._queue, job, when)
 
-        await self._outbox.write(change)
+        await asyncio.wait({self._outbox.write(change)})
 
     def postpone(self, claim: Claim, job: str, reply: str) -> Conclusion:
         """Defer a copy that cannot be tried here as yet."""
@@ -206,7 +206,7 @@ class Outcomes:
 
     async def give_back(self, ids: Sequence[str]) -> None:
         """Give leases back untried."""
-        await self._outbox.write(lambda pipe: changes.unlease(pipe, self._name, ids))
+        await asyncio.wait({self._outbox.write(lambda pipe: changes.unlease(pipe, self._name, ids))})
 
     def _fail(
         self,

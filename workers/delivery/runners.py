@@ -102,7 +102,8 @@ class Runners:
         """How many more the window allows, the work needs, and there are connections for."""
         count = len(self._runners)
         allowed = self.breaker.window - (count - self.slow)
-        return max(0, min(allowed, self._jobs.copies_left, self._pool.room - count)) if allowed > 0 else 0
+        wanted = min(allowed, self._jobs.copies_left) if allowed > 0 else 0
+        return max(0, min(wanted, self._pool.room - count)) if wanted else 0
 
     def start(self, work: Callable[[Runner], Coroutine[object, object, None]]) -> asyncio.Task[None]:
         """Start one more, for this work."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -68,7 +68,7 @@ class Outcome:
     @property
     def is_taken(self) -> bool:
         """Whether the dot is out and every reply is a yes."""
-        return self.sent and all(reply.is_positive for reply in self.replies.values())
+        return self.sent and all(200 <= reply.code < 300 for reply in self.replies.values())
 
     def is_answered(self, asked: Sequence[int]) -> bool:
         """Whether the server has said no to all that was asked, before the dot: to MAIL, or to each of these."""
@@ -199,8 +199,8 @@ async def _ask(
     if pipelining and begun is None:
         connection.send(*asked.lines)
 
-    async def answer(command: bytes) -> Reply:
-        return await (connection.reply(timeout=timeout) if pipelining else connection.command(command, timeout=timeout))
+    def answer(command: bytes) -> Awaitable[Reply]:
+        return connection.reply(timeout=timeout) if pipelining else connection.command(command, timeout=timeout)
 
     for command in asked.xforward:
         await answer(command)  # whatever it says to them: they are for its log

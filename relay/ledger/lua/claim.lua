@@ -1,5 +1,6 @@
--- ARGV: destination, job, worker, seconds of the lease, ids. Returns {id, verdict, accepted, state, before} for what is
--- claimed; "before" is the worker that had it in hand and never said what became of it, "" for none.
+-- ARGV: destination, job, worker, seconds of the lease, ids. Returns {id, verdict, accepted, state, before, size} for
+-- what is claimed; "before" is the worker that had it in hand and never said what became of it, "" for none; "size" is
+-- that of the record, 0 where there is none.
 local destination, job, worker, lease = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local pending, own = 'smtpdup:pending:' .. destination, 'smtpdup:own:' .. destination
 local busy, holders = 'smtpdup:busy:' .. destination, 'smtpdup:holders:' .. destination
@@ -33,6 +34,11 @@ local function merged(state, other)
   end
   joined(a, b)
   return job .. '\n' .. cjson.encode(a)
+end
+
+local function size_of(id)
+  local size = redis.pcall('STRLEN', 'smtpdup:message:' .. id)
+  return type(size) == 'number' and size or 0  -- else it is another type of key
 end
 
 local ids = {}
@@ -69,7 +75,7 @@ for i, id in ipairs(ids) do
       redis.call('HDEL', failure, id)
       verdict = 'retried'
     else
-      result[#result + 1] = {id, 'later', '0', '', ''}
+      result[#result + 1] = {id, 'later', '0', '', '', 0}
     end
   end
   if free and accepted and (not state or owner(state) == '' or owner(state) == job) then
@@ -77,7 +83,7 @@ for i, id in ipairs(ids) do
     leased[#leased + 1] = id
     held[#held + 1] = id
     held[#held + 1] = before == '' and worker or worker .. ' ' .. before
-    result[#result + 1] = {id, verdict, accepted, state or '', before}
+    result[#result + 1] = {id, verdict, accepted, state or '', before, size_of(id)}
   end
 end
 if #held > 0 then
