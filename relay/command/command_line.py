@@ -137,7 +137,7 @@ class CommandGroup(_Completes, click.Group):
         if lesser := [name for name in names if name in self.lesser]:
             formatter.write_paragraph()
             text = f"Also: {', '.join(lesser)}"
-            formatter.write(textwrap.fill(text, formatter.width, break_on_hyphens=False) + "\n")
+            formatter.write(textwrap.fill(text, formatter.width + 2, break_on_hyphens=False) + "\n")
 
     def _meant(self, ctx: click.Context, name: str) -> str:
         near = difflib.get_close_matches(name, self.list_commands(ctx), 1, _NEAR)

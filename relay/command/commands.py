@@ -230,6 +230,23 @@ _ROUTE: dict[str, Word | CommandGroup] = {
     ),
 }  # fmt: skip
 
+_SERVER = _option("--server", metavar="NAME", type=Names(DESTINATION), help="only those at this one")
+_MOVED = _word("the mailboxes that have moved: to which server, since when, by whom", "moved:listing", _SERVER)
+_MOVES: dict[str, Word | CommandGroup] = {
+    "list": _MOVED,
+    "show": _word(
+        "who answers for one address, and why", "moved:show", click.Argument(["address"], metavar="ADDRESS")
+    ),
+    "export": _word(
+        "write the map for Postfix, Dovecot or nginx, or as CSV", "moved:export",
+        _option("--format", "form", type=click.Choice(["postfix", "dovecot", "nginx", "csv"]), required=True,
+                help="postfix, dovecot, nginx or csv"),
+        _option("--host", "hosts", metavar="NAME=HOST", multiple=True,
+                help="the host that stands for a server, where it is not that of mail: new=imap.example.com"),
+        _SERVER, output=False,
+    ),
+}  # fmt: skip
+
 ROOT = _group(
     "relay mail to a primary, and a durable copy of it to every backup",
     {
@@ -302,6 +319,20 @@ ROOT = _group(
             _AT_ONCE, _option("--force", is_flag=True, help="even if it is not known to be ready"), _REASON, _YES,
             settings="primary",
         ),
+        "move": _word(
+            "move mailboxes to another server, one by one, or back", "move:move",
+            click.Argument(["addresses"], metavar="[ADDRESS]...", nargs=-1),
+            _option("--file", metavar="FILE", help="one address a line, or CSV; - for stdin"),
+            _option("--domain", "domains", metavar="DOMAIN", multiple=True, help="everybody in it"),
+            _option("--to", metavar="NAME", type=Names(DESTINATION), help="the server that is to answer"),
+            _option("--back", is_flag=True, help="to whoever answered before"),
+            _option("--all", "everything", is_flag=True, help="promote the new server, then clear the map"),
+            _option("--repair", is_flag=True, help="put back what Redis has lost of who has moved"),
+            _option("--note", metavar="TEXT", default="", help="why, kept with each address and in the audit"),
+            _DRY_RUN, _WAIT_FOR, _option("--force", is_flag=True, help="even if a mailbox is not known to be ready"),
+            _YES, settings="primary",
+        ),
+        "moved": _listing(_MOVED, _MOVES),
         "undo": _word(
             "undo the last decision about who answers", "promote:undo",
             _DRY_RUN, _WAIT_FOR, _AT_ONCE, _REASON, _YES, settings="primary",
@@ -345,7 +376,7 @@ ROOT = _group(
 
 ROOT.lesser = frozenset({
     "relay", "workers", "demo", "open", "reload", "undo", "topology", "audit", "release", "throttle", "route",
-    "flow", "hash-password", "new-key", "completion", "version",
+    "move", "moved", "flow", "hash-password", "new-key", "completion", "version",
 })  # fmt: skip
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from redis import Redis
 from redis.exceptions import RedisError
 
@@ -12,6 +10,7 @@ from relay.cockpit.readiness import Verdict
 from relay.command import prompt
 from relay.command.exit_status import NO, WELL, CannotSay, Misuse, Trouble
 from relay.command.output import Output
+from relay.command.progress import Progress, say
 from relay.config.types import duration
 from relay.mail.text import printable
 from relay.topology import promotion
@@ -41,7 +40,7 @@ def carry_out(
     connection: Redis, out: Output, made: Plan, reason: str, details: dict[str, str], seconds: float, *, at_once: bool
 ) -> int:
     """Prepare, decide and see who follows. Says no when somebody who lives does not. Raises Trouble, CannotSay."""
-    report = _Progress(out)
+    report = Progress(out)
     intent = None
     try:
         if not at_once:
@@ -50,13 +49,13 @@ def carry_out(
     except Unprepared as error:
         report.clear()
         for line in error.lines:
-            _say(out, line, {"kind": "trouble", "text": line})
+            say(out, line, {"kind": "trouble", "text": line})
         raise Trouble(str(error)) from error
     except Overtaken as error:
         raise Trouble(f"nothing has changed: {error}") from error
     topology = _commit(connection, made, reason, details, intent)
     at = changeover.clock(topology.now.at)
-    _say(
+    say(
         out,
         f"{changeover.done(made)} at {at}, epoch {topology.epoch}: it holds whatever becomes of this command.",
         {
@@ -90,7 +89,7 @@ def _commit(connection: Redis, made: Plan, reason: str, details: dict[str, str],
         ) from error
 
 
-def _told(out: Output, made: Plan, topology: Topology, found: Followed, report: _Progress) -> int:
+def _told(out: Output, made: Plan, topology: Topology, found: Followed, report: Progress) -> int:
     """Say who follows. Says no when somebody who lives does not."""
     report.clear()
     if out.as_json:
@@ -110,38 +109,6 @@ def _told(out: Output, made: Plan, topology: Topology, found: Followed, report: 
         for line in changeover.outcome(made, topology, found):
             out.line(line)
     return NO if found.late else WELL
-
-
-class _Progress:
-    """One line on the terminal that changes; without a terminal nothing."""
-
-    def __init__(self, out: Output) -> None:
-        self._out = out
-        self._shown = ""
-
-    def __call__(self, text: str) -> None:
-        if text != self._shown and sys.stderr.isatty():
-            sys.stderr.write(f"\r\x1b[K{printable(text)}")
-            sys.stderr.flush()
-            self._shown = text
-
-    def clear(self) -> None:
-        if self._shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-            self._shown = ""
-
-    def end(self, text: str) -> None:
-        """Say how a step has ended."""
-        self.clear()
-        _say(self._out, text, {"kind": "prepared"})
-
-
-def _say(out: Output, text: str, value: dict[str, object]) -> None:
-    if out.as_json:
-        out.object(value)
-    else:
-        out.line(text)
 
 
 # What is shown --------------------------------------------------------------------------------------------------
@@ -173,7 +140,7 @@ def show_plan(out: Output, made: Plan, verdict: Verdict | None) -> None:
 def nothing_to_do(out: Output, made: Plan) -> int:
     """Say that it is so already."""
     name = made.new.name
-    _say(out, changeover.nothing_to_do(made), {"kind": "nothing", "primary": name, **_route_of(made)})
+    say(out, changeover.nothing_to_do(made), {"kind": "nothing", "primary": name, **_route_of(made)})
     return WELL
 
 

@@ -28,8 +28,8 @@ from relay.mail import ids
 from relay.mail.destination import Destination
 from relay.mail.stored import moment
 from relay.redisio.clients import sync_client
-from relay.topology import decisions
-from relay.topology.roles import as_copied, copied_now
+from relay.topology import decisions, moving
+from relay.topology.roles import copied_now, may_be_copied
 
 _OLD = 5.0  # seconds that a copy has been pending for when nobody seems to serve it
 _LOOKS = 2  # so many in a row must agree before a worker starts for a job alone, and before one ends
@@ -55,9 +55,7 @@ class RetiredDestinations:
         self._continuity = continuity or Continuity(settings.copied)
         self._undefined: set[str] = set()  # told once
         self._is_told = False  # of what makes no sense
-        demoted = (settings.demoted,) if settings.demoted else ()
-        on_routes = [server for name in _servers_of_routes(settings) if (server := as_copied(settings, name))]
-        self._named = known_passwords.remember(settings.state_dir, (*settings.copied, *demoted, *on_routes))
+        self._named = known_passwords.remember(settings.state_dir, (*settings.copied, *may_be_copied(settings)))
         self._configured = {backup.name for backup in settings.copied}
         self._former = {backup.to_json(): backup for backup in former}
         self._is_registered = False  # as long as the ledger may not know the backups of new settings
@@ -106,12 +104,15 @@ class RetiredDestinations:
                 self._begin(client, name, workers_for)
 
     def _serve_the_demoted(self, client: Redis, workers_for: Callable[[Destination], Sequence[Child]]) -> set[str]:
-        """See that whoever is a backup since a promotion has workers. Returns their names."""
+        """See that who gets copies since a promotion, or since mailboxes moved, has workers; returns their names."""
         topology, _ = decisions.topology(client)
         now = {server.name: server for server in copied_now(self._settings, topology)}
+        moves, _ = moving.state(client)
+        if moves is not None and moves.count:
+            now |= {server.name: server for server in may_be_copied(self._settings)}
         demoted = now.keys() - self._configured
         for name in demoted - self._serving.keys():
-            maillog.notice("info", "a backup since another was promoted: its worker starts", destination=name)
+            maillog.notice("info", "a backup since another answers: its worker starts", destination=name)
             self._serving[name] = workers_for(now[name])
         for name in demoted:
             self._looks.pop(name, None)

@@ -119,7 +119,7 @@ def is_known(pipe: Pipe, identity: str, count: int, fresh: str, *, count_on: boo
 def beat(pipe: Pipe, process: str, words: str) -> None:
     """Note the heartbeat of a relay process; ``words`` is JSON without its first brace.
 
-    Result: the topology and the intent to change it, as stored, "" for none.
+    Result: the topology, the intent to change it, and the state of the map of moved mailboxes, as stored, "" for none.
     """
     pipe.eval(_BEAT, 0, process, words)
 

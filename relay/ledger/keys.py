@@ -39,6 +39,9 @@ LEDGER = PREFIX + "ledger"  # hash: identity and count of this ledger; see conti
 AUDIT = PREFIX + "audit"  # stream: what operators did; see audit.py
 TOPOLOGY = PREFIX + "topology"  # string: JSON, the current primary; missing until the first promotion
 INTENT = PREFIX + "intent"  # string that expires: JSON, the promotion that is being prepared
+MOVES = PREFIX + "moved"  # hash address or @domain -> JSON: the server that answers for it, see relay/topology/moved.py
+MOVES_STATE = PREFIX + "moved-state"  # string: JSON, the generation of that map
+MOVES_LOG = PREFIX + "moved-changes"  # list of JSON, newest first: what the last generations changed
 RELAYS = PREFIX + "relays"  # hash relay process -> JSON, its last heartbeat
 # hash field -> number: what all hosts saw in the ten seconds, the minute or the hour (UTC) that the key names, as in
 # 2026-11-27T16:11:20, 2026-11-27T16:11 and 2026-11-27T16; see flow.py for the fields

@@ -17,9 +17,11 @@ from pathlib import Path
 from relay.config.routes import DEFAULT_ROUTE, Entries, Match, Route, is_at
 from relay.mail.address_keys import lookup_keys
 from relay.mail.addresses import within
+from relay.routing.moved_copy import NOBODY, MovedMap
 from relay.routing.table_store import Table
 
 DEFAULT = Route(DEFAULT_ROUTE, Match(), ())
+MOVED_ROUTE = "moved"  # how the route of a mailbox that was moved is called, wherever it is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,36 +29,57 @@ class RouteDecision:
     """What holds for one recipient: the route, and who may answer, who comes first first.
 
     ``key`` is the entry that matched, "" where the recipient does not matter, and ``source`` the table that it is in.
+    For a mailbox that was moved ``former`` is what would hold else: who answers there gets a copy.
     """
 
     route: Route
     servers: tuple[str, ...]
     key: str = ""
     source: Path | None = None
+    former: RouteDecision | None = None
 
     @property
     def is_default(self) -> bool:
         return self.route is DEFAULT
+
+    def copied(self, default_backups: Sequence[str]) -> Sequence[str]:
+        """Return who gets copies, but for whoever answers."""
+        if self.former is not None:
+            return tuple(dict.fromkeys((self.former.servers[0], *self.former.copied(default_backups))))
+        return default_backups if self.is_default else self.route.copied
 
 
 class Router:
     """The routes with their tables. ``servers`` are the names of all servers of the settings."""
 
     def __init__(
-        self, routes: Sequence[Route], tables: Mapping[Path, Table], servers: Iterable[str], *, fold: bool
+        self,
+        routes: Sequence[Route],
+        tables: Mapping[Path, Table],
+        servers: Iterable[str],
+        *,
+        fold: bool,
+        moved: MovedMap = NOBODY,
+        split: str = "defer",
     ) -> None:
+        """``moved`` says for whom another server answers than by the routes; ``split`` is what holds for them."""
         self._tables = tables
+        self._moved = moved
+        self._moved_route = Route(MOVED_ROUTE, Match(), (), split=split)
         self._routes = [(route, _Finder(route.match.recipients, tables)) for route in routes]
         self._senders = {route.name: _Finder(route.match.senders, tables) for route in routes}
         self._servers = frozenset(servers)
         self._fold = fold
         self._needs_sender = any(route.match.senders.are_given for route in routes)
         found = [name for route, finder in self._routes for name in (*route.answering, *self.known(finder.servers))]
+        self.moved_to = self.known(tuple(moved.servers))
+        found += self.moved_to
         self.primaries = tuple(dict.fromkeys(found))  # who may answer, besides whoever does by default
 
     def with_routes(self, routes: Sequence[Route]) -> Router:
         """Return one with the same tables for these routes: others have been decided to answer."""
-        return Router(routes, self._tables, self._servers, fold=self._fold)
+        split = self._moved_route.split
+        return Router(routes, self._tables, self._servers, fold=self._fold, moved=self._moved, split=split)
 
     def plan(
         self, default: str, sender: str, client: str, listen: tuple[str, int] = ("", 0), token: str = ""
@@ -89,6 +112,14 @@ class Router:
         """Return the keys under which an address is looked up."""
         return lookup_keys(address, fold=self._fold)
 
+    def moved(self, keys: Sequence[str], former: RouteDecision) -> RouteDecision | None:
+        """Return what holds for a mailbox that was moved, None for one that was not. Raises OSError."""
+        found = self._moved.find(keys)
+        if found is None or not self.known((found[1],)):
+            return None
+        key, server = found
+        return RouteDecision(self._moved_route, (server,), key, None, former)
+
     def known(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return those that these settings have: a table may have been read with others."""
         return tuple(name for name in names if name in self._servers)
@@ -109,6 +140,12 @@ class RoutePlan:
     @property
     def settled(self) -> RouteDecision | None:
         """The decision about who answers, if that is the same for every recipient; else None."""
+        found = self._settled
+        moved_to = self._router.moved_to
+        return found if found is None or not moved_to or moved_to == found.servers else None
+
+    @property
+    def _settled(self) -> RouteDecision | None:
         first: RouteDecision | None = None
         for route, recipients in self._candidates:
             if recipients.servers or (route.weights and route.stick == "recipient"):
@@ -125,11 +162,14 @@ class RoutePlan:
         """Return the decision for a recipient. Raises OSError."""
         found = self._made.get(address)
         if found is None:
-            found = self._made[address] = self._decide(address)
+            keys = self._router.keys(address)
+            found = self._decide(address, keys)
+            if self._router.moved_to:
+                found = self._router.moved(keys, found) or found
+            self._made[address] = found
         return found
 
-    def _decide(self, address: str) -> RouteDecision:
-        keys = self._router.keys(address)
+    def _decide(self, address: str, keys: Sequence[str]) -> RouteDecision:
         for route, recipients in self._candidates:
             if not route.match.recipients.are_given:
                 return self._decision(route, _mailbox(keys, address))
@@ -203,9 +243,7 @@ def owed(decisions: Sequence[RouteDecision], answered: str, default_backups: Seq
     """
     found: dict[str, list[int]] = {}
     for index, decision in enumerate(decisions):
-        route = decision.route
-        names: Sequence[str] = default_backups if decision.is_default else route.copied
-        for name in names:
+        for name in decision.copied(default_backups):
             if name != answered:
                 found.setdefault(name, []).append(index)
     return found

@@ -13,6 +13,7 @@ from relay import maillog
 from relay.config.model import Settings
 from relay.routing import table_store
 from relay.routing.decisions import Router
+from relay.routing.moved_copy import NOBODY, MovedMap
 from relay.routing.table_file import BadTable
 from relay.routing.table_store import Note, Table
 
@@ -76,26 +77,27 @@ class Tables:
         self._settings = settings
         self._tables: dict[Path, Table] = {}
 
-    def load(self) -> Router:
-        """Return the routes with the tables that hold now. Raises OSError."""
+    def load(self) -> None:
+        """Load the tables that hold now. Raises OSError."""
         state_dir = self._settings.state_dir
         self._tables = {source: Table.load(state_dir, source) for source in sources(self._settings)}
-        return router_of(self._settings, self._tables)
 
-    def refresh(self) -> Router | None:
-        """Return the routes anew where a table has changed, else None. Raises OSError, and nothing has changed then."""
+    def refresh(self) -> bool:
+        """Load tables that have changed; returns whether one has. Raises OSError, and nothing has changed then."""
         state_dir = self._settings.state_dir
         stale = [source for source, table in self._tables.items() if table.is_stale(state_dir)]
-        if not stale:
-            return None
         self._tables |= {source: Table.load(state_dir, source) for source in stale}
-        return router_of(self._settings, self._tables)
+        return bool(stale)
+
+    def router(self, moved: MovedMap = NOBODY) -> Router:
+        """Return the routes with these tables, and with who has moved."""
+        return router_of(self._settings, self._tables, moved)
 
 
-def router_of(settings: Settings, tables: Mapping[Path, Table]) -> Router:
-    """Return the routes of the settings with these tables."""
+def router_of(settings: Settings, tables: Mapping[Path, Table], moved: MovedMap = NOBODY) -> Router:
+    """Return the routes of the settings with these tables, and with who has moved."""
     names = [server.name for server in settings.named]
-    return Router(settings.route_table, tables, names, fold=settings.routes.fold_local)
+    return Router(settings.route_table, tables, names, fold=settings.routes.fold_local, moved=moved)
 
 
 def tables_as_they_are(settings: Settings, tell: Callable[[str], None]) -> dict[Path, Table]:

@@ -49,7 +49,7 @@ def parse(text: str, servers: Sequence[Destination], *, fold: bool) -> dict[str,
     find = _finder(servers)
     rows: dict[str, Row] = {}
     faults: list[str] = []
-    for line, key, value in _entries(text, faults):
+    for line, key, value in entries(text, faults):
         try:
             rows.setdefault(entry_key(key, fold=fold), Row(find(value), line))
         except ValueError as error:
@@ -62,8 +62,8 @@ def parse(text: str, servers: Sequence[Destination], *, fold: bool) -> dict[str,
     return rows
 
 
-def _entries(text: str, faults: list[str]) -> Iterator[tuple[int, str, str]]:
-    """Yield (line, key, value) of each entry."""
+def entries(text: str, faults: list[str]) -> Iterator[tuple[int, str, str]]:
+    """Yield (line, key, value) of each entry as it stands there; ``faults`` gets what cannot be read at all."""
     lines = text.removeprefix("\ufeff").splitlines()
     header = next((n for n, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#")), None)
     if header is not None and (columns := _columns(lines[header])):

@@ -35,6 +35,7 @@ from relay.redisio.clients import async_client, sync_client
 from relay.routing.loading import LOOK_SECONDS, Tables
 from relay.server.follower import Follower
 from relay.server.listening import Place
+from relay.server.moved_follower import MovedFollower
 from relay.smtpd import commands
 from relay.smtpd.context import Context
 from relay.smtpd.credentials import Credentials
@@ -50,7 +51,9 @@ from relay.trace import emitter
 
 _POOL_WAIT = 0.05
 _MONITOR_SECONDS = 1.0
+_SOON = 0.2  # seconds between two looks while mailboxes are being moved
 _INTRODUCTION_SECONDS = 1.0
+_MAP_SECONDS = 30.0  # for reading who has moved, while Redis answers: without it all would have their former server
 _IMPORT_SECONDS = 5.0  # for the importer's current batch when the process stops
 _GRACE_SECONDS = 30.0  # while draining, for clients that have not sent all of their message
 LEAVE = signal.SIGUSR2  # sent to a process after one with newer settings has replaced it
@@ -149,7 +152,10 @@ class _Relay:
             credentials=Credentials.load(settings.smtp),
         )
         self._follower.serve(self._shared)
-        self._tables = Tables(settings) if settings.route_table else None
+        self._tables = Tables(settings)
+        self._fleet: Fleet | None = None  # that of the context, or of one who may become it again
+        self._serves = False  # by the routes
+        self._moved = MovedFollower(settings, self._pulse, self._jobs, self._take_map)
         self._taking: asyncio.Task[None] | None = None
         smtp = settings.smtp
         addresses = len(smtp.addresses + smtp.tls_addresses)
@@ -228,34 +234,47 @@ class _Relay:
         emitter.flush()
         maillog.stopped("relay")
 
-    async def _take_routes(self) -> asyncio.Task[None] | None:
-        """Have clients served by the routes, if there are any; returns what watches over the tables."""
-        if self._tables is None:
-            return None
-        router = await asyncio.to_thread(self._tables.load)
-        settings = self._settings
-        router = router.with_routes(self._follower.roles.routes)
-        copied = (server for named in settings.named if (server := as_copied(settings, named.name)))
-        self._shared.fleet = Fleet(router, settings.named, copied, self._primary)
+    async def _take_routes(self) -> asyncio.Task[None]:
+        """Have clients served by the routes, and by who has moved; returns what watches over the tables."""
+        await asyncio.to_thread(self._tables.load)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._moved.is_idle.wait(), _MAP_SECONDS)
+        self._serves = True
+        self._serve_by_routes()
         return asyncio.get_running_loop().create_task(_for_ever(self._keep_tables))
 
-    async def _end_routes(self, looking: asyncio.Task[None] | None) -> None:
-        if looking is not None:
-            await _end(looking)
-        if self._shared.fleet is not None:
-            await self._shared.fleet.close()
+    def _serve_by_routes(self) -> None:
+        """Have the next transactions go by the routes as they are now; without any nothing is asked."""
+        settings, moved = self._settings, self._moved.map
+        if not settings.route_table and not len(moved):
+            self._shared.fleet = None
+            return
+        router = self._tables.router(moved).with_routes(self._follower.roles.routes)
+        if self._fleet is None:
+            copied = (server for named in settings.named if (server := as_copied(settings, named.name)))
+            self._fleet = Fleet(router, settings.named, copied, self._primary)
+        self._fleet.router = router
+        self._shared.fleet = self._fleet
+
+    def _take_map(self) -> None:
+        """Go by who has moved now, once there are routes to go by."""
+        if self._serves:
+            self._serve_by_routes()
+
+    async def _end_routes(self, looking: asyncio.Task[None]) -> None:
+        await _end(looking)
+        if self._fleet is not None:
+            await self._fleet.close()
 
     async def _keep_tables(self) -> None:
         """Take tables that have been read anew, again and again."""
-        while True:
+        while self._settings.route_table:
             await asyncio.sleep(LOOK_SECONDS)
             await self._take_tables()
 
     async def _take_tables(self) -> None:
-        if self._tables is not None and self._shared.fleet is not None:
-            router = await asyncio.to_thread(self._tables.refresh)
-            if router is not None:
-                self._shared.fleet.router = router.with_routes(self._follower.roles.routes)
+        if await asyncio.to_thread(self._tables.refresh):
+            self._serve_by_routes()
 
     async def _hear_the_primary(self) -> None:
         """Wait for the primary's EHLO, or those of all, as long as nobody tells us to stop: it may be silent."""
@@ -289,7 +308,7 @@ class _Relay:
         else:
             maillog.notice("info", "certificate and users reloaded")
         self._reload_keys()
-        if self._tables is not None:
+        if self._settings.route_table:
             self._taking = asyncio.get_running_loop().create_task(self._take_tables_now())
 
     async def _take_tables_now(self) -> None:
@@ -350,10 +369,11 @@ class _Relay:
             if self._shared.fleet is not None:
                 self._pulse.down = self._shared.fleet.down
             if await self._watch.look():
+                await self._moved.follow()
                 await self._follower.follow(self._redis)
                 if self._watch.is_stranger or not self._introductions.is_set() or self._has_lost_somebody:
                     await self._introduce()
-            await self._follower.pause(_MONITOR_SECONDS)
+            await self._follower.pause(_SOON if self._moved.is_busy else _MONITOR_SECONDS)
 
     async def _drain(self, importing: asyncio.Task[None] | None) -> None:
         """Let sessions finish within ``_GRACE_SECONDS``; after the end of data, whenever the primary answers."""

@@ -44,7 +44,11 @@ class Pulse:
         self.in_old = 0  # transactions that go on with an earlier primary
         self.down: list[str] = []  # servers of routes that it cannot use, so that others answer
         self.routes: list[str] = []  # that were decided about, and are followed
+        self.moved = 0  # the generation of the map of moved mailboxes that it goes by
+        self.moved_trouble = ""  # why that is not the one in Redis
+        self.servers: list[str] = []  # names of all that its settings name
         self.topology: str | None = None  # as Redis has told it last, "" for none; None before it has
+        self.moves: str | None = None  # likewise: the state of the map of moved mailboxes
         self.intent = ""
 
     def ask(self, pipe: Pipe) -> None:
@@ -63,14 +67,17 @@ class Pulse:
                 "in_old": self.in_old,
                 "down": self.down,
                 "routes": self.routes,
+                "moved": self.moved,
+                "moved_trouble": self.moved_trouble,
+                "servers": self.servers,
             }
         )
         changes.beat(pipe, self.process, words.removeprefix("{"))
 
     def take(self, answer: Any) -> None:
         """Take what the beat brought back; an error changes nothing."""
-        if isinstance(answer, list) and len(answer) == 2:
-            self.topology, self.intent = map(ids.text, answer)
+        if isinstance(answer, list) and len(answer) == 3:
+            self.topology, self.intent, self.moves = map(ids.text, answer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +99,9 @@ class Heartbeat:
     age: float
     down: tuple[str, ...] = ()  # servers of routes that it cannot use
     routes: frozenset[str] | None = None  # that were decided about, and are followed; None: of an older version
+    moved: int | None = None  # the generation of the map of moved mailboxes; None: a version that knows none
+    moved_trouble: str = ""
+    servers: tuple[str, ...] = ()  # names of all that its settings name
 
     def goes_by(self, routes: Iterable[str]) -> bool:
         """Return whether it follows what was decided about these routes."""
@@ -164,8 +174,15 @@ def _beat(process: str, data: bytes, now: float) -> Heartbeat | None:
             in_old=count(found["in_old"]),
             at=at,
             age=abs(now - at),
-            down=tuple(name for name in texts(found.get("down", [])) if is_destination_name(name)),
+            down=_names(found.get("down", [])),
+            moved=count(found["moved"]) if "moved" in found else None,
+            moved_trouble=text(found.get("moved_trouble", "")),
+            servers=_names(found.get("servers", [])),
             routes=frozenset(texts(found["routes"])) if "routes" in found else None,
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def _names(found: Any) -> tuple[str, ...]:
+    return tuple(name for name in texts(found) if is_destination_name(name))

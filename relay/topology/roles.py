@@ -74,6 +74,13 @@ def copied(settings: Settings, backups: Iterable[Destination], routes: Iterable[
     return tuple(found.values())
 
 
+def may_be_copied(settings: Settings) -> tuple[Destination, ...]:
+    """Return everybody who may get copies, whatever is decided and whoever moves."""
+    names = [server.name for server in (settings.primary, *settings.backups) if server]
+    names += [name for route in settings.route_table for name in (*route.servers, *route.copied)]
+    return tuple(server for name in dict.fromkeys(names) if (server := as_copied(settings, name)))
+
+
 def as_copied(settings: Settings, name: str) -> Destination | None:
     """Return a server as it gets copies: one that these settings owe none gets them as relay.demoted says."""
     for known in (*settings.backups, *([settings.demoted] if settings.demoted else [])):

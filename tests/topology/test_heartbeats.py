@@ -115,7 +115,7 @@ def test_an_error_in_place_of_an_answer_says_nothing() -> None:
     for answer in (redis.ResponseError("no"), None, [], [b"x"]):
         pulse.take(answer)
         assert pulse.topology is None
-    pulse.take([b"", b""])
+    pulse.take([b"", b"", b""])
     assert pulse.topology == ""
 
 

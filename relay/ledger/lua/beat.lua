@@ -1,5 +1,5 @@
 -- ARGV: relay process, its sign of life as JSON but for the brace at its beginning. Notes it with the time, and returns
--- {topology, intent}, each '' for none. What stands there may be anything, also another type of key; a Redis that takes
+-- {topology, intent, state of the map of moved mailboxes}, each '' for none. What stands there may be anything, also another type of key; a Redis that takes
 -- no more writes can be read all the same.
 local time = redis.call('TIME')
 local at = time[1] .. '.' .. string.format('%06d', time[2])
@@ -10,4 +10,4 @@ local function read(key)
   return type(found) == 'string' and found or ''
 end
 
-return {read('smtpdup:topology'), read('smtpdup:intent')}
+return {read('smtpdup:topology'), read('smtpdup:intent'), read('smtpdup:moved-state')}

@@ -1,0 +1,182 @@
+"""`move`: mailboxes to another server, one by one or by the thousand, and back, while mail goes on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from redis import Redis
+
+from relay.cockpit import moves, words
+from relay.cockpit.moves import Kept, MovePlan, Wish
+from relay.command import prompt
+from relay.command.connection import ledger_of
+from relay.command.decision import seconds_of
+from relay.command.exit_status import NO, WELL, Misuse, Trouble
+from relay.command.move_all import move_all, put_back, repair_map, show_loss
+from relay.command.move_steps import await_the_last, carry_out, plan_of, show_kept
+from relay.command.output import Output
+from relay.config.loader import Settings
+from relay.mail.text import printable
+from relay.topology.moved import NOTE
+
+_SHOWN = 20  # addresses of a batch
+_LARGEST_FILE = 256 << 20  # octets
+
+
+def move(
+    settings: Settings,
+    out: Output,
+    addresses: Sequence[str],
+    file: str | None,
+    domains: Sequence[str],
+    to: str | None,
+    back: bool,
+    everything: bool,
+    repair: bool,
+    note: str,
+    force: bool,
+    dry_run: bool,
+    wait: str,
+    yes: bool,
+) -> int:
+    """Move mailboxes, in one generation. Says no where some were not moved, or somebody who lives does not follow."""
+    is_batch = bool(addresses or file or domains)
+    if repair + everything + is_batch != 1:
+        raise Misuse("whom? smtp-dup move ADDRESS..., --file FILE or --domain DOMAIN; or --all, or --repair, alone")
+    if force and not note:
+        raise Misuse("--force needs --note TEXT: it is kept with the move")
+    seconds = seconds_of(wait)
+    name = _server(settings, to, needed=is_batch and not back)
+    if repair:
+        with ledger_of(settings) as connection:
+            return repair_map(connection, settings, out, note, seconds, force=force, dry_run=dry_run, yes=yes)
+    if everything:
+        return move_all(settings, out, name, note, seconds, wait, force=force, dry_run=dry_run, yes=yes)
+    asked = list(_asked(settings, addresses, file, domains))
+    with ledger_of(settings) as connection:
+        made = plan_of(connection, settings, asked, name, back=back, note=printable(note)[:NOTE], force=force)
+        return _batch(connection, settings, out, made, note, seconds, back=back, force=force, dry_run=dry_run, yes=yes)
+
+
+def _batch(
+    connection: Redis,
+    settings: Settings,
+    out: Output,
+    made: MovePlan,
+    reason: str,
+    seconds: float,
+    *,
+    back: bool,
+    force: bool,
+    dry_run: bool,
+    yes: bool,
+) -> int:
+    if made.lost:
+        show_loss(out, made)
+    _show(out, made, back=back)
+    if dry_run:
+        return NO if made.kept or made.objections or made.lost else WELL
+    if made.objections and not force:
+        raise Trouble(f"nobody was moved: {made.objections[0]}")
+    if not made.wanted:
+        return NO if made.kept else WELL
+    if not yes and not prompt.ask_for(len(made.wanted), _action(made, back=back), ()):
+        return NO
+    if made.lost:
+        put_back(connection, settings, out, made, reason)
+    await_the_last(connection, made, seconds, out)
+    return carry_out(connection, out, made, reason, seconds, back=back)
+
+
+def _server(settings: Settings, to: str | None, *, needed: bool) -> str:
+    names = {server.name.lower(): server.name for server in settings.named}
+    if to is None:
+        if needed:
+            raise Misuse("to which server? --to NAME")
+        return ""
+    if to.lower() not in names:
+        raise Misuse(
+            f"--to: these settings have no server named {printable(to)}; they name: {', '.join(names.values())}"
+        )
+    return names[to.lower()]
+
+
+def _asked(
+    settings: Settings, addresses: Sequence[str], file: str | None, domains: Sequence[str]
+) -> Iterator[Wish | Kept]:
+    fold = settings.routes.fold_local
+    for text in addresses:
+        yield moves.wish(text, fold=fold)
+    for text in domains:
+        yield moves.wish(text, fold=fold, is_domain=True)
+    if file is not None:
+        yield from moves.wishes_of_file(_read(file), fold=fold)
+
+
+def _read(file: str) -> str:
+    try:
+        if file == "-":
+            return sys.stdin.read()
+        path = Path(file)
+        if path.stat().st_size > _LARGEST_FILE:
+            raise Misuse(f"{file}: it is larger than {_LARGEST_FILE >> 20} MB")
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise Misuse(f"{file}: no UTF-8") from None
+    except OSError as error:
+        raise Misuse(f"{file}: {error.strerror}") from error
+
+
+# A batch --------------------------------------------------------------------------------------------------------------
+
+
+def _action(made: MovePlan, *, back: bool) -> str:
+    mailboxes = words.count(len(made.wanted), "address", "addresses")
+    return f"Move {mailboxes} back" if back else f"Move {mailboxes} to {made.to}"
+
+
+# What is shown --------------------------------------------------------------------------------------------------------
+
+
+def _show(out: Output, made: MovePlan, *, back: bool) -> None:
+    if out.as_json:
+        out.object(
+            {
+                "kind": "plan",
+                "to": made.to,
+                "back": back,
+                "generation": made.generation,
+                "addresses": list(made.wanted),
+                "already": made.already,
+                "objections": made.objections,
+                "remarks": made.remarks,
+                "processes": [beat.label for beat in made.seen.living],
+            }
+        )
+        show_kept(out, made.kept)
+        return
+    out.pairs(_pairs(made, back=back))
+    show_kept(out, made.kept)
+
+
+def _pairs(made: MovePlan, *, back: bool) -> Iterator[tuple[str, str]]:
+    before = made.generation - 1
+    where = "back" if back else f"to {made.to}"
+    mailboxes = words.count(len(made.wanted), "address", "addresses")
+    yield "move", f"{mailboxes} {where}, generation {before} -> {made.generation}" if made.wanted else "nobody"
+    for key in list(made.wanted)[:_SHOWN]:
+        yield "", f"{key}, now at {made.formers[key]}"
+    if len(made.wanted) > _SHOWN:
+        yield "", f"and {len(made.wanted) - _SHOWN} more"
+    if made.already:
+        how = "not moved" if back else f"at {made.to}"
+        yield "already", f"{how}: {words.some(made.already)}"
+    yield "processes", ", ".join(beat.label for beat in made.seen.living) or "none lives"
+    for text in made.objections:
+        yield "trouble", text
+    for text in made.remarks[:_SHOWN]:
+        yield "note", text
+    if len(made.remarks) > _SHOWN:
+        yield "", f"and {len(made.remarks) - _SHOWN} more"

@@ -1,0 +1,126 @@
+"""The steps of a move that all forms of it share: the wait for the last one, the commit, and who follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+from relay.cockpit import changeover, moves, words
+from relay.cockpit.moves import Kept, MovePlan, Wish
+from relay.command.exit_status import NO, WELL, CannotSay, Trouble
+from relay.command.output import Output
+from relay.command.progress import Progress, say
+from relay.config.loader import Settings
+from relay.ledger.audit import Act
+from relay.mail.text import printable
+from relay.routing.table_file import BadTable
+from relay.topology import moving
+from relay.topology.moved import MapState
+from relay.topology.moving import Lost
+
+
+def plan_of(
+    connection: Redis, settings: Settings, asked: Sequence[Wish | Kept], to: str, *, back: bool, note: str, force: bool
+) -> MovePlan:
+    """Look what a move would change. Raises Trouble."""
+    try:
+        return moves.plan(connection, settings, asked, to, back=back, note=note, force=force)
+    except BadTable as error:
+        raise Trouble(f"a table cannot be read: {error}") from error
+
+
+def await_the_last(connection: Redis, made: MovePlan, seconds: float, out: Output) -> None:
+    """Wait for who has not followed the last move yet, so that no two of them are ahead of anybody. Raises Trouble."""
+    generation = made.known if made.lost else made.state.generation if made.state else 0
+    report = Progress(out)
+    found = moving.follow(connection, generation, made.seen.living, seconds, report)
+    report.clear()
+    late = [beat for beat in found.late if beat.is_alive]
+    if late:
+        why = f" ({late[0].moved_trouble})" if late[0].moved_trouble else ""
+        raise Trouble(f"nobody was moved: {late[0].label} does not follow the last move yet{why}")
+
+
+def carry_out(connection: Redis, out: Output, made: MovePlan, reason: str, seconds: float, *, back: bool) -> int:
+    """Make it a generation, and see who follows. Says no where some were kept, or somebody does not follow."""
+    act = Act(
+        "move --back" if back else "move",
+        before=_summed(made.formers[key] for key in made.wanted),
+        after="" if back else made.to,
+        reason=reason,
+        details={"count": str(len(made.wanted)), "addresses": " ".join(made.wanted)},
+    )
+    try:
+        state, taken = moving.commit(connection, made.wanted, made.before, made.known, act)
+    except Lost as error:
+        raise Trouble(f"nobody was moved: {error}; try again") from error
+    except RedisError as error:
+        raise CannotSay(
+            f"it is not known whether they were moved: Redis has not answered; `smtp-dup moved` tells "
+            f"({printable(str(error))})"
+        ) from error
+    kept = [Kept(key, why) for key, why in taken.items()]
+    show_kept(out, kept)
+    count = len(made.wanted) - len(taken)
+    if not count:
+        return NO
+    where = "back" if back else f"to {made.to}"
+    say(
+        out,
+        f"Moved {words.count(count, 'address', 'addresses')} {where} at {changeover.clock(state.at)}, "
+        f"generation {state.generation}: it holds whatever becomes of this command.",
+        {
+            "kind": "moved",
+            "generation": state.generation,
+            "count": count,
+            "to": "" if back else made.to,
+            "at": state.at,
+        },
+    )
+    return max(told(connection, out, made, state, seconds), NO if kept or made.kept else WELL)
+
+
+def told(connection: Redis, out: Output, made: MovePlan, state: MapState, seconds: float) -> int:
+    """Say who follows. Says no when somebody who lives does not."""
+    report = Progress(out)
+    try:
+        found = moving.follow(connection, state.generation, made.seen.living, seconds, report)
+    except RedisError as error:
+        raise CannotSay(
+            f"moved (generation {state.generation}), but Redis does not answer any more: who follows cannot be said; "
+            f"each process follows when it reaches Redis; `smtp-dup topology` tells ({printable(str(error))})"
+        ) from error
+    report.clear()
+    if out.as_json:
+        out.object(
+            {
+                "kind": "followed",
+                "generation": state.generation,
+                "followed": [beat.label for beat in found.followed],
+                "late": [beat.label for beat in found.late],
+                "dead": [beat.label for beat in found.dead],
+            }
+        )
+        return NO if found.late else WELL
+    many = changeover.processes(len(found.followed) + len(found.late))
+    out.line(f"{len(found.followed)} of {many} follow.")
+    for beat in found.late:
+        why = f" ({beat.moved_trouble})" if beat.moved_trouble else f", last heard {words.span(beat.age)} ago"
+        out.line(
+            f"{beat.label} has not followed{why}: there the former server answers; it follows when it reaches Redis."
+        )
+    for beat in found.dead:
+        out.line(f"{beat.label} is dead, last heard {words.span(beat.age)} ago: it follows at its start.")
+    return NO if found.late else WELL
+
+
+def show_kept(out: Output, kept: Sequence[Kept]) -> None:
+    """Say who is not moved, and why."""
+    for one in kept:
+        say(out, f"not moved: {one.address}: {one.why}", {"kind": "not moved", "address": one.address, "why": one.why})
+
+
+def _summed(names: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(names))

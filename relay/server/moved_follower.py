@@ -1,0 +1,109 @@
+"""How one relay process follows the moves of mailboxes: it takes each generation of the map as soon as it hears of it.
+
+Its state comes with the beat that the process sends anyway (relay.topology.heartbeats). The map is read in a thread,
+and the next transactions go by it; those under way keep the one that they began with. What cannot be followed changes
+nothing, is told with the beat, and is tried again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+from relay import maillog
+from relay.config.model import Settings
+from relay.ledger import registry
+from relay.mail.destination import Destination
+from relay.mail.text import printable
+from relay.routing import moved_copy
+from relay.routing.moved_copy import MovedMap
+from relay.topology.heartbeats import Pulse
+from relay.topology.roles import may_be_copied
+
+_TRY_AGAIN_SECONDS = 5.0
+_SOON_SECONDS = 15.0  # so long after a move the next one is heard of soon: who moves mailboxes moves several
+
+
+class MovedFollower:
+    """The map of moved mailboxes of one relay process, from its start on."""
+
+    def __init__(self, settings: Settings, pulse: Pulse, connection: Redis, on_change: Callable[[], object]) -> None:
+        """``on_change`` is called when the next transactions are to go by another map."""
+        self._settings = settings
+        self._pulse = pulse
+        self._connection = connection
+        self._on_change = on_change
+        self.map = moved_copy.load_or_tell(settings.state_dir)
+        self._seen: str | None = None  # what was last found in Redis
+        self._trouble = ""
+        self._next_try = 0.0  # loop time
+        self._busy_until = 0.0
+        self.is_idle = asyncio.Event()  # nothing is being read
+        self.is_idle.set()
+        self._is_registered = False  # whether the ledger knows all who may get copies because of it
+        pulse.servers = [server.name for server in settings.named]
+        self._tell("")
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether mailboxes are being moved."""
+        return asyncio.get_running_loop().time() < self._busy_until
+
+    async def follow(self) -> None:
+        """Do what the last beat has brought."""
+        now = asyncio.get_running_loop().time()
+        found = self._pulse.moves
+        if found is not None and (found != self._seen or (self._trouble and now >= self._next_try)):
+            self._next_try = now + _TRY_AGAIN_SECONDS
+            self.is_idle.clear()
+            try:
+                made, trouble = await asyncio.to_thread(
+                    moved_copy.follow, self._connection, self._settings.state_dir, self.map
+                )
+            except (RedisError, OSError) as error:
+                maillog.ledger_trouble("reading who has moved", error)
+                return
+            finally:
+                self.is_idle.set()
+            self._seen = found
+            self._take(made)
+            self._tell(trouble)
+        if len(self.map) and not self._is_registered:
+            await self._register(may_be_copied(self._settings))
+
+    def _take(self, made: MovedMap) -> None:
+        if made is self.map:
+            return
+        before, self.map = self.map, made
+        self._is_registered = self._is_registered and bool(len(before))
+        self._busy_until = asyncio.get_running_loop().time() + _SOON_SECONDS
+        self._on_change()
+        servers = ",".join(f"{name}={number}" for name, number in sorted(made.servers.items()))
+        maillog.notice("info", "who has moved", generation=made.state.generation, entries=len(made), servers=servers)
+
+    def _tell(self, trouble: str) -> None:
+        names = {server.name for server in self._settings.named}
+        unknown = {name: number for name, number in self.map.servers.items() if name not in names}
+        if unknown and not trouble:
+            shown = ", ".join(f"{name} ({number} mailboxes)" for name, number in sorted(unknown.items()))
+            trouble = f"its settings do not name {shown}, to which they have moved: others answer for them"
+        if trouble and trouble != self._trouble:
+            maillog.notice("warning", "who has moved is not followed as it is in Redis", reason=trouble)
+        self._trouble = printable(trouble)
+        self._pulse.moved, self._pulse.moved_trouble = self.map.state.generation, self._trouble
+
+    async def _register(self, servers: Sequence[Destination]) -> None:
+        """Tell the ledger of servers that may get copies now, so that whatever is pending there is delivered."""
+
+        def tell() -> None:
+            with self._connection.pipeline(transaction=True) as pipe:
+                registry.register(pipe, servers)
+                pipe.execute()
+
+        with contextlib.suppress(RedisError, OSError):  # tried again with the next beat
+            await asyncio.to_thread(tell)
+            self._is_registered = True

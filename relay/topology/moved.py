@@ -1,0 +1,136 @@
+"""Whose mailbox has moved to which server: the map's entries, its state, and its changes. Their stored forms.
+
+A key is an address or @domain as relay.mail.address_keys has it; for what has no entry the routes hold. Each change is
+a generation with an identity of its own, and names the one before: so whoever has an earlier one sees whether this
+follows from it. What is read back is data: what is not in every field what it must be, is none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from relay.mail.ids import is_destination_name
+from relay.mail.stored import number, parsed
+from relay.mail.text import printable
+from relay.topology.state import Unreadable, count, text
+
+_LONGEST_ENTRY = 4 << 10  # octets of a stored form
+_LONGEST_KEY = 1 << 10
+_LONGEST_STATE = 4 << 10
+NOTE = 200  # characters of an operator's words
+
+
+class MovedEntry(NamedTuple):
+    """The server that answers for an address or a domain, since when (by Redis's clock), by whom, and why."""
+
+    server: str
+    at: float = 0.0
+    by: str = ""
+    note: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(self)
+
+    @classmethod
+    def from_json(cls, data: bytes | str | None) -> MovedEntry:
+        """Read the stored form. Raises Unreadable."""
+        if data is None or len(data) > _LONGEST_ENTRY:
+            raise Unreadable("it is too long" if data else "there is none")
+        try:
+            return cls.of(parsed(data))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise Unreadable(printable(str(error))[:100]) from error
+
+    @classmethod
+    def of(cls, found: Any) -> MovedEntry:
+        """Make one of what was parsed. Raises ValueError, TypeError."""
+        server, at, by, note = found
+        if not is_destination_name(server):
+            raise TypeError("no name of a server")
+        return cls(server, number(at), text(by), text(note))
+
+
+Changes = Mapping[str, MovedEntry | None]  # key -> its new entry, None where it has none any more
+
+
+@dataclass(frozen=True, slots=True)
+class MapState:
+    """What generation the map has, how many entries, since when and by whom; generation 0: nobody has ever moved.
+
+    ``id`` is the generation's own, ``lineage`` that of all which follow from one first. A generation from ``whole`` on
+    follows from the ones before it; one with a lower generation than that is replaced by it, whatever it was.
+    """
+
+    generation: int = 0
+    id: str = ""
+    lineage: str = ""
+    whole: int = 0
+    count: int = 0
+    at: float = 0.0
+    by: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, data: bytes | str) -> MapState:
+        """Read the stored form. Raises Unreadable."""
+        if len(data) > _LONGEST_STATE:
+            raise Unreadable("it is too long")
+        try:
+            return cls.of(parsed(data))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise Unreadable(printable(f"{type(error).__name__}: {error}")[:100]) from error
+
+    @classmethod
+    def of(cls, found: Any) -> MapState:
+        """Make one of what was parsed. Raises ValueError, TypeError, KeyError."""
+        made = cls(
+            generation=count(found["generation"]),
+            id=text(found["id"]),
+            lineage=text(found["lineage"]),
+            whole=count(found["whole"]),
+            count=count(found["count"]),
+            at=number(found["at"]),
+            by=text(found["by"]),
+        )
+        if not made.generation or not made.id or made.whole > made.generation:
+            raise ValueError("no generation")
+        return made
+
+
+class MapStep(NamedTuple):
+    """What one generation changed; ``before`` is the identity of the one that it follows from."""
+
+    generation: int
+    id: str
+    before: str
+    changes: Changes
+
+    def to_json(self) -> str:
+        return json.dumps([self.generation, self.id, self.before, self.changes])
+
+    @classmethod
+    def from_json(cls, data: bytes | str) -> MapStep:
+        """Read the stored form. Raises Unreadable."""
+        try:
+            generation, id_, before, changes = parsed(data)
+            return cls(count(generation), text(id_), text(before), changes_of(changes))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise Unreadable(printable(str(error))[:100]) from error
+
+
+def changes_of(found: Any) -> dict[str, MovedEntry | None]:
+    """Make changes of what was parsed. Raises ValueError, TypeError, AttributeError."""
+    made = {key: entry if entry is None else MovedEntry.of(entry) for key, entry in found.items()}
+    if not all(map(is_key, made)):
+        raise ValueError("no address")
+    return made
+
+
+def is_key(key: str) -> bool:
+    """Say whether this can be a key of the map: an address or a domain, that fits on a line."""
+    return "@" in key and len(key) <= _LONGEST_KEY and key.isprintable() and not key.endswith("@")
