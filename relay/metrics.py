@@ -69,6 +69,11 @@ route_messages = Counter(
     "Messages accepted by a route, and by the server that took them",
     ["route", "server"],
 )
+route_refused = Counter(
+    "smtpdup_route_refused_total",
+    "Messages of a route that the server who was to take them refused at their end",
+    ["route", "server"],
+)
 copies = Counter("smtpdup_copies_total", "Copies of accepted messages, by the backup that gets them", ["destination"])
 spooled = Counter("smtpdup_spooled_total", "Copies that went to the spool instead of Redis")
 unspooled = Counter("smtpdup_unspooled_total", "Messages moved from the spool into Redis")

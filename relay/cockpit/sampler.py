@@ -24,41 +24,38 @@ from relay.metric_store import Arena
 from relay.repeated import Repeated
 
 EVERY = 10.0
-_RESULTS = "result"
 _NOTED = 4 << 20  # octets of a note, unpacked, at most: it comes from Redis
 
 # Of each process, by the number of its region: field -> what it has counted.
 Totals = dict[str, dict[str, int]]
 
+# Samples of the metrics that are counted in the flow -> the field, with the labels put in.
 _FIELDS = {
+    "smtpdup_messages_total": "{result}",
     "smtpdup_accepted_bytes_total": "octets",
     "smtpdup_copies_lost_total": "lost",
     "smtpdup_spooled_total": "spooled",
     "smtpdup_largest_message_bytes": "largest",
     "smtpdup_most_recipients": "most",
+    "smtpdup_mail_features_total": "uses {extension}",
+    "smtpdup_primary_seconds_bucket": "seconds {le}",
+    "smtpdup_backup_seconds_bucket": "seconds {le} {destination}",
+    "smtpdup_delivery_age_seconds_bucket": "age {le} {destination}",
+    "smtpdup_copies_total": "copied {destination}",
+    "smtpdup_deliveries_total": "{result} {destination}",
+    "smtpdup_route_messages_total": "accepted {route} {server}",
+    "smtpdup_route_refused_total": "refused {route} {server}",
+    "smtpdup_failovers_total": "failovers {server}",
+    "smtpdup_split_total": "split {how}",
 }
 
 
 def field_of(sample: str, labels: Mapping[str, str]) -> str | None:
     """Return the field of the flow that a sample of the metrics is counted in, None for one that is not."""
-    match sample:
-        case "smtpdup_messages_total":
-            return labels[_RESULTS]
-        case "smtpdup_recipients_total":
-            return "recipients" if labels[_RESULTS] == "accepted" else "recipients_refused"
-        case "smtpdup_mail_features_total":
-            return f"uses {labels['extension']}"
-        case "smtpdup_primary_seconds_bucket":
-            return f"seconds {labels['le']}"
-        case "smtpdup_backup_seconds_bucket":
-            return f"seconds {labels['le']} {labels['destination']}"
-        case "smtpdup_delivery_age_seconds_bucket":
-            return f"age {labels['le']} {labels['destination']}"
-        case "smtpdup_copies_total":
-            return f"copied {labels['destination']}"
-        case "smtpdup_deliveries_total":
-            return f"{labels[_RESULTS]} {labels['destination']}"
-    return _FIELDS.get(sample)
+    if sample == "smtpdup_recipients_total":
+        return "recipients" if labels["result"] == "accepted" else "recipients_refused"
+    form = _FIELDS.get(sample)
+    return form.format_map(labels) if form else None
 
 
 def totals(arena: Arena) -> Totals:

@@ -300,6 +300,7 @@ ROOT = _group(
             "messages received and their outcomes, by hour or minute", "flow:show",
             _option("--hours", metavar="N", type=click.IntRange(1, 840), help="the last N hours; 24"),
             _option("--minutes", metavar="N", type=click.IntRange(1, 1500), help="the last N minutes instead"),
+            _option("--route", metavar="ROUTE", type=Names(ROUTE), default="", help="only what its servers took"),
         ),
         "trace": _word(
             "what became of a message, by id, Message-ID, address or queue id", "trace:show",

@@ -5,17 +5,20 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from relay.cockpit.readiness import backups_now, primary_now
 from relay.cockpit.sparkline import sparkline
+from relay.cockpit.words import count as count_of
 from relay.command.connection import ledger_of
 from relay.command.exit_status import WELL, Misuse
 from relay.command.output import Column, Output
 from relay.config.loader import Settings
+from relay.config.routes import DEFAULT_ROUTE
 from relay.ledger import changes, flow
-from relay.ledger.flow import Buckets, Flow
+from relay.ledger.flow import Buckets, Flow, RouteFlow
+from relay.mail.text import printable
 
 _HOURS = 24
 _BARS = 24
@@ -31,6 +34,18 @@ class _Server:
     deferred: int
     refused: int
     seconds: Buckets
+    trend: str
+
+
+@dataclass(frozen=True, slots=True)
+class _OnRoute:
+    """What one server has taken and refused of a route, and how often another had to take its place anywhere."""
+
+    route: str
+    server: str
+    taken: int
+    refused: int
+    failovers: int
     trend: str
 
 
@@ -62,14 +77,29 @@ _SERVERS = [
 ]
 
 
-def show(settings: Settings, out: Output, hours: int | None, minutes: int | None) -> int:
-    """Show the flow of the last hours, or minutes: one line for each server, then one for each stretch of time."""
+_ROUTES = [
+    Column("route", lambda r: r.route),
+    Column("server", lambda r: r.server),
+    Column("accepted", lambda r: str(r.taken), numbers=True),
+    Column("refused", lambda r: str(r.refused), numbers=True),
+    Column("failovers", lambda r: str(r.failovers), numbers=True),
+    Column("", lambda r: r.trend, detail=True),
+]
+
+
+def show(settings: Settings, out: Output, hours: int | None, minutes: int | None, route: str) -> int:
+    """Show the flow of the last hours, or minutes: one line for each server, then one for each stretch of time.
+
+    With a ``route`` only what its servers have taken and refused.
+    """
     if hours is not None and minutes is not None:
         raise Misuse("--hours or --minutes, not both")
     unit, count = (flow.MINUTE, minutes) if minutes is not None else (flow.HOUR, hours or _HOURS)
     with ledger_of(settings) as connection:
         flows = flow.read(connection, unit, count, changes.now(connection))
         primary, backups = primary_now(connection, settings), backups_now(connection, settings)
+    if route:
+        return _show_route(settings, out, flows, unit, route)
     if out.as_json:
         for found in flows:
             out.object(as_object(found))
@@ -77,6 +107,11 @@ def show(settings: Settings, out: Output, hours: int | None, minutes: int | None
     whole = flow.total(flows)
     backups += sorted(whole.destinations.keys() - set(backups))  # former ones, too
     out.rows(_servers(flows, whole, primary, backups), _SERVERS, nothing="")
+    if whole.routes:
+        out.line("")
+        out.rows(_on_routes(flows, whole), _ROUTES, nothing="")
+    if put_off := whole.split.get("defer"):
+        out.line(f"Put off, as they need another primary than their message's first: {count_of(put_off, 'recipient')}.")
     if whole.lost:
         out.line(f"Accepted without a copy: {whole.lost} (copy lost in the log).")
     rows = [found for found in flows if found.accepted or found.refused or found.uncertain or found.destinations]
@@ -86,13 +121,61 @@ def show(settings: Settings, out: Output, hours: int | None, minutes: int | None
     return WELL
 
 
-def _servers(flows: Sequence[Flow], whole: Flow, primary: str, backups: Sequence[str]) -> list[_Server]:
-    def trend(counts: Sequence[int]) -> str:
-        step = -(-len(counts) // _BARS)
-        first = len(counts) % step
-        groups = [counts[:first]] * bool(first) + [counts[n : n + step] for n in range(first, len(counts), step)]
-        return sparkline([sum(group) for group in groups], encoding=sys.stdout.encoding or "ascii")
+def _show_route(settings: Settings, out: Output, flows: Sequence[Flow], unit: flow.Unit, route: str) -> int:
+    """Show what each server of a route has taken and refused. Raises Misuse."""
+    whole = flow.total(flows)
+    known = {DEFAULT_ROUTE, *(r.name for r in settings.route_table), *(name for name, _ in whole.routes)}
+    if route not in known:
+        raise Misuse(f"no route {printable(route)}; there is: {', '.join(sorted(known))}")
+    if out.as_json:
+        for found in flows:
+            for (name, server), counts in found.routes.items():
+                if name == route:
+                    out.object({"start": found.start, "length": found.length, "route": route, "server": server,
+                                **asdict(counts)})  # fmt: skip
+        return WELL
+    out.rows([row for row in _on_routes(flows, whole) if row.route == route], _ROUTES[1:],
+             nothing=f"Nothing has been counted on {route} in this time.")  # fmt: skip
+    servers = [server for name, server in whole.routes if name == route]
+    rows = [found for found in flows if any(name == route for name, _ in found.routes)]
+    if rows:
+        out.line("")
+        out.rows(rows, [_time_column(unit), *(_route_column(route, server) for server in servers)], nothing="")
+    return WELL
 
+
+def _route_column(route: str, server: str) -> Column:
+    """Return the column of a server: "accepted/refused"."""
+
+    def shown(found: Flow) -> str:
+        counts = found.routes.get((route, server), RouteFlow())
+        return f"{counts.accepted}/{counts.refused}"
+
+    return Column(server, shown, numbers=True)
+
+
+def _on_routes(flows: Sequence[Flow], whole: Flow) -> list[_OnRoute]:
+    return [
+        _OnRoute(
+            route,
+            server,
+            counts.accepted,
+            counts.refused,
+            whole.failovers.get(server, 0),
+            _trend([f.routes.get((route, server), RouteFlow()).accepted for f in flows]),
+        )
+        for (route, server), counts in sorted(whole.routes.items())
+    ]
+
+
+def _trend(counts: Sequence[int]) -> str:
+    step = -(-len(counts) // _BARS)
+    first = len(counts) % step
+    groups = [counts[:first]] * bool(first) + [counts[n : n + step] for n in range(first, len(counts), step)]
+    return sparkline([sum(group) for group in groups], encoding=sys.stdout.encoding or "ascii")
+
+
+def _servers(flows: Sequence[Flow], whole: Flow, primary: str, backups: Sequence[str]) -> list[_Server]:
     rows = [
         _Server(
             f"{primary} (primary)" if primary else "primary",
@@ -100,20 +183,19 @@ def _servers(flows: Sequence[Flow], whole: Flow, primary: str, backups: Sequence
             whole.refused_4xx + whole.uncertain,
             whole.refused_5xx + whole.own,
             whole.seconds,
-            trend([f.accepted for f in flows]),
+            _trend([f.accepted for f in flows]),
         )
     ]
     for name in backups:
         found = whole.of(name)
         counts = [f.of(name).delivered for f in flows]
-        rows.append(_Server(name, found.delivered, found.deferred, found.failed, found.seconds, trend(counts)))
+        rows.append(_Server(name, found.delivered, found.deferred, found.failed, found.seconds, _trend(counts)))
     return rows
 
 
 def _columns(unit: flow.Unit, backups: Sequence[str]) -> list[Column]:
-    form = "%H:%M" if unit is flow.MINUTE else "%a %m-%d %H:00"
     columns = [
-        Column("from", lambda f: time.strftime(form, time.localtime(f.start))),
+        _time_column(unit),
         Column("accepted", lambda f: str(f.accepted), numbers=True),
         Column("refused", lambda f: str(f.refused), numbers=True),
         Column("p95", lambda f: duration(f.seconds.quantile(0.95)), numbers=True),
@@ -121,6 +203,11 @@ def _columns(unit: flow.Unit, backups: Sequence[str]) -> list[Column]:
     for name in backups:
         columns += [Column(name, _results(name)), Column("p95", _slow(name), numbers=True)]
     return columns
+
+
+def _time_column(unit: flow.Unit) -> Column:
+    form = "%H:%M" if unit is flow.MINUTE else "%a %m-%d %H:00"
+    return Column("from", lambda f: time.strftime(form, time.localtime(f.start)))
 
 
 def duration(seconds: float | None) -> str:
@@ -134,8 +221,9 @@ def duration(seconds: float | None) -> str:
 
 def as_object(found: Flow) -> dict[str, Any]:
     """Return a stretch of time for a program: quantiles in seconds beside the buckets that they are from."""
-    content = asdict(found)
+    content = asdict(replace(found, routes={}))
     content["refused"] = found.refused
+    content["routes"] = [{"route": r, "server": s, **asdict(counts)} for (r, s), counts in found.routes.items()]
     _put_times(content, found.seconds, "seconds")
     for name, copies in found.destinations.items():
         _put_times(content["destinations"][name], copies.seconds, "seconds")

@@ -127,6 +127,7 @@ def as_object(message: MessageLife) -> dict[str, Any]:
         "helo": heard.helo if heard else "",
         "size": heard.size if heard else None,
         "primary": heard.primary if heard else "",
+        "route": heard.route if heard else "",
         "outcome": heard.outcome if heard else "",
         "reply": heard.reply if heard else "",
         "seconds": heard.seconds if heard else None,
@@ -157,6 +158,7 @@ def _show(out: Output, message: MessageLife, *, is_first: bool) -> None:
         more = heard.count - len(some)
         to = ", ".join([*some, *([f"{more} more" if some else f"{more} recipients"] if more > 0 else [])])
         _fold(out, "  ", f"from {address(message.sender)} to {to or '-'}", width, "")
+        _fold(out, "  ", f"route {heard.route}" if heard.route else "", width, "")
     else:
         _fold(out, "  ", "what the client heard is not kept on a host that answers", width, DIM)
     steps = message.timeline()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,11 @@ from relay.config.types import choice, duration, listen_addresses, quoted
 from relay.mail.address_keys import covers, entry_key
 from relay.mail.addresses import Network
 from relay.mail.destination import Destination
+from relay.mail.ids import is_route_name
 
 DEFAULT_ROUTE = "default"  # what no route matches: relay.destination_primary, or who was promoted, and every [[backup]]
 RETURN_AFTER = 300.0
 MATCH_FIELDS = ("recipients", "senders", "clients", "listen")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _FILE = "file:"
 _COPIES, _SPLIT = choice("backups", "others"), choice("defer")
 _STICK = choice("recipient", "sender", "client", "message")
@@ -132,7 +131,7 @@ class _Reading:
     def route(self, listening: Sequence[tuple[str, int]]) -> Route:
         table = self._table
         name = table.get("name")
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower() == DEFAULT_ROUTE:
+        if not is_route_name(name) or name.lower() == DEFAULT_ROUTE:
             self._wrong("name", f'expected letters, digits and . _ - only, and not "{DEFAULT_ROUTE}"')
             name = ""
         match = self._match(table.get("match", {}), listening)

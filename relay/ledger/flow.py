@@ -15,7 +15,7 @@ from typing import Any
 
 from relay.ledger import keys
 from relay.ledger.scripts import script
-from relay.mail.ids import is_destination_name, text
+from relay.mail.ids import is_destination_name, is_route_name, text
 
 _FLOW = script("flow")
 _BASE_SECONDS = 7 * 86400
@@ -102,10 +102,19 @@ class DestinationFlow:
 
 
 @dataclass(frozen=True, slots=True)
+class RouteFlow:
+    """What one server has taken, and refused at its end, of one route."""
+
+    accepted: int = 0
+    refused: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Flow:
     """What was seen in a stretch of time that began at ``start``; ``seconds`` is the primary's time from dot to reply.
 
     ``largest`` is the largest message in octets, ``most`` the most recipients of one, of those that were accepted.
+    ``routes`` is by route and server, ``split`` recipients by what was done with them, ``failovers`` turns by server.
     """
 
     start: float
@@ -125,6 +134,9 @@ class Flow:
     uses: Mapping[str, int] = field(default_factory=dict)
     seconds: Buckets = field(default_factory=Buckets)
     destinations: Mapping[str, DestinationFlow] = field(default_factory=dict)
+    routes: Mapping[tuple[str, str], RouteFlow] = field(default_factory=dict)
+    split: Mapping[str, int] = field(default_factory=dict)
+    failovers: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def refused(self) -> int:
@@ -136,8 +148,11 @@ class Flow:
 
 
 _NOTHING = DestinationFlow()
-_PLAIN = {name for name in Flow.__slots__ if name not in {"start", "length", "uses", "seconds", "destinations"}}
+_OTHERS = {"start", "length", "uses", "seconds", "destinations", "routes", "split", "failovers"}
+_PLAIN = {name for name in Flow.__slots__ if name not in _OTHERS}
+_MAPS = ("uses", "split", "failovers")  # that are by one name
 _RESULTS = ("delivered", "deferred", "failed", "trouble", "copied")
+_OF_ROUTES = {"accepted on a route": "accepted", "refused on a route": "refused"}
 
 Counted = Mapping[str, int]  # field -> number
 
@@ -185,6 +200,15 @@ def total(flows: Sequence[Flow]) -> Flow:
         flows[-1].start + flows[-1].length - flows[0].start,
         **plain,
         uses=_sum(flow.uses for flow in flows),
+        split=_sum(flow.split for flow in flows),
+        failovers=_sum(flow.failovers for flow in flows),
+        routes={
+            key: RouteFlow(
+                sum(f.routes[key].accepted for f in flows if key in f.routes),
+                sum(f.routes[key].refused for f in flows if key in f.routes),
+            )
+            for key in sorted({key for flow in flows for key in flow.routes})
+        },
         seconds=Buckets(_sum(flow.seconds.counts for flow in flows)),
         destinations={name: _total([flow.of(name) for flow in flows]) for name in sorted(names)},
     )
@@ -213,7 +237,8 @@ def _sum(many: Iterable[Mapping[Any, int]]) -> dict[Any, int]:
 
 def _read(start: float, length: float, fields: Any) -> Flow:
     plain: dict[str, int] = {}
-    uses: dict[str, int] = {}
+    maps: dict[str, dict[str, int]] = {name: {} for name in _MAPS}
+    routes: dict[tuple[str, str], dict[str, int]] = {}
     results: dict[str, dict[str, int]] = {}
     times: dict[tuple[str, str], dict[float, int]] = {}
     for name, value in fields.items() if isinstance(fields, dict) else ():  # another type of key: nothing
@@ -223,8 +248,11 @@ def _read(start: float, length: float, fields: Any) -> Flow:
         word, destination, bound = found
         if bound:
             times.setdefault((word, destination), {})[bound] = number
-        elif word == "uses":
-            uses[destination] = number
+        elif word in maps:
+            maps[word][destination] = number
+        elif word in _OF_ROUTES:
+            route, _, server = destination.partition(" ")
+            routes.setdefault((route, server), {})[_OF_ROUTES[word]] = number
         elif destination:
             results.setdefault(destination, {})[word] = number
         else:
@@ -239,7 +267,15 @@ def _read(start: float, length: float, fields: Any) -> Flow:
         for name in names
     }
     return Flow(
-        start, length, **plain, uses=uses, seconds=Buckets(times.get(("seconds", ""), {})), destinations=destinations
+        start,
+        length,
+        **plain,
+        seconds=Buckets(times.get(("seconds", ""), {})),
+        destinations=destinations,
+        routes={key: RouteFlow(**counts) for key, counts in routes.items()},
+        uses=maps["uses"],
+        split=maps["split"],
+        failovers=maps["failovers"],
     )
 
 
@@ -249,8 +285,12 @@ def _field(name: bytes) -> tuple[str, str, float] | None:
     match text(name).split(" "):
         case [word] if word in _PLAIN:
             return word, "", 0.0
-        case ["uses", extension]:
-            return "uses", extension, 0.0
+        case ["uses" | "split" as word, what]:
+            return word, what, 0.0
+        case ["failovers", server] if is_destination_name(server):
+            return "failovers", server, 0.0
+        case ["accepted" | "refused" as word, route, server] if is_route_name(route) and is_destination_name(server):
+            return f"{word} on a route", f"{route} {server}", 0.0
         case ["seconds", word] if bound := _bound(word):
             return "seconds", "", bound
         case [word, destination] if word in _RESULTS and is_destination_name(destination):

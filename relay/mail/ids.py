@@ -20,6 +20,7 @@ _IDS = re.compile(rf"(?:[{ALPHABET}]{{16}},)*")
 _DESTINATION = re.compile(r"[A-Za-z0-9._:\-\[\]]{1,100}")
 _COUNT_BITS = 15
 _COUNTED = (1 << _COUNT_BITS) - 1
+_ROUTE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _JOB = re.compile(r"[\w-]{1,200}", re.ASCII)
 
 
@@ -39,6 +40,11 @@ def are_ids(values: object) -> TypeGuard[list[str]]:
 def is_destination_name(value: object) -> TypeGuard[str]:
     """Return whether this has the form of a destination name."""
     return isinstance(value, str) and _DESTINATION.fullmatch(value) is not None
+
+
+def is_route_name(value: object) -> TypeGuard[str]:
+    """Return whether this has the form of the name of a route."""
+    return isinstance(value, str) and _ROUTE.fullmatch(value) is not None
 
 
 def is_job_id(value: object) -> TypeGuard[str]:

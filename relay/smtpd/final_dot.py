@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 
+from prometheus_client import Counter
+
 from relay import faultpoints, maillog, metrics
 from relay.ledger.changes import Released
 from relay.mail import headers
@@ -125,6 +127,8 @@ class FinalDot:
             self._error_limits.idle()
             if staged:
                 staging.discard(envelope.id)
+            if envelope.route:
+                _count(metrics.route_refused, envelope.route, primary)
             maillog.refused(envelope, reply)
             replies.tell(events.REFUSED, envelope, primary, reply, seconds=seconds)
         return reply
@@ -135,10 +139,16 @@ class FinalDot:
         self._report.log_the_rest()
         metrics.increment(metrics.bytes_accepted)(envelope.size)
         mail_features.note(envelope)
-        for route in envelope.route.split(",") if envelope.route else ():
-            metrics.route_messages.labels(route, primary).inc()
+        if envelope.route:
+            _count(metrics.route_messages, envelope.route, primary)
         is_late = self._protocol.is_gone
         to = [r.address for r in envelope.recipients] if self._context.settings.log.addresses else ()
         by = primary if envelope.route else ""
         maillog.accepted(envelope, reply, seconds, late=is_late, to=to, primary=by)
         self._report.replies.tell(events.ACCEPTED, envelope, primary, reply, seconds=seconds, is_late=is_late)
+
+
+def _count(counter: Counter, routes: str, primary: str) -> None:
+    """Count a message for each route that its recipients took."""
+    for route in routes.split(","):
+        metrics.increment(counter, route, primary)(1)

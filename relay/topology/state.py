@@ -9,12 +9,11 @@ must be, is none.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from relay.mail.ids import is_destination_name
+from relay.mail.ids import is_destination_name, is_route_name
 from relay.mail.stored import any_text, number, parsed
 from relay.mail.text import printable
 
@@ -22,7 +21,6 @@ _MOST = 1 << 53  # what JSON's numbers keep whole
 LONGEST = 64 << 10  # octets of a stored form
 _CUT = 300  # characters of a text
 _OF_A_ROUTE = ("route", "servers")  # of an intent
-_ROUTE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _Read = TypeVar("_Read")
 
 
@@ -216,7 +214,7 @@ def _names(values: Any) -> tuple[str, ...]:
 
 
 def _route(value: Any) -> str:
-    if not isinstance(value, str) or not _ROUTE.fullmatch(value):
+    if not is_route_name(value):
         raise TypeError("no name of a route")
     return value
 

@@ -70,6 +70,7 @@ class Received:
     copies: tuple[str, ...] = ()
     is_late: bool = False
     count: int = 0  # recipients, also where their addresses are not kept
+    route: str = ""  # names of the routes that its recipients took, with commas
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +166,8 @@ def received(
         is_late,
         len(recipients),
     ]
+    if envelope.route:
+        first.append(envelope.route)
     if len(recipients) <= AT_ONCE:
         return [first]
     further = range(AT_ONCE, len(recipients), AT_ONCE)
@@ -257,6 +260,7 @@ def _received(found: list[Any], at: float) -> Received:
         copies=tuple(name for name in _list(found[19]) if is_destination_name(name)),
         is_late=found[20] is True,
         count=int(number(found[21])),
+        route=_text(found[22]) if len(found) > 22 else "",
     )
 
 
@@ -308,6 +312,7 @@ def stored(event: Event) -> Wire:
                 event.copies,
                 event.is_late,
                 event.count,
+                *([event.route] if event.route else []),
             ]
         case More():
             return [MORE, event.id, round(event.at * 1000), event.recipients]

@@ -32,6 +32,10 @@ class Process:
             "messages": Counter("smtpdup_messages_total", "", ["result"], registry=None),
             "deliveries": Counter("smtpdup_deliveries_total", "", ["destination", "result"], registry=None),
             "seconds": Histogram("smtpdup_primary_seconds", "", buckets=(0.1, 1), registry=None),
+            "routed": Counter("smtpdup_route_messages_total", "", ["route", "server"], registry=None),
+            "refused": Counter("smtpdup_route_refused_total", "", ["route", "server"], registry=None),
+            "failovers": Counter("smtpdup_failovers_total", "", ["server", "to"], registry=None),
+            "split": Counter("smtpdup_split_total", "", ["how"], registry=None),
             "largest": Gauge("smtpdup_largest_message_bytes", "", registry=None),
         }
         _bind(None)
@@ -85,6 +89,26 @@ def test_what_was_counted_between_two_looks_is_added(connection: redis.Redis) ->
     found = whole(connection)
     assert (found.accepted, found.of("new").delivered, found.largest) == (7, 2, 500)
     assert dict(found.seconds.counts) == {1.0: 7}
+
+
+def test_the_flow_of_routes(connection: redis.Redis) -> None:
+    """By route and server, with what was put off and turned to another; a field that is none of ours counts nothing."""
+    arena = Arena(8)
+    process, sampler = Process(arena, "relay-1"), Sampler(arena, is_fresh=True)
+    for server, to, times in (("a", "b", 2), ("b", "c", 3)):
+        arena.take("relay-1")
+        process.metrics["routed"].labels("shop", server).inc(10 * times)
+        process.metrics["refused"].labels("shop", server).inc(times)
+        process.metrics["failovers"].labels(server, to).inc()
+        process.metrics["failovers"].labels(server, "x").inc()
+        process.metrics["split"].labels("defer").inc(times)
+        _bind(None)
+        sampler.sample(connection)
+    for name in ("accepted shop", "accepted -x a", "refused shop a b", "failovers", "accepted shop a\nb"):
+        connection.hset(flow.HOUR.key(flow.HOUR.start(changes.now(connection))), name, 7)
+    found = flow.total(flow.read(connection, flow.HOUR, 2, changes.now(connection)))
+    assert found.routes == {("shop", "a"): flow.RouteFlow(20, 2), ("shop", "b"): flow.RouteFlow(30, 3)}
+    assert (found.split, found.failovers) == ({"defer": 5}, {"a": 2, "b": 2})
 
 
 def test_several_installations_add_up(connection: redis.Redis) -> None:

@@ -360,6 +360,12 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
             client.say("RCPT TO:<b@redundant.example>", 452)
             client.say("RSET", 250)
             client.mail("a@example.net", "b@redundant.example")
+            primary.replies["."] = "550 5.7.1 not this one"
+            client.say("MAIL FROM:<a@example.net>", 250)
+            client.say("RCPT TO:<b@redundant.example>", 250)
+            client.say("DATA", 354)
+            client.say("Subject: x\r\n\r\nx\r\n.", 550)
+            del primary.replies["."]
         primary.down()
         with instance.dialogue() as client:
             client.hello()

@@ -90,6 +90,14 @@ def test_the_recipient_decides_who_answers_and_both_have_everything(
         "default",
         "old",
     )
+    wait_until(lambda: relay.run("trace", "to-new@example.org").returncode == 0)
+    (told,) = relay.json("trace", "to-new@example.org")
+    assert (told["route"], told["primary"]) == ("moved", "new")
+    wait_until(lambda: "moved" in relay.run("flow", "--minutes", "5").stdout)
+    assert relay.json("flow", "--minutes", "5", "--route", "moved")[-1] | {"start": 0} == {
+        "start": 0, "length": 60, "route": "moved", "server": "new", "accepted": 2, "refused": 0,
+    }  # fmt: skip
+    assert relay.run("flow", "--route", "nowhere").returncode == 2
     (row,) = relay.json("route", "anna+x@example.com")
     assert (row["route"], row["primary"], row["backups"]) == ("moved", "new", ["old"])
     assert row["why"] == f"anna@example.com in {table}:2"
