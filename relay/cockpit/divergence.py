@@ -14,7 +14,7 @@ from typing import Any
 
 from relay.cockpit.words import moment
 from relay.config.model import Settings
-from relay.ledger import archive, audit, changes, divergence_groups, keys, queries
+from relay.ledger import archive, audit, changes, divergence_groups, divergence_upkeep, keys, queries
 from relay.ledger.audit import Act
 from relay.ledger.copy_state import CopyState
 from relay.ledger.divergence import DEFERRED, GIVEN_UP, MOST_WHOM, NOISE, OTHERS, REFUSED
@@ -287,7 +287,7 @@ def acknowledge(
 ) -> Acknowledgement:
     """Let a group not count for so many seconds, and record it. Raises RedisError."""
     before = state(group, changes.now(connection))
-    ack = divergence_groups.acknowledge(connection, group, audit.operator(), note, seconds, domains)
+    ack = divergence_upkeep.acknowledge(connection, group, audit.operator(), note, seconds, domains)
     after = divergence_groups.group(connection, group.destination, group.key) or group
     _record(connection, "divergence ack", group, before, state(after, changes.now(connection)), note)
     return ack
@@ -295,7 +295,7 @@ def acknowledge(
 
 def unacknowledge(connection: Any, group: Group, note: str) -> bool:
     """Let a group count again; returns whether it did not. Raises RedisError."""
-    was = divergence_groups.unacknowledge(connection, group)
+    was = divergence_upkeep.unacknowledge(connection, group)
     if was:
         _record(connection, "divergence unack", group, "acknowledged", "open", note)
     return was

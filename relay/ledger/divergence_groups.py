@@ -1,4 +1,4 @@
-"""The groups of divergence as they are stored: read, acknowledged, swept.
+"""The groups of divergence as they are read (divergence.py counts them, divergence_upkeep.py changes them).
 
 What Redis says is data: a group that makes no sense is read as far as it does. An acknowledged group is open again by
 itself when its time is over, when a domain turns up that was not in it then, or when an hour has over three times the
@@ -11,9 +11,9 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 from relay.ledger import changes, keys
 from relay.ledger.divergence import DEFERRED, KINDS, MOST_OUTAGES, NOISE, OTHERS, place_of
@@ -23,13 +23,11 @@ from relay.mail.stored import moment, parsed, tally
 
 HOUR = 3600
 DAY = 24 * HOUR
-HOURS_KEPT = 35 * 24
 _RATE_TIMES, _RATE_LEAST = 3, 10  # an hour that reopens: over so many times the rate of then, and at least so many
 _GROUP = re.compile(r"[0-9a-f]{12}|" + "|".join(sorted(set(OTHERS.values()))))
 _HOUR_FIELD = re.compile(rb"h[0-9]{1,9}")
 _LATEST = 1e11  # seconds since the epoch (the year 5138) that can be right
 _MOST = 1 << 53
-_NOTE = 1000  # characters of an operator's words
 
 
 def is_group(value: object) -> bool:
@@ -168,7 +166,7 @@ def groups(connection: Any, destination: str) -> list[Group]:
     names = [name for name in map(text, found) if is_group(name)]
     with connection.pipeline(transaction=False) as pipe:
         for name in names:
-            pipe.hgetall(_place(keys.DIVERGED, destination, name))
+            pipe.hgetall(keys.of_group(keys.DIVERGED, destination, name))
         answers = pipe.execute(raise_on_error=False)
     return [_group(destination, name, fields) for name, fields in zip(names, answers, strict=True) if _is_there(fields)]
 
@@ -177,7 +175,7 @@ def group(connection: Any, destination: str, key: str) -> Group | None:
     """Return one group, None where there is none."""
     if not is_group(key) or connection.zscore(keys.DIVERGENCE + destination, key) is None:
         return None
-    return _group(destination, key, connection.hgetall(_place(keys.DIVERGED, destination, key)))
+    return _group(destination, key, connection.hgetall(keys.of_group(keys.DIVERGED, destination, key)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +194,7 @@ def numbers(connection: Any, destination: str) -> Numbers:
     names = [name for name in map(text, connection.zrange(keys.DIVERGENCE + destination, 0, -1)) if is_group(name)]
     with connection.pipeline(transaction=False) as pipe:
         for name in names:
-            pipe.hmget(_place(keys.DIVERGED, destination, name), "kind", "open", NOISE, "ack")
+            pipe.hmget(keys.of_group(keys.DIVERGED, destination, name), "kind", "open", NOISE, "ack")
         answers = pipe.execute(raise_on_error=False)
     opened: dict[str, int] = {}
     acknowledged = noise = 0
@@ -215,7 +213,7 @@ def numbers(connection: Any, destination: str) -> Numbers:
 
 def examples(connection: Any, destination: str, key: str) -> list[tuple[str, float]]:
     """Return ids of messages of a group and when each was counted, the first and the last ones, the oldest first."""
-    found = connection.zrange(_place(keys.EXAMPLES, destination, key), 0, -1, withscores=True)
+    found = connection.zrange(keys.of_group(keys.EXAMPLES, destination, key), 0, -1, withscores=True)
     return [(text(name), moment(at)) for name, at in found if is_id(text(name))]
 
 
@@ -224,9 +222,9 @@ def whom(connection: Any, destination: str, key: str, most: int) -> list[tuple[s
 
     A sealed one that cannot be opened here is its pseudonym.
     """
-    found = connection.zrevrange(_place(keys.WHOM, destination, key), 0, most - 1, withscores=True)
+    found = connection.zrevrange(keys.of_group(keys.WHOM, destination, key), 0, most - 1, withscores=True)
     names = [name for name, _ in found]
-    sealed = connection.hmget(_place(keys.SEALED, destination, key), names) if names else []
+    sealed = connection.hmget(keys.of_group(keys.SEALED, destination, key), names) if names else []
     shown = []
     for (name, times), word in zip(found, sealed, strict=True):
         address = text(name)
@@ -269,10 +267,6 @@ def outages(connection: Any, destination: str, since: float = 0.0) -> list[Outag
         if not outage.end or outage.end >= since:
             found.append(outage)
     return found
-
-
-def _place(prefix: str, destination: str, key: str) -> str:
-    return f"{prefix}{destination}:{key}"
 
 
 def _is_there(fields: object) -> bool:
@@ -348,104 +342,3 @@ def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise TypeError("not a number")
     return float(value)
-
-
-# Acknowledging ------------------------------------------------------------------------------------------------------
-
-
-def acknowledge(
-    connection: Any, found: Group, by: str, note: str, seconds: float, domains: Sequence[str] = ()
-) -> Acknowledgement:
-    """Let a group not count for so many seconds; returns what is stored. ``domains``: only while it is of these."""
-    now = changes.now(connection)
-    ack = Acknowledgement(
-        by=by[:_NOTE],
-        note=note[:_NOTE],
-        at=now,
-        until=now + seconds,
-        domains=tuple(domain.lower() for domain in domains) or tuple(found.domains),
-        more_domains=found.more_domains,
-        rate=found.rate(now),
-        counted=found.hours.get(int(now // HOUR), 0),
-    )
-    connection.hset(_place(keys.DIVERGED, found.destination, found.key), "ack", ack.to_json())
-    return ack
-
-
-def unacknowledge(connection: Any, found: Group) -> bool:
-    """Let a group count again; returns whether it was acknowledged."""
-    return bool(connection.hdel(_place(keys.DIVERGED, found.destination, found.key), "ack"))
-
-
-# Sweeping -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Swept:
-    """What a sweep did to a group, and why."""
-
-    key: str
-    what: str
-
-
-def sweep(connection: Any, destination: str, before: float, elapsed: Callable[[float], float]) -> list[Swept]:
-    """Forget empty groups that were last seen before that time, old hours, and acknowledgements that are over.
-
-    ``elapsed`` says how many seconds ago a time was: a clock that is set ends no acknowledgement for good.
-    """
-    now = changes.now(connection)
-    done = list(_mend_types(connection, destination))
-    for found in groups(connection, destination):
-        hash_key = _place(keys.DIVERGED, destination, found.key)
-        if found.last > now + HOUR:  # the clock was wrong then
-            connection.zadd(keys.DIVERGENCE + destination, {found.key: now}, xx=True)
-            connection.hset(hash_key, "last", f"{now:.6f}")
-        elif not found.open and found.last < before:
-            forget(connection, destination, [found.key])
-            done.append(Swept(found.key, "empty, forgotten"))
-            continue
-        why = found.reopened(now)
-        if why and found.ack and (now < found.ack.until or elapsed(found.ack.at) >= found.ack.until - found.ack.at):
-            connection.hdel(hash_key, "ack")
-            done.append(Swept(found.key, f"open again: {why}"))
-        first, last = now // HOUR - HOURS_KEPT, now // HOUR + 1
-        if old := [f"h{hour}" for hour in found.hours if not first <= hour <= last]:
-            connection.hdel(hash_key, *old)
-    return done
-
-
-def forget(connection: Any, destination: str, names: Sequence[str]) -> None:
-    """Forget groups."""
-    with connection.pipeline(transaction=True) as pipe:
-        for name in names:
-            pipe.zrem(keys.DIVERGENCE + destination, name)
-            for prefix in (keys.DIVERGED, keys.EXAMPLES, keys.WHOM, keys.SEALED):
-                pipe.delete(_place(prefix, destination, name))
-        pipe.execute()
-
-
-def _mend_types(connection: Any, destination: str) -> list[Swept]:
-    """Forget what is no list of groups, and groups that are none: nothing could be counted there."""
-    key = keys.DIVERGENCE + destination
-    if connection.type(key) not in {b"zset", b"none"}:
-        connection.delete(key)
-        return [Swept("", "no list of groups, forgotten")]
-    names = [text(name) for name in cast("list[bytes]", connection.zrange(key, 0, -1))]
-    strange = [name for name in names if not is_group(name)]
-    if strange:
-        connection.zrem(key, *strange)
-    with connection.pipeline(transaction=False) as pipe:
-        kept = [name for name in names if is_group(name)]
-        for name in kept:
-            for prefix in (keys.DIVERGED, keys.EXAMPLES, keys.WHOM, keys.SEALED):
-                pipe.type(_place(prefix, destination, name))
-        types = pipe.execute()
-    expected = (b"hash", b"zset", b"zset", b"hash")
-    damaged = [
-        name
-        for n, name in enumerate(kept)
-        if types[4 * n] == b"none"
-        or any(t not in {e, b"none"} for t, e in zip(types[4 * n : 4 * n + 4], expected, strict=True))
-    ]
-    forget(connection, destination, damaged)
-    return [Swept(name, "damaged, forgotten") for name in damaged]

@@ -91,7 +91,7 @@ def _rest_of(letter: str) -> str:
 
 
 def _mend(connection: Any, group: Group, expected: int) -> bool:
-    key = f"{keys.DIVERGED}{group.destination}:{group.key}"
+    key = keys.of_group(keys.DIVERGED, group.destination, group.key)
     return bool(connection.eval(_MEND, 1, key, group.turns, expected))
 
 
@@ -129,13 +129,13 @@ def _restore(connection: Any, destination: str, key: str, found: _Counted, ours:
     at = found.state.history[-1].at if found.state.history else changes.now(connection)
     first = found.state.history[0].at if found.state.history else at
     with connection.pipeline(transaction=True) as pipe:
-        pipe.hset(f"{keys.DIVERGED}{destination}:{key}", mapping={
+        pipe.hset(keys.of_group(keys.DIVERGED, destination, key), mapping={
             "kind": kind, "stage": stage, "code": reply.code, "status": status, "text": words,
             "class": refusal_class.classify(reply.code, status, words).name, "own": int(stage == "own"),
             "reply": "" if encryption.is_on() else reply.text, "first": first, "last": at,
             "seen": found.recipients, "open": found.recipients, "messages": found.messages,
         })  # fmt: skip
-        pipe.zadd(f"{keys.EXAMPLES}{destination}:{key}", {found.message_id: at})
+        pipe.zadd(keys.of_group(keys.EXAMPLES, destination, key), {found.message_id: at})
         pipe.zadd(keys.DIVERGENCE + destination, {key: at})
         pipe.execute()
 

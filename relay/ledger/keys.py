@@ -56,3 +56,8 @@ ASIDE = PREFIX + "aside:"  # and the name of a key that was of another type; see
 EVENTS = PREFIX + "events"  # list of JSON, newest first: the last mail events other than success
 PAGE_SESSION = PREFIX + "page-session:"  # string that expires, by the digest of its token: JSON, see page_access.py
 PAGE_LINK = PREFIX + "page-link:"  # likewise: a link of `smtp-dup open`, good once
+
+
+def of_group(prefix: str, destination: str, group: str) -> str:
+    """Return the key of one group of divergence; ``prefix``: DIVERGED, EXAMPLES, WHOM or SEALED."""
+    return f"{prefix}{destination}:{group}"

@@ -6,7 +6,7 @@ import pytest
 import redis
 
 from relay.cockpit import divergence as seen
-from relay.ledger import changes, divergence, divergence_groups, keys
+from relay.ledger import changes, divergence, divergence_upkeep, keys
 from relay.ledger.divergence import DEFERRED, GIVEN_UP, NOISE, REFUSED
 from support.diverged_copies import Backup, deferred, given_up, refused
 from support.ledger_contents import Contents
@@ -39,7 +39,7 @@ def test_what_stands_open(contents: Contents, new: Backup) -> None:
     noisy = contents.pending("ann@a.test")
     new.attempt(noisy, {0: deferred("450 greylisted")})
     new.attempt(noisy, {})
-    divergence_groups.acknowledge(connection, new.groups()["second"], "alice", "known", 600)
+    divergence_upkeep.acknowledge(connection, new.groups()["second"], "alice", "known", 600)
     divergence.cover(connection, "new", {"a.test": [40, 1, 1], "b.test": [0, 0, 2]})
     divergence.outage_begins(connection, "new", changes.now(connection) - 60, "refused")
     found = seen.standing(connection, "new")

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import redis
 
-from relay.ledger import changes, copy_state, divergence, divergence_groups, keys, queries
+from relay.ledger import changes, copy_state, divergence, divergence_groups, divergence_upkeep, keys, queries
 from relay.ledger.copy_state import CopyState
 from relay.ledger.divergence import DOT, MAIL, RCPT, Coverage
-from relay.ledger.divergence_groups import HOUR, Acknowledgement, Group, Swept
+from relay.ledger.divergence_groups import HOUR, Acknowledgement, Group
 from relay.ledger.divergence_recount import Mended, recount
+from relay.ledger.divergence_upkeep import Swept
 from relay.mail import encryption
 from support.diverged_copies import OURS, Backup, deferred, given_up, refused
 from support.ledger_contents import Contents
@@ -35,7 +36,7 @@ def _swept(contents: Contents, passed: float | None = None) -> list[Swept]:
     """Sweep after a month; ``passed``: so many seconds have passed since anything, whatever the clock says."""
     now = changes.now(contents.connection)
     elapsed = (lambda at: now - at) if passed is None else (lambda _: passed)
-    return divergence_groups.sweep(contents.connection, "new", now - 30 * DAY, elapsed)
+    return divergence_upkeep.sweep(contents.connection, "new", now - 30 * DAY, elapsed)
 
 
 def _numbers(group: Group) -> tuple[int, ...]:
@@ -321,7 +322,7 @@ def test_outages_have_a_begin_an_end_and_a_reason(contents: Contents) -> None:
 
 def _acknowledged(contents: Contents, new: Backup, seconds: float = DAY) -> Group:
     new.attempt(contents.pending("ann@a.test"), {0: refused()})
-    divergence_groups.acknowledge(contents.connection, new.group(), "alice", "known", seconds)
+    divergence_upkeep.acknowledge(contents.connection, new.group(), "alice", "known", seconds)
     return new.group()
 
 
@@ -333,9 +334,9 @@ def test_an_acknowledged_group_does_not_count(contents: Contents, new: Backup) -
     assert (group.ack.by, group.ack.note) == ("alice", "known")
     assert not group.counts(now)
     assert group.counts(now + DAY + 1)
-    assert divergence_groups.unacknowledge(contents.connection, group)
+    assert divergence_upkeep.unacknowledge(contents.connection, group)
     assert new.group().counts(now)
-    assert not divergence_groups.unacknowledge(contents.connection, group)
+    assert not divergence_upkeep.unacknowledge(contents.connection, group)
 
 
 def test_a_clock_that_is_set_ends_no_acknowledgement_for_good(contents: Contents, new: Backup) -> None:

@@ -16,7 +16,7 @@ import redis
 from relay import metrics
 from relay.config.loader import Settings, load
 from relay.config.model import RedisSettings
-from relay.ledger import changes, divergence_groups, keys, registry
+from relay.ledger import changes, divergence_upkeep, keys, registry
 from relay.mail.destination import Destination
 from relay.metric_store import Arena
 from relay.monitoring import answers, findings, listener
@@ -292,7 +292,7 @@ def test_metrics_tell_of_divergence(redis_client, redis_url):
     noisy = contents.pending("ann@a.test")
     backup.attempt(noisy, {0: deferred()})
     backup.attempt(noisy, {})
-    divergence_groups.acknowledge(redis_client, backup.groups()["second"], "alice", "known", 600)
+    divergence_upkeep.acknowledge(redis_client, backup.groups()["second"], "alice", "known", 600)
     text = answers.metrics(None, LedgerCollector(RedisSettings(redis_url, 5))).body.decode()
     for line in (
         'open{destination="new",kind="refused"} 2.0',

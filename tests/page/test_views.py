@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from relay.ledger import audit, divergence_groups, keys
+from relay.ledger import audit, divergence_groups, divergence_upkeep, keys
 from relay.ledger.divergence import DEFERRED, RCPT, REFUSED, Answer
 from relay.mail.reply import Reply
 from relay.page import live, views
@@ -156,7 +156,7 @@ def hostile(site: PageSite) -> PageSite:
                 message_id = contents.pending(f"{LOCAL_PART}@{EVIL}.test", to=["third"], sender=f"{LOCAL_PART}@x.test")
                 diverged.attempt(message_id, {0: answer})
         group = divergence_groups.groups(connection, "third")[0]
-        divergence_groups.acknowledge(connection, group, HOSTILE, HOSTILE * 20, 3600)
+        divergence_upkeep.acknowledge(connection, group, HOSTILE, HOSTILE * 20, 3600)
         audit.record(
             connection, audit.Act(HOSTILE, HOSTILE, HOSTILE, HOSTILE * 50, {HOSTILE: HOSTILE}, HOSTILE, HOSTILE)
         )

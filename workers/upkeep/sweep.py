@@ -21,7 +21,16 @@ from redis import Redis
 
 from relay import maillog
 from relay.config.loader import Settings
-from relay.ledger import archive, changes, divergence_groups, misplaced, queries, recovery, registry, rq_jobs
+from relay.ledger import (
+    archive,
+    changes,
+    divergence_upkeep,
+    misplaced,
+    queries,
+    recovery,
+    registry,
+    rq_jobs,
+)
 from relay.ledger import keys as ledger_keys
 from relay.ledger.continuity import Continuity, forget_kept
 from relay.ledger.divergence_recount import recount
@@ -163,7 +172,7 @@ class Sweeper:
         for message_id in failed.expire(self._connection, name, ttl, self._clock.ago(ttl)):
             self._report.add("failed copy expired", message_id, name, "dropped")
         keep = self._settings.divergence.keep
-        for swept in divergence_groups.sweep(self._connection, name, self._clock.ago(keep), self._clock.age):
+        for swept in divergence_upkeep.sweep(self._connection, name, self._clock.ago(keep), self._clock.age):
             maillog.notice("info", "divergence", destination=name, key=swept.key, what=swept.what)
             self._report.add("reason for refusals", swept.key, name, swept.what)
         if thorough:
