@@ -11,6 +11,7 @@ from relay.cockpit.evidence import Evidence, Missing, OpenGroup
 from relay.cockpit.finding import Finding, fails, passes, unknown, warns
 from relay.cockpit.words import count, duration, hour_of_week, some, span
 from relay.ledger.flow import Flow
+from relay.mail.text import printable
 
 _DAY = 86400.0
 _FEW = 10  # recipients put off, or messages of a domain, that say nothing yet
@@ -129,13 +130,13 @@ def outages(e: Evidence) -> Finding:
     found = e.outages
     if isinstance(found, Missing):
         return unknown(found.why)
-    recent = [o for o in found if o.end is None or o.end > e.now - e.ready.calm]
+    recent = [o for o in found if not o.end or o.end > e.now - e.ready.calm]
     if not recent:
         return passes(f"not paused for {span(e.ready.calm)}")
-    lost = sum((e.now if o.end is None else o.end) - o.begin for o in recent)
-    last = max(recent, key=lambda o: e.now if o.end is None else o.end)
-    ago = "now" if last.end is None else f"{span(e.now - last.end)} ago"
-    return fails(f"paused {count(len(recent), 'time')}, {span(lost)} in all, last {ago}: {last.reason}")
+    lost = sum((o.end or e.now) - o.begin for o in recent)
+    last = max(recent, key=lambda o: o.end or e.now)
+    ago = f"{span(e.now - last.end)} ago" if last.end else "now"
+    return fails(f"paused {count(len(recent), 'time')}, {span(lost)} in all, last {ago}: {printable(last.reason)}")
 
 
 def speed(e: Evidence) -> Finding | None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from relay.config.model import ReadySettings
+from relay.ledger.divergence_groups import Outage
 from relay.ledger.flow import Flow
 from relay.ledger.greetings import Greeting
 from relay.ledger.hosts import Host, Reach
@@ -47,15 +48,6 @@ class Deferrals:
     open: int = 0
     delivered: int = 0
     seen: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Pause:
-    """A time in which a backup was paused; ``end`` None: it still is."""
-
-    begin: float
-    end: float | None
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +120,7 @@ class Evidence:
     summary: Summary | None = None
     refusals: Refusals | Missing = field(default_factory=Refusals)
     deferrals: Deferrals | Missing = field(default_factory=Deferrals)
-    outages: Sequence[Pause] | Missing = ()
+    outages: Sequence[Outage] | Missing = ()
     domains: Mapping[str, Domain] | Missing = field(default_factory=dict)
     old_greeting: Greeting | None = None
     new_greeting: Greeting | None = None

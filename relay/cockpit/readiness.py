@@ -15,7 +15,7 @@ from redis.exceptions import ResponseError
 
 from relay.cockpit.criteria import CRITERIA, Criterion
 from relay.cockpit.divergence import Standing, standing
-from relay.cockpit.evidence import Deferrals, Domain, Evidence, Missing, OpenGroup, Pause, Refusals, Relay, Restraint
+from relay.cockpit.evidence import Deferrals, Domain, Evidence, Missing, OpenGroup, Refusals, Relay, Restraint
 from relay.cockpit.finding import Finding, Result
 from relay.config.model import Settings
 from relay.ledger import changes, divergence_groups, flow, greetings, hosts, keys, overview, registry
@@ -160,7 +160,7 @@ def gather(connection: Any, settings: Settings, name: str, old: str = "") -> Evi
         summary=next((row for row in overview.summary(connection) if row.destination == name), None),
         refusals=stands if isinstance(stands, Missing) else _refusals(stands),
         deferrals=stands if isinstance(stands, Missing) else _deferrals(stands, now),
-        outages=stands if isinstance(stands, Missing) else _outages(stands),
+        outages=stands if isinstance(stands, Missing) else stands.outages,
         domains=stands if isinstance(stands, Missing) else _domains(connection, name),
         old_greeting=said.get(old),
         new_greeting=said.get(name),
@@ -212,10 +212,6 @@ def _standing(connection: Any, name: str) -> Standing | Missing:
         return standing(connection, name)
     except ResponseError as error:  # another type of key, put there by others
         return Missing(f"the ledger's record of it makes no sense: {printable(str(error))}; see `smtp-dup divergence`")
-
-
-def _outages(found: Standing) -> list[Pause]:
-    return [Pause(o.begin, o.end or None, printable(o.reason)) for o in found.outages]
 
 
 def _refusals(found: Standing) -> Refusals:

@@ -18,7 +18,6 @@ from relay.cockpit.evidence import (
     Evidence,
     Missing,
     OpenGroup,
-    Pause,
     Probe,
     Refusals,
     Relay,
@@ -27,6 +26,7 @@ from relay.cockpit.evidence import (
 from relay.cockpit.finding import Finding, Result
 from relay.cockpit.readiness import judge
 from relay.config.model import ReadySettings
+from relay.ledger.divergence_groups import Outage
 from relay.ledger.flow import Buckets, DestinationFlow, Flow
 from relay.ledger.greetings import Greeting
 from relay.ledger.hosts import Host, Reach
@@ -159,12 +159,12 @@ CASES: Sequence[tuple[int, Evidence, Result, str]] = [
      "1 of 100 copies"),
     (7, READY, PASS, "not paused for 1 d"),
     (7, but(outages=NOT_RECORDED), UNKNOWN, "nobody counts"),
-    (7, but(outages=[Pause(NOW - 6 * HOUR, NOW - 5 * HOUR, "connection refused")] * 3), FAIL,
+    (7, but(outages=[Outage(NOW - 6 * HOUR, NOW - 5 * HOUR, "connection refused")] * 3), FAIL,
      "paused 3 times, 3 h in all, last 5 h ago: connection refused"),
-    (7, but(outages=[Pause(NOW - 3 * DAY, NOW - 2 * DAY, "refused")]), PASS, ""),
-    (7, but(outages=[Pause(NOW - 3 * DAY, None, "refused")]), FAIL, "last now: refused"),
+    (7, but(outages=[Outage(NOW - 3 * DAY, NOW - 2 * DAY, "refused")]), PASS, ""),
+    (7, but(outages=[Outage(NOW - 3 * DAY, 0.0, "refused")]), FAIL, "last now: refused"),
     (7, but(summary=Summary("new", 1, 1.0, 0, 0, 0, "paused", "timed out")), FAIL, "paused now: timed out"),
-    (7, replace(with_rules(calm=0.0), outages=[Pause(NOW - 60, NOW - 1, "x")]), PASS, ""),
+    (7, replace(with_rules(calm=0.0), outages=[Outage(NOW - 60, NOW - 1, "x")]), PASS, ""),
     (8, READY, PASS, ""),
     (8, but(restraint=Restraint(held="by alice since 10:02")), FAIL, "held by alice since 10:02"),
     (8, but(restraint=Restraint(throttled="to 5/s")), FAIL, "throttled to 5/s"),

@@ -12,22 +12,14 @@ import redis
 from rq.registry import ScheduledJobRegistry
 
 from relay.ledger import keys
+from support.connection_limits import REFUSALS, beyond
 from support.ledger_contents import Contents, settings
-from support.reactions import Close, Moment
+from support.reactions import Moment
 from support.scripted_server import EXTENSIONS, ScriptedServer
 from workers.delivery.courier import Courier
 from workers.queues import backlog, failed
 
 Scripted = Callable[..., ScriptedServer]
-REFUSALS = (
-    "452 4.5.3 Command not allowed: Too many messages sent",
-    "451 4.4.5 Maximum number of messages per session exceeded",
-    "503 5.5.1 Nested MAIL command",
-    "550 5.7.1 Not again",
-    "554 no more on this connection",
-    "421 4.7.0 too many errors",
-    Close(),
-)
 
 
 @asynccontextmanager
@@ -79,11 +71,7 @@ async def test_a_limit_of_the_connection(
 
     More than follow each other smoothly before MAIL is sent behind a dot, so that such a one is refused, too.
     """
-
-    def react(moment: Moment) -> Any:
-        return refusal if sum(t.accepted for t in moment.connection.transactions) >= 25 else None
-
-    backup = scripted({command: react}, extensions=extensions)
+    backup = scripted({command: beyond(25, refusal)}, extensions=extensions)
     contents = make_contents(backup)
     ids = [contents.pending("b@example.com", "c@example.com") for _ in range(120)]
     async with courier(redis_url, backup) as made:

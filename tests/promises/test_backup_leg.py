@@ -7,21 +7,12 @@ from collections.abc import Callable
 
 import pytest
 
-from support.product import Product
+from support.product import QUICK, Product
 from support.reactions import Close, Delay, Gate, Reset
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
 
 Make = Callable[..., Product]
-
-QUICK = {
-    "retry.first": "1",
-    "retry.longest": "2",
-    "relay.timeout_seconds": "2",
-    "relay.greeting_timeout_seconds": "1",
-    "relay.command_timeout_seconds": "1",
-    "smtp.processes": "1",
-}
 
 
 @pytest.fixture

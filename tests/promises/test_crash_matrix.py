@@ -16,7 +16,7 @@ from relay import faultpoints
 from relay.config import loader
 from relay.ledger import overview
 from relay.spool import writer
-from support.product import Product
+from support.product import QUICK, Product
 from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
@@ -25,11 +25,8 @@ from workers.upkeep.reconciler import reconcile
 RELAY_POINTS = ["before staging", "staged", "dot sent", "primary answered", "released"]
 WORKER_POINTS = ["job fetched", "backup answered", "before settle"]
 SETTINGS = {
-    "retry.first": "1",
-    "retry.longest": "2",
+    **QUICK,
     "relay.timeout_seconds": "5",
-    "relay.greeting_timeout_seconds": "1",
-    "relay.command_timeout_seconds": "1",
     "relay.final_timeout_seconds": "10",
     "relay.uncertain_hold": "1",
     "redis.timeout_seconds": "2",

@@ -10,18 +10,15 @@ from collections.abc import Callable
 import pytest
 
 from support.drained import is_drained
-from support.product import Product
+from support.product import QUICK, Product
 from support.redis_servers import RedisServer
 from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
 
 SETTINGS = {
-    "retry.first": "1",
-    "retry.longest": "2",
+    **QUICK,
     "relay.timeout_seconds": "5",
-    "relay.greeting_timeout_seconds": "1",
-    "relay.command_timeout_seconds": "1",
     "relay.final_timeout_seconds": "10",
     "relay.uncertain_hold": "1",
     "redis.timeout_seconds": "2",

@@ -17,7 +17,7 @@ import redis
 
 from relay import faultpoints
 from relay.ledger import overview
-from support.product import Product
+from support.product import QUICK, Product
 from support.reactions import Close, Reset
 from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
@@ -27,11 +27,7 @@ Make = Callable[..., Product]
 MakeServer = Callable[..., ScriptedServer]
 
 SETTINGS = {
-    "retry.first": "1",
-    "retry.longest": "2",
-    "relay.timeout_seconds": "2",
-    "relay.greeting_timeout_seconds": "1",
-    "relay.command_timeout_seconds": "1",
+    **QUICK,
     "relay.final_timeout_seconds": "10",
     "relay.uncertain_hold": "1",
 }

@@ -16,7 +16,7 @@ from relay.mail.envelope import Envelope, MalformedRecord
 from relay.mail.recipient import Recipient
 from relay.mail.record import Message
 from support.ledger_contents import Contents
-from support.product import Product
+from support.product import QUICK, Product
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
 from workers.delivery.copy import Copy
@@ -25,11 +25,8 @@ from workers.queues import backlog
 Make = Callable[..., Product]
 
 SETTINGS = {
-    "retry.first": "1",
-    "retry.longest": "2",
+    **QUICK,
     "relay.timeout_seconds": "5",
-    "relay.greeting_timeout_seconds": "1",
-    "relay.command_timeout_seconds": "1",
     "relay.uncertain_hold": "1",
 }
 BOTH = ("u@x.example", "v@y.example")

@@ -12,19 +12,12 @@ from typing import Any
 
 import pytest
 
-from support.product import Product
+from support.product import QUICK, Product
 from support.reactions import Close, Moment, Reset, Silence, Trickle
 from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
 
-SETTINGS = {
-    "retry.first": "1",
-    "retry.longest": "2",
-    "relay.timeout_seconds": "2",
-    "relay.greeting_timeout_seconds": "1",
-    "relay.command_timeout_seconds": "1",
-}
 COUNT = 150
 REFUSALS = 20  # of the same kind in a row, then it is the server and not the mail
 WINDOW = 20  # transactions that may be under way at that moment
@@ -78,9 +71,7 @@ def test_troubles_stay_where_they_are(
     good = scripted()
     scripts = troubles()
     bad = {name: scripted() for name in scripts}
-    relay = product(
-        primary=primary.address, backups=[good.address, *(s.address for s in bad.values())], settings=SETTINGS
-    )
+    relay = product(primary=primary.address, backups=[good.address, *(s.address for s in bad.values())], settings=QUICK)
     first, second = range(COUNT), range(COUNT, 2 * COUNT)
     usual = send(relay, first)
     for server in (good, *bad.values()):
@@ -133,7 +124,7 @@ def test_a_recovering_server_is_not_stampeded(
     """Hundreds of copies wait for it, and it meets one connection at first; with each success there is one more."""
     backup = scripted()
     backup.down()
-    relay = product(primary=primary.address, backups=[backup.address], settings=SETTINGS)
+    relay = product(primary=primary.address, backups=[backup.address], settings=QUICK)
     send(relay, range(300))
     wait_until(lambda: relay.summary()["state"] == "paused")
     assert relay.summary()["pending"] == 300

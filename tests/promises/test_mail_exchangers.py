@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from support.dns_server import DnsServer
-from support.product import Product
+from support.product import QUICK, Product
 from support.reactions import Close, Silence
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
@@ -15,13 +15,6 @@ from support.waiting import wait_until
 Make = Callable[..., Product]
 MakeServer = Callable[..., ScriptedServer]
 MakeDns = Callable[..., DnsServer]
-QUICK = {
-    "retry.first": "1",
-    "retry.longest": "2",
-    "relay.timeout_seconds": "2",
-    "relay.greeting_timeout_seconds": "1",
-    "relay.command_timeout_seconds": "1",
-}
 LISTED = (
     "example.net 5 MX 10 one.example.net.",
     "example.net 5 MX 20 two.example.net.",

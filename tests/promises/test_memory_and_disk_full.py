@@ -13,7 +13,7 @@ import pytest
 
 from relay.spool import writer
 from support.dialogue import Dialogue
-from support.product import Product
+from support.product import QUICK, Product
 from support.redis_servers import RedisServer
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
@@ -21,11 +21,8 @@ from support.waiting import wait_until
 MEMORY = 8 << 20
 COUNT = 500  # messages of 100 KB, whose records take half of that
 SETTINGS = {
-    "retry.first": "1",
-    "retry.longest": "2",
+    **QUICK,
     "relay.timeout_seconds": "5",
-    "relay.greeting_timeout_seconds": "1",
-    "relay.command_timeout_seconds": "1",
     "redis.timeout_seconds": "2",
     "spool.min_free": "1M",
 }

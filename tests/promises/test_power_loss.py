@@ -25,7 +25,7 @@ from relay.config import loader
 from relay.ledger import keys, overview
 from relay.spool import writer
 from support.child_processes import tied
-from support.product import Product
+from support.product import QUICK, Product
 from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
@@ -34,11 +34,8 @@ from workers.upkeep.reconciler import reconcile
 FS_IOC_SHUTDOWN = 0x8004587D
 NO_LOG_FLUSH = 2  # EXT4_GOING_FLAGS_NOLOGFLUSH: what the journal has not committed is lost
 SETTINGS = {
-    "retry.first": "1",
-    "retry.longest": "2",
+    **QUICK,
     "relay.timeout_seconds": "5",
-    "relay.greeting_timeout_seconds": "1",
-    "relay.command_timeout_seconds": "1",
     "relay.uncertain_hold": "1",
     "relay.require_durable_copies": "true",
     "redis.timeout_seconds": "1",

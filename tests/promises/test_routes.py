@@ -11,21 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from support.product import Product
+from support.product import QUICK, Product
 from support.reactions import Close, Reset, Silence
 from support.scripted_server import ScriptedServer
 from support.waiting import free_port, wait_until
 
 Make = Callable[..., Product]
 Servers = dict[str, ScriptedServer]
-
-QUICK = {
-    "retry.first": "1",
-    "retry.longest": "2",
-    "relay.timeout_seconds": "2",
-    "relay.greeting_timeout_seconds": "1",
-    "relay.command_timeout_seconds": "1",
-}
 
 
 def settings_file(servers: Servers, routes: str, backups: tuple[str, ...] = ()) -> str:

@@ -10,28 +10,15 @@ from typing import Any
 
 import pytest
 
+from support.connection_limits import REFUSALS, beyond
 from support.dialogue import AsyncDialogue
 from support.in_process_relay import serve, settings_of
-from support.reactions import Close, Moment
+from support.reactions import Moment
 from support.scripted_server import EXTENSIONS, ScriptedServer
 
 Scripted = Callable[..., ScriptedServer]
-REFUSALS = (
-    "452 4.5.3 Command not allowed: Too many messages sent",
-    "451 4.4.5 Maximum number of messages per session exceeded",
-    "503 5.5.1 Nested MAIL command",
-    "550 5.7.1 Not again",
-    "554 no more on this connection",
-    "421 4.7.0 too many errors",
-    Close(),
-)
 GROUP = ["MAIL FROM:<a@example.com>", "RCPT TO:<b@example.com>", "RCPT TO:<c@example.org>", "DATA"]
 TEXT = b"Subject: x\r\n\r\ntext\r\n.\r\n"
-
-
-def beyond(count: int, refusal: Any) -> Callable[[Moment], Any]:
-    """Refuse when a connection has carried so many transactions."""
-    return lambda moment: refusal if sum(t.accepted for t in moment.connection.transactions) >= count else None
 
 
 async def deliver(client: AsyncDialogue, *, pipelined: bool) -> None:

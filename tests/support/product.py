@@ -29,6 +29,14 @@ from support.waiting import PATIENCE, free_port, wait_until
 
 _SOURCE = Path(relay.__file__).parent.parent  # the code under test, installed or not
 _COMMAND = [sys.executable, "-m", "relay.command"]
+# Servers of a test answer at once or not at all, and what is put off comes again soon.
+QUICK = {
+    "retry.first": "1",
+    "retry.longest": "2",
+    "relay.timeout_seconds": "2",
+    "relay.greeting_timeout_seconds": "1",
+    "relay.command_timeout_seconds": "1",
+}
 _DEFAULTS = {
     "smtp.processes": "1",
     "log.format": "json",
