@@ -94,10 +94,22 @@ def remarks(made: Plan) -> Iterator[str]:
         yield f"{name} speaks LMTP: a message is taken for one recipient at a time"
     if made.demoted is None and made.old != name and made.change is None:
         yield f"these settings do not name {made.old}: it gets no copies from a host with these settings"
+    yield from _remarks_on_moved(made)
     if made.seen.highest > made.seen.epoch:
         yield "Redis holds older data than the relay processes have seen: this decision holds over both"
     if made.seen.nonsense:
         yield f"what Redis holds as topology makes no sense and is replaced: {made.seen.nonsense}"
+
+
+def _remarks_on_moved(made: Plan) -> Iterator[str]:
+    moved = made.seen.moves.servers if made.seen.moves else {}
+    name = made.new.name
+    for server, number in moved.items():
+        mailboxes = words.count(number, "address has", "addresses have")
+        if server != name:
+            yield f"{mailboxes} moved to {server}, and stay there"
+        elif made.change is None:
+            yield f"{mailboxes} moved to {name}: superfluous then, `smtp-dup move --all` clears that"
 
 
 def _remarks_on_route(made: Plan, change: RouteChange) -> Iterator[str]:

@@ -165,7 +165,9 @@ def gather(connection: Any, settings: Settings, name: str, old: str = "") -> Evi
         old_greeting=said.get(old),
         new_greeting=said.get(name),
         relays=[
-            Relay(b.label, b.age, b.is_alive, b.generation, b.epoch, b.trouble or _away(name, b.down))
+            Relay(
+                b.label, b.age, b.is_alive, b.generation, b.epoch, b.trouble or b.moved_trouble or _away(name, b.down)
+            )
             for b in heartbeats.read(connection)
         ],
         hosts=hosts.read(connection),

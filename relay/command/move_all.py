@@ -17,7 +17,7 @@ from relay.config.loader import Settings
 from relay.ledger.audit import Act
 from relay.routing import moved_copy
 from relay.topology import decisions, moving, promotion
-from relay.topology.moved import MapState
+from relay.topology.moved import REPAIR, MapState
 from relay.topology.moving import Lost
 
 # A map that Redis has lost --------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ def put_back(connection: Redis, settings: Settings, out: Output, made: MovePlan,
     """Put back what this host has. Raises Trouble."""
     held = made.held
     act = Act(
-        "move --repair",
+        REPAIR,
         before=made.lost,
         after=f"generation {held.state.generation} of {len(held)} entries, by this host's copy",
         reason=reason,
@@ -110,7 +110,7 @@ def move_all(
     """Promote the server that mailboxes have moved to, then take their entries away: they are superfluous."""
     with ledger_of(settings) as connection:
         state, nonsense = moving.state(connection)
-        servers = moving.servers(connection)
+        servers = state.servers if state else {}
         made = MovePlan(decisions.view(connection), state, moved_copy.load_or_tell(settings.state_dir), to)
         if lost := moves.lost(made, state, nonsense, moving.size(connection)):
             raise Trouble(f"{lost}; `smtp-dup move --repair` puts it back")

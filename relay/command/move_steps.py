@@ -17,7 +17,7 @@ from relay.ledger.audit import Act
 from relay.mail.text import printable
 from relay.routing.table_file import BadTable
 from relay.topology import moving
-from relay.topology.moved import MapState
+from relay.topology.moved import MOVE, MOVE_BACK, MapState
 from relay.topology.moving import Lost
 
 
@@ -46,7 +46,7 @@ def await_the_last(connection: Redis, made: MovePlan, seconds: float, out: Outpu
 def carry_out(connection: Redis, out: Output, made: MovePlan, reason: str, seconds: float, *, back: bool) -> int:
     """Make it a generation, and see who follows. Says no where some were kept, or somebody does not follow."""
     act = Act(
-        "move --back" if back else "move",
+        MOVE_BACK if back else MOVE,
         before=_summed(made.formers[key] for key in made.wanted),
         after="" if back else made.to,
         reason=reason,

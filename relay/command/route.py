@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from relay.cockpit import changeover
+from relay.cockpit.words import moment
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, CannotSay, Misuse, Trouble
 from relay.command.output import Output
 from relay.config.loader import Settings
 from relay.config.types import listen_addresses
+from relay.mail.address_keys import lookup_keys
 from relay.mail.addresses import parsed
 from relay.mail.text import printable
 from relay.redisio import embedded
-from relay.routing import loading
+from relay.routing import loading, moved_copy
 from relay.routing.decisions import RouteDecision, owed
+from relay.routing.moved_copy import MovedMap
 from relay.routing.table_file import BadTable
 from relay.routing.table_store import Table
-from relay.topology import decisions
+from relay.topology import decisions, moving
 from relay.topology.roles import Roles, as_settings_say, decided
 
 
@@ -33,7 +37,8 @@ def show(settings: Settings, out: Output, *, address: str, sender: str, client: 
         raise Trouble(f"a table cannot be read: {error}") from error
     roles = _roles(settings)
     default, backups = roles.primary.name, [backup.name for backup in roles.backups]
-    router = loading.router_of(settings, tables).with_routes(roles.routes)
+    moved = _moved(settings, address)
+    router = loading.router_of(settings, tables, moved).with_routes(roles.routes)
     # The token stands for the message where that decides by weight: there is none.
     plan = router.plan(default, sender.removeprefix("<").removesuffix(">"), client, local, token="message")  # noqa: S106  (no password)
     try:
@@ -50,7 +55,7 @@ def show(settings: Settings, out: Output, *, address: str, sender: str, client: 
         "then": list(decision.servers[1:]),
         "backups": copies,
         "split": "" if decision.is_default else decision.route.split,
-        "why": _why(decision, tables),
+        "why": _why(decision, tables, moved),
         "weights": _weights(decision),
         "waits_for_recipient": plan.settled is None,
     }
@@ -100,7 +105,24 @@ def _weights(decision: RouteDecision) -> dict[str, float]:
     return dict(zip(route.servers, route.weights, strict=True)) if route.weights else {}
 
 
-def _why(decision: RouteDecision, tables: dict[Any, Table]) -> str:
+def _moved(settings: Settings, address: str) -> MovedMap:
+    """Return who has moved, as the relays of this host go by it, else as Redis has it for this address."""
+    held = moved_copy.load_or_tell(settings.state_dir)
+    if held.state.generation:
+        return held
+    keys = lookup_keys(address.removeprefix("<").removesuffix(">"), fold=settings.routes.fold_local)
+    with suppress(CannotSay), ledger_of(settings) as connection:
+        found, _ = moving.entries(connection, keys)
+        return MovedMap(servers=dict.fromkeys((entry.server for entry in found.values()), 1), changes=found)
+    return held
+
+
+def _why(decision: RouteDecision, tables: dict[Any, Table], moved: MovedMap) -> str:
+    if decision.former is not None:
+        entry = moved.entries([decision.key])[decision.key]
+        note = f": {entry.note}" if entry.note else ""
+        else_ = f"else {decision.former.servers[0]}, since {_why(decision.former, tables, moved)}"
+        return f"{decision.key} was moved by {entry.by or 'somebody'} at {moment(entry.at)}{note}; {else_}"
     if decision.is_default:
         return "no route matches: the default one"
     if not decision.key:

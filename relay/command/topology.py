@@ -29,7 +29,9 @@ _PROCESSES = [
     Column("heard", lambda row: f"{span(row[0].age)} ago", numbers=True),
     Column("pid", lambda row: str(row[0].pid), numbers=True),
     Column("version", lambda row: row[0].version, detail=True),
-    Column("trouble", lambda row: row[0].trouble or "-", detail=True, colour=lambda row: RED if row[0].trouble else ""),
+    Column("trouble", lambda row: row[0].trouble or row[0].moved_trouble or "-", detail=True,
+           colour=lambda row: RED if row[0].trouble or row[0].moved_trouble else ""),
+    Column("moved", lambda row: str(row[0].moved or "-"), numbers=True, detail=True),
 ]  # fmt: skip
 _HISTORY = [
     Column("when", lambda act: moment(act.at)),
@@ -47,17 +49,24 @@ def show(settings: Settings, out: Output) -> int:
     with ledger_of(settings) as connection:
         seen = decisions.view(connection)
         last = list(islice((act for act in audit.acts(connection) if act.command in promotion.COMMANDS), _CHANGES))
-    late = [beat for beat in seen.living if not seen.follows(beat)]
+    late = [beat for beat in seen.living if not seen.follows(beat) or not seen.goes_by_moves(beat)]
     if out.as_json:
         out.object(_as_object(seen, settings))
         for beat in seen.beats:
-            out.object({"kind": "process", **as_object(beat), "alive": beat.is_alive, "follows": seen.follows(beat)})
+            out.object(
+                {
+                    "kind": "process",
+                    **as_object(beat),
+                    "alive": beat.is_alive,
+                    "follows": beat not in late and seen.follows(beat),
+                }
+            )
         for act in last:
             out.object({"kind": "change", **act.to_json()})
         return NO if late else WELL
     out.pairs(_head(seen, settings))
     out.line("")
-    rows: list[tuple[Heartbeat, bool]] = [(beat, beat.is_alive and seen.follows(beat)) for beat in seen.beats]
+    rows: list[tuple[Heartbeat, bool]] = [(beat, beat.is_alive and beat not in late) for beat in seen.beats]
     out.rows(rows, _PROCESSES, nothing="No relay process lives.")
     if last:
         out.line("")
@@ -83,6 +92,11 @@ def _as_object(seen: View, settings: Settings) -> dict[str, object]:
         "settings_agree": _agree(seen, settings),
         "routes": {name: asdict(roles) for name, roles in now.routes.items()} if now else {},
         "disagreement": disagreement(settings, seen.topology),
+        "moved": {
+            "generation": seen.moves.generation if seen.moves else 0,
+            "servers": dict(seen.moves.servers) if seen.moves else {},
+            "trouble": seen.nonsense_of_moves,
+        },
         "trouble": seen.nonsense,
     }
 
@@ -109,6 +123,7 @@ def _head(seen: View, settings: Settings) -> Iterator[tuple[str, str]]:
     if seen.topology:
         for name, roles in seen.topology.now.routes.items():
             yield f"route {name}", f"{roles.in_words()}; copies: {', '.join(_copied(roles)) or 'none'}"
+    yield from _moved(seen)
     if seen.intent:
         ago = max(0.0, seen.now - seen.intent.at)
         where = f" on {seen.intent.route}" if seen.intent.route else ""
@@ -121,6 +136,14 @@ def _head(seen: View, settings: Settings) -> Iterator[tuple[str, str]]:
     if seen.topology:
         for text in route_roles.disagreements(settings, seen.topology):
             yield "settings", text
+
+
+def _moved(seen: View) -> Iterator[tuple[str, str]]:
+    if seen.moves:
+        moved = ", ".join(f"{number} at {name}" for name, number in sorted(seen.moves.servers.items())) or "nobody"
+        yield "moved", f"{moved} (generation {seen.moves.generation}); `smtp-dup moved` lists them"
+    if seen.nonsense_of_moves:
+        yield "trouble", f"what Redis holds as the state of who has moved makes no sense: {seen.nonsense_of_moves}"
 
 
 def _before(topology: Topology) -> Iterator[tuple[str, str]]:

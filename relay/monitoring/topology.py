@@ -16,6 +16,7 @@ from relay.topology.heartbeats import Heartbeat
 from relay.topology.roles import disagreement
 
 SUBJECT = "topology"
+MOVED = "moved"
 FAILOVER = "failover from "
 
 
@@ -33,6 +34,7 @@ def about_topology(settings: Settings, seen: View) -> Iterator[ProbeResult]:
         yield ProbeResult(
             SUBJECT, True, f"{now.primary} is the primary (epoch {now.epoch}), {count} relay processes follow"
         )
+    yield from _about_moved(seen)
     away: dict[str, list[str]] = {}
     for beat in seen.living:
         for name in beat.down:
@@ -42,6 +44,25 @@ def about_topology(settings: Settings, seen: View) -> Iterator[ProbeResult]:
         yield ProbeResult(f"{FAILOVER}{name}", False, text)
     if words := disagreement(settings, seen.topology):  # as it may be for days: mail goes on
         yield ProbeResult("settings", True, words)
+
+
+def _about_moved(seen: View) -> Iterator[ProbeResult]:
+    """Say how many mailboxes have moved, and who does not go by that."""
+    troubles = [f"{beat.label}: {beat.moved_trouble}" for beat in seen.living if beat.moved_trouble]
+    troubles += [
+        f"{beat.label} has not followed: it goes by generation {beat.moved or 0}"
+        for beat in seen.living
+        if not beat.moved_trouble and not seen.goes_by_moves(beat)
+    ]
+    if seen.nonsense_of_moves:
+        troubles.append(f"what Redis holds as the state of who has moved makes no sense: {seen.nonsense_of_moves}")
+    if troubles:
+        yield ProbeResult(MOVED, False, "; ".join(troubles))
+    elif seen.moves is not None:
+        servers = ", ".join(f"{number} at {name}" for name, number in sorted(seen.moves.servers.items())) or "nobody"
+        yield ProbeResult(
+            MOVED, True, f"{servers} (generation {seen.moves.generation}), {len(seen.living)} relay processes follow"
+        )
 
 
 def _what_it_does(seen: View, beat: Heartbeat) -> str:
@@ -76,3 +97,12 @@ def families(seen: View) -> Iterator[Metric]:
     yield GaugeMetricFamily("smtpdup_relays", text, value=len(seen.living))
     text = "Those of them that follow the last promotion"
     yield GaugeMetricFamily("smtpdup_topology_followers", text, value=sum(map(seen.follows, seen.living)))
+    text = "Addresses and domains that have moved, by the server that answers for them"
+    moved = GaugeMetricFamily("smtpdup_moved_mailboxes", text, labels=["destination"])
+    for name, number in seen.moves.servers.items() if seen.moves else ():
+        moved.add_metric([name], number)
+    yield moved
+    text = "The generation of the map of who has moved; 0: nobody ever has"
+    yield GaugeMetricFamily("smtpdup_moved_generation", text, value=seen.moves.generation if seen.moves else 0)
+    text = "Relay processes, over all hosts, that go by who has moved as Redis has it"
+    yield GaugeMetricFamily("smtpdup_moved_followers", text, value=sum(map(seen.goes_by_moves, seen.living)))

@@ -109,7 +109,7 @@ def _csv(
         except StopIteration:
             return
         except csv.Error as error:
-            faults.append(f"line {header + 1 + reader.line_num}: no CSV: {error}")
+            faults.append(f"line {header + 1 + reader.line_num}: no CSV: {error}; what follows is not read")
             return
         line = header + 1 + reader.line_num
         if not any(field.strip() for field in fields) or fields[0].lstrip().startswith("#"):

@@ -19,6 +19,7 @@ from relay.ledger import audit, changes, keys
 from relay.ledger.audit import Act
 from relay.topology import heartbeats
 from relay.topology.heartbeats import Heartbeat
+from relay.topology.moved import MapState
 from relay.topology.state import Decision, Intent, Topology, Unreadable
 
 
@@ -30,7 +31,7 @@ class Overtaken(Exception):
 class View:
     """What stands in Redis: the decision that holds, what is being prepared, and the relay processes.
 
-    ``nonsense`` says why what stands there as topology is none.
+    ``nonsense`` says why what stands there as topology is none. ``moves`` is the state of the map of who has moved.
     """
 
     topology: Topology | None
@@ -38,6 +39,8 @@ class View:
     beats: tuple[Heartbeat, ...]
     now: float
     nonsense: str = ""
+    moves: MapState | None = None
+    nonsense_of_moves: str = ""
 
     @property
     def epoch(self) -> int:
@@ -56,6 +59,15 @@ class View:
     def dead(self) -> list[Heartbeat]:
         return [beat for beat in self.beats if not beat.is_alive]
 
+    @property
+    def moved(self) -> int:
+        """The number of entries in the map of who has moved."""
+        return self.moves.count if self.moves else 0
+
+    def goes_by_moves(self, beat: Heartbeat) -> bool:
+        """Say whether a process goes by who has moved as it stands in Redis."""
+        return not beat.moved_trouble and (beat.moved or 0) == (self.moves.generation if self.moves else 0)
+
     def follows(self, beat: Heartbeat) -> bool:
         """Say whether a process does what was decided."""
         if self.topology is None:
@@ -69,9 +81,11 @@ def view(connection: Redis) -> View:
     with connection.pipeline(transaction=True) as pipe:
         pipe.get(keys.TOPOLOGY)
         pipe.get(keys.INTENT)
-        decided, intent = pipe.execute(raise_on_error=False)
+        pipe.get(keys.MOVES_STATE)
+        decided, intent, moves = pipe.execute(raise_on_error=False)
     found, nonsense = _topology(decided)
-    return View(found, _intent(intent), tuple(heartbeats.read(connection)), changes.now(connection), nonsense)
+    beats, now = tuple(heartbeats.read(connection)), changes.now(connection)
+    return View(found, _intent(intent), beats, now, nonsense, *MapState.read(moves))
 
 
 def topology(connection: Redis) -> tuple[Topology | None, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from relay.mail.ids import is_destination_name
@@ -20,6 +20,7 @@ from relay.topology.state import Unreadable, count, text
 _LONGEST_ENTRY = 4 << 10  # octets of a stored form
 _LONGEST_KEY = 1 << 10
 _LONGEST_STATE = 4 << 10
+MOVE, MOVE_BACK, REPAIR = "move", "move --back", "move --repair"  # as the audit calls them
 NOTE = 200  # characters of an operator's words
 
 
@@ -60,6 +61,7 @@ Changes = Mapping[str, MovedEntry | None]  # key -> its new entry, None where it
 class MapState:
     """What generation the map has, how many entries, since when and by whom; generation 0: nobody has ever moved.
 
+    ``servers`` says how many entries name each server, as far as they make sense.
     ``id`` is the generation's own, ``lineage`` that of all which follow from one first. A generation from ``whole`` on
     follows from the ones before it; one with a lower generation than that is replaced by it, whatever it was.
     """
@@ -71,9 +73,22 @@ class MapState:
     count: int = 0
     at: float = 0.0
     by: str = ""
+    servers: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, data: Any) -> tuple[MapState | None, str]:
+        """Read what was found as the state: None before the first move, or why it is none."""
+        if data is None or data == "":
+            return None, ""
+        if not isinstance(data, bytes | str):
+            return None, "another type of key stands there"
+        try:
+            return cls.from_json(data), ""
+        except Unreadable as error:
+            return None, str(error)
 
     @classmethod
     def from_json(cls, data: bytes | str) -> MapState:
@@ -96,6 +111,7 @@ class MapState:
             count=count(found["count"]),
             at=number(found["at"]),
             by=text(found["by"]),
+            servers={name: count(n) for name, n in found["servers"].items() if is_destination_name(name)},
         )
         if not made.generation or not made.id or made.whole > made.generation:
             raise ValueError("no generation")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -46,19 +47,7 @@ class Forked(Exception):
 
 def state(connection: Any) -> tuple[MapState | None, str]:
     """Return the state of the map, None before the first move, or why what stands there is none."""
-    return state_of(_get(connection, keys.MOVES_STATE))
-
-
-def state_of(data: Any) -> tuple[MapState | None, str]:
-    """Read what was found as the state."""
-    if data is None or data == "":
-        return None, ""
-    if not isinstance(data, bytes | str):
-        return None, "another type of key stands there"
-    try:
-        return MapState.from_json(data), ""
-    except Unreadable as error:
-        return None, str(error)
+    return MapState.read(_get(connection, keys.MOVES_STATE))
 
 
 def objection(held: MapState, found: MapState | None, nonsense: str) -> str:
@@ -115,14 +104,6 @@ def everything(connection: Any) -> Iterator[tuple[str, MovedEntry]]:
     """Yield all entries that make sense, by key; see ``pages``."""
     for found, _ in pages(connection):
         yield from found.items()
-
-
-def servers(connection: Any) -> dict[str, int]:
-    """Return how many entries name each server."""
-    found: dict[str, int] = {}
-    for _, entry in everything(connection):
-        found[entry.server] = found.get(entry.server, 0) + 1
-    return found
 
 
 def size(connection: Any) -> int:
@@ -186,11 +167,7 @@ def commit(
                 if not left:
                     return before or _NOTHING, taken
                 now = changes.now(connection)
-                there = found.keys() | damaged.keys()
-                count = (before.count if before else 0) + sum(
-                    (entry is not None) - (key in there) for key, entry in left.items()
-                )
-                made = _next(before, known, count, now, act.who)
+                made = _next(before, known, now, act.who, _recounted(before, left, found, damaged))
                 left = {key: entry and entry._replace(at=now) for key, entry in left.items()}
                 pipe.multi()
                 _write(pipe, left)
@@ -212,7 +189,7 @@ def repair(connection: Redis, held: MapState, kept: Iterable[tuple[str, MovedEnt
     with connection.pipeline(transaction=True) as pipe:
         try:
             pipe.watch(keys.MOVES_STATE, keys.MOVES)  # type: ignore[no-untyped-call]
-            before, _ = state_of(_get(pipe, keys.MOVES_STATE))
+            before, _ = MapState.read(_get(pipe, keys.MOVES_STATE))
             later: dict[str, MovedEntry] = {}
             if size(pipe) > 0:
                 for found, _ in pages(pipe):
@@ -222,13 +199,15 @@ def repair(connection: Redis, held: MapState, kept: Iterable[tuple[str, MovedEnt
             pipe.multi()
             pipe.delete(keys.MOVES, keys.MOVES_LOG)
             names: set[str] = set()
+            tally = Counter(entry.server for entry in later.values())
             rest = iter(kept)
             while some := {key: entry for key, entry in islice(rest, _AT_ONCE) if key not in later}:
                 _write(pipe, some)
                 names |= some.keys()
+                tally.update(entry.server for entry in some.values())
             _write(pipe, later)
             count, lineage = len(names | later.keys()), held.lineage or secrets.token_hex(4)
-            made = MapState(generation, secrets.token_hex(8), lineage, generation, count, now, act.who)
+            made = MapState(generation, secrets.token_hex(8), lineage, generation, count, now, act.who, dict(tally))
             pipe.set(keys.MOVES_STATE, made.to_json())
             audit.add(pipe, act)
             pipe.execute()
@@ -267,7 +246,7 @@ def follow(
 
 def _as_known(pipe: Any, known: int) -> MapState | None:
     """Return the state that stands there, None before the first move. Raises Lost."""
-    found, nonsense = state_of(_get(pipe, keys.MOVES_STATE))
+    found, nonsense = MapState.read(_get(pipe, keys.MOVES_STATE))
     there = size(pipe)
     if nonsense:
         raise Lost(f"what Redis holds as the state of who has moved makes no sense: {nonsense}")
@@ -281,10 +260,24 @@ def _as_known(pipe: Any, known: int) -> MapState | None:
     return found
 
 
-def _next(before: MapState | None, known: int, count: int, now: float, by: str) -> MapState:
+def _next(before: MapState | None, known: int, now: float, by: str, counts: tuple[int, Mapping[str, int]]) -> MapState:
     generation = max(known, before.generation if before else 0) + 1
     lineage, whole = (before.lineage, before.whole) if before else (secrets.token_hex(4), generation)
-    return MapState(generation, secrets.token_hex(8), lineage, whole, count, now, by)
+    return MapState(generation, secrets.token_hex(8), lineage, whole, counts[0], now, by, counts[1])
+
+
+def _recounted(
+    before: MapState | None, wanted: Changes, found: Mapping[str, MovedEntry], damaged: Mapping[str, str]
+) -> tuple[int, dict[str, int]]:
+    """Return how many entries there are after a change, and how many name each server."""
+    count, tally = (before.count, Counter(before.servers)) if before else (0, Counter())
+    for key, entry in wanted.items():
+        count += (entry is not None) - (key in found or key in damaged)
+        if key in found:
+            tally[found[key].server] -= 1
+        if entry is not None:
+            tally[entry.server] += 1
+    return count, dict(+tally)
 
 
 def _write(pipe: Any, wanted: Changes) -> None:

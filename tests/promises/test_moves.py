@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from support.dialogue import Unexpected
 from support.product import Product
+from support.redis_servers import RedisServer
 from support.scripted_server import ScriptedServer
+from support.waiting import wait_until
 
 Make = Callable[..., Product]
 Servers = dict[str, ScriptedServer]
@@ -27,6 +32,15 @@ def migration(product: Make, servers: Servers, **settings: str) -> Product:
         backups=[f"new={servers['new'].address}"],
         settings={**QUICK, **{key.replace("__", "."): value for key, value in settings.items()}},
     )
+
+
+def greets(relay: Product) -> bool:
+    try:
+        with relay.dialogue() as client:
+            client.quit()
+    except (OSError, Unexpected):
+        return False
+    return True
 
 
 def answered(relay: Product) -> dict[str, str]:
@@ -51,6 +65,15 @@ def test_a_mailbox_moves_and_moves_back(product: Make, servers: Servers) -> None
         client.say("RCPT TO:<otto@a.example>", "452 4.5.3 Recipient is on another server, send it by itself")
         client.say("DATA", 354)
         client.say("Subject: 3\r\n\r\n3\r\n.", 250)
+    (row,) = relay.json("route", "anna+x@a.example")
+    assert (row["route"], row["primary"], row["backups"]) == ("moved", "new", ["old"])
+    assert "anna@a.example was moved by" in row["why"]
+    assert row["why"].endswith(": pilot; else old, since no route matches: the default one")
+    assert relay.json("moved", "show", "anna+x@a.example")[0]["entry"] == "anna@a.example"
+    assert relay.json("topology")[0]["moved"] == {"generation": 1, "servers": {"new": 1}, "trouble": ""}
+    assert relay.metric("smtpdup_moved_mailboxes", destination="new") == 1
+    assert relay.metric("smtpdup_moved_followers") == 2
+    assert "1 at new (generation 1), 2 relay processes follow" in relay.run("check").stdout
     relay.json("move", "anna@a.example", "--back", "--yes")
     relay.send("back@example.org", "anna@a.example", data=b"Subject: 4\r\n\r\n4\r\n")
     everything = [
@@ -66,6 +89,90 @@ def test_a_mailbox_moves_and_moves_back(product: Make, servers: Servers) -> None
     found = answered(relay)
     assert (found["moved@example.org"], found["other@example.org"], found["both@example.org"]) == ("new", "old", "new")
     assert found["back@example.org"] in {"", "old"}
+    (row,) = relay.json("route", "anna@a.example")
+    assert (row["route"], row["primary"], row["backups"]) == ("default", "old", ["new"])
     acts = relay.json("audit")
     assert [act["command"] for act in acts] == ["move --back", "move"]
     assert acts[1]["details"]["addresses"] == "anna@a.example"
+
+
+def test_a_batch_moves_whom_it_can_and_says_who_is_left(product: Make, servers: Servers, tmp_path: Path) -> None:
+    """Faulty lines, a mailbox that the new server refused, one without an address: listed with the reason; exit 1."""
+    servers["new"].replies["RCPT TO:<berta@"] = "550 5.1.1 no such mailbox"
+    servers["new"].replies["RCPT TO:<carl@"] = "450 4.2.0 greylisted"
+    relay = migration(product, servers, retry__first="5", retry__longest="10")
+    relay.send("s@example.org", "anna@a.example", "berta@a.example", "carl@a.example")
+    wait_until(lambda: relay.summary("new")["failed"] == 1 and relay.summary("new")["retrying"] == 1)
+    file = tmp_path / "batch.csv"
+    file.write_text(
+        "email,server\nanna@a.example,\nBERTA@a.example,new\ncarl@a.example,new\n@b.example,new\nx y@a.example,\n"
+        'dora@a.example,old\npostmaster,\n"""quoted x""@a.example",\nd\u00f6ra@b\u00fccher.example,\n'
+    )
+    dry = relay.run("move", "--file", str(file), "--to", "new", "--dry-run")
+    assert dry.returncode == 1
+    assert relay.run("move", "--file", str(file), "--to", "new").returncode == 2, "nobody to ask"
+    assert relay.json("moved") == []
+    done = relay.run("move", "--file", str(file), "--to", "new", "--yes", "--json")
+    assert done.returncode == 1, done.stdout + done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    kept = {row["address"]: row["why"] for row in rows if row["kind"] == "not moved"}
+    assert list(kept) == [
+        "line 6: x y@a.example", "line 8: postmaster", "line 3: berta@a.example", "line 4: carl@a.example",
+        "line 7: dora@a.example",
+    ]  # fmt: skip
+    assert kept["line 3: berta@a.example"] == "1 copy failed at new: 550 5.1.1 no such mailbox"
+    assert kept["line 4: carl@a.example"].startswith("1 copy waits for new, the oldest for ")
+    moved = [row["address"] for row in relay.json("moved", "list", "--server", "new")]
+    assert moved == ["@b.example", "anna@a.example", "d\u00f6ra@xn--bcher-kva.example", "quoted x@a.example"]
+    assert next(row for row in rows if row["kind"] == "moved")["generation"] == 1, "all in one"
+    again = relay.run("move", "anna@a.example", "--to", "new", "--yes")
+    assert (again.returncode, relay.json("topology")[0]["moved"]["generation"]) == (0, 1)
+    assert relay.run("move", "berta@a.example", "--to", "new", "--force", "--yes").returncode == 2, "a note is wanted"
+    forced = relay.run("move", "berta@a.example", "--to", "new", "--force", "--yes", "--note", "hers is made today")
+    assert forced.returncode == 0, forced.stdout + forced.stderr
+    assert relay.run("move", "x@a.example", "--to", "knew", "--yes").returncode == 2
+    assert relay.run("move", "someone@b.example", "--back", "--yes").returncode == 1, "its domain has moved"
+    for address, primary in (
+        ("any+t@B.example", "new"), ("any@sub.b.example", "old"), ("dora@a.example", "old"), ("postmaster", "old"),
+        ('"quoted x"@a.example', "new"), ("d\u00f6ra+x@b\u00fccher.example", "new"), ("Berta+1@A.EXAMPLE", "new"),
+    ):  # fmt: skip
+        assert relay.json("route", address)[0]["primary"] == primary, address
+
+
+def test_redis_away_and_redis_emptied(
+    product: Make, servers: Servers, redis_factory: Callable[..., RedisServer]
+) -> None:
+    """The last map holds, also over a restart, and move says 3; an emptied Redis moves nobody, and move repairs it."""
+    server = redis_factory()
+    relay = product(
+        primary=f"old={servers['old'].address}",
+        backups=[f"new={servers['new'].address}"],
+        redis_url=server.url,
+        settings={**QUICK, "smtp.processes": "2"},
+    )
+    relay.json("move", "anna@a.example", "bert@a.example", "--to", "new", "--yes")
+    server.stop()
+    relay.send("away@example.org", "anna@a.example", data=b"Subject: 1\r\n\r\n1\r\n")
+    assert relay.run("move", "anna@a.example", "--back", "--yes").returncode == 3
+    assert relay.stop() == 0
+    relay.start(wait=False)
+    wait_until(lambda: greets(relay), message=lambda: relay.log[-4000:])
+    relay.send("restarted@example.org", "anna@a.example", data=b"Subject: 2\r\n\r\n2\r\n")
+    assert {answered(relay)[f"{word}@example.org"] for word in ("away", "restarted")} == {"new"}
+
+    server.start()
+    relay.wait_ready()
+    with server.client() as client:
+        client.flushall()
+    wait_until(lambda: relay.run("topology").returncode == 1)
+    assert "it keeps generation 1 of who has moved: Redis has lost it" in relay.run("topology").stdout
+    assert "move --repair" in relay.get("/readyz")[1]
+    relay.send("emptied@example.org", "anna@a.example", data=b"Subject: 3\r\n\r\n3\r\n")
+    assert answered(relay)["emptied@example.org"] == "new"
+    assert relay.run("moved", "export", "--format", "postfix").returncode == 1, "an empty map would send them back"
+    done = relay.run("move", "carl@a.example", "--to", "new", "--yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Put back 2 entries, generation 2." in done.stdout
+    assert [row["address"] for row in relay.json("moved")] == [f"{who}@a.example" for who in ("anna", "bert", "carl")]
+    assert relay.run("topology").returncode == 0
+    assert relay.run("move", "--repair", "--yes").returncode == 0, "nothing is lost"
