@@ -16,6 +16,7 @@ POINTS = frozenset(
         "before staging",
         "staged",
         "dot sent",
+        "leg answered",
         "primary answered",
         "released",
         "job fetched",

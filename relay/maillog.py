@@ -90,6 +90,17 @@ def primary_back(server: str, seconds: float) -> None:
     _event("INFO", "primary back", server=server, after=f"{seconds:.0f}s")
 
 
+def split_refused(envelope: Envelope, server: str, copy: str, recipients: int, reply: Reply) -> None:
+    """A primary refused for good what others took of one message: its client has heard 250, and nobody bounces."""
+    _event("ERROR", "split refused", id=envelope.id, server=server, copy=copy, recipients=recipients, reply=reply.text)
+
+
+def split_copied(envelope: Envelope, server: str, copy: str, recipients: int, reply: Reply | None) -> None:
+    """A primary did not take now what others took of one message: it gets a copy. Without a reply it may repeat."""
+    said = reply.text if reply is not None else "no reply to the dot: the copy may repeat it"
+    _event("WARNING", "split copied", id=envelope.id, server=server, copy=copy, recipients=recipients, reply=said)
+
+
 def refused(envelope: Envelope, reply: Reply) -> None:
     """The primary refused the message at its end; nothing is copied."""
     _event(

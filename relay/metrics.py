@@ -64,6 +64,11 @@ split = Counter(
     "Recipients that need another primary than the others of their message, by what is done",
     ["how"],
 )
+split_refused = Counter(
+    "smtpdup_split_refused_total",
+    "Parts of accepted messages that a primary refused for good at the end, while another took its own",
+    ["server"],
+)
 route_messages = Counter(
     "smtpdup_route_messages_total",
     "Messages accepted by a route, and by the server that took them",

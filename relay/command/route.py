@@ -47,7 +47,7 @@ def show(settings: Settings, out: Output, *, address: str, sender: str, client: 
         raise Trouble(str(error)) from error
     answered = decision.servers[0]
     by_name = {server.name: server for server in settings.named}
-    copies = list(owed([decision], answered, backups))
+    copies = list(owed([decision], [answered], backups))
     row: dict[str, Any] = {
         "address": address,
         "route": decision.route.name,

@@ -319,8 +319,9 @@ class Settings:
         """Every server that may get copies: the backups, and whom a route owes some."""
         if not self.route_table:
             return self.backups
+        forks = any(route.split == "fork" for route in self.route_table)  # then any may get a part as a copy
         wanted = {name for route in self.route_table for name in route.copied}
-        wanted -= {backup.name for backup in self.backups}
+        wanted = ({s.name for s in self.named} if forks else wanted) - {backup.name for backup in self.backups}
         others = (*([self.demoted] if self.demoted else []), *self.servers)
         return (*self.backups, *(server for server in others if server.name in wanted))
 

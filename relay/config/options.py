@@ -313,8 +313,7 @@ BACKUP_FIELDS: tuple[Option, ...] = (
     Option("tls_certificate", TEXT, "", "", "PEM file of the client certificate, for a server that requests one."),
     Option("tls_key", TEXT, "", "", "PEM file of its key. Default: the certificate's file."),
     Option("password_from", TEXT, "", "", "env:NAME or file:/path instead of a password in the URL."),
-    Option("dns", DNS_SERVER, "", "",
-           "With mx:example.com as the url, the DNS server to ask, address:port. Empty: those of /etc/resolv.conf."),
+    Option("dns", DNS_SERVER, "", "", "With mx:example.com, the DNS server to ask, address:port. Empty: the system's."),
 )
 
 # Fields of [[route]]: name, an example as TOML has it, what it means.
@@ -333,7 +332,8 @@ ROUTE_FIELDS: tuple[tuple[str, str, str], ...] = (
     ("copies", '"others"',
      "backups: to those named above. others: also to all servers of this route but the one that has answered."),
     ("split", '"defer"',
-     "Recipients that need another primary than the first one of their message get 452, to be sent by themselves."),
+     ("Of a message whose recipients need different primaries. defer: the others than the first get 452, to be sent by "
+      "themselves. fork: each goes to its own at once, and what one refuses at the end the client does not hear.")),
     ("stick", '"recipient"', "With weights, what decides who answers: recipient, sender, client or message."),
     ("return_after", '"5m"', "How long a server that was away must be back before it is used again, beside another."),
 )

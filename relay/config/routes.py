@@ -23,7 +23,7 @@ DEFAULT_ROUTE = "default"  # what no route matches: relay.destination_primary, o
 RETURN_AFTER = 300.0
 MATCH_FIELDS = ("recipients", "senders", "clients", "listen")
 _FILE = "file:"
-_COPIES, _SPLIT = choice("backups", "others"), choice("defer")
+_COPIES, _SPLIT = choice("backups", "others"), choice("defer", "fork")
 _STICK = choice("recipient", "sender", "client", "message")
 _EXPECTED_SERVERS = "a server, a list of servers in order, or weights such as {a = 3, b = 1}"
 

@@ -16,6 +16,10 @@ DEFERRED = (
     "recipients of one message that need another primary than its first one get 452 and come by themselves: with "
     "Postfix in front after minutes, unless its transport has recipient_limit = 1 or splits by port (docs/routes.md)"
 )
+FORKED = (
+    "a message for recipients of several primaries goes to each at once; where one refuses it at its end and another "
+    "takes it, the client hears 250: a 4xx there becomes a copy, a 5xx is in the failed list, and nobody bounces"
+)
 
 
 def about_routes(settings: Settings) -> Iterator[ProbeResult]:
@@ -29,8 +33,9 @@ def about_routes(settings: Settings) -> Iterator[ProbeResult]:
         changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(table.note.changed))
         to = f", for {', '.join(table.note.servers)}" if table.note.servers else ""
         yield ProbeResult(f"{SUBJECT}{source}", True, f"{table.note.keys} keys{to}, of {changed}")
-    if waiting := [route.name for route in settings.route_table if _decides_by_recipient(route)]:
-        yield ProbeResult("routes", True, f"{', '.join(waiting)}: {DEFERRED}")
+    for split, text in (("defer", DEFERRED), ("fork", FORKED)):
+        if names := [r.name for r in settings.route_table if _decides_by_recipient(r) and r.split == split]:
+            yield ProbeResult("routes", True, f"{', '.join(names)}: {text}")
 
 
 def _decides_by_recipient(route: Route) -> bool:

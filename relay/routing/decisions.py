@@ -74,6 +74,7 @@ class Router:
         found = [name for route, finder in self._routes for name in (*route.answering, *self.known(finder.servers))]
         self.moved_to = self.known(tuple(moved.servers))
         found += self.moved_to
+        self.redundant = frozenset(n for route in routes if len(route.answering) > 1 for n in route.answering)
         self.primaries = tuple(dict.fromkeys(found))  # who may answer, besides whoever does by default
 
     def with_routes(self, routes: Sequence[Route]) -> Router:
@@ -236,14 +237,16 @@ def by_weight(servers: tuple[str, ...], weights: tuple[float, ...], key: str) ->
     return tuple(name for _, name in sorted(scores, reverse=True))
 
 
-def owed(decisions: Sequence[RouteDecision], answered: str, default_backups: Sequence[str]) -> dict[str, list[int]]:
+def owed(
+    decisions: Sequence[RouteDecision], answered: Sequence[str], default_backups: Sequence[str]
+) -> dict[str, list[int]]:
     """Return who is owed a copy of a message, and for which of its recipients, by index.
 
-    ``decisions`` are those for its recipients, ``answered`` is the server that takes it as the primary.
+    ``decisions`` are those for its recipients, ``answered`` the servers that take it for each as the primary.
     """
     found: dict[str, list[int]] = {}
     for index, decision in enumerate(decisions):
         for name in decision.copied(default_backups):
-            if name != answered:
+            if name != answered[index]:
                 found.setdefault(name, []).append(index)
     return found

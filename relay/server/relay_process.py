@@ -153,6 +153,7 @@ class _Relay:
         )
         self._follower.serve(self._shared)
         self._tables = Tables(settings)
+        self._watching: asyncio.Task[None] | None = None  # over the servers of the fleet
         self._fleet: Fleet | None = None  # that of the context, or of one who may become it again
         self._serves = False  # by the routes
         self._moved = MovedFollower(settings, self._pulse, self._jobs, self._take_map)
@@ -253,6 +254,7 @@ class _Relay:
         if self._fleet is None:
             copied = (server for named in settings.named if (server := as_copied(settings, named.name)))
             self._fleet = Fleet(router, settings.named, copied, self._primary)
+            self._watching = asyncio.get_running_loop().create_task(_for_ever(self._fleet.watch))
         self._fleet.router = router
         self._shared.fleet = self._fleet
 
@@ -263,6 +265,8 @@ class _Relay:
 
     async def _end_routes(self, looking: asyncio.Task[None]) -> None:
         await _end(looking)
+        if self._watching is not None:
+            await _end(self._watching)
         if self._fleet is not None:
             await self._fleet.close()
 

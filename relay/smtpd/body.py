@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import re
+from typing import TYPE_CHECKING
 
 from relay.config.model import SmtpSettings
 from relay.mail import headers
 from relay.mail.reply import Reply
 from relay.smtpd.end_of_data import Pace
 from relay.smtpd.line_endings import LineEnds, LongestLine, Stuffing
-from relay.smtpd.primary_transaction import PrimaryTransaction
 from relay.smtpd.shared_counters import ProcessCounters
+
+if TYPE_CHECKING:
+    from relay.smtpd.fork import OpenTransaction
 
 FULL = Reply.of(452, "4.3.1 Too much mail at once, try again later")
 TOO_LARGE = Reply.of(552, "5.3.4 Message is larger than this relay takes")
@@ -59,7 +62,7 @@ class IncomingBody:
         self,
         settings: SmtpSettings,
         counters: ProcessCounters,
-        transaction: PrimaryTransaction,
+        transaction: OpenTransaction,
         trace: bytes,
         *,
         stuffed: bool,

@@ -8,6 +8,7 @@ primary's reply stands and the lost copies are logged, unless the settings requi
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
 from prometheus_client import Counter
 
@@ -22,11 +23,14 @@ from relay.smtpd.body import LARGE, IncomingBody
 from relay.smtpd.context import Context
 from relay.smtpd.error_limits import ErrorLimits
 from relay.smtpd.open_envelope import OpenEnvelope
-from relay.smtpd.primary_transaction import NoReply, PrimaryTransaction
+from relay.smtpd.primary_transaction import NoReply
 from relay.smtpd.protocol import ClientProtocol
 from relay.smtpd.staging import NotDurable
 from relay.smtpd.transaction_report import TransactionReport
 from relay.trace import events
+
+if TYPE_CHECKING:
+    from relay.smtpd.fork import OpenTransaction
 
 _NOT_DURABLE = Reply.of(451, "4.3.1 The copy cannot be stored at the moment, try again later")
 _NO_ANSWER = Reply.of(451, "4.4.2 The primary server did not answer, try again later")
@@ -94,7 +98,7 @@ class FinalDot:
         return await asyncio.to_thread(headers.equality_digest, sender, body, named)
 
     async def _finish(
-        self, transaction: PrimaryTransaction, envelope: Envelope, primary: str, digest: str, *, staged: bool
+        self, transaction: OpenTransaction, envelope: Envelope, primary: str, digest: str, *, staged: bool
     ) -> Reply:
         """Send the held dot; release, discard or hold the copies by the primary's reply, and return that reply."""
         staging, replies = self._context.staging, self._report.replies

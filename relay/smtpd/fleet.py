@@ -8,6 +8,7 @@ is its word, and goes to the client. So no message is at two primaries by a fail
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from relay import maillog, metrics
@@ -17,12 +18,16 @@ from relay.config.routes import Route
 from relay.mail.destination import Destination
 from relay.mail.origin import Identity
 from relay.mail.reply import Reply
+from relay.mail.timeouts import MAIL_SECONDS
 from relay.routing.decisions import RouteDecision, Router
 from relay.smtpd import primary_transaction
-from relay.smtpd.availability import Availability
+from relay.smtpd.availability import QUIET_SECONDS, Availability
 from relay.smtpd.primary import SAFE_MINIMUM, Build, Primary
+from relay.smtpd.primary_replies import NOT_AVAILABLE
 from relay.smtpd.primary_transaction import PrimaryTransaction, Unusable
 from relay.smtpd.snapshot import Snapshot
+
+_FOR_MAIL = 2  # times as long as for a connection, for the reply to MAIL: it may take look-ups
 
 
 class Fleet:
@@ -124,14 +129,20 @@ class Fleet:
             primary = self.primary(decision.servers[0], snapshot)
             return *await primary_transaction.begin(primary, build(primary), identity), primary
         tried: list[tuple[str, str]] = []  # who could not be used, and why
-        order = self._order(decision)
+        order, until = self._order(decision), time.monotonic() + MAIL_SECONDS
+        are_down = all(name in self.down for name in decision.servers)
         while True:
             name = order.pop(0)
             primary = self.primary(name, snapshot)
             standing = self._availability(name, primary)
-            standing.begins()
             try:
-                transaction, reply = await primary_transaction.begin(primary, build(primary), identity, or_raise=True)
+                with standing.tried():
+                    if order or are_down:
+                        transaction, reply = await _in_time(standing, primary, build(primary), identity, until)
+                    else:
+                        transaction, reply = await primary_transaction.begin(
+                            primary, build(primary), identity, or_raise=True, until=until
+                        )
             except Unusable as trouble:
                 if not trouble.is_ours:
                     standing.fails(trouble.reason)
@@ -142,15 +153,13 @@ class Fleet:
                 standing.answers()
                 self._tell(decision, name, dict(tried))
                 return transaction, reply, primary
-            finally:
-                standing.ends()
 
     def first(self, decision: RouteDecision) -> str:
         """Return who would be tried first now."""
         return self._order(decision)[0] if len(decision.servers) > 1 else decision.servers[0]
 
     def _order(self, decision: RouteDecision) -> list[str]:
-        """Return whom to try, one after the other; where nobody can be used, the one that comes first."""
+        """Return whom to try, one after the other; where nobody can be used, all of them."""
         after = decision.route.return_after
         ready, returning = [], []
         for name in decision.servers:
@@ -159,7 +168,7 @@ class Fleet:
                 ready.append(name)
             elif standing.is_back:
                 returning.append(name)
-        return ready + returning or [decision.servers[0]]
+        return ready + returning or list(decision.servers)
 
     def _tell(self, decision: RouteDecision, name: str, tried: Mapping[str, str]) -> None:
         """Log a failover, once a turn."""
@@ -173,11 +182,48 @@ class Fleet:
                 metrics.failovers.labels(former, name).inc()
                 maillog.failover(decision.route.name, former, name, standing.reason or tried.get(former, ""))
 
+    async def watch(self) -> None:
+        """Look again and again at the servers that are not alone, and of which nothing has been heard for a while."""
+        while True:
+            await asyncio.sleep(QUIET_SECONDS / 2)
+            names = {*self.router.redundant, *self._standing}
+            await asyncio.gather(*(self._look(name) for name in names))
+
+    async def _look(self, name: str) -> None:
+        primary = self._own(name)
+        await self._availability(name, primary).look(primary.timeouts.connect)
+
     async def close(self) -> None:
         """Close all connections."""
         for standing in self._standing.values():
             standing.close()
         await asyncio.gather(*(primary.pool.close() for primary in self._primaries.values()))
+
+
+async def _in_time(
+    standing: Availability, primary: Primary, build: Build, identity: Identity, until: float
+) -> tuple[PrimaryTransaction | None, Reply]:
+    """Begin at a server that others can stand in for: it gets a shorter time. Raises Unusable.
+
+    As long for a connection as a dead host does, or longer where it has taken longer before; and twice that for MAIL.
+    """
+    patience, stage = standing.patience(primary.timeouts.connect), "connect"
+
+    async def work(limit: asyncio.Timeout) -> tuple[PrimaryTransaction | None, Reply]:
+        def connected(extensions: Mapping[str, str]) -> Sequence[bytes]:
+            nonlocal stage
+            stage = "MAIL"
+            limit.reschedule(asyncio.get_running_loop().time() + _FOR_MAIL * patience)
+            return build(extensions)
+
+        return await primary_transaction.begin(primary, connected, identity, or_raise=True, until=until)
+
+    try:
+        return await standing.wait_for(work, patience)
+    except TimeoutError:
+        reason = standing.reason or f"{stage}: no answer in time"
+        primary.trouble(stage, TimeoutError(reason))
+        raise Unusable(NOT_AVAILABLE, reason) from None
 
 
 def in_common(announced: Sequence[Mapping[str, str]]) -> Mapping[str, str]:

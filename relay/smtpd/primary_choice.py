@@ -2,7 +2,8 @@
 
 Without routes the primary is the one of all mail. With routes it is chosen at MAIL where the recipient does not matter
 for that, else at the first recipient; it stays for the whole transaction. Recipients who need another are put off with
-452, to be sent by themselves. Both choices are asked the same; each keeps the snapshot of the roles until ``end``.
+452, to be sent by themselves, unless a route has the message forked (fork.py). Both choices are asked the same; each
+keeps the snapshot of the roles until ``end``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Awaitable, Sequence
 
-from relay import maillog, metrics
+from relay import maillog
 from relay.mail.origin import Identity
 from relay.mail.recipient import Recipient
 from relay.mail.reply import Reply
@@ -21,7 +22,8 @@ from relay.smtpd.primary import Build, Primary
 from relay.smtpd.primary_transaction import PrimaryTransaction
 from relay.smtpd.snapshot import Snapshot
 
-_ELSEWHERE = Reply.of(452, "4.5.3 Recipient is on another server, send it by itself")
+ELSEWHERE = Reply.of(452, "4.5.3 Recipient is on another server, send it by itself")
+FORK = "fork"
 _NO_TABLE = Reply.of(451, "4.3.0 The table of routes cannot be read, try again later")
 
 Promised = tuple[tuple[str, tuple[int, ...]], ...]
@@ -42,7 +44,7 @@ class OnePrimary:
         """Begin the transaction; returns as primary_transaction.begin."""
         return primary_transaction.begin(self.primary, build, identity)
 
-    def objection(self, recipient: Recipient, *, counted: bool = False) -> Reply | None:
+    def objection(self, recipient: Recipient) -> Reply | None:
         """Return None: every recipient may be in this transaction."""
         return None
 
@@ -75,6 +77,8 @@ class PrimaryByRoute:
         self._chosen: RouteDecision | None = None  # whose primary this transaction has, or is about to have
         self._refusals: dict[tuple[str, ...], Reply] = {}  # what MAIL got, by who was to answer
         self.primary = snapshot.primary
+        self.answered: list[str] | None = None  # of a message that forks: the server of each recipient
+        self._may_fork = False  # a route of its recipients says so
         snapshot.take()
 
     @property
@@ -98,14 +102,14 @@ class PrimaryByRoute:
             self.primary = primary
             return build
 
-        self._chosen = decision
+        self._chosen, self._may_fork = decision, decision.route.split == FORK
         transaction, reply, _ = await self._fleet.begin(decision, self._snapshot, of, identity)
         if transaction is None:
             self._chosen = None
             self._refusals[decision.servers] = reply
         return transaction, reply
 
-    def objection(self, recipient: Recipient, *, counted: bool = False) -> Reply | None:
+    def objection(self, recipient: Recipient) -> Reply | None:
         """Return the reply for a recipient who needs another primary, None where this one is right."""
         chosen = self._chosen
         if self._settled is not None or chosen is None:
@@ -114,11 +118,44 @@ class PrimaryByRoute:
             found = self._plan.decide(recipient.address)
         except OSError as error:
             return _unreadable(error)
+        if self.answered is not None:  # each recipient has to be sent to its own
+            return ELSEWHERE
         if found.servers == chosen.servers or self._fleet.first(found) == self.primary.destination.name:
+            self._may_fork |= found.route.split == FORK
             return None
-        if counted:
-            metrics.split.labels("defer").inc()
-        return _ELSEWHERE
+        return ELSEWHERE
+
+    def beside(self, recipient: Recipient) -> RouteDecision | None:
+        """Return the decision for a recipient who needs another primary, if a route of this message wants it to fork.
+
+        Not with LMTP, where the dot has a reply for each recipient.
+        """
+        found = self._plan.decide(recipient.address)  # can be read: there was an objection to this recipient
+        self._may_fork |= found.route.split == FORK
+        primaries = [self.primary, *(self._fleet.primary(name, self._snapshot) for name in found.servers)]
+        if not self._may_fork or any(primary.most_recipients == 1 for primary in primaries):
+            return None
+        return found
+
+    def first(self, decision: RouteDecision) -> str:
+        """Return who would be tried first now."""
+        return self._fleet.first(decision)
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """The servers among which the primary was chosen."""
+        return self._chosen.servers if self._chosen is not None else ()
+
+    async def begin_at(
+        self, decision: RouteDecision, build: Build, identity: Identity
+    ) -> tuple[PrimaryTransaction | None, Reply, str]:
+        """Begin another transaction, beside the first; returns as Fleet.begin, with the name of who has answered."""
+        if (refused := self._refusals.get(decision.servers)) is not None:
+            return None, refused, ""
+        transaction, reply, primary = await self._fleet.begin(decision, self._snapshot, lambda _: build, identity)
+        if transaction is None:
+            self._refusals[decision.servers] = reply
+        return transaction, reply, primary.destination.name
 
     def copies(self, recipients: Sequence[Recipient]) -> tuple[tuple[str, ...], Promised, str]:
         """Decide for good who gets a copy; returns their names, (name, recipient indices) if not all, and the routes.
@@ -129,7 +166,8 @@ class PrimaryByRoute:
         backups = {backup.name: backup for backup in self._snapshot.backups}
         names: list[str] = []
         promised: list[tuple[str, tuple[int, ...]]] = []
-        for name, indices in owed(decisions, self.primary.destination.name, list(backups)).items():
+        answered = self.answered or [self.primary.destination.name] * len(recipients)
+        for name, indices in owed(decisions, answered, list(backups)).items():
             server = backups.get(name) or self._fleet.copied[name]
             wanted = tuple(i for i in indices if server.wants(recipients[i]))
             if wanted:

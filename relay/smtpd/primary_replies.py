@@ -12,6 +12,7 @@ from relay.mail.reply import Reply
 ABOUT_US = (530, 534, 535, 538)  # the server wants the relay to authenticate: RFC 4954 6
 TOO_MANY = Reply.of(452, "4.5.3 Too many recipients")
 LOST = Reply.of(451, "4.4.2 Lost the connection to the primary server, try again later")
+NOT_AVAILABLE = Reply.of(451, "4.4.1 The primary server is not available, try again later")
 UNEXPECTED = Reply.of(451, "4.3.0 Unexpected reply of the primary server")
 
 
@@ -62,4 +63,4 @@ def for_client_unconnected(error: ClientError) -> Reply:
         return Reply.of(451, error.told)
     if error.reply is not None and error.reply.code in (421, 450, 451, 452):
         return Reply(451, error.reply.lines)
-    return Reply.of(451, "4.4.1 The primary server is not available, try again later")
+    return NOT_AVAILABLE

@@ -57,11 +57,12 @@ class NoReply(Exception):
 
 
 async def begin(
-    primary: Primary, build: Build, identity: Identity = (), *, or_raise: bool = False
+    primary: Primary, build: Build, identity: Identity = (), *, or_raise: bool = False, until: float | None = None
 ) -> tuple[PrimaryTransaction | None, Reply]:
     """Send MAIL; returns the transaction, or None with the reply that refuses it, and the reply for the client.
 
-    With ``or_raise`` it raises Unusable where the primary has not said a word about this message.
+    With ``or_raise`` it raises Unusable where the primary has not said a word about this message. ``until`` (monotonic)
+    is when the client may give up; by default it has just begun to wait.
 
     ``build`` makes the commands for the extensions of the leased connection (two nodes may differ): MAIL, and
     behind it the commands that the transaction will be asked for next. What ``build`` raises passes through.
@@ -71,7 +72,7 @@ async def begin(
     refusal may be about the connection (session_refusals.py); the client gets the reply of the new one. A silence
     of ``timeouts.connect`` also counts as dead, since the host may have vanished.
     """
-    until = time.monotonic() + MAIL_SECONDS
+    until = time.monotonic() + MAIL_SECONDS if until is None else until
     turned_away: set[tuple[Any, ...]] = set()
     while True:
         try:

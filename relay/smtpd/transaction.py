@@ -24,11 +24,12 @@ from relay.smtpd.context import Context
 from relay.smtpd.end_of_data import ClientGone, EndOfData, EndOfLines, Pace
 from relay.smtpd.error_limits import ErrorLimits
 from relay.smtpd.final_dot import FinalDot
+from relay.smtpd.fork import ForkedTransaction, OpenTransaction, turn
+from relay.smtpd.forked_dot import ForkedDot
 from relay.smtpd.look_ahead import LookAhead
 from relay.smtpd.open_envelope import OpenEnvelope
 from relay.smtpd.peer import Peer
-from relay.smtpd.primary_choice import OnePrimary, PrimaryByRoute, PrimaryChoice
-from relay.smtpd.primary_transaction import PrimaryTransaction
+from relay.smtpd.primary_choice import ELSEWHERE, OnePrimary, PrimaryByRoute, PrimaryChoice
 from relay.smtpd.protocol import ClientProtocol
 from relay.smtpd.recipients import is_relayed, parse_recipient, rcpt_command
 from relay.smtpd.syntax import SyntaxProblem, check, declared_size, nothing_after, parse_chunk, parse_path
@@ -56,7 +57,7 @@ class MailTransaction:
         self._report = TransactionReport(context, peer, error_limits)
         self._final_dot = FinalDot(context, protocol, error_limits, self._report)
         self._envelope: OpenEnvelope | None = None  # since MAIL was accepted
-        self._transaction: PrimaryTransaction | None = None  # None within an envelope: the recipient decides whose
+        self._transaction: OpenTransaction | None = None  # None within an envelope: the recipient decides whose
         self._body: IncomingBody | None = None
         self.is_lost = False  # it is unknown where the next command begins, so the session must end
         self.in_data = False
@@ -171,17 +172,13 @@ class MailTransaction:
         if self._body is not None:
             return self.out_of_order(_IN_CHUNKS)
         recipient = parse_recipient(argument, self._peer.offered)
-        choice, refusal = envelope.choice, None
-        if not is_relayed(recipient, self._settings.allowed_domains):
-            refusal = Reply.of(554, "5.7.1 Relaying to this domain is not allowed")
-        elif len(envelope.recipients) >= min(self._settings.max_recipients, choice.primary.most_recipients):
-            refusal = Reply.of(452, "4.5.3 Too many recipients")
-        elif self._context.counters.octets + len(argument) > self._settings.max_bytes_in_flight:
-            refusal = FULL
+        choice, refusal = envelope.choice, self._limit_met(envelope, recipient, len(argument))
+        if refusal is not None:
+            pass
         elif self._transaction is None:
             refusal = await self._begin_for(envelope, recipient)
-        else:
-            refusal = choice.objection(recipient, counted=True)
+        elif (refusal := choice.objection(recipient)) is not None:
+            refusal = await self._elsewhere(envelope, recipient, refusal)
         reply, transaction = refusal, self._transaction
         if reply is None:
             assert transaction is not None  # noqa: S101 - begun above at the latest
@@ -196,6 +193,14 @@ class MailTransaction:
             self._report.recipient_refused(recipient.address, reply, is_own=refusal is not None)
         return reply
 
+    def _limit_met(self, envelope: OpenEnvelope, recipient: Recipient, octets: int) -> Reply | None:
+        """Return the refusal of a recipient by a rule of ours."""
+        if not is_relayed(recipient, self._settings.allowed_domains):
+            return Reply.of(554, "5.7.1 Relaying to this domain is not allowed")
+        if len(envelope.recipients) >= min(self._settings.max_recipients, envelope.choice.primary.most_recipients):
+            return Reply.of(452, "4.5.3 Too many recipients")
+        return FULL if self._context.counters.octets + octets > self._settings.max_bytes_in_flight else None
+
     async def _begin_for(self, envelope: OpenEnvelope, recipient: Recipient) -> Reply | None:
         """Begin at the primary of the first recipient; returns the reply to RCPT where that cannot be."""
 
@@ -208,6 +213,21 @@ class MailTransaction:
 
         self._transaction, reply = await envelope.choice.begin(recipient, commands, envelope.identity)
         return reply if self._transaction is None else None
+
+    async def _elsewhere(self, envelope: OpenEnvelope, recipient: Recipient, refusal: Reply) -> Reply | None:
+        """See to a recipient who needs another primary; returns the reply to RCPT where it cannot be had here."""
+        choice, transaction = envelope.choice, self._transaction
+        if refusal is not ELSEWHERE or transaction is None or not isinstance(choice, PrimaryByRoute):
+            return refusal
+
+        def commands(available: Mapping[str, str]) -> list[bytes]:
+            mail = envelope.mail_command(available)
+            return [mail, rcpt_command(recipient, available)] if "PIPELINING" in available else [mail]
+
+        self._transaction, reply = await turn(
+            choice, transaction, envelope.recipients, recipient, commands, envelope.identity
+        )
+        return reply
 
     # --- a message --------------------------------------------------------------------------------------------
 
@@ -307,7 +327,10 @@ class MailTransaction:
         """End the message; returns the reply for the client, to be awaited."""
         assert self._envelope is not None  # noqa: S101 - a body has one
         self.was_served = self.is_concluding = True
-        return self._final_dot.send(body, self._envelope)
+        dot, transaction = self._final_dot, self._transaction
+        if isinstance(transaction, ForkedTransaction) and len(transaction.legs) > 1:
+            dot = ForkedDot(self._context, self._protocol, self._error_limits, self._report, transaction)
+        return dot.send(body, self._envelope)
 
     def _received_line(self, envelope: OpenEnvelope) -> bytes:
         client = self._peer

@@ -252,7 +252,7 @@ def test_every_recipient_has_one_primary_and_the_servers_together_have_all(addre
         by_primary.setdefault(decision.servers[0], []).append(index)
     assert sorted(i for indices in by_primary.values() for i in indices) == list(range(len(addresses)))
     for answered, indices in by_primary.items():
-        found = owed([decisions[i] for i in indices], answered, ["b"])
+        found = owed([decisions[i] for i in indices], [answered] * len(indices), ["b"])
         assert answered not in found
         for place, index in enumerate(indices):
             route = decisions[index].route

@@ -13,8 +13,17 @@ class Sender:
     """Sends each number as one message (its Subject and Message-ID), over several sessions at once."""
 
     def __init__(
-        self, port: int, numbers: Iterable[int], *, sessions: int = 4, patience: float = 60.0, host: str = "127.0.0.1"
+        self,
+        port: int,
+        numbers: Iterable[int],
+        *,
+        sessions: int = 4,
+        patience: float = 60.0,
+        host: str = "127.0.0.1",
+        recipients: tuple[str, ...] = ("r{}@example.com",),
     ) -> None:
+        """``recipients`` are those of each message, with its number in place of {}."""
+        self._recipients = recipients
         self._port = port
         self._host = host
         self._left = list(numbers)[::-1]
@@ -70,7 +79,8 @@ class Sender:
                     if client is None:
                         client = Dialogue(self._port, self._host, timeout=30)
                         client.hello()
-                    client.mail("a@example.com", f"r{number}@example.com", data=message(number))
+                    to = (address.format(number) for address in self._recipients)
+                    client.mail("a@example.com", *to, data=message(number))
                 except (OSError, Unexpected):
                     if client is not None:
                         client.close()

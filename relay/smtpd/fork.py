@@ -1,0 +1,211 @@
+"""One message for recipients who need different primaries, where a route says ``split = "fork"``.
+
+A ForkedTransaction stands in the place of a PrimaryTransaction: it has one at each primary, a leg. Each RCPT gets the
+reply of its own; DATA, the body and the dot go to all. A leg that fails on the way is out, and the others go on.
+
+    every dot 2xx      250
+    none 2xx           the worst reply; nobody has the message, and it stays the client's
+    some 2xx           250, or those who have it would get it again. Who did not take it gets a copy, as a backup does
+
+What follows from the last case is in forked_dot.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from relay import faultpoints, metrics
+from relay.mail.origin import Identity
+from relay.mail.recipient import Recipient
+from relay.mail.reply import Reply
+from relay.smtpd.primary import Build
+from relay.smtpd.primary_choice import ELSEWHERE, PrimaryByRoute
+from relay.smtpd.primary_replies import LOST
+from relay.smtpd.primary_transaction import NoReply, PrimaryTransaction
+
+T = TypeVar("T")
+
+
+class Leg:
+    """The transaction at one primary, and what that has said last: None where it went on, or fell silent at its dot."""
+
+    __slots__ = ("is_silent", "name", "recipients", "reply", "servers", "transaction")
+
+    def __init__(self, name: str, servers: tuple[str, ...], transaction: PrimaryTransaction) -> None:
+        self.name = name
+        self.servers = servers  # of the decision that chose it
+        self.transaction = transaction
+        self.recipients: list[Recipient] = []
+        self.reply: Reply | None = None  # the end of it
+        self.is_silent = False
+
+    @property
+    def is_over(self) -> bool:
+        return self.reply is not None or self.is_silent
+
+    @property
+    def has_message(self) -> bool:
+        """Whether its primary has said that it has it."""
+        return self.reply is not None and self.reply.is_positive
+
+
+class ForkedTransaction:
+    """The transactions at several primaries, as one."""
+
+    def __init__(self, first: Leg, recipients: Sequence[Recipient]) -> None:
+        """``recipients`` are those that the first leg has accepted."""
+        first.recipients += recipients
+        self.legs = [first]
+        self.answered = [first.name for _ in recipients]  # by whom each accepted recipient was
+        self._current = first  # to whose primary the next RCPT goes
+        self._recipient = Recipient("")  # that it names
+
+    def leg_at(self, servers: tuple[str, ...], name: str) -> Leg | None:
+        """Return the leg that was chosen among the same servers, or is at the server of that name."""
+        return next((leg for leg in self.legs if leg.servers == servers or leg.name == name), None)
+
+    def turn_to(self, leg: Leg, recipient: Recipient) -> None:
+        """Have the next RCPT, which names this recipient, sent there."""
+        self._current, self._recipient = leg, recipient
+        if leg not in self.legs:
+            self.legs.append(leg)
+
+    @property
+    def extensions(self) -> Mapping[str, str]:
+        return self._current.transaction.extensions
+
+    @property
+    def names(self) -> str:
+        """The names of those who have the message."""
+        return ",".join(leg.name for leg in self.legs if leg.has_message) or self.legs[0].name
+
+    async def rcpt(self, command: bytes) -> Reply:
+        """Send RCPT; returns the reply for the client."""
+        leg = self._current
+        reply = await leg.transaction.rcpt(command)
+        if reply.is_positive:
+            leg.recipients.append(self._recipient)
+            self.answered.append(leg.name)
+        return reply
+
+    async def data(self) -> Reply:
+        """Send DATA to all who have recipients; returns a 354, or the reply that refuses the message."""
+        for leg in [leg for leg in self.legs if not leg.recipients]:
+            leg.transaction.end()
+            self.legs.remove(leg)
+        replies = await self._all(lambda leg: leg.transaction.data())
+        for leg, reply in replies:
+            leg.reply = reply if reply.code != 354 else None
+        return next((reply for _, reply in replies if reply.code == 354), None) or self._refusal()
+
+    async def withdraw(self) -> None:
+        """Undo a DATA that was sent ahead; the transaction stays open."""
+        await self._all(lambda leg: leg.transaction.withdraw())
+
+    async def write(self, chunks: Sequence[bytes]) -> Reply | None:
+        """Send chunks of the body to all; returns None, or the reply for the client once nobody goes on."""
+        for leg, reply in await self._all(lambda leg: leg.transaction.write(chunks)):
+            leg.reply = reply
+        return self._refusal() if all(leg.is_over for leg in self.legs) else None
+
+    def hold(self, last: bytes) -> None:
+        """Keep the end of the body for ``finish``."""
+        for leg in self.legs:
+            leg.transaction.hold(last)
+
+    async def finish(self) -> Reply:
+        """Send all dots; returns the reply for the client. Raises NoReply where one may have it, and none says so."""
+        for leg, end in await self._all(_end_of):
+            leg.reply, leg.is_silent = end, end is None
+        if taken := [leg.reply for leg in self.legs if leg.reply is not None and leg.reply.is_positive]:
+            return Reply(taken[0].code, _texts(taken))
+        if any(leg.is_silent for leg in self.legs):
+            raise NoReply("; ".join(f"{leg.name}: no reply to the dot" for leg in self.legs if leg.is_silent))
+        return self._refusal()
+
+    def end(self) -> None:
+        """End all; the pools keep the connections whose state allows."""
+        for leg in self.legs:
+            leg.transaction.end()
+
+    def abandon(self) -> None:
+        """End all by closing the connections."""
+        for leg in self.legs:
+            leg.transaction.abandon()
+
+    async def _all(self, step: Callable[[Leg], Awaitable[T]]) -> list[tuple[Leg, T]]:
+        """Do a step at all legs that are not over, at once; returns each with its result."""
+        legs = [leg for leg in self.legs if not leg.is_over]
+        return list(zip(legs, await asyncio.gather(*map(step, legs)), strict=True))
+
+    def _refusal(self) -> Reply:
+        """Return the worst of the replies, with the texts of all."""
+        replies = [leg.reply for leg in self.legs if leg.reply is not None]
+        return joined(replies) if replies else LOST
+
+
+async def _end_of(leg: Leg) -> Reply | None:
+    """Send the dot; returns the reply, None for none."""
+    try:
+        reply = await leg.transaction.finish()
+    except NoReply:
+        return None
+    faultpoints.reach("leg answered")
+    return reply
+
+
+def joined(replies: Sequence[Reply]) -> Reply:
+    """Return one reply for several refusals: the code of the worst, and the texts of all."""
+    worst = max(replies, key=lambda reply: (reply.is_permanent, -replies.index(reply)))
+    texts = _texts([worst])
+    for reply in replies:
+        for text in reply.lines:
+            # RFC 2034 4: the status in a text has the class of the code.
+            fits = reply.code // 100 == worst.code // 100 or not worst.status
+            texts = (*texts, text if fits else f"{worst.status} {text}")
+    return Reply(worst.code, tuple(dict.fromkeys(texts)))
+
+
+def _texts(replies: Iterable[Reply]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(text for reply in replies for text in reply.lines))
+
+
+async def turn(
+    choice: PrimaryByRoute,
+    transaction: OpenTransaction,
+    accepted: Sequence[Recipient],
+    recipient: Recipient,
+    build: Build,
+    identity: Identity,
+) -> tuple[OpenTransaction, Reply | None]:
+    """Turn to the primary of a recipient who needs another one than the first, beside it, where a route wants that.
+
+    Returns the transaction that goes on, and the reply to RCPT where this recipient cannot be in it. ``accepted`` are
+    the recipients so far; ``build`` makes MAIL and this RCPT.
+    """
+    decision = choice.beside(recipient)
+    if decision is None:
+        metrics.split.labels("defer").inc()
+        return transaction, ELSEWHERE
+    name = choice.first(decision)
+    leg = transaction.leg_at(decision.servers, name) if isinstance(transaction, ForkedTransaction) else None
+    if leg is None:
+        begun, reply, name = await choice.begin_at(decision, build, identity)
+        if begun is None:
+            return transaction, reply
+        leg = Leg(name, decision.servers, begun)
+        if not isinstance(transaction, ForkedTransaction):
+            transaction = ForkedTransaction(Leg(choice.primary.destination.name, choice.servers, transaction), accepted)
+            choice.answered = transaction.answered
+        if (same := transaction.leg_at((), name)) is not None:  # who was to answer could not be used
+            begun.end()
+            leg = same
+    metrics.split.labels("fork").inc()
+    assert isinstance(transaction, ForkedTransaction)  # noqa: S101 - a leg is of one
+    transaction.turn_to(leg, recipient)
+    return transaction, None
+
+
+OpenTransaction = PrimaryTransaction | ForkedTransaction

@@ -1,0 +1,348 @@
+"""split = "fork": one message, several primaries; whoever has not taken it goes without nothing."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import redis
+
+from relay import faultpoints
+from relay.ledger import overview
+from support.product import Product
+from support.reactions import Close, Gate, Reset, Silence
+from support.retrying_sender import Sender
+from support.scripted_server import ScriptedServer
+from support.waiting import wait_until
+
+Make = Callable[..., Product]
+MakeServer = Callable[..., ScriptedServer]
+Servers = dict[str, ScriptedServer]
+
+SETTINGS = {
+    "retry.first": "1",
+    "retry.longest": "2",
+    "relay.timeout_seconds": "2",
+    "relay.greeting_timeout_seconds": "1",
+    "relay.command_timeout_seconds": "1",
+    "relay.final_timeout_seconds": "3",
+    "relay.uncertain_hold": "1",
+}
+FILE = """
+[[server]]
+name = "new"
+url = "{new}"
+[[server]]
+name = "shop"
+url = "{shop}"
+[[backup]]
+name = "archive"
+url = "{archive}"
+[[route]]
+name = "moved"
+match = {{ recipients = ["anna@example.com", "@moved.example"] }}
+primary = "new"
+backups = ["archive", "old"]
+split = "fork"
+[[route]]
+name = "shop"
+match = {{ recipients = "@shop.example" }}
+primary = "shop"
+backups = ["archive"]
+split = "fork"
+[[route]]
+name = "plain"
+match = {{ recipients = "@plain.example" }}
+primary = "shop"
+backups = ["archive"]
+"""
+OLD, NEW, SHOP = "otto@example.com", "anna@example.com", "x@shop.example"
+
+
+@pytest.fixture
+def servers(scripted: MakeServer) -> Servers:
+    return {name: scripted() for name in ("old", "new", "shop", "archive")}
+
+
+def forking(product: Make, servers: Servers, **settings: str) -> Product:
+    return product(
+        primary=f"old={servers['old'].address}",
+        files={"settings.toml": FILE.format(**{name: server.address for name, server in servers.items()})},
+        settings=SETTINGS | settings,
+    )
+
+
+def is_drained(relay: Product) -> bool:
+    with redis.Redis.from_url(relay.redis_url) as connection:
+        rows = overview.summary(connection)
+        left = connection.zcard("smtpdup:uncertain") + connection.zcard("smtpdup:staged")
+    return not left and sum(row.pending for row in rows) == 0
+
+
+def everything(server: ScriptedServer) -> list[tuple[str, tuple[str, ...]]]:
+    """Return (Subject, recipients) of all that a server has taken."""
+    return sorted((m.header("Subject") or repr(m.wire), tuple(sorted(m.recipients))) for m in server.messages)
+
+
+def events(relay: Product, name: str) -> list[dict[str, object]]:
+    return [e for e in relay.events if e.get("event") == name]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations((OLD, NEW, SHOP))), ids=str)
+def test_each_primary_gets_its_recipients_and_each_backup_all_of_its_own(
+    product: Make, servers: Servers, order: tuple[str, ...]
+) -> None:
+    """One message, one 250: every recipient has one primary, whoever comes first, pipelined or not."""
+    relay = forking(product, servers)
+    servers["new"].replies["RCPT TO:<no@moved.example>"] = "550 5.1.1 the word of its own server"
+    with relay.dialogue() as client:
+        client.hello()
+        client.say("MAIL FROM:<s@example.org>", 250)
+        for address in order:
+            client.say(f"RCPT TO:<{address}>", 250)
+        assert client.say("RCPT TO:<no@moved.example>", 550) == "550 5.1.1 the word of its own server"
+        client.say("RCPT TO:<yes@moved.example>", 250)
+        client.say("DATA", 354)
+        client.say("Subject: one\r\n\r\n..one\r\n.", 250)
+        lines = ["MAIL FROM:<s@example.org>", *(f"RCPT TO:<{address}>" for address in order), "DATA"]
+        client.raw("".join(f"{line}\r\n" for line in lines).encode())
+        assert [client.reply()[:3] for _ in lines] == ["250"] * 4 + ["354"]
+        client.say("Subject: two\r\n\r\ntwo\r\n.", 250)
+    wait_until(lambda: len(servers["archive"].messages) == 2 and len(servers["old"].messages) == 4)
+    wait_until(lambda: is_drained(relay))
+    assert everything(servers["new"]) == [("one", (NEW, "yes@moved.example")), ("two", (NEW,))]
+    assert everything(servers["shop"]) == [("one", (SHOP,)), ("two", (SHOP,))]
+    assert everything(servers["old"]) == [
+        ("one", (NEW, "yes@moved.example")), ("one", (OLD,)), ("two", (NEW,)), ("two", (OLD,)),
+    ]  # fmt: skip
+    assert everything(servers["archive"]) == [
+        ("one", tuple(sorted([*order, "yes@moved.example"]))), ("two", tuple(sorted(order))),
+    ]  # fmt: skip
+    for server in servers.values():
+        assert all(b"\r\n\r\n..one\r\n" in m.wire or m.header("Subject") == "two" for m in server.messages)
+    # The rules hold for what follows on the same connection, and connections are kept.
+    assert all(len(servers[name].connections) <= 3 for name in ("new", "shop"))
+    assert relay.metric("smtpdup_split_total", how="fork") >= 4
+    wait_until(lambda: len(events(relay, "accepted")) == 2)
+    assert {frozenset(str(e["primary"]).split(",")) for e in events(relay, "accepted")} == {
+        frozenset({"old", "new", "shop"})
+    }
+
+
+def test_without_a_route_that_says_so_it_is_deferred(product: Make, servers: Servers) -> None:
+    """Off by default: recipients of two routes of which none forks come by themselves."""
+    relay = forking(product, servers)
+    with relay.dialogue() as client:
+        client.hello()
+        client.say("MAIL FROM:<s@example.org>", 250)
+        client.say(f"RCPT TO:<{OLD}>", 250)
+        client.say("RCPT TO:<x@plain.example>", "452 4.5.3")
+        client.say("DATA", 354)
+        client.say("Subject: one\r\n\r\none\r\n.", 250)
+    assert not servers["shop"].transactions
+    assert relay.metric("smtpdup_split_total", how="defer") == 1
+    done = relay.run("check")
+    assert "moved, shop: a message for recipients of several primaries goes to each" in done.stdout
+    assert "plain: recipients of one message" in done.stdout
+
+
+# What one primary says at the end of a message that the other takes; whether its own client would hear it as final.
+ENDS = {
+    "4xx at the dot": ({".": ["451 4.7.1 later", None]}, "split copied"),
+    "421 at the dot": ({".": [("421 4.3.2 down", Close()), None]}, "split copied"),
+    "silence at the dot": ({".": [Silence(), None]}, "split copied"),
+    "reset at the dot": ({".": [Reset(), None]}, "split copied"),
+    "4xx at DATA": ({"DATA": ["451 4.3.0 later", None]}, "split copied"),
+    "close at DATA": ({"DATA": [Close(), None]}, "split copied"),
+    "5xx at the dot": ({".": "550 5.7.1 never"}, "split refused"),
+    "5xx at DATA": ({"DATA": "554 5.7.1 never"}, "split refused"),
+}
+
+
+@pytest.mark.parametrize("where", ["old", "new"])
+@pytest.mark.parametrize("end", ENDS)
+def test_one_has_it_and_the_other_does_not(product: Make, servers: Servers, end: str, where: str) -> None:
+    """The client hears 250; the other gets a copy, and what it refuses for good is in its failed list."""
+    replies, event = ENDS[end]
+    relay = forking(product, servers)
+    servers[where].replies |= replies
+    recipient = OLD if where == "old" else NEW
+    assert relay.send("s@example.org", OLD, NEW, data=b"Subject: one\r\n\r\none\r\n").startswith("250")
+    relay.wait_for_log(event)
+    (line,) = events(relay, event)
+    assert (line["server"], line["recipients"]) == (where, 1)
+    if event == "split refused":
+        wait_until(lambda: line["copy"] in [f["id"] for f in relay.json("failed", "list", "--destination", where)])
+        assert relay.metric("smtpdup_split_refused_total", server=where) == 1
+    else:
+        wait_until(lambda: ("one", (recipient,)) in everything(servers[where]))
+    servers["archive"].wait_for(1)
+    wait_until(lambda: is_drained(relay))
+    other, its = ("new", NEW) if where == "old" else ("old", OLD)
+    assert everything(servers[other]).count(("one", (its,))) == 1
+    assert everything(servers["archive"]) == [("one", (NEW, OLD))]
+
+
+def test_nobody_has_it(product: Make, servers: Servers) -> None:
+    """Refusals of all are the client's, with the worst code and all texts; nothing is copied, and nothing is left."""
+    relay = forking(product, servers)
+    for old, new, expected in (
+        ("451 4.7.1 old", "452 4.3.1 new", ("451", "4.7.1 old", "4.3.1 new")),
+        ("451 4.7.1 old", "550 5.7.1 new", ("550", "5.7.1 new", "5.7.1 4.7.1 old")),
+        ("550 5.7.1 same", "550 5.7.1 same", ("550", "5.7.1 same")),
+    ):
+        for key in (".", "DATA"):
+            servers["old"].replies, servers["new"].replies = {key: old}, {key: new}
+            with relay.dialogue() as client:
+                client.hello()
+                client.say("MAIL FROM:<s@example.org>", 250)
+                client.say(f"RCPT TO:<{OLD}>", 250)
+                client.say(f"RCPT TO:<{NEW}>", 250)
+                reply = client.say("DATA")
+                if key == ".":
+                    assert reply.startswith("354")
+                    reply = client.say("Subject: one\r\n\r\none\r\n.")
+            assert all(text in reply for text in expected), reply
+            assert reply.startswith(expected[0]), reply
+    wait_until(lambda: is_drained(relay))
+    assert not any(server.messages for server in servers.values())
+
+
+def test_nobody_says_a_word(product: Make, servers: Servers) -> None:
+    """Silence of one, a refusal of the other: it is uncertain, 451; the next try covers it, nothing comes twice."""
+    relay = forking(product, servers, **{"relay.uncertain_hold": "30"})
+    servers["old"].replies["."] = [Silence(), None]
+    servers["new"].replies["."] = ["451 4.7.1 later", None]
+    with relay.dialogue() as client:
+        client.hello()
+        for _ in range(2):
+            client.say("MAIL FROM:<s@example.org>", 250)
+            client.say(f"RCPT TO:<{OLD}>", 250)
+            client.say(f"RCPT TO:<{NEW}>", 250)
+            client.say("DATA", 354)
+            reply = client.say("Subject: one\r\nMessage-ID: <1@example.org>\r\n\r\none\r\n.")
+    assert reply.startswith("250"), relay.log
+    assert len(events(relay, "uncertain")) == 1
+    servers["archive"].wait_for(1)
+    wait_until(lambda: len(servers["old"].messages) == 2)  # its own, and its copy for NEW
+    assert everything(servers["archive"]) == [("one", (NEW, OLD))]
+    assert everything(servers["new"]) == [("one", (NEW,))]
+
+
+def test_a_primary_that_hangs_while_the_other_took_it(product: Make, servers: Servers) -> None:
+    """Whether it has taken the message or not, it ends with it: twice at the most, and the log says why."""
+    relay = forking(product, servers, **{"relay.final_timeout_seconds": "2"})
+    gate = Gate()
+    servers["new"].replies["."] = [(gate, None), None]  # it has it, but says so too late
+    assert relay.send("s@example.org", OLD, NEW, data=b"Subject: one\r\n\r\none\r\n").startswith("250")
+    gate.open()
+    relay.wait_for_log("split copied")
+    assert "may repeat" in str(events(relay, "split copied")[0]["reply"])
+    wait_until(lambda: ("one", (NEW,)) in everything(servers["new"]))
+    wait_until(lambda: is_drained(relay))
+    assert 1 <= len(servers["new"].messages) <= 2
+
+
+def test_chunks_utf8_and_size(product: Make, servers: Servers, scripted: MakeServer) -> None:
+    """BDAT in several chunks, SMTPUTF8 addresses, a large body, and a body that one of them refuses on the way."""
+    for server in servers.values():
+        server.extensions.append("CHUNKING")
+    relay = forking(product, servers)
+    large = b"Subject: large\r\n\r\n" + b"x" * 70 + b"\r\n"
+    large += b"".join(b"%060d\r\n" % n for n in range(30_000))
+    with relay.dialogue() as client:
+        client.hello()
+        client.say("MAIL FROM:<jürgen@example.org> BODY=8BITMIME SMTPUTF8", 250)
+        client.say(f"RCPT TO:<{OLD}>", 250)
+        client.say("RCPT TO:<用户@moved.example>", 250)
+        body = "Subject: häh\r\n\r\n.x\r\n".encode()
+        client.raw(b"BDAT %d\r\n" % len(body) + body)
+        assert client.reply().startswith("250")
+        client.raw(b"BDAT 5 LAST\r\n..y\r\n")
+        assert client.reply().startswith("250")
+    for name in ("old", "new"):
+        (message,) = [m for m in servers[name].wait_for(1) if b"..x\r\n...y\r\n" in m.wire][:1]
+        assert message.sender == "jürgen@example.org"
+    servers["new"].in_data = (200_000, ("552 5.3.4 too large for me", Close()))
+    assert relay.send("s@example.org", OLD, NEW, data=large).startswith("250")
+    relay.wait_for_log("split refused")
+    assert len([m for m in servers["old"].messages if m.header("Subject") == "large" and m.recipients == [OLD]]) == 1
+    wait_until(lambda: relay.json("failed", "list", "--destination", "new"))
+
+
+def test_where_nothing_can_be_stored_no_dot_is_sent(product: Make, servers: Servers) -> None:
+    """Without Redis, and without room in the spool, the client hears 451, and nobody has the message."""
+    relay = forking(product, servers)
+    relay.send("first@example.org", OLD, data=b"Subject: first\r\n\r\nx\r\n")
+    servers["archive"].wait_for(1)
+    assert relay.stop() == 0
+    relay.settings |= {"spool.min_free": "1000T", "redis.timeout_seconds": "1"}
+    relay.start(wait=False)
+    wait_until(lambda: len(events(relay, "relay started")) == 2)
+    (server,) = relay.children("valkey-server|redis-server")
+    server.signal(signal.SIGSTOP)
+    try:
+        with relay.dialogue() as client:
+            client.hello()
+            client.say("MAIL FROM:<s@example.org>", 250)
+            client.say(f"RCPT TO:<{OLD}>", 250)
+            client.say(f"RCPT TO:<{NEW}>", 250)
+            client.say("DATA", 354)
+            client.say("Subject: one\r\n\r\none\r\n.", "451 4.3.1")
+    finally:
+        server.signal(signal.SIGCONT)
+    assert "one" not in [m.header("Subject") for name in ("old", "new") for m in servers[name].messages]
+
+
+def test_in_the_spool_it_is_the_same(product: Make, servers: Servers) -> None:
+    """While Redis hangs copies and spares are files; whoever has not taken the message gets it when that is over."""
+    relay = forking(product, servers, **{"redis.timeout_seconds": "1"})
+    servers["new"].replies["."] = ["451 4.7.1 later", None]
+    (server,) = relay.children("valkey-server|redis-server")
+    server.signal(signal.SIGSTOP)
+    try:
+        assert relay.send("s@example.org", OLD, NEW, data=b"Subject: one\r\n\r\none\r\n").startswith("250")
+    finally:
+        server.signal(signal.SIGCONT)
+    relay.wait_for_log("split copied")
+    servers["archive"].wait_for(1)
+    servers["new"].wait_for(1)
+    servers["old"].wait_for(2)
+    wait_until(lambda: is_drained(relay), 60)
+    assert everything(servers["old"]) == [("one", (NEW,)), ("one", (OLD,))]
+    assert everything(servers["new"]) == [("one", (NEW,))]
+    assert everything(servers["archive"]) == [("one", (NEW, OLD))]
+
+
+POINTS = ["before staging", "staged", "dot sent", "leg answered", "primary answered", "released"]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("turn", [0, 1], ids=["first leg", "second leg"])
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_at(
+    product: Make, servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, turn: int
+) -> None:
+    """SIGKILL of the relay process at this point, while one primary refuses now and then: nothing is lost anywhere."""
+    reached = tmp_path / "reached"
+    monkeypatch.setenv(faultpoints.VARIABLE, f"{point}:{10 + turn}:{reached}")
+    servers["new"].replies["."] = ["451 4.7.1 later", None, None] * 10 + [None]
+    relay = forking(product, servers)
+    sender = Sender(relay.smtp_port, range(30), recipients=(OLD, NEW)).start()
+    wait_until(reached.exists, 30, f"nobody reached {point!r}")
+    os.kill(relay.child("relay-1").pid, signal.SIGKILL)
+    assert sender.join() == set(range(30))
+    wait_until(lambda: is_drained(relay), 60, lambda: f"not drained: {relay.log[-6000:]}")
+    explained = {word for line in relay.log.splitlines() if "may repeat" in line or "uncertain" in line
+                 for word in re.findall(r'"id": "(\w+)"', line)}  # fmt: skip
+    for name, recipient in (("old", OLD), ("new", NEW), ("archive", OLD), ("archive", NEW)):
+        found = Counter(int(m.header("Subject")) for m in servers[name].messages if recipient in m.recipients)
+        assert set(found) == set(range(30)), f"{name} lacks {set(range(30)) - set(found)} for {recipient}"
+        for number, count in found.items():
+            assert count <= sender.attempts[number] or explained, f"{name} has {number} {count} times without a reason"
