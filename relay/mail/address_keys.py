@@ -7,8 +7,10 @@ compared as A-labels in lower case, local parts without quotes. An address witho
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import unicodedata
+from contextlib import suppress
 from functools import lru_cache
 
 NULL_SENDER = "<>"
@@ -26,8 +28,16 @@ _DOTS = str.maketrans("\u3002\uff0e\uff61", "...")  # what IDNA takes for dots
 def domain_key(domain: str) -> str:
     """Return a domain as it is compared: lower case, A-labels, without the dot of the root."""
     if domain.isascii():
-        return domain.lower().removesuffix(".")
+        key = domain.lower().removesuffix(".")
+        return _ipv6_literal(key) if key.startswith("[ipv6:") else key
     return ".".join(map(_a_label, domain.translate(_DOTS).split("."))).removesuffix(".")
+
+
+def _ipv6_literal(literal: str) -> str:
+    """Return the literal of an IPv6 address in the one form that RFC 5952 has; what is none as it is."""
+    with suppress(ValueError):
+        return f"[ipv6:{ipaddress.IPv6Address(literal[6:].removesuffix(']'))}]"
+    return literal
 
 
 def _a_label(label: str) -> str:

@@ -22,11 +22,12 @@ url = "{address}"
 name = "shop"
 match = {match}
 primary = "shop"
+split = "{split}"
 """
 MESSAGES = 20
 
 
-@pytest.mark.parametrize("way", ["nothing set", "one recipient at a time", "two ports"])
+@pytest.mark.parametrize("way", ["nothing set", "one recipient at a time", "two ports", "fork"])
 def test_both_are_delivered_and_none_at_the_wrong_server(
     product: Callable[..., Product], postfix: StartPostfix, scripted: Callable[..., ScriptedServer], way: str
 ) -> None:
@@ -34,7 +35,8 @@ def test_both_are_delivered_and_none_at_the_wrong_server(
     old, shop = scripted(), scripted()
     port = free_port()
     match = f'{{ listen = ":{port}" }}' if way == "two ports" else '{ recipients = "@shop.example" }'
-    files = {"settings.toml": ROUTE.format(address=shop.address, match=match)}
+    split = "fork" if way == "fork" else "defer"
+    files = {"settings.toml": ROUTE.format(address=shop.address, match=match, split=split)}
     relay = product(primary=f"old={old.address}", files=files, start=False)
     relay.settings["smtp.listen"] += f",127.0.0.1:{port}"
     relay.start()
@@ -52,4 +54,5 @@ def test_both_are_delivered_and_none_at_the_wrong_server(
     for server, recipient in ((old, "two@example.com"), (shop, "one@shop.example")):
         assert sorted(t.sender for t in server.messages) == senders
         assert {tuple(t.recipients) for t in server.messages} == {(recipient,)}
-    assert (relay.metric("smtpdup_split_total") > 0) is (way == "nothing set")
+    assert (relay.metric("smtpdup_split_total", how="defer") > 0) is (way == "nothing set")
+    assert relay.metric("smtpdup_split_total", how="fork") == (MESSAGES if way == "fork" else 0)

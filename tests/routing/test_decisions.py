@@ -96,6 +96,44 @@ ROWS: tuple[tuple[str, str, bool], ...] = (
     ("anna@example.com", "@relay.example:anna@example.com", True),
     ("@example.com", "anna\udcff@example.com", True),
     ("@example.com", "anna@example\udcff.com", False),
+    # What RFC 5321 calls source routes, and what older mail systems put into local parts.
+    ("anna@example.com", "@a.example,@b.example:anna@example.com", True),
+    ("@example.com", "@a.example:anna@example.com", True),
+    ("@a.example", "@a.example:anna@example.com", False),
+    ('"@a:b"@example.com', '"@a:b"@example.com', True),
+    ("b@example.com", '"@a:b"@example.com', False),
+    ("@example.com", "anna%example.org@example.com", True),
+    ("anna@example.com", "anna%example.org@example.com", False),
+    ("@example.org", "anna%example.org@example.com", False),
+    ("@example.com", "example.org!anna@example.com", True),
+    ("anna@example.com", "example.org!anna@example.com", False),
+    # Dots, case and both forms of a domain together.
+    ("@EXAMPLE.COM", "anna@example.com.", True),
+    ("@bücher.example", "anna@XN--BCHER-KVA.EXAMPLE.", True),
+    ("anna@xn--bcher-kva.example", "ANNA+x@bücher.example", True),
+    ("@.example", "anna@BÜCHER.example.", True),
+    ("@exa_mple.com", "anna@EXA_mple.com", True),
+    ("@example.com", "anna@example.com..", False),
+    ("@example.com", "anna@.example.com", False),
+    # Quotes around what needs some, and around what does not.
+    ("anna@example.com", '"anna"@EXAMPLE.COM', True),
+    ('"a\\"b"@example.com', '"a\\"b"@example.com', True),
+    ('" "@example.com', '" "@example.com', True),
+    ('"anna+a b"@example.com', '"anna+a b"@example.com', True),
+    ("anna@example.com", '"anna+a b"@example.com', True),
+    # Literals, and what looks like one.
+    ("@[192.0.2.1]", "anna@192.0.2.1", False),
+    ("@[ipv6:2001:db8::1]", "anna@[IPv6:2001:db8:0:0:0:0:0:1]", True),
+    ("@[IPv6:2001:0DB8::0001]", "anna@[ipv6:2001:db8::1]", True),
+    ("@.1", "anna@[192.0.2.1]", False),
+    # Without a domain there is no key, but for the null sender.
+    ("*", "anna", False),
+    ("anna@example.com", "anna", False),
+    ("@example.com", "postmaster", False),
+    ("postmaster@example.com", "POSTMASTER@EXAMPLE.COM", True),
+    ("*", "postmaster@example.com", True),
+    ("@example.com", "@example.com", True),
+    ("<>", "<>", False),
 )
 
 
