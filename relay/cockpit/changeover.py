@@ -11,7 +11,7 @@ from relay.cockpit.finding import Result
 from relay.cockpit.readiness import Verdict
 from relay.config.model import Settings
 from relay.config.routes import Route
-from relay.topology.promotion import Followed, Plan, RouteChange
+from relay.topology.promotion import PROMOTE, UNDO, Followed, Plan, RouteChange
 from relay.topology.state import Topology
 
 
@@ -122,8 +122,16 @@ def _remarks_on_route(made: Plan, change: RouteChange) -> Iterator[str]:
             yield f"{name} answers no more, and gets no copies: its mail is elsewhere from then on"
     if after.match.recipients.files:
         yield "an entry of a table that names a server of its own keeps it"
-    if made.seen.topology is None and made.command != "undo":
+    if made.seen.topology is None and made.command != UNDO:
         yield f"{made.default} is the primary by default from then on, also if the settings change: promote does that"
+
+
+def target(made: Plan) -> str:
+    """Return what it leads to: "new", or "b on shop"."""
+    if made.change is None:
+        return made.new.name
+    who = made.new.name if made.command == PROMOTE else answering(made.change.after)
+    return f"{who} on {made.change.after.name}"
 
 
 def prepared(made: Plan) -> str:
@@ -134,7 +142,7 @@ def prepared(made: Plan) -> str:
 
 def done(made: Plan) -> str:
     """Say what has just been decided, to be followed by when."""
-    return "Decided" if made.change and made.command != "promote" else "Promoted"
+    return "Decided" if made.change and made.command != PROMOTE else "Promoted"
 
 
 def nothing_to_do(made: Plan) -> str:

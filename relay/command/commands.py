@@ -219,6 +219,7 @@ _ROUTE: dict[str, Word | CommandGroup] = {
         _option("--listen", metavar="HOST:PORT", default="", help="of ours, that it connects to; the first"),
         settings="primary",
     ),
+    "list": _word("every route with its servers, and who of them answers for how much", "route_list:show"),
     "weight": _word(
         "share a route's mail among its servers by weights, without a restart", "route_roles:weight",
         _ROUTE_NAME, click.Argument(["weights"], metavar="SERVER=WEIGHT...", nargs=-1, required=True),

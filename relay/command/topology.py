@@ -16,7 +16,7 @@ from relay.topology import decisions, promotion, route_roles
 from relay.topology.decisions import View
 from relay.topology.heartbeats import Heartbeat
 from relay.topology.roles import disagreement
-from relay.topology.state import RouteRoles, Topology
+from relay.topology.state import RouteRoles
 
 _CHANGES = 5
 _PROCESSES = [
@@ -119,7 +119,7 @@ def _head(seen: View, settings: Settings) -> Iterator[tuple[str, str]]:
         now = seen.topology.now
         why = f": {now.reason}" if now.reason else ""
         yield "epoch", f"{now.epoch}, by {now.by or 'somebody'} at {moment(now.at)}{why}"
-        yield from _before(seen.topology)
+        yield "before", f"{seen.topology.undone or seen.topology.previous.primary}; `smtp-dup undo` goes back to it"
     if seen.topology:
         for name, roles in seen.topology.now.routes.items():
             yield f"route {name}", f"{roles.in_words()}; copies: {', '.join(_copied(roles)) or 'none'}"
@@ -144,18 +144,6 @@ def _moved(seen: View) -> Iterator[tuple[str, str]]:
         yield "moved", f"{moved} (generation {seen.moves.generation}); `smtp-dup moved` lists them"
     if seen.nonsense_of_moves:
         yield "trouble", f"what Redis holds as the state of who has moved makes no sense: {seen.nonsense_of_moves}"
-
-
-def _before(topology: Topology) -> Iterator[tuple[str, str]]:
-    """Yield what an undo goes back to."""
-    now, before = topology.now, topology.previous
-    if now.primary != before.primary or now.routes == before.routes:
-        yield "before", f"{before.primary}; `smtp-dup undo` goes back to it"
-        return
-    for name in now.routes | before.routes:
-        if now.routes.get(name) != before.routes.get(name):
-            was = before.routes[name].in_words() if name in before.routes else "as the settings say"
-            yield "before", f"{name}: {was}; `smtp-dup undo` goes back to that"
 
 
 def _copied(roles: RouteRoles) -> list[str]:

@@ -88,7 +88,8 @@ def environment() -> Environment:
 def render(request: Request, name: str, /, *, status: int = 200, **values: Any) -> HTMLResponse:
     """Return a page made of a template.
 
-    Besides ``values`` the template has ``visitor``, ``path``, ``has_users``, ``dashboard_url`` and ``asset(name)``.
+    Besides ``values`` the template has ``visitor``, ``path``, ``has_users``, ``has_routes``, ``dashboard_url`` and
+    ``asset(name)``.
     """
     context = request.app.state.context
     text = (
@@ -99,6 +100,7 @@ def render(request: Request, name: str, /, *, status: int = 200, **values: Any) 
             path=request.scope["path"],
             has_users=context.has_users,
             dashboard_url=context.settings.status.dashboard_url,
+            has_routes=bool(context.settings.route_table),
             **values,
         )
     )

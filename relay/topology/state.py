@@ -105,6 +105,17 @@ class Topology:
         told = (f"{n}: {now.routes[n].in_words() if n in now.routes else 'as the settings say'}" for n in changed)
         return f"set {', '.join(told)}"
 
+    @property
+    def undone(self) -> str:
+        """What an undo goes back to: "old", "shop: a=1 b=9"; "" where it has nothing to undo."""
+        now, before = self.now, self.previous
+        if now.primary != before.primary:
+            return before.primary
+        changed = [name for name in now.routes | before.routes if now.routes.get(name) != before.routes.get(name)]
+        return ", ".join(
+            f"{n}: {before.routes[n].in_words() if n in before.routes else 'as the settings say'}" for n in changed
+        )
+
     def to_json(self) -> str:
         return json.dumps({**self.now.as_record(), "previous": self.previous.as_record()})
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from support.page_site import PageSite
+from support.page_site import ROUTES, PageSite
 from support.served_page import ServedPage, served_page, users_file
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageSite]:
-    """A running product with users and mail."""
-    with PageSite(tmp_path_factory.mktemp("site")) as made:
+    """A running product with users, mail and a route."""
+    with PageSite(tmp_path_factory.mktemp("site"), routes=ROUTES) as made:
         yield made
 
 

@@ -59,6 +59,8 @@ def views(site: PageSite) -> dict[str, str]:
         "backup": "/server/new",
         "cut-over": "/cutover",
         "plan": "/cutover/new",
+        "routes": "/routes",
+        "plan on a route": "/routes/pilot/old",
         "trace": "/trace?what=@example.com",
         "audit": "/audit",
         "nothing": "/failed?recipient=nobody@nowhere.test",
@@ -304,6 +306,42 @@ def test_a_backup_is_promoted_by_mouse_and_the_way_back_is_by_keyboard(site: Pag
         assert site.product.send("me@example.net", "who@example.com").startswith("250")
         page.goto("/audit")
         assert page.get_by_text("it is a test").count() == 1
+
+
+def test_a_server_is_promoted_on_a_route_by_keyboard_and_back_without_javascript(
+    site: PageSite, browser: Browser
+) -> None:
+    """The routes say who answers; another one is promoted there as for all mail, and undone in the same way."""
+    with browser.open(site, role="operator") as page:
+        page.goto("/")
+        page.get_by_role("link", name="routes", exact=True).click()
+        assert page.get_by_role("heading", name="pilot").count() == 1
+        page.get_by_role("link", name="Promote old on pilot").focus()
+        page.keyboard.press("Enter")
+        page.get_by_role("heading", name="Promote old on pilot").wait_for()
+        page.get_by_label("reason").fill("it is a test of routes")
+        if page.get_by_label("I know").count():
+            page.get_by_label("I know").check()
+        page.get_by_label("type the name").fill("old")
+        page.keyboard.press("Enter")
+        page.get_by_text("On pilot old answers since").wait_for()
+        site.old.replies["RCPT TO:<who@pilot.example>"] = "550 5.1.1 old says so"
+        with pytest.raises(Unexpected, match="old says so"):
+            site.product.send("me@example.net", "who@pilot.example")
+        page.goto("/routes")
+        page.get_by_text("decided by command").wait_for()
+    with browser.open(site, role="operator", javascript=False) as page:
+        page.goto("/cutover")
+        page.get_by_role("link", name="Undo").click()
+        page.get_by_role("heading", name="Back to new on pilot").wait_for()
+        page.get_by_label("type the name").fill("new")
+        page.get_by_role("button", name="Go back to new on pilot").click()
+        page.get_by_role("heading", name="Back to new on pilot").wait_for()
+        wait_until(lambda: site.product.json("topology")[0]["settings_agree"])
+        viewer = site.session("viewer")
+        wait_until(lambda: "decided by command" not in site.get("/routes", viewer)[1])
+        page.goto("/routes")
+        assert page.get_by_role("link", name="Promote old on pilot").count() == 1
 
 
 def test_a_viewer_sees_all_and_can_do_nothing(site: PageSite, browser: Browser) -> None:

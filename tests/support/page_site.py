@@ -32,19 +32,35 @@ REFUSED = {
 }
 
 
+ROUTES = """
+[[route]]
+name = "pilot"
+match = { recipients = "@pilot.example" }
+primary = "new"
+backups = ["old"]
+"""
+
+
 class PageSite:
     """``smtp-dup up`` between "old" and "new", with users, and how to log in; a ``with`` block ends all of it."""
 
     def __init__(
-        self, directory: Path, *, with_users: bool = True, settings: Mapping[str, str] | None = None, seed: bool = True
+        self,
+        directory: Path,
+        *,
+        with_users: bool = True,
+        settings: Mapping[str, str] | None = None,
+        seed: bool = True,
+        routes: str = "",
     ) -> None:
+        """``routes`` is what the settings file has of [[route]]."""
         self.old, self.new = ScriptedServer(), ScriptedServer(dict(REFUSED))
         users = "".join(f"{name}:{hash_password(PASSWORD)}:{role}\n" for name, role in USERS.items())
         self._directory = directory
         self._settings = {"retry.first": "300", **(settings or {})}
         if with_users:
             self._settings["status.users_file"] = str(directory / "users")
-        self._files = {"users": users}
+        self._files = {"users": users, **({"settings.toml": routes} if routes else {})}
         self._seed = seed
         self.product: Product
 

@@ -88,6 +88,10 @@ def test_a_promotion_on_a_route_and_its_undo(product: Make, servers: Servers) ->
     ]  # fmt: skip
     assert relay.run("undo", "--yes").returncode == 0, "a second undo undoes the first"
     assert relay.json("route", "x@shop.example")[0]["primary"] == "b"
+    listed = {row["route"]: row for row in relay.json("route", "list")}
+    assert [s["name"] for s in listed["shop"]["servers"] if s["answers"]] == ["b"]
+    assert (listed["shop"]["decided"], list(listed)) == (True, ["shop", "default"])
+    assert "shop: recipients=@shop.example; b, as it was decided" in relay.run("route", "list").stdout
     again = relay.run("route", "reset", "shop", "--yes")
     assert again.returncode == 0, again.stdout + again.stderr
     assert relay.json("topology")[0]["settings_agree"] is True

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from relay.page.views import audit, copies, cutover, divergence, export, message, overview, restraint, runs, trace
+from relay.page.views import (
+    audit,
+    copies,
+    cutover,
+    divergence,
+    export,
+    message,
+    overview,
+    restraint,
+    routes,
+    runs,
+    trace,
+)
 
 ROUTES = [
     route
-    for view in (overview, divergence, export, copies, runs, message, trace, cutover, restraint, audit)
+    for view in (overview, divergence, export, copies, runs, message, trace, cutover, routes, restraint, audit)
     for route in view.ROUTES
 ]

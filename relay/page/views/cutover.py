@@ -52,14 +52,13 @@ def standing(connection: Redis, settings: Settings, verdicts: Sequence[Verdict])
     """Return how the roles stand. Raises RedisError."""
     seen = decisions.view(connection)
     acts = islice((done for done in audit.acts(connection) if done.command in promotion.COMMANDS), _CHANGES)
-    previous = seen.topology.previous.primary if seen.topology else ""
     return RolesStanding(
         seen,
         promotion.current(seen, settings),
         verdicts,
         list(acts),
         disagreement(settings, seen.topology),
-        previous if seen.topology and previous != seen.topology.primary else "",
+        seen.topology.undone if seen.topology else "",
     )
 
 
@@ -107,36 +106,51 @@ class Proposal:
         return self.plan.command == UNDO
 
     @property
+    def target(self) -> str:
+        """What it is for: "new", or "b on shop"."""
+        return changeover.target(self.plan)
+
+    @property
     def needs_force(self) -> bool:
         return self.verdict is not None and not self.verdict.is_ready
 
 
-def propose(connection: Redis, settings: Settings, name: str) -> Proposal:
-    """Return what it would take. ``name`` "undo" goes back. Raises Impossible, RedisError."""
-    if name == UNDO:
+def propose(connection: Redis, settings: Settings, name: str, route: str = "") -> Proposal:
+    """Return what it would take, on a route where one is named. ``name`` "undo" goes back. Raises Impossible."""
+    if name == UNDO and not route:
         made = promotion.plan_undo(connection, settings)
         return Proposal(made, None, list(changeover.plan(made, None)))
-    made = promotion.plan(connection, settings, name)
+    made = (
+        promotion.plan_on_route(connection, settings, name, route)
+        if route
+        else promotion.plan(connection, settings, name)
+    )
     verdict = None if made.agree else changeover.verdict(connection, settings, made)
     return Proposal(made, verdict, list(changeover.plan(made, None)))
 
 
 async def _proposal(request: Request, wrong: dict[str, str] | None = None) -> Response:
-    context, name = context_of(request), request.path_params["name"]
+    context, (name, route) = context_of(request), _asked(request)
     try:
-        found = await context.ask(propose, context.settings, name)
+        found = await context.ask(propose, context.settings, name, route)
     except Impossible as error:
         raise not_found(str(error)) from None
     return await page(
         request,
         "cutover/plan.html",
         found=found,
-        name=name,
+        action=request.scope["raw_path"].decode("ascii"),
+        back="/routes" if route else "/cutover",
         wrong=wrong or {},
         given=getattr(request.state, "form", {}),
         wait=_WAIT,
         status=400 if wrong else 200,
     )
+
+
+def _asked(request: Request) -> tuple[str, str]:
+    """Return whose promotion a request is about, and on which route, "" for none."""
+    return request.path_params["name"], request.path_params.get("route", "")
 
 
 @viewer
@@ -149,16 +163,16 @@ async def plan(request: Request) -> Response:
 async def promote(request: Request) -> Response:
     """Begin a promotion, or the way back, whose name was typed."""
     context, runs = context_of(request), request.app.state.runs
-    name = request.path_params["name"]
+    name, route = _asked(request)
     try:
-        found = await context.ask(propose, context.settings, name)
+        found = await context.ask(propose, context.settings, name, route)
     except Impossible as error:
         raise not_found(str(error)) from None
     made, reason = found.plan, field(request, "reason").strip()
     wrong: dict[str, str] = {}
     seconds = 0.0
-    if field(request, "typed").strip() != made.new.name:
-        wrong["typed"] = f"Type {made.new.name} to go on."
+    if field(request, "typed").strip() != made.title:
+        wrong["typed"] = f"Type {made.title} to go on."
     if found.needs_force and not field(request, "force"):
         wrong["force"] = f"{made.new.name} is not ready: tick this to go on all the same."
     if found.needs_force and not reason:
@@ -168,14 +182,14 @@ async def promote(request: Request) -> Response:
     except ValueError as error:
         wrong["wait"] = str(error)
     if made.agree:
-        wrong["typed"] = f"{made.new.name} is the primary already."
+        wrong["typed"] = changeover.nothing_to_do(made)
     if wrong:
         return await _proposal(request, wrong)
     at_once = found.is_undo and bool(field(request, "now"))
     details = {"readiness": found.verdict.summary} if found.verdict else {}
     details |= {"forced": "yes"} if found.needs_force else {}
-    title = f"Back to {made.new.name}" if found.is_undo else f"Promote {made.new.name}"
-    run = Run("promotion", title, who_acts(request.state.visitor.name), "/cutover")
+    title = f"Back to {found.target}" if found.is_undo else f"Promote {found.target}"
+    run = Run("promotion", title, who_acts(request.state.visitor.name), "/routes" if route else "/cutover")
     order = Order(reason, details, seconds, at_once)
     try:
         begun = runs.begin(run, lambda redis, run: _carry_out(redis, run, runs, made, order))
@@ -198,7 +212,7 @@ def _carry_out(connection: Redis, run: Run, runs: Runs, made: Plan, order: Order
     """Prepare, decide, and see who follows, as `smtp-dup promote` does. Raises Stopped, NotBegun, RedisError."""
     topology = _decide(connection, run, runs, made, order)
     at = changeover.clock(topology.now.at)
-    run.say(f"Promoted at {at}, epoch {topology.epoch}: it holds whatever becomes of this page.")
+    run.say(f"{changeover.done(made)} at {at}, epoch {topology.epoch}: it holds whatever becomes of this page.")
     run.found = None  # from here on there is no way but another promotion
 
     def report(text: str) -> None:
@@ -225,7 +239,7 @@ def _decide(connection: Redis, run: Run, runs: Runs, made: Plan, order: Order) -
         intent = None
         if not order.at_once:
             intent = promotion.prepare(connection, made, order.seconds, report)
-            run.say(f"Prepared: {changeover.processes(len(made.seen.living))} can use {made.new.name}.")
+            run.say(changeover.prepared(made))
         return promotion.commit(connection, made, order.reason, order.details, intent)
     except Unprepared as error:
         for line in error.lines:
@@ -253,4 +267,6 @@ ROUTES = [
     Route("/cutover-live", live, methods=["GET"]),
     Route("/cutover/{name}", plan, methods=["GET"]),
     Route("/cutover/{name}", promote, methods=["POST"]),
+    Route("/routes/{route}/{name}", plan, methods=["GET"]),
+    Route("/routes/{route}/{name}", promote, methods=["POST"]),
 ]
