@@ -21,6 +21,7 @@ from relay import maillog, private_files
 from relay.mail.ids import is_destination_name
 from relay.mail.stored import any_text, parsed
 from relay.mail.text import printable
+from relay.routing.fixed_database import FixedDatabase
 from relay.topology import moving
 from relay.topology.moved import Changes, MapState, MovedEntry, changes_of
 from relay.topology.state import count
@@ -49,7 +50,7 @@ class MovedMap:
     base: str = ""  # the file's name, "" for none
     base_size: int = 0
     rows: Mapping[str, str] | None = None  # of the file, key -> server, where these are in memory
-    database: sqlite3.Connection | None = None
+    database: FixedDatabase | None = None
     fault: str = ""
 
     def __len__(self) -> int:
@@ -299,12 +300,11 @@ def _stored(folder: Path, state: MapState, entries: Iterable[tuple[str, MovedEnt
     return MovedMap(state, servers, {}, name, size, *_opened(folder, name, size))
 
 
-def _opened(folder: Path, name: str, size: int) -> tuple[dict[str, str] | None, sqlite3.Connection | None]:
+def _opened(folder: Path, name: str, size: int) -> tuple[dict[str, str] | None, FixedDatabase | None]:
     if not name:
         return None, None
     try:
-        uri = f"{(folder / name).as_uri()}?mode=ro&immutable=1"
-        database = sqlite3.connect(uri, uri=True, check_same_thread=False)
+        database = FixedDatabase(folder / name)
         if size > _IN_MEMORY:
             database.execute("SELECT 1 FROM rows LIMIT 1").fetchone()
             return None, database

@@ -21,6 +21,7 @@ from relay import private_files
 from relay.mail.destination import Destination
 from relay.mail.stored import parsed, texts
 from relay.mail.text import printable
+from relay.routing.fixed_database import FixedDatabase
 from relay.routing.table_file import BadTable, Row, parse
 
 _FOLDER = "tables"
@@ -212,7 +213,7 @@ class Table:
         stamp: _Stamp,
         path: Path,
         rows: dict[str, tuple[str, ...]] | None,
-        database: sqlite3.Connection | None,
+        database: FixedDatabase | None,
         lines: Mapping[str, int] | None = None,
     ) -> None:
         self.note = held
@@ -232,7 +233,7 @@ class Table:
             raise OSError(f"{source}: it has not been read")
         path = folder / found.name
         try:
-            database = _opened(path)
+            database = FixedDatabase(path)
             if found.keys > _IN_MEMORY:
                 database.execute("SELECT 1 FROM rows LIMIT 1").fetchone()
                 return cls(found, stamp, path, None, database)
@@ -275,15 +276,11 @@ class Table:
         if self._lines is not None:
             return self._lines.get(key, 0)
         try:
-            with contextlib.closing(_opened(self._path)) as database:
+            with contextlib.closing(FixedDatabase(self._path)) as database:
                 found = database.execute("SELECT line FROM rows WHERE key = ?", (key,)).fetchone()
         except sqlite3.Error as error:
             raise OSError(f"{self.note.source}: {error}") from error
         return int(found[0]) if found else 0
-
-
-def _opened(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -318,8 +318,12 @@ def _connected(file: HourFile, mode: str) -> OpenFile:
     connection = sqlite3.connect(
         f"file:{quoted}?{mode}", uri=True, isolation_level=None, timeout=_PATIENCE, check_same_thread=False
     )
-    connection.execute("PRAGMA synchronous = OFF")
-    connection.execute("PRAGMA trusted_schema = OFF")
+    try:
+        connection.execute("PRAGMA synchronous = OFF")
+        connection.execute("PRAGMA trusted_schema = OFF")
+    except BaseException:
+        connection.close()
+        raise
     return OpenFile(file, connection)
 
 

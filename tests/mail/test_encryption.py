@@ -284,7 +284,7 @@ def test_uncertain_messages_find_their_twins(redis_client: redis.Redis, keys: Pa
     """What was left staged is held under its digest, and copied when its hold is over, all of it sealed."""
     contents = Contents(redis_client, "new")
     message_id = contents.staged(deadline=-120)
-    sweeper = Sweeper(redis_client, settings(relay_uncertain_hold="1"))
+    sweeper = Sweeper(redis_client, settings(relay_uncertain_hold="1h"))
     sweeper.sweep()
     assert redis_client.hvals(ledger_keys.TWINS) == [message_id.encode()]
     redis_client.zadd(ledger_keys.UNCERTAIN, {message_id: 1})

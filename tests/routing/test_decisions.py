@@ -15,6 +15,7 @@ from relay.mail.address_keys import entry_key, lookup_keys
 from relay.mail.destination import Destination
 from relay.routing import table_store
 from relay.routing.decisions import Router, by_weight, owed
+from relay.routing.fixed_database import FixedDatabase
 from relay.routing.loading import router_of
 from relay.routing.table_file import BadTable, parse
 
@@ -192,7 +193,7 @@ def test_address_forms(entry: str, address: str, is_matched: bool, tmp_path: Pat
 def _in_database(found: table_store.Table, state_dir: Path) -> table_store.Table:
     """Return the same table as a large one is, looked up in its file."""
     path = state_dir / "tables" / found.note.name
-    return table_store.Table(found.note, found.stamp, path, None, table_store._opened(path))
+    return table_store.Table(found.note, found.stamp, path, None, FixedDatabase(path))
 
 
 def test_case_of_local_parts_counts_when_asked() -> None:
