@@ -25,7 +25,8 @@ from relay.ledger.flow import Flow
 from relay.ledger.health import Health
 from relay.mail.stored import moment
 from relay.mail.text import printable
-from relay.topology import decisions, heartbeats
+from relay.topology import decisions, heartbeats, route_roles
+from relay.topology.roles import copied_now
 from relay.topology.state import Topology
 
 HOURS = 35 * 24 + 1  # that the flow is remembered for, and the one that is not over
@@ -33,6 +34,10 @@ HOURS = 35 * 24 + 1  # that the flow is remembered for, and the one that is not 
 
 class UnknownBackup(LookupError):
     """Nobody is called so; the text says who there is."""
+
+
+class UnknownRoute(LookupError):
+    """No route is called so; the text says which there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +135,19 @@ def backups_now(connection: Any, settings: Settings) -> list[str]:
     """Return the names of those that get copies now, by the last decision and these settings."""
     decided = topology_now(connection)
     primary = decided.primary if decided else settings.primary.name if settings.primary else ""
-    servers = [*([settings.primary] if settings.primary and decided else []), *settings.copied]
+    former = [settings.primary] if settings.primary and decided else []
+    servers = [*former, *settings.copied, *copied_now(settings, decided)]
     return [name for name in dict.fromkeys(server.name for server in servers) if name != primary]
+
+
+def on_route(connection: Any, settings: Settings, route: str) -> tuple[str, list[str]]:
+    """Return who answers first on a route now, and who else has its mail. Raises UnknownRoute."""
+    routes = {found.name: found for found in route_roles.table(settings, topology_now(connection))}
+    if route not in routes:
+        raise UnknownRoute(f"no route {printable(route)!r}; there is: {', '.join(routes) or 'none'}")
+    found = routes[route]
+    first = found.first
+    return first, [name for name in dict.fromkeys(found.copied) if name != first]
 
 
 def gather(connection: Any, settings: Settings, name: str, old: str = "") -> Evidence:
@@ -143,6 +159,7 @@ def gather(connection: Any, settings: Settings, name: str, old: str = "") -> Evi
         raise UnknownBackup(f"no backup {name!r}; there is: {there}")
     if name == old:
         raise UnknownBackup(f"{name} is the primary")
+    copied = (*settings.copied, *copied_now(settings, topology_now(connection)))
     now = changes.now(connection)
     hours = flow.read(connection, flow.HOUR, HOURS, now)
     stands = _standing(connection, name)
@@ -152,7 +169,7 @@ def gather(connection: Any, settings: Settings, name: str, old: str = "") -> Evi
         old=old,
         now=now,
         ready=settings.ready,
-        destination=next((b for b in settings.copied if b.name == name), known.get(name)),
+        destination=next((b for b in copied if b.name == name), known.get(name)),
         restraint=_restraint(connection, name, now),
         first=_first(connection, hours, name),
         hours=hours,

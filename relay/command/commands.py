@@ -270,6 +270,7 @@ ROOT = _group(
         "ready": _word(
             "whether a backup is ready to be the primary, and why not", "ready:show",
             click.Argument(["name"], metavar="[NAME]", required=False, type=Names(DESTINATION)),
+            _option("--route", metavar="ROUTE", type=Names(ROUTE), default="", help="only who gets copies on it"),
             _option("--nagios", is_flag=True, help="one line and exit status for a monitoring system"),
             _option("--explain", is_flag=True, help="each criterion's rule, and its settings"),
         ),

@@ -7,7 +7,16 @@ from dataclasses import asdict
 
 from relay.cockpit import extensions
 from relay.cockpit.finding import Result
-from relay.cockpit.readiness import Judged, UnknownBackup, Verdict, backups_now, gather, judge
+from relay.cockpit.readiness import (
+    Judged,
+    UnknownBackup,
+    UnknownRoute,
+    Verdict,
+    backups_now,
+    gather,
+    judge,
+    on_route,
+)
 from relay.cockpit.words import span
 from relay.command.connection import ledger_of
 from relay.command.exit_status import CANNOT_SAY, NO, WELL, CannotSay, Misuse, Trouble
@@ -35,20 +44,22 @@ EXTENSIONS = [
 ]
 
 
-def show(settings: Settings, out: Output, name: str | None, nagios: bool, explain: bool) -> int:
-    """Give the verdict on one backup, or on each. Says no unless all are ready."""
+def show(settings: Settings, out: Output, name: str | None, route: str, nagios: bool, explain: bool) -> int:
+    """Give the verdict on one backup, or on each, also of one route alone. Says no unless all are ready."""
     try:
         with ledger_of(settings) as connection:
-            names = [name] if name else backups_now(connection, settings)
-            evidence = [gather(connection, settings, each) for each in names]
-    except UnknownBackup as error:
+            old, others = on_route(connection, settings, route) if route else ("", backups_now(connection, settings))
+            if route and name and name not in others:
+                raise Misuse(f"{name} gets no copies on {route}; {', '.join(others) or 'nobody'} does")
+            evidence = [gather(connection, settings, each, old) for each in ([name] if name else others)]
+    except (UnknownBackup, UnknownRoute) as error:
         raise Misuse(str(error)) from error
     except CannotSay as error:
         if nagios:
             out.line(f"SMTP-DUP UNKNOWN - {error}")
         raise
     if not evidence:
-        raise Trouble("there is no backup")
+        raise Trouble(f"nobody gets copies on {route}" if route else "there is no backup")
     verdicts = [judge(known) for known in evidence]
     if nagios:
         return _nagios(verdicts, out)

@@ -76,6 +76,13 @@ class Route:
         return tuple(name for name, weight in zip(self.servers, self.weights, strict=True) if weight)
 
     @property
+    def first(self) -> str:
+        """Name of the server that answers for most."""
+        if not self.weights:
+            return self.servers[0]
+        return max(zip(self.weights, self.servers, strict=True), key=lambda found: found[0])[1]
+
+    @property
     def copied(self) -> tuple[str, ...]:
         """Names of the servers to which it may owe copies."""
         return (*self.backups, *(self.servers if self.copies == "others" else ()))

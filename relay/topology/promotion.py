@@ -181,7 +181,7 @@ def _plan_route(
         raise Impossible(f"these settings have no server named {' and '.join(strangers)}")
     for fault in (text for _, text in lmtp_faults(after, known)):
         raise Impossible(f"{name}: {fault}")
-    new = known[_first(after)]
+    new = known[after.first]
     if command == PROMOTE:
         _check_domains(new, settings)
     routes = dict(topology.now.routes) if topology else {}
@@ -189,7 +189,7 @@ def _plan_route(
     if decided:
         routes[name] = decided
     backups = topology.now.backups if topology else tuple(backup.name for backup in settings.backups)
-    old = _first(before)
+    old = before.first
     return Plan(
         seen,
         new,
@@ -204,13 +204,6 @@ def _plan_route(
         routes,
         topology,
     )
-
-
-def _first(route: Route) -> str:
-    """Return who answers for most of a route."""
-    if not route.weights:
-        return route.servers[0]
-    return max(zip(route.weights, route.servers, strict=True), key=lambda found: found[0])[1]
 
 
 def _check_domains(new: Destination, settings: Settings) -> None:

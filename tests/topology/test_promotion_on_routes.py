@@ -7,9 +7,16 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
+import redis
 
+from relay.config import loader
+from relay.ledger import keys
+from relay.topology import heartbeats, promotion
+from relay.topology.promotion import Unprepared
 from support.product import Product
+from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
+from support.waiting import wait_until
 
 Make = Callable[..., Product]
 Servers = dict[str, ScriptedServer]
@@ -48,12 +55,21 @@ def subjects(server: ScriptedServer) -> list[str]:
     return [m.header("Subject") or "" for m in server.messages]
 
 
+def readiness(relay: Product, *words: str) -> list[dict[str, object]]:
+    """Return the verdicts, whatever they come to."""
+    return [json.loads(line) for line in relay.run("ready", *words, "--json").stdout.splitlines()]
+
+
 def test_a_promotion_on_a_route_and_its_undo(product: Make, servers: Servers) -> None:
     """Its new server answers, the former one gets copies with the null sender; other mail goes as before; and back."""
     relay = relay_of(product, servers, smtp__processes="2")
     send(relay, "one")
     servers["b"].wait_for(1)
     assert relay.run("promote", "b", "--route", "shop", "--dry-run").returncode == 1, "readiness is not known"
+    assert [(v["destination"], v["primary"]) for v in readiness(relay, "--route", "shop")] == [("b", "a")]
+    assert (
+        relay.run("ready", "--route", "chop").returncode == relay.run("ready", "a", "--route", "shop").returncode == 2
+    )
     for wrong in (("b", "--route", "chop"), ("old", "--route", "shop"), ("x", "--route", "shop")):
         assert relay.run("promote", *wrong, *FORCED).returncode == 2
     done = relay.run("promote", "b", "--route", "shop", *FORCED)
@@ -68,6 +84,7 @@ def test_a_promotion_on_a_route_and_its_undo(product: Make, servers: Servers) ->
     assert subjects(servers["old"]) == ["elsewhere"]
     (row,) = relay.json("route", "x@shop.example")
     assert (row["primary"], row["backups"]) == ("b", ["a"])
+    assert [(v["destination"], v["primary"]) for v in readiness(relay, "--route", "shop")] == [("a", "b")]
     status = relay.json("topology")
     assert (status[0]["epoch"], status[0]["primary"], status[0]["settings_agree"]) == (1, "old", False)
     assert status[0]["routes"]["shop"]["servers"] == ["b"]
@@ -154,3 +171,56 @@ def test_weights_by_command(product: Make, servers: Servers) -> None:
     assert relay.json("audit")[0]["details"]["route"] == "shop"
     assert relay.run("undo", "--yes").returncode == 0
     assert answering() == dict.fromkeys(mailboxes[:10], "b")
+
+
+def test_weights_change_under_load(product: Make, servers: Servers) -> None:
+    """Each message is answered by exactly one server, and both have it, however often it is changed meanwhile."""
+    relay = relay_of(product, servers, smtp__processes="2")
+    settings = loader.load(environ=relay.environment, directories=[relay.directory])
+    sender = Sender(relay.smtp_port, range(300), recipients=("r{}@shop.example",))
+    sender.pause_at(0)
+    sender.start()
+    with redis.Redis.from_url(relay.redis_url) as client:
+        for step, share in enumerate((1, 5, 10, 0, 10, 5), 1):
+            sender.pause_at(50 * step)
+            plan = promotion.plan_weights(client, settings, "shop", {"a": 10 - share, "b": share})
+            promotion.commit(client, plan, "test", {}, promotion.prepare(client, plan, 30, lambda _: None))
+            assert promotion.follow(client, plan, 30, lambda _: None).is_whole
+    assert sender.join() == set(range(300))
+    for name in ("a", "b"):
+        servers[name].wait_for(300)
+    everything = {
+        n: Counter((t.header("Subject") or "").removeprefix("message ") for t in servers[n].messages)
+        for n in ("a", "b")
+    }
+    assert everything["a"] == everything["b"] == Counter(map(str, range(300)))
+
+
+def test_a_process_of_an_older_version_prevents_a_decision_about_a_route(product: Make, servers: Servers) -> None:
+    """It could not follow; of what it reads it understands all but the routes, and it is named."""
+    relay = relay_of(product, servers)
+    settings = loader.load(environ=relay.environment, directories=[relay.directory])
+    with redis.Redis.from_url(relay.redis_url) as client:
+        beat = heartbeats.Pulse("older /var/lib/older", "relay-1", 1)
+        older = json.loads(client.hvals(keys.RELAYS)[0]) | {"host": "older", "name": "relay-1", "version": "0.0.9"}
+        del older["routes"]
+        plan = promotion.plan_on_route(client, settings, "b", "shop")
+
+        def say_so(_: str) -> None:
+            intent = json.loads(client.get(keys.INTENT) or b'{"id": ""}')["id"]
+            at = sum(part / 10 ** (6 * n) for n, part in enumerate(client.time()))
+            client.hset(keys.RELAYS, beat.process, json.dumps(older | {"prepared": intent, "at": at}))
+
+        say_so("")
+        with pytest.raises(Unprepared) as refused:
+            promotion.prepare(client, plan, 30, say_so)
+        assert refused.value.lines == ["older/1: smtp-dup 0.0.9 there knows no decision about routes"]
+        promotion.commit(client, plan, "", {}, None)
+
+        def late() -> list[str]:
+            say_so("")
+            return [beat.label for beat in promotion.follow(client, plan, 0, lambda _: None).late]
+
+        wait_until(lambda: late() == ["older/1"])
+        (status, *_) = map(json.loads, relay.run("topology", "--json").stdout.splitlines())
+        assert status["routes"]["shop"]["servers"] == ["b"]
