@@ -86,7 +86,8 @@ def started() -> Iterator[Browser]:
 def barriers(page: Page, *rules: str) -> list[str]:
     """Return what axe finds that keeps people from using a page: by all rules, or by these."""
     # By the debugger's own way: the page's policy lets no script in that is not its own.
-    page.evaluate(AXE.read_text("utf-8") + "\n;0")
+    if page.evaluate("typeof axe") == "undefined":
+        page.evaluate(AXE.read_text("utf-8") + "\n;0")
     found = page.evaluate(
         "async (only) => (await axe.run(document, { runOnly: only, resultTypes: ['violations'] })).violations"
         ".map((one) => `${one.id}: ${one.nodes.map((node) => node.html.slice(0, 160)).slice(0, 3).join(' | ')}`)",
