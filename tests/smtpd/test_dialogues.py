@@ -39,7 +39,10 @@ Talk = Callable[[Script], tuple[Product, ScriptedServer, int]]
 def relays(
     redis_server: RedisServer, certificate: Certificate, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Talk]:
-    """Call it for the relay and the primary that a script wants; those of one group share them."""
+    """Call it for the relay and the primary that a script wants; scripts of one group, one after the other, share them.
+
+    Those of the group before end: an idle relay costs something, too, and there are some fifty.
+    """
     running: dict[tuple[object, ...], tuple[Product, ScriptedServer, int]] = {}
     users = tmp_path_factory.mktemp("users") / "users"
     users.write_text(f"ann:{hash_password('correct horse')}\n")
@@ -47,6 +50,8 @@ def relays(
 
         def of(script: Script) -> tuple[Product, ScriptedServer, int]:
             if script.group not in running:
+                ends.close()
+                running.clear()
                 tls_port = free_port()
                 names = {"certificate": certificate.certificate, "key": certificate.key, "users": users}
                 names["tls_port"] = Path(str(tls_port))
