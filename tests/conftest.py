@@ -6,12 +6,14 @@ import gc
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import redis
 
@@ -38,15 +40,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="the tests marked long, and no others")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Have what tests start hear SIGHUP, whoever has started them: below nohup it is ignored, which is inherited.
 
-    Starts of the product are forks, which take a fifth of the processor time.
+    Starts of the product are forks, which take a fifth of the processor time. What is no fork does not compile all of
+    its modules, either: where Python writes no bytecode it does so for this run, elsewhere.
     """
+    if sys.dont_write_bytecode and not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="smtp-dup-pycache-")  # the environment of whatever is started
+        os.environ["PYTHONPYCACHEPREFIX"] = folder.name
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        config.add_cleanup(folder.cleanup)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: None)  # a handler is not inherited; we ourselves go on all the same
     Product.forks = True
     remembered.remember()
+    # A busy machine makes no example wrong.
+    hypothesis.settings.register_profile(
+        "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("suite")
     free_port()  # opens its file now, not between two counts of descriptors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -50,7 +51,13 @@ ONE_OF_EACH = {
         "relay/trace/collector.py",  # datagrams of our own processes, thousands a second
     },
 }
+SOURCES = {path: path.read_text(encoding="utf-8") for path in MODULES}
 _REASON = re.compile(r"# noqa: [A-Z0-9, ]*PLC0415  \(\S.+\)")
+
+
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(SOURCES[path])
 
 
 def _imports(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
@@ -76,7 +83,7 @@ def test_a_library_is_imported_by_its_module_alone(library: str) -> None:
     found = {
         str(path.relative_to(ROOT))
         for path in MODULES
-        if any(name.partition(".")[0] == library for _, name in _imports(ast.parse(path.read_text(encoding="utf-8"))))
+        if any(name.partition(".")[0] == library for _, name in _imports(_tree(path)))
     }
     assert found <= DOORS[library]
 
@@ -84,7 +91,7 @@ def test_a_library_is_imported_by_its_module_alone(library: str) -> None:
 @pytest.mark.parametrize("pattern", sorted(ONE_OF_EACH))
 def test_one_of_each(pattern: str) -> None:
     """A file is replaced, a pause grows, and what comes together leaves together by the code of one module each."""
-    found = {str(path.relative_to(ROOT)) for path in MODULES if re.search(pattern, path.read_text(encoding="utf-8"))}
+    found = {str(path.relative_to(ROOT)) for path in MODULES if re.search(pattern, SOURCES[path])}
     assert found == ONE_OF_EACH[pattern]
 
 
@@ -92,7 +99,7 @@ def test_each_class_has_a_name_of_its_own() -> None:
     """Whoever reads a name in a message, or looks it up, finds one class."""
     places: dict[str, list[str]] = {}
     for path in MODULES:
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in _tree(path).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
@@ -101,9 +108,8 @@ def test_each_class_has_a_name_of_its_own() -> None:
 def test_an_import_inside_a_function_has_its_reason() -> None:
     """Such an import saves start-up time or an optional dependency, never a circle; the reason stands beside it."""
     for path in MODULES:
-        source = path.read_text(encoding="utf-8")
-        lines = source.splitlines()
-        for scope in ast.walk(ast.parse(source)):
+        lines = SOURCES[path].splitlines()
+        for scope in ast.walk(_tree(path)):
             if not isinstance(scope, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             for node, name in _imports(scope):

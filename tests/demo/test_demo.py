@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import smtplib
 import struct
@@ -13,16 +14,19 @@ import sys
 import tempfile
 import termios
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from fcntl import ioctl
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 import relay
 from relay.command import commands
 from relay.demo.display import coloured_console
+from support import forked
 from support.child_processes import tied
+from support.forked import ForkedProcess
 from support.waiting import wait_until
 
 OUTCOMES = {
@@ -35,50 +39,65 @@ OUTCOMES = {
 }
 
 
-# A session of its own with our pseudo-terminal as its terminal, so that the Ctrl-C key means something.
-_ATTACH = "import os, sys; os.login_tty(os.dup(0)); os.execv(sys.argv[1], sys.argv[1:])"
 _ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith("SMTP_DUP_") and name != "COLUMNS"},
     "PYTHONPATH": str(Path(relay.__file__).parents[1]),
     "TERM": "xterm",
 }
+_REAL = [sys.executable, "-m", "relay.command"]  # how the demo names itself where there is no smtp-dup
 
 
 class Demo:
-    """A demo in a session of its own; its output goes to a file, or to a terminal."""
+    """A demo in a session of its own; its output goes to a file, or to a terminal.
+
+    With ``real`` it is a process that Python has just started, as for a user, else a fork.
+    """
+
+    process: subprocess.Popen[bytes] | ForkedProcess
 
     def __init__(
-        self, folder: Path, *, terminal: bool = False, size: tuple[int, int] = (50, 120), **variables: str
+        self,
+        folder: Path,
+        *,
+        terminal: bool = False,
+        real: bool = False,
+        size: tuple[int, int] = (50, 120),
+        **variables: str,
     ) -> None:
         self.folder = folder
         self.output = folder / "output"
         self.terminal = -1
         self.seen = b""
         environment = {**_ENVIRONMENT, "TMPDIR": str(folder), **variables}
-        command = [sys.executable, "-m", "relay.command", "demo"]
-        if terminal:
-            self.terminal, theirs = os.openpty()
-            ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
-            self.process = subprocess.Popen(
-                tied([sys.executable, "-c", _ATTACH, *command]),
-                env=environment,
-                cwd=folder,
-                stdin=theirs,
-                stdout=theirs,
-                stderr=theirs,
-            )
-            os.close(theirs)
-            os.set_blocking(self.terminal, False)
-        else:
-            with self.output.open("wb") as file:
+        self._shell, self._inherited = forked.program(folder)  # which a fork names in what it suggests
+        with ExitStack() as ends:
+            if terminal:
+                self.terminal, theirs = os.openpty()
+                ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+                file: IO[bytes] = ends.enter_context(os.fdopen(theirs, "r+b", buffering=0))
+                os.set_blocking(self.terminal, False)
+            else:
+                file = ends.enter_context(self.output.open("wb"))
+            if real:
                 self.process = subprocess.Popen(
-                    tied(command),
+                    tied([*_REAL, "demo"]),
                     env=environment,
                     cwd=folder,
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=file,
                     start_new_session=True,
+                )
+            else:
+                self.process = forked.start(
+                    ["smtp-dup", "demo"],
+                    env=environment,
+                    cwd=folder,
+                    stdin=file if terminal else None,
+                    stdout=file,
+                    stderr=file,
+                    start_new_session=True,
+                    terminal=terminal,
                 )
 
     @property
@@ -104,6 +123,22 @@ class Demo:
                 if int(fields[3]) == self.process.pid and fields[0] != "Z":
                     found.append(int(entry.name))
         return found
+
+    def paste(self, command: str, *, as_it_stands: bool = False, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run a command in a shell, in another folder; unless ``as_it_stands`` smtp-dup is a fork there."""
+        if not as_it_stands:
+            command = command.replace(shlex.join(_REAL), shlex.quote(str(self.folder / "smtp-dup")))
+        return subprocess.run(
+            command,
+            shell=True,
+            cwd="/",
+            env={**_ENVIRONMENT, **self._shell, **variables},
+            pass_fds=[self._inherited],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
 
     def end(self) -> None:
         for pid in self.left:
@@ -132,6 +167,17 @@ def demo(folder: Path) -> Iterator[Demo]:
         instance.end()
 
 
+@pytest.fixture
+def real_demo(folder: Path) -> Iterator[Demo]:
+    """The same, started as a user does."""
+    instance = Demo(folder, real=True)
+    try:
+        instance.wait_for("Ctrl-C ends the demo.")
+        yield instance
+    finally:
+        instance.end()
+
+
 def test_it_shows_what_happened_to_each(demo):
     """Each message with its outcome; a deferral and a refusal by each server are among them."""
     copies = dict(re.findall(r"^(.*): copy: (.*)$", demo.text, re.MULTILINE))
@@ -142,15 +188,17 @@ def test_it_shows_what_happened_to_each(demo):
     assert "New refuses it: new: 550 5.1.1" in demo.text
 
 
-def test_its_commands_can_be_pasted(demo):
+def test_its_commands_can_be_pasted(real_demo):
     """Every command that it suggests works as it stands, in a shell and from another folder."""
+    demo = real_demo
     commands = re.findall(r"^  ([^#\s].*)$", demo.text, re.MULTILINE)
     assert len(commands) == 13
     for command in commands:
         if command.startswith(("tail", "curl", "python3")):
             continue
+        assert command.startswith(shlex.join(_REAL))
         says_no = {"ready": 1, "divergence": 1, "promote": 2}  # not ready; something is open; nobody to ask
-        done = paste(command)
+        done = demo.paste(command, as_it_stands=" topology " in command)
         expected = next((status for word, status in says_no.items() if f" {word} " in command), 0)
         assert done.returncode == expected, (command, done.stderr)
         if expected == 1:
@@ -161,7 +209,7 @@ def test_its_commands_can_be_pasted(demo):
     summary = next(command for command in commands if "queue summary" in command)
 
     def delivered() -> int:
-        return int(json.loads(paste(f"{summary} --json").stdout)["delivered"])
+        return int(json.loads(demo.paste(f"{summary} --json").stdout)["delivered"])
 
     wait_until(lambda: delivered() >= 5, message=lambda: demo.text)
 
@@ -170,19 +218,11 @@ def test_it_goes_on_sending_and_its_roles_can_be_swapped(demo, folder):
     """A message now and then, some of which the new server refuses; and it runs as any smtp-dup does, by its folder."""
     (state_dir,) = folder.glob("smtp-dup-demo-*")
     demo.wait_for("Your invoice: copy: failed list")
-    program = f"{sys.executable} -m relay.command"
-    done = paste(f"{program} promote new --force --reason demo --yes --state-dir {state_dir}")
+    done = demo.paste(f"smtp-dup promote new --force --reason demo --yes --state-dir {state_dir}")
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert "new answers since" in done.stdout
-    done = paste(f"{program} undo --yes --state-dir {state_dir}")
+    done = demo.paste(f"smtp-dup undo --yes --state-dir {state_dir}")
     assert "old answers since" in done.stdout
-
-
-def paste(command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = _ENVIRONMENT | variables
-    return subprocess.run(
-        command, shell=True, cwd="/", env=environment, capture_output=True, text=True, timeout=30, check=False
-    )
 
 
 def test_settings_for_another_redis_change_nothing(folder):
@@ -192,7 +232,7 @@ def test_settings_for_another_redis_change_nothing(folder):
     try:
         demo.wait_for("Ctrl-C ends the demo.")
         listing = next(line for line in demo.text.splitlines() if "failed list" in line and "state-dir" in line)
-        done = paste(f"{listing} --json", **other)
+        done = demo.paste(f"{listing} --json", **other)
         assert json.loads(done.stdout.splitlines()[0])["recipients"] == ["erin@example.com"]
     finally:
         demo.end()

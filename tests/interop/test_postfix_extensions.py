@@ -38,7 +38,7 @@ def test_varied_messages_in_chunks(product: MakeProduct, postfix: StartPostfix) 
     """What comes to us by BDAT is at a Postfix primary and a Postfix backup, byte for byte, whatever the chunks."""
     old, new = _store(postfix), _store(postfix)
     relay = product(primary=old.address, backups=[new.address])
-    mails = [mail for mail in corpus.mails(200) if mail.way == "bdat" or not mail.parameters]
+    mails = [mail for mail in corpus.mails(150) if mail.way == "bdat" or not mail.parameters]
     with relay.dialogue() as client:
         assert "CHUNKING" in client.hello()
         for number, mail in enumerate(mails):

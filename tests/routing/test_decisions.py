@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import tempfile
 from pathlib import Path
@@ -276,13 +277,17 @@ ADDRESSES = st.builds(
 )
 
 
+@functools.cache
+def router_with_others() -> Router:
+    everything = '[[route]]\nname = "all"\nservers = ["a", "b", "c"]\ncopies = "others"\nmatch = { recipients = "*" }\n'
+    return router_of_routes(ORDER + everything)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(ADDRESSES, min_size=1, max_size=8, unique=True), st.sampled_from(["x@news.example", ""]))
 def test_every_recipient_has_one_primary_and_the_servers_together_have_all(addresses: list[str], sender: str) -> None:
     """Whatever the recipients: transactions by primary partition them, and each route's servers get all of theirs."""
-    everything = '[[route]]\nname = "all"\nservers = ["a", "b", "c"]\ncopies = "others"\nmatch = { recipients = "*" }\n'
-    made = router_of_routes(ORDER + everything)
-    plan = made.plan("a", sender, "192.0.2.1")
+    plan = router_with_others().plan("a", sender, "192.0.2.1")
     decisions = [plan.decide(address) for address in addresses]
     assert decisions == [plan.decide(address) for address in addresses]
     by_primary: dict[str, list[int]] = {}

@@ -7,56 +7,39 @@ import signal
 import smtplib
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
 from relay.server import systemd
+from support import forked
 from support.certificates import Certificate
 from support.child_processes import tied
 from support.dialogue import Dialogue
+from support.forked import ForkedProcess
 from support.product import Product
 from support.scripted_server import ScriptedServer
 from support.waiting import free_port, wait_until
 
-# What systemd does: the sockets are descriptors 3 and following, and the process knows that they are meant for it.
-_PASS = (
-    "import os, sys\n"
-    "given = list(map(int, filter(None, sys.argv[1].split(','))))\n"
-    "given = [os.dup2(fd, 100 + n) for n, fd in enumerate(given)]\n"
-    "[os.dup2(fd, 3 + n) for n, fd in enumerate(given)]\n"
-    "os.environ.update(LISTEN_FDS=str(len(given)), LISTEN_PID=str(os.getpid()), LISTEN_FDNAMES='smtp-dup.socket')\n"
-    "os.closerange(3 + len(given), 200)\n"
-    "os.execv(sys.argv[2], sys.argv[2:])\n"
-)
-
 
 class Activated(Product):
-    """A product that gets these sockets."""
+    """A product that gets these sockets, as systemd passes them: as descriptors 3 and following."""
 
     sockets: tuple[socket.socket, ...] = ()
 
-    def start(self, wait: bool = True) -> Activated:
-        descriptors = [sock.fileno() for sock in self.sockets]
-        words = [sys.executable, "-c", _PASS, ",".join(map(str, descriptors)), *self._argv(self.command, *self.flags)]
-        with self.log_file.open("ab") as log:
-            self.process = subprocess.Popen(
-                tied(words),
-                cwd=self.directory,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                pass_fds=descriptors,
-            )
-        if wait:
-            self.wait_ready()
-        return self
+    def _launch(self, argv: list[str], log: IO[bytes]) -> ForkedProcess:
+        return forked.start(
+            ["smtp-dup", *argv[argv.index("relay.command") + 1 :]],
+            cwd=self.directory,
+            env=self.environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            listening=[sock.fileno() for sock in self.sockets],
+        )
 
 
 Make = Callable[..., Activated]

@@ -111,7 +111,7 @@ async def test_gone_at_once(chunking: ScriptedServer, redis_url: str, options: d
     async with serve(settings_of(chunking.address, options), redis_url) as (made, port):
         stages = list(STAGES.values())
         pauses = (0, 0, 0.0002, 0.001)
-        await asyncio.gather(*(asyncio.to_thread(run_through, port, stages, p, way, 12) for p in pauses))
+        await asyncio.gather(*(asyncio.to_thread(run_through, port, stages, p, way, 6) for p in pauses))
         await until(lambda: not made.command_loops, 10, lambda: f"{len(made.command_loops)} are still there")
         assert (made.counters.clients, made.counters.octets, made.snapshot.primary.pool.in_use) == (0, 0, 0)
         async with await AsyncDialogue.open(port) as client:
@@ -353,7 +353,7 @@ def break_off(port: int, times: int, seed: int) -> None:
 @pytest.mark.parametrize(
     "count",
     [
-        int(os.environ.get("BROKEN_SESSIONS", "3000")),
+        int(os.environ.get("BROKEN_SESSIONS", "1500")),
         pytest.param(29_000, marks=[pytest.mark.long, pytest.mark.timeout(600)]),
     ],
 )

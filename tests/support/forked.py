@@ -89,17 +89,28 @@ def start(
     stdout: IO[bytes],
     stderr: IO[bytes],
     start_new_session: bool = False,
+    terminal: bool = False,
+    listening: Sequence[int] = (),
 ) -> ForkedProcess:
     """Start ``smtp-dup`` with arguments, or a program in Python given by its path, as ``subprocess.Popen`` does.
 
-    It gets /dev/null for a ``stdin`` of None, and ends with the test run.
+    It gets /dev/null for a ``stdin`` of None, and ends with the test run. With ``terminal`` it leads a session whose
+    terminal ``stdin`` is: the keys there mean something. It gets the ``listening`` descriptors as systemd passes them.
     """
     umask = os.umask(0)
     os.umask(umask)
-    request = {"program": [*program], "cwd": str(cwd), "env": dict(env), "session": start_new_session, "umask": umask}
+    request = {
+        "program": [*program],
+        "cwd": str(cwd),
+        "env": dict(env),
+        "session": start_new_session,
+        "terminal": terminal,
+        "listens": bool(listening),
+        "umask": umask,
+    }
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs, Path(os.devnull).open("rb") as nothing:
-        files = [(stdin or nothing).fileno(), stdout.fileno(), stderr.fileno(), theirs.fileno()]
+        files = [(stdin or nothing).fileno(), stdout.fileno(), stderr.fileno(), *listening, theirs.fileno()]
         socket.send_fds(_connected(), [dumps(request).encode()], files)
     return ForkedProcess(ours)
 
@@ -136,13 +147,14 @@ import _socket, json, os, signal, sys
 
 umask = os.umask(0)
 os.umask(umask)
-words = {{"program": ["smtp-dup", *sys.argv[1:]], "cwd": os.getcwd(), "env": dict(os.environ), "session": False}}
+words = {{"program": ["smtp-dup", *sys.argv[1:]], "cwd": os.getcwd(), "env": dict(os.environ)}}
 ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
 files = b"".join(file.to_bytes(4, sys.byteorder) for file in (0, 1, 2, theirs.fileno()))
 signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+request = {{**words, "umask": umask, "session": False, "terminal": False, "listens": False}}
 _socket.socket(fileno=int(os.environ["{variable}"])).sendmsg(
-    [json.dumps({{**words, "umask": umask}}).encode()], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, files)]
+    [json.dumps(request).encode()], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, files)]
 )
 theirs.close()
 pid = int(ours.recv(100))

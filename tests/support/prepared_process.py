@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import fcntl
 import gc
 import importlib
 import io
@@ -75,7 +76,7 @@ class PreparedProcess:
                 elif fork.answer.fileno() in ready:
                     os.kill(fork.pid, signal.SIGKILL)
             if self._requests.fileno() in ready:
-                data, files, *_ = socket.recv_fds(self._requests, OCTETS, 4)
+                data, files, *_ = socket.recv_fds(self._requests, OCTETS, 16)
                 if not data:
                     return None
                 if begun := self._begin(json.loads(data), files):
@@ -136,17 +137,23 @@ def be(begun: Begun) -> NoReturn:
 
 def _run(begun: Begun) -> None:
     request, files = begun
-    if request["session"]:
+    if request["terminal"]:
+        os.login_tty(os.dup(files[0]))
+    elif request["session"]:
         os.setsid()
-    for number, file in enumerate(files):
-        os.dup2(file, number)
+    aside = [fcntl.fcntl(file, fcntl.F_DUPFD, 100) for file in files]
     for file in files:
+        os.close(file)
+    for number, file in enumerate(aside):
+        os.dup2(file, number)
         os.close(file)
     _reopen_streams()
     os.umask(request["umask"])
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    if request["listens"]:
+        os.environ.update(LISTEN_FDS=str(len(files) - 3), LISTEN_PID=str(os.getpid()), LISTEN_FDNAMES="smtp-dup.socket")
     time.tzset()
     random.seed()
     _renew()
