@@ -11,7 +11,7 @@ import redis
 from loguru import logger
 from rq.registry import FailedJobRegistry, ScheduledJobRegistry
 
-from relay import maillog
+from relay import log_lines
 from relay.ledger import copy_state, keys
 from support.ledger_contents import Contents, settings
 from support.reactions import Close, Gate, HalfClose, Reset, Silence
@@ -47,7 +47,7 @@ def contents(redis_client: redis.Redis, backup: ScriptedServer) -> Contents:
 def repeated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The copies that the log says may come twice, and why."""
     lines: list[str] = []
-    monkeypatch.setattr(maillog, "_events", None)  # in the words of loguru, whatever was configured before
+    monkeypatch.setattr(log_lines, "_events", None)  # in the words of loguru, whatever was configured before
     sink = logger.add(
         lambda line: lines.append(line.rstrip("\n")),
         format="{extra[id]} {extra[reason]}",
