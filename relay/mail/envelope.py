@@ -12,6 +12,8 @@ from relay.mail.recipient import Recipient
 from relay.mail.stored import LATEST, any_text, line, number, parsed, texts
 from relay.mail.text import printable
 
+# What a record need not have, by its names there.
+_OPTIONAL: dict[str, Any] = {"mail": [], "addr": "", "helo": "", "dest": [], "xf": [], "mid": "", "route": ""}
 _to_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make an encoder at each call
 
 
@@ -69,21 +71,21 @@ class Envelope:
     def from_json(cls, data: bytes) -> Envelope:
         """Read the wire form. Raises MalformedRecord."""
         try:
-            record = parsed(data)
+            record = {**_OPTIONAL, **parsed(data)}
             envelope = cls(
                 id=record["id"],
                 sender=line(record["from"]),
                 recipients=tuple(Recipient(line(to[0]), texts(to[1:])) for to in record["to"]),
                 received_at=number(record["at"]),
                 size=record["size"],
-                parameters=texts(record.get("mail", [])),
-                client_address=any_text(record.get("addr", "")),
-                client_helo=any_text(record.get("helo", "")),
-                destinations=texts(record.get("dest", [])),
-                identity=tuple((any_text(name), any_text(value)) for name, value in record.get("xf", [])),
+                parameters=texts(record["mail"]),
+                client_address=any_text(record["addr"]),
+                client_helo=any_text(record["helo"]),
+                destinations=texts(record["dest"]),
+                identity=tuple((any_text(name), any_text(value)) for name, value in record["xf"]),
                 promised=_promised(record["for"], len(record["to"])) if "for" in record else None,
-                message_id=any_text(record.get("mid", "")),
-                route=any_text(record.get("route", "")),
+                message_id=any_text(record["mid"]),
+                route=any_text(record["route"]),
             )
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise MalformedRecord(f"unreadable envelope: {printable(str(error))}") from error

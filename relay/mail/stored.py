@@ -60,16 +60,16 @@ def line(value: object) -> str:
 
 def texts(values: object) -> tuple[str, ...]:
     """Return the value as a tuple if it is a list of addresses or parameters. Raises TypeError."""
-    if not isinstance(values, list):
-        raise TypeError("not a list")
-    return tuple(map(line, values)) if values else ()
+    if values.__class__ is list:
+        return tuple(map(line, values)) if values else ()
+    raise TypeError("not a list")
 
 
 def number(value: object) -> float:
     """Return the value if it is a finite number. Raises TypeError."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -_HUGEST <= value <= _HUGEST:
-        raise TypeError("not a number")
-    return value
+    if (value.__class__ is float or value.__class__ is int) and -_HUGEST <= value <= _HUGEST:
+        return value
+    raise TypeError("not a number")
 
 
 def moment(score: float) -> float:

@@ -169,9 +169,10 @@ class ConnectionRuns:
             connection.close()
             return Ending.AGAIN  # so many messages and no more on one connection
         runner.ends()
-        is_smooth = trial.outcome.is_taken and self._breaker.clock() - runner.begun_at < _SOON
+        is_taken = trial.outcome.is_taken
+        is_smooth = is_taken and self._breaker.clock() - runner.begun_at < _SOON
         self._smooth = self._smooth + 1 if is_smooth else 0
-        if trial.following is not None and not trial.outcome.is_taken:
+        if trial.following is not None and not is_taken:
             connection.close()  # a server that refuses before the dot and again at it: whose reply would be next?
         ending = self._read(trial, reused=reused)
         if trial.copy.doubted is not None:
@@ -242,10 +243,10 @@ class ConnectionRuns:
         is_doubtful = refusals.is_doubtful if may_repeat else None
         server = copy.read(outcome, soft_bounce=self._destination.soft_bounce, is_doubtful=is_doubtful)
         if doubted is not None and copy.doubted is None:
-            (refusals.refuted if copy.taken else refusals.confirmed)(doubted)
+            (refusals.refuted if copy.yes else refusals.confirmed)(doubted)
         if copy.doubted is not None:
             copy.repeats += 1
-            if copy.taken:
+            if copy.yes:
                 self._breaker.took()
                 self._breaker.works()
             return Ending.AGAIN
@@ -260,7 +261,7 @@ class ConnectionRuns:
             self._refusals.refused(copy, outcome)
             self._breaker.refuses(next(iter(copy.never.values())), is_look=trial.is_look)
         else:
-            if copy.taken:
+            if copy.yes:
                 self._breaker.took()
                 self._refusals.took(copy, outcome)
             self._breaker.works()

@@ -57,11 +57,6 @@ class Copy:
         return cls(claim.id, message, state, [i for i in owed if 0 <= i < count])
 
     @property
-    def taken(self) -> int:
-        """For how many recipients it was taken."""
-        return len(self.yes)
-
-    @property
     def is_touched(self) -> bool:
         """Whether some recipients have an answer that is not yet in the ledger."""
         return bool(self.yes or self.never or self.later)

@@ -112,7 +112,7 @@ class Outcomes:
             self._age.observe(age)
             envelope, to = copy.message.envelope, copy.yes if self._names_recipients else ()
             maillog.delivered(
-                envelope, name, copy.taken, attempts, age, to=[envelope.recipients[i].address for i in to]
+                envelope, name, len(copy.yes), attempts, age, to=[envelope.recipients[i].address for i in to]
             )
         if copy.never:
             reply = copy.said(copy.never)
