@@ -173,7 +173,7 @@ def test_a_page_says_what_for_how_and_how_far(path: Path) -> None:
 def test_the_architecture_is_that_of_today() -> None:
     """Every file that docs/architecture.md names is there, and one message's life names at most ten."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    for place in re.findall(r"`((?:relay|workers)/[\w/]+(?:\.py|/))`", text):
+    for place in re.findall(r"`((?:relay|workers)/[\w/]+(?:\.py|\.lua|/))`", text):
         assert (ROOT / place).exists(), place
     steps = re.findall(r"(?m)^\d+\. `((?:relay|workers)/[\w/]+\.py)`", text)
     assert 5 <= len(steps) <= 10
