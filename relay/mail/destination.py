@@ -11,7 +11,7 @@ from relay.mail.recipient import Recipient
 from relay.mail.stored import parsed, texts
 from relay.mail.text import printable
 
-_DNS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\[\]:]+):[0-9]{1,5}")
+_DNS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[0-9.]+):[0-9]{1,4}|(?:\[[0-9A-Fa-f:.]+\]|[0-9.]+):[1-5][0-9]{4}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 MESSAGES_PER_CONNECTION = 10  # by default Exim queues further messages, and Stalwart refuses them
 MX_PORT = 25  # of a host that DNS names for a domain

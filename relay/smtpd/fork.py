@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from relay import faultpoints, metrics
@@ -26,6 +27,8 @@ from relay.smtpd.primary_replies import LOST
 from relay.smtpd.primary_transaction import NoReply, PrimaryTransaction
 
 T = TypeVar("T")
+
+_SHARE = 0.5  # of relay.final_timeout_seconds, which is about as long as a client waits
 
 
 class Leg:
@@ -54,8 +57,12 @@ class Leg:
 class ForkedTransaction:
     """The transactions at several primaries, as one."""
 
-    def __init__(self, first: Leg, recipients: Sequence[Recipient]) -> None:
-        """``recipients`` are those that the first leg has accepted."""
+    def __init__(self, first: Leg, recipients: Sequence[Recipient], patience: float) -> None:
+        """``recipients`` are those that the first leg has accepted.
+
+        ``patience`` is for how many seconds the others may be silent once one has the message: the client waits.
+        """
+        self._patience = patience
         first.recipients += recipients
         self.legs = [first]
         self.answered = [first.name for _ in recipients]  # by whom each accepted recipient was
@@ -117,13 +124,33 @@ class ForkedTransaction:
 
     async def finish(self) -> Reply:
         """Send all dots; returns the reply for the client. Raises NoReply where one may have it, and none says so."""
-        for leg, end in await self._all(_end_of):
-            leg.reply, leg.is_silent = end, end is None
+        await self._dots()
         if taken := [leg.reply for leg in self.legs if leg.reply is not None and leg.reply.is_positive]:
             return Reply(taken[0].code, _texts(taken))
         if any(leg.is_silent for leg in self.legs):
             raise NoReply("; ".join(f"{leg.name}: no reply to the dot" for leg in self.legs if leg.is_silent))
         return self._refusal()
+
+    async def _dots(self) -> None:
+        """Send all dots, and note who says what; once one has the message, the others are not waited for so long."""
+        loop, limit = asyncio.get_running_loop(), None
+        legs = [leg for leg in self.legs if not leg.is_over]
+        waiting = {loop.create_task(_end(leg)) for leg in legs}
+        try:
+            while waiting:
+                left = None if limit is None else max(0.0, limit - loop.time())
+                done, waiting = await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+                if not done:
+                    return
+                if limit is None and any(leg.has_message for leg in legs):
+                    limit = loop.time() + self._patience
+        finally:
+            for task in waiting:
+                task.cancel()
+            for leg in legs:
+                leg.is_silent = leg.reply is None
 
     def end(self) -> None:
         """End all; the pools keep the connections whose state allows."""
@@ -146,14 +173,11 @@ class ForkedTransaction:
         return joined(replies) if replies else LOST
 
 
-async def _end_of(leg: Leg) -> Reply | None:
-    """Send the dot; returns the reply, None for none."""
-    try:
-        reply = await leg.transaction.finish()
-    except NoReply:
-        return None
-    faultpoints.reach("leg answered")
-    return reply
+async def _end(leg: Leg) -> None:
+    """Send the dot, and note the reply, if there is one."""
+    with suppress(NoReply):
+        leg.reply = await leg.transaction.finish()
+        faultpoints.reach("leg answered")
 
 
 def joined(replies: Sequence[Reply]) -> Reply:
@@ -197,7 +221,8 @@ async def turn(
             return transaction, reply
         leg = Leg(name, decision.servers, begun)
         if not isinstance(transaction, ForkedTransaction):
-            transaction = ForkedTransaction(Leg(choice.primary.destination.name, choice.servers, transaction), accepted)
+            first = Leg(choice.primary.destination.name, choice.servers, transaction)
+            transaction = ForkedTransaction(first, accepted, choice.primary.final_timeout * _SHARE)
             choice.answered = transaction.answered
         if (same := transaction.leg_at((), name)) is not None:  # who was to answer could not be used
             begun.end()

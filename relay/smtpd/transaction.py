@@ -30,6 +30,7 @@ from relay.smtpd.look_ahead import LookAhead
 from relay.smtpd.open_envelope import OpenEnvelope
 from relay.smtpd.peer import Peer
 from relay.smtpd.primary_choice import ELSEWHERE, OnePrimary, PrimaryByRoute, PrimaryChoice
+from relay.smtpd.primary_transaction import PrimaryTransaction
 from relay.smtpd.protocol import ClientProtocol
 from relay.smtpd.recipients import is_relayed, parse_recipient, rcpt_command
 from relay.smtpd.syntax import SyntaxProblem, check, declared_size, nothing_after, parse_chunk, parse_path
@@ -219,6 +220,10 @@ class MailTransaction:
         choice, transaction = envelope.choice, self._transaction
         if refusal is not ELSEWHERE or transaction is None or not isinstance(choice, PrimaryByRoute):
             return refusal
+        if not envelope.recipients and isinstance(transaction, PrimaryTransaction):  # nobody is in it as yet
+            self._transaction = None
+            transaction.end()
+            return await self._begin_for(envelope, recipient)
 
         def commands(available: Mapping[str, str]) -> list[bytes]:
             mail = envelope.mail_command(available)

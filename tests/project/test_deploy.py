@@ -335,6 +335,7 @@ def test_kustomize_takes_a_redis_of_yours(tmp_path: Path) -> None:
 def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """The metrics of a running product that has delivered: name -> labels; a histogram under its own name."""
     primary, backup = ScriptedServer().start(), ScriptedServer().start()
+    other = ScriptedServer({".": "550 5.7.1 never"}).start()
     gone = free_port()
     routes = f"""
     [[server]]
@@ -344,6 +345,14 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     name = "redundant"
     match = {{ recipients = "@redundant.example" }}
     primary = ["gone", "first"]
+    [[server]]
+    name = "other"
+    url = "{other.address}"
+    [[route]]
+    name = "forked"
+    match = {{ recipients = "@forked.example" }}
+    primary = "other"
+    split = "fork"
     """
     instance = Product(
         tmp_path_factory.mktemp("metrics"),
@@ -360,6 +369,7 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
             client.say("RCPT TO:<b@redundant.example>", 452)
             client.say("RSET", 250)
             client.mail("a@example.net", "b@redundant.example")
+            client.mail("a@example.net", "b@redundant.example", "b@forked.example")
             primary.replies["."] = "550 5.7.1 not this one"
             client.say("MAIL FROM:<a@example.net>", 250)
             client.say("RCPT TO:<b@redundant.example>", 250)
@@ -373,13 +383,13 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
             client.say("RCPT TO:<b@example.com>", 451)
         primary.listen()
         instance.send("a@example.net", "b@example.com")
-        wait_until(lambda: instance.summary()["delivered"] == 1)
+        wait_until(lambda: instance.summary(backup.address)["delivered"] == 1)
         wait_until(lambda: "smtpdup_deliveries_total{" in instance.get("/metrics")[1])
         text = instance.get("/metrics")[1]
     finally:
         instance.clean_up()
-        primary.stop()
-        backup.stop()
+        for server in (primary, backup, other):
+            server.stop()
     found: dict[str, set[str]] = {name: set() for name in re.findall(r"# TYPE (smtpdup_\w+)", text)}
     for sample, labels in re.findall(r"^(smtpdup_\w+?)(?:_bucket|_sum|_count)?\{(.*)\}", text, re.MULTILINE):
         found[sample] |= set(re.findall(r"(\w+)=", labels)) - {"le"}

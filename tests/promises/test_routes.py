@@ -129,6 +129,33 @@ def test_recipients_of_another_primary_are_put_off(product: Make, servers: Serve
     wait_until(lambda: relay.metric("smtpdup_split_total", how="defer") == 2)
 
 
+def test_a_refused_first_recipient_does_not_hold_the_others(product: Make, servers: Servers) -> None:
+    """Whose first recipients are all refused has no primary as yet: the next one picks it, pipelined or not."""
+    routes = """
+    [[route]]
+    name = "shop"
+    match = { recipients = "@shop.example" }
+    primary = "a"
+    """
+    servers["a"].replies["RCPT"] = "550 5.1.1 nobody here"
+    relay = with_routes(product, servers, routes)
+    with relay.dialogue() as client:
+        client.hello()
+        for n in range(2):
+            client.say(f"MAIL FROM:<s{n}@example.org>", 250)
+            client.say("RCPT TO:<x@shop.example>", 550)
+            client.say("RCPT TO:<y@shop.example>", 550)
+            client.say("RCPT TO:<z@example.com>", 250)
+            client.say("RCPT TO:<x@shop.example>", "452 4.5.3 Recipient is on another server")
+            client.say("DATA", 354)
+            client.say("Subject: x\r\n\r\nx\r\n.", 250)
+        client.send("MAIL FROM:<s2@example.org>", "RCPT TO:<x@shop.example>", "RCPT TO:<z@example.com>", "DATA")
+        assert [client.reply()[:3] for _ in range(4)] == ["250", "550", "250", "354"]
+        client.say("Subject: x\r\n\r\nx\r\n.", 250)
+    assert [t.recipients for t in servers["old"].wait_for(3)] == [["z@example.com"]] * 3
+    assert not servers["a"].messages
+
+
 def test_a_copy_is_owed_to_those_of_its_route_only(product: Make, servers: Servers) -> None:
     """One primary for two routes: MAIL goes through at once, and each backup gets its own recipients of one message."""
     routes = """
