@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from json.encoder import encode_basestring as _quoted
 from typing import TYPE_CHECKING, Any
 
 from loguru import logger
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from loguru import Message as LogMessage
 
 _TIME = "{time:YYYY-MM-DDTHH:mm:ss.SSSZZ}"
-_quoted = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder at each call
 _PLAIN = ("process", "_line", "_trace")  # keys of loguru's "extra" that are not fields of the event
 
 Values = Mapping[str, Any]
@@ -117,14 +117,14 @@ def _text_format(record: Any) -> str:
 
 
 def _words(event: str, fields: Values) -> str:
-    parts = [printable(event)]
+    words = printable(event)
     for key, value in fields.items():
         if key not in _PLAIN:
             text = value if type(value) is str else str(value)
             if not text.isprintable():
                 text = printable(text)
-            parts.append(f"{key}={_quoted(text) if not text or ' ' in text else text}")
-    return " ".join(parts)
+            words += f" {key}={_quoted(text) if not text or ' ' in text else text}"
+    return words
 
 
 def _json_sink(message: LogMessage) -> None:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Self
 
 import redis
@@ -81,7 +80,7 @@ def _messages() -> Iterator[Staged]:
     )
     while True:
         message_id = ids.next()
-        record = Message(replace(envelope, id=message_id), body).packed()
+        record = Message(envelope._replace(id=message_id), body).packed()
         yield Staged(message_id, record, time.time() + 3600)
 
 

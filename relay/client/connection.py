@@ -218,8 +218,9 @@ class Connection(asyncio.Protocol):
         """
         if not self.in_data:
             raise RuntimeError("no DATA phase to end")
-        _check(then)
         self._speak(b".")
+        if then:
+            _check(then)
         self._owed.extend((b".",) * replies)
         if then:
             self._owe(then)

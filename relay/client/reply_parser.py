@@ -8,6 +8,7 @@ malformed reply raises ValueError, after which the parser must not be used. A re
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 from relay.mail.reply import Reply
 from relay.mail.text import printable
@@ -16,7 +17,6 @@ _LINE_KEPT = 512 - len("250 \r\n")  # RFC 5321 4.5.3.1.5; longer lines are accep
 _MAX_LINES = 100
 _MAX_REPLY = 64 * 1024  # octets; no real reply comes near
 _MARKS = (b" ", b"-", b"")
-_new = tuple.__new__  # what Reply(...) calls, without a function of Python between
 
 
 class ReplyParser:
@@ -85,12 +85,13 @@ class ReplyParser:
         return Reply(int(code), tuple(lines))
 
 
+@lru_cache(maxsize=100)  # all but the reply to the dot are the same for message after message
 def plain(line: bytes) -> Reply | None:
     """Return the reply that is one line of printable ASCII, without its CRLF, as nearly all are; else None."""
     if len(line) > _LINE_KEPT or not line.isascii():
         return None
     code, mark, text = (words := line.decode("ascii"))[:3], words[3:4], words[4:]
-    return _new(Reply, (int(code), (text,))) if mark == " " and code.isdigit() and text.isprintable() else None
+    return Reply(int(code), (text,)) if mark == " " and code.isdigit() and text.isprintable() else None
 
 
 def safe_text(text: bytes) -> str:

@@ -25,7 +25,11 @@ def within(address: str, networks: tuple[Network, ...]) -> bool:
     if not networks:
         return False
     client = parsed(address)
-    return client is not None and any(client in network for network in networks)
+    if client is not None:
+        for network in networks:
+            if client in network:
+                return True
+    return False
 
 
 def plain_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> str:

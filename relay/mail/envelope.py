@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from relay.mail.destination import Destination
 from relay.mail.ids import is_destination_name, is_id
 from relay.mail.recipient import Recipient
-from relay.mail.stored import LATEST, any_text, line, number, parsed, texts
+from relay.mail.stored import LATEST, any_text, line, number, parsed, texts, to_json
 from relay.mail.text import printable
 
 # What a record need not have, by its names there.
 _OPTIONAL: dict[str, Any] = {"mail": [], "addr": "", "helo": "", "dest": [], "xf": [], "mid": "", "route": ""}
-_to_json = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would make an encoder at each call
 
 
 class MalformedRecord(ValueError):
     """A stored message that this version cannot read; the caller sets it aside and never drops it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(NamedTuple):
     """Sender, recipients and origin of a message.
 
     Addresses are str with surrogateescape, so that octets that are no UTF-8 survive; the null sender is "".
@@ -53,19 +49,19 @@ class Envelope:
             "at": round(self.received_at, 3),
             "size": self.size,
         }
-        optional = (
-            ("mail", self.parameters),
-            ("addr", self.client_address),
-            ("helo", self.client_helo),
-            ("dest", self.destinations),
-            ("xf", self.identity),
-            ("mid", self.message_id),
-            ("route", self.route),
-        )
-        record |= {key: value for key, value in optional if value}
+        optional = {
+            "mail": self.parameters,
+            "addr": self.client_address,
+            "helo": self.client_helo,
+            "dest": self.destinations,
+            "xf": self.identity,
+            "mid": self.message_id,
+            "route": self.route,
+        }
+        record |= {key: value for key, value in optional.items() if value}
         if self.promised is not None:
             record["for"] = dict(self.promised)
-        return _to_json(record).encode("ascii")
+        return to_json(record).encode("ascii")
 
     @classmethod
     def from_json(cls, data: bytes) -> Envelope:

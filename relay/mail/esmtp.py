@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 # Parameter -> the extension that defines it. Any other parameter gets 555 (RFC 5321 4.1.1.11).
 MAIL_EXTENSIONS: Mapping[str, str] = {
@@ -29,6 +29,7 @@ def value(parameters: Iterable[str], name: str) -> str | None:
     return None
 
 
-def command_line(verb: str, address: str, parameters: Iterable[str]) -> bytes:
+def command_line(verb: str, address: str, parameters: Collection[str]) -> bytes:
     """Return a MAIL FROM or RCPT TO command without CRLF; the inverse of ``parse_path``."""
-    return " ".join((f"{verb}:<{address}>", *parameters)).encode("utf-8", "surrogateescape")
+    line = f"{verb}:<{address}>"
+    return (" ".join((line, *parameters)) if parameters else line).encode("utf-8", "surrogateescape")

@@ -92,13 +92,15 @@ def count_fields(block: bytes) -> int:
     return block.count(b"\r\n") - block.count(b"\r\n ") - block.count(b"\r\n\t")
 
 
-def count_hops(block: bytes, domain: str) -> tuple[int, int]:
-    """Return the number of Received lines in a header block, and of those that this relay wrote.
+def has_looped(block: bytes, domain: str, most_hops: int, most_own: int) -> bool:
+    """Return whether a header block has more Received lines than that, or more that this relay wrote.
 
     Octets are searched directly: for a block of a megabyte, a regular expression takes ten times as long.
     """
     ours = f"by {domain} {_MARK} ".encode("ascii", "replace").lower()
     text = b"\r\n" + block.lower()
+    if text.count(_RECEIVED) <= most_hops and text.count(ours) <= most_own:
+        return False
     hops = own = 0
     at = text.find(_RECEIVED)
     while at >= 0 and hops < _MOST_HOPS:
@@ -108,7 +110,7 @@ def count_hops(block: bytes, domain: str) -> tuple[int, int]:
         hops += 1
         own += text.find(ours, at, end if end >= 0 else len(text)) >= 0
         at = text.find(_RECEIVED, end) if end >= 0 else -1
-    return hops, own
+    return hops > most_hops or own > most_own
 
 
 class Named(NamedTuple):
@@ -127,7 +129,9 @@ def name_of(body: bytes) -> Named:
     """Return the Message-ID of a message."""
     leading = _TRACE_BLOCK.match(body, 0, _DIGEST_LOOK)
     start = leading.end() if leading else 0
-    found = _MESSAGE_ID.search(header_block(body, start, _DIGEST_LOOK))
+    block = header_block(body, start, _DIGEST_LOOK)
+    at = (b"\n" + block.lower()).find(b"\nmessage-id:")  # much faster than a search that ignores case
+    found = _MESSAGE_ID.search(block, at) if at >= 0 else None
     return Named(start, found[1] if found else b"")
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeGuard
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # of ids: Crockford base 32, without i, l, o, u
+_PAIRS = [a + b for a in ALPHABET for b in ALPHABET]
 _ID = re.compile(rf"[{ALPHABET}]{{16}}")
 _IDS = re.compile(rf"(?:[{ALPHABET}]{{16}},)*")
 # The name becomes part of a queue name, a Redis key and a metric label.
@@ -79,15 +80,17 @@ class IdSource:
         self.owner = _base32(random.SystemRandom().getrandbits(20), 4)
         self._clock = clock
         self._last = 0  # milliseconds and count
-        self._moment, self._beginning = -1, ""  # milliseconds, and what the ids made in them begin with
 
     def next(self) -> str:
         count = (self._last + 1) & _COUNTED
         self._last = max(int(self._clock() * 1000) << _COUNT_BITS | count, self._last + 1)
-        moment, count = self._last >> _COUNT_BITS, self._last & _COUNTED
-        if moment != self._moment:
-            self._moment, self._beginning = moment, _base32(moment, 9) + self.owner
-        return self._beginning + ALPHABET[count >> 10] + ALPHABET[count >> 5 & 31] + ALPHABET[count & 31]
+        last = self._last
+        # Written out, as is _base32 for nine characters: every message has a moment of its own.
+        return (
+            f"{_PAIRS[last >> 50 & 1023]}{_PAIRS[last >> 40 & 1023]}{_PAIRS[last >> 30 & 1023]}"
+            f"{_PAIRS[last >> 20 & 1023]}{ALPHABET[last >> 15 & 31]}{self.owner}"
+            f"{ALPHABET[last >> 10 & 31]}{_PAIRS[last & 1023]}"
+        )
 
 
 def owner_of(message_id: str) -> str:

@@ -1,9 +1,11 @@
-"""Reads stored forms, since stored data is not trusted: JSON that is none raises ValueError, a wrong type TypeError."""
+"""Reads and writes stored forms. They are not trusted: JSON that is none raises ValueError, a wrong type TypeError."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from json import encoder as _encoder
 from typing import Any
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # never sent in a command, see relay.client.connection
@@ -33,6 +35,23 @@ def parsed(data: bytes | str | memoryview) -> Any:
         return _decode(data if isinstance(data, str) else str(data, "utf-8"))
     except RecursionError as error:
         raise ValueError("nested too deep") from error
+
+
+def _writer() -> Callable[[Any], str]:
+    """Return what writes JSON in ASCII, without blanks.
+
+    The library makes an encoder for each value, which takes longer than to write one of ours: this one is kept. It does
+    not look for circles.
+    """
+    ordinary = json.JSONEncoder(separators=(",", ":"), check_circular=False)
+    make: Any = getattr(_encoder, "c_make_encoder", None)
+    if make is None:  # as in an interpreter that is not CPython
+        return ordinary.encode
+    write = make(None, ordinary.default, _encoder.encode_basestring_ascii, None, ":", ",", False, False, True)
+    return lambda value: "".join(write(value, 0))
+
+
+to_json = _writer()
 
 
 def any_text(value: object) -> str:

@@ -170,7 +170,7 @@ class IncomingBody:
             return _HEADER_BYTES
         if headers.count_fields(block) - 1 > settings.max_headers:  # not counting our Received field
             return _HEADERS
-        hops, own = headers.count_hops(block, settings.domain)
-        if hops - 1 > settings.max_hops or own - 1 > _OWN_LINES_LIMIT:
-            return _LOOP
-        return None
+        # Our Received field is one of both.
+        return (
+            _LOOP if headers.has_looped(block, settings.domain, settings.max_hops + 1, _OWN_LINES_LIMIT + 1) else None
+        )

@@ -20,6 +20,7 @@ from relay.smtpd.syntax import LINE_LIMIT, SyntaxProblem, argument_text, nothing
 from relay.smtpd.transaction import INTERNAL, MailTransaction
 
 _OK = Reply.of(250, "2.0.0 Ok")
+_BYE = Reply.of(221, "2.0.0 Bye")
 _NESTED = Reply.of(503, "5.5.1 Not within a mail transaction")
 _TOO_MANY_ERRORS = Reply.of(421, "4.7.0 Too many errors, goodbye")
 _SHUTDOWN = Reply.of(421, "4.3.2 Service shutting down, try again later")
@@ -51,7 +52,7 @@ class CommandLoop:
 
     async def run(self, *, implicit_tls: bool) -> None:
         """Serve one client until it disconnects."""
-        context, protocol, transaction = self._context, self._protocol, self._transaction
+        context, protocol, transaction, limits = self._context, self._protocol, self._transaction, self._error_limits
         context.command_loops.add(self)
         context.counters.add_client(1)
         try:
@@ -64,7 +65,7 @@ class CommandLoop:
                     reply = await self._command(line)
                 except Exception as error:
                     reply = self._reply_to(error)
-                if self._error_limits.are_unbearable:
+                if limits.bad and limits.are_unbearable:
                     reply = _TOO_MANY_ERRORS
                 if reply is not None:
                     await protocol.push(reply)
@@ -160,7 +161,7 @@ class CommandLoop:
     async def _quit(self, _: str) -> Reply:
         # With an argument it is an error (RFC 5321 4.3.2), but whoever says so leaves all the same; Postfix agrees.
         self._over = True
-        return Reply.of(221, "2.0.0 Bye")
+        return _BYE
 
     async def _vrfy(self, argument: str) -> Reply:
         if not argument:

@@ -21,14 +21,14 @@ _LINES = 100  # log lines about one client and message
 class ErrorLimits:
     """Counts the errors of one client."""
 
-    __slots__ = ("_excess", "_idle", "_idle_at", "_lines", "bad")
+    __slots__ = ("_excess", "_idle", "_idle_at", "bad", "lines")
 
     def __init__(self) -> None:
         self.bad = 0  # bad commands
         self._idle = 0.0  # commands that advanced no message since the last accepted one, less what is forgotten
         self._idle_at = 0.0
         self._excess = 0  # refused recipients, and commands behind a refused one, since the last accepted message
-        self._lines = 0  # log lines, written and left out
+        self.lines = 0  # log lines, written and left out
 
     @property
     def are_unbearable(self) -> bool:
@@ -53,10 +53,10 @@ class ErrorLimits:
 
     def may_be_logged(self) -> bool:
         """Count a log line about this client; returns whether it is to be written."""
-        self._lines += 1
-        return self._lines <= _LINES
+        self.lines += 1
+        return self.lines <= _LINES
 
     def unlogged(self) -> int:
         """Return how many log lines were left out, and reset the count."""
-        lines, self._lines = self._lines, 0
+        lines, self.lines = self.lines, 0
         return max(0, lines - _LINES)

@@ -66,7 +66,11 @@ class FinalDot:
         if staged is None or (not staged and is_required):
             replies.tell(events.OWN, envelope, primary, _NOT_DURABLE)
             return _NOT_DURABLE  # no fault of the client's
-        digest = await self._digest(envelope.sender, body, named) if staged else ""
+        digest = ""
+        if staged and len(body) <= LARGE:
+            digest = headers.equality_digest(envelope.sender, body, named)
+        elif staged:
+            digest = await asyncio.to_thread(headers.equality_digest, envelope.sender, body, named)
         del body, message  # frees memory: the primary may take ten minutes to answer
         return await self._finish(incoming.transaction, envelope, primary, digest, staged=staged)
 
@@ -91,12 +95,6 @@ class FinalDot:
         metrics.observer(metrics.stage_seconds)(seconds)
         return True
 
-    @staticmethod
-    async def _digest(sender: str, body: bytes, named: headers.Named) -> str:
-        if len(body) <= LARGE:
-            return headers.equality_digest(sender, body, named)
-        return await asyncio.to_thread(headers.equality_digest, sender, body, named)
-
     async def _finish(
         self, transaction: OpenTransaction, envelope: Envelope, primary: str, digest: str, *, staged: bool
     ) -> Reply:
@@ -117,8 +115,8 @@ class FinalDot:
         seconds = self._protocol.loop.time() - begun
         faultpoints.reach("primary answered")
         metrics.observer(metrics.primary_seconds)(seconds)
-        metrics.increment(metrics.messages, metrics.reply_class(reply.code))(1)
         if reply.is_positive:
+            metrics.increment(metrics.messages, "accepted")(1)
             if staged:
                 addresses = tuple([r.address for r in envelope.recipients])
                 await staging.release(Released(envelope.id, envelope.destinations, digest, addresses))
@@ -128,6 +126,7 @@ class FinalDot:
                 maillog.copy_lost(envelope)
             self._accepted(envelope, primary, reply, seconds)
         else:
+            metrics.increment(metrics.messages, metrics.reply_class(reply.code))(1)
             self._error_limits.idle()
             if staged:
                 staging.discard(envelope.id)
@@ -140,7 +139,8 @@ class FinalDot:
     def _accepted(self, envelope: Envelope, primary: str, reply: Reply, seconds: float) -> None:
         """Count, log and tell of a message that the primary has."""
         self._error_limits.bring_a_message()
-        self._report.log_the_rest()
+        if self._error_limits.lines:
+            self._report.log_the_rest()
         metrics.increment(metrics.bytes_accepted)(envelope.size)
         mail_features.note(envelope)
         if envelope.route:

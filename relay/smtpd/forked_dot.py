@@ -10,7 +10,6 @@ then in its failed list; the client never hears of that.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 from relay import maillog, metrics
 from relay.ledger.changes import Released
@@ -75,7 +74,8 @@ class ForkedDot(FinalDot):
 
     def _spare(self, envelope: Envelope, leg: Leg) -> Envelope:
         name = self._context.ids.next()
-        return replace(envelope, id=name, recipients=tuple(leg.recipients), destinations=(leg.name,), promised=())
+        recipients = tuple(leg.recipients)
+        return envelope._replace(id=name, recipients=recipients, destinations=(leg.name,), promised=())
 
     def _accepted(self, envelope: Envelope, primary: str, reply: Reply, seconds: float) -> None:
         super()._accepted(envelope, self._forked.names, reply, seconds)

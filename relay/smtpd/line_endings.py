@@ -41,7 +41,8 @@ class LineEnds:
             return b""
         if self._refuse:
             return self._inspect(piece)
-        text, returns = _without_returns(piece)  # the next piece shows whether an LF follows them
+        # The next piece shows whether an LF follows the CRs at its end.
+        text, returns = _without_returns(piece) if piece.endswith(b"\r") else (piece, 0)
         if self._after_bare or text[-2:] in _DOT or not _is_clean(text):
             text = self._mend(text)
         elif text:

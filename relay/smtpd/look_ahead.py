@@ -31,7 +31,7 @@ class LookAhead:
 
     def recipient(self) -> Recipient | None:
         """Return the first recipient, if it is one that mail is relayed for."""
-        if self._buffer.is_empty:
+        if not self._buffer.data:
             return None
         with suppress(SyntaxProblem):
             for line in self._buffer.lines_ahead():
@@ -49,7 +49,7 @@ class LookAhead:
 
         ``behind``: the recipient whose RCPT goes ahead of them.
         """
-        if self._buffer.is_empty or "PIPELINING" not in available:
+        if not self._buffer.data or "PIPELINING" not in available:
             return []
         commands: list[bytes] = []
         limits, domains = server_limits(available), {behind.domain} if behind else set()

@@ -51,7 +51,8 @@ class OpenEnvelope:
 
     def mail_command(self, available: Mapping[str, str]) -> bytes:
         """Return MAIL for a server with these extensions. Raises SyntaxProblem."""
-        return command_line("MAIL FROM", self.sender, carried(self.parameters, MAIL_EXTENSIONS, available))
+        given = self.parameters
+        return command_line("MAIL FROM", self.sender, carried(given, MAIL_EXTENSIONS, available) if given else ())
 
     def sealed(self, received_at: float, size: int = 0, message_id: str = "") -> Envelope:
         """Return the envelope of the message as it is now. Raises OSError, where a table of routes cannot be read."""

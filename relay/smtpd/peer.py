@@ -88,7 +88,7 @@ class Peer:
             if not implicit_tls:
                 protocol.dismiss(refusal)
             return None
-        metrics.connections.inc()
+        metrics.increment(metrics.connections)(1)
         if implicit_tls:
             context = self._context.credentials.tls
             if context is None or not await self._secure(context, keep=True):
@@ -164,9 +164,9 @@ class Peer:
 
     def objection(self) -> Reply | None:
         """Return the reply that refuses mail from this client, or None if it may send."""
-        if self._needs_tls:
+        if self._settings.tls == "encrypt" and self._needs_tls:
             return _TLS_FIRST
-        if not self._is_trusted:
+        if not (self._is_allowed or self.user):
             return _STRANGER if self._context.credentials.users is None else _AUTH_FIRST
         return None
 

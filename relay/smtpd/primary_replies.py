@@ -42,11 +42,9 @@ def _is_about_the_transaction(reply: Reply) -> bool:
 
 def for_client_at_end(reply: Reply) -> Reply:
     """Return the reply for the client, made of the primary's reply to the final dot."""
-    if reply.code == 421:
-        return Reply(451, reply.lines)
-    if not (reply.is_positive or 400 <= reply.code < 600):
-        return UNEXPECTED
-    return for_client(reply)
+    if reply.is_positive:
+        return reply
+    return for_client(reply) if 400 <= reply.code < 600 else UNEXPECTED
 
 
 def for_client_early(reply: Reply) -> Reply:

@@ -111,7 +111,8 @@ async def _begin(
         except BaseException:
             pool.give_back(connection)  # the pool closes it, unless nothing was sent
             raise
-        if reused and (reply.code == 421 or (repeated < _REPETITIONS and pool.refusals.is_doubtful(reply))):
+        may_repeat = repeated < _REPETITIONS
+        if reused and reply.code >= 400 and (reply.code == 421 or (may_repeat and pool.refusals.is_doubtful(reply))):
             connection.close()
             pool.give_back(connection)
             repeated, doubted = repeated + 1, reply
@@ -304,7 +305,10 @@ class PrimaryTransaction:
         if connection is None:
             return LOST
         try:
-            self._send(connection, command)
+            if self._ahead:
+                self._send(connection, command)
+            else:
+                connection.send(command)
             reply = await connection.reply(timeout=self._primary.timeouts.command)
         except ConnectionGone as error:
             if not self._reused:
@@ -315,7 +319,10 @@ class PrimaryTransaction:
         except BaseException:
             self.abandon()
             raise
-        if self._reused and (reply.code == 421 or self._primary.pool.refusals.is_doubtful(reply)):
+        if reply.code == 354 or 200 <= reply.code < 300:
+            return reply
+        refusals = self._primary.pool.refusals
+        if self._reused and reply.code >= 400 and (reply.code == 421 or refusals.is_doubtful(reply)):
             return await self._repeat(command, stage, reply)
         return self._read(stage, reply)
 

@@ -146,7 +146,12 @@ class ClientProtocol(asyncio.Protocol):
         transport = self.transport
         if transport is None or transport.is_closing():
             return
-        if self.read_buffer.has_line and len(self._held) < _MOST_HELD and not transport.get_write_buffer_size():
+        if (
+            self.read_buffer.data
+            and self.read_buffer.has_line
+            and len(self._held) < _MOST_HELD
+            and not transport.get_write_buffer_size()
+        ):
             if not self._held:
                 self.loop.call_soon(self._flush)
             self._held.append(wire(reply))
@@ -183,7 +188,8 @@ class ClientProtocol(asyncio.Protocol):
             self.transport.write(b"".join(held))
 
     def _close(self) -> None:
-        self._flush()
+        if self._held:
+            self._flush()
         if self.transport is not None and not self.transport.is_closing():
             self.transport.close()
 
@@ -223,7 +229,7 @@ class ClientProtocol(asyncio.Protocol):
         if self._in_a_row > _MOST_IN_A_ROW:  # other clients have a turn: one may have pipelined a hundred thousand
             self._in_a_row = 1
             await asyncio.sleep(0)
-        line = self.read_buffer.next_line()
+        line = self.read_buffer.next_line() if self.read_buffer.data else None
         if line is None:
             self._in_a_row = 0
             begun = self.loop.time()

@@ -18,15 +18,15 @@ BUFFER = 1 << 16  # octets; the longest line; at twice this, reading from the cl
 class ReadBuffer:
     """Takes octets by ``feed`` and ``end``; gives lines and chunks, and nothing more after the end."""
 
-    __slots__ = ("_at", "_count", "_counted", "_data", "_ended", "_loop", "_paused", "_transport", "_waiter")
+    __slots__ = ("_at", "_count", "_counted", "_ended", "_loop", "_paused", "_transport", "_waiter", "data")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, count: Callable[[int], None] = lambda _: None) -> None:
         """``count`` is called with the change in the number of octets in memory."""
         self._loop = loop
         self._count = count
         self._counted = 0
-        self._data = b""
-        self._at = 0  # where the unread octets begin
+        self.data = b""  # empty when nothing is unread
+        self._at = 0  # where the unread octets of ``data`` begin
         self._ended = self._paused = False
         self._transport: Any = None
         self._waiter: asyncio.Future[None] | None = None
@@ -42,9 +42,9 @@ class ReadBuffer:
         """Append received octets; after the end they are dropped (TLS still delivers some while it closes)."""
         if self._ended:
             return
-        if self._at < len(self._data):
-            data = self._data[self._at :] + data
-        self._data, self._at = data, 0
+        if self.data:
+            data = self.data[self._at :] + data
+        self.data, self._at = data, 0
         size = len(data)
         if self._counted or size > _UNCOUNTED:
             self._recount()
@@ -64,17 +64,17 @@ class ReadBuffer:
 
     def unread(self, data: bytes) -> None:
         """Put octets back in front of the unread ones."""
-        self._data, self._at = data + self._data[self._at :], 0
+        self.data, self._at = data + self.data[self._at :], 0
         self._recount()
 
     def clear(self) -> bytes:
         """Remove the unread octets; returns them."""
-        data, self._data, self._at = self._data[self._at :], b"", 0
+        data, self.data, self._at = self.data[self._at :], b"", 0
         self._recount()
         return data
 
     def _recount(self) -> None:
-        size = len(self._data) - self._at
+        size = len(self.data) - self._at
         octets = size if size > _UNCOUNTED else 0
         if octets != self._counted:
             self._count(octets - self._counted)
@@ -83,52 +83,51 @@ class ReadBuffer:
     # --- out --------------------------------------------------------------------------------------------------
 
     @property
-    def is_empty(self) -> bool:
-        return self._at == len(self._data)
-
-    @property
     def has_line(self) -> bool:
-        return self._at < len(self._data) and self._data.find(b"\n", self._at) >= 0
+        return self.data.find(b"\n", self._at) >= 0
 
     def lines_ahead(self) -> Iterator[bytes]:
         """Yield the complete unread lines, without removing them."""
         at = self._at
-        while end := self._data.find(b"\n", at) + 1:
-            yield self._data[at:end]
+        while end := self.data.find(b"\n", at) + 1:
+            yield self.data[at:end]
             at = end
 
     def next_line(self) -> bytes | None:
         """Return the next line if all of it is here, b"" if longer than ``BUFFER``; else None."""
-        end = self._data.find(b"\n", self._at) + 1
+        end = self.data.find(b"\n", self._at) + 1
         if not end:
             return None
+        if end == len(self.data) and not self._at and not self._counted:  # one command in one packet: the common case
+            line, self.data = self.data, b""
+            return line
         line = self._take(end)
         return line if len(line) <= BUFFER else b""
 
     async def line(self) -> bytes | None:
         """Return the next line, b"" if longer than ``BUFFER``, None at the end of input."""
         too_long = False
-        while (line := self.next_line()) is None:
-            size = len(self._data) - self._at
+        while (line := self.next_line() if self.data else None) is None:
+            size = len(self.data) - self._at
             if size > BUFFER:
                 self.clear()
                 size, too_long = 0, True
             if not self._ended:
                 await self._arrival()
-            if len(self._data) - self._at <= size:
+            if len(self.data) - self._at <= size:
                 return None
         return b"" if too_long else line
 
     async def read(self, n: int = -1) -> bytes:
         """Return the unread octets, at most ``n``; waits for the first, b"" at the end of input."""
-        if self._at == len(self._data) and not self._ended:
+        if self._at == len(self.data) and not self._ended:
             await self._arrival()
-        size = len(self._data) - self._at
+        size = len(self.data) - self._at
         return self._take(self._at + (size if n < 0 else min(n, size)))
 
     async def readexactly(self, n: int) -> bytes:
         """Return exactly ``n`` octets. Raises asyncio.IncompleteReadError at the end of input."""
-        while len(self._data) - self._at < n:
+        while len(self.data) - self._at < n:
             if not await self._more():
                 raise asyncio.IncompleteReadError(self.clear(), n)
         return self._take(self._at + n)
@@ -138,21 +137,21 @@ class ReadBuffer:
 
         Raises asyncio.IncompleteReadError at the end of input, or if there is none within ``BUFFER`` octets.
         """
-        while (end := self._data.find(separator, self._at)) < 0:
-            if len(self._data) - self._at > BUFFER or not await self._more():
+        while (end := self.data.find(separator, self._at)) < 0:
+            if len(self.data) - self._at > BUFFER or not await self._more():
                 raise asyncio.IncompleteReadError(self.clear(), None)
         return self._take(end + len(separator))
 
     def _take(self, end: int) -> bytes:
-        data = self._data
+        data = self.data
         if end == len(data):
             taken = data[self._at :] if self._at else data
-            self._data, self._at = b"", 0
+            self.data, self._at = b"", 0
         else:
             taken, self._at = data[self._at : end], end
         if self._counted:
             self._recount()
-        if self._paused and len(self._data) - self._at <= BUFFER:
+        if self._paused and len(self.data) - self._at <= BUFFER:
             self._resume()
         return taken
 
@@ -163,10 +162,10 @@ class ReadBuffer:
 
     async def _more(self) -> bool:
         """Wait for more input; returns False at the end of input."""
-        before = len(self._data) - self._at
+        before = len(self.data) - self._at
         if not self._ended:
             await self._arrival()
-        return len(self._data) - self._at > before
+        return len(self.data) - self._at > before
 
     def _arrival(self) -> asyncio.Future[None]:
         """Return what is done with the next input, or at the end of input."""

@@ -12,10 +12,12 @@ from relay.smtpd.syntax import SyntaxProblem, carried, check, meaningful, parse_
 def parse_recipient(argument: str, offered: Collection[str]) -> Recipient:
     """Parse the argument of RCPT. Raises SyntaxProblem."""
     address, given = parse_path(argument, "TO")
-    check(given, RCPT_EXTENSIONS, offered)
+    if given:
+        check(given, RCPT_EXTENSIONS, offered)
+        given = meaningful(given)
     if not address:
         raise SyntaxProblem(501, "5.1.3 A recipient needs an address")
-    return Recipient(address, meaningful(given))
+    return Recipient(address, given)
 
 
 def is_relayed(recipient: Recipient, allowed_domains: Collection[str]) -> bool:
@@ -32,4 +34,4 @@ def is_relayed(recipient: Recipient, allowed_domains: Collection[str]) -> bool:
 def rcpt_command(recipient: Recipient, available: Mapping[str, str]) -> bytes:
     """Return RCPT for a server with these extensions. Raises SyntaxProblem."""
     address, given = recipient
-    return command_line("RCPT TO", address, carried(given, RCPT_EXTENSIONS, available))
+    return command_line("RCPT TO", address, carried(given, RCPT_EXTENSIONS, available) if given else ())

@@ -77,21 +77,25 @@ def parse_path(argument: str | None, keyword: str) -> tuple[str, tuple[str, ...]
 
     Returns the path without angle brackets ("" for the null sender) and the parameters as they came.
     """
-    syntax = f"5.5.4 Syntax: {'MAIL' if keyword == 'FROM' else 'RCPT'} {keyword}:<address>"
-    if argument is None or argument[: len(keyword) + 1].upper() != keyword + ":":
-        raise SyntaxProblem(501, syntax)
-    found = _PATH.match(argument, len(keyword) + 1)
+    colon = len(keyword)
+    found = None
+    if argument is not None and argument[colon : colon + 1] == ":" and argument[:colon].upper() == keyword:
+        found = _PATH.match(argument, colon + 1)
     if not found:
-        raise SyntaxProblem(501, syntax)
+        verb = "MAIL" if keyword == "FROM" else "RCPT"
+        raise SyntaxProblem(501, f"5.5.4 Syntax: {verb} {keyword}:<address>")
     quoted, bare, rest = found.groups()
-    parameters = tuple(word for word in rest.split(" ") if word) if rest else ()
+    path = quoted if quoted is not None else bare
+    if not rest:
+        return path, ()
+    parameters = tuple([word for word in rest.split(" ") if word])
     for parameter in parameters:
         if not _PARAMETER.match(parameter):
             raise SyntaxProblem(501, "5.5.4 Malformed parameter")
     names = [p.partition("=")[0].upper() for p in parameters]
     if len(set(names)) != len(names):
         raise SyntaxProblem(501, "5.5.4 Repeated parameter")
-    return (quoted if quoted is not None else bare), parameters
+    return path, parameters
 
 
 # Extensions that are announced with the primary's own parameters.

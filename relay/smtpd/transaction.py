@@ -85,7 +85,8 @@ class MailTransaction:
         envelope, self._envelope = self._envelope, None
         transaction, self._transaction = self._transaction, None
         body, self._body = self._body, None
-        self._report.end(envelope, in_body=body is not None)
+        if envelope is not None:
+            self._report.end(envelope, in_body=body is not None)
         if transaction is not None:
             if body is None:
                 transaction.end()
@@ -120,8 +121,10 @@ class MailTransaction:
             return self.out_of_order(Reply.of(503, "5.5.1 Nested MAIL command"))
         self._was_refused = True  # until the primary accepts it
         sender, given = parse_path(argument, "FROM")
-        check(given, MAIL_EXTENSIONS, client.offered)
-        size = declared_size(given)
+        size = 0
+        if given:
+            check(given, MAIL_EXTENSIONS, client.offered)
+            size = declared_size(given)
         envelope = OpenEnvelope(sender, given, client, self._choice(sender), self._context.counters)
         try:
             choice, first = envelope.choice, None
@@ -188,10 +191,11 @@ class MailTransaction:
                 envelope.recipients.append(recipient)
                 envelope.count(len(argument))
                 self._report.replies.rcpt.append(reply)
+                metrics.increment(metrics.recipients, "accepted")(1)
+                return reply
         metrics.increment(metrics.recipients, metrics.reply_class(reply.code))(1)
-        if not reply.is_positive:
-            self._error_limits.exceed()
-            self._report.recipient_refused(recipient.address, reply, is_own=refusal is not None)
+        self._error_limits.exceed()
+        self._report.recipient_refused(recipient.address, reply, is_own=refusal is not None)
         return reply
 
     def _limit_met(self, envelope: OpenEnvelope, recipient: Recipient, octets: int) -> Reply | None:

@@ -40,11 +40,11 @@ class TransactionReport:
         self.replies.refuse(address, reply, is_own=is_own)
         self._log(f"RCPT <{address}>", reply)
 
-    def end(self, envelope: OpenEnvelope | None, *, in_body: bool) -> None:
-        """End a transaction, if there is one: tell of it, where no end of a message was told of."""
+    def end(self, envelope: OpenEnvelope, *, in_body: bool) -> None:
+        """End a transaction: tell of it, where no end of a message was told of."""
         replies, was_logged = self.replies, self._was_logged
         self.replies, self._was_logged = Replies(), False
-        if envelope is None or replies.is_told:
+        if replies.is_told:
             return
         if in_body:
             self._tell(replies, events.BROKEN_OFF, envelope, None)

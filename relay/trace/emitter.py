@@ -9,7 +9,6 @@ reads it. Nothing here raises.
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import threading
 from collections import deque
@@ -18,6 +17,7 @@ from typing import Any
 
 from relay import log_lines, metrics
 from relay.mail.ids import is_id
+from relay.mail.stored import to_json
 from relay.trace import events
 from relay.trace.events import Wire
 
@@ -26,8 +26,6 @@ _AT_ONCE = 64  # events in a datagram
 _MOST = 60_000  # octets of one; what is larger goes in parts
 _KEPT = 2 << 20  # octets that wait for the kernel
 _BUFFER = 1 << 20  # octets in the kernel, as far as it allows
-# Escapes whatever is no ASCII, and what is no UTF-8. To look for circles takes half of its time, and there are none.
-_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 # Lines of the mail log that tell of one message and that no event of its own does.
 _NOTED = frozenset({
     "spooled", "unspooled", "not durable", "copy lost", "uncertain", "uncertain copied", "uncertain covered",
@@ -93,7 +91,7 @@ class Emitter:
 
     def _pack(self, group: Sequence[Wire]) -> None:
         try:
-            data = _encode(group).encode("ascii")
+            data = to_json(group).encode("ascii")
         except (ValueError, TypeError, RecursionError):
             metrics.trace_dropped.inc(len(group))
             return

@@ -539,7 +539,7 @@ async def test_in_time_or_not(primary: ScriptedServer, redis_url: str) -> None:
         begins(await hear(client, 3), "250", "250", "354")
         await client.raw(BODY[:-1])
         (command_loop,) = made.command_loops
-        await until(lambda: command_loop._protocol.waiting and command_loop._protocol.read_buffer.is_empty)
+        await until(lambda: command_loop._protocol.waiting and command_loop._protocol.read_buffer.data == b"")
         client.writer.write(BODY[-1:])
         time.sleep(1.5)  # on purpose: the loop stands still, so that deadline and octets come in one turn of it
         reply = await client.reply()
@@ -573,12 +573,12 @@ async def test_very_many_recipients(
         writer.write(wire([MAIL, *(f"RCPT TO:<{r}>" for r in recipients), "DATA"]) + BODY + b"QUIT\r\n")
         await gate.arrival()
         (command_loop,) = made.command_loops
-        await until(lambda: len(command_loop._protocol.read_buffer._data) > 100_000)
+        await until(lambda: len(command_loop._protocol.read_buffer.data) > 100_000)
         if not tls:
             writer.write_eof()
         for _ in range(50):
             await asyncio.sleep(0)
-        assert len(command_loop._protocol.read_buffer._data) < 500_000
+        assert len(command_loop._protocol.read_buffer.data) < 500_000
         gate.open()
         begins(await hear(client, len(recipients) + 4), *["250"] * (len(recipients) + 1), "354", "250", "221")
         await client.close()
@@ -655,7 +655,7 @@ async def test_a_client_that_never_reads(primary: ScriptedServer, redis_url: str
             while made.command_loops and not flood.done():
                 held = sum(map(len, protocol._held))
                 waiting = protocol.transport.get_write_buffer_size() if protocol.transport else 0
-                most = max(most, held + waiting + len(protocol.read_buffer._data))
+                most = max(most, held + waiting + len(protocol.read_buffer.data))
                 await asyncio.sleep(0)
             with pytest.raises(ConnectionError):
                 await asyncio.wait_for(flood, PATIENCE)

@@ -59,7 +59,7 @@ async def fed(inbox: ReadBuffer, pieces: list[bytes], tap: Tap | None = None) ->
         while tap is not None and not tap.open:
             await asyncio.sleep(0)
         inbox.feed(piece)
-        most = max(most, len(inbox._data))
+        most = max(most, len(inbox.data))
         await asyncio.sleep(0)
     inbox.end()
     return most
@@ -106,7 +106,7 @@ def test_any_order(given_: tuple[bytes, list[bytes]], steps: list[str]) -> None:
                 ahead = list(inbox.lines_ahead())
                 assert inbox.has_line == bool(ahead)
                 assert all(line.endswith(b"\n") and line.count(b"\n") == 1 for line in ahead)
-                assert inbox.is_empty <= (not ahead)
+                assert inbox.data or not ahead
             else:
                 piece = await inbox.read(-1 if step == "read" else 3)
                 assert len(piece) <= 3 or step == "read"
@@ -154,7 +154,7 @@ def test_a_flood_is_stopped() -> None:
         got = b""
         while piece := await inbox.read(700):
             got += piece
-            assert len(inbox._data) <= 2 * BUFFER + 5000
+            assert len(inbox.data) <= 2 * BUFFER + 5000
             await asyncio.sleep(0)  # it comes faster than it is read
         assert got == data
         assert tap.open
@@ -253,7 +253,7 @@ def test_forgotten_while_waiting() -> None:
         assert inbox.clear() == b"half a li"
         inbox.end()
         assert await waiting is None
-        assert inbox.is_empty
+        assert not inbox.data
 
     in_loop(read())
 

@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -523,7 +522,7 @@ async def test_the_clock_starts_at_acceptance(place: Place) -> None:
     """Retries and ages count from when the client heard 2xx, however long the message was in the spool."""
     accepted = changes.now(place.client) - 86400
     message = place.message()
-    old = Message(replace(message.envelope, received_at=accepted), message.body)
+    old = Message(message.envelope._replace(received_at=accepted), message.body)
     spooled = await place.spooled(old)
     late = place.message("late", ids=IdSource())
     place.stage(late)
