@@ -81,7 +81,7 @@ class GroupCommit:
             if not pending.done.done():  # a change that timed out must not be sent any more
                 of_kind.setdefault(pending.kind, []).append(pending)
                 size += pending.size
-        kinds = sorted(of_kind.values(), key=_turn) if len(of_kind) > 1 else [*of_kind.values()]
+        kinds = [*of_kind.values()]
         if not kinds:
             asyncio.get_running_loop().call_soon(self._land, kinds, [])
             return
@@ -100,6 +100,7 @@ class GroupCommit:
     def _land(self, kinds: list[list[_Pending]], answers: Answers) -> None:
         for number, members in enumerate(kinds):
             answer = answers if isinstance(answers, Exception) else answers[number]
+            of_each = members[0].kind == "release"  # the others have one answer for all
             for i, pending in enumerate(members):
                 if pending.sent is not None:
                     _note(pending.sent)
@@ -109,7 +110,7 @@ class GroupCommit:
                 if isinstance(answer, Exception):
                     pending.done.set_exception(answer)
                 else:
-                    pending.done.set_result(answer[i] if isinstance(answer, list) else answer)
+                    pending.done.set_result(answer[i] if of_each else answer)
         while self._unanswered and self._unanswered[0].done.done():
             self._unanswered.popleft()
         self._gathering.landed()
@@ -120,15 +121,9 @@ def _note(sent: asyncio.Future[None]) -> None:
         sent.set_result(None)
 
 
-def _turn(members: list[_Pending]) -> int:
-    return _TURNS[members[0].kind]
-
-
 _ADD: Mapping[str, Callable[[Any, Sequence[Any]], None]] = {
     "stage": changes.stage,
-    "stage large": changes.stage_large,
     "release": changes.release,
     "discard": changes.discard,
     "hold": changes.hold,
 }
-_TURNS = {kind: n for n, kind in enumerate(_ADD)}  # in which order the kinds of one write are sent

@@ -41,7 +41,7 @@ class CommandBatch:
     """
 
     def __init__(self, size: int = 0) -> None:
-        self._is_large = size > _IN_PARTS
+        self.is_large = size > _IN_PARTS
         self._parts: list[bytes] = []
         self._replies: list[int] = []  # number of replies to each change
 
@@ -59,7 +59,7 @@ class CommandBatch:
             self._pack(command)
 
     def _pack(self, command: Sequence[Any]) -> None:
-        if not self._is_large:
+        if not self.is_large:
             self._parts.append(hiredis.pack_command(tuple(command)))
             return
         self._parts.append(b"*%d\r\n" % len(command))
@@ -69,7 +69,7 @@ class CommandBatch:
 
     @property
     def packed(self) -> Sequence[bytes]:
-        return self._parts if self._is_large else (b"".join(self._parts),)
+        return self._parts if self.is_large else (b"".join(self._parts),)
 
     @property
     def replies_owed(self) -> int:

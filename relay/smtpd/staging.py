@@ -114,10 +114,7 @@ class Staging:
     async def _to_redis(self, envelope: Envelope, record: tuple[bytes, ...]) -> str:
         """Stage a record in Redis; returns "", or the reason of the failure."""
         staged, size = Staged(envelope.id, record, self.now() + self._deadline_seconds), sum(map(len, record))
-        if size > _LARGE:
-            future = self._large.submit("stage large", staged, size)
-        else:
-            future = self._small.submit("stage", staged, size)
+        future = (self._large if size > _LARGE else self._small).submit("stage", staged, size)
         self._watch.sent(size, future)
         try:
             await future
