@@ -90,8 +90,8 @@ class Word(_Completes):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_paragraph()
-        if FILTER_FLAGS[0] in self.params:
-            formatter.write(filter_summary(formatter.width))
+        if any(flag in self.params for flag in FILTER_FLAGS):
+            formatter.write(filter_summary(formatter.width, self.params))
         if any(param in SETTINGS_FLAGS for param in self.params):
             formatter.write(SETTINGS_HINT + "\n")
         formatter.write(IN_A_LINE + "\n")
@@ -180,7 +180,11 @@ class Listing(CommandGroup):
         return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        click.Command.format_options(self, ctx, formatter)
+        # Without --help and --color, which all commands have: it is to fit a screen.
+        own = [param for param in self.params if "--color" not in param.opts]
+        rows = [row for param in own if (row := param.get_help_record(ctx))]
+        with formatter.section("Options"):
+            formatter.write_dl(rows)
         self.format_commands(ctx, formatter)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

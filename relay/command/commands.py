@@ -10,7 +10,7 @@ import click
 from relay import __version__
 from relay.command.command_line import HELP_OPTIONS, NAME, Asking, CommandGroup, Listing, Task, Word
 from relay.command.completed_names import DESTINATION, FAILED_ID, GROUP, ROUTE, SERVER, TOPIC, WAITING_ID, Names
-from relay.command.filter_flags import FILTER_FLAGS
+from relay.command.filter_flags import FILTER_FLAGS, REASON_FLAGS
 from relay.command.filter_flags import NAMES as FILTER_NAMES
 from relay.command.flags import SETTINGS_FLAGS, Given
 from relay.command.output import Output
@@ -76,8 +76,8 @@ def _word(
             arguments["out"] = look
         if colour:
             arguments["colour"] = given.colour
-        if FILTER_FLAGS[0] in params:
-            arguments["filters"] = {name: arguments.pop(name) for name in FILTER_NAMES}
+        if REASON_FLAGS[0] in params:
+            arguments["filters"] = {name: arguments.pop(name) for name in FILTER_NAMES if name in _names(params)}
         return Task(place, given, settings, arguments)
 
     return Word(
@@ -89,6 +89,11 @@ def _word(
         context_settings=HELP_OPTIONS,
         hidden=hidden,
     )
+
+
+def _names(params: Sequence[click.Parameter]) -> set[str | None]:
+    """Return the names of those that are conditions of the filter."""
+    return {param.name for param in params if param in FILTER_FLAGS}
 
 
 def _settings_flags(own: Sequence[click.Parameter]) -> list[click.Parameter]:
@@ -193,6 +198,8 @@ _DIVERGENCE = _word(
     _option("--kind", metavar="KIND", type=click.Choice(["refused", "given-up", "deferred", "noise", "accepts-more"]),
             help="refused, given-up, deferred or noise"),
     _option("--all", "everything", is_flag=True, help="also acknowledged and closed reasons"),
+    _option("--route", metavar="ROUTE", type=Names(ROUTE), default="", help="about a recipient whose mail takes it"),
+    *REASON_FLAGS,
 )  # fmt: skip
 _DIVERGENCES: dict[str, Word | CommandGroup] = {
     "show": _word("one reason: its text, examples and recipients", "divergence:show", _KEY, _DESTINATION),

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from redis import Redis
 
 from relay.cockpit import divergence as seen
+from relay.cockpit import divergence_filter
+from relay.cockpit.conditions import Given
 from relay.cockpit.sparkline import sparkline
 from relay.cockpit.words import address, moment
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, Misuse, Trouble
+from relay.command.filters import read
 from relay.command.output import GREEN, YELLOW, Column, Output, as_object, span
 from relay.config.loader import Settings
 from relay.config.types import duration
 from relay.ledger import changes, divergence_groups
 from relay.ledger.divergence_groups import Group
+from relay.mail.text import printable
+from relay.routing.table_file import BadTable
 
 _EXAMPLES, _TOP, _IDS = 5, 20, 5
 _DAY = 24  # hours of a trend
@@ -69,12 +75,18 @@ def listing(
     by: str,
     kind: str | None,
     everything: bool,
+    route: str,
+    filters: Given,
 ) -> int:
-    """Show what is open, or all; says no when anything is open and not acknowledged."""
+    """Show what is open, or all, that meets the conditions; says no when any of it is open and not acknowledged."""
+    chosen = read(filters)
     with ledger_of(settings) as connection:
         now = changes.now(connection)
         begin = now - _seconds("--since", since) if since else 0.0
         groups = seen.chosen(connection, destination, since=begin, kind=kind, everything=everything)
+        groups = divergence_filter.narrowed(connection, groups, chosen)
+        if route:
+            groups = _on_route(connection, settings, groups, route)
         nothing = "Nothing is open." if not everything else "Nothing has been refused or put off."
         if by == "domain":
             out.rows(seen.by_domain(groups), _sums("domain"), nothing=nothing)
@@ -88,6 +100,18 @@ def listing(
         else:
             out.rows([_Row(group, now) for group in groups], _GROUPS, nothing=nothing)
     return NO if any(group.counts(now) for group in groups) else WELL
+
+
+def _on_route(connection: Redis, settings: Settings, groups: Sequence[Group], route: str) -> list[Group]:
+    """Return those about recipients of a route. Raises Misuse, Trouble."""
+    try:
+        return divergence_filter.on_route(
+            connection, settings, groups, route, lambda line: print(f"smtp-dup: {printable(line)}", file=sys.stderr)
+        )
+    except divergence_filter.NoRoute as error:
+        raise Misuse(f"--route: {printable(str(error))}") from error
+    except (BadTable, OSError) as error:
+        raise Trouble(f"a table cannot be read: {error}") from error
 
 
 def show(settings: Settings, out: Output, key: str, destination: str | None) -> int:

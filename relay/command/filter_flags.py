@@ -6,6 +6,7 @@ They are not in the help of each command: `smtp-dup help filters` has them once.
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
 import click
 
@@ -40,14 +41,19 @@ FILTER_FLAGS: tuple[click.Option, ...] = (
     _flag("--larger", metavar="SIZE", text="of more octets: 64K, 10M"),
     _flag("--limit", metavar="N", text="no more than so many, the oldest first; alone it is no condition"),
 )  # fmt: skip
+# The conditions that a reason of divergence can meet: it has no sender, client, size or attempts.
+REASON_FLAGS = tuple(flag for flag in FILTER_FLAGS if flag.name in {"recipient", "domain", "reply", "code"})
 NAMES = tuple(str(flag.name) for flag in FILTER_FLAGS)
 
 
-def summary(width: int) -> str:
-    """Return the flags in the help of a command, in a few lines."""
-    flags = ", ".join(f"{flag.opts[0]} {flag.metavar}".replace(" ", "\xa0") for flag in FILTER_FLAGS)
-    text = textwrap.fill(f"Filters: {flags}.", width - 1, break_on_hyphens=False, break_long_words=False)
-    return text.replace("\xa0", " ") + f"\n{HINT}\n"
+def summary(width: int, of: Sequence[click.Parameter]) -> str:
+    """Return the flags that a command has of these, in a few lines; where it has few, in one."""
+    has_all = FILTER_FLAGS[0] in of
+    flags = [f"{f.opts[0]} {f.metavar}" if has_all else f.opts[0] for f in FILTER_FLAGS if f in of]
+    head = "Filters" if has_all else "Filters (smtp-dup help filters)"
+    words = f"{head}: {', '.join(flag.replace(' ', chr(160)) for flag in flags)}."
+    text = textwrap.fill(words, width - 1, break_on_hyphens=False, break_long_words=False).replace("\xa0", " ")
+    return text + (f"\n{HINT}\n" if has_all else "\n")
 
 
 def page(width: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import redis
@@ -170,3 +171,44 @@ def test_what_comes_from_outside_moves_no_cursor(contents: Contents, new: Backup
     run("ack", key, "--note", "\x1b[1m")
     for words in (("--all",), ("show", key), ("--all", "--by", "domain")):
         assert "\x1b" not in run(*words)[1]
+
+
+def test_the_conditions_of_the_filter(contents: Contents, new: Backup, run: Run, tmp_path: Path) -> None:
+    """By reply, code, domain and recipient as for copies; by the route that a recipient takes; the status is theirs."""
+    for address, reply in (
+        ("ann@shop.test", "550 5.1.1 <ann@shop.test> unknown"),
+        ("bob@b.test", "552 5.2.2 Mailbox is full"),
+        ("cid@moved.test", "554 5.7.1 Not from you"),
+    ):
+        new.attempt(contents.pending(address), {0: refused(reply)})
+    (tmp_path / "people").write_text("cid@moved.test\n")
+    (tmp_path / "settings.toml").write_text(f"""
+        [relay]
+        destination_primary = "old=127.0.0.1:9"
+        [[backup]]
+        name = "new"
+        url = "127.0.0.2:9"
+        [[route]]
+        name = "shop"
+        match = {{ recipients = ["@shop.test", "file:{tmp_path}/people"] }}
+        primary = "old"
+        backups = ["new"]
+    """)
+
+    def shown(*words: str) -> tuple[int, list[str]]:
+        status, text, problem = run(*words, "--json", "--config", str(tmp_path / "settings.toml"))
+        assert not problem
+        return status, sorted(next(iter(json.loads(line)["domains"])) for line in text.splitlines())
+
+    assert shown("--code", "5.2.2") == shown("--code", "552") == shown("--reply", "FULL") == (1, ["b.test"])
+    assert shown("--code", "5xx", "--domain", "shop.test") == shown("--to", "ann@shop.test") == (1, ["shop.test"])
+    assert shown("--recipient", "@b.test") == (1, ["b.test"])
+    assert shown("--code", "4xx") == shown("--recipient", "x@shop.test") == (0, [])
+    assert shown("--route", "shop") == (1, ["moved.test", "shop.test"])
+    assert shown("--route", "default") == (1, ["b.test"])
+    assert run("--code", "9")[0] == run("--recipient", "ann")[0] == 2
+    settings = (tmp_path / "settings.toml").read_text()
+    (tmp_path / "settings.toml").write_text(settings.replace("match = {", 'match = { clients = "10.0.0.0/8", '))
+    assert run("--route", "chop", "--config", str(tmp_path / "settings.toml"))[0] == 2
+    status, _, problem = run("--route", "shop", "--config", str(tmp_path / "settings.toml"))
+    assert (status, "more than the recipient" in problem) == (2, True)

@@ -128,20 +128,32 @@ class Filter:
 
     def takes_state(self, state: CopyState, reason: str) -> bool:
         """Say whether a copy's state passes; ``reason`` is the last reply of one that was not tried yet."""
-        reply = state.last_reply or reason
         return (
-            (self.code is None or _has_code(reply, self.code))
-            and (self.reply is None or self.reply.casefold() in reply.casefold())
+            self.takes_words(state.last_reply or reason)
             and (self.attempts is None or self.attempts.takes(state.attempts))
             and (self.group is None or any(self.group in {group, group[1:]} for group, _ in state.open))
         )
+
+    def takes_words(self, reply: str) -> bool:
+        """Say whether a reply passes."""
+        return (self.code is None or _has_code(reply, self.code)) and (
+            self.reply is None or self.reply.casefold() in reply.casefold()
+        )
+
+    def takes_recipients(self, recipients: Sequence[str]) -> bool:
+        """Say whether the condition on a recipient is met by one of these."""
+        return self.recipient is None or any(_matches(self.recipient, r) for r in recipients)
+
+    def takes_domains(self, recipients: Sequence[str]) -> bool:
+        """Say whether the condition on a domain is met by one of these recipients, or @domains."""
+        return self.domain is None or any(_matches(f"@{self.domain}", r) for r in recipients)
 
     def takes_envelope(self, envelope: Envelope, recipients: Sequence[str]) -> bool:
         """Say whether a copy's envelope passes, but for its age."""
         return (
             (self.sender is None or _matches(self.sender, envelope.sender))
-            and (self.recipient is None or any(_matches(self.recipient, r) for r in recipients))
-            and (self.domain is None or any(_matches(f"@{self.domain}", r) for r in recipients))
+            and self.takes_recipients(recipients)
+            and self.takes_domains(recipients)
             and (self.larger is None or envelope.size > self.larger)
             and (not self.client or within(envelope.client_address, self.client))
         )
