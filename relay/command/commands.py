@@ -276,7 +276,8 @@ ROOT = _group(
         ),
         "ready": _word(
             "whether a backup is ready to be the primary, and why not", "ready:show",
-            click.Argument(["name"], metavar="[NAME]", required=False, type=Names(DESTINATION)),
+            click.Argument(["name"], metavar="[NAME|ADDRESS]", required=False, type=Names(DESTINATION)),
+            _option("--moved", is_flag=True, help="the mailboxes that have moved, instead of a backup"),
             _option("--route", metavar="ROUTE", type=Names(ROUTE), default="", help="only who gets copies on it"),
             _option("--nagios", is_flag=True, help="one line and exit status for a monitoring system"),
             _option("--explain", is_flag=True, help="each criterion's rule, and its settings"),

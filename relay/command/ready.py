@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from relay.cockpit import extensions
+from relay.cockpit import extensions, mailboxes, moves
 from relay.cockpit.finding import Result
+from relay.cockpit.mailboxes import MailboxVerdict
 from relay.cockpit.readiness import (
     Judged,
     UnknownBackup,
@@ -23,12 +24,18 @@ from relay.command.exit_status import CANNOT_SAY, NO, WELL, CannotSay, Misuse, T
 from relay.command.output import GREEN, RED, YELLOW, Column, Output
 from relay.config.loader import Settings
 from relay.ledger.flow import total
+from relay.routing.table_file import BadTable
 
 _COLOURS = {Result.PASS: GREEN, Result.WARN: YELLOW, Result.FAIL: RED, Result.UNKNOWN: YELLOW}
 _CRITERIA = [
     Column("", lambda j: str(j.criterion.number), numbers=True),
     Column("result", lambda j: j.finding.result.value, colour=lambda j: _COLOURS[j.finding.result]),
     Column("criterion", lambda j: j.criterion.name),
+    Column("found", lambda j: j.finding.text, detail=True),
+]
+_OF_MAILBOX = [
+    Column("result", lambda j: j.finding.result.value, colour=lambda j: _COLOURS[j.finding.result]),
+    Column("criterion", lambda j: j.criterion),
     Column("found", lambda j: j.finding.text, detail=True),
 ]
 _EXPLAINED = [
@@ -44,8 +51,16 @@ EXTENSIONS = [
 ]
 
 
-def show(settings: Settings, out: Output, name: str | None, route: str, nagios: bool, explain: bool) -> int:
-    """Give the verdict on one backup, or on each, also of one route alone. Says no unless all are ready."""
+def show(
+    settings: Settings, out: Output, name: str | None, moved: bool, route: str, nagios: bool, explain: bool
+) -> int:
+    """Give the verdict on one backup, or on each; on a mailbox, or all that have moved. Says no unless ready."""
+    if moved or "@" in (name or ""):
+        return _mailboxes(settings, out, name or "", moved=moved, nagios=nagios)
+    return _backups(settings, out, name, route, nagios=nagios, explain=explain)
+
+
+def _backups(settings: Settings, out: Output, name: str | None, route: str, *, nagios: bool, explain: bool) -> int:
     try:
         with ledger_of(settings) as connection:
             old, others = on_route(connection, settings, route) if route else ("", backups_now(connection, settings))
@@ -72,6 +87,46 @@ def show(settings: Settings, out: Output, name: str | None, route: str, nagios: 
             out.line("")
         _show(verdict, rows, out, explain=explain)
     return WELL if all(verdict.is_ready for verdict in verdicts) else NO
+
+
+def _mailboxes(settings: Settings, out: Output, address: str, *, moved: bool, nagios: bool) -> int:
+    if moved and address:
+        raise Misuse("--moved is about all that have moved: without a name")
+    asked = moves.wish(address, fold=settings.routes.fold_local) if address else None
+    if isinstance(asked, moves.Kept):
+        raise Misuse(f"{asked.address}: {asked.why}")
+    try:
+        with ledger_of(settings) as connection:
+            found = (
+                mailboxes.of_address(connection, settings, asked) if asked else mailboxes.of_moved(connection, settings)
+            )
+    except BadTable as error:
+        raise Trouble(f"a table cannot be read: {error}") from error
+    except CannotSay as error:
+        if nagios:
+            out.line(f"SMTP-DUP UNKNOWN - {error}")
+        raise
+    if nagios:
+        is_well = all(verdict.is_ready for verdict in found)
+        text = "; ".join(f"{v.subject} {v.summary}" for v in found) or "nobody has moved"
+        out.line(f"SMTP-DUP {'OK' if is_well else 'CRITICAL'} - {text}".replace("|", "/"))
+        return WELL if is_well else 2
+    return _tell_mailboxes(out, found, address)
+
+
+def _tell_mailboxes(out: Output, found: Sequence[MailboxVerdict], address: str) -> int:
+    if not found:
+        raise Trouble(f"{address}: no other server gets copies of its mail" if address else "nobody has moved")
+    for number, verdict in enumerate(found):
+        if out.as_json:
+            out.object(verdict.as_object())
+            continue
+        if number:
+            out.line("")
+        out.line(f"{verdict.subject}: {verdict.summary} (else {verdict.former} answers)")
+        out.line("")
+        out.rows(verdict.judged, _OF_MAILBOX, nothing="")
+    return WELL if all(verdict.is_ready for verdict in found) else NO
 
 
 def _show(verdict: Verdict, rows: Sequence[extensions.Extension], out: Output, *, explain: bool) -> None:

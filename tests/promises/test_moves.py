@@ -74,6 +74,13 @@ def test_a_mailbox_moves_and_moves_back(product: Make, servers: Servers) -> None
     assert relay.metric("smtpdup_moved_mailboxes", destination="new") == 1
     assert relay.metric("smtpdup_moved_followers") == 2
     assert "1 at new (generation 1), 2 relay processes follow" in relay.run("check").stdout
+    wait_until(lambda: "new has answered for its mail" in relay.run("ready", "anna@a.example").stdout)
+    (mailbox,) = relay.json("ready", "anna@a.example")
+    assert mailbox["summary"] == "moved to new, all is well"
+    assert [row["criterion"] for row in mailbox["criteria"]][-1] == "way back"
+    assert relay.json("ready", "otto@a.example")[0]["summary"] == "READY for new"
+    (every,) = relay.json("ready", "--moved")
+    assert (every["subject"], every["summary"]) == ("1 address", "moved to new, all is well")
     relay.json("move", "anna@a.example", "--back", "--yes")
     relay.send("back@example.org", "anna@a.example", data=b"Subject: 4\r\n\r\n4\r\n")
     everything = [
@@ -120,6 +127,7 @@ def test_a_batch_moves_whom_it_can_and_says_who_is_left(product: Make, servers: 
         "line 6: x y@a.example", "line 8: postmaster", "line 3: berta@a.example", "line 4: carl@a.example",
         "line 7: dora@a.example",
     ]  # fmt: skip
+    assert "NOT READY for new: divergence and waiting" in relay.run("ready", "berta@a.example").stdout
     assert kept["line 3: berta@a.example"] == "1 copy failed at new: 550 5.1.1 no such mailbox"
     assert kept["line 4: carl@a.example"].startswith("1 copy waits for new, the oldest for ")
     moved = [row["address"] for row in relay.json("moved", "list", "--server", "new")]

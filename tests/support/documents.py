@@ -8,6 +8,7 @@ The block's language says it; an HTML comment right above it, `<!-- test: WORDS 
     up            (sh) starts the product, which then relays and copies
     postfix S F   a piece of Postfix's file F; the pieces of one scenario S make an instance
     exim S        a piece of an Exim configuration
+    proxy S F     the configuration F of a proxy S in front of IMAP
     unit NAME     (ini) a drop-in for that unit
     install       (sh) run by .ci/run, in an environment of its own
     backup, manifest, kustomize, kustomize-redis, redis.conf, plist   each has its own test
@@ -33,6 +34,7 @@ MARKERS = {
     "postfix",
     "exim",
     "exim-fallback",
+    "proxy",
     "unit",
     "backup",
     "manifest",
