@@ -153,7 +153,7 @@ def _map(connection: Redis, settings: Settings, seen: View) -> Finding:
 
 def _server(connection: Redis, settings: Settings, seen: View, name: str) -> Finding:
     texts = list(moves.objections(connection, settings, name, seen.living))
-    return fails("; ".join(texts)) if texts else passes(f"{name} is used, from every host")
+    return fails("; ".join(texts)) if texts else passes(f"{name} can be used, from every host")
 
 
 def _troubles(connection: Redis, settings: Settings, name: str, keys: Sequence[str]) -> Finding:

@@ -19,7 +19,7 @@ from relay.command.move_steps import await_the_last, carry_out, plan_of, show_ke
 from relay.command.output import Output
 from relay.config.loader import Settings
 from relay.mail.text import printable
-from relay.topology.moved import NOTE
+from relay.topology.moved import MOVE, MOVE_BACK, NOTE
 
 _SHOWN = 20  # addresses of a batch
 _LARGEST_FILE = 256 << 20  # octets
@@ -87,7 +87,7 @@ def _batch(
     if made.lost:
         put_back(connection, settings, out, made, reason)
     await_the_last(connection, made, seconds, out)
-    return carry_out(connection, out, made, reason, seconds, back=back)
+    return carry_out(connection, out, made, reason, seconds, MOVE_BACK if back else MOVE)
 
 
 def _server(settings: Settings, to: str | None, *, needed: bool) -> str:

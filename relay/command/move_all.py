@@ -17,7 +17,7 @@ from relay.config.loader import Settings
 from relay.ledger.audit import Act
 from relay.routing import moved_copy
 from relay.topology import decisions, moving, promotion
-from relay.topology.moved import REPAIR, MapState
+from relay.topology.moved import MOVE_ALL, REPAIR, MapState
 from relay.topology.moving import Lost
 
 # A map that Redis has lost --------------------------------------------------------------------------------------------
@@ -139,4 +139,4 @@ def move_all(
             return WELL
         if not yes and not prompt.ask_for(len(made.wanted), f"Take {mailboxes} out of the map", ()):
             return NO
-        return carry_out(connection, out, made, reason or "all have moved", seconds, back=True)
+        return carry_out(connection, out, made, reason or "all have moved", seconds, MOVE_ALL)

@@ -43,12 +43,12 @@ def await_the_last(connection: Redis, made: MovePlan, seconds: float, out: Outpu
         raise Trouble(f"nobody was moved: {late[0].label} does not follow the last move yet{why}")
 
 
-def carry_out(connection: Redis, out: Output, made: MovePlan, reason: str, seconds: float, *, back: bool) -> int:
+def carry_out(connection: Redis, out: Output, made: MovePlan, reason: str, seconds: float, command: str) -> int:
     """Make it a generation, and see who follows. Says no where some were kept, or somebody does not follow."""
     act = Act(
-        MOVE_BACK if back else MOVE,
+        command,
         before=_summed(made.formers[key] for key in made.wanted),
-        after="" if back else made.to,
+        after=made.to if command == MOVE else "",
         reason=reason,
         details={"count": str(len(made.wanted)), "addresses": " ".join(made.wanted)},
     )
@@ -66,16 +66,17 @@ def carry_out(connection: Redis, out: Output, made: MovePlan, reason: str, secon
     count = len(made.wanted) - len(taken)
     if not count:
         return NO
-    where = "back" if back else f"to {made.to}"
+    addresses = words.count(count, "address", "addresses")
+    done = {MOVE: f"Moved {addresses} to {made.to}", MOVE_BACK: f"Moved {addresses} back"}
     say(
         out,
-        f"Moved {words.count(count, 'address', 'addresses')} {where} at {changeover.clock(state.at)}, "
+        f"{done.get(command, f'Took {addresses} out of the map')} at {changeover.clock(state.at)}, "
         f"generation {state.generation}: it holds whatever becomes of this command.",
         {
             "kind": "moved",
             "generation": state.generation,
             "count": count,
-            "to": "" if back else made.to,
+            "to": made.to if command == MOVE else "",
             "at": state.at,
         },
     )

@@ -215,6 +215,7 @@ class RoutesSettings:
     """How addresses are compared with those of [[route]]."""
 
     fold_local: bool = True
+    split: str = "defer"
 
 
 @dataclass(frozen=True, slots=True)

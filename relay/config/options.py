@@ -268,6 +268,9 @@ OPTIONS: tuple[Option, ...] = (
            "How long the trace is kept, unless trace.max_bytes ends first."),
     Option("routes.fold_local", BOOLEAN, True, "",
            "The local part of an address is compared without regard to case, by every [[route]]."),
+    Option("routes.split", choice("defer", "fork"), "defer", "",
+           "What holds for a message to several recipients of whom some have moved (`smtp-dup move`), as split of a "
+           "[[route]]: those who need another primary are put off, or it goes to all primaries at once."),
     Option("status.listen", listening(may_be_off=True, several=False), "127.0.0.1:8025", "",
            'Where to listen. "off": not at all.', takes_restart=True),
     Option("status.users_file", PATH, "", "",

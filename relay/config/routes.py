@@ -22,6 +22,7 @@ from relay.mail.ids import is_route_name
 DEFAULT_ROUTE = "default"  # what no route matches: relay.destination_primary, or who was promoted, and every [[backup]]
 RETURN_AFTER = 300.0
 MATCH_FIELDS = ("recipients", "senders", "clients", "listen")
+LMTP_FORK = "fork is not possible with LMTP, which answers the dot once for each recipient"
 _FILE = "file:"
 _COPIES, _SPLIT = choice("backups", "others"), choice("defer", "fork")
 _STICK = choice("recipient", "sender", "client", "message")
@@ -335,4 +336,4 @@ def _inside(network: Network, others: Iterable[Network]) -> bool:
 def lmtp_faults(route: Route, servers: Mapping[str, Destination]) -> Iterator[tuple[str, str]]:
     """Yield what the protocol of its servers does not allow."""
     if route.split == "fork" and any(servers[name].scheme == "lmtp" for name in route.servers):
-        yield "split", "fork is not possible with LMTP, which answers the dot once for each recipient"
+        yield "split", LMTP_FORK

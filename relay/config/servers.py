@@ -15,7 +15,7 @@ from relay.config.agreement import own_addresses
 from relay.config.destinations import conflicts, default_name, is_mx, read_destination, same_server
 from relay.config.layers import GivenSettings
 from relay.config.options import BACKUP_FIELDS, BACKUP_FLAGS, ROUTE_FIELDS
-from relay.config.routes import Route, hidden, lmtp_faults, read_route
+from relay.config.routes import LMTP_FORK, Route, hidden, lmtp_faults, read_route
 from relay.mail.destination import Destination
 
 _NAMED = re.compile(r"([\w.:\-\[\]]+)=(.*)", re.DOTALL)
@@ -104,6 +104,8 @@ class _Reading:
         found: list[tuple[int, Route]] = []
         listening = own_addresses(self._values)
         by_name = {server.name: server for server in servers}
+        if self._values["routes.split"] == "fork" and any(server.scheme == "lmtp" for server in servers):
+            self._given.wrong("routes.split", LMTP_FORK)
         known = [name for name, _, _ in ROUTE_FIELDS]
         for n, (table, where) in enumerate(self._given.routes, 1):
             label = f"route[{n}]"

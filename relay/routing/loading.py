@@ -97,7 +97,8 @@ class Tables:
 def router_of(settings: Settings, tables: Mapping[Path, Table], moved: MovedMap = NOBODY) -> Router:
     """Return the routes of the settings with these tables, and with who has moved."""
     names = [server.name for server in settings.named]
-    return Router(settings.route_table, tables, names, fold=settings.routes.fold_local, moved=moved)
+    routes = settings.routes
+    return Router(settings.route_table, tables, names, fold=routes.fold_local, moved=moved, split=routes.split)
 
 
 def tables_as_they_are(settings: Settings, tell: Callable[[str], None]) -> dict[Path, Table]:

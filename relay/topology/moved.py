@@ -20,7 +20,7 @@ from relay.topology.state import Unreadable, count, text
 _LONGEST_ENTRY = 4 << 10  # octets of a stored form
 _LONGEST_KEY = 1 << 10
 _LONGEST_STATE = 4 << 10
-MOVE, MOVE_BACK, REPAIR = "move", "move --back", "move --repair"  # as the audit calls them
+MOVE, MOVE_BACK, MOVE_ALL, REPAIR = "move", "move --back", "move --all", "move --repair"  # as the audit calls them
 NOTE = 200  # characters of an operator's words
 
 

@@ -103,7 +103,8 @@ def dovecot() -> Iterator[Path]:
     (folder / "moved").write_text(text)
     (folder / "dovecot.conf").write_text(
         f"base_dir = {folder}/run\nstate_dir = {folder}/state\ninstance_name = {folder.name}\n"
-        f"log_path = {folder}/log\nprotocols =\nssl = no\n" + piece("dovecot").replace("/etc/dovecot/", f"{folder}/")
+        f"log_path = {folder}/log\nprotocols =\nssl = no\nauth_username_chars =\n"
+        + piece("dovecot").replace("/etc/dovecot/", f"{folder}/")
     )
     started = subprocess.Popen(["dovecot", "-F", "-c", str(folder / "dovecot.conf")])
     try:

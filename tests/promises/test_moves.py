@@ -184,3 +184,14 @@ def test_redis_away_and_redis_emptied(
     assert [row["address"] for row in relay.json("moved")] == [f"{who}@a.example" for who in ("anna", "bert", "carl")]
     assert relay.run("topology").returncode == 0
     assert relay.run("move", "--repair", "--yes").returncode == 0, "nothing is lost"
+
+
+def test_a_message_for_both_sides_goes_to_both_with_fork(product: Make, servers: Servers) -> None:
+    """With routes.split = "fork" one transaction serves who has moved and who has not; each server has it once."""
+    relay = migration(product, servers, routes__split="fork")
+    relay.json("move", "anna@a.example", "--to", "new", "--yes")
+    relay.send("s@example.org", "anna@a.example", "otto@a.example")
+    (at_new,), (at_old,) = servers["new"].wait_for(1)[:1], servers["old"].wait_for(1)[:1]
+    assert (at_new.recipients, at_old.recipients) == (["anna@a.example"], ["otto@a.example"])
+    assert [t.recipients for t in servers["new"].wait_for(2)[1:]] == [["otto@a.example"]]
+    assert [t.recipients for t in servers["old"].wait_for(2)[1:]] == [["anna@a.example"]]
