@@ -70,6 +70,10 @@ class Follower:
         """Change the snapshot of this context from now on."""
         self._context = context
 
+    def wake(self) -> None:
+        """Have the next beat sent at once."""
+        self._news.set()
+
     async def pause(self, seconds: float) -> None:
         """Wait for the next beat; shorter while a promotion is under way or there is something to tell."""
         is_busy = bool(self._in_old()) and asyncio.get_running_loop().time() < self._busy_until

@@ -31,12 +31,20 @@ _SOON_SECONDS = 15.0  # so long after a move the next one is heard of soon: who 
 class MovedFollower:
     """The map of moved mailboxes of one relay process, from its start on."""
 
-    def __init__(self, settings: Settings, pulse: Pulse, connection: Redis, on_change: Callable[[], object]) -> None:
-        """``on_change`` is called when the next transactions are to go by another map."""
+    def __init__(
+        self,
+        settings: Settings,
+        pulse: Pulse,
+        connection: Redis,
+        on_change: Callable[[], object],
+        on_news: Callable[[], object],
+    ) -> None:
+        """``on_change`` is called when the next transactions go by another map, ``on_news`` to have that told."""
         self._settings = settings
         self._pulse = pulse
         self._connection = connection
-        self._on_change = on_change
+        self._on_change, self._on_news = on_change, on_news
+        self._following: asyncio.Task[None] | None = None
         self.map = moved_copy.load_or_tell(settings.state_dir)
         self._seen: str | None = None  # what was last found in Redis
         self._trouble = ""
@@ -53,27 +61,40 @@ class MovedFollower:
         """Whether mailboxes are being moved."""
         return asyncio.get_running_loop().time() < self._busy_until
 
-    async def follow(self) -> None:
-        """Do what the last beat has brought."""
-        now = asyncio.get_running_loop().time()
-        found = self._pulse.moves
-        if found is not None and (found != self._seen or (self._trouble and now >= self._next_try)):
-            self._next_try = now + _TRY_AGAIN_SECONDS
+    def follow(self) -> None:
+        """Begin to do what the last beat has brought: reading a large map takes longer than a beat may be late."""
+        if not self.is_idle.is_set():
+            return
+        loop, found = asyncio.get_running_loop(), self._pulse.moves
+        is_new = found is not None and (found != self._seen or (self._trouble and loop.time() >= self._next_try))
+        if is_new or (len(self.map) and not self._is_registered):
             self.is_idle.clear()
-            try:
-                made, trouble = await asyncio.to_thread(
-                    moved_copy.follow, self._connection, self._settings.state_dir, self.map
-                )
-            except (RedisError, OSError) as error:
-                maillog.ledger_trouble("reading who has moved", error)
-                return
-            finally:
-                self.is_idle.set()
-            self._seen = found
-            self._take(made)
-            self._tell(trouble)
-        if len(self.map) and not self._is_registered:
-            await self._register(may_be_copied(self._settings))
+            self._following = loop.create_task(self._follow(found if is_new else None))
+
+    async def _follow(self, found: str | None) -> None:
+        try:
+            if found is not None:
+                await self._read(found)
+            if len(self.map) and not self._is_registered:
+                await self._register(may_be_copied(self._settings))
+        except Exception as error:  # the border: mail continues, and what could not be followed is tried again
+            maillog.task_failed("reading who has moved", error)
+        finally:
+            self.is_idle.set()
+
+    async def _read(self, found: str) -> None:
+        """Take the map as it is in Redis now."""
+        self._next_try = asyncio.get_running_loop().time() + _TRY_AGAIN_SECONDS
+        state_dir = self._settings.state_dir
+        try:
+            made, trouble = await asyncio.to_thread(moved_copy.follow, self._connection, state_dir, self.map)
+        except (RedisError, OSError) as error:
+            maillog.ledger_trouble("reading who has moved", error)
+            return
+        self._seen = found
+        self._take(made)
+        self._tell(trouble)
+        self._on_news()
 
     def _take(self, made: MovedMap) -> None:
         if made is self.map:

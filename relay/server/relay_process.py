@@ -156,7 +156,7 @@ class _Relay:
         self._watching: asyncio.Task[None] | None = None  # over the servers of the fleet
         self._fleet: Fleet | None = None  # that of the context, or of one who may become it again
         self._serves = False  # by the routes
-        self._moved = MovedFollower(settings, self._pulse, self._jobs, self._take_map)
+        self._moved = MovedFollower(settings, self._pulse, self._jobs, self._take_map, self._follower.wake)
         self._taking: asyncio.Task[None] | None = None
         smtp = settings.smtp
         addresses = len(smtp.addresses + smtp.tls_addresses)
@@ -373,7 +373,7 @@ class _Relay:
             if self._shared.fleet is not None:
                 self._pulse.down = self._shared.fleet.down
             if await self._watch.look():
-                await self._moved.follow()
+                self._moved.follow()
                 await self._follower.follow(self._redis)
                 if self._watch.is_stranger or not self._introductions.is_set() or self._has_lost_somebody:
                     await self._introduce()
