@@ -66,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Run more tests at once than there are cores: most of the time a test waits for a process or a deadline."""
-    return min(8, (os.cpu_count() or 1) + 1)
+    return min(8, (os.cpu_count() or 1) + 2)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -60,6 +60,11 @@ def _tree(path: Path) -> ast.Module:
     return ast.parse(SOURCES[path])
 
 
+@functools.cache
+def _libraries(path: Path) -> set[str]:
+    return {name.partition(".")[0] for _, name in _imports(_tree(path))}
+
+
 def _imports(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -80,11 +85,7 @@ def test_each_room_imports_only_what_is_below_it() -> None:
 @pytest.mark.parametrize("library", sorted(DOORS))
 def test_a_library_is_imported_by_its_module_alone(library: str) -> None:
     """What a library's next version changes concerns one file."""
-    found = {
-        str(path.relative_to(ROOT))
-        for path in MODULES
-        if any(name.partition(".")[0] == library for _, name in _imports(_tree(path)))
-    }
+    found = {str(path.relative_to(ROOT)) for path in MODULES if library in _libraries(path)}
     assert found <= DOORS[library]
 
 

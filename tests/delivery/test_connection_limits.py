@@ -73,12 +73,12 @@ async def test_a_limit_of_the_connection(
     """
     backup = scripted({command: beyond(25, refusal)}, extensions=extensions)
     contents = make_contents(backup)
-    ids = [contents.pending("b@example.com", "c@example.com") for _ in range(120)]
+    ids = [contents.pending("b@example.com", "c@example.com") for _ in range(80)]
     async with courier(redis_url, backup) as made:
         await made.deliver("job", ids)
     assert not unsettled(redis_client)
     told = sorted(recipient for t in backup.messages for recipient in t.recipients)
-    assert told == ["b@example.com"] * 120 + ["c@example.com"] * 120
+    assert told == ["b@example.com"] * 80 + ["c@example.com"] * 80
 
 
 @pytest.mark.parametrize(
