@@ -65,6 +65,8 @@ def show(settings: Settings, out: Output, *, address: str, sender: str, client: 
     place = by_name[answered].address if answered in by_name else ""
     out.line(f"route    {row['route']}")
     out.line(f"primary  {answered} ({place})" if place and place != answered else f"primary  {answered}")
+    if row["split"] == "fork":
+        out.line("split    fork: a message for recipients of other servers goes to each at once")
     if row["then"]:
         out.line(f"         then {', '.join(row['then'])}, where that cannot be used")
     out.line(f"copies   {', '.join(copies) or 'none'}")

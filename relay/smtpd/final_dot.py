@@ -143,13 +143,17 @@ class FinalDot:
             self._report.log_the_rest()
         metrics.increment(metrics.bytes_accepted)(envelope.size)
         mail_features.note(envelope)
-        if envelope.route:
-            _count(metrics.route_messages, envelope.route, primary)
+        self._count_taken(envelope, primary)
         is_late = self._protocol.is_gone
         to = [r.address for r in envelope.recipients] if self._context.settings.log.addresses else ()
         by = primary if envelope.route else ""
         maillog.accepted(envelope, reply, seconds, late=is_late, to=to, primary=by)
         self._report.replies.tell(events.ACCEPTED, envelope, primary, reply, seconds=seconds, is_late=is_late)
+
+    def _count_taken(self, envelope: Envelope, primary: str) -> None:
+        """Count a message that the primary has for each route that its recipients took."""
+        if envelope.route:
+            _count(metrics.route_messages, envelope.route, primary)
 
 
 def _count(counter: Counter, routes: str, primary: str) -> None:

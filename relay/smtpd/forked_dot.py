@@ -22,9 +22,12 @@ from relay.smtpd.error_limits import ErrorLimits
 from relay.smtpd.final_dot import FinalDot
 from relay.smtpd.fork import ForkedTransaction, Leg, OpenTransaction
 from relay.smtpd.open_envelope import OpenEnvelope
+from relay.smtpd.primary_choice import PrimaryByRoute
 from relay.smtpd.protocol import ClientProtocol
+from relay.smtpd.replies import Replies
 from relay.smtpd.staging import NotDurable
 from relay.smtpd.transaction_report import TransactionReport
+from relay.trace import events
 from relay.trace.events import IN_REDIS
 
 
@@ -43,9 +46,12 @@ class ForkedDot(FinalDot):
         self._forked = transaction
         self._spares: list[tuple[Leg, Envelope, str]] = []  # staged, and where
         self._is_staged = False  # the message for the backups
+        self._taken: set[tuple[str, str]] = set()  # route and server of each recipient
 
     async def send(self, incoming: IncomingBody, opened: OpenEnvelope) -> Reply:
         """Make copies and spares durable, then send the dots; returns the reply for the client."""
+        if isinstance(opened.choice, PrimaryByRoute):
+            self._taken = opened.choice.taken(opened.recipients)
         try:
             return await super().send(incoming, opened)
         finally:
@@ -78,7 +84,16 @@ class ForkedDot(FinalDot):
         return envelope._replace(id=name, recipients=recipients, destinations=(leg.name,), promised=())
 
     def _accepted(self, envelope: Envelope, primary: str, reply: Reply, seconds: float) -> None:
+        asked = ",".join(leg.name for leg in self._forked.legs)
+        is_late = self._protocol.is_gone
+        self._report.replies.tell(events.ACCEPTED, envelope, asked, reply, seconds=seconds, is_late=is_late)
         super()._accepted(envelope, self._forked.names, reply, seconds)
+
+    def _count_taken(self, envelope: Envelope, primary: str) -> None:
+        have = {leg.name for leg in self._forked.legs if leg.has_message}
+        for route, server in self._taken:
+            if server in have:
+                metrics.increment(metrics.route_messages, route, server)(1)
 
     async def _finish(
         self, transaction: OpenTransaction, envelope: Envelope, primary: str, digest: str, *, staged: bool
@@ -87,7 +102,7 @@ class ForkedDot(FinalDot):
         reply = await super()._finish(transaction, envelope, primary, digest, staged=self._is_staged)
         for leg, spare, place in spares:
             if reply.is_positive and not leg.has_message:
-                await self._owe(envelope, leg, spare)
+                await self._owe(envelope, leg, spare, place)
             elif leg.has_message and place == IN_REDIS and not self._is_staged:
                 # To nobody, but the client's first try of it may be uncertain: that is covered.
                 covered = tuple(recipient.address for recipient in leg.recipients)
@@ -96,9 +111,13 @@ class ForkedDot(FinalDot):
                 self._context.staging.discard(spare.id)
         return reply
 
-    async def _owe(self, envelope: Envelope, leg: Leg, spare: Envelope) -> None:
+    async def _owe(self, envelope: Envelope, leg: Leg, spare: Envelope, place: str) -> None:
         """Have a leg's spare delivered, since the client has been told that all is well."""
         await self._context.staging.release(Released(spare.id, (leg.name,)))
+        said = leg.reply or Reply.of(451, "no reply to the dot")
+        told = Replies()
+        told.stage = place
+        told.tell(events.ACCEPTED, spare, leg.name, said)  # that it will have it: the message's own line names all
         if leg.reply is not None and leg.reply.is_permanent:
             metrics.split_refused.labels(leg.name).inc()
             maillog.split_refused(envelope, leg.name, spare.id, len(leg.recipients), leg.reply)

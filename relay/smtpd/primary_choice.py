@@ -157,6 +157,11 @@ class PrimaryByRoute:
             self._refusals[decision.servers] = reply
         return transaction, reply, primary.destination.name
 
+    def taken(self, recipients: Sequence[Recipient]) -> set[tuple[str, str]]:
+        """Return the route of each recipient of a message that forks, with the server that has accepted it."""
+        found = zip(recipients, self.answered or (), strict=True)
+        return {(self._plan.decide(recipient.address).route.name, server) for recipient, server in found}
+
     def copies(self, recipients: Sequence[Recipient]) -> tuple[tuple[str, ...], Promised, str]:
         """Decide for good who gets a copy; returns their names, (name, recipient indices) if not all, and the routes.
 

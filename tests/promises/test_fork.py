@@ -180,11 +180,16 @@ def test_one_has_it_and_the_other_does_not(product: Make, servers: Servers, end:
     if event == "split refused":
         wait_until(lambda: line["copy"] in [f["id"] for f in relay.json("failed", "list", "--destination", where)])
         assert relay.metric("smtpdup_split_refused_total", server=where) == 1
+        wait_until(lambda: "the dot: 55" in relay.run("trace", str(line["copy"])).stdout)
     else:
         wait_until(lambda: ("one", (recipient,)) in everything(servers[where]))
     servers["archive"].wait_for(1)
     wait_until(lambda: is_drained(relay))
     other, its = ("new", NEW) if where == "old" else ("old", OLD)
+    took = {("moved", "new"), ("default", "old")} - {("moved", "new") if where == "new" else ("default", "old")}
+    for route, server in itertools.product(("moved", "default"), ("old", "new", "new,old", "old,new")):
+        counted = relay.metric("smtpdup_route_messages_total", route=route, server=server)
+        assert counted == ((route, server) in took), (route, server)
     assert everything(servers[other]).count(("one", (its,))) == 1
     assert everything(servers["archive"]) == [("one", (NEW, OLD))]
 
