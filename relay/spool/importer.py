@@ -78,6 +78,7 @@ class Importer:
         self._room = Admission(connection, watch)
         self._known: set[str] | None = None  # backups that this spool may have copies for
         self._stopping = asyncio.Event()
+        self._next_forgetting = 0.0  # monotonic; an idle importer asks Redis for nothing else
         self._is_short = False  # files were left for lack of memory in Redis
         self._told: set[str] = set()  # names of files that do not fit, logged once
         self._tries: Counter[str] = Counter()  # of batches that Redis refused, by their first file
@@ -132,7 +133,8 @@ class Importer:
         await self._import(found.mail)
         more = await self._import_backlogs()
         await self._forget()
-        await asyncio.to_thread(self._shelf.bury, found.dead)
+        if found.dead:
+            await asyncio.to_thread(self._shelf.bury, found.dead)
         self.passes += 1
         return more
 
@@ -300,11 +302,14 @@ class Importer:
                 maillog.unspooled(released.id, released.destinations)
 
     async def _forget(self) -> None:
-        """Delete the notes of earlier imports whose files are durably deleted."""
+        """Delete the notes of earlier imports whose files are durably deleted; in six looks a note is old enough."""
+        if time.monotonic() < self._next_forgetting:
+            return
+        self._next_forgetting = time.monotonic() + _FORGET_AFTER / 6
         key = keys.IMPORTED + self._shelf.name
-        now = await self._connection.time()
+        until = self._watch.clock.now() - _FORGET_AFTER
         while True:
-            reply = await self._connection.zrangebyscore(key, "-inf", now[0] - _FORGET_AFTER, start=0, num=_PAGE)
+            reply = await self._connection.zrangebyscore(key, "-inf", until, start=0, num=_PAGE)
             members = cast("list[bytes]", reply)
             old = [note for note in map(text, members) if _is_note(note)]
             if junk := [member for member in members if not _is_note(text(member))]:

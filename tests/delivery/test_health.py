@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 
 import pytest
@@ -15,10 +14,12 @@ from relay.config.model import RedisSettings
 from relay.ledger import keys
 from relay.ledger.redis_clock import RedisClock
 from relay.redisio.clients import async_client
+from relay.redisio.pipeline import Pipelines
 from support.redis_servers import RedisServer
 from support.waiting import until
 from workers.delivery.brakes import Brakes
 from workers.delivery.health import HealthReport
+from workers.delivery.leases import Leases
 
 
 async def test_a_report_outlives_an_outage_of_redis(
@@ -29,7 +30,13 @@ async def test_a_report_outlives_an_outage_of_redis(
     monkeypatch.setattr(maillog, "ledger_trouble", lambda what, error: troubles.append(what))
     server = redis_factory()
     connection = async_client(RedisSettings(server.url, 1), 1)
-    health = HealthReport(connection, "new", time.time, Brakes(connection, "new", "worker", RedisClock()))
+    health = HealthReport(
+        connection,
+        Pipelines(connection),
+        "new",
+        Leases(connection, "new"),
+        Brakes(connection, "new", "worker", RedisClock()),
+    )
     breaker = Breaker(1, on_change=health.on_change)
     watching = asyncio.ensure_future(health.watch(breaker))
 

@@ -100,7 +100,7 @@ class Courier:
             names_recipients=settings.log.addresses,
         )
         self._jobs = JobsInHand(self._outcomes, self._leases)
-        self._health = HealthReport(self._redis, name, clock.now, self._brakes)
+        self._health = HealthReport(self._redis, pipelines, name, self._leases, self._brakes)
         self._breaker = Breaker(
             width.now, min(_LONGEST_PROBE, settings.retry.longest), on_change=self._health.on_change
         )

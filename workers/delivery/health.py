@@ -1,12 +1,13 @@
 """The health of one destination as its worker sees it, written to the ledger; what operators want, read from there.
 
-Without Redis the report is late, and nothing else.
+Redis's clock is asked for with it: an idle worker has one question a second. Without Redis the report is late, and
+nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import time
 from typing import cast
 
 from redis.asyncio import Redis
@@ -16,7 +17,10 @@ from relay import maillog
 from relay.breaker import Breaker
 from relay.ledger import divergence, keys
 from relay.ledger.health import FIELDS, Health
+from relay.ledger.redis_clock import time_of
+from relay.redisio.pipeline import CommandBatch, Pipelines
 from workers.delivery.brakes import Brakes
+from workers.delivery.leases import Leases
 
 _LOOK_SECONDS = 1.0
 _DIGITS = 16  # of a count that can be right
@@ -25,11 +29,15 @@ _DIGITS = 16  # of a count that can be right
 class HealthReport:
     """Reports when a Breaker opens or closes, lets a flush make it probe at once, and tells the brakes of a hold."""
 
-    def __init__(self, connection: Redis, destination: str, now: Callable[[], float], brakes: Brakes) -> None:
+    def __init__(
+        self, connection: Redis, pipelines: Pipelines, destination: str, leases: Leases, brakes: Brakes
+    ) -> None:
         self._brakes = brakes
         self._connection = connection
+        self._pipelines = pipelines
+        self._leases = leases
         self._name = destination
-        self._now = now
+        self._now = leases.clock.now
         self._unwritten: dict[str, str] | None = {"state": "ok", "reason": "", "probe_at": "", "since": ""}
         self._flushes: int | None = None
         self.changed = asyncio.Event()
@@ -51,16 +59,23 @@ class HealthReport:
 
     async def look(self, breaker: Breaker) -> None:
         """Write what has changed, and read what operators want. Raises RedisError, OSError."""
-        key = keys.HEALTH + self._name
+        question = CommandBatch()
+        question.add(("HMGET", keys.HEALTH + self._name, "flush", *FIELDS))
+        question.add(("TIME",))
         report, self._unwritten = self._unwritten, None
         try:
             if report is not None:
                 await self._write(report)
-            flush, *values = await self._connection.hmget(key, ["flush", *FIELDS])
+            asked_at = time.monotonic()
+            found, said = await self._pipelines.ask(question, each=True)
+            if not isinstance(said, Exception):
+                self._leases.hear(time_of(said), asked_at)
+            if isinstance(found, Exception):  # the key may be of another type
+                raise found
         except (RedisError, OSError):
             self._unwritten = self._unwritten or report
             raise
-        fields = cast("list[bytes | None]", values)
+        flush, *fields = cast("list[bytes | None]", found)
         standing = Health.of({name.encode(): value for name, value in zip(FIELDS, fields, strict=True)})
         self._brakes.note(standing)
         flushes = int(flush) if flush and flush.isdigit() and len(flush) < _DIGITS else 0

@@ -16,11 +16,11 @@ from redis.exceptions import RedisError
 
 from relay import maillog
 from relay.ledger import changes
-from relay.ledger.redis_clock import RedisClock, time_of
+from relay.ledger.redis_clock import RedisClock
 
 SECONDS = 60.0
 _RENEW = 15.0
-_LOOK = 1.0  # seconds between two looks at Redis's clock
+_LOOK = 1.0  # seconds between two looks whether a renewal is due
 
 
 class Leases:
@@ -59,11 +59,9 @@ class Leases:
         self.free(self._leaving.pop(written))
 
     async def renew(self) -> None:
-        """Look at Redis's clock once a second, and renew what is held when that is due; runs until cancelled."""
+        """Renew what is held when that is due; runs until cancelled. Others let us hear Redis's clock once a second."""
         while True:
             try:
-                asked_at = time.monotonic()
-                self.hear(time_of(await self._connection.time()), asked_at)
                 if time.monotonic() >= self._renewal_at:
                     await self._renew()
                     self._renewal_at = time.monotonic() + _RENEW
