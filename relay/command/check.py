@@ -15,8 +15,9 @@ from relay.command.exit_status import CANNOT_SAY, NO, WELL, CannotSay, Trouble
 from relay.command.output import GREEN, RED, Column, Output, as_object
 from relay.command.ready import EXTENSIONS
 from relay.config.differences import Difference, differences
-from relay.config.loader import Settings, SettingsError, Shown, describe
+from relay.config.loader import Settings, SettingsError
 from relay.config.model import StatusSettings
+from relay.config.shown import Shown, describe
 from relay.daemon import running
 from relay.ledger import changes, flow, greetings, overview
 from relay.monitoring.probe_result import ProbeResult

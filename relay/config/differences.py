@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from relay.config.model import Settings, in_words
+from relay.config.model import Settings
 from relay.config.options import OPTIONS
 from relay.config.routes import Route
+from relay.config.shown import in_words
 from relay.mail.destination import Destination
 
 _PRIMARY, _BACKUPS = "relay.destination_primary", "relay.destination_backups"

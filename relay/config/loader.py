@@ -16,7 +16,7 @@ from relay import ownership
 from relay.config.agreement import disagreements
 from relay.config.destinations import resolve_password
 from relay.config.layers import CONFIG_VARIABLE, DEFAULTS_VARIABLE, GivenSettings, GivenValue
-from relay.config.model import DEMOTED_ORIGIN, PARTS, Layers, Settings, Shown, describe
+from relay.config.model import DEMOTED_ORIGIN, PARTS, Layers, Settings
 from relay.config.options import BY_KEY, OPTIONS, Option, render
 from relay.config.problems import Problem, SettingsError
 from relay.config.servers import Servers, read_servers
@@ -29,8 +29,6 @@ __all__ = [
     "Problem",
     "Settings",
     "SettingsError",
-    "Shown",
-    "describe",
     "load",
     "render",
     "resolve_password",

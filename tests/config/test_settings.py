@@ -19,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.config import file, model
-from relay.config.loader import Settings, SettingsError, describe, load, render, resolve_password
+from relay.config.loader import Settings, SettingsError, load, render, resolve_password
 from relay.config.options import BACKUP_FIELDS, OPTIONS, SECTIONS
+from relay.config.shown import describe
 from relay.mail.destination import Destination
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,8 @@ import pytest
 from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import ReadOnlyError, RedisError
 
-from relay.config.loader import Settings, SettingsError, describe, load
+from relay.config.loader import Settings, SettingsError, load
+from relay.config.shown import describe
 from relay.ledger import changes, keys
 from relay.monitoring.probes import probe_redis
 from relay.redisio import clients
