@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import click
 
 from relay import __version__
-from relay.command.command_line import HELP_OPTIONS, NAME, Asking, CommandGroup, Listing, Task, Word
+from relay.command.command_line import HELP_OPTIONS, NAME, Asking, CommandGroup, Task, Word
 from relay.command.completed_names import DESTINATION, FAILED_ID, GROUP, ROUTE, SERVER, TOPIC, WAITING_ID, Names
 from relay.command.filter_flags import FILTER_FLAGS, REASON_FLAGS
-from relay.command.filter_flags import NAMES as FILTER_NAMES
-from relay.command.flags import SETTINGS_FLAGS, Given
-from relay.command.output import Output
+from relay.command.flags import Given
+from relay.command.making import argument as _argument
+from relay.command.making import group as _group
+from relay.command.making import ids as _ids
+from relay.command.making import listing as _listing
+from relay.command.making import option as _option
+from relay.command.making import word as _word
 
 # Options that many have -----------------------------------------------------------------------------------------
 
 
-def _take_colour(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
-    given = ctx.find_object(Given)
-    if value and given:
-        given.colour = value
-
-
-def _option(*names: str, **rest: Any) -> click.Option:
-    return click.Option(list(names), **rest)
-
-
-COLOUR = _option("--color", type=click.Choice(["auto", "always", "never"]), expose_value=False, callback=_take_colour,
-                  help="auto: in a terminal, unless NO_COLOR is set")  # fmt: skip
-JSON = _option("--json", "as_json", is_flag=True, help="one JSON object a line")
-WIDE = _option("--wide", is_flag=True, help="one line for each row, of any length")
 _DESTINATION = _option("--destination", metavar="NAME", type=Names(DESTINATION), help="only this one")
 _ALL = _option("--all", "everything", is_flag=True, help="all, or all that match the filters")
 _UNCERTAIN = _option("--uncertain", is_flag=True, help="list messages that the primary may not have")
@@ -45,105 +34,6 @@ _DRY_RUN = _option("--dry-run", is_flag=True, help="show what would be done; cha
 
 
 _NAME = click.Argument(["name"], metavar="NAME", type=Names(DESTINATION))
-
-
-def _argument(name: str, kind: click.ParamType[str] | None = None, **rest: Any) -> click.Argument:
-    return click.Argument([name.lower()], metavar=name, type=kind, **rest)
-
-
-def _ids(kind: click.ParamType[str]) -> click.Argument:
-    return click.Argument(["ids"], metavar="[ID]...", type=kind, nargs=-1)
-
-
-def _word(
-    text: str,
-    place: str,
-    *params: click.Parameter,
-    settings: str = "any",
-    output: bool = True,
-    hidden: bool = False,
-    colour: bool = False,
-) -> Word:
-    """Make a command from its help text, its function ("module:name") and its own parameters."""
-    own = [*params, *((JSON,) if output else ()), *((WIDE,) if output else ()), COLOUR]
-
-    @click.pass_context
-    def read(ctx: click.Context, /, **arguments: Any) -> Task:
-        given = ctx.find_object(Given)
-        assert given is not None  # noqa: S101 - parse() gives it
-        if output:
-            look = Output(as_json=arguments.pop("as_json"), wide=arguments.pop("wide"), colour=given.colour)
-            arguments["out"] = look
-        if colour:
-            arguments["colour"] = given.colour
-        if REASON_FLAGS[0] in params:
-            arguments["filters"] = {name: arguments.pop(name) for name in FILTER_NAMES if name in _names(params)}
-        return Task(place, given, settings, arguments)
-
-    return Word(
-        None,
-        callback=read,
-        params=[*own, *(_settings_flags(own) if settings else ())],
-        help=text[0].upper() + text[1:] + ".",
-        short_help=text,
-        context_settings=HELP_OPTIONS,
-        hidden=hidden,
-    )
-
-
-def _names(params: Sequence[click.Parameter]) -> set[str | None]:
-    """Return the names of those that are conditions of the filter."""
-    return {param.name for param in params if param in FILTER_FLAGS}
-
-
-def _settings_flags(own: Sequence[click.Parameter]) -> list[click.Parameter]:
-    """Return the flags of settings, but for those whose name a command has for something of its own."""
-    taken = {name for param in own for name in param.opts}
-    return [flag for flag in SETTINGS_FLAGS if not taken.intersection(flag.opts)]
-
-
-def _listing(listing: Word, commands: dict[str, Word | CommandGroup]) -> Listing:
-    """Make a group that, without a subcommand, runs ``listing``."""
-    made = Listing(
-        listing,
-        name=None,
-        commands={},
-        params=listing.params,
-        help=listing.help,
-        short_help=listing.short_help,
-        context_settings=HELP_OPTIONS,
-        no_args_is_help=False,
-        subcommand_metavar="[COMMAND [ARGS]...]",
-        callback=lambda **_: None,
-        invoke_without_command=True,
-    )
-    for name, command in commands.items():
-        made.add_command(command, name)
-    return made
-
-
-def _group(
-    text: str,
-    commands: dict[str, Word | CommandGroup],
-    params: Sequence[click.Parameter] = (),
-    *,
-    kind: type[CommandGroup] = CommandGroup,
-) -> CommandGroup:
-    made = kind(
-        None,
-        commands={},
-        params=[*params, COLOUR, *SETTINGS_FLAGS],
-        help=text[0].upper() + text[1:] + ".",
-        short_help=text,
-        context_settings=HELP_OPTIONS,
-        no_args_is_help=False,
-        subcommand_metavar="ADDRESS | COMMAND [ARGS]..." if kind is Asking else "COMMAND [ARGS]...",
-        options_metavar="",
-        callback=lambda: None,
-    )
-    for name, command in commands.items():
-        made.add_command(command, name)
-    return made
 
 
 # The tree -------------------------------------------------------------------------------------------------------
