@@ -14,11 +14,12 @@ from relay.cockpit.readiness import Verdict, backups_now, primary_now, topology_
 from relay.cockpit.sparkline import sparkline
 from relay.cockpit.words import clock, count
 from relay.config.model import Settings
+from relay.config.routes import Route
 from relay.ledger import changes, events, flow, hosts, overview
 from relay.ledger.events import Event
-from relay.ledger.flow import Flow
+from relay.ledger.flow import Flow, RouteFlow
 from relay.ledger.hosts import LATE, Host
-from relay.topology import heartbeats
+from relay.topology import heartbeats, route_roles
 from relay.topology.heartbeats import Heartbeat
 
 _TREND = 30  # tens of seconds: five minutes
@@ -47,6 +48,16 @@ class ServerNow:
 
 
 @dataclass(frozen=True, slots=True)
+class RouteRate:
+    """What a server takes of a route, in messages a second; ``away`` are the relay processes that cannot use it."""
+
+    route: str
+    server: str
+    rate: float
+    away: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Frame:
     """All of one moment."""
 
@@ -58,6 +69,7 @@ class Frame:
     events: Sequence[Event]
     hosts: Sequence[Host]
     relays: Sequence[Heartbeat]
+    routes: Sequence[RouteRate] = ()
 
     def as_object(self) -> dict[str, Any]:
         """Return it for a program."""
@@ -67,6 +79,7 @@ class Frame:
             "primary": self.primary,
             "verdicts": [{"destination": v.name, "ready": v.is_ready, "summary": v.summary} for v in self.verdicts],
             "destinations": [_object(row) for row in self.rows],
+            "routes": [_object(route) for route in self.routes],
             "events": [_object(event) for event in self.events],
             "hosts": [_object(host) for host in self.hosts],
             "relays": [{"label": r.label, "alive": r.is_alive, "age_s": r.age, "epoch": r.epoch} for r in self.relays],
@@ -84,6 +97,7 @@ def look(connection: Any, settings: Settings, known: Sequence[Verdict] | None = 
     primary = primary_now(connection, settings)
     moments = flow.read(connection, flow.MOMENT, _TREND + 1, now)[:-1]  # the last one is not over
     recent = flow.total(flow.read(connection, flow.MINUTE, _MINUTES, now))
+    relays = heartbeats.read(connection)
     return Frame(
         at=now,
         epoch=decided.epoch if decided else 0,
@@ -92,8 +106,22 @@ def look(connection: Any, settings: Settings, known: Sequence[Verdict] | None = 
         rows=list(_rows(connection, primary, backups_now(connection, settings), moments, recent)),
         events=events.read(connection, 10),
         hosts=hosts.read(connection),
-        relays=heartbeats.read(connection),
+        relays=relays,
+        routes=list(_routes(route_roles.table(settings, decided), moments, recent, heartbeats.living(relays))),
     )
+
+
+def _routes(
+    routes: Sequence[Route], moments: Sequence[Flow], recent: Flow, living: Sequence[Heartbeat]
+) -> Iterator[RouteRate]:
+    """Yield every server that answers on a route, or has answered within minutes."""
+    rates = flow.total(moments[-_RATE:])
+    seconds = _RATE * flow.MOMENT.seconds
+    answering = [(route.name, name) for route in routes for name in route.answering]
+    for route, server in dict.fromkeys([*answering, *recent.routes]) if routes else ():
+        counted = rates.routes.get((route, server), RouteFlow())
+        away = tuple(beat.label for beat in living if server in beat.down)
+        yield RouteRate(route, server, (counted.accepted + counted.refused) / seconds, away)
 
 
 def _rows(
@@ -167,6 +195,7 @@ def lines(frame: Frame, how: Look) -> list[str]:
     for row in sorted(frame.rows, key=lambda r: (not r.is_primary, SORTS[how.sort](r))):
         if row.is_primary or how.only in {"", row.name}:
             shown += _row(row, how)
+    shown += ["", *_of_routes(frame)] if frame.routes else []
     shown += ["", *_hosts(frame)]
     room = how.height - len(shown) - 1 if how.screen else len(frame.events)
     if frame.events and room > 0:
@@ -195,6 +224,16 @@ def _row(row: ServerNow, how: Look) -> Iterator[str]:
     else:
         yield numbers
         yield f"  {trend}  {state}"
+
+
+def _of_routes(frame: Frame) -> Iterator[str]:
+    """Yield a line for each route: "shop: a 3.2/s, b 0.4/s"."""
+    by_route: dict[str, list[str]] = {}
+    for found in frame.routes:
+        away = " AWAY" if found.away else ""
+        by_route.setdefault(found.route, []).append(f"{found.server} {_rate(found.rate)}/s{away}")
+    for route, servers in by_route.items():
+        yield f"{route}: {', '.join(servers)}"
 
 
 def _hosts(frame: Frame) -> Iterator[str]:

@@ -11,7 +11,7 @@ import redis
 
 from relay.cockpit import top
 from relay.cockpit.readiness import Verdict
-from relay.cockpit.top import SORTS, Frame, Look, ServerNow, lines
+from relay.cockpit.top import SORTS, Frame, Look, RouteRate, ServerNow, lines
 from relay.ledger import changes, events, flow, keys
 from relay.ledger.events import Event
 from relay.ledger.hosts import Host
@@ -52,6 +52,18 @@ def test_a_screen_of_80_by_24_has_it_all() -> None:
     text = "\n".join(shown)
     for part in ("primary old", "epoch 3", "new: READY", "pending", "14m", "host0", "550 9"):
         assert part in text, part
+
+
+def test_routes_have_a_line_each() -> None:
+    """With what each server takes, and who is away; where there are none, nothing is said of them."""
+    known = [RouteRate("shop", "a", 3.25), RouteRate("shop", "b", 0.0, ("vm/1",)), RouteRate("pilot", "new", 120.0)]
+    shown = lines(frame([row("new")], routes=known), Look(80, 40))
+    assert "shop: a 3.2/s, b 0.0/s AWAY" in shown
+    assert "pilot: new 120/s" in shown
+    assert frame([], routes=known).as_object()["routes"][1] == {
+        "route": "shop", "server": "b", "rate": 0.0, "away": ("vm/1",),
+    }  # fmt: skip
+    assert not any("/s" in line for line in lines(frame([row("new")]), Look(80, 40))[4:] if ": " in line)
 
 
 def test_no_letter_is_lost_where_there_is_no_screen() -> None:

@@ -105,6 +105,7 @@ def test_a_promotion_on_a_route_and_its_undo(product: Make, servers: Servers) ->
     ]  # fmt: skip
     assert relay.run("undo", "--yes").returncode == 0, "a second undo undoes the first"
     assert relay.json("route", "x@shop.example")[0]["primary"] == "b"
+    assert "shop: b 0" in relay.run("top", "--once").stdout
     listed = {row["route"]: row for row in relay.json("route", "list")}
     assert [s["name"] for s in listed["shop"]["servers"] if s["answers"]] == ["b"]
     assert (listed["shop"]["decided"], list(listed)) == (True, ["shop", "default"])
