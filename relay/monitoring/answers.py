@@ -71,7 +71,7 @@ def ready(found: list[ProbeResult]) -> HttpAnswer:
     """Return the answer of /readyz: 503 with the reasons as soon as mail cannot be taken and kept.
 
     A Redis that cannot be used is only a warning beside a spool that can. One that acknowledges what it may lose is
-    a reason: nothing goes to the spool then.
+    a reason: nothing goes to the spool then. Who answers for whom, and who does not follow, is a warning: mail goes on.
     """
     can_spool = any(f.subject == findings.SPOOL and f.ok for f in found)
     warnings = [
@@ -80,7 +80,7 @@ def ready(found: list[ProbeResult]) -> HttpAnswer:
         if not f.ok
         and (
             (f.subject in _SPOOLED and can_spool)
-            or f.subject in {findings.LEDGER, topology.SUBJECT}
+            or f.subject in {findings.LEDGER, topology.SUBJECT, topology.MOVED}
             or f.subject.startswith((findings.HELD, routes.SUBJECT, topology.FAILOVER))
             or f.subject.startswith(_ABOUT_FAILOVER)
         )

@@ -8,6 +8,7 @@ import re
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,14 @@ from relay.config.model import RedisSettings
 from relay.ledger import changes, divergence_upkeep, keys, registry
 from relay.mail.destination import Destination
 from relay.metric_store import Arena
-from relay.monitoring import answers, findings, listener
+from relay.monitoring import answers, findings, listener, topology
 from relay.monitoring.collectors import LedgerCollector, SeatCollector, SpoolCollector
 from relay.smtpd.shared_counters import SharedCounters
 from relay.spool import writer
+from relay.topology.decisions import View
+from relay.topology.heartbeats import Heartbeat
+from relay.topology.moved import MapState
+from relay.topology.state import Decision, Topology
 from support.diverged_copies import Backup, deferred, refused
 from support.ledger_contents import Contents
 from support.reactions import Close
@@ -127,6 +132,25 @@ def test_a_redis_that_is_away_is_a_warning_beside_a_spool(settings, tmp_path):
     body = json.loads(answer.body)
     assert (answer.status, body["ready"]) == (200, True)
     assert body["warnings"][0].startswith("redis: ")
+
+
+def test_who_answers_and_who_does_not_follow_is_never_a_reason(settings):
+    """Mail is taken and kept while a process, an entry or a decision is behind or damaged: 200, and a warning."""
+    beat = Heartbeat("p", "host", "relay-1", 1, "0.1.0", 3, "other", 1, "", "", 0, 0.0, 0.0)
+    beats = (
+        replace(beat, down=("shop",), moved=1),
+        replace(beat, process="q", moved_trouble="its settings do not name third, to which they have moved"),
+        replace(beat, process="r", trouble="no"),
+    )
+    now = Decision(4, "primary")
+    seen = View(Topology(now, now), None, beats, 0.0, "no object", MapState(7), "no count")
+    found = list(topology.about_topology(settings(), seen))
+    troubled = {f.subject for f in found if not f.ok}
+    assert troubled >= {topology.SUBJECT, topology.MOVED, f"{topology.FAILOVER}shop"}
+    answer = answers.ready(found)
+    body = json.loads(answer.body)
+    assert (answer.status, body["reasons"]) == (200, [])
+    assert len(body["warnings"]) == sum(not f.ok for f in found)
 
 
 def test_a_full_relay_is_not_ready(settings, scripted, redis_url):
