@@ -51,7 +51,7 @@ class FinalDot:
         """Make the copies durable, then send the primary the dot; returns the reply for the client."""
         body = await incoming.complete()
         named, replies = headers.name_of(body), self._report.replies
-        primary = opened.choice.primary.destination.name
+        primary = opened.choice.answering
         message = Message(opened.sealed(self._context.staging.now(), len(body), named.text), body)
         envelope = message.envelope
         if (refusal := incoming.refusal) is not None:
@@ -130,8 +130,7 @@ class FinalDot:
             self._error_limits.idle()
             if staged:
                 staging.discard(envelope.id)
-            if envelope.route:
-                _count(metrics.route_refused, envelope.route, primary)
+            self._count_by_route(metrics.route_refused, envelope, primary)
             maillog.refused(envelope, reply)
             replies.tell(events.REFUSED, envelope, primary, reply, seconds=seconds)
         return reply
@@ -143,20 +142,14 @@ class FinalDot:
             self._report.log_the_rest()
         metrics.increment(metrics.bytes_accepted)(envelope.size)
         mail_features.note(envelope)
-        self._count_taken(envelope, primary)
+        self._count_by_route(metrics.route_messages, envelope, primary)
         is_late = self._protocol.is_gone
         to = [r.address for r in envelope.recipients] if self._context.settings.log.addresses else ()
         by = primary if envelope.route else ""
         maillog.accepted(envelope, reply, seconds, late=is_late, to=to, primary=by)
         self._report.replies.tell(events.ACCEPTED, envelope, primary, reply, seconds=seconds, is_late=is_late)
 
-    def _count_taken(self, envelope: Envelope, primary: str) -> None:
-        """Count a message that the primary has for each route that its recipients took."""
-        if envelope.route:
-            _count(metrics.route_messages, envelope.route, primary)
-
-
-def _count(counter: Counter, routes: str, primary: str) -> None:
-    """Count a message for each route that its recipients took."""
-    for route in routes.split(","):
-        metrics.increment(counter, route, primary)(1)
+    def _count_by_route(self, counter: Counter, envelope: Envelope, primary: str) -> None:
+        """Count a message that the primary has taken, or refused, for each route that its recipients took."""
+        for route in envelope.route.split(",") if envelope.route else ():
+            metrics.increment(counter, route, primary)(1)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 
+from prometheus_client import Counter
+
 from relay import maillog, metrics
 from relay.ledger.changes import Released
 from relay.mail.envelope import Envelope
@@ -89,11 +91,12 @@ class ForkedDot(FinalDot):
         self._report.replies.tell(events.ACCEPTED, envelope, asked, reply, seconds=seconds, is_late=is_late)
         super()._accepted(envelope, self._forked.names, reply, seconds)
 
-    def _count_taken(self, envelope: Envelope, primary: str) -> None:
-        have = {leg.name for leg in self._forked.legs if leg.has_message}
+    def _count_by_route(self, counter: Counter, envelope: Envelope, primary: str) -> None:
+        wanted = counter is metrics.route_messages
+        said = {leg.name for leg in self._forked.legs if leg.has_message is wanted}
         for route, server in self._taken:
-            if server in have:
-                metrics.increment(metrics.route_messages, route, server)(1)
+            if server in said:
+                metrics.increment(counter, route, server)(1)
 
     async def _finish(
         self, transaction: OpenTransaction, envelope: Envelope, primary: str, digest: str, *, staged: bool

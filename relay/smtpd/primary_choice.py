@@ -40,6 +40,11 @@ class OnePrimary:
         self._snapshot = snapshot.take()
         self.primary = snapshot.primary
 
+    @property
+    def answering(self) -> str:
+        """The name of the server that answers."""
+        return self.primary.destination.name
+
     def begin(self, recipient: Recipient | None, build: Build, identity: Identity) -> Awaitable[Begun]:
         """Begin the transaction; returns as primary_transaction.begin."""
         return primary_transaction.begin(self.primary, build, identity)
@@ -76,6 +81,7 @@ class PrimaryByRoute:
         self._settled = self._plan.settled  # None: the recipient decides
         self._chosen: RouteDecision | None = None  # whose primary this transaction has, or is about to have
         self._refusals: dict[tuple[str, ...], Reply] = {}  # what MAIL got, by who was to answer
+        self._is_here: dict[tuple[str, tuple[str, ...]], bool] = {}  # by primary and by who was to answer
         self.primary = snapshot.primary
         self.answered: list[str] | None = None  # of a message that forks: the server of each recipient
         self._may_fork = False  # a route of its recipients says so
@@ -85,6 +91,11 @@ class PrimaryByRoute:
     def awaits_recipient(self) -> bool:
         """Whether the transaction can only begin with a recipient."""
         return self._settled is None
+
+    @property
+    def answering(self) -> str:
+        """The names of the servers that answer: of a message that forks those that have accepted a recipient."""
+        return ",".join(dict.fromkeys(self.answered or ())) or self.primary.destination.name
 
     async def begin(self, recipient: Recipient | None, build: Build, identity: Identity) -> Begun:
         """Begin the transaction at the primary of this recipient, of all where there is none given.
@@ -120,10 +131,21 @@ class PrimaryByRoute:
             return _unreadable(error)
         if self.answered is not None:  # each recipient has to be sent to its own
             return ELSEWHERE
-        if found.servers == chosen.servers or self._fleet.first(found) == self.primary.destination.name:
-            self._may_fork |= found.route.split == FORK
-            return None
-        return ELSEWHERE
+        if not self._may_be_here(found, chosen):
+            return ELSEWHERE
+        self._may_fork |= found.route.split == FORK
+        return None
+
+    def _may_be_here(self, found: RouteDecision, chosen: RouteDecision) -> bool:
+        """Return whether this primary is that of a recipient: the same all through the transaction.
+
+        A RCPT that was sent ahead is not put off in its turn because a server has come back meanwhile.
+        """
+        name = self.primary.destination.name
+        asked = (name, found.servers)
+        if asked not in self._is_here:
+            self._is_here[asked] = found.servers == chosen.servers or self._fleet.first(found) == name
+        return self._is_here[asked]
 
     def beside(self, recipient: Recipient) -> RouteDecision | None:
         """Return the decision for a recipient who needs another primary, if a route of this message wants it to fork.

@@ -66,5 +66,5 @@ class TransactionReport:
         self, replies: Replies, outcome: str, envelope: OpenEnvelope, reply: Reply | None, *, refused_at: str = ""
     ) -> None:
         if emitter.is_on():
-            sealed, primary = envelope.sealed(self._context.staging.now()), envelope.choice.primary.destination.name
+            sealed, primary = envelope.sealed(self._context.staging.now()), envelope.choice.answering
             replies.tell(outcome, sealed, primary, reply, refused_at=refused_at)

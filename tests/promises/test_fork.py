@@ -135,6 +135,26 @@ def test_each_primary_gets_its_recipients_and_each_backup_all_of_its_own(
     }
 
 
+def test_whose_recipients_are_all_refused_has_not_answered(product: Make, servers: Servers) -> None:
+    """Log and metrics name who has the message, not who was asked first."""
+    relay = forking(product, servers)
+    servers["old"].replies["RCPT"] = "550 5.1.1 no"
+    with relay.dialogue() as client:
+        client.hello()
+        for end, last in ((None, "250"), ("450 4.2.0 later", "450")):
+            if end:
+                servers["new"].replies["."] = end
+            client.say("MAIL FROM:<s@example.org>", 250)
+            client.say(f"RCPT TO:<{OLD}>", "550 5.1.1 no")
+            client.say(f"RCPT TO:<{NEW}>", 250)
+            client.body(b"Subject: one\r\n\r\none\r\n", last)
+    wait_until(lambda: events(relay, "accepted"))
+    assert [(e["primary"], e["route"]) for e in events(relay, "accepted")] == [("new", "moved")]
+    wait_until(lambda: relay.metric("smtpdup_route_refused_total", server="new") == 1)
+    assert relay.metric("smtpdup_route_messages_total", server="new") == 1
+    assert relay.metric("smtpdup_route_messages_total", server="old") == 0
+
+
 def test_without_a_route_that_says_so_it_is_deferred(product: Make, servers: Servers) -> None:
     """Off by default: recipients of two routes of which none forks come by themselves."""
     relay = forking(product, servers)

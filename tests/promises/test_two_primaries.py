@@ -12,7 +12,7 @@ from support import load
 from support.dialogue import Dialogue
 from support.load import SmtpSink
 from support.product import Product
-from support.reactions import Close, Reset, Silence
+from support.reactions import Close, Gate, Reset, Silence
 from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
@@ -178,3 +178,53 @@ def test_transactions_of_two_routes(product: Make, scripted: MakeServer, count: 
         found = sorted((int(m.header("Subject") or -1), *m.recipients) for m in server.messages)
         assert found == [(number, f"r{number}@{domain}") for number in range(count)]
     assert relay.metric("smtpdup_split_total", how=split) == count
+
+
+RETURNING = """
+[[server]]
+name = "b"
+url = "{b}"
+[[route]]
+name = "ordered"
+match = {{ recipients = "@ab.example" }}
+servers = ["a", "b"]
+return_after = "0"
+split = "{split}"
+[[route]]
+name = "one"
+match = {{ recipients = "@b.example" }}
+primary = "b"
+split = "{split}"
+"""
+
+
+@pytest.mark.parametrize("split", ["defer", "fork"])
+def test_a_recipient_that_went_ahead_stays_where_its_server_comes_back(
+    product: Make, scripted: MakeServer, split: str
+) -> None:
+    """Who answers for a recipient is decided once in a transaction: what is sent ahead is what is asked in its turn."""
+    a, b, gate = scripted(), scripted(), Gate()
+    relay = product(
+        primary=f"a={a.address}",
+        files={"settings.toml": RETURNING.format(b=b.address, split=split)},
+        settings=SETTINGS | {"relay.command_timeout_seconds": "30"},
+    )
+    a.down()
+    relay.send("s@example.org", "x@ab.example")
+    b.wait_for(1)
+    b.replies["MAIL FROM:<ahead@example.org>"] = (gate, None)
+    with relay.dialogue() as client:
+        client.hello()
+        lines = ["MAIL FROM:<ahead@example.org>", "RCPT TO:<x@b.example>", "RCPT TO:<y@ab.example>", "DATA"]
+        client.raw("".join(f"{line}\r\n" for line in lines).encode())
+        wait_until(lambda: any("ahead@" in command for command in b.commands))
+        probes = a.commands.count("QUIT")
+        a.listen()
+        wait_until(lambda: a.commands.count("QUIT") >= probes + 2)  # at the second, the first has been noted
+        gate.open()
+        assert [client.reply()[:3] for _ in lines] == ["250", "250", "250", "354"]
+        client.say("Subject: two\r\n\r\ntwo\r\n.", 250)
+    b.wait_for(2)
+    assert sorted(b.messages[-1].recipients) == ["x@b.example", "y@ab.example"]
+    assert not a.messages
+    assert "Traceback" not in relay.log
