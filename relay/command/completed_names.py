@@ -24,7 +24,8 @@ DESTINATION, FAILED_ID, WAITING_ID, GROUP, TOPIC = "destination", "failed id", "
 ROUTE, SERVER = "route", "server"
 
 _ANSWER_SECONDS = 0.2  # for each answer of Redis
-_PATIENCE = 0.8  # seconds for all of it, also where a name server is silent
+_READ_PATIENCE = 5.0  # seconds for the settings, which wait for nobody but a busy machine
+_PATIENCE = 0.8  # seconds for Redis, also where a name server is silent
 _IDS = 100  # of one destination, the oldest
 
 
@@ -59,22 +60,27 @@ def _topics(ctx: click.Context, incomplete: str) -> list[CompletionItem]:
 def names(given: Given, what: str) -> list[str]:
     """Return names of destinations, or ids, as far as they are known in time."""
     found: list[str] = []
-    thread = threading.Thread(target=_look, args=(given, what, found.append), daemon=True)
+    have_read = threading.Event()
+    thread = threading.Thread(target=_look, args=(given, what, found.append, have_read.set), daemon=True)
     thread.start()
+    have_read.wait(_READ_PATIENCE)
     thread.join(_PATIENCE)
     return list(found)
 
 
-def _look(given: Given, what: str, add: Callable[[str], Any]) -> None:
+def _look(given: Given, what: str, add: Callable[[str], Any], have_read: Callable[[], None]) -> None:
     with suppress(Exception):
-        settings = given.settings_here(require_primary=False)
-        if what == DESTINATION:
-            for backup in settings.copied:
-                add(backup.name)
-        if what in {ROUTE, SERVER}:
-            for one in settings.route_table if what == ROUTE else settings.named:
-                add(one.name)
-            return
+        try:
+            settings = given.settings_here(require_primary=False)
+            if what == DESTINATION:
+                for backup in settings.copied:
+                    add(backup.name)
+            if what in {ROUTE, SERVER}:
+                for one in settings.route_table if what == ROUTE else settings.named:
+                    add(one.name)
+                return
+        finally:
+            have_read()
         from relay.ledger import keys as ledger_keys  # noqa: PLC0415  (redis-py: 0.1 s, which other completions do not take)
         from relay.ledger.divergence_groups import is_group  # noqa: PLC0415  (redis-py)
         from relay.redisio import embedded  # noqa: PLC0415  (redis-py: 0.1 s, which other completions do not take)
