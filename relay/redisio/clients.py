@@ -308,6 +308,7 @@ class _AsyncPool(redis.asyncio.sentinel.SentinelConnectionPool):
         if inuse_connections:
             if self._asking:
                 self._asking.cancel()
+                await asyncio.wait([self._asking])  # it may hold a connection to a Sentinel that it has just made
             for client in self.sentinel_manager.sentinels:
                 await client.connection_pool.disconnect()
 
