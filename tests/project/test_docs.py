@@ -256,7 +256,7 @@ def test_commands_do_what_the_page_says(page: str, site: Product, programs: Prog
             wait_until(lambda: site.summary()["failed"] == 0)
         elif " retry " in block.text and "--dry-run" not in block.text.splitlines()[-1]:
             wait_failed(site)
-        elif " export " in block.text:
+        elif "failed export " in block.text:
             assert b"Subject: " in (site.directory / "message.eml").read_bytes()
 
 
