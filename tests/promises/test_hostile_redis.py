@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,12 @@ COMMANDS = [
     "throttle later --off", "divergence ack GROUP --note x", "divergence retry GROUP", "divergence unack GROUP",
     "failed drop --all --yes", "queue drop --all --yes", "queue forget gone", "promote --cancel",
 ]  # fmt: skip
+OF_MOVES = [
+    "moved", "moved --json", "moved show u1@example.com", "moved export --format csv", "ready --moved",
+    "ready u1@example.com", "route u1@example.com", "move u2@example.com --to new --dry-run",
+    "move u3@example.com --to new --yes --wait 1s", "move u1@example.com --back --yes --wait 1s",
+    "move --repair --yes --wait 1s", "topology", "check",
+]  # fmt: skip
 FOREIGN = re.compile(rb"rq:(worker:|scheduler)")  # written anew by whoever lives, all the time
 SEED = int(os.environ.get("SMTPDUP_SEED", "4711"))
 WAYS, RUNS = map(int, os.environ.get("SMTPDUP_HOSTILE", "1:4").split(":"))
@@ -62,6 +68,11 @@ class House:
         wait_until(lambda: connection.hlen("smtpdup:own:later") == 3)
         for words in ("hold dead --reason why --for 2h", "throttle later --rate 50/s --connections 3"):
             assert product.run(*words.split()).returncode == 0
+        for words in (
+            "move u1@example.com v1@example.org --to new --yes --note why",
+            "move v1@example.org --back --yes",
+        ):
+            assert product.run(*words.split(), timeout=60).returncode == 0
         for words in ("promote new --yes --force --reason why", "undo --yes --reason why"):
             assert product.run(*words.split(), timeout=60).returncode == 0
         wait_until(lambda: all(connection.keys(f"smtpdup:{name}*") for name in ("flow:", "hosts", "relays", "events")))
@@ -124,10 +135,12 @@ def house(tmp_path: Path, product: Make, scripted: Make, redis_factory: Callable
         assert [path.read_text() for path in outside.iterdir()] == [SECRET]
 
 
-def spoil(house: House, chance: random.Random, keys: int, each: int, commands: int) -> int:
+def spoil(
+    house: House, chance: random.Random, keys: int, each: int, commands: int, of: bytes = b"", among: Sequence[str] = ()
+) -> int:
     """Spoil so many keys, in so many ways each, and run so many commands after each; return how many ways it were."""
     count = 0
-    known = [key for key in house.snapshot if not FOREIGN.match(key)]
+    known = [key for key in house.snapshot if not FOREIGN.match(key) and key.startswith(of)]
     for key in chance.sample(known, min(keys, len(known))):
         house.put_back()
         if not house.connection.exists(key):
@@ -136,7 +149,7 @@ def spoil(house: House, chance: random.Random, keys: int, each: int, commands: i
         for what, way in chance.sample(ways, min(each, len(ways))):
             house.put_back()
             way(house.connection)
-            for words in chance.sample(COMMANDS, commands):
+            for words in chance.sample(among or COMMANDS, commands):
                 trouble = house.check(words)
                 assert not trouble, f"{key!r} {what}: smtp-dup {words}: {trouble}"
             assert not (trouble := house.news()), f"{key!r} {what}: {trouble}"
@@ -149,6 +162,11 @@ def spoil(house: House, chance: random.Random, keys: int, each: int, commands: i
 def test_some_keys(house: House) -> None:
     """One way for a dozen of keys."""
     assert spoil(house, random.Random(SEED), 12, 1, 3) >= 6
+
+
+def test_keys_of_who_has_moved(house: House) -> None:
+    """The map, its state and its changes, and the commands that read them."""
+    assert spoil(house, random.Random(SEED), 3, 2, 4, b"smtpdup:moved", OF_MOVES) >= 5
 
 
 @pytest.mark.long
