@@ -10,6 +10,7 @@ import redis
 
 from relay.ledger import changes, copy_state, keys, queries
 from relay.ledger.changes import Staged
+from support import batches
 from support.ledger_contents import Contents
 
 
@@ -86,8 +87,8 @@ def test_however_many_are_staged_at_once(contents: Contents, count: int) -> None
     """Each is listed with its own deadline, and has its own record."""
     messages = [Staged(f"id{n}", (b"record %d" % n,), 1e9 + n) for n in range(count)]
     with contents.connection.pipeline(transaction=True) as pipe:
-        changes.stage(pipe, messages)
-        assert pipe.execute() == [count]
+        batches.stage(pipe, messages)
+        assert pipe.execute() == [count, True]
     listed = contents.connection.zrange(keys.STAGED, 0, -1, withscores=True)
     assert listed == [(f"id{n}".encode(), 1e9 + n) for n in range(count)]
     written = contents.connection.mget(keys.MESSAGE + m.id for m in messages)

@@ -18,6 +18,7 @@ from relay.mail.envelope import Envelope
 from relay.mail.recipient import Recipient
 from relay.mail.record import Message
 from relay.redisio import embedded
+from support import batches
 from support.ledger_contents import Contents, settings
 from support.product import Product
 from support.redis_servers import RedisServer
@@ -42,7 +43,7 @@ def _accept(client: redis.Redis, message_id: str, *names: str) -> None:
     """Stage and release a message, as a relay does whatever has become of the ledger."""
     envelope = Envelope(message_id, "a@test", (Recipient("b@test"),), 1.0, 3, destinations=names, promised=())
     with client.pipeline() as pipe:
-        changes.stage(pipe, [Staged(message_id, Message(envelope, b"x\r\n").packed(), 2e9)])
+        batches.stage(pipe, [Staged(message_id, Message(envelope, b"x\r\n").packed(), 2e9)])
         changes.release(pipe, [Released(message_id, names)])
         pipe.execute()
 

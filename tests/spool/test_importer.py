@@ -28,6 +28,7 @@ from relay.mail.record import Message
 from relay.spool import importer, writer
 from relay.spool.importer import Importer
 from relay.spool.writer import Spool
+from support import batches
 from support.ledger_contents import Contents
 from support.redis_servers import RedisServer
 from support.waiting import until
@@ -87,7 +88,7 @@ class Place:
 
     def stage(self, message: Message) -> None:
         with self.client.pipeline() as pipe:
-            changes.stage(pipe, [Staged(message.envelope.id, message.packed(), changes.now(self.client) + 600)])
+            batches.stage(pipe, [Staged(message.envelope.id, message.packed(), changes.now(self.client) + 600)])
             pipe.execute()
 
     def uncertain(self) -> list[str]:

@@ -19,6 +19,7 @@ from relay.mail.envelope import Envelope
 from relay.mail.ids import IdSource
 from relay.mail.recipient import Recipient
 from relay.mail.record import Message
+from support import batches
 from workers.queues import failed
 
 DAY = 86400.0
@@ -75,7 +76,7 @@ class Contents:
             destinations=tuple(to),
         )
         with self.connection.pipeline() as pipe:
-            changes.stage(
+            batches.stage(
                 pipe, [Staged(message_id, Message(envelope, body).packed(), changes.now(self.connection) + deadline)]
             )
             pipe.execute()
