@@ -117,7 +117,7 @@ class Follower:
             self._topology = found
             decided = roles.decided(self._settings, found)
             if decided is None:
-                self._disagree(f"its settings do not name {found.primary}, which was promoted")
+                self._disagree(f"its settings do not name {found.primary}, which was promoted: add it, and reload")
             else:
                 if decided != self.roles:
                     self._adopt(decided, found)

@@ -111,7 +111,7 @@ class MovedFollower:
         unknown = {name: number for name, number in self.map.servers.items() if name not in names}
         if unknown and not trouble:
             shown = ", ".join(f"{name} ({number} mailboxes)" for name, number in sorted(unknown.items()))
-            trouble = f"its settings do not name {shown}, to which they have moved: others answer for them"
+            trouble = f"its settings do not name {shown}, to which they have moved: add it, and reload (others answer)"
         if trouble and trouble != self._trouble:
             maillog.notice("warning", "who has moved is not followed as it is in Redis", reason=trouble)
         self._trouble = printable(trouble)

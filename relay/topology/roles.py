@@ -119,7 +119,7 @@ def _disagreements(settings: Settings, topology: Topology) -> Iterator[str]:
     if primary is not None and topology.primary != primary.name:
         promoted = f"{now.primary} was promoted (epoch {now.epoch}, by {now.by or 'somebody'})"
         if decided(settings, topology) is None:
-            yield f"{promoted}, but these settings do not name it: mail goes to {primary.name}"
+            yield f"{promoted}, but these settings do not name it: mail goes to {primary.name}; add it, and reload"
         else:
             yield (
                 f"{promoted} and answers, although the settings name {primary.name}: edit them to agree, or "

@@ -53,7 +53,8 @@ def troubles(settings: Settings, topology: Topology) -> Iterator[str]:
     here = {route.name for route in settings.route_table}
     for name, roles in sorted(topology.now.routes.items()):
         if name in here and (missing := _missing(settings, roles)):
-            yield f"its settings do not name {' and '.join(missing)}, of the route {name} as it was decided"
+            lacking = " and ".join(missing)
+            yield f"its settings do not name {lacking}, of the route {name} as it was decided: add it, and reload"
 
 
 def disagreements(settings: Settings, topology: Topology) -> Iterator[str]:
@@ -65,7 +66,9 @@ def disagreements(settings: Settings, topology: Topology) -> Iterator[str]:
         if route is None:
             yield f"{decided}, but these settings have no such route; `smtp-dup route reset {name}` forgets that"
         elif missing := _missing(settings, roles):
-            yield f"{decided}, but these settings do not name {' and '.join(missing)}: {of(route).in_words()} answers"
+            lacking = " and ".join(missing)
+            answers = of(route).in_words()
+            yield f"{decided}, but these settings do not name {lacking}: {answers} answers; add it, and reload"
         elif of(route) != roles:
             yield (
                 f"{decided}, although the settings say {of(route).in_words()}: edit them to agree, or let them hold "
