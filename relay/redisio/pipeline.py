@@ -156,6 +156,13 @@ class Pipelines:
                 await discard(self._pool, connection)
                 raise
 
+    async def close(self) -> None:
+        """End what is under way. The client is closed after this: a connection that opens later would stay open."""
+        tasks = tuple(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     def _send(self, wire: _Pipeline, batch: CommandBatch, answered: Answered, *, is_last: bool) -> None:
         wire.send(batch, self._seconds, partial(self._take, wire, batch, answered, is_last))
 

@@ -18,7 +18,7 @@ NGINX = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
 @pytest.mark.skipif(NGINX is None, reason="no nginx")
 def test_nginx_takes_the_proxy_of_the_page(tmp_path: Path) -> None:
     """Its configuration has no fault, but for the names of the certificate."""
-    (block,) = (b for b in documents.blocks() if b.language == "nginx")
+    (block,) = (b for b in documents.blocks() if (b.page, b.language) == ("page.md", "nginx"))
     certificate = Certificate(tmp_path)
     text = block.text.replace("/etc/ssl/certs/smtp-dup.example.com.pem", str(certificate.certificate))
     text = text.replace("/etc/ssl/private/smtp-dup.example.com.key", str(certificate.key))

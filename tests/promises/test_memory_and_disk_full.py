@@ -112,7 +112,7 @@ def test_memory_and_disk_full(
 
 
 @pytest.mark.long
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_one_dead_backup_and_little_memory(
     product: Callable[..., Product],
     scripted: Callable[..., ScriptedServer],

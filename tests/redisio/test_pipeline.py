@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import ssl
@@ -599,3 +600,18 @@ async def until_answered(wires: Pipelines, asked: CommandBatch) -> list[Any]:
             return await wires.ask(asked)
         except TimeoutError:
             assert asyncio.get_running_loop().time() < deadline
+
+
+async def test_a_connection_that_would_open_late_is_ended(redis_url: str) -> None:
+    """A client can be closed at any moment of a connection's opening, and nothing of it stays open."""
+    for turns in range(12):
+        client = clients.async_client(RedisSettings(redis_url, 5), 5)
+        pipelines = Pipelines(client)
+        asked = asyncio.ensure_future(pipelines.ask(batch("TIME")))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        asked.cancel()
+        await pipelines.close()
+        await client.aclose()
+        assert not [each for each in client.connection_pool._in_use_connections if each.is_connected]
+    gc.collect()  # what is open complains

@@ -186,14 +186,16 @@ class Conversation:
             if self.buffer.startswith(b".\r\n"):
                 end, after = 0, 3
                 break
-            if (found := self.buffer.find(b"\r\n.\r\n", max(0, searched - 4))) >= 0:
-                end, after = found + 2, found + 5
-                break
-            searched = len(self.buffer)
-            if interruption is not None and len(self.buffer) >= interruption[0]:
+            found = self.buffer.find(b"\r\n.\r\n", max(0, searched - 4))
+            # Also where all of the message has come at once.
+            if interruption is not None and (found if found >= 0 else len(self.buffer)) >= interruption[0]:
                 transaction.wire = bytes(self.buffer)
                 reaction, interruption = interruption[1], None
                 answered = bool(await self._do(_called(reaction, Moment("", self.record))))
+            if found >= 0:
+                end, after = found + 2, found + 5
+                break
+            searched = len(self.buffer)
             try:
                 await self._read()
             except _Gone:

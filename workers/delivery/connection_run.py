@@ -223,8 +223,10 @@ class ConnectionRuns:
             self._doubt(copy, str(error))
         if outcome.sent:
             maillog.repeated(copy.id, self._destination.name, str(error))
-        elif error.reply is None or not error.reply.is_permanent:  # else it refused the body before its end
-            outcome.forget_accepted()
+        else:
+            outcome.forget_accepted()  # a yes to RCPT is none to the message
+            if error.reply is not None and error.reply.is_permanent and not is_before_body:
+                outcome.replies.update(dict.fromkeys(outcome.accepted, error.reply))  # it refused the body
         copy.read(outcome, soft_bounce=self._destination.soft_bounce)
         copy.defer(Reply.of(451, f"4.4.2 {error}"), is_about_it=is_its_own)
         return Ending.ANSWERED

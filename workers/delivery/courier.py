@@ -70,8 +70,8 @@ class Courier:
         self._name = name
         self._redis = async_client(server, seconds)
         self._bulk = async_client(server, max(_BULK_SECONDS, seconds))
-        jobs = sync_client(server, seconds)
-        pipelines = Pipelines(self._redis)
+        self._rq = jobs = sync_client(server, seconds)
+        self._pipelines = pipelines = Pipelines(self._redis)
         width = Width(destination.connections)
         refusals = RefusalMemory()
 
@@ -192,8 +192,12 @@ class Courier:
         if not self._outbox.is_late:
             await self._divergences.write()
         await self._pool.close()
+        await self._pipelines.close()
+        await self._outbox.close()
         await self._redis.aclose()
         await self._bulk.aclose()
+        if not self._outbox.is_stuck:  # else a thread may still wait for an answer on it
+            self._rq.close()
         emitter.flush()
 
     # --- one job ----------------------------------------------------------------------------------------------

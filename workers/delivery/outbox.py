@@ -172,6 +172,10 @@ class Outbox:
         if written is not None and not written.done():
             written.set_result(None)
 
+    async def close(self) -> None:
+        """End what is under way with Redis; nothing is written any more."""
+        await self._wires.close()
+
     async def _settle(self, ids: list[str], *, counted: bool = False) -> None:
         faultpoints.reach("before settle")
         batch = CommandBatch()
