@@ -174,7 +174,7 @@ def test_redis_away_and_redis_emptied(
         client.flushall()
     wait_until(lambda: relay.run("topology").returncode == 1)
     assert "it keeps generation 1 of who has moved: Redis has lost it" in relay.run("topology").stdout
-    assert "move --repair" in relay.get("/readyz")[1]
+    wait_until(lambda: "move --repair" in relay.get("/readyz")[1])
     relay.send("emptied@example.org", "anna@a.example", data=b"Subject: 3\r\n\r\n3\r\n")
     assert answered(relay)["emptied@example.org"] == "new"
     assert relay.run("moved", "export", "--format", "postfix").returncode == 1, "an empty map would send them back"
