@@ -87,6 +87,13 @@ class Greetings:
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
 
+    async def close(self) -> None:
+        """End what is under way; the client is closed after this, and a task that outlives it would connect again."""
+        tasks = tuple(self._telling)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     async def _tell(self, name: str, said: Greeting) -> None:
         try:
             await self._connection.set(keys.EHLO + name, said.to_json())

@@ -105,13 +105,14 @@ class Courier:
             width.now, min(_LONGEST_PROBE, settings.retry.longest), on_change=self._health.on_change
         )
         self._gate = Gate(self._breaker, self._outbox, self._brakes)
+        self._greetings = Greetings(self._redis)
         self._pool = Pool(
             destination,
             local_hostname=settings.smtp.domain,
             timeouts=settings.relay.timeouts,
             limit=width.most,
             max_refusals=_REFUSALS,
-            on_open=Greetings(self._redis).note,
+            on_open=self._greetings.note,
         )
         self._bodies = Bodies(pipelines, self._bulk, archive.folder(settings.state_dir))
         self._claiming = Claiming(
@@ -192,6 +193,7 @@ class Courier:
         if not self._outbox.is_late:
             await self._divergences.write()
         await self._pool.close()
+        await self._greetings.close()
         await self._pipelines.close()
         await self._outbox.close()
         await self._redis.aclose()
