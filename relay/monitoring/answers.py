@@ -25,6 +25,7 @@ from relay.monitoring.probe_result import ProbeResult
 from relay.monitoring.readiness_metrics import ReadinessCollector
 from relay.smtpd.shared_counters import ProcessCounters
 
+_REDIS_SECONDS = 2.0  # a Redis that hangs is waited for twice in an answer, and who asks gives it ten seconds at most
 _SPOOLED = {"redis", "redis replicas", findings.MEMORY}  # trouble with these sends copies to the spool
 _ABOUT_FAILOVER = ("sentinel ", "replica ")  # mail goes on as long as the master does
 
@@ -50,11 +51,13 @@ def of(
     With a relay's ``seat`` its port is watched too; ``failing`` names who dies in a loop.
     """
     server = settings.redis.at(redis_url)
-    verdicts = ReadinessCollector(replace(settings, redis=server))
+    server = replace(server, timeout_seconds=min(server.timeout_seconds, _REDIS_SECONDS))
+    settings = replace(settings, redis=server)
+    verdicts = ReadinessCollector(settings)
     collectors = [LedgerCollector(server), verdicts, *_relay_collectors(settings, seat)]
     return {
         "/healthz": lambda: healthy(failing()),
-        "/readyz": lambda: ready(findings.of(settings, redis_url, relaying=seat is not None)),
+        "/readyz": lambda: ready(findings.of(settings, relaying=seat is not None)),
         "/metrics": lambda: metrics(arena, *collectors),
     }
 

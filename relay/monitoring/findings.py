@@ -9,16 +9,19 @@ import asyncio
 import os
 import socket
 
+from redis import Redis
 from redis.exceptions import RedisError
 
-from relay.config.model import RedisSettings, Settings
+from relay.config.model import Settings
 from relay.ledger import archive, changes, overview
 from relay.ledger.continuity import warning
 from relay.ledger.monitor import STOP_AT
+from relay.mail.text import printable
 from relay.monitoring import routes, topology
 from relay.monitoring.probe_result import ProbeResult
 from relay.monitoring.probes import probe_redis
 from relay.redisio.clients import sync_client
+from relay.topology import decisions
 
 SPOOL = "spool"
 HELD = "destination "
@@ -29,14 +32,10 @@ _TOLD_SECONDS = 86400.0  # for so long a ledger that has changed is a warning
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  (where to reach such a listener)
 
 
-def of(settings: Settings, redis_url: str, *, relaying: bool) -> list[ProbeResult]:
+def of(settings: Settings, *, relaying: bool) -> list[ProbeResult]:
     """Look at all that taking a message and keeping its copies needs, now."""
-    findings = asyncio.run(probe_redis(settings, redis_url))
-    if all(finding.ok for finding in findings):
-        findings += _memory(settings, redis_url)
-    findings += _ledger(settings.redis.at(redis_url))
-    findings += topology.find(settings, settings.redis.at(redis_url))
-    findings += _held(settings.redis.at(redis_url))
+    findings = asyncio.run(probe_redis(settings))
+    findings += _ledger(settings, usable=all(finding.ok for finding in findings))
     if relaying:
         patience = _PORT_SECONDS + settings.smtp.greeting_delay
         first = b"PROXY UNKNOWN\r\n" if settings.smtp.proxy_protocol else b""
@@ -46,44 +45,48 @@ def of(settings: Settings, redis_url: str, *, relaying: bool) -> list[ProbeResul
     return findings
 
 
-def _memory(settings: Settings, redis_url: str) -> list[ProbeResult]:
-    """Say how full Redis is: nothing where it has no bound."""
+def _ledger(settings: Settings, *, usable: bool) -> list[ProbeResult]:
+    """Say what the ledger tells, up to where it stops answering: a Redis that hangs is waited for once."""
+    found: list[ProbeResult] = []
     try:
-        with sync_client(settings.redis.at(redis_url), settings.redis.timeout_seconds, retries=0) as client:
-            used, limit = archive.memory(client)
-            failed = sum(row.failed for row in overview.summary(client)) if limit else 0
+        with sync_client(settings.redis, settings.redis.timeout_seconds, retries=0) as client:
+            if usable:
+                found += _memory(client)
+            found.append(_change(client))
+            found += topology.about_topology(settings, decisions.view(client))
+            found += _held(client)
     except (RedisError, OSError) as error:
-        return [ProbeResult(MEMORY, False, f"cannot be asked: {error}")]
+        if usable:  # else the probe of Redis has said it
+            found.append(ProbeResult(LEDGER, False, f"cannot be asked: {printable(str(error))}"))
+    return found
+
+
+def _memory(client: Redis) -> list[ProbeResult]:
+    """Say how full Redis is: nothing where it has no bound."""
+    used, limit = archive.memory(client)
     if not limit:
         return []
     text = f"{used / limit:.0%} of maxmemory is used"
     if used <= STOP_AT * limit:
         return [ProbeResult(MEMORY, True, text)]
+    failed = sum(row.failed for row in overview.summary(client))
     text += ": new copies go to the spool. Raise maxmemory, or let the backups take what waits"
     text += f"; {failed} failed copies: failed retry, failed drop" if failed else ""
     return [ProbeResult(MEMORY, False, text)]
 
 
-def _ledger(server: RedisSettings) -> list[ProbeResult]:
-    """Say whether the ledger turned out lately to be another than it was; nothing where it does not answer."""
-    try:
-        with sync_client(server, server.timeout_seconds, retries=0) as client:
-            change = overview.change(client)
-            ago = changes.now(client) - change.at
-    except (RedisError, OSError):
-        return []
+def _change(client: Redis) -> ProbeResult:
+    """Say whether the ledger turned out lately to be another than it was."""
+    change = overview.change(client)
+    ago = changes.now(client) - change.at
     if not change.cause or ago > _TOLD_SECONDS:
-        return [ProbeResult(LEDGER, True, "is the one that was here before")]
-    return [ProbeResult(LEDGER, False, f"{warning(change.cause)} ({ago:.0f} s ago)")]
+        return ProbeResult(LEDGER, True, "is the one that was here before")
+    return ProbeResult(LEDGER, False, f"{warning(change.cause)} ({ago:.0f} s ago)")
 
 
-def _held(server: RedisSettings) -> list[ProbeResult]:
-    """Say which destinations an operator holds; nothing where the ledger does not answer."""
-    try:
-        with sync_client(server, server.timeout_seconds, retries=0) as client:
-            rows = overview.summary(client)
-    except (RedisError, OSError):
-        return []
+def _held(client: Redis) -> list[ProbeResult]:
+    """Say which destinations an operator holds."""
+    rows = overview.summary(client)
     return [ProbeResult(f"{HELD}{row.destination}", False, f"held {row.reason}") for row in rows if row.held]
 
 

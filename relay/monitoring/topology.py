@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prometheus_client.core import GaugeMetricFamily, Metric
-from redis.exceptions import RedisError
 
-from relay.config.model import RedisSettings, Settings
+from relay.config.model import Settings
 from relay.monitoring.probe_result import ProbeResult
-from relay.redisio.clients import sync_client
-from relay.topology import decisions
 from relay.topology.decisions import View
 from relay.topology.heartbeats import Heartbeat
 from relay.topology.roles import disagreement
@@ -70,15 +67,6 @@ def _what_it_does(seen: View, beat: Heartbeat) -> str:
     if seen.topology and beat.primary == seen.topology.primary and beat.routes is None and decided:
         return f"smtp-dup {beat.version} there knows no decision about routes"
     return f"it takes {beat.primary} for the primary"
-
-
-def find(settings: Settings, server: RedisSettings) -> list[ProbeResult]:
-    """Ask Redis for it; nothing where that does not answer."""
-    try:
-        with sync_client(server, server.timeout_seconds, retries=0) as client:
-            return list(about_topology(settings, decisions.view(client)))
-    except (RedisError, OSError):
-        return []
 
 
 def families(seen: View) -> Iterator[Metric]:

@@ -81,7 +81,7 @@ def test_all_interfaces_means_both_families(settings):
 
 def test_ready_when_all_is_well(settings, redis_url):
     """A port that greets, a Redis that keeps its promise, a spool that can be written: 200 and no reasons."""
-    answer = answers.ready(findings.of(settings(), redis_url, relaying=True))
+    answer = answers.ready(findings.of(settings(redis__url=redis_url), relaying=True))
     body = json.loads(answer.body)
     assert (answer.status, body["ready"], body["reasons"]) == (200, True, [])
     assert {check["subject"].split()[0] for check in body["checks"]} == {"redis", "ledger", "relay", "spool"}
@@ -92,8 +92,8 @@ def test_every_reason_is_told(settings, redis_factory, tmp_path):
     server = redis_factory(appendfsync="everysec")
     (tmp_path / "file").write_text("")
     closed = f"127.0.0.1:{free_port()}"
-    given = settings(smtp__listen=closed, spool__dir=str(tmp_path / "file"))
-    answer = answers.ready(findings.of(given, server.url, relaying=True))
+    given = settings(smtp__listen=closed, spool__dir=str(tmp_path / "file"), redis__url=server.url)
+    answer = answers.ready(findings.of(given, relaying=True))
     reasons = json.loads(answer.body)["reasons"]
     assert answer.status == 503
     assert any(reason.startswith("redis appendfsync: is everysec") for reason in reasons)
@@ -103,7 +103,7 @@ def test_every_reason_is_told(settings, redis_factory, tmp_path):
 
 def test_not_ready_without_redis(settings, tmp_path):
     """A Redis that is away is a reason, and takes no longer than its time-out."""
-    answer = answers.ready(findings.of(settings(), f"unix://{tmp_path}/none.sock", relaying=False))
+    answer = answers.ready(findings.of(settings(redis__url=f"unix://{tmp_path}/none.sock"), relaying=False))
     assert answer.status == 503
     assert json.loads(answer.body)["reasons"][0].startswith("redis: ")
 
@@ -116,7 +116,7 @@ def test_a_spool_without_room_is_named(settings, redis_url, small_disk, lacks):
     (disk / "state" / "spool").mkdir(parents=True)
 
     def said() -> str:
-        found = json.loads(answers.ready(findings.of(given, redis_url, relaying=True)).body)
+        found = json.loads(answers.ready(findings.of(given, relaying=True)).body)
         return " ".join(found["reasons"] + found["warnings"])
 
     assert "spool" not in said()
@@ -128,10 +128,30 @@ def test_a_spool_without_room_is_named(settings, redis_url, small_disk, lacks):
 
 def test_a_redis_that_is_away_is_a_warning_beside_a_spool(settings, tmp_path):
     """The spool keeps the copies, so mail is still to be sent to this relay."""
-    answer = answers.ready(findings.of(settings(), f"unix://{tmp_path}/none.sock", relaying=True))
+    answer = answers.ready(findings.of(settings(redis__url=f"unix://{tmp_path}/none.sock"), relaying=True))
     body = json.loads(answer.body)
     assert (answer.status, body["ready"]) == (200, True)
     assert body["warnings"][0].startswith("redis: ")
+
+
+@pytest.mark.parametrize("path", ["/readyz", "/metrics"])
+def test_a_redis_that_hangs_is_waited_for_twice_at_most(settings, monkeypatch, path):
+    """Whoever asks gives an answer ten seconds: it takes connections, and each that is waited for is a time-out."""
+    monkeypatch.setattr(answers, "_REDIS_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        given = settings(redis__timeout_seconds="60")
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
+        found = answers.of(given, url, None, seat=SharedCounters(1).of_process(0))
+        answer = found[path]()
+        assert answer.status == 200
+        assert b"does not answer within 0.2 s" in answer.body or b"smtpdup_redis_up 0.0" in answer.body
+        silent.settimeout(0)
+        waits = 0
+        with suppress(BlockingIOError):
+            while True:
+                silent.accept()[0].close()
+                waits += 1
+    assert 1 <= waits <= 2
 
 
 def test_who_answers_and_who_does_not_follow_is_never_a_reason(settings):
@@ -156,7 +176,7 @@ def test_who_answers_and_who_does_not_follow_is_never_a_reason(settings):
 def test_a_full_relay_is_not_ready(settings, scripted, redis_url):
     """A relay that turns clients away for now does not accept."""
     full = scripted({"CONNECT": ("421 4.3.2 too many clients", Close())})
-    found = findings.of(settings(smtp__listen=full.address), redis_url, relaying=True)
+    found = findings.of(settings(smtp__listen=full.address, redis__url=redis_url), relaying=True)
     assert [f.text for f in found if f.subject.startswith("relay")] == ["turns clients away (421)"]
 
 
