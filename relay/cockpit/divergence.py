@@ -27,7 +27,6 @@ from relay.trace.life import MessageLife
 from relay.trace.lookup import Unseen, lives
 from workers.queues import failed
 
-DAY = 86400.0
 _PAGE = 1000
 
 
@@ -62,11 +61,6 @@ class Standing:
     def deferred(self) -> int:
         """How many recipients are put off, and still owed their copy."""
         return self.recipients(DEFERRED)
-
-    @property
-    def noise_share(self) -> float:
-        """The share of what it took that it had put off at first."""
-        return self.noise / self.taken if self.taken else 0.0
 
 
 def standing(connection: Any, destination: str, *, since: float = 0.0) -> Standing:
@@ -302,12 +296,12 @@ def unacknowledge(connection: Any, group: Group, note: str) -> bool:
 
 
 def retry(connection: Any, settings: Settings, group: Group) -> int:
-    """Have a group's failed copies tried again now; returns how many. Raises RedisError, UnknownId."""
+    """Have a group's failed copies tried again now; returns how many. Raises RedisError."""
     ids = failed_copies(connection, group)
     if not ids:
         return 0
     folder = archive.folder(settings.state_dir)
-    count = failed.retry(connection, ids, group.destination, folder, settings.workers.job_size)
+    count = failed.retry_copies(connection, group.destination, ids, folder, settings.workers.job_size)
     _record(connection, "divergence retry", group, f"{len(ids)} failed", f"{count} tried again", "")
     return count
 

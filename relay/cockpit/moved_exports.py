@@ -15,7 +15,6 @@ from relay.mail.destination import Destination
 from relay.mail.text import printable
 from relay.topology.moved import MovedEntry
 
-FORMATS = ("postfix", "dovecot", "nginx", "csv")
 _PLAIN = re.compile(r"[^\s#:\"'\\;{}$]+")  # of an address, in all of these formats
 _BLANK_OR_MARK = re.compile(r"[\s\"\\]|^#")
 

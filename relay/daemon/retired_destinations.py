@@ -160,11 +160,6 @@ class RetiredDestinations:
         self._looks.pop(name, None)
 
 
-def _servers_of_routes(settings: Settings) -> list[str]:
-    """Return the names of whoever a decision can turn into one that gets copies."""
-    return [name for route in settings.route_table for name in route.servers]
-
-
 def _defined(text: str | bytes, name: str) -> Destination | None:
     try:
         destination = Destination.from_json(text)

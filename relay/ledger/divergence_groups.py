@@ -22,7 +22,6 @@ from relay.mail.ids import is_id, text
 from relay.mail.stored import moment, parsed, tally
 
 HOUR = 3600
-DAY = 24 * HOUR
 _RATE_TIMES, _RATE_LEAST = 3, 10  # an hour that reopens: over so many times the rate of then, and at least so many
 _GROUP = re.compile(r"[0-9a-f]{12}|" + "|".join(sorted(set(OTHERS.values()))))
 _HOUR_FIELD = re.compile(rb"h[0-9]{1,9}")

@@ -10,7 +10,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # of ids: Crockford base 32, without i, l, o, u
@@ -56,11 +56,6 @@ def is_job_id(value: object) -> TypeGuard[str]:
 def text(value: bytes | str) -> str:
     """Return a value from Redis as text; octets that are no UTF-8 are escaped."""
     return value if isinstance(value, str) else value.decode("utf-8", "backslashreplace")
-
-
-def message_ids(members: Iterable[bytes | str]) -> list[str]:
-    """Return those members of a list from Redis that are message ids."""
-    return [member for member in map(text, members) if is_id(member)]
 
 
 def names(members: Sequence[bytes | str]) -> list[str]:

@@ -137,7 +137,6 @@ class OpenFile:
     def __init__(self, file: HourFile, connection: sqlite3.Connection) -> None:
         self.file = file
         self._connection = connection
-        self._secret = b""
         self._cipher: AESGCM | None = None
         self._hash: Any = None
 
@@ -163,7 +162,6 @@ class OpenFile:
     def _use(self, secret: bytes, *, is_sealed: bool) -> None:
         if len(secret) != _KEY_OCTETS:
             raise ValueError("no key")
-        self._secret = secret
         if is_sealed:
             from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # noqa: PLC0415  (storage.key_file alone needs it)
 

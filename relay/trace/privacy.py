@@ -18,7 +18,7 @@ from pathlib import Path
 from relay import private_files
 from relay.trace.events import Event, More, Part, Received, Refusal, Remark, Tried
 
-CLEAR, HASHED, OFF = MODES = ("clear", "hashed", "off")
+CLEAR, HASHED = "clear", "hashed"
 KEY_FILE = "key"
 _KEY_OCTETS = 32
 _MARK = "~"  # in front of what is hashed: no address that a client sends has 16 hex digits behind it by accident

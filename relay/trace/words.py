@@ -44,11 +44,6 @@ def queue_ids(reply: str) -> list[str]:
     return list(dict.fromkeys(found))[:_TOKENS]
 
 
-def domain_of(address: str) -> str:
-    """Return the domain of an address, in lower case; "" without one."""
-    return address.rpartition("@")[2].lower() if "@" in address else ""
-
-
 def of(wire: Wire) -> list[str]:
     """Return the words of an event, as it is sent or stored, but for its message's id.
 

@@ -25,7 +25,7 @@ def new(contents: Contents) -> Backup:
 def test_nothing_is_nothing(contents: Contents) -> None:
     """A backup that took all has no group, and no share of noise."""
     found = seen.standing(contents.connection, "new")
-    assert (found.open, found.acknowledged, found.refused, found.deferred, found.noise_share) == ((), 0, 0, 0, 0.0)
+    assert (found.open, found.acknowledged, found.refused, found.deferred) == ((), 0, 0, 0)
 
 
 def test_what_stands_open(contents: Contents, new: Backup) -> None:
@@ -46,7 +46,7 @@ def test_what_stands_open(contents: Contents, new: Backup) -> None:
     assert [(group.text, group.open) for group in found.open] == [("first", 3), ("later", 1), ("later", 1)]
     assert (found.acknowledged, found.refused, found.deferred) == (1, 4, 1)
     assert found.recipients(GIVEN_UP) == 1
-    assert (found.noise, found.taken, found.noise_share) == (1, 40, 1 / 40)
+    assert (found.noise, found.taken) == (1, 40)
     assert (found.domains, found.unreached) == (("a.test", "b.test"), ("b.test",))
     assert [outage.end for outage in found.outages] == [0.0]
 

@@ -12,12 +12,13 @@ import redis
 from rq.registry import ScheduledJobRegistry
 
 from relay.ledger import keys
+from support import listed_copies
 from support.connection_limits import REFUSALS, beyond
 from support.ledger_contents import Contents, settings
 from support.reactions import Moment
 from support.scripted_server import EXTENSIONS, ScriptedServer
 from workers.delivery.courier import Courier
-from workers.queues import backlog, failed
+from workers.queues import backlog
 
 Scripted = Callable[..., ScriptedServer]
 
@@ -158,7 +159,7 @@ async def test_an_operators_retry_opens_new_connections(
             backlog.flush(redis_client, "new")
             (job,) = ScheduledJobRegistry("backup-new", connection=redis_client).get_job_ids()
         else:
-            failed.retry(redis_client, [message_id], "new")
+            listed_copies.retry(redis_client, [message_id], "new")
             (job,) = contents.queued()
         await made.deliver(job, [message_id])
     assert not unsettled(redis_client)

@@ -13,6 +13,7 @@ from rq.registry import FailedJobRegistry, ScheduledJobRegistry
 
 from relay import log_lines
 from relay.ledger import copy_state, keys
+from support import listed_copies
 from support.ledger_contents import Contents, settings
 from support.reactions import Close, Gate, HalfClose, Reset, Silence
 from support.redis_servers import RedisServer
@@ -22,7 +23,6 @@ from workers.delivery import outbox
 from workers.delivery.courier import Courier
 from workers.delivery.retry import Width
 from workers.jobs import Interrupted
-from workers.queues import failed
 
 
 @asynccontextmanager
@@ -418,7 +418,7 @@ async def test_a_retry_of_what_is_in_hand(
         backup.replies["."] = (gate, None)
         delivery = asyncio.ensure_future(made.deliver(owner, [message_id]))
         await gate.arrival()
-        assert failed.retry(redis_client, [message_id]) == 1
+        assert listed_copies.retry(redis_client, [message_id]) == 1
         (retry,) = contents.queued()
         await made.deliver(retry, [message_id])
         gate.open()

@@ -13,12 +13,12 @@ import redis
 from relay.ledger import divergence_groups, keys
 from relay.ledger.divergence_groups import Group
 from relay.mail.destination import Destination
+from support import listed_copies
 from support.ledger_contents import Contents, settings
 from support.reactions import Close, Reaction
 from support.scripted_server import EXTENSIONS, ScriptedServer
 from support.waiting import until
 from workers.delivery.courier import Courier
-from workers.queues import failed
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ async def test_a_retry_of_what_failed_ends_it(contents: Contents, backup: Script
     backup.replies["RCPT"] = "550 5.1.1 no such user"
     await site.deliver(*ids)
     backup.replies = {"RCPT TO:<bob@a.test>": "550 5.1.1 no such user"}
-    failed.retry(contents.connection, None, "new")
+    listed_copies.retry(contents.connection, listed_copies.EVERY, "new")
     job = (contents.connection.hget(keys.FAILURE + "new", ids[0]) or b"").partition(b"\n")[0].decode()
     await site.deliver(*ids, job=job)
     (group,) = site.groups()

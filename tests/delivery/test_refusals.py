@@ -11,12 +11,12 @@ import redis
 from relay.breaker import Breaker
 from relay.ledger import keys
 from relay.mail.reply import Reply
+from support import listed_copies
 from support.ledger_contents import Contents
 from support.reactions import Close, Moment, Reaction, Reset, Silence
 from support.running_courier import arrived, at_the_dot, at_work, named
 from support.scripted_server import ScriptedServer
 from support.waiting import until
-from workers.queues import failed
 
 UNKNOWN = "550 5.1.1 user unknown"
 DENIED = "554 5.7.1 relaying denied"
@@ -62,7 +62,7 @@ async def test_a_retry_of_all_that_failed_holds_up_nobody(
     async with at_work(redis_url, backup) as work:
         work.add([contents.pending(f"known{n}@test") for n in range(30)])
         await until(lambda: len(arrived(backup)) == 30)
-        assert failed.retry(redis_client, bad) == 150
+        assert listed_copies.retry(redis_client, bad) == 150
         for job, ids in contents.queued().items():
             work.add(ids, job)
         await until(lambda: len(contents.failed_ids()) < 150)
@@ -97,7 +97,7 @@ async def test_a_retry_ends_a_long_pause(
         breaker = work.courier._breaker
         await until(lambda: breaker.probe_at - breaker.clock() > 3)
         breaker.probe_at += 600
-        assert failed.retry(redis_client, None) >= 100
+        assert listed_copies.retry(redis_client, listed_copies.EVERY) >= 100
         for job, ids in contents.queued().items():
             work.add(ids, job)
         work.add([contents.pending(f"good{n}@test") for n in range(100)])

@@ -18,6 +18,7 @@ from relay.command.connection import ledger_of
 from relay.ledger import archive, copy_state, keys, queries
 from relay.ledger.continuity import Continuity
 from relay.mail.record import BodyElsewhere, Message
+from support import listed_copies
 from support.ledger_contents import Contents, settings
 from support.redis_servers import RedisServer
 from support.scripted_server import ScriptedServer
@@ -87,7 +88,7 @@ def test_retry_brings_the_body_back(contents: Contents, tmp_path: Path) -> None:
     """`failed retry` needs no file on the worker's host: the body is in Redis again before the job."""
     ids = make_failed(contents, 3)
     assert len(list(archive.move_excess(contents.connection, tmp_path, 0))) == 3
-    failed.retry(contents.connection, ids, folder=tmp_path)
+    listed_copies.retry(contents.connection, ids, folder=tmp_path)
     assert all(in_redis(contents, i) for i in ids)
 
 
@@ -165,7 +166,7 @@ def test_what_redis_names_is_no_file(contents: Contents, tmp_path: Path) -> None
     (folder / three).write_bytes(records[one])  # another's
     os.mkfifo(folder / four)
     stubs = {i: connection.get(keys.MESSAGE + i) for i in records}
-    failed.retry(connection, list(records), folder=folder)
+    listed_copies.retry(connection, list(records), folder=folder)
     assert {i: connection.get(keys.MESSAGE + i) for i in records} == stubs
     for message_id in records:
         with pytest.raises(BodyElsewhere):
@@ -183,7 +184,7 @@ def test_a_damaged_file_does_not_come_back(contents: Contents, tmp_path: Path) -
         else:
             record = record[: number * len(record) // 9] or record + b"\0"
         (tmp_path / message_id).write_bytes(record)
-    failed.retry(contents.connection, ids, folder=tmp_path)
+    listed_copies.retry(contents.connection, ids, folder=tmp_path)
     assert not any(in_redis(contents, i) for i in ids)
 
 
@@ -193,7 +194,7 @@ def test_a_foreign_file_is_not_deleted(contents: Contents, tmp_path: Path) -> No
     list(archive.move_excess(contents.connection, tmp_path, 0))
     (tmp_path / "README").write_text("mine")
     (tmp_path / "folder").mkdir()
-    failed.drop(contents.connection, [message_id])
+    listed_copies.drop_failed(contents.connection, [message_id])
     assert archive.forget_delivered(contents.connection, tmp_path) == [message_id]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README", "folder", "identity"]
 
@@ -240,7 +241,7 @@ def test_bodies_of_a_version_without_the_set_are_deleted_when_delivered(contents
     contents.connection.delete(*contents.connection.keys(keys.MOVED + "*"))
     (tmp_path / "identity").unlink()
     assert archive.forget_delivered(contents.connection, tmp_path) == []
-    failed.drop(contents.connection, [message_id])
+    listed_copies.drop_failed(contents.connection, [message_id])
     assert archive.forget_delivered(contents.connection, tmp_path) == [message_id]
 
 
@@ -276,10 +277,10 @@ def test_bodies_leave_a_redis_that_fills_up(tmp_path: Path, redis_factory: Calla
         assert 0 < moved < count
         used, limit = archive.memory(connection)
         assert used < 0.55 * limit
-        assert failed.retry(connection, None, folder=archive.folder(tmp_path)) == count
+        assert listed_copies.retry(connection, listed_copies.EVERY, folder=archive.folder(tmp_path)) == count
         used, limit = archive.memory(connection)
         assert used < 0.62 * limit
-        assert any(not in_redis(contents, copy.id) for copy in failed.listing(connection))
+        assert any(not in_redis(contents, copy.id) for copy in listed_copies.failures(connection))
 
 
 NOBODY = 65534

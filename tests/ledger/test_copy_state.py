@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from relay.ledger import copy_state, keys
 from relay.ledger.copy_state import Attempt, CopyState
+from support import listed_copies
 from support.ledger_contents import Contents, settings
 from support.scripted_server import ScriptedServer
 from workers.delivery.courier import Courier
-from workers.queues import backlog, failed
 from workers.upkeep.sweep import Sweeper
 
 GOOD = {"a": 2, "t": 1, "s": 1.5, "o": [0], "h": [[1.0, "450 later"]]}
@@ -93,8 +93,8 @@ async def test_garbage_is_listed_and_delivered(
     contents.fail(bad)
     redis_client.hset(keys.OWN + "new", waiting, data)
     redis_client.hset(keys.FAILURE + "new", bad, data)
-    assert [copy.id for copy in backlog.listing(redis_client)] == [waiting]
-    assert [copy.reply for copy in failed.listing(redis_client)] == [copy_state.UNREADABLE]
+    assert [copy.id for copy in listed_copies.waiting(redis_client)] == [waiting]
+    assert [copy.reply for copy in listed_copies.failures(redis_client)] == [copy_state.UNREADABLE]
     Sweeper(redis_client, settings()).sweep(thorough=True)
     courier = Courier(settings(), server.destination("new"), "worker", redis_url)
     await courier.start()

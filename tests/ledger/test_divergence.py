@@ -15,6 +15,7 @@ from relay.ledger.divergence_groups import HOUR, Acknowledgement, Group
 from relay.ledger.divergence_recount import Mended, recount
 from relay.ledger.divergence_upkeep import Swept
 from relay.mail import encryption
+from support import listed_copies
 from support.diverged_copies import OURS, Backup, deferred, given_up, refused
 from support.ledger_contents import Contents
 from workers.queues import backlog, failed
@@ -194,9 +195,9 @@ def test_dropped_and_moved(contents: Contents, new: Backup, is_failed: bool) -> 
     for message_id in (dropped, moved):
         new.attempt(message_id, {0: refused() if is_failed else deferred()})
     if is_failed:
-        failed.drop(contents.connection, [dropped], "new")
+        listed_copies.drop_failed(contents.connection, [dropped], "new")
     else:
-        backlog.drop(contents.connection, "new", [dropped])
+        listed_copies.drop_waiting(contents.connection, [dropped], "new")
     backlog.move(contents.connection, "new", "other")
     assert _numbers(new.group()) == (2, 0, 0, 0, 1, 1)
     assert divergence_groups.groups(contents.connection, "other") == []
@@ -220,7 +221,7 @@ def test_a_forgotten_destination_leaves_no_group_behind(contents: Contents, new:
     new.attempt(message_id, {0: refused()})
     divergence.outage_begins(contents.connection, "new", 1.0, "away")
     divergence.cover(contents.connection, "new", {"a.test": [1, 0, 0]})
-    failed.drop(contents.connection, [message_id], "new")
+    listed_copies.drop_failed(contents.connection, [message_id], "new")
     backlog.forget(contents.connection, "new")
     kinds = (keys.DIVERGENCE, keys.DIVERGED, keys.EXAMPLES, keys.WHOM, keys.SEALED, keys.DOMAINS, keys.OUTAGES)
     assert [key for kind in kinds for key in contents.connection.keys(kind + "*")] == []
@@ -244,7 +245,7 @@ def test_replies_that_never_repeat_fill_nothing(contents: Contents, new: Backup)
     assert _numbers(groups[rest]) == (len(ids), len(ids), 0, 0, 0, 0)
     assert all(_numbers(groups[text]) == (1, 1, 0, 0, 0, 0) for text in first)
     assert len(divergence_groups.examples(contents.connection, "new", groups[rest].key)) == 20
-    failed.drop(contents.connection, ids[:5], "new")
+    listed_copies.drop_failed(contents.connection, ids[:5], "new")
     assert _numbers(new.groups()[rest])[:2] == (len(ids), len(ids) - 5)
     assert recount(contents.connection, "new", OURS, most=10) == []
 
@@ -400,7 +401,7 @@ def test_an_empty_group_is_forgotten_after_a_time(contents: Contents, new: Backu
     done, still = contents.pending("ann@a.test"), contents.pending("ann@a.test")
     new.attempt(done, {0: refused("550 done")})
     new.attempt(still, {0: refused("550 still")})
-    failed.drop(connection, [done], "new")
+    listed_copies.drop_failed(connection, [done], "new")
     long_ago = changes.now(connection) - 31 * DAY
     for group in new.groups().values():
         connection.hset(f"{keys.DIVERGED}new:{group.key}", "last", long_ago)
@@ -447,7 +448,7 @@ def test_a_group_that_a_failover_lost_comes_back(contents: Contents, new: Backup
     found = new.group()
     for name in ("key", "kind", "stage", "code", "status", "text", "reason", "open", "seen", "reply"):
         assert getattr(found, name) == getattr(before, name), name
-    failed.drop(connection, None, "new")
+    listed_copies.drop_failed(connection, listed_copies.EVERY, "new")
     assert new.group().open == 0
 
 

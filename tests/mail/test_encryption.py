@@ -23,6 +23,7 @@ from relay.mail.recipient import Recipient
 from relay.mail.record import BodyElsewhere, LockedRecord, Message
 from relay.spool import writer
 from relay.spool.files import SpoolFiles
+from support import listed_copies
 from support.ledger_contents import Contents, settings
 from support.product import Product
 from support.scripted_server import ScriptedServer
@@ -256,7 +257,7 @@ def test_bodies_move_and_come_back_sealed(redis_client: redis.Redis, tmp_path: P
     assert failed.export(redis_client, message_id, folder) == mail
     assert failed.show(redis_client, message_id) == shown
     encryption.use(None)
-    assert failed.retry(redis_client, [message_id], folder=folder) == 1
+    assert listed_copies.retry(redis_client, [message_id], folder=folder) == 1
     assert redis_client.get(ledger_keys.MESSAGE + message_id) == record
 
 

@@ -16,10 +16,10 @@ from relay.mail.record import Message
 from relay.spool import writer
 from relay.spool.files import SpoolFiles
 from relay.spool.writer import Entry
+from support import listed_copies
 from support.ledger_contents import Contents, settings
 from support.scripted_server import ScriptedServer
 from workers.delivery.courier import Courier
-from workers.queues import failed
 
 
 def message(ids: IdSource, body: bytes = b"Subject: hello\r\n\r\n..dots\r\ntext\r\n") -> Message:
@@ -101,7 +101,7 @@ async def test_a_damaged_record_in_redis_is_failed(
     assert len(server.messages) == count
     assert {m.body for m in server.messages} == {body}
     assert contents.pending_ids() == []
-    rows = {copy.id: copy.reply for copy in failed.listing(redis_client)}
+    rows = {copy.id: copy.reply for copy in listed_copies.failures(redis_client)}
     assert sorted(rows) == sorted(bad)
     assert all(reply.startswith("554 5.3.0") for reply in rows.values())
     assert {i: redis_client.get(keys.MESSAGE + i) for i in bad} == stored

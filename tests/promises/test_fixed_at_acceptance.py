@@ -15,6 +15,7 @@ from relay.mail.destination import Destination
 from relay.mail.envelope import Envelope, MalformedRecord
 from relay.mail.recipient import Recipient
 from relay.mail.record import Message
+from support import listed_copies
 from support.ledger_contents import Contents
 from support.product import QUICK, Product
 from support.scripted_server import ScriptedServer
@@ -96,7 +97,7 @@ def test_everybody_asks_the_record(contents: Contents) -> None:
     waiting, held = contents.pending(*BOTH), contents.staged(*BOTH)
     for message_id in (waiting, held):
         _rewrite(contents, message_id, (("new", (0,)),))
-    (row,) = backlog.listing(contents.connection)
+    (row,) = listed_copies.waiting(contents.connection)
     assert row.recipients == BOTH[:1]
     job = contents.enqueue(waiting)
     (claim,) = contents.claim(job, waiting)
@@ -119,8 +120,8 @@ def test_a_moved_copy_keeps_its_recipients_whatever_the_filter_there_is(
     _rewrite(contents, new, ())
     assert backlog.move(contents.connection, "new", "target").pending == 2
     contents.register(_destination("later.example", name="target"))
-    assert {row.recipients for row in backlog.listing(contents.connection, "target")} == {BOTH}
-    assert {row.id for row in backlog.listing(contents.connection, "target")} == {old, new}
+    assert {row.recipients for row in listed_copies.waiting(contents.connection, "target")} == {BOTH}
+    assert {row.id for row in listed_copies.waiting(contents.connection, "target")} == {old, new}
 
 
 # The product ----------------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ from relay.ledger import changes, keys, overview
 from relay.ledger.copy_state import CopyState
 from relay.ledger.queries import UnknownDestination
 from relay.mail.destination import Destination
+from support import listed_copies
 from support.ledger_contents import DAY, Contents, settings
 from workers.delivery.copy import begun
-from workers.queues import backlog, failed
+from workers.queues import backlog
 from workers.queues.backlog import Moved
 from workers.upkeep.sweep import Sweeper
 
@@ -33,14 +34,14 @@ def _register(contents: Contents, name: str, *domains: str) -> None:
 def test_what_waits_is_listed_by_age(contents: Contents) -> None:
     """The oldest copy comes first, whatever the order of the ids."""
     ids = [contents.pending(age=age) for age in (10, 300, 20)]
-    assert [row.id for row in backlog.listing(contents.connection)] == [ids[1], ids[2], ids[0]]
+    assert [row.id for row in listed_copies.waiting(contents.connection)] == [ids[1], ids[2], ids[0]]
 
 
 def test_a_row_says_who_is_owed_what_was_said_and_when_it_is_tried(contents: Contents) -> None:
     """A deferred copy shows the recipients still owed, the last reply and its next attempt."""
     fresh, deferred = contents.pending(age=200), contents.pending("a@test", "b@test", age=100)
     contents.defer(deferred, seconds=300, owed=(1,))
-    first, second = backlog.listing(contents.connection)
+    first, second = listed_copies.waiting(contents.connection)
     assert (first.id, first.attempts, first.next_attempt_at, first.last_reply) == (fresh, 0, None, "")
     assert (second.id, second.sender, second.recipients, second.attempts) == (deferred, "sender@test", ("b@test",), 1)
     assert second.last_reply == "451 4.7.1 later"
@@ -52,7 +53,7 @@ def test_a_row_says_who_is_owed_what_was_said_and_when_it_is_tried(contents: Con
 def test_a_scheduled_time_that_has_come_counts_as_now(contents: Contents) -> None:
     """A copy whose time has come has no next attempt: it is due."""
     contents.defer(contents.pending(), seconds=-5)
-    (row,) = backlog.listing(contents.connection)
+    (row,) = listed_copies.waiting(contents.connection)
     assert row.next_attempt_at is None
 
 
@@ -61,7 +62,7 @@ def test_paused_destination_says_why(contents: Contents) -> None:
     fresh, deferred = contents.pending(age=200), contents.pending(age=100)
     contents.defer(deferred)
     contents.pause(reason="connection refused", probe_in=30)
-    first, second = backlog.listing(contents.connection, "new")
+    first, second = listed_copies.waiting(contents.connection, "new")
     assert (first.id, first.last_reply) == (fresh, "connection refused")
     assert first.next_attempt_at is not None
     assert 20 < first.next_attempt_at - changes.now(contents.connection) < 40
@@ -73,16 +74,16 @@ def test_only_the_destination_that_is_asked_for(contents: Contents) -> None:
     _register(contents, "other")
     contents.pending()
     there = contents.pending(to=("other",))
-    assert [row.id for row in backlog.listing(contents.connection, "other")] == [there]
+    assert [row.id for row in listed_copies.waiting(contents.connection, "other")] == [there]
     with pytest.raises(UnknownDestination, match=r"nowhere.*new, other"):
-        list(backlog.listing(contents.connection, "nowhere"))
+        list(listed_copies.waiting(contents.connection, "nowhere"))
 
 
 def test_a_copy_without_a_body_is_listed_all_the_same(contents: Contents) -> None:
     """What is wrong is seen, not hidden."""
     message_id = contents.pending()
     contents.connection.delete(keys.MESSAGE + message_id)
-    (row,) = backlog.listing(contents.connection)
+    (row,) = listed_copies.waiting(contents.connection)
     assert (row.id, row.recipients, row.size) == (message_id, (), 0)
 
 
@@ -90,7 +91,7 @@ def test_listing_is_complete_while_copies_leave(contents: Contents) -> None:
     """Copies that are delivered while the list is read do not make it skip others."""
     ids = [f"1d{n:014}" for n in range(1200)]
     contents.connection.zadd(keys.PENDING + "new", {i: float(n) for n, i in enumerate(ids)})
-    rows = backlog.listing(contents.connection)
+    rows = listed_copies.waiting(contents.connection)
     seen = [next(rows).id for _ in range(10)]
     contents.connection.zrem(keys.PENDING + "new", *ids[:400])
     seen += [row.id for row in rows]
@@ -110,7 +111,7 @@ def test_a_long_listing_takes_few_commands(contents: Contents) -> None:
         )
 
     before = commands()
-    assert len(list(backlog.listing(contents.connection))) == 1200
+    assert len(list(listed_copies.waiting(contents.connection))) == 1200
     assert commands() - before < 40
 
 
@@ -129,7 +130,7 @@ def test_flush_makes_everything_due(contents: Contents) -> None:
     assert contents.queue("other").scheduled_job_registry.get_jobs_to_schedule() == []
     assert contents.connection.hget(keys.HEALTH + "new", "flush") == b"1"
     assert contents.connection.hget(keys.HEALTH + "other", "flush") is None
-    assert all(row.next_attempt_at is None for row in backlog.listing(contents.connection, "new"))
+    assert all(row.next_attempt_at is None for row in listed_copies.waiting(contents.connection, "new"))
 
 
 def test_flush_of_many_pages(contents: Contents) -> None:
@@ -160,7 +161,7 @@ def test_move_takes_pending_and_failed_copies_with_their_jobs(contents: Contents
     assert set(claims) == {fresh, deferred}
     assert claims[deferred].state.owed == (1,)
     assert (claims[deferred].state.attempts, claims[deferred].state.tries) == (1, 0)
-    (row,) = failed.listing(contents.connection, "target")
+    (row,) = listed_copies.failures(contents.connection, "target")
     assert (row.id, row.recipients, row.reply) == (lost, ("c@test",), "550 5.1.1 unknown")
     assert contents.queued() == {}
     assert contents.queue().scheduled_job_registry.count == contents.queue().failed_job_registry.count == 0
@@ -174,7 +175,7 @@ def test_what_is_moved_stays_as_old_as_it_is(contents: Contents) -> None:
     contents.defer(deferred, owed=(0,))
     before = changes.now(contents.connection)
     backlog.move(contents.connection, "new", "target")
-    assert [row.id for row in backlog.listing(contents.connection, "target")] == [old, deferred, later]
+    assert [row.id for row in listed_copies.waiting(contents.connection, "target")] == [old, deferred, later]
     (summary,) = [row for row in overview.summary(contents.connection) if row.destination == "target"]
     assert summary.oldest_age_s == pytest.approx(9 * DAY, abs=60)
     for claim in (c for job, ids in contents.queued("target").items() for c in contents.claim(job, *ids, to="target")):
@@ -214,7 +215,7 @@ def test_move_keeps_to_the_recipients_of_the_old_destination(contents: Contents)
     _register(contents, "target")
     message_id = contents.pending("a@one.test", "b@two.test", to=("shadow",))
     backlog.move(contents.connection, "shadow", "target")
-    (row,) = backlog.listing(contents.connection, "target")
+    (row,) = listed_copies.waiting(contents.connection, "target")
     assert (row.id, row.recipients) == (message_id, ("b@two.test",))
 
 
@@ -227,7 +228,7 @@ def test_move_sends_nobody_a_second_copy(contents: Contents) -> None:
         changes.settle(pipe, "target", [both, part])
         pipe.execute()
     assert backlog.move(contents.connection, "new", "target") == Moved(pending=1, failed=0, covered=1, left=0)
-    (row,) = backlog.listing(contents.connection, "target")
+    (row,) = listed_copies.waiting(contents.connection, "target")
     assert (row.id, row.recipients) == (part, ("b@two.test",))
     assert not contents.has_body(both)
 
@@ -286,8 +287,8 @@ def test_a_destination_without_copies_is_forgotten_for_good(contents: Contents) 
     contents.defer(deferred, to="formerly")
     contents.fail(failing, to="formerly")
     contents.pause("formerly")
-    backlog.drop(contents.connection, "formerly", [deferred])
-    failed.drop(contents.connection, [failing])
+    listed_copies.drop_waiting(contents.connection, [deferred], "formerly")
+    listed_copies.drop_failed(contents.connection, [failing])
     backlog.forget(contents.connection, "formerly")
     assert traces(contents, "formerly") == []
     assert [row.destination for row in overview.summary(contents.connection)] == ["new"]

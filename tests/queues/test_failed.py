@@ -14,6 +14,7 @@ from relay.ledger.copy_state import CopyState
 from relay.ledger.queries import UnknownDestination, UnknownId
 from relay.mail import encryption
 from relay.mail.destination import Destination
+from support import listed_copies
 from support.ledger_contents import DAY, Contents
 from workers.queues import failed
 
@@ -52,7 +53,7 @@ def test_a_failed_job_says_whose_mail_it_is_how_large_and_since_when(
     message_id = contents.pending("a@test", "b\u202e@test", "c@test", "d@test", "e@test")
     state = contents.fail(message_id, owed=(0, 1, 3, 4))
     job = _job(contents, state.job)
-    (row,) = failed.listing(contents.connection)
+    (row,) = listed_copies.failures(contents.connection)
     (detail,) = failed.show(contents.connection, message_id)
     assert job.description == (
         f"<sender@test> to <a@test>, <b\\u202e@test>, <d@test> and 1 more, {row.size / 1024:,.1f} KB"
@@ -123,7 +124,7 @@ def test_listing_names_only_the_recipients_that_failed(contents: Contents) -> No
     """A row shows who was refused, what was said, and how often it was tried."""
     message_id = contents.pending("a@test", "b@test", "c@test")
     contents.fail(message_id, "550 no", owed=(0, 2), remains=CopyState(owed=(1,)), attempts=2)
-    (row,) = failed.listing(contents.connection)
+    (row,) = listed_copies.failures(contents.connection)
     assert (row.id, row.destination, row.sender) == (message_id, "new", "sender@test")
     assert row.recipients == ("a@test", "c@test")
     assert (row.reply, row.attempts) == ("550 no", 3)
@@ -137,16 +138,16 @@ def test_listing_without_indices_means_all_that_the_destination_wants(contents: 
     contents.register(Destination(name="shadow", host="localhost", port=26, domains=("two.test",)))
     message_id = contents.pending("a@one.test", "b@two.test", to=("shadow",))
     contents.fail(message_id, to="shadow")
-    (row,) = failed.listing(contents.connection, "shadow")
+    (row,) = listed_copies.failures(contents.connection, "shadow")
     assert row.recipients == ("b@two.test",)
-    assert list(failed.listing(contents.connection, "new")) == []
+    assert list(listed_copies.failures(contents.connection, "new")) == []
 
 
 def test_listing_is_complete_beyond_a_page(contents: Contents) -> None:
     """A list longer than a page is shown once and whole, equal times included."""
     ids = {f"1d{n:014}" for n in range(1300)}
     contents.connection.zadd(keys.FAILED + "new", {i: 1000.0 + n // 700 for n, i in enumerate(sorted(ids))})
-    rows = [row.id for row in failed.listing(contents.connection)]
+    rows = [row.id for row in listed_copies.failures(contents.connection)]
     assert len(rows) == 1300
     assert set(rows) == ids
 
@@ -155,7 +156,7 @@ def test_envelope_of_any_length_is_read(contents: Contents) -> None:
     """A message for a thousand recipients is listed with all of them."""
     addresses = tuple(f"recipient-{n:05}@a-rather-long-domain.test" for n in range(3000))
     contents.failed(*addresses)
-    (row,) = failed.listing(contents.connection)
+    (row,) = listed_copies.failures(contents.connection)
     assert row.recipients == addresses
 
 
@@ -174,11 +175,11 @@ def test_show_adds_the_history(contents: Contents) -> None:
 def test_unknown_ids_and_destinations_are_named_and_nothing_happens(contents: Contents) -> None:
     """One wrong id among right ones changes nothing."""
     message_id = contents.failed()
-    for act in (failed.retry, failed.drop):
+    for act in (listed_copies.retry, listed_copies.drop_failed):
         with pytest.raises(UnknownId, match="nosuchid"):
             act(contents.connection, [message_id, "nosuchid"])
         with pytest.raises(UnknownDestination, match="nowhere"):
-            act(contents.connection, None, "nowhere")
+            act(contents.connection, listed_copies.EVERY, "nowhere")
     with pytest.raises(UnknownId):
         failed.show(contents.connection, "nosuchid")
     with pytest.raises(UnknownId):
@@ -190,7 +191,7 @@ def test_unknown_ids_and_destinations_are_named_and_nothing_happens(contents: Co
 def test_retry_of_many_leaves_in_jobs_of_a_hundred(contents: Contents) -> None:
     """250 copies are three jobs, each of which may claim what it holds; their failed jobs are gone."""
     ids = [contents.failed() for _ in range(250)]
-    assert failed.retry(contents.connection, None) == 250
+    assert listed_copies.retry(contents.connection, listed_copies.EVERY) == 250
     jobs = contents.queued()
     assert [len(held) for held in jobs.values()] == [100, 100, 50]
     assert contents.queue().failed_job_registry.count == 0
@@ -206,8 +207,8 @@ def test_retry_works_when_the_job_was_deleted_in_the_dashboard(contents: Content
     """Deleting the job only hides the copy; it can still be retried."""
     message_id = contents.failed()
     _job(contents, contents.state(message_id, failure=True).job).delete()
-    assert [row.id for row in failed.listing(contents.connection)] == [message_id]
-    assert failed.retry(contents.connection, [message_id]) == 1
+    assert [row.id for row in listed_copies.failures(contents.connection)] == [message_id]
+    assert listed_copies.retry(contents.connection, [message_id]) == 1
     ((job, held),) = contents.queued().items()
     assert [c.id for c in contents.claim(job, *held)] == [message_id]
 
@@ -218,7 +219,7 @@ def test_retry_of_one_destination_leaves_the_other(contents: Contents) -> None:
     message_id = contents.pending(to=("new", "other"))
     contents.fail(message_id)
     contents.fail(message_id, to="other")
-    assert failed.retry(contents.connection, [message_id], "other") == 1
+    assert listed_copies.retry(contents.connection, [message_id], "other") == 1
     assert list(contents.queued("other").values()) == [[message_id]]
     assert contents.queued() == {}
 
@@ -226,8 +227,8 @@ def test_retry_of_one_destination_leaves_the_other(contents: Contents) -> None:
 def test_a_second_retry_before_the_job_runs_does_not_double_the_copy(contents: Contents) -> None:
     """Whoever retries twice gets one claim."""
     message_id = contents.failed()
-    failed.retry(contents.connection, None)
-    failed.retry(contents.connection, None)
+    listed_copies.retry(contents.connection, listed_copies.EVERY)
+    listed_copies.retry(contents.connection, listed_copies.EVERY)
     claims = [c for job in contents.queued() for c in contents.claim(job, message_id)]
     assert len(claims) == 1
 
@@ -236,7 +237,7 @@ def test_retry_of_some_recipients_joins_those_still_owed(contents: Contents) -> 
     """Recipients that failed and recipients that wait become one copy again."""
     message_id = contents.pending("a@test", "b@test")
     contents.fail(message_id, owed=(0,), remains=CopyState(job="other", owed=(1,)))
-    failed.retry(contents.connection, [message_id])
+    listed_copies.retry(contents.connection, [message_id])
     ((job, _),) = contents.queued().items()
     (claim,) = contents.claim(job, message_id)
     assert sorted(claim.state.owed or ()) == [0, 1]
@@ -247,7 +248,7 @@ def test_drop_forgets_copy_body_and_job(contents: Contents) -> None:
     contents.register(Destination(name="other", host="localhost", port=26))
     alone, shared = contents.failed(), contents.pending(to=("new", "other"))
     contents.fail(shared)
-    assert failed.drop(contents.connection, [alone, shared]) == 2
+    assert listed_copies.drop_failed(contents.connection, [alone, shared]) == 2
     assert contents.failed_ids() == []
     assert contents.queue().failed_job_registry.count == 0
     assert not contents.has_body(alone)

@@ -18,6 +18,7 @@ from relay.mail.destination import Destination
 from relay.mail.envelope import Envelope
 from relay.mail.recipient import Recipient
 from relay.mail.record import Message
+from support import listed_copies
 from support.ledger_contents import Contents
 from workers.queues import backlog, failed, selection
 from workers.queues.selection import FAILED, WAITING, Attempts, Filter, Which
@@ -235,7 +236,7 @@ def test_a_drop_leaves_what_is_being_delivered_or_has_failed_anew(contents: Cont
 
     first, second = contents.failed(), contents.failed()
     scores = {i: contents.connection.zscore(keys.FAILED + "new", i) or 0.0 for i in (first, second)}
-    failed.retry(contents.connection, [first])
+    listed_copies.retry(contents.connection, [first])
     (job,) = (job for job, held in contents.queued().items() if held == [first])
     contents.claim(job, first)
     anew = contents.fail(first, "554 5.7.1 another reason", attempts=1)
@@ -253,7 +254,7 @@ def test_a_flush_of_some_leaves_the_others_their_time(contents: Contents) -> Non
     assert held == ids[:2]
     assert sorted(c.id for c in contents.claim(now, *held)) == sorted(ids[:2])
     assert sorted(c.id for c in contents.claim(job, *ids)) == sorted(ids[2:])
-    rows = {row.id: row.next_attempt_at for row in backlog.listing(contents.connection)}
+    rows = {row.id: row.next_attempt_at for row in listed_copies.waiting(contents.connection)}
     assert [rows[i] is None for i in ids] == [True, True, False, False, False]
 
 
@@ -305,6 +306,6 @@ def test_a_damaged_health_stops_nobody(contents: Contents) -> None:
     contents.connection.hset(
         keys.HEALTH + "new", mapping={"state": "paused", "probe_at": "soon", "reason": b"\xff" * 5000}
     )
-    (row,) = backlog.listing(contents.connection, "new")
+    (row,) = listed_copies.waiting(contents.connection, "new")
     assert row.next_attempt_at is None
     assert len(row.last_reply) <= 1000

@@ -11,6 +11,7 @@ from relay.ledger.divergence import DEFERRED, GIVEN_UP, RCPT, REFUSED, Answer
 from relay.ledger.divergence_groups import Group
 from relay.mail.reply import Reply
 from relay.mail.reply_text import Known
+from support import listed_copies
 from support.ledger_contents import Contents
 from workers.queues import failed
 
@@ -71,7 +72,7 @@ class Backup:
 
     def retry(self, message_id: str) -> None:
         """Have a failed copy tried again, as far as the claim."""
-        failed.retry(self.contents.connection, [message_id], self.name)
+        listed_copies.retry(self.contents.connection, [message_id], self.name)
         state = CopyState.from_wire(self.contents.connection.hget(keys.FAILURE + self.name, message_id))
         assert [claim.id for claim in self.contents.claim(state.job, message_id, to=self.name)] == [message_id]
 

@@ -21,10 +21,11 @@ from relay.mail.destination import Destination
 from relay.mail.headers import equality_digest
 from relay.mail.ids import IdSource, made_at, owner_of
 from relay.mail.record import Message
+from support import listed_copies
 from support.ledger_contents import BODY, DAY, Contents, settings
 from support.redis_servers import RedisServer
 from support.waiting import wait_until
-from workers.queues import backlog, failed
+from workers.queues import backlog
 from workers.rqworker import live_jobs
 from workers.upkeep import merge_jobs, reconciler, sweep
 from workers.upkeep.report import Report
@@ -93,7 +94,7 @@ def test_jobs_hold_as_many_copies_as_workers_batch_says(contents: Contents, batc
     for message_id in [contents.pending() for _ in range(7)]:
         contents.fail(message_id)
     contents.queue().empty()
-    assert failed.retry(contents.connection, None, job_size=size) == 7
+    assert listed_copies.retry(contents.connection, listed_copies.EVERY, job_size=size) == 7
     assert made() == expected
     for _ in range(7):
         contents.pending()

@@ -81,12 +81,6 @@ class Moved:
 # --- listing --------------------------------------------------------------------------------------------------
 
 
-def listing(connection: Redis, destination: str | None = None) -> Iterator[WaitingCopy]:
-    """Yield the pending copies, per destination, the oldest first. Raises UnknownDestination."""
-    for page in selection.select(connection, WAITING, Filter(destination=destination), whole=True):
-        yield from rows(connection, page)
-
-
 def show(connection: Redis, message_id: str) -> list[WaitingDetail]:
     """Return a message's pending copies, one per destination where it waits. Raises UnknownId."""
     found: list[WaitingDetail] = []
@@ -111,15 +105,6 @@ def uncertain(connection: Redis) -> Iterator[UncertainMessage]:
                 received_at=envelope.received_at if envelope else 0.0,
                 copied_at=at,
             )
-
-
-def drop(connection: Redis, destination: str, ids: Sequence[str]) -> int:
-    """Forget pending copies for good, with their jobs. Returns how many; what is being delivered stays."""
-    scores = connection.zmscore(keys.PENDING + destination, list(ids)) if ids else []
-    found = {i: score for i, score in zip(ids, scores, strict=True) if score is not None}
-    count = drop_copies(connection, destination, found)
-    tidy(connection, destination, count)
-    return count
 
 
 def drop_copies(connection: Redis, destination: str, copies: Mapping[str, float]) -> int:

@@ -150,12 +150,6 @@ def _list_job(pipe: Any, queue: Queue, job: Job, reply: str, ttl: int) -> None:
 # --- for the operator -----------------------------------------------------------------------------------------
 
 
-def listing(connection: Redis, destination: str | None = None) -> Iterator[FailedCopy]:
-    """Yield the failed copies, per destination, the oldest failure first. Raises UnknownDestination."""
-    for page in selection.select(connection, FAILED, Filter(destination=destination), whole=True):
-        yield from rows(page)
-
-
 def rows(page: selection.Page) -> Iterator[FailedCopy]:
     """Yield the rows of a page of failed copies, which was read whole."""
     for detail in _details(page):
@@ -168,25 +162,6 @@ def show(connection: Redis, message_id: str) -> list[FailedDetail]:
     return [detail for page in pages for detail in _details(page)]
 
 
-def retry(
-    connection: Redis,
-    ids: Collection[str] | None,
-    destination: str | None = None,
-    folder: Path | None = None,
-    job_size: int = rq_jobs.JOB_SIZE,
-) -> int:
-    """Have failed copies tried again now, those with these ids or all (None). Returns how many.
-
-    As Requeue in rq-dashboard, for many at once: they leave in jobs of ``job_size`` copies. Each stays in the failed
-    list until its job runs. Bodies in files in ``folder`` come back into Redis while it has room; the others
-    are read there by the workers of this host. Raises UnknownId, UnknownDestination.
-    """
-    return sum(
-        retry_copies(connection, page.target.name, [copy.id for copy in page.found], folder, job_size)
-        for page in _selected(connection, ids, destination)
-    )
-
-
 def retry_copies(
     connection: Redis,
     destination: str,
@@ -194,7 +169,12 @@ def retry_copies(
     folder: Path | None = None,
     job_size: int = rq_jobs.JOB_SIZE,
 ) -> int:
-    """Have these failed copies of one destination tried again now, as ``retry`` does. Returns how many."""
+    """Have these failed copies of one destination tried again now. Returns how many.
+
+    As Requeue in rq-dashboard, for many at once: they leave in jobs of ``job_size`` copies. Each stays in the failed
+    list until its job runs. Bodies in files in ``folder`` come back into Redis while it has room; the others
+    are read there by the workers of this host.
+    """
     queue = rq_jobs.queue(connection, destination)
     count = 0
     for start in range(0, len(ids), job_size):
@@ -207,16 +187,6 @@ def retry_copies(
             forget_jobs(pipe, queue, before)
             count += pipe.execute()[-2]
     return count
-
-
-def attempts(
-    connection: Redis, ids: Collection[str] | None, destination: str | None = None
-) -> dict[tuple[str, str], int]:
-    """Return how often each failed copy was tried, by destination and id. Raises UnknownId, UnknownDestination."""
-    found: dict[tuple[str, str], int] = {}
-    for page in _selected(connection, ids, destination):
-        found |= attempts_of(connection, page.target.name, [copy.id for copy in page.found])
-    return found
 
 
 def attempts_of(connection: Redis, destination: str, ids: Sequence[str]) -> dict[tuple[str, str], int]:
@@ -246,17 +216,6 @@ def fates(
         else:
             found.append(("", state.last_reply))
     return found
-
-
-def drop(connection: Redis, ids: Collection[str] | None, destination: str | None = None) -> int:
-    """Forget failed copies for good, those with these ids or all (None). Returns how many.
-
-    Raises UnknownId, UnknownDestination.
-    """
-    return sum(
-        drop_copies(connection, page.target.name, {copy.id: copy.score for copy in page.found})
-        for page in _selected(connection, ids, destination)
-    )
 
 
 def export(connection: Redis, message_id: str, folder: Path | None = None) -> bytes:
@@ -328,12 +287,6 @@ def drop_copies(connection: Redis, destination: str, copies: Mapping[str, float]
             forget_jobs(pipe, queue, jobs)
             count += int(pipe.execute()[0])
     return count
-
-
-def _selected(connection: Redis, ids: Collection[str] | None, destination: str | None) -> Iterator[selection.Page]:
-    """Yield failed copies in pages. With ids all of them are looked for first. Raises UnknownId."""
-    if ids is None or ids:
-        yield from selection.select(connection, FAILED, Filter(ids=ids or (), destination=destination))
 
 
 def _details(page: selection.Page) -> Iterator[FailedDetail]:

@@ -19,7 +19,7 @@ from relay.config.types import duration
 from relay.ledger import changes, divergence_groups, queries
 from relay.ledger.divergence import KINDS
 from relay.ledger.divergence_groups import Group
-from relay.ledger.queries import UnknownDestination, UnknownId
+from relay.ledger.queries import UnknownDestination
 from relay.page.access import operator, viewer
 from relay.page.views.shell import act, context_of, field, not_found, page
 
@@ -226,10 +226,7 @@ async def unacknowledge(request: Request) -> Response:
 async def retry(request: Request) -> Response:
     """Have the failed copies of a reason tried again now."""
     settings = context_of(request).settings
-    try:
-        count = await _act(request, lambda connection, group: seen.retry(connection, settings, group))
-    except UnknownId:  # somebody was quicker
-        count = 0
+    count = await _act(request, lambda connection, group: seen.retry(connection, settings, group))
     return _back(request, f"retried={count}")
 
 
