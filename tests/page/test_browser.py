@@ -84,6 +84,7 @@ def test_a_user_logs_in_with_a_password_and_out_again(site: PageSite, browser: B
         page.keyboard.press("Enter")
         page.get_by_role("heading", name="Audit").wait_for()
         page.get_by_role("button", name="Log out").click()
+        page.get_by_role("button", name="Log in").wait_for()
         page.goto("/audit")
         assert "/login" in page.url
 
@@ -338,8 +339,9 @@ def test_a_server_is_promoted_on_a_route_by_keyboard_and_back_without_javascript
         page.get_by_role("heading", name="Back to new on pilot").wait_for()
         page.get_by_label("type the name").fill("new")
         page.get_by_role("button", name="Go back to new on pilot").click()
-        page.get_by_role("heading", name="Back to new on pilot").wait_for()
-        wait_until(lambda: site.product.json("topology")[0]["settings_agree"])
+        page.get_by_text("On pilot new answers since").wait_for()
+        wait_until(lambda: site.product.run("topology").returncode == 0, message="the relay does not follow")
+        assert site.product.json("topology")[0]["settings_agree"]
         viewer = site.session("viewer")
         wait_until(lambda: "decided by command" not in site.get("/routes", viewer)[1])
         page.goto("/routes")

@@ -54,7 +54,10 @@ class Network:
         self.hosts: list[Host] = []
 
     def __enter__(self) -> Self:
-        _ip("link", "add", self._bridge, "type", "bridge")
+        # By itself a bridge has the lowest address of its ports. With each new host it may change, and who knows the
+        # former one goes on sending to it, to nobody, until its entry is old: half a minute.
+        own = ":".join(("02", "00", "00", *(self._tag[n : n + 2] for n in (0, 2, 4))))
+        _ip("link", "add", self._bridge, "address", own, "type", "bridge")
         for address in (self.here, self.apart):
             _ip("addr", "add", f"{address}/24", "dev", self._bridge)
         _ip("link", "set", self._bridge, "up")
