@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from relay.cockpit import words
 from relay.cockpit.readiness import backups_now, primary_now
 from relay.cockpit.sparkline import sparkline
 from relay.cockpit.words import count as count_of
@@ -211,12 +212,8 @@ def _time_column(unit: flow.Unit) -> Column:
 
 
 def duration(seconds: float | None) -> str:
-    """Return a short time for a column."""
-    if seconds is None:
-        return "-"
-    if seconds < 0.0095:
-        return f"{seconds * 1000:.1f}ms"
-    return f"{seconds * 1000:.0f}ms" if seconds < 0.9995 else f"{seconds:.1f}s"
+    """Return a short time for a column: without a blank."""
+    return words.duration(seconds).replace(" ", "")
 
 
 def as_object(found: Flow) -> dict[str, Any]:

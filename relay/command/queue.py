@@ -5,7 +5,7 @@ from __future__ import annotations
 from relay.cockpit import deeds
 from relay.cockpit.conditions import Given, words
 from relay.cockpit.words import address, moment
-from relay.command import bulk
+from relay.command import bulk, copy_details
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, CannotSay, Misuse, Trouble
 from relay.command.filters import read, read_for_change
@@ -122,26 +122,7 @@ def show(settings: Settings, out: Output, id: str) -> int:  # noqa: A002 - as th
     """Show a message that waits: each of its copies and what was said at each attempt."""
     with ledger_of(settings) as connection:
         details = backlog.show(connection, id)
-    for number, detail in enumerate(details):
-        if out.as_json:
-            history = [{"at": at, "reply": reply} for at, reply in detail.history]
-            out.object({**as_object(detail), "history": history})
-            continue
-        if number:
-            out.line("")
-        out.pairs(
-            (
-                ("id", detail.id),
-                ("destination", detail.destination),
-                ("sender", address(detail.sender)),
-                ("recipients", ", ".join(detail.recipients)),
-                ("size", f"{detail.size} bytes"),
-                ("received", f"{moment(detail.received_at)} from {detail.client_address or 'unknown'}"),
-                ("next try", moment(detail.next_attempt_at) if detail.next_attempt_at else "now"),
-                ("attempts", str(detail.attempts)),
-                *(("", f"{moment(at)}  {reply}") for at, reply in detail.history),
-            )
-        )
+    copy_details.show(out, details)
     return WELL
 
 

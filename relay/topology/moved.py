@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from relay.mail.ids import is_destination_name
-from relay.mail.stored import number, parsed
-from relay.mail.text import printable
-from relay.topology.state import Unreadable, count, text
+from relay.mail.stored import number
+from relay.topology.state import Unreadable, count, read_stored, text
 
 _LONGEST_ENTRY = 4 << 10  # octets of a stored form
 _LONGEST_KEY = 1 << 10
@@ -38,12 +37,9 @@ class MovedEntry(NamedTuple):
     @classmethod
     def from_json(cls, data: bytes | str | None) -> MovedEntry:
         """Read the stored form. Raises Unreadable."""
-        if data is None or len(data) > _LONGEST_ENTRY:
-            raise Unreadable("it is too long" if data else "there is none")
-        try:
-            return cls.of(parsed(data))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise Unreadable(printable(str(error))[:100]) from error
+        if data is None:
+            raise Unreadable("there is none")
+        return read_stored(data, cls.of, _LONGEST_ENTRY)
 
     @classmethod
     def of(cls, found: Any) -> MovedEntry:
@@ -93,12 +89,7 @@ class MapState:
     @classmethod
     def from_json(cls, data: bytes | str) -> MapState:
         """Read the stored form. Raises Unreadable."""
-        if len(data) > _LONGEST_STATE:
-            raise Unreadable("it is too long")
-        try:
-            return cls.of(parsed(data))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise Unreadable(printable(f"{type(error).__name__}: {error}")[:100]) from error
+        return read_stored(data, cls.of, _LONGEST_STATE)
 
     @classmethod
     def of(cls, found: Any) -> MapState:
@@ -132,11 +123,13 @@ class MapStep(NamedTuple):
     @classmethod
     def from_json(cls, data: bytes | str) -> MapStep:
         """Read the stored form. Raises Unreadable."""
-        try:
-            generation, id_, before, changes = parsed(data)
-            return cls(count(generation), text(id_), text(before), changes_of(changes))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise Unreadable(printable(str(error))[:100]) from error
+        return read_stored(data, cls.of, len(data))  # a step may have any number of changes
+
+    @classmethod
+    def of(cls, found: Any) -> MapStep:
+        """Make one of what was parsed. Raises ValueError, TypeError, AttributeError."""
+        generation, id_, before, changes = found
+        return cls(count(generation), text(id_), text(before), changes_of(changes))
 
 
 def changes_of(found: Any) -> dict[str, MovedEntry | None]:

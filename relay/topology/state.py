@@ -122,7 +122,7 @@ class Topology:
     @classmethod
     def from_json(cls, data: str | bytes) -> Topology:
         """Read the stored form. Raises Unreadable."""
-        return _read(data, lambda found: cls(_decision(found), _decision(found["previous"])))
+        return read_stored(data, lambda found: cls(_decision(found), _decision(found["previous"])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,15 +149,15 @@ class Intent:
     @classmethod
     def from_json(cls, data: str | bytes) -> Intent:
         """Read the stored form. Raises Unreadable."""
-        return _read(data, _intent)
+        return read_stored(data, _intent)
 
 
-def _read(data: str | bytes, make: Callable[[dict[str, Any]], _Read]) -> _Read:
-    if len(data) > LONGEST:
+def read_stored(data: str | bytes, make: Callable[[Any], _Read], longest: int = LONGEST) -> _Read:
+    """Read a stored form of at most so many octets; ``make`` is given what was parsed. Raises Unreadable."""
+    if len(data) > longest:
         raise Unreadable("it is too long")
     try:
-        found = parsed(data)
-        return make(_object(found))
+        return make(parsed(data))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Unreadable(printable(f"{type(error).__name__}: {error}")[:_CUT]) from error
 
@@ -168,7 +168,8 @@ def _object(found: Any) -> dict[str, Any]:
     return found
 
 
-def _decision(found: dict[str, Any]) -> Decision:
+def _decision(given: Any) -> Decision:
+    found = _object(given)
     routes = _object(found.get("routes", {}))
     return Decision(
         epoch=count(found["epoch"]),
@@ -198,7 +199,8 @@ def is_weight(value: float) -> bool:
     return 0 <= value < 1e9
 
 
-def _intent(found: dict[str, Any]) -> Intent:
+def _intent(given: Any) -> Intent:
+    found = _object(given)
     return Intent(
         id=text(found["id"]),
         epoch=count(found["epoch"]),
