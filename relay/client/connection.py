@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -16,16 +15,15 @@ from typing import Any
 
 from relay.client.errors import ClientError, ConnectionGone, DeadlinePassed, MalformedReply, stage_of
 from relay.client.reply_parser import ReplyParser, plain
-from relay.client.server_limits import UNLIMITED, server_limits
+from relay.client.server_limits import UNLIMITED, extensions_in, server_limits
 from relay.client.unread import unread
 from relay.mail.destination import Destination
+from relay.mail.esmtp import check_lines
 from relay.mail.reply import Reply
 
 _WRITE_HIGH = 256 * 1024  # octets buffered in the transport before a writer waits
 _MAX_UNASKED = 100  # unsolicited replies before the connection is closed
 _OF_MAIL = frozenset((b"MAIL", b"RCPT", b"DATA", b"."))
-_OLD_AUTH = re.compile("^auth=", re.IGNORECASE)  # as some servers wrote it before RFC 2554
-_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 
 
 class Connection(asyncio.Protocol):
@@ -36,6 +34,7 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
+        "_behind_dot",
         "_deadline",
         "_drain",
         "_extra",
@@ -90,6 +89,7 @@ class Connection(asyncio.Protocol):
         self.in_data = False  # the server reads body text, so only the dot or a close may follow
         self.is_dirty = False  # a MAIL was sent, and neither was its dot answered nor a RSET sent
         self._is_ahead = False  # the next MAIL was sent behind the dot
+        self._behind_dot = 0  # octets sent with the last dot, behind it
         self.introduced = b""  # the XCLIENT command in effect
         self._owed: deque[bytes] = deque()  # verbs whose replies have not arrived
         self._ready: deque[Reply] = deque()  # replies that arrived before they were awaited
@@ -150,7 +150,7 @@ class Connection(asyncio.Protocol):
 
     def send(self, *lines: bytes) -> None:
         """Send lines (each without CRLF) in one write; each owes a reply. Raises ConnectionGone, ValueError."""
-        _check(lines)
+        check_lines(lines)
         if self.in_data and lines != (b".",):
             # The server would take it for body text, and the next dot would end a message made of two.
             raise RuntimeError("only the dot may be sent in the DATA phase")
@@ -220,12 +220,14 @@ class Connection(asyncio.Protocol):
             raise RuntimeError("no DATA phase to end")
         self._speak(b".")
         if then:
-            _check(then)
+            check_lines(then)
         self._owed.extend((b".",) * replies)
         if then:
             self._owe(then)
             self._is_ahead = True
-        self._transport.writelines((last, b".\r\n", *(line + b"\r\n" for line in then)))
+        behind = b"".join([line + b"\r\n" for line in then])
+        self._behind_dot = len(behind)
+        self._transport.writelines((last, b".\r\n", behind))
 
     async def quit(self, timeout: float = 2.0) -> None:
         """Send QUIT if the state allows it, then close. Raises nothing but CancelledError."""
@@ -245,8 +247,7 @@ class Connection(asyncio.Protocol):
 
     def announce(self, lines: Sequence[str]) -> None:
         """Note the extensions that a server announces in these lines of its reply to EHLO."""
-        words = [_OLD_AUTH.sub("AUTH ", line).partition(" ") for line in lines]
-        self.extensions = {keyword.upper(): parameters.strip() for keyword, _, parameters in words if keyword}
+        self.extensions = extensions_in(lines)
         self.limits = server_limits(self.extensions)
 
     # -- what asyncio calls --
@@ -254,10 +255,10 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._fault:
             return
-        if self._parser.is_between and data[-2:] == b"\r\n" and (reply := plain(data[:-2])) is not None:
-            self._deliver(reply)  # exactly one line, as nearly always
-            return
         try:
+            if self._parser.is_between and data[-2:] == b"\r\n" and (reply := plain(data[:-2])) is not None:
+                self._deliver(reply)  # exactly one line, as nearly always
+                return
             for each in self._parser.feed(data):
                 self._deliver(each)
         except ValueError as error:
@@ -269,11 +270,10 @@ class Connection(asyncio.Protocol):
             return
         try:
             reply = self._parser.finish()
-        except ValueError as error:
-            self._malformed(str(error))
-        else:
             if reply is not None:
                 self._deliver(reply)
+        except ValueError as error:
+            self._malformed(str(error))
 
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is not None and not self._lost:
@@ -296,6 +296,7 @@ class Connection(asyncio.Protocol):
     # -- reading --
 
     def _deliver(self, reply: Reply) -> None:
+        """Give a reply to who waits for it. Raises ValueError where it cannot be the one that is due."""
         if not self._owed:
             self._extra += 1
             self._unasked = self._unasked or reply
@@ -308,6 +309,9 @@ class Connection(asyncio.Protocol):
             self.turned_away |= reply.code == 421
             self.refusals += verb in _OF_MAIL
         elif verb == b".":
+            if not reply.takes_message or self._transport.get_write_buffer_size() > self._behind_dot:
+                self._owed.appendleft(verb)  # a yes before the dot has left is to something else
+                raise ValueError(f"no answer to the message: {reply.text}")
             self.refusals = 0
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
@@ -350,7 +354,8 @@ class Connection(asyncio.Protocol):
 
     def _speak(self, line: bytes) -> None:
         """Raise ClientError unless the server can be expected to read and reply."""
-        if self._unasked or self._fault or self._torn or self._lost or self._transport.is_closing():
+        is_amid = not (self._owed or self._parser.is_between)  # in half a reply, to nothing
+        if is_amid or self._unasked or self._fault or self._torn or self._lost or self._transport.is_closing():
             raise self._gone(line[:4])
 
     def _gone(self, verb: bytes) -> ClientError:
@@ -358,7 +363,7 @@ class Connection(asyncio.Protocol):
             return MalformedReply(self._fault, stage=stage_of(verb))
         text = "the connection was closed"
         if self.is_open:
-            text = "the server spoke out of turn" if self._unasked else "the body was not written in full"
+            text = "the body was not written in full" if self._torn else "the server spoke out of turn"
         return ConnectionGone(text, stage=stage_of(verb), reply=self._unasked)
 
     async def _drained(self, timeout: float) -> None:
@@ -391,9 +396,3 @@ class Connection(asyncio.Protocol):
         else:
             self.turned_away = True
             self._fail(DeadlinePassed(f"no reply within {self._patience:g} s", stage=stage_of(self._owed[0])))
-
-
-def _check(lines: Sequence[bytes]) -> None:
-    for line in lines:
-        if _CONTROL.search(line):
-            raise ValueError("control character in an SMTP command")

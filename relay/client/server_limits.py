@@ -1,9 +1,10 @@
-"""The limits that a server announces in its EHLO reply: LIMITS (RFC 9422)."""
+"""What a server announces in its EHLO reply: its extensions, and among them its limits, LIMITS (RFC 9422)."""
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -16,6 +17,7 @@ class ServerLimits(NamedTuple):
 
 
 UNLIMITED = ServerLimits()
+_OLD_AUTH = re.compile("^auth=", re.IGNORECASE)  # as some servers wrote it before RFC 2554
 _FIELDS = {"MAILMAX": "mails", "RCPTMAX": "recipients", "RCPTDOMAINMAX": "domains"}
 
 
@@ -32,3 +34,9 @@ def server_limits(extensions: Mapping[str, str]) -> ServerLimits:
         if field and number.isascii() and number.isdigit() and len(number) <= 6 and int(number):
             found[field] = min(int(number), found.get(field, sys.maxsize))
     return ServerLimits(**found)
+
+
+def extensions_in(lines: Sequence[str]) -> dict[str, str]:
+    """Return the extensions, keyword in capitals -> parameters, that these lines of the reply announce."""
+    words = [_OLD_AUTH.sub("AUTH ", line).partition(" ") for line in lines]
+    return {keyword.upper(): parameters.strip() for keyword, _, parameters in words if keyword}

@@ -29,6 +29,11 @@ class Reply(NamedTuple):
         return 200 <= self.code < 300
 
     @property
+    def takes_message(self) -> bool:
+        """Whether it is a yes to the end of a message, which neither a greeting (220) nor a goodbye (221) is."""
+        return self.code == 250 or (self.is_positive and self.code not in (220, 221))
+
+    @property
     def is_temporary(self) -> bool:
         """Whether it is neither 2xx, 354 nor 5xx: an unknown code counts as temporary."""
         return not self.is_positive and not self.is_permanent and self.code != 354

@@ -176,6 +176,47 @@ async def test_the_last_reply_wins_over_the_close(scripted: Scripted, last: byte
 
 
 @both_loops
+@pytest.mark.parametrize("last", ["220 hello again", "221 2.0.0 bye", "354 go ahead", "199 what"])
+async def test_what_is_no_yes_to_a_message(scripted: Scripted, last: str):
+    """A greeting, a goodbye or a 354 in the place of the reply to the dot: out of step, and never a yes."""
+    server = scripted({".": (last, b"250 2.0.0 queued\r\n")})
+    connection = await in_data(server)
+    connection.end_body(b"x\r\n")
+    with pytest.raises(MalformedReply, match=last):
+        await connection.reply(timeout=LONG)
+    await until(lambda: not connection.is_open)
+
+
+@both_loops
+@pytest.mark.parametrize("half", [b"250-2.0.0 que", b"250-2.0.0 queued\r\n", b"250 2.0.0 queued", b"2"])
+async def test_half_a_reply_before_the_dot(scripted: Scripted, half: bytes):
+    """What has begun before the message ended is no answer to it, wherever it ends."""
+    server = scripted({"DATA": b"354 go\r\n" + half})
+    connection = await in_data(server)
+    with pytest.raises(ConnectionGone, match="out of turn"):
+        await connection.write_body(b"x\r\n", timeout=LONG)
+    with pytest.raises(ConnectionGone, match="out of turn"):
+        connection.end_body(b"y\r\n")
+
+
+@both_loops
+async def test_a_yes_before_the_dot_has_left(scripted: Scripted):
+    """A server that says yes and has stopped reading cannot have seen the dot: it is still here."""
+    stop, speak, end = Gate(), Gate(), Gate()
+    server = scripted(in_data=(10, (stop, speak, b"250 2.0.0 queued\r\n", end)))
+    stop.open()
+    connection = await in_data(server)
+    transport = connection._transport
+    while not transport.get_write_buffer_size():
+        await connection.write_body(b"x" * 65536, timeout=LONG)
+    connection.end_body(b"x\r\n")
+    speak.open()
+    with pytest.raises(MalformedReply, match="no answer to the message"):
+        await connection.reply(timeout=LONG)
+    end.open()
+
+
+@both_loops
 async def test_a_reply_that_nobody_asked_for(scripted: Scripted):
     """An idle server's 421 makes the connection unusable, is kept as the reason, and answers no command."""
     server = scripted({"NOOP": [("250 ok", "421 4.4.2 idle for too long", Close()), b"250 ok\r\n250 once more\r\n"]})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import redis
 
@@ -60,6 +62,8 @@ async def test_within_a_large_body(
         ("DATA", b"354 go\r\n554 5.7.1 no\r\n"),
         ("DATA", b"354 go\r\n250 ok\r\n"),
         ("DATA", b"354 go\r\n221 2.0.0 bye\r\n"),
+        ("DATA", b"354 go\r\n250-2.0.0 half\r\n"),
+        ("DATA", b"354 go\r\n250 2.0.0 ha"),
         ("RCPT TO:<b@test>", b"250 ok\r\n554 5.7.1 no\r\n"),
         ("RCPT TO:<b@test>", b"250 ok\r\n250 ok\r\n"),
         ("MAIL", b"250 ok\r\n554 5.7.1 no\r\n"),
@@ -85,3 +89,20 @@ async def test_before_the_body(
         await until(lambda: len(backup.connections) >= 3, 20)
     assert not backup.messages
     assert settled(contents, ids) == []
+
+
+@pytest.mark.parametrize("said", ["221 2.0.0 bye", "220 hello", "354 go ahead"])
+@pytest.mark.parametrize("lmtp", [False, True], ids=["smtp", "lmtp"])
+async def test_no_verdict_at_the_dot(
+    redis_url: str, redis_client: redis.Redis, scripted: Callable[..., ScriptedServer], lmtp: bool, said: str
+) -> None:
+    """Goodbye, or hello, is no yes to the message; LMTP: what the others were told before counts."""
+    backup = scripted(lmtp=lmtp)
+    contents = Contents(redis_client, "new")
+    contents.register(backup.destination("new"))
+    backup.replies[".<b@test>" if lmtp else "."] = (said, Close())
+    message_id = contents.pending("a@test", "b@test", "c@test")
+    async with at_work(redis_url, backup) as work:
+        work.add([message_id])
+        await until(lambda: contents.pending_ids() and contents.state(message_id).attempts == 1, 20)
+    assert contents.state(message_id).owed == ((1, 2) if lmtp else (0, 1, 2))
