@@ -15,7 +15,7 @@ from typing import Any
 
 from relay.client.errors import ClientError, ConnectionGone, DeadlinePassed, MalformedReply, stage_of
 from relay.client.reply_parser import ReplyParser, plain
-from relay.client.server_limits import UNLIMITED, extensions_in, server_limits
+from relay.client.server_limits import UNLIMITED, after_yes, extensions_in, server_limits
 from relay.client.unread import unread
 from relay.mail.destination import Destination
 from relay.mail.esmtp import check_lines
@@ -313,6 +313,7 @@ class Connection(asyncio.Protocol):
                 self._owed.appendleft(verb)  # a yes before the dot has left is to something else
                 raise ValueError(f"no answer to the message: {reply.text}")
             self.refusals = 0
+            self.limits = after_yes(self.limits, reply, self.destination)
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(reply)

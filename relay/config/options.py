@@ -172,9 +172,9 @@ OPTIONS: tuple[Option, ...] = (
            "Longest wait for the reply to EHLO, STARTTLS, AUTH, MAIL, RCPT or DATA, which a server may delay for "
            "DNS look-ups, call-outs or tarpitting. The client must wait longer: Postfix waits 300 s. At least "
            "relay.timeout_seconds."),
-    Option("relay.messages_per_connection", integer(0), 10, "messages",
-           "Messages on one connection to the primary, at most. By default, after the tenth Exim only queues messages "
-           "and Stalwart refuses them. 0: no limit."),
+    Option("relay.messages_per_connection", integer(0), 100, "messages",
+           "Messages on one connection to the primary, at most. With the default an Exim gets 10: by its own default "
+           "it only queues what comes then. 0: no limit."),
     Option("relay.connection_age", duration(zero=True), "5m", "seconds",
            "Age after which a connection to the primary is not used again, so that a new address or new settings of "
            "the server take effect. 0: no limit."),
@@ -307,7 +307,7 @@ BACKUP_FIELDS: tuple[Option, ...] = (
     Option("sender", choice("keep", "null"), "keep", "", "null: copies carry the null sender, so nothing can bounce."),
     Option("soft_bounce", BOOLEAN, False, "", "Treat refusals (5xx) as temporary: the copy is tried again."),
     Option("connections", integer(0, 10_000), 0, "connections", "Default: workers.connections."),
-    Option("messages_per_connection", integer(0), 10, "messages", "As relay.messages_per_connection. 0: no limit."),
+    Option("messages_per_connection", integer(0), 100, "messages", "As relay.messages_per_connection. 0: no limit."),
     Option("connection_age", duration(zero=True), "5m", "seconds", "As relay.connection_age. 0: no limit."),
     Option("tls", choice("none", "opportunistic", "encrypt", "verify"), "opportunistic", "",
            "none, opportunistic, encrypt, or verify (the certificate too). With a password, encrypt is the default."),

@@ -13,7 +13,7 @@ from relay.mail.text import printable
 
 _DNS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[0-9.]+):[0-9]{1,4}|(?:\[[0-9A-Fa-f:.]+\]|[0-9.]+):[1-5][0-9]{4}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-MESSAGES_PER_CONNECTION = 10  # by default Exim queues further messages, and Stalwart refuses them
+MESSAGES_PER_CONNECTION = 100  # what OpenSMTPD takes by default; an Exim gets fewer, see relay.client.server_limits
 MX_PORT = 25  # of a host that DNS names for a domain
 CONNECTION_AGE = 300.0  # seconds, as Postfix's smtp_connection_reuse_time_limit
 _NUMBERS = {"port", "connections", "messages_per_connection", "connection_age"}  # fields of a destination

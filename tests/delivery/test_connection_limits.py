@@ -143,6 +143,21 @@ async def test_announced_limits(
     assert all(len({r.partition("@")[2] for r in t.recipients}) == 1 for t in backup.messages)
 
 
+@pytest.mark.parametrize(
+    ("said", "option", "most"), [("OK id=1vPabc-000000001Xy-2zAB", 100, 10), ("OK id=", 200, 30), ("OK", 100, 30)]
+)
+async def test_an_exim_gets_ten_messages_on_a_connection(
+    scripted: Scripted, make_contents: Any, redis_url: str, said: str, option: int, most: int
+) -> None:
+    """By its default it says yes to the eleventh and leaves it in its queue; what an operator has set counts alone."""
+    backup = scripted({".": f"250 {said}"})
+    contents = make_contents(backup)
+    async with courier(redis_url, backup, connections=1, messages_per_connection=option) as made:
+        await made.deliver("job", [contents.pending() for _ in range(30)])
+    assert len(backup.messages) == 30
+    assert max(len(connection.transactions) for connection in backup.connections) == most
+
+
 @pytest.mark.parametrize("how", ["flush", "retry"])
 async def test_an_operators_retry_opens_new_connections(
     scripted: Scripted, make_contents: Any, redis_url: str, redis_client: redis.Redis, how: str
