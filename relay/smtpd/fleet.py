@@ -227,17 +227,18 @@ async def _in_time(
 
 
 def in_common(announced: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
-    """Return the extensions that all of these offer, with what all of them take: the smallest SIZE."""
+    """Return the extensions that all of these offer, with what all of them take: the smallest SIZE.
+
+    That limit holds also where another of them announces none: the message may be for both.
+    """
     first, *others = announced
     if not others:
         return first
-    names = set(first).intersection(*others)
-    sizes = [int(a["SIZE"]) for a in announced if a.get("SIZE", "").isascii() and a.get("SIZE", "").isdigit()]
-    size = str(min([n for n in sizes if n], default=""))
-    found = {}
-    for name in first:
-        if name == "SIZE" and name in names:
-            found[name] = size
-        elif name in names and (len({a[name] for a in announced}) == 1 or name not in {"MT-PRIORITY", "FUTURERELEASE"}):
+    names, found = set(first).intersection(*others), {}
+    for name in [name for name in first if name in names]:
+        if len({a[name] for a in announced}) == 1 or name not in {"MT-PRIORITY", "FUTURERELEASE"}:
             found[name] = first[name]
+    sizes = [int(size) for a in announced if (size := a.get("SIZE", "")).isascii() and size.isdigit()]
+    if smallest := min([n for n in sizes if n], default=0):
+        found["SIZE"] = str(smallest)
     return found

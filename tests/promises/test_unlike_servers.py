@@ -1,0 +1,108 @@
+"""Servers of one relay that do not offer the same: what the client is told holds for whoever answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from support.product import Product
+from support.scripted_server import ScriptedServer
+from support.waiting import wait_until
+
+Make = Callable[..., Product]
+MakeServer = Callable[..., ScriptedServer]
+QUICK = {
+    "retry.first": "1",
+    "retry.longest": "2",
+    "relay.timeout_seconds": "2",
+    "relay.greeting_timeout_seconds": "2",
+    "relay.command_timeout_seconds": "2",
+}
+FILE = """
+[[server]]
+name = "b"
+url = "{b}"
+[[route]]
+name = "moved"
+match = {{ recipients = "@moved.example" }}
+primary = {primary}
+backups = []
+{more}
+"""
+
+
+def routed(product: Make, a: str, b: str, primary: str = '"b"', more: str = "") -> Product:
+    file = FILE.format(b=b, primary=primary, more=more)
+    return product(primary=f"a={a}", files={"settings.toml": file}, settings=QUICK)
+
+
+def test_a_message_that_forks_needs_what_both_take(product: Make, scripted: MakeServer) -> None:
+    """The smallest SIZE counts, announced by one or by both; who offers less since then refuses its recipients only."""
+    a = scripted(extensions=["PIPELINING", "8BITMIME", "SMTPUTF8", "DSN"])
+    b = scripted(extensions=["PIPELINING", "8BITMIME", "SMTPUTF8", "SIZE 5000"])
+    relay = routed(product, a.address, b.address, more='split = "fork"')
+    with relay.dialogue() as client:
+        offered = client.hello()
+        assert offered["SIZE"] == "5000"
+        assert "SMTPUTF8" in offered
+        assert "DSN" not in offered
+        client.say("MAIL FROM:<s@example.org> RET=HDRS", 555)
+        b.extensions[:] = ["PIPELINING", "SIZE 5000"]
+        b.drop()
+        for order in (("x@a.example", "y@moved.example"), ("y@moved.example", "x@a.example")):
+            client.say("MAIL FROM:<jürgen@example.org> BODY=8BITMIME SMTPUTF8", 250)
+            for recipient in order:
+                client.say(f"RCPT TO:<{recipient}>", 250 if "@a." in recipient else "451 4.3.0")
+            client.say("DATA", 354)
+            client.say("Subject: ü\r\n\r\nü\r\n.", 250)
+        client.say("MAIL FROM:<s@example.org> SIZE=100", 250)
+        client.say("RCPT TO:<x@a.example>", 250)
+        client.say("RCPT TO:<y@moved.example>", 250)
+        client.say("DATA", 354)
+        client.say("Subject: u\r\n\r\nu\r\n.", 250)
+    with relay.dialogue() as client:  # what the next client is told
+        assert not {"SMTPUTF8", "8BITMIME"} & set(client.hello())
+    assert [m.parameters for m in a.messages] == [("BODY=8BITMIME", "SMTPUTF8")] * 2 + [()]
+    assert [m.parameters for m in b.messages] == [("SIZE=100",)]
+
+
+def test_from_smtp_to_lmtp_and_back_within_a_session(product: Make, scripted: MakeServer) -> None:
+    """Whoever answers, in one packet or line by line: LMTP takes one recipient, each server speaks for itself."""
+    a, b = scripted(), scripted(lmtp=True)
+    b.replies[".<full@moved.example>"] = "452 4.2.2 full"
+    relay = routed(product, a.address, f"lmtp://{b.address}", '["a", "b"]', 'return_after = "0"\ncopies = "others"')
+    lines = ["MAIL FROM:<s@example.org>", "RCPT TO:<x@moved.example>", "RCPT TO:<y@moved.example>", "DATA"]
+
+    def replies(*, pipelined: bool) -> list[str]:
+        if not pipelined:
+            said = [client.say(line)[:3] for line in lines]
+        else:
+            client.send(*lines)
+            said = [client.reply()[:3] for _ in lines]
+        client.say("Subject: x\r\n\r\nx\r\n.", 250)
+        return said
+
+    def is_back() -> bool:
+        """Whether the one that takes both at once answers again, as one transaction has to find out."""
+        with relay.dialogue() as other:
+            other.hello()
+            other.send(*lines[:3], "RSET")
+            return [other.reply()[:3] for _ in range(4)] == ["250"] * 4
+
+    with relay.dialogue() as client:
+        client.hello()
+        for _ in range(2):
+            assert replies(pipelined=True) == ["250", "250", "250", "354"]
+            a.down()
+            assert replies(pipelined=True) == ["250", "250", "452", "354"]
+            assert replies(pipelined=False) == ["250", "250", "452", "354"]
+            client.say("MAIL FROM:<s@example.org>", 250)
+            client.say("RCPT TO:<full@moved.example>", 250)
+            client.say("DATA", 354)
+            client.say("Subject: x\r\n\r\nx\r\n.", "452 4.2.2 full")
+            a.listen()
+            wait_until(is_back, interval=0.2)
+    b.replies.clear()
+    wait_until(lambda: all(not row["pending"] for row in relay.json("queue", "summary")))
+    for server in (a, b):  # what it took itself, and the copies of what the other took; nothing twice
+        taken = sorted(recipient for m in server.messages for recipient in m.recipients)
+        assert taken == ["x@moved.example"] * 6 + ["y@moved.example"] * 2
