@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from relay.command import manual
-from relay.config.options import BACKUP_FIELDS, OPTIONS, ROUTE_FIELDS, SECTIONS, Option, as_toml
+from relay.config.options import BACKUP_FIELDS, OPTIONS, ROUTE_FIELDS, SECTIONS, Option
+from relay.config.settings_toml import as_toml
 
 PAGES = Path(__file__).parents[1]
 MANUAL = Path(__file__).with_name("smtp-dup.1")

@@ -14,25 +14,13 @@ from typing import Any
 
 from relay import ownership
 from relay.config.agreement import disagreements
-from relay.config.destinations import resolve_password
-from relay.config.layers import CONFIG_VARIABLE, DEFAULTS_VARIABLE, GivenSettings, GivenValue
+from relay.config.layers import GivenSettings, GivenValue
 from relay.config.model import DEMOTED_ORIGIN, PARTS, Layers, Settings
-from relay.config.options import BY_KEY, OPTIONS, Option, render
+from relay.config.options import BY_KEY, OPTIONS
 from relay.config.problems import Problem, SettingsError
 from relay.config.servers import Servers, read_servers
 
-__all__ = [
-    "CONFIG_VARIABLE",
-    "DEFAULTS_VARIABLE",
-    "OPTIONS",
-    "Option",
-    "Problem",
-    "Settings",
-    "SettingsError",
-    "load",
-    "render",
-    "resolve_password",
-]
+__all__ = ["Problem", "Settings", "SettingsError", "load"]
 
 DIRECTORIES = (Path(), Path("/etc/smtp-dup"))
 

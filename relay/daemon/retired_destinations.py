@@ -19,7 +19,8 @@ from redis import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from relay import maillog
-from relay.config.loader import Settings, resolve_password
+from relay.config.destinations import resolve_password
+from relay.config.loader import Settings
 from relay.daemon import known_passwords
 from relay.daemon.slots import Child
 from relay.ledger import keys, registry, rq_jobs

@@ -19,8 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.config import file, model
-from relay.config.loader import Settings, SettingsError, load, render, resolve_password
+from relay.config.destinations import resolve_password
+from relay.config.loader import Settings, SettingsError, load
 from relay.config.options import BACKUP_FIELDS, OPTIONS, SECTIONS
+from relay.config.settings_toml import render
 from relay.config.shown import describe
 from relay.mail.destination import Destination
 
@@ -61,7 +63,7 @@ def test_every_problem_of_a_bad_file_is_named(path: Path) -> None:
 
 
 def test_the_file_at_the_root_is_the_schema_written_down() -> None:
-    """settings.toml documents every option; `python -m relay.config.options > settings.toml` brings it up to date."""
+    """settings.toml documents every option; `python -m relay.config.settings_toml > settings.toml` brings it up to date."""
     assert (ROOT / "settings.toml").read_text(encoding="utf-8") == render()
 
 

@@ -21,7 +21,8 @@ import pytest
 import yaml
 
 from relay.command import commands
-from relay.config.loader import CONFIG_VARIABLE, DEFAULTS_VARIABLE, load
+from relay.config.layers import CONFIG_VARIABLE, DEFAULTS_VARIABLE
+from relay.config.loader import load
 from relay.config.options import BY_KEY, OPTIONS
 from relay.monitoring.probes import probe_redis
 from support import documents, forked
