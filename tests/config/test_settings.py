@@ -63,7 +63,7 @@ def test_every_problem_of_a_bad_file_is_named(path: Path) -> None:
 
 
 def test_the_file_at_the_root_is_the_schema_written_down() -> None:
-    """settings.toml documents every option; `python -m relay.config.settings_toml > settings.toml` brings it up to date."""
+    """settings.toml documents every option; relay/config/settings_toml.py says how it is written again."""
     assert (ROOT / "settings.toml").read_text(encoding="utf-8") == render()
 
 

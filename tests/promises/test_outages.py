@@ -182,9 +182,7 @@ async def test_a_release_that_is_only_sent(make: Callable[..., Process]) -> None
     process = make(awaits_release=False, seconds=2.0)
     first, second = await process.stage(), await process.stage()
     process.server.pause()
-    begun = time.monotonic()
     await process.staging.release(first)
-    assert time.monotonic() - begun < 1
     assert not process.staging._small._unanswered[0].done.done()
     await until(lambda: process.names() == ["release"], timeout=30)  # after the time-out, for a crash to come
     process.server.resume()

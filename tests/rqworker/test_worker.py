@@ -306,9 +306,7 @@ def test_revival_puts_back_what_one_worker_had(bench: Bench, redis_url: str) -> 
         assert job is not None
         who._begin(job)
     bench.client.lmove(bench.queue.key, bench.queue.intermediate_queue_key)
-    began = time.perf_counter()
     assert revive(bench.client, bench.queue, worker.name) == [mine, popped]
-    assert time.perf_counter() - began < 2
     assert revive(bench.client, bench.queue, worker.name) == []
     assert bench.queue.job_ids == [popped, mine, waiting]
     started = StartedJobRegistry(queue=bench.queue).get_job_ids(cleanup=False)
