@@ -19,6 +19,7 @@ POINTS = frozenset(
         "leg answered",
         "primary answered",
         "released",
+        "map written",
         "job fetched",
         "backup answered",
         "before settle",

@@ -11,7 +11,9 @@ from relay.cockpit.finding import Result
 from relay.cockpit.readiness import Verdict
 from relay.config.model import Settings
 from relay.config.routes import Route
-from relay.topology.promotion import PROMOTE, UNDO, Followed, Plan, RouteChange
+from relay.topology import promotion
+from relay.topology.following import Followed
+from relay.topology.promotion import PROMOTE, UNDO, Plan, RouteChange
 from relay.topology.state import Topology
 
 
@@ -58,6 +60,9 @@ def _by_default(made: Plan) -> Iterator[tuple[str, str]]:
 def _on_route(made: Plan, change: RouteChange) -> Iterator[tuple[str, str]]:
     before, after = change.route, change.after
     yield "route", after.name
+    if change.is_forgotten:
+        yield "forgotten", f"that it was decided to be {answering(before)}: these settings have no such route"
+        return
     yield "primary", f"{answering(after)}, instead of {answering(before)}"
     copied = [name for name in after.copied if len(after.servers) > 1 or name not in after.servers]
     yield "copies", ", ".join(dict.fromkeys(copied)) or "none"
@@ -114,6 +119,10 @@ def _remarks_on_moved(made: Plan) -> Iterator[str]:
 
 def _remarks_on_route(made: Plan, change: RouteChange) -> Iterator[str]:
     before, after = change.route, change.after
+    for beat in promotion.other_defaults(made):
+        yield f"{beat.label} has {beat.primary} as the primary by default: that is {made.default} from then on"
+    if change.is_forgotten:
+        return
     for name in after.answering:
         if name not in before.answering and name not in before.copied:
             yield f"{name} has got no copies of what others have answered for on this route"
@@ -130,12 +139,16 @@ def target(made: Plan) -> str:
     """Return what it leads to: "new", or "b on shop"."""
     if made.change is None:
         return made.new.name
+    if made.change.is_forgotten:
+        return f"what the settings say of {made.change.after.name}"
     who = made.new.name if made.command == PROMOTE else answering(made.change.after)
     return f"{who} on {made.change.after.name}"
 
 
 def prepared(made: Plan) -> str:
     """Say that every process can do it."""
+    if made.change and made.change.decided is None:
+        return f"Prepared: {processes(len(made.seen.living))} can go by the settings."
     names = " and ".join(made.change.after.answering) if made.change else made.new.name
     return f"Prepared: {processes(len(made.seen.living))} can use {names}."
 
@@ -155,8 +168,17 @@ def nothing_to_do(made: Plan) -> str:
 def outcome(made: Plan, topology: Topology, found: Followed) -> Iterator[str]:
     """Yield who follows, and who does not."""
     since, count = clock(topology.now.at), len(found.followed)
+    if (later := found.overtaken) is not None:
+        ago = words.span(max(0.0, later.now.at - topology.now.at))
+        yield (
+            f"Overtaken: {later.now.by or 'somebody'} {later.in_words()} {ago} later, and that holds "
+            f"(epoch {later.epoch}); `smtp-dup topology` tells who follows."
+        )
+        return
     name, old = made.new.name, made.old
     who = f"On {made.change.after.name} {answering(made.change.after)} answers" if made.change else f"{name} answers"
+    if made.change and made.change.is_forgotten:
+        who = f"What was decided for {made.change.after.name} is forgotten"
     if count:
         yield f"{who} since {since} on {count} of {processes(count + len(found.late))}."
     else:

@@ -16,7 +16,7 @@ from relay.ledger import divergence_groups
 from relay.ledger.divergence import MOST_WHOM
 from relay.ledger.divergence_groups import Group
 from relay.routing import loading, moved_copy
-from relay.topology import decisions, route_roles
+from relay.topology import promotion, route_roles
 from workers.queues.selection import Filter
 
 
@@ -51,7 +51,7 @@ def on_route(
 
     ``tell`` gets a line for each table that is refused as it is. Raises NoRoute, BadTable, OSError, RedisError.
     """
-    topology, _ = decisions.topology(connection)
+    topology = promotion.standing(connection, settings)
     routes = route_roles.table(settings, topology)
     route = next((found for found in routes if found.name == name), None)
     if route is None and name != DEFAULT_ROUTE:

@@ -24,7 +24,7 @@ from relay.routing import loading, moved_copy
 from relay.routing.decisions import RouteDecision, RoutePlan, Router
 from relay.routing.moved_copy import MovedMap
 from relay.routing.table_file import entries as entries_of
-from relay.topology import decisions, moving
+from relay.topology import decisions, moving, promotion
 from relay.topology.decisions import View
 from relay.topology.heartbeats import Heartbeat
 from relay.topology.moved import MapState, MovedEntry, is_key
@@ -125,7 +125,7 @@ class Answering:
 
     def __init__(self, connection: Any, settings: Settings) -> None:
         """Raises BadTable, RedisError."""
-        topology, _ = decisions.topology(connection)
+        topology = promotion.standing(connection, settings)
         roles = (topology and decided(settings, topology)) or as_settings_say(settings)
         self.primary = roles.primary.name
         self.backups = tuple(backup.name for backup in roles.backups)

@@ -25,9 +25,8 @@ from relay.ledger.flow import Flow
 from relay.ledger.health import Health
 from relay.mail.stored import moment
 from relay.mail.text import printable
-from relay.topology import decisions, heartbeats, route_roles
+from relay.topology import heartbeats, promotion, route_roles
 from relay.topology.roles import copied_now
-from relay.topology.state import Topology
 
 HOURS = 35 * 24 + 1  # that the flow is remembered for, and the one that is not over
 
@@ -122,18 +121,13 @@ def verdicts(connection: Any, settings: Settings) -> list[Verdict]:
 
 def primary_now(connection: Any, settings: Settings) -> str:
     """Return the name of the primary: by the last decision, else by these settings."""
-    decided = topology_now(connection)
+    decided = promotion.standing(connection, settings)
     return decided.primary if decided else settings.primary.name if settings.primary else ""
-
-
-def topology_now(connection: Any) -> Topology | None:
-    """Return the decision that holds, None before the first, or where it makes no sense."""
-    return decisions.topology(connection)[0]
 
 
 def backups_now(connection: Any, settings: Settings) -> list[str]:
     """Return the names of those that get copies now, by the last decision and these settings."""
-    decided = topology_now(connection)
+    decided = promotion.standing(connection, settings)
     primary = decided.primary if decided else settings.primary.name if settings.primary else ""
     former = [settings.primary] if settings.primary and decided else []
     servers = [*former, *settings.copied, *copied_now(settings, decided)]
@@ -142,7 +136,7 @@ def backups_now(connection: Any, settings: Settings) -> list[str]:
 
 def on_route(connection: Any, settings: Settings, route: str) -> tuple[str, list[str]]:
     """Return who answers first on a route now, and who else has its mail. Raises UnknownRoute."""
-    routes = {found.name: found for found in route_roles.table(settings, topology_now(connection))}
+    routes = {found.name: found for found in route_roles.table(settings, promotion.standing(connection, settings))}
     if route not in routes:
         raise UnknownRoute(f"no route {printable(route)!r}; there is: {', '.join(routes) or 'none'}")
     found = routes[route]
@@ -159,7 +153,7 @@ def gather(connection: Any, settings: Settings, name: str, old: str = "") -> Evi
         raise UnknownBackup(f"no backup {name!r}; there is: {there}")
     if name == old:
         raise UnknownBackup(f"{name} is the primary")
-    copied = (*settings.copied, *copied_now(settings, topology_now(connection)))
+    copied = (*settings.copied, *copied_now(settings, promotion.standing(connection, settings)))
     now = changes.now(connection)
     hours = flow.read(connection, flow.HOUR, HOURS, now)
     stands = _standing(connection, name)

@@ -18,6 +18,7 @@ from relay.routing import table_store
 from relay.topology import decisions, promotion, route_roles
 from relay.topology.decisions import View
 from relay.topology.roles import backups_now
+from relay.topology.state import Topology
 
 _HOURS = 25  # that what is counted is added up for, the one that is not over among them
 
@@ -99,16 +100,16 @@ def look(connection: Any, settings: Settings) -> RoutesNow:
     seen = decisions.view(connection)
     day = flow.total(flow.read(connection, flow.HOUR, _HOURS, changes.now(connection)))
     topology = promotion.latest(seen, settings)
-    routes = [_route(route, settings, seen, day) for route in route_roles.table(settings, topology)]
+    routes = [_route(route, settings, seen, topology, day) for route in route_roles.table(settings, topology)]
     primary = promotion.current(seen, settings)
     backups = tuple(backup.name for backup in backups_now(settings, topology))
     default = Route(DEFAULT_ROUTE, Match(), (primary,) if primary else (), backups=backups)
-    routes.append(_route(default, settings, seen, day))
+    routes.append(_route(default, settings, seen, topology, day))
     told = list(route_roles.disagreements(settings, topology)) if topology else []
     return RoutesNow(routes, day.split.get("defer", 0), told)
 
 
-def _route(route: Route, settings: Settings, seen: View, day: Flow) -> RouteNow:
+def _route(route: Route, settings: Settings, seen: View, last: Topology | None, day: Flow) -> RouteNow:
     weights = dict(zip(route.servers, route.weights, strict=True)) if route.weights else {}
     whole = sum(weights.values())
     servers = [
@@ -124,7 +125,7 @@ def _route(route: Route, settings: Settings, seen: View, day: Flow) -> RouteNow:
         for name in dict.fromkeys((*route.servers, *route.backups))
     ]
     tables = [_table(settings, file) for file in dict.fromkeys(route.files)]
-    is_decided = seen.topology is not None and route.name in seen.topology.now.routes
+    is_decided = last is not None and route.name in last.now.routes
     what = "what no other matches" if route.name == DEFAULT_ROUTE else route.in_words().partition(" -> ")[0]
     who = answering(route) if route.servers else "each host's settings say"
     return RouteNow(route.name, what, who, servers, tables, is_decided, route.split)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from relay.cockpit.readiness import Verdict, backups_now, primary_now, topology_now, verdicts
+from relay.cockpit.readiness import Verdict, backups_now, primary_now, verdicts
 from relay.cockpit.sparkline import sparkline
 from relay.cockpit.words import clock, count
 from relay.config.model import Settings
@@ -19,7 +19,7 @@ from relay.ledger import changes, events, flow, hosts, overview
 from relay.ledger.events import Event
 from relay.ledger.flow import Flow, RouteFlow
 from relay.ledger.hosts import LATE, Host
-from relay.topology import heartbeats, route_roles
+from relay.topology import heartbeats, promotion, route_roles
 from relay.topology.heartbeats import Heartbeat
 
 _TREND = 30  # tens of seconds: five minutes
@@ -93,7 +93,7 @@ def _object(value: Any) -> dict[str, Any]:
 def look(connection: Any, settings: Settings, known: Sequence[Verdict] | None = None) -> Frame:
     """Look at this moment; the verdicts are those that are ``known``, where some are given. Raises RedisError."""
     now = changes.now(connection)
-    decided = topology_now(connection)
+    decided = promotion.standing(connection, settings)
     primary = primary_now(connection, settings)
     moments = flow.read(connection, flow.MOMENT, _TREND + 1, now)[:-1]  # the last one is not over
     recent = flow.total(flow.read(connection, flow.MINUTE, _MINUTES, now))

@@ -25,7 +25,7 @@ from relay.monitoring.probes import probe_all
 from relay.monitoring.topology import about_topology
 from relay.page import hosts, users
 from relay.redisio import embedded
-from relay.topology import decisions
+from relay.topology import decisions, promotion
 from relay.topology.roles import copied_now
 
 _SETTINGS = [
@@ -134,7 +134,7 @@ def _left_behind(settings: Settings) -> Iterator[ProbeResult]:
     if not settings.redis.url:
         return
     with ledger_of(settings) as connection:
-        topology, _ = decisions.topology(connection)
+        topology = promotion.standing(connection, settings)
         rows = overview.summary(connection)
     configured = {backup.name for backup in (*settings.copied, *copied_now(settings, topology))}
     for row in rows:

@@ -15,7 +15,8 @@ from relay.config.types import duration
 from relay.mail.text import printable
 from relay.topology import promotion
 from relay.topology.decisions import Overtaken
-from relay.topology.promotion import Followed, Plan, Unprepared
+from relay.topology.following import Followed, follow
+from relay.topology.promotion import Plan, Unprepared
 from relay.topology.state import Intent, Topology
 
 
@@ -67,7 +68,7 @@ def carry_out(
         },
     )
     try:
-        return _told(out, made, topology, promotion.follow(connection, made, seconds, report), report)
+        return _told(out, made, topology, follow(connection, made, seconds, report), report)
     except RedisError as error:
         report.clear()
         raise CannotSay(
@@ -90,7 +91,7 @@ def _commit(connection: Redis, made: Plan, reason: str, details: dict[str, str],
 
 
 def _told(out: Output, made: Plan, topology: Topology, found: Followed, report: Progress) -> int:
-    """Say who follows. Says no when somebody who lives does not."""
+    """Say who follows. Says no when somebody who lives does not, or somebody has decided otherwise since."""
     report.clear()
     if out.as_json:
         out.object(
@@ -102,13 +103,14 @@ def _told(out: Output, made: Plan, topology: Topology, found: Followed, report: 
                 "late": [beat.label for beat in found.late],
                 "dead": [beat.label for beat in found.dead],
                 "finishing": found.finishing,
+                "overtaken": found.overtaken.epoch if found.overtaken else None,
                 **_route_of(made),
             }
         )
     else:
         for line in changeover.outcome(made, topology, found):
             out.line(line)
-    return NO if found.late else WELL
+    return WELL if found.is_well else NO
 
 
 # What is shown --------------------------------------------------------------------------------------------------

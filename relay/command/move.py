@@ -15,7 +15,7 @@ from relay.command.connection import ledger_of
 from relay.command.decision import seconds_of
 from relay.command.exit_status import NO, WELL, Misuse, Trouble
 from relay.command.move_all import move_all, put_back, repair_map, show_loss
-from relay.command.move_steps import await_the_last, carry_out, plan_of, show_kept
+from relay.command.move_steps import carry_out, plan_of, show_kept
 from relay.command.output import Output
 from relay.config.loader import Settings
 from relay.mail.text import printable
@@ -86,7 +86,6 @@ def _batch(
         return NO
     if made.lost:
         put_back(connection, settings, out, made, reason)
-    await_the_last(connection, made, seconds, out)
     return carry_out(connection, out, made, reason, seconds, MOVE_BACK if back else MOVE)
 
 

@@ -139,4 +139,6 @@ def move_all(
             return WELL
         if not yes and not prompt.ask_for(len(made.wanted), f"Take {mailboxes} out of the map", ()):
             return NO
+        if promotion.current(decisions.view(connection), settings) != to:
+            raise Trouble(f"nobody was taken out of the map: {to} answers by default no more")
         return carry_out(connection, out, made, reason or "all have moved", seconds, MOVE_ALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from redis import Redis
 from redis.exceptions import RedisError
@@ -18,7 +19,9 @@ from relay.mail.text import printable
 from relay.routing.table_file import BadTable
 from relay.topology import moving
 from relay.topology.moved import MOVE, MOVE_BACK, MapState
-from relay.topology.moving import Lost
+from relay.topology.moving import Lost, NotFollowed
+
+_AGAIN = 20  # times that somebody else may be quicker
 
 
 def plan_of(
@@ -31,9 +34,13 @@ def plan_of(
         raise Trouble(f"a table cannot be read: {error}") from error
 
 
-def await_the_last(connection: Redis, made: MovePlan, seconds: float, out: Output) -> None:
-    """Wait for who has not followed the last move yet, so that no two of them are ahead of anybody. Raises Trouble."""
-    generation = made.known if made.lost else made.state.generation if made.state else 0
+def _await_the_last(connection: Redis, made: MovePlan, seconds: float, out: Output) -> int:
+    """Wait for who has not followed the last move yet, so that no two of them are ahead of anybody. Raises Trouble.
+
+    Returns the generation that everybody follows.
+    """
+    state, _ = moving.state(connection)
+    generation = state.generation if state else 0
     report = Progress(out)
     found = moving.follow(connection, generation, made.seen.living, seconds, report)
     report.clear()
@@ -41,6 +48,7 @@ def await_the_last(connection: Redis, made: MovePlan, seconds: float, out: Outpu
     if late:
         why = f" ({late[0].moved_trouble})" if late[0].moved_trouble else ""
         raise Trouble(f"nobody was moved: {late[0].label} does not follow the last move yet{why}")
+    return generation
 
 
 def carry_out(connection: Redis, out: Output, made: MovePlan, reason: str, seconds: float, command: str) -> int:
@@ -53,7 +61,7 @@ def carry_out(connection: Redis, out: Output, made: MovePlan, reason: str, secon
         details={"count": str(len(made.wanted)), "addresses": " ".join(made.wanted)},
     )
     try:
-        state, taken = moving.commit(connection, made.wanted, made.before, made.known, act)
+        state, taken = _commit(connection, out, made, act, seconds)
     except Lost as error:
         raise Trouble(f"nobody was moved: {error}; try again") from error
     except RedisError as error:
@@ -81,6 +89,17 @@ def carry_out(connection: Redis, out: Output, made: MovePlan, reason: str, secon
         },
     )
     return max(told(connection, out, made, state, seconds), NO if kept or made.kept else WELL)
+
+
+def _commit(
+    connection: Redis, out: Output, made: MovePlan, act: Act, seconds: float
+) -> tuple[MapState, dict[str, str]]:
+    """Make it a generation once everybody follows the last one, also where others move mailboxes meanwhile."""
+    for _ in range(_AGAIN):
+        after = _await_the_last(connection, made, seconds, out)
+        with suppress(NotFollowed):
+            return moving.commit(connection, made.wanted, made.before, made.known, act, after)
+    raise Lost("others move mailboxes all the time: nothing was moved")
 
 
 def told(connection: Redis, out: Output, made: MovePlan, state: MapState, seconds: float) -> int:

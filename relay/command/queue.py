@@ -14,7 +14,7 @@ from relay.config.loader import Settings
 from relay.ledger import audit, overview
 from relay.ledger.audit import Act
 from relay.spool import writer
-from relay.topology import decisions
+from relay.topology import promotion
 from relay.topology.roles import copied_now
 from workers.queues import backlog, selection
 from workers.queues.selection import WAITING
@@ -176,7 +176,7 @@ def forget(settings: Settings, out: Output, name: str) -> int:
     if waiting:
         raise Trouble(f"{waiting} copies for {name} are in this host's spool")
     with ledger_of(settings) as connection:
-        topology, _ = decisions.topology(connection)
+        topology = promotion.standing(connection, settings)
         if any(backup.name == name for backup in copied_now(settings, topology)):
             raise Trouble(f"{name} is a backup since {topology.primary if topology else 'another'} was promoted")
         try:

@@ -21,7 +21,7 @@ from relay.routing.decisions import RouteDecision, owed
 from relay.routing.moved_copy import MovedMap
 from relay.routing.table_file import BadTable
 from relay.routing.table_store import Table
-from relay.topology import decisions, moving
+from relay.topology import moving, promotion
 from relay.topology.roles import Roles, as_settings_say, decided
 
 
@@ -94,7 +94,7 @@ def _roles(settings: Settings) -> Roles:
     if settings.redis.url or embedded.socket_path(settings.state_dir).exists():
         try:
             with ledger_of(settings) as connection:
-                topology, _ = decisions.topology(connection)
+                topology = promotion.standing(connection, settings)
                 roles = (topology and decided(settings, topology)) or roles
         except CannotSay:  # as it was at the start
             pass

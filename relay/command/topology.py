@@ -16,7 +16,7 @@ from relay.topology import decisions, promotion, route_roles
 from relay.topology.decisions import View
 from relay.topology.heartbeats import Heartbeat
 from relay.topology.roles import disagreement
-from relay.topology.state import RouteRoles
+from relay.topology.state import RouteRoles, Topology
 
 _CHANGES = 5
 _PROCESSES = [
@@ -75,29 +75,30 @@ def show(settings: Settings, out: Output) -> int:
 
 
 def _as_object(seen: View, settings: Settings) -> dict[str, object]:
-    now = seen.topology.now if seen.topology else None
+    last = promotion.latest(seen, settings)
+    now = last.now if last else None
     intent = seen.intent
     return {
         "kind": "topology",
-        "epoch": seen.epoch,
+        "epoch": last.epoch if last else 0,
         "primary": promotion.current(seen, settings),
         "backups": list(now.backups if now else (b.name for b in settings.backups)),
         "by": now.by if now else "",
         "at": now.at if now else None,
         "reason": now.reason if now else "",
-        "previous": seen.topology.previous.primary if seen.topology else None,
+        "previous": last.previous.primary if last else None,
         "preparing": {"primary": intent.primary, "route": intent.route, "by": intent.by, "at": intent.at}
         if intent
         else None,
         "settings_agree": _agree(seen, settings),
         "routes": {name: asdict(roles) for name, roles in now.routes.items()} if now else {},
-        "disagreement": disagreement(settings, seen.topology),
+        "disagreement": disagreement(settings, last),
         "moved": {
             "generation": seen.moves.generation if seen.moves else 0,
             "servers": dict(seen.moves.servers) if seen.moves else {},
             "trouble": seen.nonsense_of_moves,
         },
-        "trouble": seen.nonsense,
+        "trouble": seen.nonsense or _lost(seen, last),
     }
 
 
@@ -105,23 +106,26 @@ def _agree(seen: View, settings: Settings) -> bool | None:
     """Say whether the settings name the same primary; None for settings without one."""
     if settings.primary is None:
         return None
-    return promotion.current(seen, settings) == settings.primary.name and not disagreement(settings, seen.topology)
+    return promotion.current(seen, settings) == settings.primary.name and not disagreement(
+        settings, promotion.latest(seen, settings)
+    )
 
 
 def _head(seen: View, settings: Settings) -> Iterator[tuple[str, str]]:
     primary = promotion.current(seen, settings) or "each host's settings say"
     yield "primary", primary
-    names = seen.topology.now.backups if seen.topology else tuple(b.name for b in settings.backups)
+    last = promotion.latest(seen, settings)
+    names = last.now.backups if last else tuple(b.name for b in settings.backups)
     yield "backups", ", ".join(names) or "none"
-    if seen.topology is None:
+    if last is None:
         yield "epoch", "0: nobody has promoted a server, the settings hold"
     else:
-        now = seen.topology.now
+        now = last.now
         why = f": {now.reason}" if now.reason else ""
         yield "epoch", f"{now.epoch}, by {now.by or 'somebody'} at {moment(now.at)}{why}"
-        yield "before", f"{seen.topology.undone or seen.topology.previous.primary}; `smtp-dup undo` goes back to it"
-    if seen.topology:
-        for name, roles in seen.topology.now.routes.items():
+        yield "before", f"{last.undone or last.previous.primary}; `smtp-dup undo` goes back to it"
+    if last:
+        for name, roles in last.now.routes.items():
             yield f"route {name}", f"{roles.in_words()}; copies: {', '.join(_copied(roles)) or 'none'}"
     yield from _moved(seen)
     if seen.intent:
@@ -130,12 +134,23 @@ def _head(seen: View, settings: Settings) -> Iterator[tuple[str, str]]:
         yield "preparing", f"{seen.intent.primary}{where}, by {seen.intent.by} for {ago:.0f} s"
     if seen.nonsense:
         yield "trouble", f"what Redis holds as topology makes no sense: {seen.nonsense}"
+    if lost := _lost(seen, last):
+        yield "trouble", lost
     primary_now = promotion.current(seen, settings)
     if settings.primary and settings.primary.name != primary_now:
         yield "settings", f"they name {settings.primary.name} as the primary: edit them to agree before long"
-    if seen.topology:
-        for text in route_roles.disagreements(settings, seen.topology):
+    if last:
+        for text in route_roles.disagreements(settings, last):
             yield "settings", text
+
+
+def _lost(seen: View, last: Topology | None) -> str:
+    """Say that Redis has not the last decision any more, which relays or this host have seen; "" where it has."""
+    highest = max(seen.highest, last.epoch if last else 0)
+    if seen.epoch >= highest:
+        return ""
+    has = f"epoch {seen.epoch}" if seen.topology else "none"
+    return f"Redis has {has}, and epoch {highest} was decided: it was emptied or restored; promote who is the primary"
 
 
 def _moved(seen: View) -> Iterator[tuple[str, str]]:

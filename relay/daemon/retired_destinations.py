@@ -29,7 +29,7 @@ from relay.mail import ids
 from relay.mail.destination import Destination
 from relay.mail.stored import moment
 from relay.redisio.clients import sync_client
-from relay.topology import decisions, moving
+from relay.topology import moving, promotion
 from relay.topology.roles import copied_now, may_be_copied
 
 _OLD = 5.0  # seconds that a copy has been pending for when nobody seems to serve it
@@ -106,7 +106,7 @@ class RetiredDestinations:
 
     def _serve_the_demoted(self, client: Redis, workers_for: Callable[[Destination], Sequence[Child]]) -> set[str]:
         """See that who gets copies since a promotion, or since mailboxes moved, has workers; returns their names."""
-        topology, _ = decisions.topology(client)
+        topology = promotion.standing(client, self._settings)
         now = {server.name: server for server in copied_now(self._settings, topology)}
         moves, _ = moving.state(client)
         if moves is not None and moves.count:

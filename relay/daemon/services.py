@@ -36,7 +36,7 @@ from relay.page import hosts, users
 from relay.redisio.clients import sync_client
 from relay.routing import loading
 from relay.server import listening, systemd
-from relay.topology import decisions, remembered
+from relay.topology import promotion, remembered
 from relay.topology.roles import disagreement
 
 _PATIENCE = 1.0  # seconds for Redis to say who was promoted: the relay follows in any case
@@ -173,8 +173,7 @@ def _tell_who_was_promoted(settings: Settings) -> None:
     topology = remembered.load(settings.state_dir)
     patience = min(_PATIENCE, settings.redis.timeout_seconds)
     with suppress(RedisError, OSError), sync_client(settings.redis, patience, retries=0) as client:
-        found, _ = decisions.topology(client)
-        topology = max((t for t in (found, topology) if t), key=lambda t: t.epoch, default=None)
+        topology = promotion.standing(client, settings)
     if words := disagreement(settings, topology):
         maillog.notice("warning", "settings and topology disagree", reason=words)
     elif topology:

@@ -8,6 +8,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 
 from relay.config.model import Settings
 from relay.monitoring.probe_result import ProbeResult
+from relay.topology import promotion
 from relay.topology.decisions import View
 from relay.topology.heartbeats import Heartbeat
 from relay.topology.roles import disagreement
@@ -39,7 +40,7 @@ def about_topology(settings: Settings, seen: View) -> Iterator[ProbeResult]:
     for name, labels in sorted(away.items()):
         text = f"cannot be used by {', '.join(labels)}, so that others of its route answer"
         yield ProbeResult(f"{FAILOVER}{name}", False, text)
-    if words := disagreement(settings, seen.topology):  # as it may be for days: mail goes on
+    if words := disagreement(settings, promotion.latest(seen, settings)):  # as it may be for days: mail goes on
         yield ProbeResult("settings", True, words)
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from relay import maillog, private_files
+from relay import faultpoints, maillog, private_files
 from relay.mail.ids import is_destination_name
 from relay.mail.stored import any_text, parsed
 from relay.mail.text import printable
@@ -146,12 +146,19 @@ def follow(connection: Any, state_dir: Path, held: MovedMap) -> tuple[MovedMap, 
     try:
         folder = _folder(state_dir)
         with private_files.locked(folder / _LOCK):
-            try:
+            disk = None
+            with contextlib.suppress(OSError):  # else it is written anew
                 disk = load(state_dir, held)
-            except OSError:  # it is written anew
-                disk = NOBODY
-            before = disk if disk.state.generation > held.state.generation else held
-            return _follow(connection, folder, before)
+            before = disk if disk and disk.state.generation > held.state.generation else held
+            try:
+                made, trouble = _follow(connection, folder, before)
+                if made is held and made.state.generation and (disk is None or disk.state != made.state):
+                    made = _kept(folder, made)  # it could not be written when it was new, or has been lost
+            except OSError:
+                if disk is not None:
+                    _remove_others(folder, disk.base)
+                raise
+            return made, trouble
     except OSError as error:
         made, trouble = _follow(connection, None, held)
         return (
@@ -199,8 +206,9 @@ def _kept(folder: Path | None, made: MovedMap) -> MovedMap:
     """Put a map on disk; what has changed becomes a new file where it is much."""
     if folder is None:
         return made
-    if len(made.changes) > max(_MOST_CHANGES, made.base_size // 4):
-        made = _stored(folder, made.state, made.everything())
+    is_lost = bool(made.base) and not (folder / made.base).exists()
+    if is_lost or len(made.changes) > max(_MOST_CHANGES, made.base_size // 4):
+        made = replace(_stored(folder, made.state, made.everything()), fault=made.fault)
     _write_note(folder, made)
     return made
 
@@ -324,8 +332,14 @@ def _write_note(folder: Path, made: MovedMap) -> None:
         "changes": made.changes,
         "fault": made.fault,
     }
+    faultpoints.reach("map written")
     private_files.write(folder, _NOTE, json.dumps(words).encode())
+    _remove_others(folder, made.base)
+
+
+def _remove_others(folder: Path, base: str) -> None:
+    """Remove all files but the one that the note names; whoever has another one open can read it on."""
     for path in folder.glob("*.db"):
-        if path.name != made.base:
-            with contextlib.suppress(OSError):  # whoever has it open can read it on
+        if path.name != base:
+            with contextlib.suppress(OSError):
                 path.unlink()

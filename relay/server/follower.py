@@ -31,6 +31,7 @@ from relay.topology.state import Intent, Topology, Unreadable
 
 _DISK_SECONDS = 2.0  # a disk that hangs keeps nobody from following
 _SOON = 0.2  # seconds to the next beat while a promotion is under way
+_TRY_AGAIN_SECONDS = 5.0
 _UNDER_WAY_SECONDS = 15.0  # so long after it, transactions that go on with the former primary are told as soon
 
 
@@ -48,6 +49,8 @@ class Follower:
         self._retired: list[Snapshot] = []
         self._seen: str | None = None  # what was last found in Redis
         self._trouble = ""  # why that is not followed
+        self._is_kept = True  # whether what is followed is on disk
+        self._next_try = 0.0  # loop time
         self._is_registered = False  # whether the ledger knows all who get copies now
         self._intent: Intent | None = None
         self._preparing: asyncio.Task[None] | None = None
@@ -87,7 +90,8 @@ class Follower:
     async def follow(self, ledger: Redis) -> None:
         """Do what the last beat has brought. ``ledger`` hears of the new backups."""
         found = self._pulse.topology
-        if found is not None and found != self._seen:
+        is_to_keep = not self._is_kept and asyncio.get_running_loop().time() >= self._next_try
+        if found is not None and (found != self._seen or is_to_keep):
             self._seen = found
             await self._look(found)
         if not self._is_registered:
@@ -111,9 +115,12 @@ class Follower:
             return
         if known and (found is None or found.epoch < known.epoch):
             older = f"epoch {found.epoch}" if found else "none"
-            self._disagree(f"it keeps epoch {known.epoch} with {known.primary}: Redis has an older one, {older}")
+            self._disagree(
+                f"it keeps epoch {known.epoch} with {known.primary}: Redis has an older one, {older}; "
+                f"`smtp-dup promote {known.primary}` puts it back"
+            )
         elif found:
-            trouble = await self._remember(found) if found != known else ""
+            trouble = await self._remember(found) if found != known or not self._is_kept else ""
             self._topology = found
             decided = roles.decided(self._settings, found)
             if decided is None:
@@ -134,12 +141,14 @@ class Follower:
 
     async def _remember(self, topology: Topology) -> str:
         """Put it on disk before anything is done by it: we never go back behind it. Returns what went wrong."""
+        self._is_kept, self._next_try = False, asyncio.get_running_loop().time() + _TRY_AGAIN_SECONDS
         try:
             await asyncio.wait_for(
                 asyncio.to_thread(remembered.save, self._settings.state_dir, topology), _DISK_SECONDS
             )
         except OSError as error:  # TimeoutError is one
             return f"its state folder cannot be written: {printable(str(error)) or 'the disk does not answer'}"
+        self._is_kept = True
         return ""
 
     def _adopt(self, decided: Roles, topology: Topology) -> None:
@@ -198,7 +207,8 @@ class Follower:
         trouble = self._objection(intent)
         if not trouble and intent.route:
             fleet = self._context.fleet if self._context else None
-            trouble = await fleet.prepare(intent.servers, self._context.snapshot) if fleet and self._context else ""
+            servers = intent.servers or route_roles.as_set(self._settings, intent.route)
+            trouble = await fleet.prepare(servers, self._context.snapshot) if fleet and self._context else ""
         elif not trouble:
             known = (self._settings.primary, *self._settings.backups)
             primary = self._connect_to(next(s for s in known if s and s.name == intent.primary))

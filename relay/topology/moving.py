@@ -41,6 +41,10 @@ class Lost(Exception):
     """Redis does not have the map as it was; the text says what it has."""
 
 
+class NotFollowed(Exception):
+    """Somebody has made another generation, which is not followed by everybody yet."""
+
+
 class Forked(Exception):
     """What Redis has does not follow from the generation that is held."""
 
@@ -149,18 +153,25 @@ def highest(beats: Iterable[Heartbeat], held: MapState) -> int:
 
 
 def commit(
-    connection: Redis, wanted: Changes, seen: Mapping[str, MovedEntry], known: int, act: Act
+    connection: Redis,
+    wanted: Changes,
+    seen: Mapping[str, MovedEntry],
+    known: int,
+    act: Act,
+    after: int | None = None,
 ) -> tuple[MapState, dict[str, str]]:
     """Make these changes a generation; returns its state, and who was moved by somebody else since it was ``seen``.
 
     Where nothing is left to change the state is the one that was there. ``known`` is the highest generation that
-    anybody goes by. Raises Lost.
+    anybody goes by. Raises Lost, and NotFollowed where there is a later one than ``after``, which everybody follows.
     """
     for _ in range(_AGAIN):
         with connection.pipeline(transaction=True) as pipe:
             try:
                 pipe.watch(keys.MOVES_STATE, keys.MOVES)  # type: ignore[no-untyped-call]
                 before = _as_known(pipe, known)
+                if after is not None and before is not None and before.generation > after:
+                    raise NotFollowed
                 found, damaged = entries(pipe, list(wanted))
                 taken = {key: _said(found.get(key)) for key in wanted if found.get(key) != seen.get(key)}
                 left = {key: entry for key, entry in wanted.items() if key not in taken}

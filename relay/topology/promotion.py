@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from redis import Redis
 
 from relay.config.model import Settings
-from relay.config.routes import Route, lmtp_faults
+from relay.config.routes import Match, Route, lmtp_faults
 from relay.ledger import keys
 from relay.ledger.audit import Act
 from relay.mail.destination import Destination
@@ -44,11 +44,22 @@ class Unprepared(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RouteChange:
-    """What becomes of one route; ``after`` None: it is as each host's settings say."""
+    """What becomes of one route; ``decided`` None: it is as each host's settings say, ``after`` as these do."""
 
     route: Route  # as it is now, here
-    after: Route
+    after: Route  # without servers where these settings have no such route
     decided: RouteRoles | None
+
+    @property
+    def is_forgotten(self) -> bool:
+        """Whether these settings have no such route any more, and what was decided for it is taken back."""
+        return not self.after.servers
+
+    @property
+    def in_words(self) -> tuple[str, str]:
+        """Who answers before and after."""
+        after = "as the settings say" if self.is_forgotten else route_roles.of(self.after).in_words()
+        return route_roles.of(self.route).in_words(), after
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +83,16 @@ class Plan:
     def agree(self) -> bool:
         """Whether all is for everybody as it would be."""
         seen = self.seen
-        is_so = self.change.route == self.change.after if self.change else self.new.name == self.old
+        if self.change:
+            is_so = self.change.route == self.change.after
+        else:  # hosts may begin with different ones
+            is_so = all(name == self.new.name for name in (self.old, *(beat.primary for beat in seen.living)))
         return is_so and seen.highest == seen.epoch and all(map(seen.follows, seen.living))
 
     @property
     def title(self) -> str:
         """What it is about, to be typed by whoever wants it: the new primary, or the route where that has several."""
-        if self.change and (self.command == ROUTE_WEIGHT or len(self.change.after.answering) > 1):
+        if self.change and (self.command == ROUTE_WEIGHT or len(self.change.after.answering) != 1):
             return self.change.route.name
         return self.new.name
 
@@ -97,10 +111,36 @@ def current(seen: View, settings: Settings) -> str:
     return settings.primary.name if settings.primary else ""
 
 
+def standing(connection: Redis, settings: Settings) -> Topology | None:
+    """Return the last decision, as Redis or this host knows it. Raises RedisError."""
+    return _later(decisions.topology(connection)[0], settings)
+
+
 def latest(seen: View, settings: Settings) -> Topology | None:
     """Return the last decision: Redis may have lost it, or have been given older data back."""
-    known = (seen.topology, remembered.load(settings.state_dir))
+    return _later(seen.topology, settings)
+
+
+def _later(found: Topology | None, settings: Settings) -> Topology | None:
+    known = (found, remembered.load(settings.state_dir))
     return max((t for t in known if t), key=lambda t: t.epoch, default=None)
+
+
+def _last(seen: View, settings: Settings, *, is_undone: bool = False) -> Topology | None:
+    """Return the last decision, to make the next one after it.
+
+    Raises Impossible where only a process of another host knows it, and it would be forgotten in part.
+    """
+    found = latest(seen, settings)
+    ahead = [beat for beat in seen.living if beat.epoch > (found.epoch if found else 0) and (beat.routes or is_undone)]
+    if ahead:
+        last = max(ahead, key=lambda beat: beat.epoch)
+        about = f", about {' and '.join(sorted(last.routes))}" if last.routes else ""
+        raise Impossible(
+            f"{last.label} goes by epoch {last.epoch}{about}, of which neither Redis nor this host knows any more: run "
+            "this on its host"
+        )
+    return found
 
 
 def plan(connection: Redis, settings: Settings, name: str, *, command: str = PROMOTE) -> Plan:
@@ -113,7 +153,7 @@ def plan(connection: Redis, settings: Settings, name: str, *, command: str = PRO
     new, old = known[name], current(seen, settings)
     _check_domains(new, settings)
     demoted = settings.demoted if settings.primary and old == settings.primary.name else known.get(old)
-    before = latest(seen, settings)
+    before = _last(seen, settings)
     return Plan(
         seen,
         new,
@@ -132,7 +172,7 @@ def plan(connection: Redis, settings: Settings, name: str, *, command: str = PRO
 def plan_undo(connection: Redis, settings: Settings) -> Plan:
     """Look what it would take to undo the last decision. Raises Impossible, RedisError."""
     seen = decisions.view(connection)
-    topology = latest(seen, settings)
+    topology = _last(seen, settings, is_undone=True)
     if topology is None:
         raise Impossible("there is nothing to undo: nobody has promoted a server")
     now, before = topology.now, topology.previous
@@ -163,17 +203,19 @@ def _plan_route(
     connection: Redis, settings: Settings, name: str, decide: Callable[[Route], RouteRoles | None], command: str
 ) -> Plan:
     seen = decisions.view(connection)
-    topology = latest(seen, settings)
+    topology = _last(seen, settings)
     here = {route.name: route for route in route_roles.table(settings, topology)}
-    if name not in here:
-        there = ", ".join(here) or "none"
-        raise Impossible(f"these settings have no route {name}; there is: {there}")
-    before = here[name]
+    as_set = next((route for route in settings.route_table if route.name == name), None)
+    before = here.get(name) or _gone(name, topology)
     try:
-        decided = decide(before)
+        decided = decide(before) if before else None
     except route_roles.Unsuitable as error:
         raise Impossible(str(error)) from error
-    as_set = next(route for route in settings.route_table if route.name == name)
+    if before is None or (as_set is None and decided):
+        there = ", ".join(here) or "none"
+        raise Impossible(f"these settings have no route {name}; there is: {there}")
+    if as_set is None:
+        return _plan_to_forget(seen, settings, before, topology, command)
     after = route_roles.applied(before, decided) if decided else as_set
     known = {server.name: server for server in settings.named}
     strangers = sorted({*after.servers, *after.backups} - known.keys())
@@ -206,6 +248,34 @@ def _plan_route(
     )
 
 
+def _gone(name: str, topology: Topology | None) -> Route | None:
+    """Return a route that was decided about, and is in these settings no more."""
+    roles = topology.now.routes.get(name) if topology else None
+    return route_roles.applied(Route(name, Match(), ()), roles) if roles else None
+
+
+def _plan_to_forget(seen: View, settings: Settings, before: Route, topology: Topology | None, command: str) -> Plan:
+    """Return what it takes to forget what was decided for a route that these settings have no more."""
+    default = current(seen, settings)
+    primary = next((server for server in settings.named if server.name == default), settings.primary)
+    if primary is None or topology is None:
+        raise Impossible(f"these settings have no route {before.name}, and no primary")
+    return Plan(
+        seen,
+        primary,
+        default,
+        None,
+        topology.now.backups,
+        seen.highest + 1,
+        0,
+        command,
+        RouteChange(before, Route(before.name, Match(), ()), None),
+        default,
+        {name: roles for name, roles in topology.now.routes.items() if name != before.name},
+        topology,
+    )
+
+
 def _check_domains(new: Destination, settings: Settings) -> None:
     if new.domains and new is not settings.primary:
         raise Impossible(
@@ -220,7 +290,10 @@ def _pending(connection: Redis, name: str) -> int:
 def prepare(connection: Redis, made: Plan, seconds: float, report: Report) -> Intent:
     """Have every living process prepare. Raises Unprepared, decisions.Overtaken, RedisError."""
     old = made.old if made.demoted else ""
-    route, servers = (made.change.route.name, made.change.after.answering) if made.change else ("", ())
+    _check_default(made)
+    change = made.change
+    route = change.route.name if change else ""
+    servers = change.after.answering if change and change.decided else ()  # else each host's own
     intent = decisions.propose(connection, made.epoch, made.new.name, old, seconds, route=route, servers=servers)
     try:
         _wait_until_prepared(connection, intent, seconds, report)
@@ -228,6 +301,24 @@ def prepare(connection: Redis, made: Plan, seconds: float, report: Report) -> In
         decisions.withdraw(connection, intent)
         raise
     return intent
+
+
+def other_defaults(made: Plan) -> list[Heartbeat]:
+    """Return the processes that would get another primary by default with the first decision about a route."""
+    if made.change is None or made.last is not None:
+        return []
+    return [beat for beat in made.seen.living if beat.primary != made.default]
+
+
+def _check_default(made: Plan) -> None:
+    if others := other_defaults(made):
+        raise Unprepared(
+            [
+                f"{beat.label}: {beat.primary} is the primary by default there, {made.default} here: have the settings "
+                "agree, or promote one of them by default first"
+                for beat in others
+            ]
+        )
 
 
 def _wait_until_prepared(connection: Redis, intent: Intent, seconds: float, report: Report) -> None:
@@ -269,7 +360,7 @@ def commit(connection: Redis, made: Plan, reason: str, details: dict[str, str], 
     before, after = made.old, made.new.name
     if made.change:
         details = {"route": made.change.route.name, **details}
-        before, after = (route_roles.of(route).in_words() for route in (made.change.route, made.change.after))
+        before, after = made.change.in_words
     act = Act(made.command, before=before, after=after, reason=reason, details=details)
     decision = Decision(
         made.epoch, made.default or made.new.name, made.backups, by=act.who, reason=reason, routes=made.routes
@@ -289,37 +380,3 @@ def _former(made: Plan) -> Decision:
     if topology is None:
         return Decision(0, made.old, routes=routes)
     return topology.previous if topology.primary == made.old else topology.now
-
-
-@dataclass(frozen=True, slots=True)
-class Followed:
-    """What has become of a decision: who follows it, who lived when it was made and does not, who was dead before."""
-
-    followed: list[Heartbeat]
-    late: list[Heartbeat]
-    dead: list[Heartbeat]
-    finishing: int  # transactions that go on with the former primary
-
-    @property
-    def is_whole(self) -> bool:
-        return not self.late and not self.finishing
-
-
-def follow(connection: Redis, made: Plan, seconds: float, report: Report) -> Followed:
-    """Wait until everybody follows and nothing goes on with the former primary, at most so long. Raises RedisError."""
-    deadline = time.monotonic() + seconds
-    lived = {beat.process for beat in made.seen.living}
-    while True:
-        beats = decisions.view(connection).beats
-        followed = [beat for beat in beats if made.is_followed_by(beat)]
-        behind = [beat for beat in beats if beat not in followed]
-        late = [beat for beat in behind if beat.is_alive or beat.process in lived]
-        dead = [beat for beat in behind if beat not in late]
-        found = Followed(followed, late, dead, sum(beat.in_old for beat in followed if beat.is_alive))
-        report(
-            f"{len(followed)} of {len(followed) + len(late)} processes follow"
-            + (f", {found.finishing} transactions go on with {made.old}" if found.finishing else "")
-        )
-        if found.is_whole or time.monotonic() >= deadline:
-            return found
-        time.sleep(_EVERY)

@@ -28,6 +28,11 @@ def applied(route: Route, roles: RouteRoles) -> Route:
     return replace(route, servers=roles.servers, weights=roles.weights, backups=roles.backups, copies=roles.copies)
 
 
+def as_set(settings: Settings, name: str) -> tuple[str, ...]:
+    """Return who answers on a route as these settings say; none where they have no such route."""
+    return next((route.answering for route in settings.route_table if route.name == name), ())
+
+
 def table(settings: Settings, topology: Topology | None) -> tuple[Route, ...]:
     """Return the routes with what was decided; one whose servers these settings do not name is as they say."""
     if topology is None or not topology.now.routes:
@@ -77,7 +82,12 @@ def disagreements(settings: Settings, topology: Topology) -> Iterator[str]:
 
 
 def objection(settings: Settings, intent: Intent) -> str:
-    """Say why these settings do not let a route have these servers; "" where they do."""
+    """Say why these settings do not let a route have these servers; "" where they do.
+
+    An intent without servers is to have it as each host's settings say.
+    """
+    if not intent.servers:
+        return ""
     if not any(route.name == intent.route for route in settings.route_table):
         return f"its settings have no route {intent.route}"
     known = {server.name for server in settings.named}

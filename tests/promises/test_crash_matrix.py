@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +13,7 @@ from relay import faultpoints
 from relay.config import loader
 from relay.ledger import overview
 from relay.spool import writer
+from support.killed_at import VICTIMS, kill
 from support.product import QUICK, Product
 from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
@@ -34,7 +32,6 @@ SETTINGS = {
 }
 # A job takes many copies with it, so few jobs are fetched; the other points are passed once for each message or group.
 PASSES = {"job fetched": 1, "before settle": 2}
-VICTIMS = ("itself", "supervisor", "redis")
 CASES = [(point, victim, "true") for point in RELAY_POINTS + WORKER_POINTS for victim in VICTIMS]
 CASES += [(point, victim, "false") for point in ("primary answered", "released") for victim in VICTIMS]
 
@@ -78,26 +75,6 @@ def test_killed_at(
             assert any(
                 ids[str(number)] in line and ("may repeat" in line or "uncertain" in line) for line in log.splitlines()
             ), f"{number} came {count} times without a reason"
-
-
-def kill(pair: Product, victim: str) -> None:
-    """Kill the stopped process, or its neighbour; whoever lives on is let go."""
-    (stopped,) = wait_until(lambda: [child.pid for child in pair.children() if state(child.pid) == "T"])
-    if victim == "itself":
-        os.kill(stopped, signal.SIGKILL)
-    elif victim == "supervisor":
-        pair.kill()
-    else:
-        (server,) = pair.children("valkey-server|redis-server")
-        server.kill()
-        os.kill(stopped, signal.SIGCONT)
-
-
-def state(pid: int) -> str:
-    """Return a process's state letter."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    return ""
 
 
 def drained(pair: Product) -> bool:

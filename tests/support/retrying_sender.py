@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from support.dialogue import Dialogue, Unexpected
 
@@ -20,9 +20,9 @@ class Sender:
         sessions: int = 4,
         patience: float = 60.0,
         host: str = "127.0.0.1",
-        recipients: tuple[str, ...] = ("r{}@example.com",),
+        recipients: tuple[str, ...] | Callable[[int], Iterable[str]] = ("r{}@example.com",),
     ) -> None:
-        """``recipients`` are those of each message, with its number in place of {}."""
+        """``recipients`` are those of each message, with its number in place of {}, or made of it."""
         self._recipients = recipients
         self._port = port
         self._host = host
@@ -59,6 +59,11 @@ class Sender:
             self._most = count
             self._lock.notify_all()
 
+    def _addresses(self, number: int) -> Iterable[str]:
+        if callable(self._recipients):
+            return self._recipients(number)
+        return (address.format(number) for address in self._recipients)
+
     def _take(self) -> int | None:
         with self._lock:
             while self._left and self._begun >= self._most:
@@ -79,8 +84,7 @@ class Sender:
                     if client is None:
                         client = Dialogue(self._port, self._host, timeout=30)
                         client.hello()
-                    to = (address.format(number) for address in self._recipients)
-                    client.mail("a@example.com", *to, data=message(number))
+                    client.mail("a@example.com", *self._addresses(number), data=message(number))
                 except (OSError, Unexpected):
                     if client is not None:
                         client.close()

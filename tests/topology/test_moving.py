@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import stat
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from relay import private_files
 from relay.ledger import keys
 from relay.ledger.audit import Act
 from relay.mail.address_keys import lookup_keys
@@ -17,7 +19,7 @@ from relay.routing import moved_copy
 from relay.routing.moved_copy import NOBODY, MovedMap, follow
 from relay.topology import moving
 from relay.topology.moved import MapState, MapStep, MovedEntry
-from relay.topology.moving import Lost
+from relay.topology.moving import Lost, NotFollowed
 from relay.topology.state import Unreadable
 
 ACT = Act("move", who="test")
@@ -220,6 +222,60 @@ def test_a_state_folder_that_cannot_be_written_costs_memory_only(redis_client: r
     move(redis_client, None, "a@x")
     made, trouble = follow(redis_client, blocked, made)
     assert (servers(made, "a@x"), len(made)) == ([""], 0)
+
+
+def test_what_the_disk_does_not_take_is_written_once_it_does(
+    redis_client: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk is told until the copy is there, fills with no leavings, and no restart goes back behind it."""
+    move(redis_client, "new", *(f"u{n}@x" for n in range(50)))
+    first, _ = follow(redis_client, tmp_path, NOBODY)
+    last = move(redis_client, "new", "b@x")
+    write, refused = private_files.write, ["map.json"]
+
+    def full(where: Path, name: str, data: bytes) -> None:
+        if any(name.endswith(end) for end in refused):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(where, name, data)
+
+    monkeypatch.setattr(private_files, "write", full)
+    monkeypatch.setattr(moved_copy, "_MOST_CHANGES", 0)
+    monkeypatch.setattr(redis_client, "lrange", lambda *_: [])  # so that the whole map is read
+    held = first
+    for _ in range(3):
+        held, trouble = follow(redis_client, tmp_path, held)
+        assert (held.state, "cannot be written: No space left" in trouble) == (last, True)
+        assert len(list((tmp_path / "moved").glob("*.db"))) == 1
+    assert moved_copy.load(tmp_path).state == first.state
+    refused.clear()
+    held, trouble = follow(redis_client, tmp_path, held)
+    assert (trouble, moved_copy.load(tmp_path).state) == ("", last)
+    assert servers(moved_copy.load(tmp_path), "u7@x", "b@x") == ["new", "new"]
+
+
+def test_a_copy_that_is_removed_is_written_whole_with_the_next_change(
+    redis_client: redis.Redis, tmp_path: Path
+) -> None:
+    """Nothing refers to a file that is not there any more."""
+    move(redis_client, "new", "a@x", "b@x")
+    held, _ = follow(redis_client, tmp_path, NOBODY)
+    for path in (tmp_path / "moved").iterdir():
+        path.unlink()
+    last = move(redis_client, None, "a@x")
+    _, trouble = follow(redis_client, tmp_path, held)
+    found = moved_copy.load(tmp_path)
+    assert (trouble, found.state, servers(found, "a@x", "b@x")) == ("", last, ["", "new"])
+
+
+def test_no_move_goes_ahead_of_one_that_is_not_followed(redis_client: redis.Redis) -> None:
+    """Whoever has waited for a generation to be followed does not make the next but one."""
+    first = move(redis_client, "new", "a@x")
+    second = move(redis_client, "new", "b@x")
+    wanted = {"c@x": MovedEntry("new")}
+    with pytest.raises(NotFollowed):
+        moving.commit(redis_client, wanted, {}, 0, ACT, first.generation)
+    assert moving.entries(redis_client, ["c@x"]) == ({}, {})
+    assert moving.commit(redis_client, wanted, {}, 0, ACT, second.generation)[0].generation == 3
 
 
 def test_stored_forms_are_read_back() -> None:

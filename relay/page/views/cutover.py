@@ -25,6 +25,7 @@ from relay.page.runs import NotBegun, Run, Runs, Stopped, who_acts
 from relay.page.views.shell import act, context_of, field, not_found, page, shared
 from relay.topology import decisions, promotion
 from relay.topology.decisions import Overtaken, View
+from relay.topology.following import follow
 from relay.topology.promotion import Impossible, Plan, Unprepared
 from relay.topology.roles import disagreement
 from relay.topology.state import Topology
@@ -51,14 +52,15 @@ class RolesStanding:
 def standing(connection: Redis, settings: Settings, verdicts: Sequence[Verdict]) -> RolesStanding:
     """Return how the roles stand. Raises RedisError."""
     seen = decisions.view(connection)
+    last = promotion.latest(seen, settings)
     acts = islice((done for done in audit.acts(connection) if done.command in promotion.COMMANDS), _CHANGES)
     return RolesStanding(
         seen,
         promotion.current(seen, settings),
         verdicts,
         list(acts),
-        disagreement(settings, seen.topology),
-        seen.topology.undone if seen.topology else "",
+        disagreement(settings, last),
+        last.undone if last else "",
     )
 
 
@@ -220,10 +222,10 @@ def _carry_out(connection: Redis, run: Run, runs: Runs, made: Plan, order: Order
         if runs.is_stopping:
             raise Stopped
 
-    found = promotion.follow(connection, made, order.seconds, report)
+    found = follow(connection, made, order.seconds, report)
     for line in changeover.outcome(made, topology, found):
         run.say(line)
-    if found.late:
+    if not found.is_well:
         run.state = "failed"
 
 
