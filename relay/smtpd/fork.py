@@ -1,7 +1,8 @@
 """One message for recipients who need different primaries, where a route says ``split = "fork"``.
 
 A ForkedTransaction stands in the place of a PrimaryTransaction: it has one at each primary, a leg. Each RCPT gets the
-reply of its own; DATA, the body and the dot go to all. A leg that fails on the way is out, and the others go on.
+reply of its own; DATA, the body and the dot go to all. A leg that fails on the way is out, and the others go on. So is
+one that hangs while another goes on, before the client, which waits for all, gives up on all.
 
     every dot 2xx      250
     none 2xx           the worst reply; nobody has the message, and it stays the client's
@@ -13,22 +14,19 @@ What follows from the last case is in forked_dot.py.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from typing import TypeVar
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 
 from relay import faultpoints, metrics
 from relay.mail.origin import Identity
 from relay.mail.recipient import Recipient
 from relay.mail.reply import Reply
-from relay.smtpd.primary import Build
+from relay.smtpd.primary import Build, Primary
 from relay.smtpd.primary_choice import ELSEWHERE, PrimaryByRoute
 from relay.smtpd.primary_replies import LOST
 from relay.smtpd.primary_transaction import NoReply, PrimaryTransaction
 
-T = TypeVar("T")
-
-_SHARE = 0.5  # of relay.final_timeout_seconds, which is about as long as a client waits
+_SHARE = 0.5  # of the seconds that a server gets alone, which is about as long as a client waits
+_GO_AHEAD = Reply.of(354, "go on")
 
 
 class Leg:
@@ -53,16 +51,33 @@ class Leg:
         """Whether its primary has said that it has it."""
         return self.reply is not None and self.reply.is_positive
 
+    async def data(self) -> None:
+        """Send DATA."""
+        reply = await self.transaction.data()
+        self.reply = reply if reply.code != 354 else None
+
+    async def write(self, chunks: Sequence[bytes]) -> None:
+        """Send chunks of the body."""
+        self.reply = await self.transaction.write(chunks)
+
+    async def finish(self) -> None:
+        """Send the dot."""
+        try:
+            self.reply = await self.transaction.finish()
+        except NoReply:
+            self.is_silent = True
+        else:
+            faultpoints.reach("leg answered")
+
 
 class ForkedTransaction:
     """The transactions at several primaries, as one."""
 
-    def __init__(self, first: Leg, recipients: Sequence[Recipient], patience: float) -> None:
-        """``recipients`` are those that the first leg has accepted.
-
-        ``patience`` is for how many seconds the others may be silent once one has the message: the client waits.
-        """
-        self._patience = patience
+    def __init__(self, first: Leg, recipients: Sequence[Recipient], primary: Primary) -> None:
+        """``recipients`` are those that the first leg, at this primary, has accepted."""
+        # For how many seconds the others may be silent once one goes on, or has the message: the client waits.
+        self._patience = primary.timeouts.command * _SHARE
+        self._patience_at_end = primary.final_timeout * _SHARE
         first.recipients += recipients
         self.legs = [first]
         self.answered = [first.name for _ in recipients]  # by whom each accepted recipient was
@@ -102,19 +117,16 @@ class ForkedTransaction:
         for leg in [leg for leg in self.legs if not leg.recipients]:
             leg.transaction.end()
             self.legs.remove(leg)
-        replies = await self._all(lambda leg: leg.transaction.data())
-        for leg, reply in replies:
-            leg.reply = reply if reply.code != 354 else None
-        return next((reply for _, reply in replies if reply.code == 354), None) or self._refusal()
+        await self._all("DATA", Leg.data, self._patience)
+        return _GO_AHEAD if any(not leg.is_over for leg in self.legs) else self._refusal()
 
     async def withdraw(self) -> None:
         """Undo a DATA that was sent ahead; the transaction stays open."""
-        await self._all(lambda leg: leg.transaction.withdraw())
+        await asyncio.gather(*(leg.transaction.withdraw() for leg in self.legs))
 
     async def write(self, chunks: Sequence[bytes]) -> Reply | None:
         """Send chunks of the body to all; returns None, or the reply for the client once nobody goes on."""
-        for leg, reply in await self._all(lambda leg: leg.transaction.write(chunks)):
-            leg.reply = reply
+        await self._all("body", lambda leg: leg.write(chunks), self._patience)
         return self._refusal() if all(leg.is_over for leg in self.legs) else None
 
     def hold(self, last: bytes) -> None:
@@ -124,33 +136,12 @@ class ForkedTransaction:
 
     async def finish(self) -> Reply:
         """Send all dots; returns the reply for the client. Raises NoReply where one may have it, and none says so."""
-        await self._dots()
+        await self._all("dot", Leg.finish, self._patience_at_end)
         if taken := [leg.reply for leg in self.legs if leg.reply is not None and leg.reply.is_positive]:
             return Reply(taken[0].code, _texts(taken))
         if any(leg.is_silent for leg in self.legs):
             raise NoReply("; ".join(f"{leg.name}: no reply to the dot" for leg in self.legs if leg.is_silent))
         return self._refusal()
-
-    async def _dots(self) -> None:
-        """Send all dots, and note who says what; once one has the message, the others are not waited for so long."""
-        loop, limit = asyncio.get_running_loop(), None
-        legs = [leg for leg in self.legs if not leg.is_over]
-        waiting = {loop.create_task(_end(leg)) for leg in legs}
-        try:
-            while waiting:
-                left = None if limit is None else max(0.0, limit - loop.time())
-                done, waiting = await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
-                if not done:
-                    return
-                if limit is None and any(leg.has_message for leg in legs):
-                    limit = loop.time() + self._patience
-        finally:
-            for task in waiting:
-                task.cancel()
-            for leg in legs:
-                leg.is_silent = leg.reply is None
 
     def end(self) -> None:
         """End all; the pools keep the connections whose state allows."""
@@ -162,22 +153,34 @@ class ForkedTransaction:
         for leg in self.legs:
             leg.transaction.abandon()
 
-    async def _all(self, step: Callable[[Leg], Awaitable[T]]) -> list[tuple[Leg, T]]:
-        """Do a step at all legs that are not over, at once; returns each with its result."""
-        legs = [leg for leg in self.legs if not leg.is_over]
-        return list(zip(legs, await asyncio.gather(*map(step, legs)), strict=True))
+    async def _all(self, stage: str, step: Callable[[Leg], Coroutine[None, None, None]], patience: float) -> None:
+        """Do a step at all legs that are not over, at once; once it is well with one, others get so many seconds."""
+        loop, limit = asyncio.get_running_loop(), None
+        at = {loop.create_task(step(leg)): leg for leg in self.legs if not leg.is_over}
+        waiting = set(at)
+        try:
+            while waiting:
+                left = None if limit is None else max(0.0, limit - loop.time())
+                done, waiting = await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+                if not done:
+                    break
+                if limit is None and any(at[task].has_message or not at[task].is_over for task in done):
+                    limit = loop.time() + patience
+        finally:
+            for task in waiting:
+                task.cancel()
+        for task in waiting:
+            leg = at[task]
+            leg.transaction.give_up(stage)
+            leg.is_silent = stage == "dot"  # it may have the message
+            leg.reply = None if leg.is_silent else LOST
 
     def _refusal(self) -> Reply:
         """Return the worst of the replies, with the texts of all."""
         replies = [leg.reply for leg in self.legs if leg.reply is not None]
         return joined(replies) if replies else LOST
-
-
-async def _end(leg: Leg) -> None:
-    """Send the dot, and note the reply, if there is one."""
-    with suppress(NoReply):
-        leg.reply = await leg.transaction.finish()
-        faultpoints.reach("leg answered")
 
 
 def joined(replies: Sequence[Reply]) -> Reply:
@@ -222,7 +225,7 @@ async def turn(
         leg = Leg(name, decision.servers, begun)
         if not isinstance(transaction, ForkedTransaction):
             first = Leg(choice.primary.destination.name, choice.servers, transaction)
-            transaction = ForkedTransaction(first, accepted, choice.primary.final_timeout * _SHARE)
+            transaction = ForkedTransaction(first, accepted, choice.primary)
             choice.answered = transaction.answered
         if (same := transaction.leg_at((), name)) is not None:  # who was to answer could not be used
             begun.end()

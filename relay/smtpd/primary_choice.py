@@ -8,6 +8,7 @@ keeps the snapshot of the roles until ``end``.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Awaitable, Sequence
 
@@ -19,6 +20,7 @@ from relay.routing.decisions import RouteDecision, owed
 from relay.smtpd import primary_transaction
 from relay.smtpd.fleet import Fleet
 from relay.smtpd.primary import Build, Primary
+from relay.smtpd.primary_replies import NOT_AVAILABLE
 from relay.smtpd.primary_transaction import PrimaryTransaction
 from relay.smtpd.snapshot import Snapshot
 
@@ -171,10 +173,20 @@ class PrimaryByRoute:
     async def begin_at(
         self, decision: RouteDecision, build: Build, identity: Identity
     ) -> tuple[PrimaryTransaction | None, Reply, str]:
-        """Begin another transaction, beside the first; returns as Fleet.begin, with the name of who has answered."""
+        """Begin another transaction, beside the first; returns as Fleet.begin, with the name of who has answered.
+
+        It gets as long as for one command: the client, which would give up on all, waits for the reply to RCPT as well.
+        """
         if (refused := self._refusals.get(decision.servers)) is not None:
             return None, refused, ""
-        transaction, reply, primary = await self._fleet.begin(decision, self._snapshot, lambda _: build, identity)
+        try:
+            async with asyncio.timeout(self.primary.timeouts.command):
+                transaction, reply, primary = await self._fleet.begin(
+                    decision, self._snapshot, lambda _: build, identity
+                )
+        except TimeoutError:
+            transaction, reply, primary = None, NOT_AVAILABLE, self._fleet.primary(decision.servers[0], self._snapshot)
+            primary.trouble("MAIL", TimeoutError("no answer in time, while another primary waits"))
         if transaction is None:
             self._refusals[decision.servers] = reply
         return transaction, reply, primary.destination.name

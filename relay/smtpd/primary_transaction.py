@@ -299,6 +299,12 @@ class PrimaryTransaction:
             connection.close()
             self._primary.pool.give_back(connection)
 
+    def give_up(self, stage: str) -> None:
+        """End the transaction because others wait for it, who go on."""
+        if self._connection is not None:
+            self._primary.trouble(stage, TimeoutError("no answer in time, while another primary goes on"))
+            self.abandon()
+
     async def _command(self, command: bytes, stage: str) -> Reply:
         """Send a command; returns the reply for the client. Repeats on a new connection if a reused one fails."""
         connection = self._connection

@@ -179,6 +179,7 @@ ENDS = {
     "silence at the dot": ({".": [Silence(), None]}, "split copied"),
     "reset at the dot": ({".": [Reset(), None]}, "split copied"),
     "4xx at DATA": ({"DATA": ["451 4.3.0 later", None]}, "split copied"),
+    "silence at DATA": ({"DATA": [Silence(), None]}, "split copied"),
     "close at DATA": ({"DATA": [Close(), None]}, "split copied"),
     "5xx at the dot": ({".": "550 5.7.1 never"}, "split refused"),
     "5xx at DATA": ({"DATA": "554 5.7.1 never"}, "split refused"),
@@ -272,6 +273,38 @@ def test_a_primary_that_hangs_while_the_other_took_it(product: Make, servers: Se
     wait_until(lambda: ("one", (NEW,)) in everything(servers["new"]))
     wait_until(lambda: is_drained(relay))
     assert 1 <= len(servers["new"].messages) <= 2
+
+
+def test_a_primary_that_hangs_in_the_body(product: Make, servers: Servers) -> None:
+    """It is not waited for as long as alone, since the client gives up on all: the other has it, it gets a copy."""
+    relay = forking(product, servers, **{"relay.command_timeout_seconds": "4"})
+    gate = Gate()
+    servers["new"].in_data = (10_000, gate)  # reads no more
+    large = b"Subject: large\r\n\r\n" + b"".join(b"%060d\r\n" % n for n in range(300_000))
+    assert relay.send("s@example.org", OLD, NEW, data=large).startswith("250")
+    assert [m.recipients for m in servers["old"].messages] == [[OLD]]
+    servers["new"].in_data = None
+    gate.open()
+    relay.wait_for_log("split copied")
+    wait_until(lambda: is_drained(relay))
+    assert [(m.recipients, m.header("Subject")) for m in servers["new"].messages] == [([NEW], "large")]
+    assert relay.metric("smtpdup_primary_trouble_total", stage="body") == 1
+
+
+def test_a_primary_that_hangs_before_its_recipients(product: Make, servers: Servers) -> None:
+    """Its recipients are put off, soon enough for the others of the message; it is asked once."""
+    relay = forking(product, servers, **{"relay.greeting_timeout_seconds": "60", "relay.command_timeout_seconds": "2"})
+    with relay.dialogue() as client:
+        client.hello()
+        servers["new"].replies["CONNECT"] = Silence()
+        servers["new"].drop()
+        client.say("MAIL FROM:<s@example.org>", 250)
+        client.say(f"RCPT TO:<{OLD}>", 250)
+        client.say(f"RCPT TO:<{NEW}>", "451 4.4.1")
+        client.say("RCPT TO:<other@moved.example>", "451 4.4.1")
+        client.say("DATA", 354)
+        client.say("Subject: one\r\n\r\none\r\n.", 250)
+    assert everything(servers["old"]) == [("one", (OLD,))]
 
 
 def test_chunks_utf8_and_size(product: Make, servers: Servers, scripted: MakeServer) -> None:
