@@ -7,8 +7,8 @@ import re
 
 from redis import Redis
 
-from relay.cockpit import room
-from relay.cockpit.room import Room
+from relay.cockpit import headroom
+from relay.cockpit.headroom import Headroom
 from relay.cockpit.words import moment, span
 from relay.config.model import Settings
 from relay.ledger import audit, changes, health, queries
@@ -21,7 +21,7 @@ _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:/\s*(s|sec|second|m|min|minute|h|hour)
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
-def hold(connection: Redis, settings: Settings, name: str, seconds: float, reason: str) -> tuple[Health, Room]:
+def hold(connection: Redis, settings: Settings, name: str, seconds: float, reason: str) -> tuple[Health, Headroom]:
     """Begin no more copies for a backup for so many seconds, 0: until it is released. Raises UnknownDestination.
 
     Returns how it stands, and for how long there is room for what comes. The workers follow within a second.
@@ -33,7 +33,7 @@ def hold(connection: Redis, settings: Settings, name: str, seconds: float, reaso
     clock = changes.now(connection)
     after = Health.read(connection, name)
     audit.record(connection, Act(f"hold {name}", _held(before, clock), _held(after, clock), why))
-    return after, room.estimate(connection, clock, settings.spool.dir, settings.spool.min_free)
+    return after, headroom.estimate(connection, clock, settings.spool.dir, settings.spool.min_free)
 
 
 def release(connection: Redis, name: str) -> bool:
@@ -88,7 +88,7 @@ def bounds_words(found: Health) -> str:
     return f"throttled to {' and '.join(parts)}, over all workers" if parts else "not throttled"
 
 
-def room_words(found: Room) -> str:
+def room_words(found: Headroom) -> str:
     """Return for how long there is room for what comes."""
     if not found.messages_a_second:
         return "No mail came within the last day: for how long there is room cannot be told."

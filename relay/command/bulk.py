@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from redis import Redis
 from redis.exceptions import RedisError
 
-from relay.cockpit import deeds
-from relay.cockpit.deeds import Batch, Deed, Tally
+from relay.cockpit import bulk_actions
+from relay.cockpit.bulk_actions import Batch, BulkAction, Tally
 from relay.cockpit.survey import Survey, copies
 from relay.command import prompt
 from relay.command.exit_status import INTERRUPTED, NO, WELL
@@ -23,84 +23,88 @@ from workers.queues import selection
 from workers.queues.selection import Filter
 
 
-def run(connection: Redis, out: Output, deed: Deed, chosen: Filter, *, dry_run: bool = False, yes: bool = True) -> int:
+def run(
+    connection: Redis, out: Output, action: BulkAction, chosen: Filter, *, dry_run: bool = False, yes: bool = True
+) -> int:
     """Do it, after the question that it has, and record it. Returns the exit status. Raises Misuse."""
-    if not dry_run and deed.question and not yes:
+    if not dry_run and action.question and not yes:
         prompt.require_somebody()
     tally = Tally()
-    if dry_run or (deed.question and not yes):
-        survey = Survey(connection, deed.which)
-        if not _look(connection, survey, deed, chosen, tally.unread):
+    if dry_run or (action.question and not yes):
+        survey = Survey(connection, action.which)
+        if not _look(connection, survey, action, chosen, tally.unread):
             return INTERRUPTED
         if dry_run or not survey.count:
-            _show(survey, out, deed)
+            _show(survey, out, action)
             return tell_unread(tally.unread)
-        if not prompt.ask_for(survey.count, deed.question.format(copies(survey.count)), survey.lines()):
+        if not prompt.ask_for(survey.count, action.question.format(copies(survey.count)), survey.lines()):
             return NO
         tally.total = survey.count
-        work = deeds.agreed(survey)
+        work = bulk_actions.agreed(survey)
     else:
-        tally.total = selection.size(connection, deed.which, chosen)
-        work = deeds.at_once(connection, deed, chosen, tally)
+        tally.total = selection.size(connection, action.which, chosen)
+        work = bulk_actions.at_once(connection, action, chosen, tally)
     try:
-        return _work(out, deed, work, tally)
+        return _work(out, action, work, tally)
     finally:
-        deeds.record(connection, deed, tally)
+        bulk_actions.record(connection, action, tally)
 
 
-def _look(connection: Redis, survey: Survey, deed: Deed, chosen: Filter, unread: dict[str, str]) -> bool:
+def _look(connection: Redis, survey: Survey, action: BulkAction, chosen: Filter, unread: dict[str, str]) -> bool:
     """Count what it is about. Returns whether it came to an end."""
-    total = selection.size(connection, deed.which, chosen)
+    total = selection.size(connection, action.which, chosen)
     with Stop() as stop, progress("looking", total) as advance:
-        for steps in stop.until(deeds.look(connection, deed, chosen, survey, unread)):
+        for steps in stop.until(bulk_actions.look(connection, action, chosen, survey, unread)):
             advance(steps)
     if stop.is_asked:
         sys.stderr.write(f"Stopped after a look at {survey.looked_at} of {copies(total)}: nothing was changed.\n")
     return not stop.is_asked
 
 
-def _show(survey: Survey, out: Output, deed: Deed) -> None:
+def _show(survey: Survey, out: Output, action: BulkAction) -> None:
     """Write what would be done."""
     if out.as_json:
-        found: dict[str, object] = {f"would_{deed.name.rpartition(' ')[2]}": survey.count, "bytes": survey.octets}
+        found: dict[str, object] = {f"would_{action.name.rpartition(' ')[2]}": survey.count, "bytes": survey.octets}
         if survey.count:
             found["reasons"] = [{"reason": why, "copies": n} for why, n in survey.common_reasons()]
             found["examples"] = [as_object(row) for row in survey.examples]
         out.object(found)
         return
-    out.line(f"{copies(survey.count)} would be {deed.done}, {survey.octets} bytes.")
+    out.line(f"{copies(survey.count)} would be {action.done}, {survey.octets} bytes.")
     for line in survey.lines():
         out.line(line)
 
 
-def _work(out: Output, deed: Deed, work: Iterator[tuple[int, Batch]], tally: Tally) -> int:
+def _work(out: Output, action: BulkAction, work: Iterator[tuple[int, Batch]], tally: Tally) -> int:
     seen = 0
     stop = Stop()
     try:
-        with stop, progress(deed.done, tally.total) as advance:
-            for steps in deeds.carry_out(deed, stop.until(work), tally):
+        with stop, progress(action.done, tally.total) as advance:
+            for steps in bulk_actions.carry_out(action, stop.until(work), tally):
                 seen += steps
                 advance(steps)
-            deeds.finish(deed, tally)
+            bulk_actions.finish(action, tally)
     except (RedisError, OSError, KeyboardInterrupt):
-        sys.stderr.write(f"Broken off: {copies(tally.done)} {deed.done} at least, {tally.total - seen} not come to.\n")
+        sys.stderr.write(
+            f"Broken off: {copies(tally.done)} {action.done} at least, {tally.total - seen} not come to.\n"
+        )
         raise
     tally.left = tally.total - seen if stop.is_asked else 0
-    _tell(out, deed, tally)
+    _tell(out, action, tally)
     unread = tell_unread(tally.unread)
     return INTERRUPTED if tally.left else unread
 
 
-def _tell(out: Output, deed: Deed, tally: Tally) -> None:
+def _tell(out: Output, action: BulkAction, tally: Tally) -> None:
     if out.as_json:
-        found: dict[str, int] = {deed.done: tally.done}
-        if deed.nothing is not None and not (tally.done or tally.skipped or tally.left):
-            found = dict(deed.nothing)
+        found: dict[str, int] = {action.done: tally.done}
+        if action.nothing is not None and not (tally.done or tally.skipped or tally.left):
+            found = dict(action.nothing)
         out.object(found | {k: n for k, n in (("skipped", tally.skipped), ("left", tally.left)) if n})
         return
-    out.line(deed.said.format(copies(tally.done), deed.done))
+    out.line(action.said.format(copies(tally.done), action.done))
     if tally.skipped:
-        out.line(deed.skipped.format(copies(tally.skipped)))
+        out.line(action.skipped.format(copies(tally.skipped)))
     if tally.left:
         out.line(f"Stopped: {copies(tally.left)} not come to.")
 

@@ -7,16 +7,16 @@ from collections.abc import Iterable, Sequence
 import click
 
 from relay import __version__
+from relay.command.command_factory import argument as _argument
+from relay.command.command_factory import group as _group
+from relay.command.command_factory import ids as _ids
+from relay.command.command_factory import listing as _listing
+from relay.command.command_factory import option as _option
+from relay.command.command_factory import word as _word
 from relay.command.command_line import HELP_OPTIONS, NAME, Asking, CommandGroup, Task, Word
 from relay.command.completed_names import DESTINATION, FAILED_ID, GROUP, ROUTE, SERVER, TOPIC, WAITING_ID, Names
 from relay.command.filter_flags import FILTER_FLAGS, REASON_FLAGS
 from relay.command.flags import Given
-from relay.command.making import argument as _argument
-from relay.command.making import group as _group
-from relay.command.making import ids as _ids
-from relay.command.making import listing as _listing
-from relay.command.making import option as _option
-from relay.command.making import word as _word
 
 # Options that many have -----------------------------------------------------------------------------------------
 

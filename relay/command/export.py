@@ -13,9 +13,9 @@ from pathlib import Path
 
 from redis import Redis
 
+from relay.cockpit.bulk_actions import BulkAction
 from relay.cockpit.conditions import Given
 from relay.cockpit.conditions import words as conditions
-from relay.cockpit.deeds import Deed
 from relay.command import bulk
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, Misuse
@@ -44,12 +44,12 @@ def export(
     chosen = read_for_change(filters, ids, everything)
     with ledger_of(settings) as connection:
         writer = _Writer(connection, Path(folder), archive.folder(settings.state_dir))
-        deed = Deed(
+        action = BulkAction(
             "failed export", "exported", FAILED, writer.write,
             skipped="{} left out: gone meanwhile, or in a file that is there already, or not to be read.",
             conditions=f"{conditions(filters, ids)} into {folder}",
         )  # fmt: skip
-        status = bulk.run(connection, out, deed, chosen, dry_run=dry_run, yes=True)
+        status = bulk.run(connection, out, action, chosen, dry_run=dry_run, yes=True)
     for message_id, why in writer.unreadable.items():
         sys.stderr.write(f"smtp-dup: {message_id}: {why}\n")
     return status or (NO if writer.unreadable else WELL)

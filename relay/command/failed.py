@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from redis import Redis
 
-from relay.cockpit import deeds
+from relay.cockpit import bulk_actions
 from relay.cockpit.conditions import Given, words
 from relay.cockpit.words import address, moment
 from relay.command import bulk, copy_details
@@ -42,7 +42,11 @@ def listing(settings: Settings, out: Output, filters: Given) -> int:
     with ledger_of(settings) as connection:
         unread: dict[str, str] = {}
         pages = selection.select(connection, FAILED, chosen, whole=True)
-        rows = (row for page in deeds.judged(pages, chosen.asks_envelope(FAILED), unread) for row in failed.rows(page))
+        rows = (
+            row
+            for page in bulk_actions.judged(pages, chosen.asks_envelope(FAILED), unread)
+            for row in failed.rows(page)
+        )
         out.rows(
             rows, _FAILED, nothing="Nothing has failed." if chosen.is_bare else "Nothing that failed is like that."
         )
@@ -74,14 +78,14 @@ def retry(
     chosen = read_for_change(filters, ids, everything)
     before: dict[tuple[str, str], int] = {}
     with ledger_of(settings) as connection:
-        again = deeds.retry(connection, settings, words(filters, ids))
+        again = bulk_actions.retry(connection, settings, words(filters, ids))
 
         def act(name: str, copies: Mapping[str, float]) -> int:
             before.update(failed.attempts_of(connection, name, list(copies)))
             return again.act(name, copies)
 
-        deed = replace(again, act=act) if wait else again
-        status = bulk.run(connection, out, deed, chosen, dry_run=dry_run, yes=yes)
+        action = replace(again, act=act) if wait else again
+        status = bulk.run(connection, out, action, chosen, dry_run=dry_run, yes=yes)
         if not wait or not before:
             return status
         sys.stdout.flush()
@@ -141,5 +145,5 @@ def drop(
     """Forget failed copies: those that meet every condition, after a question."""
     chosen = read_for_change(filters, ids, everything)
     with ledger_of(settings) as connection:
-        deed = deeds.drop_failed(connection, words(filters, ids))
-        return bulk.run(connection, out, deed, chosen, dry_run=dry_run, yes=yes)
+        action = bulk_actions.drop_failed(connection, words(filters, ids))
+        return bulk.run(connection, out, action, chosen, dry_run=dry_run, yes=yes)

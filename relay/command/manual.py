@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import click
 
 from relay import __version__
-from relay.command import command_line, commands, making
+from relay.command import command_factory, command_line, commands
 from relay.command.exit_status import MEANINGS
 from relay.command.filter_flags import FILTER_FLAGS
 from relay.config.options import BACKUP_FIELDS, BACKUP_FLAGS, OPTIONS, SECTIONS, Option
@@ -57,7 +57,7 @@ def _lines() -> Iterator[str]:
     yield ".SH COMMANDS"
     yield from _commands(commands.ROOT, ())
     yield ".SH OPTIONS OF MANY COMMANDS"
-    for option in (making.JSON, making.WIDE, making.COLOUR):
+    for option in (command_factory.JSON, command_factory.WIDE, command_factory.COLOUR):
         yield from _option(option)
     yield from (".SH FILTERS", _roff("Conditions of the commands that list or change many copies."))
     yield _roff("A copy must meet all that are given; changing words want at least one, ids, or --all.")
@@ -80,7 +80,7 @@ def _lines() -> Iterator[str]:
 
 
 def _commands(group: click.Group, names: tuple[str, ...]) -> Iterator[str]:
-    common = {making.COLOUR, making.JSON, making.WIDE}
+    common = {command_factory.COLOUR, command_factory.JSON, command_factory.WIDE}
     for name in group.list_commands(click.Context(group)):
         command = group.commands[name]
         if isinstance(command, click.Group) and not isinstance(command, command_line.Listing):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from relay.cockpit import deeds
+from relay.cockpit import bulk_actions
 from relay.cockpit.conditions import Given, words
 from relay.cockpit.words import address, moment
 from relay.command import bulk, copy_details
@@ -110,7 +110,7 @@ def listing(settings: Settings, out: Output, uncertain: bool, filters: Given) ->
             out.rows(backlog.uncertain(connection), _UNCERTAIN, nothing="Nothing is uncertain.")
             return WELL
         unread: dict[str, str] = {}
-        pages = deeds.judged(
+        pages = bulk_actions.judged(
             selection.select(connection, WAITING, chosen, whole=True), chosen.asks_envelope(WAITING), unread
         )
         rows = (row for page in pages for row in backlog.rows(connection, page))
@@ -132,8 +132,8 @@ def drop(
     """Forget copies that wait: those that meet every condition, after a question."""
     chosen = read_for_change(filters, ids, everything)
     with ledger_of(settings) as connection:
-        deed = deeds.drop_waiting(connection, words(filters, ids))
-        return bulk.run(connection, out, deed, chosen, dry_run=dry_run, yes=yes)
+        action = bulk_actions.drop_waiting(connection, words(filters, ids))
+        return bulk.run(connection, out, action, chosen, dry_run=dry_run, yes=yes)
 
 
 def flush(
@@ -148,8 +148,8 @@ def flush(
             audit.record(connection, act)
             out.count("flushed", count, "Everything that waits is due now: {}.")
             return WELL
-        deed = deeds.flush(connection, settings, words(filters, ids))
-        return bulk.run(connection, out, deed, chosen, dry_run=dry_run, yes=yes)
+        action = bulk_actions.flush(connection, settings, words(filters, ids))
+        return bulk.run(connection, out, action, chosen, dry_run=dry_run, yes=yes)
 
 
 def move(settings: Settings, out: Output, source: str, target: str) -> int:

@@ -16,9 +16,9 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from relay.cockpit import conditions, deeds, listing
+from relay.cockpit import bulk_actions, conditions, listing
+from relay.cockpit.bulk_actions import BulkAction
 from relay.cockpit.conditions import BadCondition, Given
-from relay.cockpit.deeds import Deed
 from relay.cockpit.survey import Survey
 from relay.config.model import Settings
 from relay.ledger import queries
@@ -56,7 +56,8 @@ class ListOfCopies:
     path: str
     title: str
     which: Which
-    deeds: Mapping[str, tuple[str, Callable[[Redis, Settings, str], Deed]]]  # name -> what its button says, and itself
+    # name -> what its button says, and itself
+    actions: Mapping[str, tuple[str, Callable[[Redis, Settings, str], BulkAction]]]
 
 
 KINDS = {
@@ -65,8 +66,8 @@ KINDS = {
         "Waiting",
         WAITING,
         {
-            "flush": ("Try now", deeds.flush),
-            "drop": ("Drop", lambda connection, _, words: deeds.drop_waiting(connection, words)),
+            "flush": ("Try now", bulk_actions.flush),
+            "drop": ("Drop", lambda connection, _, words: bulk_actions.drop_waiting(connection, words)),
         },
     ),
     "failed": ListOfCopies(
@@ -74,8 +75,8 @@ KINDS = {
         "Failed",
         FAILED,
         {
-            "retry": ("Try again", deeds.retry),
-            "drop": ("Drop", lambda connection, _, words: deeds.drop_failed(connection, words)),
+            "retry": ("Try again", bulk_actions.retry),
+            "drop": ("Drop", lambda connection, _, words: bulk_actions.drop_failed(connection, words)),
         },
     ),
 }
@@ -172,10 +173,10 @@ async def failed_again(request: Request, trouble: Mapping[str, str]) -> Response
 
 @dataclass(slots=True)
 class DryRun:
-    """What a dry run has found: the deed that it is for, and in whose words."""
+    """What a dry run has found: the action that it is for, and in whose words."""
 
     kind: ListOfCopies
-    deed: Deed
+    bulk: BulkAction
     survey: Survey
     unread: dict[str, str]
     button: str
@@ -195,7 +196,7 @@ async def look(request: Request) -> Response:
     name = request.path_params["kind"]
     kind = KINDS.get(name)
     action = field(request, "action")
-    if kind is None or action not in kind.deeds:
+    if kind is None or action not in kind.actions:
         raise not_found("There is no such thing to do")
     given = given_by(request.state.form)
     everything = field(request, "scope") == "all"
@@ -207,15 +208,15 @@ async def look(request: Request) -> Response:
     except BadCondition as error:
         return await _show(request, name, {error.name: str(error)})
     words = conditions.words(given) if everything else "; ".join(conditions.words(g, ids) for g, ids in chosen_ones)
-    button, make = kind.deeds[action]
+    button, make = kind.actions[action]
     context, runs = context_of(request), request.app.state.runs
 
     def work(connection: Redis, run: Run) -> None:
-        deed = make(connection, context.settings, words)
-        found = DryRun(kind, deed, Survey(connection, kind.which), {}, button)
+        bulk = make(connection, context.settings, words)
+        found = DryRun(kind, bulk, Survey(connection, kind.which), {}, button)
         run.total = sum(selection.size(connection, kind.which, chosen) for chosen in filters)
         for chosen in filters:
-            steps = deeds.look(connection, deed, chosen, found.survey, found.unread)
+            steps = bulk_actions.look(connection, bulk, chosen, found.survey, found.unread)
             for count in runs.until_stopped(run, steps):
                 run.steps += count
         if runs.is_to_stop(run):
@@ -248,29 +249,29 @@ async def go(request: Request) -> Response:
     if found.needs_number and field(request, "number").replace(",", "").strip() != str(found.survey.count):
         return RedirectResponse(f"/runs/{looked.id}?wrong=number", 303)
     looked.found = None  # once
-    deed, survey = found.deed, found.survey
+    bulk, survey = found.bulk, found.survey
 
     def work(connection: Redis, run: Run) -> None:
-        tally = deeds.Tally(total=survey.count)
+        tally = bulk_actions.Tally(total=survey.count)
         run.total, run.found = survey.count, tally
         try:
-            for count in deeds.carry_out(deed, runs.until_stopped(run, deeds.agreed(survey)), tally):
+            for count in bulk_actions.carry_out(bulk, runs.until_stopped(run, bulk_actions.agreed(survey)), tally):
                 run.steps += count
-            deeds.finish(deed, tally)
+            bulk_actions.finish(bulk, tally)
         finally:
             tally.left = tally.total - run.steps
-            deeds.record(connection, deed, tally)
-            _tell(run, deed, tally)
+            bulk_actions.record(connection, bulk, tally)
+            _tell(run, bulk, tally)
         if tally.left:
             raise Stopped
 
     return _begun(request, Run("do", found.button, who, found.kind.path), work)
 
 
-def _tell(run: Run, deed: Deed, tally: deeds.Tally) -> None:
-    run.say(deed.said.format(_copies(tally.done), deed.done))
+def _tell(run: Run, bulk: BulkAction, tally: bulk_actions.Tally) -> None:
+    run.say(bulk.said.format(_copies(tally.done), bulk.done))
     if tally.skipped:
-        run.say(deed.skipped.format(_copies(tally.skipped)))
+        run.say(bulk.skipped.format(_copies(tally.skipped)))
     if tally.left:
         run.say(f"{_copies(tally.left)} not come to.")
 

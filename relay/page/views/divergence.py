@@ -230,9 +230,9 @@ async def retry(request: Request) -> Response:
     return _back(request, f"retried={count}")
 
 
-async def _act(request: Request, deed: Callable[[Redis, Group], T]) -> T:
+async def _act(request: Request, change: Callable[[Redis, Group], T]) -> T:
     try:
-        return await act(request, lambda connection: deed(connection, _find(connection, request)))
+        return await act(request, lambda connection: change(connection, _find(connection, request)))
     except UnknownDestination as error:
         raise not_found(str(error)) from None
 

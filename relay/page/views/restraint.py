@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from relay.cockpit import restraint, room
+from relay.cockpit import headroom, restraint
 from relay.config.model import Settings
 from relay.config.types import duration
 from relay.ledger import changes, overview, queries
@@ -51,7 +51,7 @@ def backup(connection: Redis, settings: Settings, name: str) -> BackupState:
     (target,) = queries.destinations(connection, name)
     now = changes.now(connection)
     health = Health.read(connection, name)
-    found = room.estimate(connection, now, settings.spool.dir, settings.spool.min_free)
+    found = headroom.estimate(connection, now, settings.spool.dir, settings.spool.min_free)
     return BackupState(
         name,
         target.address,
@@ -104,11 +104,11 @@ async def hold(request: Request) -> Response:
         return await _show(request, wrong)
     settings, name = context_of(request).settings, request.path_params["name"]
 
-    def deed(redis: Redis) -> str:
+    def change(redis: Redis) -> str:
         restraint.hold(redis, settings, name, seconds, reason)
         return "held"
 
-    return await _done(request, deed)
+    return await _done(request, change)
 
 
 @operator
@@ -135,16 +135,16 @@ async def throttle(request: Request) -> Response:
         return await _show(request, wrong)
     name = request.path_params["name"]
 
-    def deed(redis: Redis) -> str:
+    def change(redis: Redis) -> str:
         restraint.throttle(redis, name, rate, connections)
         return "throttled"
 
-    return await _done(request, deed)
+    return await _done(request, change)
 
 
-async def _done(request: Request, deed: Callable[[Redis], str]) -> Response:
+async def _done(request: Request, change: Callable[[Redis], str]) -> Response:
     try:
-        done = await act(request, deed)
+        done = await act(request, change)
     except UnknownDestination as error:
         raise not_found(str(error)) from None
     return RedirectResponse(f"/server/{quote(request.path_params['name'], safe='')}?done={done}", 303)

@@ -58,12 +58,12 @@ def _count(connection: Redis) -> dict[str, int]:
     }
 
 
-async def act(request: Request, deed: Callable[[Redis], T]) -> T:
+async def act(request: Request, change: Callable[[Redis], T]) -> T:
     """Do what changes something in the name of the visitor. Raises what it raises."""
 
     def done(connection: Redis) -> T:
         with audit.acting(who_acts(request.state.visitor.name)):
-            return deed(connection)
+            return change(connection)
 
     found: T = await context_of(request).ask(done)
     return found

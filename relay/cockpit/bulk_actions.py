@@ -23,7 +23,7 @@ Batch = tuple[str, Mapping[str, float]]  # a destination, and its copies: id -> 
 
 
 @dataclass(frozen=True, slots=True)
-class Deed:
+class BulkAction:
     """What is done: its words, and ``act``, which does it to a batch and returns to how many."""
 
     name: str  # "queue drop"
@@ -53,9 +53,9 @@ class Tally:
 # What there is to do ------------------------------------------------------------------------------------------------
 
 
-def drop_waiting(connection: Redis, conditions: str) -> Deed:
+def drop_waiting(connection: Redis, conditions: str) -> BulkAction:
     """Forget copies that wait, for good."""
-    return Deed(
+    return BulkAction(
         "queue drop", "dropped", WAITING,
         lambda name, copies: backlog.drop_copies(connection, name, copies),
         question="Drop {} that wait, for good",
@@ -65,9 +65,9 @@ def drop_waiting(connection: Redis, conditions: str) -> Deed:
     )  # fmt: skip
 
 
-def flush(connection: Redis, settings: Settings, conditions: str) -> Deed:
+def flush(connection: Redis, settings: Settings, conditions: str) -> BulkAction:
     """Have copies that wait tried now."""
-    return Deed(
+    return BulkAction(
         "queue flush", "flushed", WAITING,
         lambda name, copies: backlog.flush_copies(connection, name, list(copies), settings.workers.job_size),
         said="Due now: {}.",
@@ -75,9 +75,9 @@ def flush(connection: Redis, settings: Settings, conditions: str) -> Deed:
     )  # fmt: skip
 
 
-def drop_failed(connection: Redis, conditions: str) -> Deed:
+def drop_failed(connection: Redis, conditions: str) -> BulkAction:
     """Forget copies that failed, for good."""
-    return Deed(
+    return BulkAction(
         "failed drop", "dropped", FAILED,
         lambda name, copies: failed.drop_copies(connection, name, copies),
         question="Drop {} that failed, for good",
@@ -85,10 +85,10 @@ def drop_failed(connection: Redis, conditions: str) -> Deed:
     )  # fmt: skip
 
 
-def retry(connection: Redis, settings: Settings, conditions: str) -> Deed:
+def retry(connection: Redis, settings: Settings, conditions: str) -> BulkAction:
     """Have copies that failed tried again."""
     folder = archive.folder(settings.state_dir)
-    return Deed(
+    return BulkAction(
         "failed retry", "retried", FAILED,
         lambda name, copies: failed.retry_copies(connection, name, list(copies), folder, settings.workers.job_size),
         said="{} will be tried again now.",
@@ -99,10 +99,12 @@ def retry(connection: Redis, settings: Settings, conditions: str) -> Deed:
 # Looking, and doing -------------------------------------------------------------------------------------------------
 
 
-def look(connection: Redis, deed: Deed, chosen: Filter, survey: Survey, unread: dict[str, str]) -> Iterator[int]:
-    """Count what a deed is about, into the survey; yields how many copies each page has looked at."""
-    pages = selection.select(connection, deed.which, chosen, whole=True)
-    for page in judged(pages, chosen.asks_envelope(deed.which), unread):
+def look(
+    connection: Redis, action: BulkAction, chosen: Filter, survey: Survey, unread: dict[str, str]
+) -> Iterator[int]:
+    """Count what an action is about, into the survey; yields how many copies each page has looked at."""
+    pages = selection.select(connection, action.which, chosen, whole=True)
+    for page in judged(pages, chosen.asks_envelope(action.which), unread):
         survey.add(page)
         yield page.looked_at
 
@@ -112,37 +114,37 @@ def agreed(survey: Survey) -> Iterator[tuple[int, Batch]]:
     return ((len(found), (name, found)) for name, found in survey.batches())
 
 
-def at_once(connection: Redis, deed: Deed, chosen: Filter, tally: Tally) -> Iterator[tuple[int, Batch]]:
+def at_once(connection: Redis, action: BulkAction, chosen: Filter, tally: Tally) -> Iterator[tuple[int, Batch]]:
     """Yield what meets the conditions as it is found: how many copies were looked at, and those that pass."""
-    pages = selection.select(connection, deed.which, chosen)
-    for page in judged(pages, chosen.asks_envelope(deed.which), tally.unread):
+    pages = selection.select(connection, action.which, chosen)
+    for page in judged(pages, chosen.asks_envelope(action.which), tally.unread):
         yield page.looked_at, (page.target.name, {copy.id: copy.score for copy in page.found})
 
 
-def carry_out(deed: Deed, work: Iterable[tuple[int, Batch]], tally: Tally) -> Iterator[int]:
+def carry_out(action: BulkAction, work: Iterable[tuple[int, Batch]], tally: Tally) -> Iterator[int]:
     """Do it batch by batch; yields the steps of each. Who stops in between has done so much, and ``record`` tells."""
     for steps, (destination, found) in work:
-        count = deed.act(destination, found) if found else 0
+        count = action.act(destination, found) if found else 0
         tally.done += count
         tally.skipped += len(found) - count
         tally.by_destination[destination] += count
         yield steps
 
 
-def finish(deed: Deed, tally: Tally) -> None:
+def finish(action: BulkAction, tally: Tally) -> None:
     """Do what is left behind the last batch."""
     for destination, count in tally.by_destination.items():
-        deed.finish(destination, count)
+        action.finish(destination, count)
 
 
-def record(connection: Redis, deed: Deed, tally: Tally) -> None:
+def record(connection: Redis, action: BulkAction, tally: Tally) -> None:
     """Record what was done, if anything was."""
     if tally.done or tally.skipped:
-        audit.record(connection, Act(deed.name, after=_words(deed, tally), details={"filter": deed.conditions}))
+        audit.record(connection, Act(action.name, after=_words(action, tally), details={"filter": action.conditions}))
 
 
-def _words(deed: Deed, tally: Tally) -> str:
-    parts = [f"{count} {deed.done} of {name}" for name, count in tally.by_destination.items() if count]
+def _words(action: BulkAction, tally: Tally) -> str:
+    parts = [f"{count} {action.done} of {name}" for name, count in tally.by_destination.items() if count]
     parts += [f"{tally.skipped} left as they were"] * bool(tally.skipped)
     parts += [f"{tally.left} not come to"] * bool(tally.left)
     return ", ".join(parts)

@@ -20,7 +20,7 @@ _ENTRY = 500  # octets of memory for a message whatever its size
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class Headroom:
     """Messages a second within the last day, and for how many seconds there is room; None: nobody can tell."""
 
     messages_a_second: float
@@ -28,12 +28,12 @@ class Room:
     spool_s: float | None
 
 
-def estimate(connection: Any, now: float, spool: Path | None, spool_min_free: int) -> Room:
+def estimate(connection: Any, now: float, spool: Path | None, spool_min_free: int) -> Headroom:
     """Look at both. Raises RedisError."""
     hours = flow.read(connection, flow.HOUR, _DAY_HOURS, now)
     seen = [hour for hour in hours if hour.accepted]
     if not seen:
-        return Room(0.0, None, None)
+        return Headroom(0.0, None, None)
     # From the first hour in which mail came: an installation of this morning has no day behind it.
     seconds = max(60.0, now - min(hour.start for hour in seen))
     messages = sum(hour.accepted for hour in seen) / seconds
@@ -41,7 +41,7 @@ def estimate(connection: Any, now: float, spool: Path | None, spool_min_free: in
     used, limit = archive.memory(connection)
     room = STOP_AT * limit - used
     redis_s = max(0.0, room) / (_COST * octets + _ENTRY * messages) if limit else None
-    return Room(messages, redis_s, _spool_seconds(spool, spool_min_free, octets + _ENTRY * messages))
+    return Headroom(messages, redis_s, _spool_seconds(spool, spool_min_free, octets + _ENTRY * messages))
 
 
 def _spool_seconds(folder: Path | None, min_free: int, octets_a_second: float) -> float | None:
