@@ -98,6 +98,18 @@ class Pool:
             self._say_goodbye(self._idle.pop(0))
         self._wake()
 
+    def at_hand(self) -> Connection | None:
+        """Lease the idle connection used last, if nothing has to be waited for; None: ``lease`` sees to it."""
+        if not self._idle or self._closed or self._waiters or self._ceiling is not None or self._out >= self._limit:
+            return None
+        connection, now = self._idle[-1], _now()
+        if self._is_stale(connection, now) or not connection.is_usable:
+            return None
+        self._idle.pop()
+        self._out += 1
+        self._leased.add(connection)
+        return connection
+
     async def lease(self, *, timeout: float | None = None, fresh: bool = False) -> Connection:
         """Return a connection that is ready for MAIL. ``timeout`` is for waiting in line; None: ``timeouts.connect``.
 
@@ -188,9 +200,7 @@ class Pool:
         """Return the idle connection used last that is still usable, or None."""
         while self._idle:
             connection = self._idle.pop()
-            now = _now()
-            is_stale = connection.last_used + _IDLE_SECONDS < now or connection.created + self._age < now
-            if is_stale or connection.created < self._fresh_since:
+            if self._is_stale(connection, _now()):
                 self._say_goodbye(connection)
                 continue
             try:
@@ -209,6 +219,14 @@ class Pool:
                 return connection
             connection.close()
         return None
+
+    def _is_stale(self, connection: Connection, now: float) -> bool:
+        """Return whether an idle connection is not to be used any more."""
+        return (
+            connection.last_used + _IDLE_SECONDS < now
+            or connection.created + self._age < now
+            or connection.created < self._fresh_since
+        )
 
     def _retire_owed(self) -> None:
         """Close the other idle connections that are owed a reply: waiting would cost a time-out for each."""

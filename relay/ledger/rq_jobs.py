@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
@@ -97,6 +98,12 @@ def schedule(pipe: Any, target: Queue, job: Job, when: datetime) -> None:
 _OFFLINE = Redis()
 
 
+@functools.lru_cache(maxsize=256)
+def _offline_queue(destination: str) -> Queue:
+    """Return the queue of a backup for a pipeline; kept, since to make one takes RQ as long as a message takes us."""
+    return queue(_OFFLINE, destination)
+
+
 class Dispatcher:
     """Collects the released ids of one process into one job for each backup and window."""
 
@@ -178,7 +185,7 @@ class Dispatcher:
 
     async def _write(self, destination: str, ids: Sequence[str]) -> int:
         """Write one job; returns the length of the queue."""
-        target = queue(_OFFLINE, destination)
+        target = _offline_queue(destination)
         job = _OFFLINE.pipeline()
         enqueue(job, target, destination, ids)
         batch = CommandBatch()

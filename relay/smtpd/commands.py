@@ -60,7 +60,10 @@ class CommandLoop:
             if greeting is None:
                 return
             await protocol.push(greeting)
-            while (line := await protocol.read_line(transaction.patience, AUTH_LINE)) is not None:
+            while True:
+                line = protocol.line_at_hand() if protocol.read_buffer.data else None
+                if line is None and (line := await protocol.line(transaction.patience)) is None:
+                    break
                 try:
                     reply = await self._command(line)
                 except Exception as error:
@@ -124,7 +127,7 @@ class CommandLoop:
         """Return what answers a command line, with None if the reply has been sent. Raises SyntaxProblem."""
         verb, argument = split_command(line)
         mailing = _MAILING.get(verb)
-        if not line or (len(line) > LINE_LIMIT and verb != b"AUTH"):
+        if not line or (len(line) > LINE_LIMIT and (verb != b"AUTH" or len(line) > AUTH_LINE)):
             raise SyntaxProblem(500, "5.5.2 Line too long")
         if mailing is None and verb not in _COMMANDS:
             raise _unknown(verb)

@@ -94,7 +94,8 @@ async def _begin(
     pool, repeated, doubted = primary.pool, 0, None
     while True:
         try:
-            connection = await pool.lease(timeout=primary.timeouts.connect, fresh=repeated > 0)
+            kept = None if repeated else pool.at_hand()
+            connection = kept or await pool.lease(timeout=primary.timeouts.connect, fresh=repeated > 0)
         except ClientError as error:
             raise _unusable(primary, error) from error
         reused = connection.transactions > 0

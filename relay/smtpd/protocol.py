@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import math
 import ssl
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 from relay.mail.reply import Reply, wire
 from relay.smtpd.read_buffer import ReadBuffer
@@ -24,6 +24,8 @@ _GONE = "the client has gone"
 _MOST_HELD = 100  # replies written at once; then it is checked whether the client reads them
 _MOST_IN_A_ROW = 3 * (_MOST_HELD + 1)  # commands of one client, a few milliseconds; then other clients have a turn
 _TLS_ERRORS = (ssl.SSLError, ConnectionError, TimeoutError, OSError)
+
+T = TypeVar("T")
 
 
 class ClientProtocol(asyncio.Protocol):
@@ -55,8 +57,7 @@ class ClientProtocol(asyncio.Protocol):
         self._handshake: asyncio.Task[Any] | None = None
         self._in_a_row = 0
         self._held: list[bytes] = []  # replies to pipelined commands, to be written at once
-        self.waited = 0.0  # seconds that the last read took
-        self.waiting = False  # for input; only then may a deadline or a shutdown end the session
+        self._awaited: asyncio.Future[Any] | None = None  # what the client has to send next
         self.tls = False
         self.peer: tuple[str, int] = ("", 0)
 
@@ -223,34 +224,57 @@ class ClientProtocol(asyncio.Protocol):
 
     # --- in ---------------------------------------------------------------------------------------------------
 
-    async def read_line(self, seconds: float, limit: int) -> bytes | None:
-        """Return the next line, b"" if longer than ``limit``, None at the end of input; after ``seconds``, 421."""
+    @property
+    def waiting(self) -> bool:
+        """Whether input is waited for; only then may a deadline or a shutdown end the session."""
+        return self._awaited is not None and not self._awaited.done()
+
+    @property
+    def waited(self) -> float:
+        """How many seconds the client took for what has just been read."""
+        return max(0.0, self.loop.time() - self._asked_at)
+
+    def line_at_hand(self) -> bytes | None:
+        """Return the next line if all of it is here, and other clients have had their turn; b"" if it is too long."""
         self._in_a_row += 1
-        if self._in_a_row > _MOST_IN_A_ROW:  # other clients have a turn: one may have pipelined a hundred thousand
-            self._in_a_row = 1
-            await asyncio.sleep(0)
-        line = self.read_buffer.next_line() if self.read_buffer.data else None
+        if self._in_a_row > _MOST_IN_A_ROW:  # one client may have pipelined a hundred thousand
+            return None
+        self._asked_at = math.inf
+        return self.read_buffer.next_line()
+
+    def line(self, seconds: float) -> Awaitable[bytes | None]:
+        """Return the next line, b"" if it is too long, None at the end of input, to be awaited; after ``seconds``, 421.
+
+        To be called when there is none at hand.
+        """
+        if self._in_a_row > _MOST_IN_A_ROW:
+            return self._line_after_others(seconds)
+        self._in_a_row = 0
+        awaited = self._awaited = self.read_buffer.line()
+        self._asked_at = now = self.loop.time()
+        self._deadline = now + seconds
+        return awaited
+
+    async def _line_after_others(self, seconds: float) -> bytes | None:
+        await asyncio.sleep(0)
+        self._in_a_row = 0
+        line = await self.line(seconds)
+        self._in_a_row = 1
+        return line
+
+    async def read_line(self, seconds: float, limit: int) -> bytes | None:
+        """Return the next line as ``line`` does, b"" if longer than ``limit``."""
+        line = self.line_at_hand() if self.read_buffer.data else None
         if line is None:
-            self._in_a_row = 0
-            begun = self.loop.time()
-            self._asked_at, self._deadline = begun, begun + seconds
-            self.waiting = True
-            line = await self.read_buffer.line()
-            self.waiting = False
-            self.waited = self.loop.time() - begun
-        else:
-            self.waited = 0.0
+            line = await self.line(seconds)
         return b"" if line is not None and len(line) > limit else line
 
-    async def read_chunk(self, seconds: float, most: int = -1) -> bytes:
-        """Return what has arrived, at most ``most`` octets; b"" at the end of input."""
-        begun = self.loop.time()
-        self._asked_at, self._deadline = begun, begun + seconds
-        self.waiting = True
-        chunk = await self.read_buffer.read(most)
-        self.waiting = False
-        self.waited = self.loop.time() - begun
-        return chunk
+    def chunk(self, seconds: float, most: int = -1) -> Awaitable[bytes]:
+        """Return what has arrived, at most ``most`` octets, b"" at the end of input, to be awaited."""
+        awaited = self._awaited = self.read_buffer.chunk(most)
+        self._asked_at = now = self.loop.time()
+        self._deadline = now + seconds
+        return awaited
 
     async def pause(self, seconds: float) -> None:
         """Wait ``seconds``, or until the connection is lost."""

@@ -1,8 +1,9 @@
 """The input of a client that has not been read yet; one task reads lines and chunks from it.
 
-asyncio's StreamReader costs three times as much and does not show the pipelined commands (RFC 2920) in its buffer. This
-class also has the methods that aiosmtpd's reader of PROXY headers needs. Input beyond a few commands is counted as mail
-in memory, since every client may send that much. Reading raises nothing but IncompleteReadError, for PROXY headers.
+asyncio's StreamReader costs three times as much and does not show the pipelined commands (RFC 2920) in its buffer. What
+is waited for is cut out as it arrives, so that the reader needs no coroutine and wakes up once. This class also has the
+methods that aiosmtpd's reader of PROXY headers needs. Input beyond a few commands is counted as mail in memory, since
+every client may send that much. Reading raises nothing but IncompleteReadError, for PROXY headers.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import Any
 
 _UNCOUNTED = 1 << 14  # octets; commands seldom take more
 BUFFER = 1 << 16  # octets; the longest line; at twice this, reading from the client pauses
+_CHUNK, _LINE, _REST_OF_LINE, _ANYTHING = -1, -2, -3, -4  # what is waited for, where it is not so many octets
 
 
 class ReadBuffer:
     """Takes octets by ``feed`` and ``end``; gives lines and chunks, and nothing more after the end."""
 
-    __slots__ = ("_at", "_count", "_counted", "_ended", "_loop", "_paused", "_transport", "_waiter", "data")
+    __slots__ = ("_at", "_count", "_counted", "_ended", "_loop", "_paused", "_transport", "_waiter", "_wanted", "data")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, count: Callable[[int], None] = lambda _: None) -> None:
         """``count`` is called with the change in the number of octets in memory."""
@@ -29,7 +31,8 @@ class ReadBuffer:
         self._at = 0  # where the unread octets of ``data`` begin
         self._ended = self._paused = False
         self._transport: Any = None
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiter: asyncio.Future[Any] | None = None
+        self._wanted = _LINE  # by the waiter
 
     # --- in ---------------------------------------------------------------------------------------------------
 
@@ -42,15 +45,23 @@ class ReadBuffer:
         """Append received octets; after the end they are dropped (TLS still delivers some while it closes)."""
         if self._ended:
             return
+        size, waiter = len(data), self._waiter
         if self.data:
             data = self.data[self._at :] + data
+            size = len(data)
+        elif waiter is not None and (
+            self._wanted == _CHUNK or (self._wanted == _LINE and data.find(b"\n") + 1 == size <= BUFFER)
+        ):
+            self._waiter = None  # all of it is waited for, as a command in a packet of its own: the common case
+            if not waiter.done():
+                waiter.set_result(data)
+                return
         self.data, self._at = data, 0
-        size = len(data)
         if self._counted or size > _UNCOUNTED:
             self._recount()
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        if self._waiter is not None:
+            self._serve()
+            size = len(self.data) - self._at
         if size > 2 * BUFFER and not self._paused and self._transport is not None:
             self._transport.pause_reading()
             self._paused = True
@@ -58,9 +69,8 @@ class ReadBuffer:
     def end(self) -> None:
         """Mark the end of input."""
         self._ended = True
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        if self._waiter is not None:
+            self._serve()
 
     def unread(self, data: bytes) -> None:
         """Put octets back in front of the unread ones."""
@@ -104,26 +114,25 @@ class ReadBuffer:
         line = self._take(end)
         return line if len(line) <= BUFFER else b""
 
-    async def line(self) -> bytes | None:
-        """Return the next line, b"" if longer than ``BUFFER``, None at the end of input."""
-        too_long = False
-        while (line := self.next_line() if self.data else None) is None:
-            size = len(self.data) - self._at
-            if size > BUFFER:
-                self.clear()
-                size, too_long = 0, True
-            if not self._ended:
-                await self._arrival()
-            if len(self.data) - self._at <= size:
-                return None
-        return b"" if too_long else line
+    def line(self) -> asyncio.Future[bytes | None]:
+        """Return the next line in a future: b"" if longer than ``BUFFER``, None at the end of input."""
+        waiter = self._waiter = self._loop.create_future()
+        self._wanted = _LINE
+        if self.data or self._ended:
+            self._serve()
+        return waiter
 
-    async def read(self, n: int = -1) -> bytes:
-        """Return the unread octets, at most ``n``; waits for the first, b"" at the end of input."""
-        if self._at == len(self.data) and not self._ended:
-            await self._arrival()
-        size = len(self.data) - self._at
-        return self._take(self._at + (size if n < 0 else min(n, size)))
+    def chunk(self, most: int = _CHUNK) -> asyncio.Future[bytes]:
+        """Return the unread octets, at most ``most``, in a future; it waits for the first, b"" at the end of input."""
+        waiter = self._waiter = self._loop.create_future()
+        self._wanted = most
+        if self.data or self._ended:
+            self._serve()
+        return waiter
+
+    async def read(self, n: int = _CHUNK) -> bytes:
+        """Return a chunk, as the method of a stream."""
+        return await self.chunk(n)
 
     async def readexactly(self, n: int) -> bytes:
         """Return exactly ``n`` octets. Raises asyncio.IncompleteReadError at the end of input."""
@@ -164,12 +173,36 @@ class ReadBuffer:
         """Wait for more input; returns False at the end of input."""
         before = len(self.data) - self._at
         if not self._ended:
-            await self._arrival()
+            waiter = self._waiter = self._loop.create_future()
+            self._wanted = _ANYTHING
+            if self._paused:
+                self._resume()
+            await waiter
         return len(self.data) - self._at > before
 
-    def _arrival(self) -> asyncio.Future[None]:
-        """Return what is done with the next input, or at the end of input."""
+    def _serve(self) -> None:
+        """Give the waiter what it wants, if that is here or the input has ended."""
+        waiter, wanted = self._waiter, self._wanted
+        if waiter is not None and not waiter.done():  # nor cancelled
+            size = len(self.data) - self._at
+            found: bytes | None = None
+            if wanted in (_LINE, _REST_OF_LINE):
+                found = self._whole_line(is_rest=wanted == _REST_OF_LINE)
+                if found is None and not self._ended:
+                    return
+            elif wanted != _ANYTHING:
+                found = self._take(self._at + (size if wanted < 0 else min(wanted, size)))
+            waiter.set_result(found)
+        self._waiter = None
+
+    def _whole_line(self, *, is_rest: bool) -> bytes | None:
+        """Return the next line, or None if it is not all here; ``is_rest``: the end of one that is too long."""
+        found = self.next_line() if self.data else None
+        if found is not None:
+            return b"" if is_rest else found
+        if len(self.data) - self._at > BUFFER:
+            self.clear()
+            self._wanted = _REST_OF_LINE
         if self._paused:
             self._resume()
-        self._waiter = self._loop.create_future()
-        return self._waiter
+        return None

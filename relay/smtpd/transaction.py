@@ -326,7 +326,7 @@ class MailTransaction:
 
     async def _octets(self, pace: Pace, most: int = -1) -> bytes:
         """Return the next octets of the body, at most ``most``. Raises ClientGone."""
-        piece = await self._protocol.read_chunk(pace.seconds, most)
+        piece = await self._protocol.chunk(pace.seconds, most)
         if not piece:
             raise ClientGone
         pace.count(len(piece), self._protocol.waited)

@@ -774,7 +774,8 @@ ODD = st.sampled_from(["NOOP", "VRFY b", "rcpt to:<b@example.com>", "RCPT TO:<>"
 MIDDLE = st.lists(st.one_of(RCPTS, RCPTS, RCPTS, RCPTS, ODD), max_size=6)
 TEXT = st.lists(st.sampled_from([b"x", b".", b"\r\n", b"\r\n.", b"DATA\r\n", b"MAIL FROM:<evil@example.com>\r\n",
                                  b"RCPT TO:<b@example.com>\r\n", b"\r\n\r\n"]), max_size=8).map(b"".join)  # fmt: skip
-GROUPS = st.lists(st.tuples(SENDERS, MIDDLE, TEXT), min_size=1, max_size=4)
+# Three: twenty bad commands end a session.
+GROUPS = st.lists(st.tuples(SENDERS, MIDDLE, TEXT), min_size=1, max_size=3)
 CUTS = st.one_of(st.just(()), st.lists(st.integers(0, 400), max_size=8).map(tuple))
 
 
