@@ -119,15 +119,14 @@ class Monitor:
         """Return this part of maxmemory in octets, at most ``most``."""
         return min(most, int(part * self._limit)) if self._limit else most
 
-    def sent(self, octets: int, answer: asyncio.Future[Any]) -> None:
-        """Count a record from its sending until the first probe after its reply."""
+    def sent(self, octets: int) -> None:
+        """Count a record that is being written; ``landed`` must follow."""
         self._flying += octets
 
-        def landed(_: asyncio.Future[Any]) -> None:
-            self._flying -= octets
-            self._landed += octets
-
-        answer.add_done_callback(landed)
+    def landed(self, octets: int) -> None:
+        """Count a record that has been answered until the next probe."""
+        self._flying -= octets
+        self._landed += octets
 
     def failed(self, error: BaseException) -> None:
         """Note that a write failed; this opens the circuit."""

@@ -98,7 +98,11 @@ class IncomingBody:
         parts, self._kept = (*self._kept, self._last), []
         body = b"".join(parts) if self._octets <= LARGE else await asyncio.to_thread(b"".join, parts)
         if self.refusal is None:
-            self.refusal = await self._fault_of_header(body)
+            # One line beyond the limit is enough: in a message without an empty line, everything is header.
+            most = (self._settings.max_header_bytes or _HEADER_LOOK) + _LONGEST_NAME
+            block = headers.header_block(body, 0, most)
+            if self._fault_of_block(block) is not None:  # only now is it worth separating the fields from the body
+                self.refusal = self._fault_of_block(await headers.fields_only(block))
         if self.refusal is not None:
             self._give_up()
         return body
@@ -155,14 +159,6 @@ class IncomingBody:
         self._octets += octets
         self._counters.add_octets(octets)
         return None
-
-    async def _fault_of_header(self, body: bytes) -> Reply | None:
-        # One line beyond the limit is enough: in a message without an empty line, everything is header.
-        block = headers.header_block(body, 0, (self._settings.max_header_bytes or _HEADER_LOOK) + _LONGEST_NAME)
-        fault = self._fault_of_block(block)
-        if fault is not None:  # only now is it worth separating the fields from the body
-            fault = self._fault_of_block(await headers.fields_only(block))
-        return fault
 
     def _fault_of_block(self, block: bytes) -> Reply | None:
         settings = self._settings

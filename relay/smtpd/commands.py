@@ -34,6 +34,7 @@ def take(context: Context, *, tls: bool = False) -> ClientProtocol:
         lambda protocol: CommandLoop(context, protocol).run(implicit_tls=tls),
         write_seconds=seconds,
         count=context.counters.add_octets,
+        watch=context.watch,
     )
 
 

@@ -28,6 +28,28 @@ _TLS_ERRORS = (ssl.SSLError, ConnectionError, TimeoutError, OSError)
 T = TypeVar("T")
 
 
+class Watch:
+    """Looks at the deadlines of all clients of a process, with one timer: one for each costs more than a command."""
+
+    def __init__(self) -> None:
+        self._clients: set[ClientProtocol] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, client: ClientProtocol) -> None:
+        """Look at a client's deadlines until it is discarded."""
+        self._clients.add(client)
+        if self._timer is None:
+            self._timer = client.loop.call_later(client.watch_every, self._look, client.loop, client.watch_every)
+
+    def discard(self, client: ClientProtocol) -> None:
+        self._clients.discard(client)
+
+    def _look(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        self._timer = loop.call_later(seconds, self._look, loop, seconds) if self._clients else None
+        for client in tuple(self._clients):
+            client.look_at_deadlines()
+
+
 class ClientProtocol(asyncio.Protocol):
     """One client's connection; starts ``run`` when connected, and closes the connection when ``run`` returns."""
 
@@ -37,6 +59,7 @@ class ClientProtocol(asyncio.Protocol):
         *,
         write_seconds: float,
         count: Callable[[int], None] = lambda _: None,
+        watch: Watch | None = None,
     ) -> None:
         """``count`` is called with the change in the number of octets received and not yet read."""
         loop = asyncio.get_running_loop()
@@ -48,8 +71,8 @@ class ClientProtocol(asyncio.Protocol):
         self._command_loop: asyncio.Task[None] | None = None
         self._run = run
         self._write_seconds = write_seconds  # how long a client may leave our replies unread
-        self._watch_every = write_seconds / 4
-        self._watchdog: asyncio.TimerHandle | None = None
+        self.watch_every = write_seconds / 4
+        self._watch = watch or Watch()
         self._deadline = 0.0
         self._asked_at = 0.0  # when the wait for input began
         self._deaf_at = math.inf
@@ -76,7 +99,7 @@ class ClientProtocol(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         if isinstance(peer, tuple):
             self.peer = (peer[0].removeprefix("::ffff:").partition("%")[0], peer[1])
-        self._watch()
+        self._watch.add(self)
         self._command_loop = self.loop.create_task(self._run(self))
         self._command_loop.add_done_callback(self._end)
 
@@ -109,8 +132,7 @@ class ClientProtocol(asyncio.Protocol):
         return not self.tls
 
     def _end(self, command_loop: asyncio.Task[None]) -> None:
-        if self._watchdog is not None:
-            self._watchdog.cancel()
+        self._watch.discard(self)
         self._close()
         self.read_buffer.end()
         self.read_buffer.clear()
@@ -199,10 +221,13 @@ class ClientProtocol(asyncio.Protocol):
         if self._lost.done():
             return
         self._close()
-        seconds = _GOODBYE_SECONDS
-        if self.transport is not None and self.transport.get_write_buffer_size():
+        transport, seconds = self.transport, _GOODBYE_SECONDS
+        if transport is not None and transport.get_write_buffer_size():
             seconds = self._write_seconds
             self._deaf_at = self.loop.time() + seconds
+        elif not self.tls:  # nothing has to be waited for: the loop reports it in its next turn
+            await self._lost
+            return
         overdue = self.loop.call_later(seconds, self.abort)
         try:
             await self._lost
@@ -334,16 +359,14 @@ class ClientProtocol(asyncio.Protocol):
 
     # --- deadlines --------------------------------------------------------------------------------------------
 
-    def _watch(self) -> None:
-        """Check the deadlines periodically, which is cheaper than a timer for every command."""
+    def look_at_deadlines(self) -> None:
+        """Say 421 to a client that sends nothing in time, and abort the connection of one that reads nothing."""
         if self.waiting and self.loop.time() >= self._deadline:
-            self._watchdog = None
+            self._watch.discard(self)
             self.dismiss(_TIMEOUT)
         elif self.loop.time() >= self._deaf_at and self.transport is not None:
-            self._watchdog = None
+            self._watch.discard(self)
             self.abort()
-        else:
-            self._watchdog = self.loop.call_later(self._watch_every, self._watch)
 
 
 def _feed(transport: Any, data: bytes) -> None:

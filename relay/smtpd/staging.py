@@ -114,14 +114,15 @@ class Staging:
     async def _to_redis(self, envelope: Envelope, record: tuple[bytes, ...]) -> str:
         """Stage a record in Redis; returns "", or the reason of the failure."""
         staged, size = Staged(envelope.id, record, self.now() + self._deadline_seconds), sum(map(len, record))
-        future = (self._large if size > _LARGE else self._small).submit("stage", staged, size)
-        self._watch.sent(size, future)
+        self._watch.sent(size)
         try:
-            await future
+            await (self._large if size > _LARGE else self._small).submit("stage", staged, size)
         except (RedisError, OSError, TimeoutError) as error:
             self._watch.failed(error)
             self._doubtful.add(envelope.id)
             return f"{type(error).__name__}: {error}".rstrip(": ")
+        finally:
+            self._watch.landed(size)
         return ""
 
     async def _to_spool(self, envelope: Envelope, record: tuple[bytes, ...], reason: str) -> None:

@@ -162,7 +162,10 @@ class MailTransaction:
 
     def _commands(self, envelope: OpenEnvelope, available: Mapping[str, str]) -> list[bytes]:
         """Return MAIL for a server with these extensions, and what is certain to follow it."""
-        return [envelope.mail_command(available), *self._look_ahead.commands(envelope.choice, available)]
+        mail = envelope.mail_command(available)
+        if not self._protocol.read_buffer.data:  # nothing follows yet: the client waits for the reply
+            return [mail]
+        return [mail, *self._look_ahead.commands(envelope.choice, available)]
 
     def _refused(self, command: str, reply: Reply, envelope: OpenEnvelope, *, is_own: bool = False) -> None:
         """Count and report a refused MAIL or DATA."""

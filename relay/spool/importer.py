@@ -284,12 +284,12 @@ class Importer:
                 changes.restage(pipe, self._shelf.name, [(m.entry.id, m.record) for m in held])
                 changes.hold(pipe, [Held(m.entry.id, m.released.digest, self._hold_seconds) for m in held])
 
-        landing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._watch.sent(sum(s.octets for s in due) + sum(len(m.record) for m in held), landing)
+        octets = sum(s.octets for s in due) + sum(len(m.record) for m in held)
+        self._watch.sent(octets)
         try:
             await self._execute(commands)
         finally:
-            landing.set_result(None)
+            self._watch.landed(octets)
 
     def _tell(self, due: Sequence[Share], held: Sequence[Loaded]) -> None:
         """Log and count the imported messages."""
