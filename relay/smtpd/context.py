@@ -10,7 +10,7 @@ from relay.config.loader import Settings
 from relay.mail.ids import IdSource
 from relay.smtpd.credentials import Credentials
 from relay.smtpd.fleet import Fleet
-from relay.smtpd.protocol import Watch
+from relay.smtpd.protocol import DeadlineWatch
 from relay.smtpd.shared_counters import ProcessCounters
 from relay.smtpd.snapshot import Snapshot
 from relay.smtpd.staging import Staging
@@ -34,7 +34,7 @@ class Context:
     counters: ProcessCounters
     credentials: Credentials = field(default_factory=Credentials)
     command_loops: set[Stoppable] = field(default_factory=set)
-    watch: Watch = field(default_factory=Watch)
+    watch: DeadlineWatch = field(default_factory=DeadlineWatch)
     stopping: bool = False
     leaving: bool = False  # stopping, since a new process takes the clients now; those connected here are served first
     fleet: Fleet | None = None  # None: there are no routes, and everybody has the snapshot's primary

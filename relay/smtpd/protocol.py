@@ -28,7 +28,7 @@ _TLS_ERRORS = (ssl.SSLError, ConnectionError, TimeoutError, OSError)
 T = TypeVar("T")
 
 
-class Watch:
+class DeadlineWatch:
     """Looks at the deadlines of all clients of a process, with one timer: one for each costs more than a command."""
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class ClientProtocol(asyncio.Protocol):
         *,
         write_seconds: float,
         count: Callable[[int], None] = lambda _: None,
-        watch: Watch | None = None,
+        watch: DeadlineWatch | None = None,
     ) -> None:
         """``count`` is called with the change in the number of octets received and not yet read."""
         loop = asyncio.get_running_loop()
@@ -72,7 +72,7 @@ class ClientProtocol(asyncio.Protocol):
         self._run = run
         self._write_seconds = write_seconds  # how long a client may leave our replies unread
         self.watch_every = write_seconds / 4
-        self._watch = watch or Watch()
+        self._watch = watch or DeadlineWatch()
         self._deadline = 0.0
         self._asked_at = 0.0  # when the wait for input began
         self._deaf_at = math.inf
