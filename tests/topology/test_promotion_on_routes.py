@@ -13,6 +13,7 @@ from relay.config import loader
 from relay.ledger import keys
 from relay.topology import following, heartbeats, promotion
 from relay.topology.promotion import Unprepared
+from support.dns_server import DnsServer
 from support.product import Product
 from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
@@ -225,3 +226,50 @@ def test_a_process_of_an_older_version_prevents_a_decision_about_a_route(product
         wait_until(lambda: late() == ["older/1"])
         (status, *_) = map(json.loads, relay.run("topology", "--json").stdout.splitlines())
         assert status["routes"]["shop"]["servers"] == ["b"]
+
+
+@pytest.mark.parametrize("split", ["defer", "fork"])
+def test_weights_that_change_within_a_transaction(product: Make, servers: Servers, split: str) -> None:
+    """A transaction ends as it began: between two recipients nobody else begins to answer, and copies follow that."""
+    routes = SHOP.replace('primary = "a"', "primary = { a = 1, b = 1 }").replace('backups = ["b"]', 'copies = "others"')
+    relay = relay_of(product, servers, f'{routes}split = "{split}"\n')
+    assert relay.run("route", "weight", "shop", "a=1", "b=0", "--yes").returncode == 0
+    with relay.dialogue() as client:
+        client.hello()
+        client.say("MAIL FROM:<s@example.org>", 250)
+        client.say("RCPT TO:<one@shop.example>", 250)
+        assert relay.run("route", "weight", "shop", "a=0", "b=1", "--yes", "--wait", "5s").returncode == 0
+        client.say("RCPT TO:<two@shop.example>", 250)
+        client.body(b"Subject: before\r\n\r\nx\r\n")
+        client.say("MAIL FROM:<s@example.org>", 250)
+        client.say("RCPT TO:<three@shop.example>", 250)
+        client.body(b"Subject: after\r\n\r\nx\r\n")
+    for name in ("a", "b"):
+        servers[name].wait_for(2)
+        wanted = {"before": ["one@shop.example", "two@shop.example"], "after": ["three@shop.example"]}
+        assert {m.header("Subject"): sorted(m.recipients) for m in servers[name].messages} == wanted
+    answered = [event["primary"] for event in relay.events if event.get("event") == "accepted"]
+    assert answered == ["a", "b"]
+
+
+def test_the_mail_servers_of_a_domain_are_promoted(
+    product: Make, servers: Servers, dns_server: Callable[..., DnsServer]
+) -> None:
+    """mx: stands wherever a server can; while DNS knows none, it is not promoted."""
+    port = servers["b"].address.rpartition(":")[2]
+    names = dns_server("example.net 1 MX 5 one.example.net.", "one.example.net 1 A 127.0.0.1")
+    mx = f"mx:example.net:{port}?dns={names.address}"
+    tables = file_of(servers, SHOP).replace(f'url = "{servers["b"].address}"', f'url = "{mx}"')
+    relay = product(primary=f"old={servers['old'].address}", files={"settings.toml": tables}, settings=SETTINGS)
+    done = relay.run("promote", "b", "--route", "shop", *FORCED)
+    assert done.returncode == 0, done.stdout + done.stderr
+    send(relay, "one")
+    assert subjects(servers["b"]) == ["one"]
+    servers["a"].wait_for(1)
+    assert relay.run("undo", "--yes").returncode == 0
+    names.records.clear()
+    servers["b"].down()
+    refused = relay.run("promote", "b", "--route", "shop", *FORCED, "--wait", "10s")
+    assert (refused.returncode, "cannot be used" in refused.stdout) == (1, True), refused.stdout + refused.stderr
+    send(relay, "two")
+    assert sorted(subjects(servers["a"])) == ["one", "two"]
