@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as _quoted
 from typing import Any, NamedTuple
 
-from relay.ledger.copy_state import CopyState
+from relay.ledger.copy_state import FRESH, CopyState
 from relay.ledger.keys import (
     BUSY,
     IMPORTED,
@@ -97,13 +96,12 @@ class Held(NamedTuple):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """A copy that the worker has claimed for delivery."""
 
     id: str
     accepted_at: float
-    state: CopyState = field(default_factory=CopyState)
+    state: CopyState = FRESH
     was_failed: bool = False  # an operator's retry: the retry schedule starts again
     before: str = ""  # a worker that claimed it before and reported no outcome: it may have been sent
     size: int = 0  # octets of its record, as stored

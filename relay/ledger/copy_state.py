@@ -84,7 +84,7 @@ class CopyState:
         An unreadable form becomes a state with all recipients owed and one attempt that says so.
         """
         if not data:
-            return _FRESH
+            return FRESH
         job, _, record = text(data).partition("\n")
         job = job if is_job_id(job) else ""
         try:
@@ -143,4 +143,4 @@ def _time(value: object) -> float:
     return found
 
 
-_FRESH = CopyState()  # frozen: one is enough for all that have no history
+FRESH = CopyState()  # frozen: one is enough for all that have no history

@@ -18,8 +18,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import zstandard
 
@@ -95,8 +94,7 @@ class TooLarge(Exception):
     """The body of a record is larger than what was asked for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """An envelope and its body.
 
     ``body`` is the wire form: dot-stuffed, below the relay's Received line, every line ended by CRLF, without the
@@ -127,8 +125,7 @@ class Message:
     @classmethod
     def stub(cls, record: bytes, host: str, path: str) -> bytes:
         """Return a stored record with host and path in place of its body. Raises MalformedRecord."""
-        version, flags, start = cls._layout(record)
-        head = bytes(record[_HEADER.size : start])
+        version, flags, head, _ = cls._layout(record)
         where = json.dumps([host, path]).encode("ascii")
         if version == RECORD_VERSION:
             if flags & _FLAG_CHECKED:
@@ -142,8 +139,8 @@ class Message:
 
         Raises TooLarge, before any work on the body, if that has more than ``most`` octets.
         """
-        version, flags, start = cls._layout(record)
-        head, body = bytes(record[_HEADER.size : start]), record[start:]  # the record may be a memoryview
+        version, flags, head, start = cls._layout(record)
+        body = record[start:]  # the record may be a memoryview
         # _layout has checked the header.
         if flags & _FLAG_CHECKED and b"%08x" % zlib.crc32(body) != head[-_CHECKSUM_OCTETS + 8 : -10]:
             raise MalformedRecord("damaged: its body does not match its checksum")
@@ -167,15 +164,14 @@ class Message:
     @classmethod
     def unpack_envelope(cls, record: bytes, message_id: str) -> Envelope:
         """Read only the envelope; the first part of the record is enough. Raises as ``unpack`` does."""
-        version, _, start = cls._layout(record)
-        head = record[_HEADER.size : start]
+        version, _, head, _ = cls._layout(record)
         if version == SEALED_VERSION:
             head = _opened(head, message_id).envelope
         return _own_envelope(head, message_id)
 
     @staticmethod
-    def _layout(record: bytes) -> tuple[int, int, int]:
-        """Return version, flags and the offset of the body; checks the checksum. Raises MalformedRecord."""
+    def _layout(record: bytes) -> tuple[int, int, bytes, int]:
+        """Return version, flags, envelope and the offset of the body; checks the checksum. Raises MalformedRecord."""
         if len(record) < _HEADER.size:
             raise MalformedRecord("truncated record")
         version, flags, length = _HEADER.unpack_from(record)
@@ -186,8 +182,8 @@ class Message:
         start = _HEADER.size + length
         if len(record) < start:
             raise MalformedRecord("truncated record")
+        head = bytes(record[_HEADER.size : start])
         if version == RECORD_VERSION:
-            head = bytes(record[_HEADER.size : start])
             found = _CHECKSUM.fullmatch(head, max(0, length - _CHECKSUM_OCTETS))
             if bool(found) != bool(flags & _FLAG_CHECKED):
                 raise MalformedRecord("damaged: only one of its checksum and the flag for it is there")
@@ -195,7 +191,7 @@ class Message:
                 raise MalformedRecord("damaged: its envelope does not match its checksum")
         elif flags & _FLAG_CHECKED:
             raise MalformedRecord("sealed record with a checksum")
-        return version, flags, start
+        return version, flags, head, start
 
     @staticmethod
     def _elsewhere(where: bytes) -> BodyElsewhere:
@@ -237,12 +233,15 @@ def _check_wire_form(body: bytes, *, trusted: bool) -> None:
         return
     if bytes(body[-2:]) != b"\r\n":
         raise MalformedRecord("its body does not end with CRLF")
-    if bytes(body[:2]) in {b".\r", b".\n"} or _has(_LONE_DOT, body) or (not trusted and _has(_LONE_DOT_ANYHOW, body)):
+    is_lone = bytes(body[:2]) in {b".\r", b".\n"} or _has(b"\n.", _LONE_DOT, body)
+    if is_lone or (not trusted and _has(b"\r.", _LONE_DOT_ANYHOW, body)):
         raise MalformedRecord("its body has a line of a single dot, which would end it early")
 
 
-def _has(pattern: re.Pattern[bytes], body: bytes) -> bool:
-    """Search for three octets, in slices: while it searches, no other thread runs."""
+def _has(first: bytes, pattern: re.Pattern[bytes], body: bytes) -> bool:
+    """Search for three octets that begin so, in slices: while it searches, no other thread runs."""
+    if len(body) <= _SLICE:  # nearly all, in which no line begins with a dot: a tenth of the pattern's time
+        return first in bytes(body) and pattern.search(body) is not None
     return any(pattern.search(body, at, at + _SLICE + 2) for at in range(0, len(body), _SLICE))
 
 

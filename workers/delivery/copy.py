@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from relay.ledger.changes import Claim
-from relay.ledger.copy_state import CopyState
+from relay.ledger.copy_state import FRESH, CopyState
 from relay.mail.destination import Destination
 from relay.mail.record import Message
 from relay.mail.reply import Reply
@@ -19,9 +19,6 @@ from workers.delivery.retry import Meaning, judge
 from workers.delivery.transaction import Outcome, Stage
 
 _CERTAIN = (Meaning.TAKEN, Meaning.SPLIT)
-
-
-_FRESH = CopyState()  # of nearly every copy
 
 
 @dataclass(slots=True)
@@ -174,6 +171,6 @@ def begun(claim: Claim) -> CopyState:
     The clock of a copy that was moved here started then, later than it was accepted.
     """
     since = round(claim.accepted_at, 3)
-    if claim.state == _FRESH:
+    if claim.state is FRESH:  # as nearly always
         return CopyState(since=since)  # in a fifth of the time that ``replace`` takes
     return claim.state if claim.state.since >= since else replace(claim.state, since=since, tries=0)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import NamedTuple
 
 from relay.client.connection import Connection
 from relay.client.errors import ClientError
@@ -95,8 +96,7 @@ class Unfit(Exception):
         self.reply = Reply.of(554, text)
 
 
-@dataclass(frozen=True, slots=True)
-class Opening:
+class Opening(NamedTuple):
     """The commands that begin a copy's transaction with one server: DATA is last (RFC 2920 3.1)."""
 
     xforward: list[bytes]
