@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 _TIME = "{time:YYYY-MM-DDTHH:mm:ss.SSSZZ}"
 _PLAIN = ("process", "_line", "_trace")  # keys of loguru's "extra" that are not fields of the event
 
-Values = Mapping[str, Any]
+# What a field may hold: anything else would stand in the line as Python writes it, which is no form to rely on.
+Value = str | int | float
+Values = Mapping[str, Value]
 
 
 def configure(
@@ -150,7 +152,7 @@ on_message: Callable[[float, str, Values], None] | None = None
 _TOLD = {"accepted", "accepted late", "refused", "command refused", "delivered", "deferred", "failed"}
 
 
-def event(level: str, name: str, /, **fields: Any) -> None:
+def event(level: str, name: str, /, **fields: Value) -> None:
     """Write an event of the mail log, and tell of it those who watch."""
     if on_trouble is not None and (level in {"WARNING", "ERROR"} or name in _TROUBLE):
         on_trouble(time.time(), name, fields)

@@ -7,11 +7,10 @@ lines about a message, and key=value fields; never a body, a subject or a passwo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from loguru import logger
 
-from relay.log_lines import Values
+from relay.log_lines import Value, Values
 from relay.log_lines import event as _event
 from relay.mail.envelope import Envelope
 from relay.mail.ids import is_id
@@ -28,7 +27,7 @@ _seldom = Seldom()
 
 def _named(envelope: Envelope, to: Sequence[str]) -> Values:
     """Return the fields that say which message it is, and, where they are to be named, for whom."""
-    named: dict[str, Any] = {"message_id": envelope.message_id} if envelope.message_id else {}
+    named: dict[str, Value] = {"message_id": envelope.message_id} if envelope.message_id else {}
     if to:
         more = len(to) - _ADDRESSES
         named["to"] = ",".join([*(f"<{address}>" for address in to[:_ADDRESSES]), *([f"and {more} more"] * (more > 0))])
@@ -368,21 +367,21 @@ def promoted(primary: str, former: str, epoch: int, *, by: str, reason: str) -> 
     _event("INFO", "promoted", primary=primary, former=former, epoch=epoch, **said)
 
 
-def started(what: str, **fields: Any) -> None:
+def started(what: str, **fields: Value) -> None:
     """A process has started."""
     _event("INFO", f"{what} started", **fields)
 
 
-def stopping(what: str, **fields: Any) -> None:
+def stopping(what: str, **fields: Value) -> None:
     """A process begins to drain."""
     _event("INFO", f"{what} stopping", **fields)
 
 
-def stopped(what: str, **fields: Any) -> None:
+def stopped(what: str, **fields: Value) -> None:
     """A process has drained."""
     _event("INFO", f"{what} stopped", **fields)
 
 
-def notice(level: str, text: str, **fields: Any) -> None:
+def notice(level: str, text: str, **fields: Value) -> None:
     """Log anything that is no mail event: settings, persistence, reconciliation."""
     _event(level.upper(), text, **fields)

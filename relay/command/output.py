@@ -8,7 +8,6 @@ outside is made printable, so that a sender cannot send escape sequences to the 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 import unicodedata
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
+from relay.json_text import json_text
 from relay.mail.stored import LATEST
 from relay.mail.text import printable
 
@@ -72,7 +72,7 @@ class Output:
 
     def object(self, value: dict[str, Any]) -> None:
         """Write one JSON object on a line."""
-        sys.stdout.write(json.dumps(value, default=str) + "\n")
+        sys.stdout.write(json_text(value) + "\n")
 
     def line(self, text: str) -> None:
         """Write a line; a terminal folds it."""

@@ -8,7 +8,6 @@ as its writer listens for commands (control.py); one that makes no sense, or tha
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from relay import maillog, private_files
 from relay.config.loader import Settings, load_layers
 from relay.config.model import Layers
 from relay.daemon import control
+from relay.json_text import json_text
 from relay.mail.stored import parsed
 
 _VERSION = 1
@@ -57,9 +57,9 @@ def write(state_dir: Path, role: str, settings: Settings, generation: int) -> No
         "environ": {name: os.environ[name] for name in sorted(names) if name in os.environ},
     }
     try:
-        data = json.dumps(content, indent=1, default=str).encode()
+        data = json_text(content, indent=1).encode()
         private_files.write(state_dir.absolute(), _name(role), data, durable=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: a date of TOML where a text is meant
         reason = str(error)
         maillog.notice("warning", "commands do not know these settings by themselves", reason=reason)
 

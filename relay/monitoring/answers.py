@@ -7,7 +7,6 @@ is away is a warning in /readyz where a spool keeps the copies, else a reason.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from http import HTTPStatus
@@ -18,6 +17,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from relay.config.model import Settings
+from relay.json_text import json_text
 from relay.metric_store import Arena
 from relay.monitoring import findings, routes, topology
 from relay.monitoring.collectors import LedgerCollector, SeatCollector, SpoolCollector
@@ -95,7 +95,7 @@ def ready(found: list[ProbeResult]) -> HttpAnswer:
         "warnings": [f"{f.subject}: {f.text}" for f in warnings],
         "checks": [{"subject": f.subject, "ok": f.ok, "text": f.text} for f in found],
     }
-    body = json.dumps(content, indent=2) + "\n"
+    body = json_text(content, indent=2) + "\n"
     status = HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK
     return HttpAnswer(status, "application/json", body.encode())
 

@@ -7,7 +7,6 @@ session is over, and when there are too many; the browser comes back by itself.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -17,6 +16,7 @@ from redis.exceptions import RedisError
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
+from relay.json_text import json_text
 from relay.page.access import is_still_there
 from relay.page.context import PageContext
 
@@ -104,7 +104,7 @@ class LiveParts:
                     sent |= news
                     if news or time.monotonic() - said_at >= _ALIVE:
                         said_at = time.monotonic()
-                        yield f"event: parts\ndata: {json.dumps(news)}\n\n"
+                        yield f"event: parts\ndata: {json_text(news)}\n\n"
                     if was_over:
                         yield "event: over\ndata: {}\n\n"
                         return

@@ -5,7 +5,6 @@ Whoever has not logged in sees the numbers, and nobody's words: no reply, no rea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from relay.cockpit.extensions import Extension
 from relay.cockpit.readiness import UnknownBackup, Verdict
 from relay.cockpit.top import Frame, ServerNow
 from relay.config.model import Settings
+from relay.json_text import json_text
 from relay.ledger import changes, flow
 from relay.ledger.flow import Flow
 from relay.page.access import viewer
@@ -56,7 +56,7 @@ class Plot:
     def as_json(self) -> str:
         """Return it for the plot in the browser."""
         lines = [{"name": line.name, "values": line.values} for line in self.lines]
-        return json.dumps({"name": self.name, "seconds": self.seconds, "times": self.times, "lines": lines})
+        return json_text({"name": self.name, "seconds": self.seconds, "times": self.times, "lines": lines})
 
     @property
     def total(self) -> int:
