@@ -74,4 +74,4 @@ def test_the_check_finds_a_lone_dot_anywhere() -> None:
     for at in range(record._SLICE - 5, record._SLICE + 5):
         body = b"x" * at + b"\r\n.\r\n"
         assert record._has(b"\n.", record._LONE_DOT, body)
-    assert not record._has(record._LONE_DOT, b"x" * (record._SLICE + 3))
+    assert not record._has(b"\n.", record._LONE_DOT, b"x" * (record._SLICE + 3))
