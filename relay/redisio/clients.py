@@ -157,7 +157,26 @@ def _sentinel_limits(seconds: float) -> dict[str, Any]:
     return {"socket_timeout": patience, "socket_connect_timeout": patience}
 
 
-class _Sentinels(redis.sentinel.Sentinel):
+class _AllSentinels:
+    """Clients of the Sentinels of one pool, who has answered first.
+
+    redis-py exchanges the first one and who has answered by their places. When two ask at once, the places of the later
+    one are those of before: a Sentinel would take another's place, not be asked any more and never be closed.
+    """
+
+    sentinels: list[Any]
+
+    def remember(self) -> None:
+        """Note who all of them are."""
+        self.all = tuple(self.sentinels)
+
+    def put_back(self) -> None:
+        """Have all of them in the list again, behind the one that is its first."""
+        first = self.sentinels[0]
+        self.sentinels = [first, *(client for client in self.all if client is not first)]
+
+
+class _Sentinels(_AllSentinels, redis.sentinel.Sentinel):
     """The Sentinels of one pool, each with its own credentials."""
 
     def __init__(self, server: RedisSettings, seconds: float) -> None:
@@ -165,17 +184,20 @@ class _Sentinels(redis.sentinel.Sentinel):
         self.server = server
         limits = _sentinel_limits(seconds)
         self.sentinels = [redis.Redis.from_url(u, retry=Retry(NoBackoff(), 0), **limits) for u in server.sentinel_urls]
+        self.remember()
 
     def discover_master(self, service_name: str) -> tuple[str, int]:
         try:
             master: tuple[str, int] = super().discover_master(service_name)  # type: ignore[no-untyped-call]
         except RedisError as error:
             raise _nobody(self.server, error) from error
+        finally:
+            self.put_back()
         _tell(self.server, master)
         return master
 
 
-class _AsyncSentinels(redis.asyncio.sentinel.Sentinel):
+class _AsyncSentinels(_AllSentinels, redis.asyncio.sentinel.Sentinel):
     """The same for an async pool."""
 
     def __init__(self, server: RedisSettings, seconds: float) -> None:
@@ -185,12 +207,15 @@ class _AsyncSentinels(redis.asyncio.sentinel.Sentinel):
         self.sentinels = [
             redis.asyncio.Redis.from_url(u, retry=AsyncRetry(NoBackoff(), 0), **limits) for u in server.sentinel_urls
         ]
+        self.remember()
 
     async def discover_master(self, service_name: str) -> tuple[str, int]:
         try:
             master: tuple[str, int] = await super().discover_master(service_name)
         except RedisError as error:
             raise _nobody(self.server, error) from error
+        finally:
+            self.put_back()
         _tell(self.server, master)
         return master
 
@@ -275,7 +300,7 @@ class _Pool(redis.sentinel.SentinelConnectionPool):
     def disconnect(self, inuse_connections: bool = True) -> None:
         super().disconnect(inuse_connections)
         if inuse_connections:
-            for client in self.sentinel_manager.sentinels:
+            for client in self.sentinel_manager.all:
                 client.connection_pool.disconnect()
 
 
@@ -309,7 +334,7 @@ class _AsyncPool(redis.asyncio.sentinel.SentinelConnectionPool):
             if self._asking:
                 self._asking.cancel()
                 await asyncio.wait([self._asking])  # it may hold a connection to a Sentinel that it has just made
-            for client in self.sentinel_manager.sentinels:
+            for client in self.sentinel_manager.all:
                 await client.connection_pool.disconnect()
 
     async def _ask(self) -> None:
