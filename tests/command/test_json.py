@@ -14,9 +14,9 @@ from typing import Any
 
 import click
 import pytest
-from relay.command.making import JSON
 
 from relay.command import commands, main
+from relay.command.command_factory import JSON
 from relay.json_text import json_text
 from support.json_fields import Fields, documented
 from support.product import QUICK, Product
