@@ -35,48 +35,32 @@ class Standing:
     """How one backup stands, for the question whether it is ready.
 
     ``open`` are the groups that have open recipients and are not acknowledged, those with the most first. ``noise`` are
-    recipients that were put off at first and delivered soon, ``taken`` all that it took. ``unreached`` are domains of
-    which it was offered mail and took none; ``domains`` all of which it was.
+    recipients that were put off at first and delivered soon, ``taken`` all that it took.
     """
 
-    destination: str
     open: tuple[Group, ...]
     acknowledged: int
     noise: int
     taken: int
     outages: tuple[Outage, ...]
-    domains: tuple[str, ...]
-    unreached: tuple[str, ...]
-
-    def recipients(self, *kinds: str) -> int:
-        """Return how many recipients are open, of these kinds."""
-        return sum(group.open for group in self.open if group.kind in kinds)
-
-    @property
-    def refused(self) -> int:
-        """How many recipients were refused, or given up."""
-        return self.recipients(REFUSED, GIVEN_UP)
 
     @property
     def deferred(self) -> int:
         """How many recipients are put off, and still owed their copy."""
-        return self.recipients(DEFERRED)
+        return sum(group.open for group in self.open if group.kind == DEFERRED)
 
 
-def standing(connection: Any, destination: str, *, since: float = 0.0) -> Standing:
-    """Return how a backup stands; its outages since then, seconds since the epoch. Raises RedisError."""
+def standing(connection: Any, destination: str) -> Standing:
+    """Return how a backup stands. Raises RedisError."""
     now = changes.now(connection)
     groups = divergence_groups.groups(connection, destination)
     domains = divergence_groups.domains(connection, destination)
     return Standing(
-        destination=destination,
         open=tuple(sorted((g for g in groups if g.counts(now)), key=lambda g: g.open, reverse=True)),
         acknowledged=sum(group.open > 0 and group.is_acknowledged(now) for group in groups),
         noise=sum(group.noise for group in groups),
         taken=sum(taken for taken, *_ in domains.values()),
-        outages=tuple(divergence_groups.outages(connection, destination, since)),
-        domains=tuple(sorted(domains)),
-        unreached=tuple(sorted(domain for domain, (taken, *_) in domains.items() if not taken)),
+        outages=tuple(divergence_groups.outages(connection, destination)),
     )
 
 
@@ -175,11 +159,11 @@ def by_day(groups: Iterable[Group]) -> list[Sum]:
     return sorted(found, key=lambda one: (one.what, one.destination), reverse=True)
 
 
-def by_recipient(connection: Any, groups: Sequence[Group], most: int = MOST_WHOM) -> list[Sum]:
+def by_recipient(connection: Any, groups: Sequence[Group]) -> list[Sum]:
     """Add up by recipient; those that are not kept stand under "other"."""
 
     def parts(group: Group) -> Iterator[tuple[str, int]]:
-        yield from divergence_groups.whom(connection, group.destination, group.key, most)
+        yield from divergence_groups.whom(connection, group.destination, group.key, MOST_WHOM)
         if group.more:
             yield "other", group.more
 

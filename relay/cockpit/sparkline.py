@@ -8,8 +8,8 @@ _BARS = "▁▂▃▄▅▆▇█"
 _ASCII = "_.-:=+*#"
 
 
-def sparkline(values: Sequence[float], *, most: float | None = None, encoding: str = "utf-8") -> str:
-    """Return a bar for each value, as high as its share of the largest, or of ``most``; a blank for nothing at all.
+def sparkline(values: Sequence[float], *, encoding: str = "utf-8") -> str:
+    """Return a bar for each value, as high as its share of the largest; a blank for nothing at all.
 
     Where the terminal's encoding has no such bars they are ASCII.
     """
@@ -18,5 +18,5 @@ def sparkline(values: Sequence[float], *, most: float | None = None, encoding: s
         bars = _BARS
     except (UnicodeEncodeError, LookupError):
         bars = _ASCII
-    top = max(values, default=0) if most is None else most
+    top = max(values, default=0)
     return "".join(" " if value <= 0 else bars[min(7, int(8 * value / top))] if top else bars[0] for value in values)

@@ -28,7 +28,7 @@ from relay.mail.text import printable
 REFUSED, GIVEN_UP, DEFERRED, ACCEPTS_MORE, NOISE = "refused", "given-up", "deferred", "accepts-more", "noise"
 KINDS = (REFUSED, GIVEN_UP, DEFERRED, NOISE, ACCEPTS_MORE)  # noise: deferred for a short time, which has ended
 MAIL, RCPT, DATA, DOT, OWN = STAGES = ("MAIL", "RCPT", "DATA", "dot", "own")
-MOST_GROUPS, MOST_WHOM, MOST_EXAMPLES, MOST_DOMAINS, MOST_OUTAGES = 500, 200, 20, 100_000, 200
+MOST_GROUPS, MOST_WHOM, MOST_DOMAINS, MOST_OUTAGES = 500, 200, 100_000, 200
 LETTERS = {REFUSED: "r", GIVEN_UP: "g", DEFERRED: "d", ACCEPTS_MORE: "m"}
 OTHERS = {REFUSED: "other", ACCEPTS_MORE: "other", GIVEN_UP: "other-given-up", DEFERRED: "other-deferred"}
 _WORD = 320  # characters of an address or a domain that are kept

@@ -59,7 +59,7 @@ def description(destination: str, ids: Sequence[str]) -> str:
     return f"{len(ids)} message{'' if len(ids) == 1 else 's'} to {destination}, first {ids[0]}"
 
 
-def enqueue(pipe: Any, target: Queue, destination: str, ids: Sequence[str], *, at_front: bool = False) -> str:
+def enqueue(pipe: Any, target: Queue, destination: str, ids: Sequence[str]) -> str:
     """Add one job for these copies to a pipeline; returns its id.
 
     RQ's Retry serves only for an unexpected end of the job; a failed delivery never raises there.
@@ -69,7 +69,6 @@ def enqueue(pipe: Any, target: Queue, destination: str, ids: Sequence[str], *, a
         args=[destination, list(ids)],
         description=description(destination, ids),
         retry=Retry(max=3),
-        at_front=at_front,
         **JOB_OPTIONS,
     )
     (job,) = target.enqueue_many([data], pipeline=pipe)

@@ -63,15 +63,10 @@ class Reply(NamedTuple):
         """The reply on one line, code first, for logs and listings."""
         return printable(f"{self.code} {' '.join(self.lines)}".rstrip())
 
-    @property
-    def wire(self) -> bytes:
-        """The reply as sent to a client: each line printable and at most 512 octets with its CRLF."""
-        return wire(self)
-
 
 @lru_cache(maxsize=100)  # all but the reply to the dot are the same for message after message
 def wire(reply: Reply) -> bytes:
-    """Return ``reply.wire``."""
+    """Return the reply as sent to a client: each line printable and at most 512 octets with its CRLF."""
     code, lines = reply
     if len(lines) == 1 and lines[0].isascii() and lines[0].isprintable():
         return f"{code:03d} {lines[0][: _REPLY_LINE_LIMIT - 6]}\r\n".encode("ascii")

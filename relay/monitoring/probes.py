@@ -181,11 +181,11 @@ async def _persistence(client: Redis) -> list[ProbeResult]:
 
 
 async def probe_destination(
-    destination: Destination, subject: str = "", *, local_hostname: str, timeouts: Timeouts, certificate: bool = True
+    destination: Destination, subject: str = "", *, local_hostname: str, timeouts: Timeouts
 ) -> ProbeResult:
     """Open a session as the relay would, up to and including AUTH, and leave with QUIT.
 
-    With ``certificate`` a second session finds out whether the certificate would pass "verify" where nobody checks it.
+    A second session finds out whether the certificate would pass "verify" where nobody checks it.
     """
     subject = subject or destination.name
     started = time.monotonic()
@@ -199,7 +199,7 @@ async def probe_destination(
         f"{name} {connection.extensions[name]}".rstrip() for name in _WORTH_KNOWING if name in connection.extensions
     ]
     await connection.quit(timeout=min(timeouts.connect, 2))
-    if certificate and security and destination.tls != "verify":
+    if security and destination.tls != "verify":
         security += await _would_verify(destination, local_hostname, timeouts)
     words = [
         f"{destination.address} answers in {took}",

@@ -64,7 +64,7 @@ def test_an_id_says_when_and_by_whom_it_was_made(seconds: list[int]) -> None:
 def test_equal_replies_are_the_same_octets(code: int, lines: list[str]) -> None:
     """A reply that came before is not written anew; each line has its code, and none is longer than 512 octets."""
     octets = wire(Reply(code, tuple(lines)))
-    assert octets == Reply(code, tuple(lines)).wire
+    assert octets == wire(Reply(code, tuple(lines)))
     found = octets.split(b"\r\n")
     assert len(found) == len(lines) + 1
     assert all(len(line) <= 510 and line[:3] == b"%d" % code for line in found[:-1])

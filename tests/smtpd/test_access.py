@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from relay.mail.reply import Reply
+from relay.mail.reply import Reply, wire
 from relay.smtpd.context import Context
 from relay.smtpd.passwords import hash_password
 from support.certificates import Certificate
@@ -466,7 +466,7 @@ def _ready(made: Product) -> bool:
 
 def test_reply_is_safe() -> None:
     """No octet of a reply can begin a line of its own."""
-    assert Reply(250, ("a\r\nb\0\x85\u2028c",)).wire == rb"250 a\r\nb\x00\x85\u2028c" + b"\r\n"
+    assert wire(Reply(250, ("a\r\nb\0\x85\u2028c",))) == rb"250 a\r\nb\x00\x85\u2028c" + b"\r\n"
 
 
 @both_loops
