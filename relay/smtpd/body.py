@@ -44,6 +44,7 @@ class IncomingBody:
     __slots__ = (
         "_begun",
         "_counters",
+        "_due",
         "_ends",
         "_front",
         "_kept",
@@ -75,6 +76,7 @@ class IncomingBody:
         self._stuffing = None if stuffed else Stuffing()
         self._lines = LongestLine(settings.max_line_bytes) if settings.max_line_bytes else None
         self._kept: list[bytes] = []  # sent to the primary; in blocks: an object of one octet would take fifty
+        self._due = b""  # the part of it that is still to be sent
         self._last = trace  # not yet sent to the primary: the end of the body leaves with the dot, in one write
         self._front = b""  # the first octets, until it is certain how the body begins
         self._begun = False
@@ -83,17 +85,28 @@ class IncomingBody:
         self.is_by_primary = False  # the refusal, and not by a rule of the relay
         self.pace = Pace(settings.idle_timeout, settings.min_data_rate)
 
-    async def take(self, piece: bytes) -> None:
-        """Take a piece as the client sent it; after a ``refusal`` it is dropped."""
+    def take(self, piece: bytes) -> bool:
+        """Take a piece as the client sent it; after a ``refusal`` it is dropped. Returns whether to ``pass_on``."""
         if self.refusal is None:
-            await self._pass_on(self._ends.feed(piece))
+            self._add(self._ends.feed(piece))
+        return bool(self._due)
+
+    async def pass_on(self) -> None:
+        """Send the primary what is due, which may have to wait."""
+        due, self._due = self._due, b""
+        refusal = await self.transaction.write([due])
+        if refusal is not None:
+            self.refusal, self.is_by_primary = refusal, True
+            self._give_up()
 
     async def complete(self) -> bytes:
         """End the body; returns all of it in wire form, below our Received line. ``refusal`` is final now."""
         if self._stuffing is not None and self.refusal is None:
-            await self._pass_on(self._ends.finish())
+            self._add(self._ends.finish())
         if not self._begun and self.refusal is None:
-            await self._pass_on(b"", is_last=True)
+            self._add(b"", is_last=True)
+        if self._due:
+            await self.pass_on()
         self.transaction.hold(self._last)
         parts, self._kept = (*self._kept, self._last), []
         body = b"".join(parts) if self._octets <= LARGE else await asyncio.to_thread(b"".join, parts)
@@ -113,7 +126,7 @@ class IncomingBody:
         self._octets = 0
         self._kept = []
 
-    async def _pass_on(self, piece: bytes, *, is_last: bool = False) -> None:
+    def _add(self, piece: bytes, *, is_last: bool = False) -> None:
         if self._stuffing is not None:
             piece = self._stuffing.feed(piece)
         if not self._begun:
@@ -124,9 +137,7 @@ class IncomingBody:
                 self._last += piece
             else:
                 self._kept.append(self._last)
-                self.refusal = await self.transaction.write([self._last])
-                self.is_by_primary = self.refusal is not None
-                self._last = piece
+                self._due, self._last = self._last, piece
         if self.refusal is not None:
             self._give_up()
 
@@ -145,7 +156,7 @@ class IncomingBody:
 
     def _give_up(self) -> None:
         self.transaction.abandon()
-        self._kept, self._last = [], b""
+        self._kept, self._due, self._last = [], b"", b""
 
     def _too_much(self, piece: bytes) -> Reply | None:
         """Count a piece; returns the refusal when the message exceeds a limit."""

@@ -254,7 +254,8 @@ class MailTransaction:
             await self._protocol.push(_GO_AHEAD)
             finder = EndOfLines() if self._peer.may_end_lines_with_lf else EndOfData()
             while not finder.found:
-                await opened.take(finder.feed(await self._octets(opened.pace)))
+                if opened.take(finder.feed(await self._octets(opened.pace))):
+                    await opened.pass_on()
             if finder.rest:
                 self._protocol.read_buffer.unread(finder.rest)
             return await self._conclude(opened)
@@ -282,8 +283,8 @@ class MailTransaction:
         while left:
             piece = await self._octets(pace, left)
             left -= len(piece)
-            if isinstance(opened, IncomingBody):
-                await opened.take(piece)
+            if isinstance(opened, IncomingBody) and opened.take(piece):
+                await opened.pass_on()
         if isinstance(opened, Reply):
             return opened
         if not is_last and opened.refusal is None:
