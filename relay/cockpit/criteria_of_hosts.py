@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from relay.cockpit.criteria_of_mail import hours_watched
 from relay.cockpit.evidence import Evidence
-from relay.cockpit.finding import Finding, fails, passes, unknown
+from relay.cockpit.finding import Finding, fails, passes, unknown, warns
 from relay.cockpit.words import count, some, span
 from relay.ledger.hosts import LATE, Reach
 
@@ -36,6 +36,8 @@ def relays(e: Evidence) -> Finding:
     unchecked = _unchecked(e, e.reaches, relaying=True) if e.ready.check_every else []
     if unchecked:
         return unknown(f"{some(unchecked)} has not connected to {e.name} yet: within {span(e.ready.check_every)}")
+    if e.differences:
+        return warns("; ".join(e.differences))
     checked = f", {e.name} is reached from each" if e.ready.check_every else ""
     return passes(f"{count(len(living), 'relay process', 'relay processes')}, same settings{checked}")
 

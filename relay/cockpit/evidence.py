@@ -125,6 +125,7 @@ class Evidence:
     old_greeting: Greeting | None = None
     new_greeting: Greeting | None = None
     relays: Sequence[Relay] = ()
+    differences: Sequence[str] = ()  # between the settings of their hosts
     hosts: Sequence[Host] = ()
     reaches: Sequence[Reach] = ()  # of the new server
     old_reaches: Sequence[Reach] = ()

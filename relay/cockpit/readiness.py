@@ -25,7 +25,8 @@ from relay.ledger.flow import Flow
 from relay.ledger.health import Health
 from relay.mail.stored import moment
 from relay.mail.text import printable
-from relay.topology import heartbeats, promotion, route_roles
+from relay.topology import decisions, promotion, route_roles
+from relay.topology.agreement import differences
 from relay.topology.roles import copied_now
 
 HOURS = 35 * 24 + 1  # that the flow is remembered for, and the one that is not over
@@ -158,6 +159,7 @@ def gather(connection: Any, settings: Settings, name: str, old: str = "") -> Evi
     hours = flow.read(connection, flow.HOUR, HOURS, now)
     stands = _standing(connection, name)
     said = greetings.read(connection, [name, old])
+    seen = decisions.view(connection)
     return Evidence(
         name=name,
         old=old,
@@ -179,8 +181,9 @@ def gather(connection: Any, settings: Settings, name: str, old: str = "") -> Evi
             Relay(
                 b.label, b.age, b.is_alive, b.generation, b.epoch, b.trouble or b.moved_trouble or _away(name, b.down)
             )
-            for b in heartbeats.read(connection)
+            for b in seen.beats
         ],
+        differences=list(differences(seen)),
         hosts=hosts.read(connection),
         reaches=hosts.reaches(connection, name),
         old_reaches=hosts.reaches(connection, old),

@@ -69,11 +69,13 @@ def show(settings: Settings, out: Output, address: str) -> int:
         key = next((key for key in looked_up if key in found), "")
         former = answering.former(asked.key)
     entry = found.get(key, MovedEntry(former.servers[0]))
+    is_known = not key or any(server.name == entry.server for server in settings.named)
     row = {
         "address": asked.key,
         "moved": bool(key),
         "entry": key,
         "server": entry.server,
+        "known": is_known,
         "former": former.servers[0],
         "route": former.route.name,
         "at": entry.at or None,
@@ -83,20 +85,23 @@ def show(settings: Settings, out: Output, address: str) -> int:
     if out.as_json:
         out.object(row)
     else:
-        out.pairs(_pairs(asked.key, key, entry, former.servers[0], former.route.name))
+        out.pairs(_pairs(asked.key, key, entry, former.servers[0], former.route.name, is_known=is_known))
     for name, why in damaged.items():
         sys.stderr.write(f"smtp-dup: the entry of {printable(name)[:80]} makes no sense: {why}\n")
     return WELL if key else NO
 
 
-def _pairs(address: str, key: str, entry: MovedEntry, former: str, route: str) -> Iterator[tuple[str, str]]:
+def _pairs(
+    address: str, key: str, entry: MovedEntry, former: str, route: str, *, is_known: bool
+) -> Iterator[tuple[str, str]]:
     if not key:
         yield "server", f"{entry.server}: {address} has not moved (route {route})"
         return
-    yield "server", entry.server
+    yield "server", entry.server if is_known else f"{former}: no server of these settings is called {entry.server}"
     yield "entry", key
     yield "moved", f"{moment(entry.at)} by {entry.by or 'somebody'}{f': {entry.note}' if entry.note else ''}"
-    yield "else", f"{former} (route {route}); it gets copies"
+    if is_known:
+        yield "else", f"{former} (route {route}); it gets copies"
 
 
 def export(settings: Settings, form: str, hosts: Sequence[str], server: str | None) -> int:

@@ -37,7 +37,7 @@ def show(settings: Settings, out: Output, *, address: str, sender: str, client: 
         raise Trouble(f"a table cannot be read: {error}") from error
     roles = _roles(settings)
     default, backups = roles.primary.name, [backup.name for backup in roles.backups]
-    moved = _moved(settings, address)
+    moved = _moved(settings, address, warnings)
     router = loading.router_of(settings, tables, moved).with_routes(roles.routes)
     # The token stands for the message where that decides by weight: there is none.
     plan = router.plan(default, sender.removeprefix("<").removesuffix(">"), client, local, token="message")  # noqa: S106  (no password)
@@ -107,16 +107,20 @@ def _weights(decision: RouteDecision) -> dict[str, float]:
     return dict(zip(route.servers, route.weights, strict=True)) if route.weights else {}
 
 
-def _moved(settings: Settings, address: str) -> MovedMap:
+def _moved(settings: Settings, address: str, warnings: list[str]) -> MovedMap:
     """Return who has moved, as the relays of this host go by it, else as Redis has it for this address."""
-    held = moved_copy.load_or_tell(settings.state_dir)
-    if held.state.generation:
-        return held
+    unusable = ""
+    try:
+        if (held := moved_copy.load(settings.state_dir)).state.generation:
+            return held
+    except OSError as error:
+        unusable = f"this host's copy of who has moved cannot be used, and Redis does not answer: {error}"
     keys = lookup_keys(address.removeprefix("<").removesuffix(">"), fold=settings.routes.fold_local)
     with suppress(CannotSay), ledger_of(settings) as connection:
         found, _ = moving.entries(connection, keys)
         return MovedMap(servers=dict.fromkeys((entry.server for entry in found.values()), 1), changes=found)
-    return held
+    warnings += [printable(unusable)] if unusable else []
+    return moved_copy.NOBODY
 
 
 def _why(decision: RouteDecision, tables: dict[Any, Table], moved: MovedMap) -> str:

@@ -13,6 +13,7 @@ from relay.command.output import GREEN, RED, YELLOW, Column, Output, as_object, 
 from relay.config.loader import Settings
 from relay.ledger import audit
 from relay.topology import decisions, promotion, route_roles
+from relay.topology.agreement import differences
 from relay.topology.decisions import View
 from relay.topology.heartbeats import Heartbeat
 from relay.topology.roles import disagreement
@@ -92,6 +93,7 @@ def _as_object(seen: View, settings: Settings) -> dict[str, object]:
         else None,
         "settings_agree": _agree(seen, settings),
         "routes": {name: asdict(roles) for name, roles in now.routes.items()} if now else {},
+        "differences": list(differences(seen)),
         "disagreement": disagreement(settings, last),
         "moved": {
             "generation": seen.moves.generation if seen.moves else 0,
@@ -136,9 +138,15 @@ def _head(seen: View, settings: Settings) -> Iterator[tuple[str, str]]:
         yield "trouble", f"what Redis holds as topology makes no sense: {seen.nonsense}"
     if lost := _lost(seen, last):
         yield "trouble", lost
+    yield from _about_settings(seen, settings, last)
+
+
+def _about_settings(seen: View, settings: Settings, last: Topology | None) -> Iterator[tuple[str, str]]:
     primary_now = promotion.current(seen, settings)
     if settings.primary and settings.primary.name != primary_now:
         yield "settings", f"they name {settings.primary.name} as the primary: edit them to agree before long"
+    for text in differences(seen):
+        yield "settings", text
     if last:
         for text in route_roles.disagreements(settings, last):
             yield "settings", text

@@ -83,7 +83,7 @@ def ready(found: list[ProbeResult]) -> HttpAnswer:
         if not f.ok
         and (
             (f.subject in _SPOOLED and can_spool)
-            or f.subject in {findings.LEDGER, topology.SUBJECT, topology.MOVED}
+            or f.subject in {findings.LEDGER, topology.SUBJECT, topology.MOVED, topology.HOSTS, routes.MOVED}
             or f.subject.startswith((findings.HELD, routes.SUBJECT, topology.FAILOVER))
             or f.subject.startswith(_ABOUT_FAILOVER)
         )

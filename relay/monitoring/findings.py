@@ -35,13 +35,16 @@ _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S1
 def of(settings: Settings, *, relaying: bool) -> list[ProbeResult]:
     """Look at all that taking a message and keeping its copies needs, now."""
     findings = asyncio.run(probe_redis(settings))
-    findings += _ledger(settings, usable=all(finding.ok for finding in findings))
+    usable = all(finding.ok for finding in findings)
+    findings += _ledger(settings, usable=usable)
     if relaying:
         patience = _PORT_SECONDS + settings.smtp.greeting_delay
         first = b"PROXY UNKNOWN\r\n" if settings.smtp.proxy_protocol else b""
         findings += [_port(host, port, patience, first) for host, port in settings.smtp.addresses]
         findings += _spool(settings)
         findings += routes.refused_tables(settings)
+        if not usable:  # else it is read from there again, and written
+            findings += routes.unusable_map(settings)
     return findings
 
 

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 
 from relay.config.model import Settings
 from relay.config.routes import Route
+from relay.mail.text import printable
 from relay.monitoring.probe_result import ProbeResult
-from relay.routing import loading, table_store
+from relay.routing import loading, moved_copy, table_store
 from relay.routing.table_file import BadTable
 
 SUBJECT = "table "
+MOVED = "copy of who has moved"
 DEFERRED = (
     "recipients of one message that need another primary than its first one get 452 and come by themselves: with "
     "Postfix in front after minutes, unless its transport has recipient_limit = 1 or splits by port (docs/routes.md)"
@@ -20,6 +22,16 @@ FORKED = (
     "a message for recipients of several primaries goes to each at once; where one refuses it at its end and another "
     "takes it, the client hears 250: a 4xx there becomes a copy, a 5xx is in the failed list, and nobody bounces"
 )
+
+
+def unusable_map(settings: Settings) -> Iterator[ProbeResult]:
+    """Say that this host's copy of who has moved cannot be used; nothing where it can, or there is none."""
+    try:
+        moved_copy.load(settings.state_dir)
+    except OSError as error:
+        text = f"this host's copy of who has moved cannot be used: {printable(str(error))}"
+        text += "; while Redis does not answer, their former servers answer from a start on"
+        yield ProbeResult(MOVED, False, text)
 
 
 def about_routes(settings: Settings) -> Iterator[ProbeResult]:

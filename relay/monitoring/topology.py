@@ -9,12 +9,14 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from relay.config.model import Settings
 from relay.monitoring.probe_result import ProbeResult
 from relay.topology import promotion
+from relay.topology.agreement import differences
 from relay.topology.decisions import View
 from relay.topology.heartbeats import Heartbeat
 from relay.topology.roles import disagreement
 
 SUBJECT = "topology"
 MOVED = "moved"
+HOSTS = "settings of hosts"
 FAILOVER = "failover from "
 
 
@@ -40,6 +42,8 @@ def about_topology(settings: Settings, seen: View) -> Iterator[ProbeResult]:
     for name, labels in sorted(away.items()):
         text = f"cannot be used by {', '.join(labels)}, so that others of its route answer"
         yield ProbeResult(f"{FAILOVER}{name}", False, text)
+    if others := "; ".join(differences(seen)):
+        yield ProbeResult(HOSTS, False, others)
     if words := disagreement(settings, promotion.latest(seen, settings)):  # as it may be for days: mail goes on
         yield ProbeResult("settings", True, words)
 

@@ -21,6 +21,7 @@ from relay.mail.destination import Destination
 from relay.mail.text import printable
 from relay.routing import moved_copy
 from relay.routing.moved_copy import MovedMap
+from relay.topology.agreement import fingerprints
 from relay.topology.heartbeats import Pulse
 from relay.topology.roles import may_be_copied
 
@@ -53,6 +54,7 @@ class MovedFollower:
         self.is_idle = asyncio.Event()  # nothing is being read
         self.is_idle.set()
         self._is_registered = False  # whether the ledger knows all who may get copies because of it
+        pulse.settings = fingerprints(settings)
         pulse.servers = [server.name for server in settings.named]
         self._tell("")
 

@@ -47,6 +47,7 @@ class Pulse:
         self.moved = 0  # the generation of the map of moved mailboxes that it goes by
         self.moved_trouble = ""  # why that is not the one in Redis
         self.servers: list[str] = []  # names of all that its settings name
+        self.settings: dict[str, str] = {}  # what its settings mean by each name: see relay.topology.agreement
         self.topology: str | None = None  # as Redis has told it last, "" for none; None before it has
         self.moves: str | None = None  # likewise: the state of the map of moved mailboxes
         self.intent = ""
@@ -70,6 +71,7 @@ class Pulse:
                 "moved": self.moved,
                 "moved_trouble": self.moved_trouble,
                 "servers": self.servers,
+                "settings": self.settings,
             }
         )
         changes.beat(pipe, self.process, words.removeprefix("{"))
@@ -102,6 +104,7 @@ class Heartbeat:
     moved: int | None = None  # the generation of the map of moved mailboxes; None: a version that knows none
     moved_trouble: str = ""
     servers: tuple[str, ...] = ()  # names of all that its settings name
+    settings: dict[str, str] | None = None  # a digest for each server and route; None: of an older version
 
     def goes_by(self, routes: Iterable[str]) -> bool:
         """Return whether it follows what was decided about these routes."""
@@ -178,10 +181,15 @@ def _beat(process: str, data: bytes, now: float) -> Heartbeat | None:
             moved=count(found["moved"]) if "moved" in found else None,
             moved_trouble=text(found.get("moved_trouble", "")),
             servers=_names(found.get("servers", [])),
+            settings=_digests(found["settings"]) if "settings" in found else None,
             routes=frozenset(texts(found["routes"])) if "routes" in found else None,
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def _digests(found: Any) -> dict[str, str]:
+    return {text(name): text(digest) for name, digest in list(found.items())[:_MOST]}
 
 
 def _names(found: Any) -> tuple[str, ...]:

@@ -186,6 +186,57 @@ def test_redis_away_and_redis_emptied(
     assert relay.run("move", "--repair", "--yes").returncode == 0, "nothing is lost"
 
 
+def test_a_damaged_copy_at_a_start_without_redis(
+    product: Make, servers: Servers, redis_factory: Callable[..., RedisServer]
+) -> None:
+    """Nobody knows who has moved: former servers answer, it is said wherever one looks, and it mends itself."""
+    server = redis_factory()
+    relay = product(
+        primary=f"old={servers['old'].address}",
+        backups=[f"new={servers['new'].address}"],
+        redis_url=server.url,
+        settings=QUICK,
+    )
+    relay.json("move", "anna@a.example", "--to", "new", "--yes")
+    server.stop()
+    assert relay.stop() == 0
+    for path in (relay.state_dir / "moved").glob("*.db"):
+        path.write_bytes(b"rubbish" * 100)
+    relay.start(wait=False)
+    wait_until(lambda: greets(relay), message=lambda: relay.log[-4000:])
+    relay.send("damaged@example.org", "anna@a.example")
+    wait_until(lambda: "copy of who has moved cannot be used" in relay.get("/readyz")[1])
+    shown = relay.run("route", "anna@a.example")
+    assert (shown.returncode, "warning  this host's copy of who has moved cannot be used" in shown.stdout) == (1, True)
+    assert "ERROR" not in shown.stderr
+    server.start()
+    relay.wait_ready()
+    wait_until(lambda: [event.get("event") for event in relay.events].count("who has moved") == 2)
+    relay.send("mended@example.org", "anna@a.example")
+    found = answered(relay)
+    assert (found["damaged@example.org"], found["mended@example.org"]) in {("old", "new"), ("", "new")}
+    for name in ("old", "new"):
+        servers[name].wait_for(2)
+    assert relay.run("route", "anna@a.example").returncode == 0
+
+
+def test_a_server_that_is_taken_out_while_mailboxes_are_there(product: Make, servers: Servers) -> None:
+    """The former server answers, it is told, and everybody can be moved back without the server in the settings."""
+    relay = migration(product, servers)
+    relay.json("move", "anna@a.example", "bert@a.example", "--to", "new", "--yes")
+    relay.settings["relay.destination_backups"] = ""
+    assert relay.stop() == 0
+    relay.start()
+    relay.send("without@example.org", "anna@a.example")
+    assert [m.sender for m in servers["old"].wait_for(1)] == ["without@example.org"]
+    wait_until(lambda: "do not name new (2 mailboxes), to which they have moved" in relay.get("/readyz")[1])
+    shown = relay.run("moved", "show", "anna@a.example").stdout
+    assert "old: no server of these settings is called new" in shown
+    assert "it gets copies" not in shown
+    assert relay.run("move", "anna@a.example", "bert@a.example", "--back", "--yes").returncode == 0
+    wait_until(lambda: relay.run("topology").returncode == 0)
+
+
 def test_a_message_for_both_sides_goes_to_both_with_fork(product: Make, servers: Servers) -> None:
     """With routes.split = "fork" one transaction serves who has moved and who has not; each server has it once."""
     relay = migration(product, servers, routes__split="fork")
