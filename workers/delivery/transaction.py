@@ -22,7 +22,7 @@ from relay.client.server_limits import UNLIMITED, ServerLimits
 from relay.client.xforward import introduce, is_introduced, xforward
 from relay.mail.destination import Destination
 from relay.mail.envelope import Envelope
-from relay.mail.esmtp import MAIL_EXTENSIONS, command_line, value
+from relay.mail.esmtp import MAIL_EXTENSIONS, command_line
 from relay.mail.origin import of_envelope
 from relay.mail.recipient import Recipient
 from relay.mail.record import Message
@@ -117,7 +117,7 @@ def opening(connection: Connection, message: Message, owed: Sequence[int]) -> Op
     if connection.limits is not UNLIMITED:
         owed = _within(connection.limits, envelope, owed)
     return Opening(
-        xforward(of_envelope(envelope), connection),
+        xforward(of_envelope(envelope), connection) if "XFORWARD" in connection.extensions else [],
         mail_command(envelope, connection.destination, connection),
         [(i, rcpt_command(envelope.recipients[i], connection)) for i in owed],
     )
@@ -136,7 +136,10 @@ def _within(limits: ServerLimits, envelope: Envelope, owed: Sequence[int]) -> li
 
 def can_follow(connection: Connection, message: Message) -> bool:
     """Say whether a transaction may begin behind a dot: the server offers PIPELINING and needs no XCLIENT before it."""
-    return "PIPELINING" in connection.extensions and is_introduced(connection, of_envelope(message.envelope))
+    extensions = connection.extensions
+    if "XCLIENT" not in extensions:  # as nearly always
+        return "PIPELINING" in extensions and not connection.introduced
+    return "PIPELINING" in extensions and is_introduced(connection, of_envelope(message.envelope))
 
 
 async def send(
@@ -238,31 +241,34 @@ def _go(reply: Reply, accepted: list[int], outcome: Outcome) -> list[int] | None
 def mail_command(envelope: Envelope, destination: Destination, connection: Connection) -> bytes:
     """Return MAIL for this server. Raises Unfit."""
     extensions = connection.extensions
-    parameters = _needed(envelope, destination, extensions) if envelope.parameters else []
+    # Once by name, instead of a search for each; of two with one name the first counts.
+    given = {name.upper(): text for name, _, text in (p.partition("=") for p in reversed(envelope.parameters))}
+    parameters = _needed(given, destination, extensions) if given else []
     if "SIZE" in extensions:
         limit = extensions["SIZE"].strip()
         if limit.isascii() and limit.isdigit() and 0 < int(limit) < envelope.size:
             raise Unfit(f"5.3.4 the message has {envelope.size} octets, the backup takes {limit}: raise its size limit")
         parameters.append(f"SIZE={envelope.size}")
-    if envelope.parameters:
-        parameters += [p for p in _optional(envelope) if MAIL_EXTENSIONS[p.partition("=")[0]] in extensions]
+    if given:
+        optional = _optional(given, envelope.received_at)
+        parameters += [p for p in optional if MAIL_EXTENSIONS[p.partition("=")[0]] in extensions]
     sender = "" if destination.sender == "null" else envelope.sender
     return command_line("MAIL FROM", sender, parameters)
 
 
-def _needed(envelope: Envelope, destination: Destination, extensions: Mapping[str, str]) -> list[str]:
+def _needed(given: Mapping[str, str], destination: Destination, extensions: Mapping[str, str]) -> list[str]:
     """Return the parameters without which the message must not be sent. Raises Unfit."""
     parameters = []
-    if value(envelope.parameters, "SMTPUTF8") is not None:
+    if "SMTPUTF8" in given:
         if "SMTPUTF8" not in extensions:
             raise Unfit("5.6.7 the backup does not offer SMTPUTF8, which this message needs: enable it there")
         parameters.append("SMTPUTF8")
-    body = value(envelope.parameters, "BODY")
+    body = given.get("BODY")
     if body is not None and body.upper() != "7BIT":
         if "8BITMIME" not in extensions:
             raise Unfit("5.6.3 the backup does not offer 8BITMIME, which this message needs: enable it there")
         parameters.append(f"BODY={body}")
-    if value(envelope.parameters, "REQUIRETLS") is not None:
+    if "REQUIRETLS" in given:
         if "REQUIRETLS" not in extensions or destination.tls != "verify":
             raise Unfit(
                 "5.7.30 the message must travel with REQUIRETLS: offer it there, and set tls = verify for it here"
@@ -271,17 +277,17 @@ def _needed(envelope: Envelope, destination: Destination, extensions: Mapping[st
     return parameters
 
 
-def _optional(envelope: Envelope) -> Iterator[str]:
+def _optional(given: Mapping[str, str], received_at: float) -> Iterator[str]:
     """Yield what is said where it is understood and else left out; how long to hold the copy, while that lies ahead."""
     now = time.time()
     for name in ("AUTH", "MT-PRIORITY", "HOLDFOR", "HOLDUNTIL"):
-        text = value(envelope.parameters, name)
+        text = given.get(name)
         if text is None:
             continue
         if name == "HOLDFOR":
             is_count = text.isascii() and text.isdigit() and len(text) < 12
             # Never longer than was asked for, should this host's clock be behind.
-            left = min(int(text), int(envelope.received_at + int(text) - now)) if is_count else 0
+            left = min(int(text), int(received_at + int(text) - now)) if is_count else 0
             text = str(left) if left > 0 else ""
         elif name == "HOLDUNTIL":
             try:
