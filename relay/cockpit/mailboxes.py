@@ -12,7 +12,7 @@ from typing import Any
 
 from redis import Redis
 
-from relay.cockpit import moves, tracing, words
+from relay.cockpit import mailbox_probe, moves, tracing, words
 from relay.cockpit.finding import Finding, fails, passes, unknown, warns
 from relay.config.model import Settings
 from relay.routing import moved_copy
@@ -72,8 +72,12 @@ class MailboxVerdict:
         }
 
 
-def of_address(connection: Redis, settings: Settings, asked: moves.Wish) -> list[MailboxVerdict]:
+def of_address(
+    connection: Redis, settings: Settings, asked: moves.Wish, *, check: bool = False
+) -> list[MailboxVerdict]:
     """Return the verdict on an address, for where it has moved to, else for each server that it can move to.
+
+    With ``check`` that server is asked whether it has the mailbox.
 
     Raises BadTable, OSError, RedisError.
     """
@@ -88,6 +92,9 @@ def of_address(connection: Redis, settings: Settings, asked: moves.Wish) -> list
     for name in names:
         judged = [MailboxJudged("moved", _moved(entry, former.servers[0]))]
         judged.append(MailboxJudged("server", _server(connection, settings, seen, name)))
+        if check and (server := next((s for s in settings.named if s.name == name), None)):
+            (said,) = mailbox_probe.probe(settings, server, [asked.key])
+            judged.append(MailboxJudged("mailbox", mailbox_probe.judged(said, name)))
         if not answering.is_copied(asked.key, name):
             judged.append(MailboxJudged("copies", fails(f"{name} gets no copies of its mail")))
         judged.append(MailboxJudged("divergence and waiting", _troubles(connection, settings, name, [asked.key])))

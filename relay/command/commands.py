@@ -30,6 +30,7 @@ _NO_QUESTION = _option("--yes", is_flag=True, help="has no effect: this command 
 _WAIT_FOR = _option("--wait", metavar="TIME", default="10s", show_default=True, help="for the relay processes")
 _AT_ONCE = _option("--now", is_flag=True, help="skip the check that relays reach the server")
 _REASON = _option("--reason", metavar="TEXT", default="", help="the reason, for the audit")
+_CHECK = _option("--check", is_flag=True, help="ask the new server whether they exist there")
 _DRY_RUN = _option("--dry-run", is_flag=True, help="show what would be done; change nothing")
 
 
@@ -167,6 +168,7 @@ ROOT = _group(
         "ready": _word(
             "whether a backup is ready to be the primary, and why not", "ready:show",
             click.Argument(["name"], metavar="[NAME|ADDRESS]", required=False, type=Names(DESTINATION)),
+            _option("--check", is_flag=True, help="of an ADDRESS: ask the server whether it exists there"),
             _option("--moved", is_flag=True, help="the mailboxes that have moved, instead of a backup"),
             _option("--route", metavar="ROUTE", type=Names(ROUTE), default="", help="only who gets copies on it"),
             _option("--nagios", is_flag=True, help="one line and exit status for a monitoring system"),
@@ -228,6 +230,7 @@ ROOT = _group(
             _option("--to", metavar="NAME", type=Names(DESTINATION), help="the server that is to answer"),
             _option("--back", is_flag=True, help="to whoever answered before"),
             _option("--all", "everything", is_flag=True, help="promote the new server, then clear the map"),
+            _CHECK,
             _option("--repair", is_flag=True, help="put back what Redis has lost of who has moved"),
             _option("--note", metavar="TEXT", default="", help="why, kept with each address and in the audit"),
             _DRY_RUN, _WAIT_FOR, _option("--force", is_flag=True, help="even if a mailbox is not known to be ready"),

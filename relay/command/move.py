@@ -8,7 +8,8 @@ from pathlib import Path
 
 from redis import Redis
 
-from relay.cockpit import moves, words
+from relay.cockpit import mailbox_probe, moves, words
+from relay.cockpit.mailbox_probe import Probed
 from relay.cockpit.moves import Kept, MovePlan, Wish
 from relay.command import prompt
 from relay.command.connection import ledger_of
@@ -17,6 +18,7 @@ from relay.command.exit_status import NO, WELL, Misuse, Trouble
 from relay.command.move_all import move_all, put_back, repair_map, show_loss
 from relay.command.move_steps import carry_out, plan_of, show_kept
 from relay.command.output import Output
+from relay.command.progress import Progress
 from relay.config.loader import Settings
 from relay.mail.text import printable
 from relay.topology.moved import MOVE, MOVE_BACK, NOTE
@@ -35,6 +37,7 @@ def move(
     back: bool,
     everything: bool,
     repair: bool,
+    check: bool,
     note: str,
     force: bool,
     dry_run: bool,
@@ -47,6 +50,8 @@ def move(
         raise Misuse("whom? smtp-dup move ADDRESS..., --file FILE or --domain DOMAIN; or --all, or --repair, alone")
     if force and not note:
         raise Misuse("--force needs --note TEXT: it is kept with the move")
+    if check and (back or everything or repair):
+        raise Misuse("--check asks the server that mailboxes move to: with addresses, --file or --domain, and --to")
     seconds = seconds_of(wait)
     name = _server(settings, to, needed=is_batch and not back)
     if repair:
@@ -57,7 +62,10 @@ def move(
     asked = list(_asked(settings, addresses, file, domains))
     with ledger_of(settings) as connection:
         made = plan_of(connection, settings, asked, name, back=back, note=printable(note)[:NOTE], force=force)
-        return _batch(connection, settings, out, made, note, seconds, back=back, force=force, dry_run=dry_run, yes=yes)
+        probed = _checked(settings, out, made, name, force=force) if check else []
+        return _batch(
+            connection, settings, out, made, probed, note, seconds, back=back, force=force, dry_run=dry_run, yes=yes
+        )
 
 
 def _batch(
@@ -65,6 +73,7 @@ def _batch(
     settings: Settings,
     out: Output,
     made: MovePlan,
+    probed: Sequence[Probed],
     reason: str,
     seconds: float,
     *,
@@ -75,7 +84,7 @@ def _batch(
 ) -> int:
     if made.lost:
         show_loss(out, made)
-    _show(out, made, back=back)
+    _show(out, made, probed, back=back)
     if dry_run:
         return NO if made.kept or made.objections or made.lost else WELL
     if made.objections and not force:
@@ -131,6 +140,19 @@ def _read(file: str) -> str:
 # A batch --------------------------------------------------------------------------------------------------------------
 
 
+def _checked(settings: Settings, out: Output, made: MovePlan, name: str, *, force: bool) -> list[Probed]:
+    """Ask the new server whether those to be moved exist there."""
+    server = next(one for one in settings.named if one.name == name)
+    if made.objections or not made.wanted:
+        return []
+    report = Progress(out)
+    report(f"asking {name} about {words.count(len(made.wanted), 'address', 'addresses')} ...")
+    found = mailbox_probe.probe(settings, server, list(made.wanted))
+    report.clear()
+    mailbox_probe.apply(made, found, force=force)
+    return found
+
+
 def _action(made: MovePlan, *, back: bool) -> str:
     mailboxes = words.count(len(made.wanted), "address", "addresses")
     return f"Move {mailboxes} back" if back else f"Move {mailboxes} to {made.to}"
@@ -139,7 +161,7 @@ def _action(made: MovePlan, *, back: bool) -> str:
 # What is shown --------------------------------------------------------------------------------------------------------
 
 
-def _show(out: Output, made: MovePlan, *, back: bool) -> None:
+def _show(out: Output, made: MovePlan, probed: Sequence[Probed], *, back: bool) -> None:
     if out.as_json:
         out.object(
             {
@@ -152,15 +174,16 @@ def _show(out: Output, made: MovePlan, *, back: bool) -> None:
                 "objections": made.objections,
                 "remarks": made.remarks,
                 "processes": [beat.label for beat in made.seen.living],
+                "probed": [{"address": one.address, "result": one.result.value, "text": one.text} for one in probed],
             }
         )
         show_kept(out, made.kept)
         return
-    out.pairs(_pairs(made, back=back))
+    out.pairs(_pairs(made, probed, back=back))
     show_kept(out, made.kept)
 
 
-def _pairs(made: MovePlan, *, back: bool) -> Iterator[tuple[str, str]]:
+def _pairs(made: MovePlan, probed: Sequence[Probed], *, back: bool) -> Iterator[tuple[str, str]]:
     before = made.generation - 1
     where = "back" if back else f"to {made.to}"
     mailboxes = words.count(len(made.wanted), "address", "addresses")
@@ -172,6 +195,8 @@ def _pairs(made: MovePlan, *, back: bool) -> Iterator[tuple[str, str]]:
     if made.already:
         how = "not moved" if back else f"at {made.to}"
         yield "already", f"{how}: {words.some(made.already)}"
+    if probed:
+        yield "mailboxes", ", ".join(f"{number} {what}" for what, number in mailbox_probe.counts(probed))
     yield "processes", ", ".join(beat.label for beat in made.seen.living) or "none lives"
     for text in made.objections:
         yield "trouble", text

@@ -52,11 +52,13 @@ EXTENSIONS = [
 
 
 def show(
-    settings: Settings, out: Output, name: str | None, moved: bool, route: str, nagios: bool, explain: bool
+    settings: Settings, out: Output, name: str | None, check: bool, moved: bool, route: str, nagios: bool, explain: bool
 ) -> int:
     """Give the verdict on one backup, or on each; on a mailbox, or all that have moved. Says no unless ready."""
     if moved or "@" in (name or ""):
-        return _mailboxes(settings, out, name or "", moved=moved, nagios=nagios)
+        return _mailboxes(settings, out, name or "", check=check, moved=moved, nagios=nagios)
+    if check:
+        raise Misuse("--check is about one mailbox: smtp-dup ready user@example.com --check")
     return _backups(settings, out, name, route, nagios=nagios, explain=explain)
 
 
@@ -89,7 +91,9 @@ def _backups(settings: Settings, out: Output, name: str | None, route: str, *, n
     return WELL if all(verdict.is_ready for verdict in verdicts) else NO
 
 
-def _mailboxes(settings: Settings, out: Output, address: str, *, moved: bool, nagios: bool) -> int:
+def _mailboxes(settings: Settings, out: Output, address: str, *, check: bool, moved: bool, nagios: bool) -> int:
+    if moved and check:
+        raise Misuse("--check is about one mailbox: not with --moved")
     if moved and address:
         raise Misuse("--moved is about all that have moved: without a name")
     asked = moves.wish(address, fold=settings.routes.fold_local) if address else None
@@ -98,7 +102,9 @@ def _mailboxes(settings: Settings, out: Output, address: str, *, moved: bool, na
     try:
         with ledger_of(settings) as connection:
             found = (
-                mailboxes.of_address(connection, settings, asked) if asked else mailboxes.of_moved(connection, settings)
+                mailboxes.of_address(connection, settings, asked, check=check)
+                if asked
+                else mailboxes.of_moved(connection, settings)
             )
     except BadTable as error:
         raise Trouble(f"a table cannot be read: {error}") from error

@@ -148,7 +148,7 @@ route reset shop --yes
 route reset shop --yes
 promote --cancel
 move ann@a.example --file {folder}/more --to new --force --note why --yes
-move ann@a.example --to new --dry-run
+move bob@a.example --to new --dry-run --check
 moved
 moved show ann@a.example
 ready --moved
