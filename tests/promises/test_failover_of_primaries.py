@@ -17,6 +17,7 @@ import redis
 
 from relay import faultpoints
 from relay.ledger import overview
+from support import redundant_primaries
 from support.product import QUICK, Product
 from support.reactions import Close, Reset
 from support.retrying_sender import Sender
@@ -31,26 +32,10 @@ SETTINGS = {
     "relay.final_timeout_seconds": "10",
     "relay.uncertain_hold": "1",
 }
-FILE = """
-[[server]]
-name = "b"
-url = "{b}"
-[[server]]
-name = "c"
-url = "{c}"
-[[route]]
-name = "all"
-servers = ["a", "b", "c"]
-copies = "others"
-return_after = "1s"
-"""
 
 
 def redundant(product: Make, servers: dict[str, ScriptedServer], **options: str) -> Product:
-    addresses = {name: server.address for name, server in servers.items()}
-    return product(
-        primary=f"a={addresses['a']}", files={"settings.toml": FILE.format(**addresses)}, settings=SETTINGS | options
-    )
+    return redundant_primaries.redundant(product, servers, SETTINGS | options, return_after="1s")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from support import redundant_primaries
 from support.product import Product
 from support.reactions import Delay, Silence
 from support.scripted_server import ScriptedServer
@@ -15,19 +16,6 @@ from support.waiting import wait_until
 
 Make = Callable[..., Product]
 MakeServer = Callable[..., ScriptedServer]
-ROUTE = """
-[[server]]
-name = "b"
-url = "{b}"
-[[server]]
-name = "c"
-url = "{c}"
-[[route]]
-name = "all"
-servers = ["a", "b", "c"]
-copies = "others"
-return_after = "0"
-"""
 PATIENT = 100  # seconds for a greeting, and for a reply: nobody must wait for so long
 SETTINGS = {
     "relay.timeout_seconds": "2",
@@ -44,11 +32,7 @@ def servers(scripted: MakeServer) -> dict[str, ScriptedServer]:
 
 
 def redundant(product: Make, servers: dict[str, ScriptedServer], **settings: str) -> Product:
-    return product(
-        primary=f"a={servers['a'].address}",
-        files={"settings.toml": ROUTE.format(**{name: server.address for name, server in servers.items()})},
-        settings=SETTINGS | settings,
-    )
+    return redundant_primaries.redundant(product, servers, SETTINGS | settings, return_after="0")
 
 
 def answered_by(relay: Product) -> list[str]:
