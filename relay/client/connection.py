@@ -87,7 +87,7 @@ class Connection(asyncio.Protocol):
         self.refusals = 0  # of MAIL, RCPT, DATA and dot since the last accepted message: servers slow down for them
         self.turned_away = False  # it said 421 to a command, or nothing: another host of the same name may be better
         self.in_data = False  # the server reads body text, so only the dot or a close may follow
-        self.is_dirty = False  # a MAIL was sent, and neither was its dot answered nor a RSET sent
+        self.is_dirty = False  # a MAIL was sent, and neither was its dot answered with a yes nor a RSET sent
         self._is_ahead = False  # the next MAIL was sent behind the dot
         self._behind_dot = 0  # octets sent with the last dot, behind it
         self.introduced = b""  # the XCLIENT command in effect
@@ -185,7 +185,8 @@ class Connection(asyncio.Protocol):
     def end_data(self) -> None:
         """Note that the dot has been answered: the server reads commands again."""
         self.in_data = False
-        self.is_dirty, self._is_ahead = self._is_ahead, False
+        # After a refused dot, too: a Postfix with smtpd_end_of_data_restrictions has the transaction open still.
+        self.is_dirty, self._is_ahead = self._is_ahead or self.refusals > 0, False
 
     async def write_body(self, chunk: bytes | memoryview, *, timeout: float) -> None:
         """Write body text unchanged, in at most ``timeout`` seconds for each 256 KiB. The chunk must not change later.

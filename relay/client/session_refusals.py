@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from relay.mail.reply import Reply
 
@@ -45,18 +45,23 @@ class SessionRefusals:
         self._budget -= 1.0
         return True
 
-    def confirmed(self, reply: Reply) -> None:
-        """Note that a new connection got the same refusal."""
-        kind = _kind(reply)
+    def settle(self, doubted: Reply, replies: Collection[Reply]) -> None:
+        """Note what a new connection said instead: the same, a yes, or something that says nothing of that refusal."""
+        kind = _kind(doubted)
+        if any(reply.code < 400 for reply in replies):
+            self._refuted(kind)
+        elif any(_kind(reply) == kind for reply in replies):
+            self._confirmed(kind)
+
+    def _confirmed(self, kind: str) -> None:
         _, pause = self._pauses.pop(kind, (0.0, 0.0))
         pause = min(_LONGEST_PAUSE, pause * 2) if pause else _FIRST_PAUSE
         self._pauses[kind] = (self._clock() + pause, pause)
         if len(self._pauses) > _KINDS:
             del self._pauses[next(iter(self._pauses))]
 
-    def refuted(self, reply: Reply) -> None:
-        """Note that a new connection was not refused: the refusal was about the old connection."""
-        self._pauses.pop(_kind(reply), None)
+    def _refuted(self, kind: str) -> None:
+        self._pauses.pop(kind, None)
         self._budget = min(_BUDGET, self._budget + 1.0)
 
 

@@ -144,10 +144,7 @@ class Primary:
 
     def settle_doubt(self, doubted: Reply, reply: Reply) -> None:
         """Note whether a new connection repeated the refusal ``doubted`` of a reused one."""
-        if reply.code < 400:
-            self.pool.refusals.refuted(doubted)
-        else:
-            self.pool.refusals.confirmed(doubted)
+        self.pool.refusals.settle(doubted, (reply,))
 
     def unavailable(self, error: ClientError) -> Reply:
         """Log that no connection to the primary can be had; returns the reply for the client."""

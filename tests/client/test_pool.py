@@ -10,6 +10,7 @@ import pytest
 from relay.client.connection import Connection
 from relay.client.errors import ClientError, ConnectFailed
 from relay.client.pool import Pool, PoolExhausted
+from relay.client.session_refusals import SessionRefusals
 from relay.mail.reply import Reply
 from relay.mail.timeouts import Timeouts
 from support.event_loops import at_end, both_loops
@@ -384,3 +385,33 @@ async def test_many_at_once(scripted: Scripted):
     assert (pool.in_use, pool.waiting) == (0, 0)
     assert pool.idle <= 3
     await pool.close()
+
+
+@both_loops
+async def test_a_refused_dot_is_followed_by_a_rset(scripted: Scripted):
+    """A server may have that transaction open still, and would refuse the next MAIL as nested."""
+    server = scripted({".": ["554 5.7.1 no", None]})
+    pool = Pool(
+        server.destination(), local_hostname="relay.example", timeouts=Timeouts.of(LONG), limit=2, max_refusals=5
+    )
+    at_end.append(lambda: [connection.close() for connection in [*pool._idle, *pool._leased]])
+    for code in (554, 250, 250):
+        connection = await pool.lease()
+        connection.send(b"MAIL FROM:<>", b"RCPT TO:<b@example.com>", b"DATA")
+        for _ in range(3):
+            await connection.reply(timeout=LONG)
+        connection.begin_data()
+        connection.end_body(b"x\r\n")
+        assert (await connection.reply(timeout=LONG)).code == code
+        connection.end_data()
+        pool.give_back(connection)
+    assert server.connections[0].verbs == ["EHLO", *["MAIL", "RCPT", "DATA", "RSET"], *["MAIL", "RCPT", "DATA"] * 2]
+
+
+def test_only_the_same_refusal_confirms_one_in_doubt():
+    """What a new connection refuses with other words says nothing of what the old one said."""
+    refusals = SessionRefusals(lambda: 0.0)
+    nested, other = Reply.of(503, "5.5.1 Error: nested MAIL command"), Reply.of(554, "5.7.1 access denied")
+    for heard, is_doubtful in ((other, True), (nested, False), (Reply.of(250, "ok"), True)):
+        refusals.settle(nested, [heard])
+        assert refusals.is_doubtful(nested) is is_doubtful

@@ -245,7 +245,7 @@ class ConnectionRuns:
         is_doubtful = refusals.is_doubtful if may_repeat else None
         server = copy.read(outcome, soft_bounce=self._destination.soft_bounce, is_doubtful=is_doubtful)
         if doubted is not None and copy.doubted is None:
-            (refusals.refuted if copy.yes else refusals.confirmed)(doubted)
+            refusals.settle(doubted, outcome.replies.values())
         if copy.doubted is not None:
             copy.repeats += 1
             if copy.yes:
