@@ -220,7 +220,9 @@ class _Pipeline(asyncio.Protocol):
         self._batch: CommandBatch | None = None
         self._owed = 0
         self._answered: Answered | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+        self._deadline = 0.0
+        self._timer: asyncio.TimerHandle | None = None  # one serves many batches
         self._is_lost = False
         self._transport.set_protocol(self)
 
@@ -231,11 +233,14 @@ class _Pipeline(asyncio.Protocol):
     def send(self, batch: CommandBatch, seconds: float, answered: Answered) -> None:
         """Send a batch; ``answered`` is called once, with its answers or with the exception that prevented them."""
         self._batch, self._owed, self._answered = batch, batch.replies_owed, answered
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._expire, seconds)
+        self._deadline = self._loop.time() + seconds
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._deadline, self._expire, seconds)
         self._transport.writelines(batch.packed)
 
     def leave(self) -> None:
         """Give the transport back to redis-py."""
+        self._cancel()
         self._transport.set_protocol(self._owner)
 
     def close(self) -> None:
@@ -264,6 +269,7 @@ class _Pipeline(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_lost = True
+        self._cancel()
         self._owner.connection_lost(exc)
         self._end(NoConnection(_CLOSED))
 
@@ -272,13 +278,19 @@ class _Pipeline(asyncio.Protocol):
         self._end(error)
 
     def _expire(self, seconds: float) -> None:
-        self._end(TimeoutError(f"no answer within {seconds:g} s"))
+        self._timer = None
+        if self._answered is not None and self._deadline <= self._loop.time():
+            self._end(TimeoutError(f"no answer within {seconds:g} s"))
+        elif self._answered is not None:
+            self._timer = self._loop.call_at(self._deadline, self._expire, seconds)
 
-    def _end(self, answers: Answers) -> None:
-        answered, self._answered, self._batch, self._owed, self._replies = self._answered, None, None, 0, []
+    def _cancel(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _end(self, answers: Answers) -> None:
+        answered, self._answered, self._batch, self._owed, self._replies = self._answered, None, None, 0, []
         if answered is not None:
             answered(answers)
 
