@@ -65,7 +65,7 @@ CRITERIA: tuple[Criterion, ...] = (
     Criterion(14, "arrived", "What it took is in the mailboxes; that nobody has compared them is a warning.",
               ("ready.arrived_age", "ready.require_arrived"), arrived),
     Criterion(15, "relays", "Every relay process lives, has the newest settings and roles, and reaches the server.",
-              ("ready.check_every",), relays),
+              ("ready.check_every", "ready.days"), relays),
     Criterion(16, "in the air", "No message lacks its copy, is uncertain for too long, or is in a spool for a minute.",
               ("ready.days", "relay.uncertain_hold"), in_the_air),
     Criterion(17, "way back", "The primary takes MAIL from every host with workers: it will be a backup.",

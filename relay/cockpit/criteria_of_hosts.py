@@ -36,8 +36,12 @@ def relays(e: Evidence) -> Finding:
     unchecked = _unchecked(e, e.reaches, relaying=True) if e.ready.check_every else []
     if unchecked:
         return unknown(f"{some(unchecked)} has not connected to {e.name} yet: within {span(e.ready.check_every)}")
-    if e.differences:
-        return warns("; ".join(e.differences))
+    remarks = list(e.differences)
+    if turns := sum(hour.failovers.get(e.name, 0) for hour in hours_watched(e)):
+        times = count(turns, "time", "times")
+        remarks.append(f"another server of its route had to answer in its place {times} in {e.ready.days or 35} d")
+    if remarks:
+        return warns("; ".join(remarks))
     checked = f", {e.name} is reached from each" if e.ready.check_every else ""
     return passes(f"{count(len(living), 'relay process', 'relay processes')}, same settings{checked}")
 

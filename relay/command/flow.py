@@ -179,7 +179,7 @@ def _trend(counts: Sequence[int]) -> str:
 def _servers(flows: Sequence[Flow], whole: Flow, primary: str, backups: Sequence[str]) -> list[_Server]:
     rows = [
         _Server(
-            f"{primary} (primary)" if primary else "primary",
+            "primaries" if whole.routes else f"{primary} (primary)" if primary else "primary",
             whole.accepted,
             whole.refused_4xx + whole.uncertain,
             whole.refused_5xx + whole.own,
