@@ -69,11 +69,17 @@ def carry_out(connection: Redis, out: Output, made: MovePlan, reason: str, secon
             f"it is not known whether they were moved: Redis has not answered; `smtp-dup moved` tells "
             f"({printable(str(error))})"
         ) from error
-    kept = [Kept(key, why) for key, why in taken.items()]
+    kept = [Kept(key, why) for key, why in taken.items() if why]
     show_kept(out, kept)
+    if others := [key for key, why in taken.items() if not why]:
+        say(
+            out,
+            f"Somebody else has done that meanwhile: {words.some(others)}.",
+            {"kind": "already", "addresses": others},
+        )
     count = len(made.wanted) - len(taken)
     if not count:
-        return NO
+        return NO if kept else max(told(connection, out, made, state, seconds), NO if made.kept else WELL)
     addresses = words.count(count, "address", "addresses")
     done = {MOVE: f"Moved {addresses} to {made.to}", MOVE_BACK: f"Moved {addresses} back"}
     say(

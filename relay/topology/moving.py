@@ -162,6 +162,8 @@ def commit(
 ) -> tuple[MapState, dict[str, str]]:
     """Make these changes a generation; returns its state, and who was moved by somebody else since it was ``seen``.
 
+    Of those it is said who has moved them where, "" where that is as it is wanted.
+
     Where nothing is left to change the state is the one that was there. ``known`` is the highest generation that
     anybody goes by. Raises Lost, and NotFollowed where there is a later one than ``after``, which everybody follows.
     """
@@ -173,7 +175,7 @@ def commit(
                 if after is not None and before is not None and before.generation > after:
                     raise NotFollowed
                 found, damaged = entries(pipe, list(wanted))
-                taken = {key: _said(found.get(key)) for key in wanted if found.get(key) != seen.get(key)}
+                taken = {k: _said(found.get(k), entry) for k, entry in wanted.items() if found.get(k) != seen.get(k)}
                 left = {key: entry for key, entry in wanted.items() if key not in taken}
                 if not left:
                     return before or _NOTHING, taken
@@ -313,7 +315,9 @@ def _pieces(names: Sequence[str]) -> Iterator[Sequence[str]]:
         yield names[begin : begin + _AT_ONCE]
 
 
-def _said(entry: MovedEntry | None) -> str:
+def _said(entry: MovedEntry | None, wanted: MovedEntry | None) -> str:
+    if (entry and entry.server) == (wanted and wanted.server):
+        return ""
     if entry is None:
         return "somebody else has moved it back meanwhile"
     return printable(f"{entry.by or 'somebody'} has moved it to {entry.server} meanwhile")

@@ -164,6 +164,8 @@ def test_who_is_quicker_is_not_overwritten_unseen(redis_client: redis.Redis) -> 
     assert (list(taken), state.count) == (["a@x"], 2)
     assert "test has moved it to new meanwhile" in taken["a@x"]
     assert servers_of(redis_client) == {"a@x": "new", "b@x": "third"}
+    same, taken = moving.commit(redis_client, {"a@x": MovedEntry("new")}, {}, 1, ACT)
+    assert (taken, same) == ({"a@x": ""}, state), "what somebody else has done as it is wanted is no trouble"
 
 
 def servers_of(client: redis.Redis) -> dict[str, str]:
