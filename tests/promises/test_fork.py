@@ -15,6 +15,7 @@ import redis
 
 from relay import faultpoints
 from relay.ledger import overview
+from support.postfix_instance import PostfixInstance
 from support.product import Product
 from support.reactions import Close, Gate, Reset, Silence
 from support.retrying_sender import Sender
@@ -404,3 +405,42 @@ def test_killed_at(
         assert set(found) == set(range(30)), f"{name} lacks {set(range(30)) - set(found)} for {recipient}"
         for number, count in found.items():
             assert count <= sender.attempts[number] or explained, f"{name} has {number} {count} times without a reason"
+
+
+@pytest.mark.long
+@pytest.mark.postfix
+@pytest.mark.timeout(300)
+def test_behind_postfix_with_kills_each_server_ends_with_what_it_owes(
+    product: Make, servers: Servers, postfix: Callable[[PostfixInstance], PostfixInstance]
+) -> None:
+    """The relay is killed, then all of smtp-dup, and a leg is away: each server ends with the set that it is owed."""
+    settings = {"relay.command_timeout_seconds": "10", "relay.final_timeout_seconds": "10", "relay.uncertain_hold": "5"}
+    relay = forking(product, servers, **settings)
+    front = postfix(PostfixInstance.front(relay.smtp_port))
+    kinds = [(OLD, NEW), (OLD, NEW, SHOP), (NEW, SHOP), (OLD,), (SHOP, OLD)]
+    count = 400
+    sender = Sender(front.port, range(count), recipients=lambda n: kinds[n % len(kinds)], patience=100).start()
+    servers["shop"].replies["."] = [Silence(), Reset(), "451 4.3.0 later", ("421 4.3.2 bye", Close()), None]
+    servers["old"].replies["DATA"] = [None, Silence(), Close(), "451 4.3.0 later", None]
+    servers["old"].wait_for(20)
+    os.kill(relay.child("relay-1").pid, signal.SIGKILL)
+    servers["old"].wait_for(60)
+    servers["new"].down()
+    servers["old"].wait_for(100)
+    servers["new"].listen()
+    servers["new"].wait_for(40)
+    relay.kill()
+    relay.start()
+    assert sender.join() == set(range(count))
+
+    def is_empty() -> bool:
+        front.flush()
+        return front.queue_empty()
+
+    wait_until(is_empty, 150, interval=3)
+    wait_until(lambda: is_drained(relay), 60)
+    owed = {"old": (OLD, NEW), "new": (NEW,), "shop": (SHOP,), "archive": (OLD, NEW, SHOP)}
+    for name, who in owed.items():
+        due = {(n, address) for n in range(count) for address in kinds[n % len(kinds)] if address in who}
+        taken = {(int(m.header("Subject")), address) for m in servers[name].messages for address in m.recipients}
+        assert taken == due, name
