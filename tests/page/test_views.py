@@ -9,6 +9,7 @@ import json
 import re
 import tarfile
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -46,6 +47,27 @@ def paths(site: PageSite) -> list[str]:
 
 def get_paths() -> list[str]:
     return [route.path for route in views.ROUTES if "GET" in (route.methods or ())]
+
+
+def test_divergence_behind_the_conditions_of_the_command(site: PageSite) -> None:
+    """Code, reply, domain, recipient and route narrow it; one that makes no sense is told at its field: 400."""
+    viewer = site.session("viewer")
+    with site.redis() as connection:
+        names = [name.decode() for name in connection.hkeys(keys.DESTINATIONS)]
+        groups = [group for name in names for group in divergence_groups.groups(connection, name)]
+    one = next(group for group in groups if group.code and group.domains)
+    path = f'href="/divergence/{one.destination}/{one.key}"'
+    domain = next(iter(one.domains))
+    for query, is_there in (
+        ({"code": str(one.code)}, True), ({"code": "599"}, False), ({"domain": domain}, True),
+        ({"domain": "nowhere.example"}, False), ({"reply": "no server says this"}, False),
+        ({"recipient": f"@{domain}"}, True), ({"recipient": "nobody@nowhere.example"}, False),
+    ):  # fmt: skip
+        status, text = site.get(f"/divergence?all=1&{urllib.parse.urlencode(query)}", viewer)
+        assert (status, path in text) == (200, is_there), query
+    for name, value in (("code", "soon"), ("recipient", "nobody"), ("route", "nowhere")):
+        status, text = site.get(f"/divergence?all=1&{name}={value}", viewer)
+        assert (status, f'id="{name}-wrong"' in text or name == "route", path in text) == (400, True, False)
 
 
 # Who sees and does what -----------------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
+from relay.cockpit import conditions, divergence_filter
 from relay.cockpit import divergence as seen
+from relay.cockpit.conditions import BadCondition
 from relay.cockpit.divergence import Example, Sum
 from relay.config.model import Settings
 from relay.config.types import duration
@@ -20,14 +22,18 @@ from relay.ledger import changes, divergence_groups, queries
 from relay.ledger.divergence import KINDS
 from relay.ledger.divergence_groups import Group
 from relay.ledger.queries import UnknownDestination
+from relay.mail.text import printable
 from relay.page.access import operator, viewer
 from relay.page.views.shell import act, context_of, field, not_found, page
+from relay.routing.table_file import BadTable
+from workers.queues.selection import Filter
 
 T = TypeVar("T")
 
 _EXAMPLES, _TOP = 5, 20
 _MOST_ROWS = 500  # of a table
 _HOURS = 24
+_CONDITIONS = ("code", "reply", "domain", "recipient")  # of the one filter, those that a reason can meet
 _BY = ("reason", "domain", "recipient", "day")
 _DONE = {
     "ack": "Acknowledged: it does not count until its time is over, or until there is more of it than now.",
@@ -85,12 +91,18 @@ async def show(request: Request) -> Response:
     asked = request.query_params
     destination, kind, since = (asked.get(name, "").strip() for name in ("destination", "kind", "since"))
     by = asked.get("by", "reason")
-    trouble, seconds = "", 0.0
+    context, route = context_of(request), asked.get("route", "").strip()
+    wrong, seconds, conditioned = dict[str, str](), 0.0, Filter()
     if since:
         try:
             seconds = float(duration().read(since))
         except ValueError as error:
-            trouble = str(error)
+            wrong["since"] = str(error)
+    given = {name: [value] for name in _CONDITIONS if (value := asked.get(name, "").strip())}
+    try:
+        conditioned = conditions.read(given)
+    except BadCondition as error:
+        wrong[error.name] = str(error)
     by, kind = by if by in _BY else _BY[0], kind if kind in KINDS else ""
     everything = asked.get("all") == "1"
 
@@ -99,6 +111,7 @@ async def show(request: Request) -> Response:
         names = [found.name for found in queries.destinations(connection)]
         begin = now - seconds if seconds else 0.0
         groups = seen.chosen(connection, destination or None, since=begin, kind=kind or None, everything=everything)
+        groups = _narrowed(connection, context.settings, groups, conditioned, route, wrong)
         sums: list[Sum] = []
         if by == "domain":
             sums = seen.by_domain(groups)
@@ -110,20 +123,38 @@ async def show(request: Request) -> Response:
         return GroupListing(rows, sums[:_MOST_ROWS], names, max(0, len(sums or groups) - _MOST_ROWS))
 
     try:
-        found = await context_of(request).ask(look)
+        found = await context.ask(look)
     except UnknownDestination as error:
         raise not_found(str(error)) from None
     chosen = {"destination": destination, "kind": kind, "since": since, "by": by, "all": "1" if everything else ""}
+    chosen |= {"route": route, **{name: asked.get(name, "").strip() for name in _CONDITIONS}}
     return await page(
         request,
         "divergence/list.html",
         found=found,
         chosen=chosen,
-        trouble=trouble,
+        wrong=wrong,
+        routes=[found.name for found in context.settings.route_table],
         kinds=KINDS,
         ways=_BY,
-        status=400 if trouble else 200,
+        status=400 if wrong else 200,
     )
+
+
+def _narrowed(
+    connection: Redis, settings: Settings, groups: list[Group], chosen: Filter, route: str, wrong: dict[str, str]
+) -> list[Group]:
+    """Return those that meet the conditions, none where one makes no sense; the route's fault goes into ``wrong``."""
+    if wrong:
+        return []
+    groups = divergence_filter.narrowed(connection, groups, chosen)
+    if not route:
+        return groups
+    try:
+        return divergence_filter.on_route(connection, settings, groups, route, lambda _: None)
+    except (divergence_filter.NoRoute, BadTable, OSError) as error:
+        wrong["route"] = printable(str(error))
+        return []
 
 
 @dataclass(frozen=True, slots=True)
