@@ -51,6 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["PYTHONPYCACHEPREFIX"] = folder.name
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         config.add_cleanup(folder.cleanup)
+    if not hasattr(config, "workerinput") and getattr(config.option, "numprocesses", None):
+        _compile(config)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: None)  # a handler is not inherited; we ourselves go on all the same
     Product.forks = True
@@ -61,6 +63,25 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     hypothesis.settings.load_profile("suite")
     free_port()  # opens its file now, not between two counts of descriptors
+
+
+def _compile(config: pytest.Config) -> None:
+    """Compile what all workers import, once: at the first run in a checkout each of them would do it for itself."""
+    tests = config.rootpath / "tests"
+    done = any((tests / "__pycache__").glob("test_structure.*pytest*")) and not sys.dont_write_bytecode
+    if done or [str(arg).rstrip("/") for arg in config.args] not in (["tests"], [str(tests)]):
+        return
+    rooms = sorted(path for path in tests.iterdir() if any(path.glob("test_*.py")) or path.match("test_*.py"))
+    words = [sys.executable, "-m", "pytest", "-n", "0", "--collect-only", "-qq"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    started = [
+        subprocess.Popen(
+            [*words, *map(str, rooms[n::2])], cwd=config.rootpath, env=environment, stdout=subprocess.DEVNULL
+        )
+        for n in range(2)
+    ]
+    for process in started:
+        process.wait()  # what is wrong with a file is told by the workers
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -77,12 +98,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if bool(item.get_closest_marker("long")) == is_long]
     slow = {name: place for place, name in enumerate(_SLOW)}
-    items.sort(key=lambda item: slow.get(item.path.stem, len(slow)))  # stable: else the order stays
+    place: dict[pytest.Item, tuple[bool, int]] = {}
     for item in items:
-        if item.path.stem in _DEMANDING:
-            item.add_marker(pytest.mark.xdist_group("demanding"))
-        elif _shares_a_fixture(item):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        grouped = item.path.stem in _DEMANDING or _shares_a_fixture(item)
+        if grouped:
+            name = "demanding" if item.path.stem in _DEMANDING else item.path.stem
+            item.add_marker(pytest.mark.xdist_group(name))
+        place[item] = (not grouped, slow.get(item.path.stem, len(slow)))
+    items.sort(key=place.__getitem__)  # a group is one worker's; stable: else the order stays
 
 
 def pytest_collection_finish() -> None:
