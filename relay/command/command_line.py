@@ -27,6 +27,7 @@ NAME = "smtp-dup"
 SETTINGS_HINT = f"Any setting is also a flag: {NAME} help settings"
 HELP_OPTIONS: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
 _NEAR = 0.6
+_MANY_OPTIONS = 15  # lines, which fill a screen with what stands around them
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,14 @@ class _Completes(click.Command):
 
 class Word(_Completes):
     """A command that does something."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [row for param in self.get_params(ctx) if (row := param.get_help_record(ctx))]
+        if len(rows) >= _MANY_OPTIONS:  # it is to fit a screen; who reads this knows --help
+            rows = [row for row in rows if "--help" not in row[0]]
+        if rows:
+            with formatter.section("Options"):
+                formatter.write_dl(rows)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_paragraph()
