@@ -90,7 +90,8 @@ class Word(_Completes):
     """A command that does something."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        rows = [row for param in self.get_params(ctx) if (row := param.get_help_record(ctx))]
+        shown = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        rows = [row for param in shown if (row := param.get_help_record(ctx))]
         if len(rows) >= _MANY_OPTIONS:  # it is to fit a screen; who reads this knows --help
             rows = [row for row in rows if "--help" not in row[0]]
         if rows:
