@@ -27,11 +27,15 @@ _RATE = 3  # of them: what a rate is the mean of, since each host tells once in 
 _MINUTES = 15  # that percentiles are of
 _WIDE = 112  # columns that a row takes with everything on one line
 _NAME = 16
+ALL_PRIMARIES = "primaries"
 
 
 @dataclass(frozen=True, slots=True)
 class ServerNow:
-    """One server: messages a second in and out, what waits, p95 of its replies in seconds, and how it is."""
+    """One server: messages a second in and out, what waits, p95 of its replies in seconds, and how it is.
+
+    With routes all primaries are one row, ALL_PRIMARIES: the flow counts what came in, whoever has answered.
+    """
 
     name: str
     is_primary: bool
@@ -45,6 +49,11 @@ class ServerNow:
     state: str
     reason: str
     trend: tuple[int, ...]
+
+    @property
+    def is_all_primaries(self) -> bool:
+        """Whether this counts what all who answer took."""
+        return self.is_primary and self.name == ALL_PRIMARIES
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +104,7 @@ def look(connection: Any, settings: Settings, known: Sequence[Verdict] | None = 
     now = changes.now(connection)
     decided = promotion.standing(connection, settings)
     primary = primary_now(connection, settings)
+    table = route_roles.table(settings, decided)
     moments = flow.read(connection, flow.MOMENT, _TREND + 1, now)[:-1]  # the last one is not over
     recent = flow.total(flow.read(connection, flow.MINUTE, _MINUTES, now))
     relays = heartbeats.read(connection)
@@ -103,11 +113,13 @@ def look(connection: Any, settings: Settings, known: Sequence[Verdict] | None = 
         epoch=decided.epoch if decided else 0,
         primary=primary,
         verdicts=verdicts(connection, settings) if known is None else known,
-        rows=list(_rows(connection, primary, backups_now(connection, settings), moments, recent)),
+        rows=list(
+            _rows(connection, primary, backups_now(connection, settings), moments, recent, has_routes=bool(table))
+        ),
         events=events.read(connection, 10),
         hosts=hosts.read(connection),
         relays=relays,
-        routes=list(_routes(route_roles.table(settings, decided), moments, recent, heartbeats.living(relays))),
+        routes=list(_routes(table, moments, recent, heartbeats.living(relays))),
     )
 
 
@@ -118,22 +130,23 @@ def _routes(
     rates = flow.total(moments[-_RATE:])
     seconds = _RATE * flow.MOMENT.seconds
     answering = [(route.name, name) for route in routes for name in route.answering]
-    for route, server in dict.fromkeys([*answering, *recent.routes]) if routes else ():
+    for route, server in dict.fromkeys([*answering, *recent.routes]):
         counted = rates.routes.get((route, server), RouteFlow())
         away = tuple(beat.label for beat in living if server in beat.down)
         yield RouteRate(route, server, (counted.accepted + counted.refused) / seconds, away)
 
 
 def _rows(
-    connection: Any, primary: str, backups: Sequence[str], moments: Sequence[Flow], recent: Flow
+    connection: Any, primary: str, backups: Sequence[str], moments: Sequence[Flow], recent: Flow, *, has_routes: bool
 ) -> Iterator[ServerNow]:
     rates = flow.total(moments[-_RATE:])
     seconds = _RATE * flow.MOMENT.seconds
     accepted = rates.accepted / seconds
     trend = tuple(moment.accepted for moment in moments)
     put_off, refused = recent.refused_4xx + recent.uncertain, recent.refused_5xx + recent.own
+    name = ALL_PRIMARIES if has_routes or recent.routes else primary or "primary"
     yield ServerNow(
-        primary or "primary", True, (rates.accepted + rates.refused + rates.uncertain) / seconds, accepted,
+        name, True, (rates.accepted + rates.refused + rates.uncertain) / seconds, accepted,
         0, 0.0, recent.seconds.quantile(0.95), put_off, refused, "primary", "", trend,
     )  # fmt: skip
     for row in overview.summary(connection):

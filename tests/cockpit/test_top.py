@@ -116,6 +116,23 @@ def test_it_is_read_from_the_flow_and_the_ledger(connection: redis.Redis) -> Non
     json.dumps(found.as_object())
 
 
+def test_what_several_primaries_took_has_the_name_of_none(connection: redis.Redis) -> None:
+    """With routes, or while somebody has moved, the first row is of all who answered; their own are below."""
+    now = changes.now(connection)
+    sums = {"accepted": 90, "accepted default old": 60, "accepted shop a": 30}
+    given = settings(relay_destination_primary="old=localhost:25")
+    flow.add(connection, "me", b"", {"accepted": 3}, {}, now - 12)
+    assert top.look(connection, given).rows[0].name == "old"
+    flow.add(connection, "me", b"", sums, {}, now - 12)
+    found = top.look(connection, given)
+    assert (found.rows[0].name, found.rows[0].out_rate, found.primary) == ("primaries", 3.1, "old")
+    assert found.rows[0].is_all_primaries
+    shown = lines(found, Look(80, 40))
+    assert any(line.startswith("primaries") for line in shown)
+    assert not any(line.startswith("old ") for line in shown)
+    assert {"default: old 2.0/s", "shop: a 1.0/s"} <= set(shown)
+
+
 def test_a_former_backup_is_there_while_something_waits_for_it(connection: redis.Redis) -> None:
     """And is not when nothing does."""
     contents = Contents(connection, "gone", "empty", "new")
