@@ -120,6 +120,28 @@ def test_no_view_has_a_barrier(site: PageSite, browser: Browser) -> None:
     assert wide == {}
 
 
+STICKS_OUT = """
+() => [...document.querySelectorAll(".card :is(button, .button, input, select)")]
+    .filter(one => !one.closest(".wide"))
+    .filter(one => one.getBoundingClientRect().right > one.closest(".card").getBoundingClientRect().right)
+    .map(one => one.textContent.trim() || one.name)
+"""
+
+
+def test_nothing_sticks_out_of_its_card_on_a_phone(site: PageSite, browser: Browser) -> None:
+    """A button or a field is within its card, also where the card is as narrow as a phone."""
+    found: dict[str, list[str]] = {}
+    with browser.open(site, role="operator") as page:
+        for width in (390, 360):
+            page.set_viewport_size({"width": width, "height": 900})
+            for name, path in views(site).items():
+                page.goto(path)
+                page.locator("h1").first.wait_for()
+                if sticking := page.evaluate(STICKS_OUT):
+                    found[f"{name}, {width}"] = sticking
+    assert found == {}
+
+
 def test_every_view_is_there_without_javascript(site: PageSite, browser: Browser) -> None:
     """Whatever a view shows is in what the server sends, but for the plots, in whose place a picture is."""
     session = site.session("operator")
