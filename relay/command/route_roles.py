@@ -13,9 +13,8 @@ from relay.command.exit_status import NO, WELL, Misuse
 from relay.command.output import Output
 from relay.config.loader import Settings
 from relay.mail.text import printable
-from relay.topology import promotion
+from relay.topology import promotion, route_roles
 from relay.topology.promotion import Impossible, Plan
-from relay.topology.state import is_weight
 
 
 def weight(
@@ -48,15 +47,12 @@ def _shares(words: Sequence[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for word in words:
         name, _, text = word.rpartition("=")
-        try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if not name or not is_weight(value):
-            raise Misuse(f"expected NAME=WEIGHT with a weight of 0 or more, not {printable(word)}")
         if name in found:
             raise Misuse(f"{printable(name)} is named twice")
-        found[name] = value
+        try:
+            found[name] = route_roles.weight(text if name else "")
+        except ValueError as error:
+            raise Misuse(f"expected NAME=WEIGHT with a weight of 0 or more, not {printable(word)}") from error
     return found
 
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from relay.config.model import Settings
 from relay.config.routes import Route
-from relay.topology.state import Intent, RouteRoles, Topology
+from relay.mail.text import printable
+from relay.topology.state import Intent, RouteRoles, Topology, is_weight
 
 
 class Unsuitable(ValueError):
@@ -121,6 +122,17 @@ def promoted(route: Route, name: str) -> RouteRoles:
     former = route.servers if route.copies == "others" else route.servers[:1]
     others = tuple(backup for backup in route.backups if backup != name and backup not in former)
     return RouteRoles((name,), (), (*former, *others))
+
+
+def weight(text: str) -> float:
+    """Read a weight. Raises ValueError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not is_weight(value):
+        raise ValueError(f"expected a weight of 0 or more, not {printable(text)}")
+    return value
 
 
 def weighed(route: Route, weights: Mapping[str, float]) -> RouteRoles:

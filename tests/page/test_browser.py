@@ -61,6 +61,8 @@ def views(site: PageSite) -> dict[str, str]:
         "plan": "/cutover/new",
         "routes": "/routes",
         "plan on a route": "/routes/pilot/old",
+        "weights": "/routes/pilot?weight.new=9&weight.old=1",
+        "wrong weights": "/routes/pilot?weight.new=9&weight.old=nonsense",
         "trace": "/trace?what=@example.com",
         "audit": "/audit",
         "nothing": "/failed?recipient=nobody@nowhere.test",

@@ -39,7 +39,8 @@ def paths(site: PageSite) -> list[str]:
         ids = [message_id.decode() for key in lists for message_id in connection.zrange(key, 0, 5)]
     plain = (
         "/ /ready/new /divergence?all=1 /divergence?by=domain&all=1 /divergence?by=recipient&all=1 "
-        "/divergence?by=day&all=1 /waiting /failed /server/new /server/third /cutover /cutover/new /audit /trace"
+        "/divergence?by=day&all=1 /waiting /failed /server/new /server/third /cutover /cutover/new /audit /trace "
+        "/routes /routes/pilot /routes/pilot/old /routes/pilot?weight.new=9&weight.old=1"
     )
     reasons = [f"/divergence/{group.destination}/{group.key}" for group in groups]
     return [*plain.split(), *reasons, *(f"/message/{message_id}" for message_id in ids)]

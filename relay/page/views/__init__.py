@@ -14,10 +14,24 @@ from relay.page.views import (
     routes,
     runs,
     trace,
+    weights,
 )
 
 ROUTES = [
     route
-    for view in (overview, divergence, export, copies, runs, message, trace, cutover, routes, restraint, audit)
+    for view in (
+        overview,
+        divergence,
+        export,
+        copies,
+        runs,
+        message,
+        trace,
+        cutover,
+        routes,
+        weights,
+        restraint,
+        audit,
+    )
     for route in view.ROUTES
 ]

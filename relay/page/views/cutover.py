@@ -26,12 +26,12 @@ from relay.page.views.shell import act, context_of, field, not_found, page, shar
 from relay.topology import decisions, promotion
 from relay.topology.decisions import Overtaken, View
 from relay.topology.following import follow
-from relay.topology.promotion import Impossible, Plan, Unprepared
+from relay.topology.promotion import ROUTE_WEIGHT, Impossible, Plan, Unprepared
 from relay.topology.roles import disagreement
 from relay.topology.state import Topology
 
 _CHANGES = 5
-_WAIT = "10s"
+WAIT = "10s"
 _LONGEST_WAIT = 600.0
 _EVERY = 1.0
 UNDO = "undo"
@@ -108,13 +108,25 @@ class Proposal:
         return self.plan.command == UNDO
 
     @property
+    def verb(self) -> str:
+        """What is done to get there."""
+        return "Go back to" if self.is_undo else "Set" if self.plan.command == ROUTE_WEIGHT else "Promote"
+
+    @property
     def target(self) -> str:
         """What it is for: "new", or "b on shop"."""
         return changeover.target(self.plan)
 
     @property
     def needs_force(self) -> bool:
-        return self.verdict is not None and not self.verdict.is_ready
+        """Whether it takes more than to be agreed to; weights are a share, and ask for nobody's readiness."""
+        return self.plan.command != ROUTE_WEIGHT and self.verdict is not None and not self.verdict.is_ready
+
+    @property
+    def prepared(self) -> str:
+        """The names of those to whom every relay process connects first."""
+        change = self.plan.change
+        return " and ".join(change.after.answering if change else ()) or self.plan.new.name
 
 
 def propose(connection: Redis, settings: Settings, name: str, route: str = "") -> Proposal:
@@ -122,11 +134,17 @@ def propose(connection: Redis, settings: Settings, name: str, route: str = "") -
     if name == UNDO and not route:
         made = promotion.plan_undo(connection, settings)
         return Proposal(made, None, list(changeover.plan(made, None)))
-    made = (
+    return judged(
+        connection,
+        settings,
         promotion.plan_on_route(connection, settings, name, route)
         if route
-        else promotion.plan(connection, settings, name)
+        else promotion.plan(connection, settings, name),
     )
+
+
+def judged(connection: Redis, settings: Settings, made: Plan) -> Proposal:
+    """Return a plan with the verdict on the server that it is about. Raises RedisError."""
     verdict = None if made.agree else changeover.verdict(connection, settings, made)
     return Proposal(made, verdict, list(changeover.plan(made, None)))
 
@@ -141,13 +159,19 @@ async def _proposal(request: Request, wrong: dict[str, str] | None = None) -> Re
         request,
         "cutover/plan.html",
         found=found,
-        action=request.scope["raw_path"].decode("ascii"),
+        action=path_asked(request),
+        hidden={},
         back="/routes" if route else "/cutover",
         wrong=wrong or {},
         given=getattr(request.state, "form", {}),
-        wait=_WAIT,
+        wait=WAIT,
         status=400 if wrong else 200,
     )
+
+
+def path_asked(request: Request) -> str:
+    """Return the path of a request as it was sent."""
+    return str(request.scope["raw_path"].decode("ascii"))
 
 
 def _asked(request: Request) -> tuple[str, str]:
@@ -164,40 +188,19 @@ async def plan(request: Request) -> Response:
 @operator
 async def promote(request: Request) -> Response:
     """Begin a promotion, or the way back, whose name was typed."""
-    context, runs = context_of(request), request.app.state.runs
-    name, route = _asked(request)
+    context, (name, route) = context_of(request), _asked(request)
     try:
         found = await context.ask(propose, context.settings, name, route)
     except Impossible as error:
         raise not_found(str(error)) from None
-    made, reason = found.plan, field(request, "reason").strip()
-    wrong: dict[str, str] = {}
-    seconds = 0.0
-    if field(request, "typed").strip() != made.title:
-        wrong["typed"] = f"Type {made.title} to go on."
-    if found.needs_force and not field(request, "force"):
-        wrong["force"] = f"{made.new.name} is not ready: tick this to go on all the same."
-    if found.needs_force and not reason:
-        wrong["reason"] = "Say why: it is kept with the change."
-    try:
-        seconds = min(float(duration().read(field(request, "wait") or _WAIT)), _LONGEST_WAIT)
-    except ValueError as error:
-        wrong["wait"] = str(error)
-    if made.agree:
-        wrong["typed"] = changeover.nothing_to_do(made)
-    if wrong:
-        return await _proposal(request, wrong)
-    at_once = found.is_undo and bool(field(request, "now"))
-    details = {"readiness": found.verdict.summary} if found.verdict else {}
-    details |= {"forced": "yes"} if found.needs_force else {}
-    title = f"Back to {found.target}" if found.is_undo else f"Promote {found.target}"
-    run = Run("promotion", title, who_acts(request.state.visitor.name), "/routes" if route else "/cutover")
-    order = Order(reason, details, seconds, at_once)
-    try:
-        begun = runs.begin(run, lambda redis, run: _carry_out(redis, run, runs, made, order))
-    except NotBegun as error:
-        return await _proposal(request, {"typed": str(error)})
-    return RedirectResponse(f"/runs/{begun.id}", 303)
+    order, wrong = read_order(request, found)
+    if not wrong:
+        title = f"Back to {found.target}" if found.is_undo else f"Promote {found.target}"
+        try:
+            return begin(request, found.plan, title, order, "/routes" if route else "/cutover")
+        except NotBegun as error:
+            wrong = {"typed": str(error)}
+    return await _proposal(request, wrong)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +211,35 @@ class Order:
     details: dict[str, str]
     seconds: float
     at_once: bool
+
+
+def read_order(request: Request, found: Proposal) -> tuple[Order, dict[str, str]]:
+    """Return what a form asks for, and what is wrong with it, by field."""
+    made, reason, seconds = found.plan, field(request, "reason").strip(), 0.0
+    wrong: dict[str, str] = {}
+    if field(request, "typed").strip() != made.title:
+        wrong["typed"] = f"Type {made.title} to go on."
+    if found.needs_force and not field(request, "force"):
+        wrong["force"] = f"{made.new.name} is not ready: tick this to go on all the same."
+    if found.needs_force and not reason:
+        wrong["reason"] = "Say why: it is kept with the change."
+    try:
+        seconds = min(float(duration().read(field(request, "wait") or WAIT)), _LONGEST_WAIT)
+    except ValueError as error:
+        wrong["wait"] = str(error)
+    if made.agree:
+        wrong["typed"] = changeover.nothing_to_do(made)
+    details = {"readiness": found.verdict.summary} if found.verdict else {}
+    details |= {"forced": "yes"} if found.needs_force else {}
+    return Order(reason, details, seconds, found.is_undo and bool(field(request, "now"))), wrong
+
+
+def begin(request: Request, made: Plan, title: str, order: Order, back: str) -> Response:
+    """Begin to carry out what was planned, in the name of the visitor. Raises NotBegun."""
+    runs = request.app.state.runs
+    run = Run("promotion", title, who_acts(request.state.visitor.name), back)
+    begun = runs.begin(run, lambda redis, run: _carry_out(redis, run, runs, made, order))
+    return RedirectResponse(f"/runs/{begun.id}", 303)
 
 
 def _carry_out(connection: Redis, run: Run, runs: Runs, made: Plan, order: Order) -> None:
