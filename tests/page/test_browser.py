@@ -374,7 +374,7 @@ def test_a_server_is_promoted_on_a_route_by_keyboard_and_back_without_javascript
 
 def test_a_viewer_sees_all_and_can_do_nothing(site: PageSite, browser: Browser) -> None:
     """There is no button but to log out and to look, in what the server sends and after its scripts have run."""
-    harmless = {"Log out", "Filter", "Show", "Look up"}
+    harmless = {"Log out", "Filter", "Show", "Show what changes", "Look up"}
     session = site.session("viewer")
     for path in views(site).values():
         status, sent = site.get(path, session)
