@@ -96,6 +96,7 @@ class Pipelines:
         self._seconds = seconds or self._pool.connection_kwargs.get("socket_timeout") or _SECONDS
         self._idle: list[_Pipeline] = []
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._is_closed = False
 
     async def ask(self, batch: CommandBatch, *, each: bool = False) -> list[Any]:
         """Send a batch; returns its answers. Raises RedisError, OSError.
@@ -135,6 +136,10 @@ class Pipelines:
         return False
 
     def _connect(self, batch: CommandBatch, answered: Answered, *, is_last: bool) -> None:
+        if self._is_closed:
+            answered(NoConnection("the client is closed"))
+            return
+
         def connected(task: asyncio.Task[_Pipeline]) -> None:
             if task.cancelled():
                 return
@@ -157,7 +162,11 @@ class Pipelines:
                 raise
 
     async def close(self) -> None:
-        """End what is under way. The client is closed after this: a connection that opens later would stay open."""
+        """End what is under way. The client is closed after this: a connection that opens later would stay open.
+
+        So would one for a batch that loses its connection by that, and is sent once more.
+        """
+        self._is_closed = True
         tasks = tuple(self._tasks)
         for task in tasks:
             task.cancel()

@@ -602,9 +602,10 @@ async def until_answered(wires: Pipelines, asked: CommandBatch) -> list[Any]:
             assert asyncio.get_running_loop().time() < deadline
 
 
-async def test_a_connection_that_would_open_late_is_ended(redis_url: str) -> None:
-    """A client can be closed at any moment of a connection's opening, and nothing of it stays open."""
-    for turns in range(12):
+def test_a_connection_that_would_open_late_is_ended(redis_url: str) -> None:
+    """A client can be closed at any moment of a connection's opening and of a batch, and nothing of it stays open."""
+
+    async def closed_after(turns: int) -> None:
         client = clients.async_client(RedisSettings(redis_url, 5), 5)
         pipelines = Pipelines(client)
         asked = asyncio.ensure_future(pipelines.ask(batch("TIME")))
@@ -613,5 +614,9 @@ async def test_a_connection_that_would_open_late_is_ended(redis_url: str) -> Non
         asked.cancel()
         await pipelines.close()
         await client.aclose()
-        assert not [each for each in client.connection_pool._in_use_connections if each.is_connected]
-    gc.collect()  # what is open complains
+        with pytest.raises(NoConnection, match="closed"):
+            await pipelines.ask(batch("TIME"))
+
+    for turns in range(16):
+        asyncio.run(closed_after(turns))
+        gc.collect()  # what is open complains
