@@ -7,7 +7,6 @@ that use them, for the settings of the start and for those of every reload.
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +30,7 @@ from relay.redisio.clients import sync_client
 from relay.routing import loading
 from relay.server import relay_process
 from relay.server.listening import Place
+from relay.stopping import StopEvent
 from relay.trace import emitter, files
 from relay.trace.asking import keep_answering
 from relay.trace.collector import Collector
@@ -142,7 +142,7 @@ class Crew:
         workers = 1 if are_shared(settings) else settings.workers.processes * len(settings.copied)
         processes = len(self.places) + workers * self.role.delivers
 
-        def sample(context: ChildContext, stop: threading.Event) -> None:
+        def sample(context: ChildContext, stop: StopEvent) -> None:
             news = HostNews(place, self.role.name, processes, settings.spool.dir)
             steps = {"news of this host": news.tell}
             if self.arena:
@@ -152,7 +152,7 @@ class Crew:
             with sync_client(settings.redis, settings.redis.timeout_seconds, retries=0) as client:
                 keep_sampling(client, steps, stop, {"end of this host": news.leave})
 
-        def look(_: ChildContext, stop: threading.Event) -> None:
+        def look(_: ChildContext, stop: StopEvent) -> None:
             looks = Looks(settings, place, delivers=self.role.delivers)
             with sync_client(settings.redis, settings.redis.timeout_seconds, retries=0) as client:
                 keep_looking(client, looks, settings.ready.check_every, stop)
@@ -170,12 +170,12 @@ class Crew:
             return {}
         reading, _ = self.trace
 
-        def collect(_: ChildContext, stop: threading.Event) -> None:
+        def collect(_: ChildContext, stop: StopEvent) -> None:
             Collector(
                 settings.trace, settings.state_dir, self.role.name, reading, min_free=settings.spool.min_free
             ).run(stop)
 
-        def answer(_: ChildContext, stop: threading.Event) -> None:
+        def answer(_: ChildContext, stop: StopEvent) -> None:
             seconds = max(settings.redis.timeout_seconds, _PATIENCE)
             folder = files.folder_of(settings.state_dir)
             keep_answering(partial(sync_client, settings.redis, seconds, retries=0), folder, place, stop)
@@ -186,7 +186,7 @@ class Crew:
         seat = self.places[0].counters if self.places else None
         prefix = "relay-" if self.role.relays else "worker-"
 
-        def be_status(_: ChildContext, stop: threading.Event) -> None:
+        def be_status(_: ChildContext, stop: StopEvent) -> None:
             from relay.page import server  # noqa: PLC0415  (20 MB, that only the housekeeping process needs)
 
             failing = partial(self.vitals.failing, prefix)
@@ -277,7 +277,7 @@ def _give_back(destination: Destination) -> Callable[[Redis, str], None]:
     return lambda connection, dead: changes.release_leases(connection, destination.name, dead)
 
 
-Duty = Callable[[ChildContext, threading.Event], None]  # a task of the housekeeping, until the event is set
+Duty = Callable[[ChildContext, StopEvent], None]  # a task of the housekeeping, until the event is set
 
 
 def _housekeeping(settings: Settings, duties: Mapping[str, Duty]) -> Child:
@@ -294,7 +294,7 @@ def _housekeeping(settings: Settings, duties: Mapping[str, Duty]) -> Child:
 def _after_the_former(duty: Duty) -> Duty:
     """Have a duty begin when no housekeeping of an earlier generation does it any more, which drains beside us."""
 
-    def begin(context: ChildContext, stop: threading.Event) -> None:
+    def begin(context: ChildContext, stop: StopEvent) -> None:
         while (living := context.living()) is None or living - {context.instance}:
             if stop.wait(_LOOK_EVERY):
                 return
@@ -312,13 +312,13 @@ def _sweeping(settings: Settings, url: str) -> dict[str, Duty]:
     # Stable, so that the next start goes on with the locks instead of waiting for their end.
     name = hosts.place_of(settings.state_dir, url)
 
-    def schedule(_: ChildContext, stop: threading.Event) -> None:
+    def schedule(_: ChildContext, stop: StopEvent) -> None:
         connect = connector(settings.redis)
         with connect() as client:
             longest = longest_delay(settings.retry)
             keep_scheduling(connect, _queues(client, settings.copied), name, stop, longest=longest)
 
-    def reconcile(_: ChildContext, stop: threading.Event) -> None:
+    def reconcile(_: ChildContext, stop: StopEvent) -> None:
         keep_reconciling(connector(settings.redis), settings, name, stop, every=settings.workers.sweep)
 
     return {"scheduler": schedule, "reconciler": reconcile}

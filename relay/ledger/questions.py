@@ -17,6 +17,7 @@ from relay.ledger import keys
 from relay.mail import encryption
 from relay.mail.ids import text
 from relay.mail.stored import parsed
+from relay.redisio.blocking import Blocking
 
 _QUESTION_SECONDS = 10  # after which nobody waits for its answer any more
 _ANSWER_SECONDS = 30
@@ -61,9 +62,9 @@ def answers(connection: Any, reply_to: str, places: Iterable[str], seconds: floa
     connection.delete(key)
 
 
-def next_question(connection: Any, place: str, seconds: float) -> Question | None:
+def next_question(waiting: Blocking, place: str, seconds: float) -> Question | None:
     """Wait for a question to the host at this place; None where none came, or it makes no sense."""
-    found = connection.blpop([keys.ASK + place], timeout=seconds)
+    found = waiting.execute("BLPOP", keys.ASK + place, seconds)
     content = _unpacked(keys.ASK, found[1]) if found else None
     if not content:
         return None

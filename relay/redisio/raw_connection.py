@@ -1,13 +1,16 @@
-"""The private attributes of redis-py's asyncio connections that the pipelines use, all in this one module.
+"""The private attributes of redis-py's connections that we use, all in this one module.
 
-redis-py has no public way to bypass its stream and parser. Written for redis-py 5.2 to 8.1 (bounded in pyproject.toml);
-before a later version is allowed, tests/redisio/test_raw_connection.py must pass with it.
+redis-py has no public way to bypass its stream and parser, nor to its socket. Written for redis-py 5.2 to 8.1 (bounded
+in pyproject.toml); before a later version is allowed, tests/redisio/test_raw_connection.py must pass with it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 
@@ -46,3 +49,15 @@ async def discard(pool: Any, connection: Any) -> None:
         await connection.disconnect(nowait=True)
     finally:
         await pool.release(connection)
+
+
+def end_sending(connection: Any) -> None:
+    """Close the sending half of a synchronous connection, below any TLS; whoever waits for its reply goes on reading.
+
+    Another thread may close it meanwhile: then it does nothing.
+    """
+    sock = connection._sock  # noqa: SLF001
+    with suppress(OSError, ValueError):
+        if sock is not None:
+            with socket.socket(fileno=os.dup(sock.fileno())) as twin:
+                twin.shutdown(socket.SHUT_WR)

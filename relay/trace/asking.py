@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -24,7 +23,9 @@ from relay.ledger import hosts, questions
 from relay.mail.ids import are_ids
 from relay.mail.stored import any_text, moment, number
 from relay.mail.text import printable
+from relay.redisio.blocking import Blocking
 from relay.repeated import Backoff, Repeated
+from relay.stopping import StopEvent
 from relay.trace import events
 from relay.trace.events import Event
 from relay.trace.life import STATUSES, MessageLife
@@ -125,14 +126,14 @@ def _list(part: Any, name: str) -> list[Any]:
 # The host that is asked ------------------------------------------------------------------------------------------
 
 
-def keep_answering(connect: Callable[[], Redis], folder: Path, place: str, stop: threading.Event) -> None:
+def keep_answering(connect: Callable[[], Redis], folder: Path, place: str, stop: StopEvent) -> None:
     """Answer what other hosts ask, until the event is set."""
     trouble = Repeated("trace: questions of other hosts", logger.warning, logger.info)
     pauses = Backoff(0.1, 5.0)
-    with connect() as client:
+    with connect() as client, stop.calling((waiting := Blocking(client)).end):
         while not stop.is_set():
             try:
-                question = questions.next_question(client, place, _LISTEN_SECONDS)
+                question = questions.next_question(waiting, place, _LISTEN_SECONDS)
                 if question is not None:
                     questions.answer(client, question, place, _answer(question.asked, folder))
             except (RedisError, OSError) as error:

@@ -13,7 +13,6 @@ import os
 import select
 import socket
 import sqlite3
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,6 +24,7 @@ from relay import metrics, private_files
 from relay.config.model import TraceSettings
 from relay.mail import encryption
 from relay.repeated import Repeated
+from relay.stopping import StopEvent
 from relay.trace import events, files, privacy, words
 from relay.trace.files import HourFile, OpenFile, Row
 from relay.trace.privacy import Privacy
@@ -77,12 +77,16 @@ class Collector:
         self._swept = float("-inf")
         self._trouble = Repeated("trace", logger.warning, logger.info)
 
-    def run(self, stop: threading.Event) -> None:
+    def run(self, stop: StopEvent) -> None:
         """Collect until the event is set, and what is there by then."""
+        with stop.readable() as stopped:
+            self._run(stop, stopped)
+
+    def _run(self, stop: StopEvent, stopped: socket.socket) -> None:
         try:
             while not stop.is_set():
                 wait = _WAIT if not self._count else max(0.0, min(_WAIT, self._begun + _EVERY - time.monotonic()))
-                select.select([self._reading], [], [], wait)
+                select.select([self._reading, stopped], [], [], wait)
                 self.collect()
                 if self._count and (self._count >= _MANY or time.monotonic() >= self._begun + _EVERY):
                     self.write()

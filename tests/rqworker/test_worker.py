@@ -21,7 +21,7 @@ from rq.serializers import JSONSerializer
 from relay.config.model import RedisSettings
 from support.fake_courier import NotingCourier
 from support.redis_servers import RedisServer
-from support.waiting import wait_until
+from support.waiting import PATIENCE, wait_until
 from workers import jobs
 from workers.rqworker.courier_thread import CourierThread
 from workers.rqworker.delivery_job import DeliveryJob
@@ -385,6 +385,39 @@ def test_redis_restart_during_a_job_repeats_nothing(redis_factory: Callable[...,
     assert [job for job, _ in bench.courier.calls] == [first, second]
     assert bench.job_keys == set()
     bench.close()
+
+
+def test_stop_does_not_wait_for_the_next_job(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle worker ends at once; a job that comes then is the next worker's, and nothing says otherwise."""
+    monkeypatch.setattr("workers.rqworker.worker._POLL_SECONDS", 1000)
+    monkeypatch.setattr(DeliveryWorker, "connection_timeout", 2000)
+    working = threading.Thread(target=bench.worker.work, daemon=True)
+    working.start()
+    wait_until(lambda: bench.client.info("clients")["blocked_clients"] == 1)
+    bench.worker.request_stop()
+    working.join(PATIENCE)
+    assert not working.is_alive()
+    job = bench.put()
+    assert (bench.queue.job_ids, bench.client.llen(bench.queue.intermediate_queue_key)) == ([job], 0)
+    assert bench.courier.calls == []
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_job_popped_at_the_moment_of_a_stop_goes_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, is_cut: bool
+) -> None:
+    """Whether its reply has come or the connection is cut, it is in the queue again."""
+    job = bench.put()
+    pop = bench.worker._pop.execute
+
+    def stop_behind(*words: object) -> object:
+        popped = pop(*words)
+        bench.worker.request_stop()
+        return None if is_cut else popped
+
+    monkeypatch.setattr(bench.worker._pop, "execute", stop_behind)
+    assert bench.worker.take(wait=True) is None
+    assert (bench.queue.job_ids, bench.client.llen(bench.queue.intermediate_queue_key)) == ([job], 0)
 
 
 def test_stop_does_not_wait_for_a_redis_that_is_gone(

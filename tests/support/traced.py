@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from relay.mail.envelope import Envelope
 from relay.mail.ids import IdSource
 from relay.mail.recipient import Recipient
 from relay.mail.reply import Reply
+from relay.stopping import StopEvent
 from relay.trace import emitter, events, files
 from relay.trace.collector import Collector
 from relay.trace.events import Wire
@@ -37,7 +37,7 @@ class Traced:
         )
 
     def close(self) -> None:
-        stop = threading.Event()
+        stop = StopEvent()
         stop.set()
         self.collector.run(stop)  # takes what is there, and closes its file
         for end in (self.reading, self.writing):

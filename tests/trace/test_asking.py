@@ -14,6 +14,7 @@ import redis
 
 from relay.ledger import hosts, keys
 from relay.mail.reply import Reply
+from relay.stopping import StopEvent
 from relay.trace import events
 from relay.trace.asking import PATIENCE, OtherHosts, keep_answering
 from relay.trace.life import MessageLife
@@ -40,7 +41,7 @@ def there(tmp_path: Path) -> Iterator[Traced]:
 @pytest.fixture
 def answering(redis_client: redis.Redis, redis_url: str, there: Traced) -> Iterator[None]:
     """The other host's housekeeping."""
-    stop = threading.Event()
+    stop = StopEvent()
     announce(redis_client, HERE, "relay")
     announce(redis_client, THERE, "workers")
 

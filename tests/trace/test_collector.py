@@ -15,6 +15,7 @@ import pytest
 from relay import metrics
 from relay.config.model import TraceSettings
 from relay.mail import encryption
+from relay.stopping import StopEvent
 from relay.trace import emitter, files
 from relay.trace.collector import Collector
 from relay.trace.lookup import Unseen
@@ -204,7 +205,7 @@ def test_sealed_files(tmp_path: Path) -> None:
 def test_the_collector_ends_with_what_is_there_written(tmp_path: Path) -> None:
     """A stop in order loses nothing, and leaves one file that can be read from where nothing can be written."""
     traced = Traced(tmp_path)
-    stop = threading.Event()
+    stop = StopEvent()
     thread = threading.Thread(target=traced.collector.run, args=(stop,))
     thread.start()
     traced.send(mine := traced.received())

@@ -10,6 +10,7 @@ import pytest
 import redis
 
 from relay.ledger import keys, questions
+from relay.stopping import StopEvent
 from relay.trace.asking import _answer, keep_answering
 from support.hostile_values import LEAVES, RAW
 from support.waiting import wait_until
@@ -38,7 +39,7 @@ def test_hostile_questions(tmp_path: Path, name: str) -> None:
 
 def test_who_answers_goes_on(redis_client: redis.Redis, redis_url: str, tmp_path: Path) -> None:
     """After all that, and after a list of another type, the next question has its answer."""
-    stop = threading.Event()
+    stop = StopEvent()
     thread = threading.Thread(
         target=keep_answering, args=(lambda: redis.Redis.from_url(redis_url), tmp_path, "here", stop)
     )

@@ -69,7 +69,7 @@ class _Session:
         """Have it take no further job, and drain."""
         self._is_stopping = True
         if self._worker:
-            self._worker.stopping = True
+            self._worker.stop()
 
     def join(self) -> None:
         self._thread.join()
@@ -108,7 +108,8 @@ class _Session:
         worker.accepts = lambda: courier.accepting
         worker.room = lambda: courier.room
         self._worker = worker
-        worker.stopping = self._is_stopping
+        if self._is_stopping:
+            worker.stop()
         jobs.bind(self.tenant.destination, courier, self._loop.loop)
         try:
             worker.work()

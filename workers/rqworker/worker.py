@@ -33,13 +33,14 @@ from rq.worker_registration import clean_worker_registry, register
 
 from relay.mail.ids import is_job_id
 from relay.mail.ids import text as as_text
+from relay.redisio.blocking import Blocking
 from relay.redisio.clients import master_of
 from relay.repeated import Backoff
 from workers import jobs
 from workers.rqworker.delivery_job import DeliveryJob, NoJob
 from workers.rqworker.revival import BORN, LIFE, PLACE, born, place, revive
 
-_POLL_SECONDS = 1  # how long a pop blocks, and so how late a stop is seen when idle
+_POLL_SECONDS = 1  # how long a pop blocks
 _NOT_ACCEPTING_SECONDS = 0.1  # between two checks of a courier that accepts no jobs
 _BEAT_SECONDS = 15.0
 _WORKER_TTL = LIFE - 60  # RQ adds 60: a worker without a beat for 2 minutes is gone
@@ -61,10 +62,10 @@ class DeliveryWorker(SimpleWorker):
     def __init__(self, queue: str, *, connection: Redis, name: str, accepts: Callable[[], bool] = lambda: True) -> None:
         logging.getLogger("rq.worker").setLevel(logging.WARNING)  # RQ has several lines per job at info
         super().__init__([queue], name=name, connection=connection, serializer=JSONSerializer, worker_ttl=_WORKER_TTL)
-        self.stopping = False
         self.accepts = accepts
         self.room: Callable[[], int] = lambda: 0
         self.queue = self.queues[0]
+        self._pop = Blocking(connection)
         self._place, self._born = place(), born(os.getpid())
         self._running: list[tuple[Job, Execution]] = []
         self._beating = threading.Lock()  # a heartbeat must not restore an execution that has just ended
@@ -75,6 +76,15 @@ class DeliveryWorker(SimpleWorker):
         self._pauses = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
         self._give_up_at = 0.0
         self._last_job = time.monotonic()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it ends after the current jobs."""
+        return self._pop.is_ended
+
+    def stop(self) -> None:
+        """End after the current jobs, at once where it waits for one; for any thread or signal handler."""
+        self._pop.end()
 
     @property
     def idle_seconds(self) -> float:
@@ -139,14 +149,14 @@ class DeliveryWorker(SimpleWorker):
     def take(self, *, wait: bool) -> DeliveryJob | None:
         """Pop a job into the intermediate list, waiting up to a second, and read it; an unreadable one is set aside."""
         here, there = self.queue.key, self.queue.intermediate_queue_key
-        while popped := (
-            self.connection.blmove(here, there, _POLL_SECONDS) if wait else self.connection.lmove(here, there)
-        ):
-            if self.stopping:  # popped at the same time as the signal: left to the next worker
-                self._put_back()
-                return None
+        waiting = ("BLMOVE", here, there, "LEFT", "RIGHT", _POLL_SECONDS)
+        while popped := self._pop.execute(*waiting) if wait else self.connection.lmove(here, there):
+            if self.stopping:
+                break
             for job in self._read(self._named([popped])):
                 return job
+        if self.stopping:  # a job may have been popped at the same moment: left to the next worker
+            self._put_back()
         return None
 
     def _take_company(self, first: DeliveryJob, most: int) -> list[DeliveryJob]:
@@ -384,4 +394,4 @@ class DeliveryWorker(SimpleWorker):
         """
         if self.stopping and signum == signal.SIGINT:
             os._exit(128 + signum)
-        self.stopping = True
+        self.stop()

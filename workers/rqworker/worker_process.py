@@ -87,7 +87,7 @@ def serve(
     worker.accepts = lambda: courier.accepting
     worker.room = lambda: courier.room
     if early:
-        worker.stopping = True
+        worker.stop()
     jobs.bind(destination, courier, thread.loop)
     logger.info("worker {} serves {}", name, queue_name)
     context.ready()

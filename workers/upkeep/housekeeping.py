@@ -13,14 +13,16 @@ from collections.abc import Callable, Mapping
 
 from loguru import logger
 
+from relay.stopping import StopEvent
+
 _STOP = (signal.SIGTERM, signal.SIGINT)
 
-Task = Callable[[threading.Event], None]  # runs until the event is set
+Task = Callable[[StopEvent], None]  # runs until the event is set
 
 
 def housekeep(tasks: Mapping[str, Task]) -> int:
     """Run each task in a thread of its name until SIGTERM or SIGINT, then wait for all. Returns the exit status."""
-    stop = threading.Event()
+    stop = StopEvent()
     failed = threading.Event()
 
     def run(name: str, task: Task) -> None:
