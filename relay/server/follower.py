@@ -158,8 +158,8 @@ class Follower:
         if self._context is not None:
             old, primary = self._context.snapshot, self._next_primary(decided.primary)
             self._context.snapshot = Snapshot(primary, decided.backups, decided.epoch, old)
-            if self._context.fleet is not None:
-                self._context.fleet.follow(decided.routes)
+            if self._context.route_primaries is not None:
+                self._context.route_primaries.follow(decided.routes)
             self._retired = [s for s in self._retired if s.in_use] + [old]
             self._busy_until = asyncio.get_running_loop().time() + _UNDER_WAY_SECONDS
         if decided.primary.name != before.primary.name:
@@ -206,9 +206,9 @@ class Follower:
         """Find out whether we can use the new primary; what was opened is kept for its mail."""
         trouble = self._objection(intent)
         if not trouble and intent.route:
-            fleet = self._context.fleet if self._context else None
+            primaries = self._context.route_primaries if self._context else None
             servers = intent.servers or route_roles.as_set(self._settings, intent.route)
-            trouble = await fleet.prepare(servers, self._context.snapshot) if fleet and self._context else ""
+            trouble = await primaries.prepare(servers, self._context.snapshot) if primaries and self._context else ""
         elif not trouble:
             known = (self._settings.primary, *self._settings.backups)
             primary = self._connect_to(next(s for s in known if s and s.name == intent.primary))

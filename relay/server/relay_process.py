@@ -39,8 +39,8 @@ from relay.server.moved_follower import MovedFollower
 from relay.smtpd import commands
 from relay.smtpd.context import Context
 from relay.smtpd.credentials import Credentials
-from relay.smtpd.fleet import Fleet
 from relay.smtpd.primary import Primary
+from relay.smtpd.route_primaries import RoutePrimaries
 from relay.smtpd.staging import Staging
 from relay.spool.importer import Importer
 from relay.spool.writer import Spool
@@ -153,8 +153,8 @@ class _Relay:
         )
         self._follower.serve(self._shared)
         self._tables = Tables(settings)
-        self._watching: asyncio.Task[None] | None = None  # over the servers of the fleet
-        self._fleet: Fleet | None = None  # that of the context, or of one who may become it again
+        self._watching: asyncio.Task[None] | None = None  # over the servers of routes
+        self._route_primaries: RoutePrimaries | None = None  # that of the context, or of one who may become it again
         self._serves = False  # by the routes
         self._moved = MovedFollower(settings, self._pulse, self._jobs, self._take_map, self._follower.wake)
         self._taking: asyncio.Task[None] | None = None
@@ -248,15 +248,15 @@ class _Relay:
         """Have the next transactions go by the routes as they are now; without any nothing is asked."""
         settings, moved = self._settings, self._moved.map
         if not settings.route_table and not len(moved):
-            self._shared.fleet = None
+            self._shared.route_primaries = None
             return
         router = self._tables.router(moved).with_routes(self._follower.roles.routes)
-        if self._fleet is None:
+        if self._route_primaries is None:
             copied = (server for named in settings.named if (server := as_copied(settings, named.name)))
-            self._fleet = Fleet(router, settings.named, copied, self._primary)
-            self._watching = asyncio.get_running_loop().create_task(_for_ever(self._fleet.watch))
-        self._fleet.router = router
-        self._shared.fleet = self._fleet
+            self._route_primaries = RoutePrimaries(router, settings.named, copied, self._primary)
+            self._watching = asyncio.get_running_loop().create_task(_for_ever(self._route_primaries.watch))
+        self._route_primaries.router = router
+        self._shared.route_primaries = self._route_primaries
 
     def _take_map(self) -> None:
         """Go by who has moved now, once there are routes to go by."""
@@ -267,8 +267,8 @@ class _Relay:
         await _end(looking)
         if self._watching is not None:
             await _end(self._watching)
-        if self._fleet is not None:
-            await self._fleet.close()
+        if self._route_primaries is not None:
+            await self._route_primaries.close()
 
     async def _keep_tables(self) -> None:
         """Take tables that have been read anew, again and again."""
@@ -282,8 +282,8 @@ class _Relay:
 
     async def _hear_the_primary(self) -> None:
         """Wait for the primary's EHLO, or those of all, as long as nobody tells us to stop: it may be silent."""
-        snapshot, fleet = self._shared.snapshot, self._shared.fleet
-        greeting = fleet.hear_all(snapshot) if fleet is not None else _heard(snapshot.primary)
+        snapshot, primaries = self._shared.snapshot, self._shared.route_primaries
+        greeting = primaries.hear_all(snapshot) if primaries is not None else _heard(snapshot.primary)
         waits = {asyncio.create_task(w) for w in (greeting, self._wait_for_stop())}
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for task in waits:
@@ -370,8 +370,8 @@ class _Relay:
     async def _monitor(self) -> None:
         """Watch Redis, and introduce this process whenever Redis does not know it or a neighbour has ended."""
         while True:
-            if self._shared.fleet is not None:
-                self._pulse.down = self._shared.fleet.down
+            if self._shared.route_primaries is not None:
+                self._pulse.down = self._shared.route_primaries.down
             if await self._watch.look():
                 self._moved.follow()
                 await self._follower.follow(self._redis)

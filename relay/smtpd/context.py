@@ -9,8 +9,8 @@ from typing import Protocol
 from relay.config.loader import Settings
 from relay.mail.ids import IdSource
 from relay.smtpd.credentials import Credentials
-from relay.smtpd.fleet import Fleet
 from relay.smtpd.protocol import DeadlineWatch
+from relay.smtpd.route_primaries import RoutePrimaries
 from relay.smtpd.shared_counters import ProcessCounters
 from relay.smtpd.snapshot import Snapshot
 from relay.smtpd.staging import Staging
@@ -37,7 +37,7 @@ class Context:
     watch: DeadlineWatch = field(default_factory=DeadlineWatch)
     stopping: bool = False
     leaving: bool = False  # stopping, since a new process takes the clients now; those connected here are served first
-    fleet: Fleet | None = None  # None: there are no routes, and everybody has the snapshot's primary
+    route_primaries: RoutePrimaries | None = None  # None: there are no routes, and everybody has the snapshot's primary
     most_clients: int = sys.maxsize  # what the file descriptors of this process allow
 
     @property

@@ -213,12 +213,12 @@ class Peer:
     async def _offers(self) -> tuple[tuple[str, ...], frozenset[str]]:
         """Return the lines of the EHLO reply, and the extensions whose commands and parameters are accepted."""
         primary = self._context.snapshot.primary
-        fleet = self._context.fleet
-        if fleet is None:
+        primaries = self._context.route_primaries
+        if primaries is None:
             announced = await primary.announced()
             verified, is_known = primary.destination.tls == "verify", primary.extensions is not None
         else:
-            announced, verified, is_known = await fleet.announced(self._context.snapshot)
+            announced, verified, is_known = await primaries.announced(self._context.snapshot)
         lines, offered = offers(announced, self._settings.max_message_bytes, tls=self._protocol.tls, verified=verified)
         ours = []
         if self._offers_tls:

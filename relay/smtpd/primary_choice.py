@@ -18,10 +18,10 @@ from relay.mail.recipient import Recipient
 from relay.mail.reply import Reply
 from relay.routing.decisions import RouteDecision, owed
 from relay.smtpd import primary_transaction
-from relay.smtpd.fleet import Fleet
 from relay.smtpd.primary import Build, Primary
 from relay.smtpd.primary_replies import NOT_AVAILABLE
 from relay.smtpd.primary_transaction import PrimaryTransaction
+from relay.smtpd.route_primaries import RoutePrimaries
 from relay.smtpd.snapshot import Snapshot
 
 ELSEWHERE = Reply.of(452, "4.5.3 Recipient is on another server, send it by itself")
@@ -74,10 +74,12 @@ class OnePrimary:
 class PrimaryByRoute:
     """The choice by the routes, for one transaction."""
 
-    def __init__(self, fleet: Fleet, snapshot: Snapshot, sender: str, client: str, local: tuple[str, int]) -> None:
-        self._fleet = fleet
+    def __init__(
+        self, primaries: RoutePrimaries, snapshot: Snapshot, sender: str, client: str, local: tuple[str, int]
+    ) -> None:
+        self._primaries = primaries
         self._snapshot = snapshot
-        self._plan = fleet.router.plan(
+        self._plan = primaries.router.plan(
             snapshot.primary.destination.name, sender, client, local, token=secrets.token_hex(8)
         )
         self._settled = self._plan.settled  # None: the recipient decides
@@ -116,7 +118,7 @@ class PrimaryByRoute:
             return build
 
         self._chosen, self._may_fork = decision, decision.route.split == FORK
-        transaction, reply, _ = await self._fleet.begin(decision, self._snapshot, of, identity)
+        transaction, reply, _ = await self._primaries.begin(decision, self._snapshot, of, identity)
         if transaction is None:
             self._chosen = None
             self._refusals[decision.servers] = reply
@@ -146,7 +148,7 @@ class PrimaryByRoute:
         name = self.primary.destination.name
         asked = (name, found.servers)
         if asked not in self._is_here:
-            self._is_here[asked] = found.servers == chosen.servers or self._fleet.first(found) == name
+            self._is_here[asked] = found.servers == chosen.servers or self._primaries.first(found) == name
         return self._is_here[asked]
 
     def beside(self, recipient: Recipient) -> RouteDecision | None:
@@ -156,14 +158,14 @@ class PrimaryByRoute:
         """
         found = self._plan.decide(recipient.address)  # can be read: there was an objection to this recipient
         self._may_fork |= found.route.split == FORK
-        primaries = [self.primary, *(self._fleet.primary(name, self._snapshot) for name in found.servers)]
+        primaries = [self.primary, *(self._primaries.primary(name, self._snapshot) for name in found.servers)]
         if not self._may_fork or any(primary.most_recipients == 1 for primary in primaries):
             return None
         return found
 
     def first(self, decision: RouteDecision) -> str:
         """Return who would be tried first now."""
-        return self._fleet.first(decision)
+        return self._primaries.first(decision)
 
     @property
     def servers(self) -> tuple[str, ...]:
@@ -173,7 +175,7 @@ class PrimaryByRoute:
     async def begin_at(
         self, decision: RouteDecision, build: Build, identity: Identity
     ) -> tuple[PrimaryTransaction | None, Reply, str]:
-        """Begin another transaction, beside the first; returns as Fleet.begin, with the name of who has answered.
+        """Begin another transaction, beside the first; returns as RoutePrimaries.begin, with the name of who answered.
 
         It gets as long as for one command: the client, which would give up on all, waits for the reply to RCPT as well.
         """
@@ -181,11 +183,12 @@ class PrimaryByRoute:
             return None, refused, ""
         try:
             async with asyncio.timeout(self.primary.timeouts.command):
-                transaction, reply, primary = await self._fleet.begin(
+                transaction, reply, primary = await self._primaries.begin(
                     decision, self._snapshot, lambda _: build, identity
                 )
         except TimeoutError:
-            transaction, reply, primary = None, NOT_AVAILABLE, self._fleet.primary(decision.servers[0], self._snapshot)
+            primary = self._primaries.primary(decision.servers[0], self._snapshot)
+            transaction, reply = None, NOT_AVAILABLE
             primary.trouble("MAIL", TimeoutError("no answer in time, while another primary waits"))
         if transaction is None:
             self._refusals[decision.servers] = reply
@@ -207,7 +210,7 @@ class PrimaryByRoute:
         promised: list[tuple[str, tuple[int, ...]]] = []
         answered = self.answered or [self.primary.destination.name] * len(recipients)
         for name, indices in owed(decisions, answered, list(backups)).items():
-            server = backups.get(name) or self._fleet.copied[name]
+            server = backups.get(name) or self._primaries.copied[name]
             wanted = tuple(i for i in indices if server.wants(recipients[i]))
             if wanted:
                 names.append(name)

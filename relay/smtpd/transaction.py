@@ -150,9 +150,11 @@ class MailTransaction:
 
     def _choice(self, sender: str) -> PrimaryChoice:
         context = self._context
-        if context.fleet is None:
+        if context.route_primaries is None:
             return OnePrimary(context.snapshot)
-        return PrimaryByRoute(context.fleet, context.snapshot, sender, self._peer.address, self._protocol.local)
+        return PrimaryByRoute(
+            context.route_primaries, context.snapshot, sender, self._peer.address, self._protocol.local
+        )
 
     def _objection(self, size: int) -> Reply | None:
         """Return the refusal of a message of this size, 0 where it is not known."""

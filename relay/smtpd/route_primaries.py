@@ -30,7 +30,7 @@ from relay.smtpd.snapshot import Snapshot
 _FOR_MAIL = 2  # times as long as for a connection, for the reply to MAIL: it may take look-ups
 
 
-class Fleet:
+class RoutePrimaries:
     """The routes of one relay process and their servers. ``router`` is replaced when a table has changed."""
 
     def __init__(
