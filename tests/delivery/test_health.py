@@ -17,8 +17,8 @@ from relay.redisio.clients import async_client
 from relay.redisio.pipeline import Pipelines
 from support.redis_servers import RedisServer
 from support.waiting import until
-from workers.delivery.brakes import Brakes
 from workers.delivery.health import HealthReport
+from workers.delivery.hold_and_throttle import HoldAndThrottle
 from workers.delivery.leases import Leases
 
 
@@ -35,7 +35,7 @@ async def test_a_report_outlives_an_outage_of_redis(
         Pipelines(connection),
         "new",
         Leases(connection, "new"),
-        Brakes(connection, "new", "worker", RedisClock()),
+        HoldAndThrottle(connection, "new", "worker", RedisClock()),
     )
     breaker = Breaker(1, on_change=health.on_change)
     watching = asyncio.ensure_future(health.watch(breaker))

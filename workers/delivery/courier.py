@@ -31,13 +31,13 @@ from relay.redisio.clients import async_client, sync_client
 from relay.redisio.pipeline import Pipelines
 from relay.trace import emitter
 from workers.delivery.bodies import Bodies
-from workers.delivery.brakes import Brakes
 from workers.delivery.claiming import Claiming
 from workers.delivery.connection_run import ConnectionRuns
 from workers.delivery.copy import Copy
 from workers.delivery.divergences import Divergences
 from workers.delivery.gate import Gate
 from workers.delivery.health import HealthReport
+from workers.delivery.hold_and_throttle import HoldAndThrottle
 from workers.delivery.jobs_in_hand import JobInHand, JobsInHand
 from workers.delivery.leases import Leases
 from workers.delivery.loading import Loading
@@ -78,7 +78,7 @@ class Courier:
         self._width = width
         self._leases = Leases(self._redis, name)
         clock = self._leases.clock
-        self._brakes = Brakes(self._redis, name, worker, clock)
+        self._hold_and_throttle = HoldAndThrottle(self._redis, name, worker, clock)
         self._outbox = Outbox(
             self._redis,
             jobs,
@@ -96,15 +96,15 @@ class Courier:
             failed_ttl=settings.failed.ttl,
             divergences=self._divergences,
             clock=clock,
-            held_seconds=self._brakes.held_seconds,
+            held_seconds=self._hold_and_throttle.held_seconds,
             names_recipients=settings.log.addresses,
         )
         self._jobs = JobsInHand(self._outcomes, self._leases)
-        self._health = HealthReport(self._redis, pipelines, name, self._leases, self._brakes)
+        self._health = HealthReport(self._redis, pipelines, name, self._leases, self._hold_and_throttle)
         self._breaker = Breaker(
             width.now, min(_LONGEST_PROBE, settings.retry.longest), on_change=self._health.on_change
         )
-        self._gate = Gate(self._breaker, self._outbox, self._brakes)
+        self._gate = Gate(self._breaker, self._outbox, self._hold_and_throttle)
         self._greetings = Greetings(self._redis)
         self._pool = Pool(
             destination,
@@ -139,7 +139,7 @@ class Courier:
             width,
             refusals,
         )
-        self._brakes.wake = self._wake
+        self._hold_and_throttle.wake = self._wake
         self._probe_choice = ProbeChoice(self._breaker, self._runs, refusals, self._bodies, self._claiming)
         self._is_probing = False
         self._background: set[asyncio.Task[None]] = set()
@@ -153,7 +153,7 @@ class Courier:
     @property
     def room(self) -> int:
         """How many copies are worth having in hand at once; with the breaker open those of one job, for the probe."""
-        return 0 if self._breaker.is_open else int(min(self._breaker.window * _IN_HAND, self._brakes.most))
+        return 0 if self._breaker.is_open else int(min(self._breaker.window * _IN_HAND, self._hold_and_throttle.most))
 
     async def start(self) -> None:
         """Begin to renew leases and to report our health; from then on it is known whether the destination is held."""
@@ -165,7 +165,7 @@ class Courier:
         self._spawn(self._outbox.follow())
         self._spawn(self._health.watch(self._breaker))
         self._spawn(self._divergences.report())
-        self._spawn(self._brakes.share(lambda: self._jobs.copies_left, self._narrow))
+        self._spawn(self._hold_and_throttle.share(lambda: self._jobs.copies_left, self._narrow))
         self._spawn(self._look_at_held())
 
     async def drain(self) -> None:
@@ -224,7 +224,7 @@ class Courier:
 
     async def _deliver(self, job_id: str, ids: list[str]) -> None:
         faultpoints.reach("job fetched")
-        if self._brakes.is_barred:
+        if self._hold_and_throttle.is_barred:
             raise Interrupted
         job = self._jobs.open(job_id, await self._claiming.claim(job_id, ids))
         try:
@@ -265,7 +265,7 @@ class Courier:
     async def _wait_for_turn(self) -> None:
         """Wait a little for the breaker to close or the outbox to catch up."""
         breaker = self._breaker
-        self._brakes.ask_now()
+        self._hold_and_throttle.ask_now()
         self._health.changed.clear()
         seconds = min(1.0, breaker.seconds_to_probe or 0.1) if breaker.is_open else 0.1
         with suppress(TimeoutError):

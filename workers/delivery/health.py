@@ -19,7 +19,7 @@ from relay.ledger import divergence, keys
 from relay.ledger.health import FIELDS, Health
 from relay.ledger.redis_clock import time_of
 from relay.redisio.pipeline import CommandBatch, Pipelines
-from workers.delivery.brakes import Brakes
+from workers.delivery.hold_and_throttle import HoldAndThrottle
 from workers.delivery.leases import Leases
 
 _LOOK_SECONDS = 1.0
@@ -27,12 +27,17 @@ _DIGITS = 16  # of a count that can be right
 
 
 class HealthReport:
-    """Reports when a Breaker opens or closes, lets a flush make it probe at once, and tells the brakes of a hold."""
+    """Reports when a Breaker opens or closes, lets a flush make it probe at once, and tells the HoldAndThrottle what operators want."""
 
     def __init__(
-        self, connection: Redis, pipelines: Pipelines, destination: str, leases: Leases, brakes: Brakes
+        self,
+        connection: Redis,
+        pipelines: Pipelines,
+        destination: str,
+        leases: Leases,
+        hold_and_throttle: HoldAndThrottle,
     ) -> None:
-        self._brakes = brakes
+        self._hold_and_throttle = hold_and_throttle
         self._connection = connection
         self._pipelines = pipelines
         self._leases = leases
@@ -77,7 +82,7 @@ class HealthReport:
             raise
         flush, *fields = cast("list[bytes | None]", found)
         standing = Health.of({name.encode(): value for name, value in zip(FIELDS, fields, strict=True)})
-        self._brakes.note(standing)
+        self._hold_and_throttle.note(standing)
         flushes = int(flush) if flush and flush.isdigit() and len(flush) < _DIGITS else 0
         if self._flushes is not None and flushes > self._flushes and breaker.is_open:
             breaker.probe_now()

@@ -126,7 +126,7 @@ async def test_a_held_server_that_was_away_is_probed_without_a_copy(
         work.add(ids)
         await until(lambda: redis_client.hget(keys.HEALTH + "new", "state") == b"paused")
         health.hold(redis_client, "new", 0, "maintenance", "alice")
-        await until(lambda: work.courier._brakes.is_held)
+        await until(lambda: work.courier._hold_and_throttle.is_held)
         # A copy that was sent as a probe before that is put off once more: the server takes mail only now.
         await until(lambda: redis_client.hget(keys.HEALTH + "new", "state") == b"ok")
         backup.replies.clear()

@@ -28,7 +28,7 @@ _LOOK_SECONDS = 1.0
 _SHORTEST = 0.02
 
 
-class Brakes:
+class HoldAndThrottle:
     """The hold and the throttle of one courier; ``wake`` is called when it may go on, or must not."""
 
     def __init__(self, connection: Redis, destination: str, worker: str, clock: RedisClock) -> None:
