@@ -46,7 +46,7 @@ ONE_OF_EACH = {
     r"\bjson\.loads?\(": {
         "relay/event_ring.py",  # these: memory that only our processes share
         "relay/metric_store.py",
-        "relay/daemon/vitals.py",
+        "relay/daemon/child_status.py",
         "relay/demo/display.py",  # the log of the demo's own child
         "relay/trace/collector.py",  # datagrams of our own processes, thousands a second
     },

@@ -20,9 +20,9 @@ from relay.cockpit.host_news import HostNews
 from relay.cockpit.reach import Looks, keep_looking
 from relay.cockpit.sampler import EventTeller, Sampler, keep_sampling
 from relay.config.loader import Settings
+from relay.daemon.child_status import ChildStatus
 from relay.daemon.slots import Child
 from relay.daemon.start import Role
-from relay.daemon.vitals import Vitals
 from relay.ledger import changes, hosts, registry
 from relay.mail.destination import Destination
 from relay.monitoring import answers
@@ -57,7 +57,7 @@ class Crew:
     places: Sequence[Place]
     listener: socket.socket | None
     arena: metric_store.Arena | None
-    vitals: Vitals
+    child_status: ChildStatus
     trace: tuple[socket.socket, socket.socket] | None  # the ends of the trace's channel: to read, to write
 
     def of(self, settings: Settings, generation: int = 1) -> list[Child]:
@@ -189,7 +189,7 @@ class Crew:
         def be_status(_: ChildContext, stop: StopEvent) -> None:
             from relay.page import server  # noqa: PLC0415  (20 MB, that only the housekeeping process needs)
 
-            failing = partial(self.vitals.failing, prefix)
+            failing = partial(self.child_status.failing, prefix)
             found = answers.of(settings, self.url, self.arena, seat=seat, failing=failing)
             server.serve(replace(settings, redis=settings.redis.at(self.url)), listener, found, stop)
 

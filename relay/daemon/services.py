@@ -17,6 +17,7 @@ from relay.config.loader import Problem, Settings, SettingsError
 from relay.config.model import SmtpSettings, StatusSettings
 from relay.daemon import ledger_redis, running, start
 from relay.daemon.busy_destinations import BusyDestinations
+from relay.daemon.child_status import ChildStatus
 from relay.daemon.control import Control
 from relay.daemon.crew import Crew, are_shared
 from relay.daemon.reload import Read, Reload
@@ -25,7 +26,6 @@ from relay.daemon.retired_destinations import RetiredDestinations
 from relay.daemon.slots import Child
 from relay.daemon.start import EarlyStop, Role, StartError
 from relay.daemon.supervisor import Supervisor
-from relay.daemon.vitals import Vitals
 from relay.ledger import audit
 from relay.ledger.audit import Act
 from relay.ledger.continuity import Continuity
@@ -76,15 +76,15 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = (), read: Read 
         ledger_redis.warn_of_lost_promises(settings, url)
         continuity = _continuity(settings)
         ledger_redis.register(settings, continuity, role)
-        vitals = Vitals()
-        crew = Crew(role, url, places, listener, arena, vitals, start.trace_channel())
+        child_status = ChildStatus()
+        crew = Crew(role, url, places, listener, arena, child_status, start.trace_channel())
         children += [*crew.of(settings), *map(crew.holding, extra)]
         early.check()
         supervisor = Supervisor(
             children,
             on_ready=lambda: _tell(settings, role),
             roster=_roster(crew, settings, continuity),
-            vitals=vitals,
+            child_status=child_status,
         )
         if read is not None:
             _let_reload(supervisor, crew, given, read, ends)

@@ -26,11 +26,11 @@ from loguru import logger
 
 from relay import log_output
 from relay.child import ChildContext
+from relay.daemon.child_status import ChildStatus
 from relay.daemon.fork import fork
 from relay.daemon.notify import notify
 from relay.daemon.renewal import Renewal, Roster
 from relay.daemon.slots import Child, Fork, Slot, ending, send
-from relay.daemon.vitals import Vitals
 from relay.daemon.wakeup import Wakeup
 
 __all__ = ["Child", "Supervisor"]
@@ -55,7 +55,7 @@ class Supervisor:
     on_ready: Callable[[], None] | None = None
     on_reload: Callable[[], None] | None = None  # SIGHUP; without it the children are told
     roster: Roster | None = None
-    vitals: Vitals = field(default_factory=Vitals)
+    child_status: ChildStatus = field(default_factory=ChildStatus)
     generation: int = field(init=False, default=1)
     _slots: list[Slot] = field(init=False, default_factory=list)
     _wakeup: Wakeup = field(init=False, default_factory=Wakeup)
@@ -130,7 +130,7 @@ class Supervisor:
             self._start_due()
             self._go_on_renewing()
             self._kill_who_stays()
-            self.vitals.tell(self._slots)
+            self.child_status.tell(self._slots)
 
     def _call_the_roster(self) -> None:
         """Make places for the further children that are needed now, and stop those that are not."""
@@ -214,7 +214,9 @@ class Supervisor:
         slot.instance = f"{slot.process.pid}.{begun}"
         slot.due = None
         slot.told = ""
-        self.vitals.tell(self._slots)  # before any that it replaces could take what it does for what is left behind
+        self.child_status.tell(
+            self._slots
+        )  # before any that it replaces could take what it does for what is left behind
         logger.debug("{} started as process {}", child.name, slot.process.pid)
 
     def _reap(self) -> None:
@@ -354,7 +356,7 @@ class Supervisor:
                 generation=child.generation or 1,
                 seat=slot.seat,
                 ready=self._wakeup.tell_ready,
-                living=partial(self.vitals.living, child.name),
+                living=partial(self.child_status.living, child.name),
             )
 
         return fork(child, context, self._leave)

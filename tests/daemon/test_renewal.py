@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from relay.daemon.child_status import ChildStatus
 from relay.daemon.slots import Slot
 from relay.daemon.supervisor import Child
-from relay.daemon.vitals import Vitals
 from support.supervised import Run, is_alive
 from support.waiting import wait_until
 
@@ -146,10 +146,10 @@ def test_a_former_child_that_does_not_leave_is_killed(run: Run) -> None:
     assert run.end() == 0
 
 
-def test_vitals_tell_who_lives() -> None:
+def test_the_status_of_children_tells_who_lives() -> None:
     """The instances of a name are those of its running processes; who reads while it is written reads again."""
-    vitals = Vitals()
-    assert vitals.living("a") == frozenset()
+    child_status = ChildStatus()
+    assert child_status.living("a") == frozenset()
 
     class Running:
         pid = 1
@@ -158,8 +158,8 @@ def test_vitals_tell_who_lives() -> None:
             return None
 
     slots = [Slot(Child(name, run=lambda _: 0), Running(), instance) for name, instance in (("a", "1.1"), ("a", "2.2"))]
-    vitals.tell([*slots, Slot(Child("a", run=lambda _: 0), None, "3.3")])
-    assert vitals.living("a") == {"1.1", "2.2"}
-    vitals._memory[0] += 1  # as in the middle of a change
-    assert vitals.living("a") is None
-    assert vitals.failing("a") == []
+    child_status.tell([*slots, Slot(Child("a", run=lambda _: 0), None, "3.3")])
+    assert child_status.living("a") == {"1.1", "2.2"}
+    child_status._memory[0] += 1  # as in the middle of a change
+    assert child_status.living("a") is None
+    assert child_status.failing("a") == []

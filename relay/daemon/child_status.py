@@ -19,7 +19,7 @@ _head = struct.Struct("=II")  # a count that is odd while the text is being writ
 _TRIES = 50
 
 
-class Vitals:
+class ChildStatus:
     """What the supervisor tells of its children."""
 
     def __init__(self) -> None:
