@@ -22,8 +22,8 @@ from relay.config.differences import Difference, differences
 from relay.config.loader import Problem, Settings, SettingsError
 from relay.config.model import Layers
 from relay.daemon import start
+from relay.daemon.child_processes import ChildProcesses
 from relay.daemon.control import Question, Tell
-from relay.daemon.crew import Crew
 from relay.daemon.notify import notify, reloading
 from relay.daemon.renewal import SECONDS, Renewal, Roster
 from relay.daemon.supervisor import Supervisor
@@ -62,7 +62,7 @@ class Reload:
 
     settings: Settings
     read: Read
-    crew: Crew
+    processes: ChildProcesses
     supervisor: Supervisor
     roster_for: Callable[[Settings], Roster]
     on_taken: Callable[[Settings, int], None]  # the settings that run now, and their generation
@@ -124,7 +124,7 @@ class Reload:
         wanted = self.read(None)
         settings = self.read(self.settings.layers)
         faults = [fault for look in (self._credentials, self._keys, self._promoted) if (fault := look(settings))]
-        if self.crew.role.relays:
+        if self.processes.role.relays:
             faults += loading.faults(settings, allow_empty=allow_empty)
         if faults:
             raise SettingsError([Problem("", "", text) for text in faults])
@@ -132,7 +132,7 @@ class Reload:
 
     def _credentials(self, settings: Settings) -> str:
         try:
-            if self.crew.role.relays:
+            if self.processes.role.relays:
                 Credentials.load(settings.smtp)
             users.check(settings.status)
         except OSError as error:
@@ -150,7 +150,7 @@ class Reload:
 
     def _promoted(self, settings: Settings) -> str:
         """Say where a server that was promoted would not be named any more: another would answer in silence."""
-        topology = remembered.load(settings.state_dir) if self.crew.role.relays else None
+        topology = remembered.load(settings.state_dir) if self.processes.role.relays else None
         if topology is None or decided(self.settings, topology) is None or decided(settings, topology) is not None:
             return ""
         return f"{disagreement(settings, topology)}; name it, or first promote another"
@@ -182,9 +182,9 @@ class Reload:
         reloading()
         try:
             self._prepare(settings)
-            fitted = start.fitted(settings, self.crew.role)
-            fitted = replace(fitted, redis=fitted.redis.at(self.crew.url))
-            children, roster = self.crew.of(fitted, generation), self.roster_for(fitted)
+            fitted = start.fitted(settings, self.processes.role)
+            fitted = replace(fitted, redis=fitted.redis.at(self.processes.url))
+            children, roster = self.processes.of(fitted, generation), self.roster_for(fitted)
         except Exception as error:  # as above
             self._end(asked, settings, changes, generation, f"{type(error).__name__}: {error}")
             return
@@ -208,13 +208,13 @@ class Reload:
             self._prepare(self.settings)
         else:
             self.settings = settings
-            name = f"smtp-dup-{self.crew.role.name}"
+            name = f"smtp-dup-{self.processes.role.name}"
             log_lines.configure(settings.log.level, settings.log.format, name, threads=False)
             words = "; ".join(f"{change.key}: {change.before} -> {change.after}" for change in changes)
             maillog.notice("info", "reloaded", generation=generation, changes=words)
             self.on_taken(settings, generation)
             before, after = ("; ".join(f"{c.key}={value(c)}" for c in changes) for value in (_BEFORE, _AFTER))
-            details = {"role": self.crew.role.name, "generation": str(generation)}
+            details = {"role": self.processes.role.name, "generation": str(generation)}
             self.record(Act("reload", before, after, details=details, who=asked.who))
         if not self.supervisor.is_stopping:
             notify("READY=1")
@@ -227,7 +227,7 @@ class Reload:
     def _state(self) -> dict[str, Any]:
         slots = self.supervisor.slots
         return {
-            "role": self.crew.role.name,
+            "role": self.processes.role.name,
             "generation": self.supervisor.generation,
             "processes": [
                 {

@@ -17,9 +17,9 @@ from relay.config.loader import Problem, Settings, SettingsError
 from relay.config.model import SmtpSettings, StatusSettings
 from relay.daemon import ledger_redis, running, start
 from relay.daemon.busy_destinations import BusyDestinations
+from relay.daemon.child_processes import ChildProcesses, are_shared
 from relay.daemon.child_status import ChildStatus
 from relay.daemon.control import Control
-from relay.daemon.crew import Crew, are_shared
 from relay.daemon.reload import Read, Reload
 from relay.daemon.renewal import Roster
 from relay.daemon.retired_destinations import RetiredDestinations
@@ -77,29 +77,31 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = (), read: Read 
         continuity = _continuity(settings)
         ledger_redis.register(settings, continuity, role)
         child_status = ChildStatus()
-        crew = Crew(role, url, places, listener, arena, child_status, start.trace_channel())
-        children += [*crew.of(settings), *map(crew.holding, extra)]
+        processes = ChildProcesses(role, url, places, listener, arena, child_status, start.trace_channel())
+        children += [*processes.of(settings), *map(processes.holding, extra)]
         early.check()
         supervisor = Supervisor(
             children,
             on_ready=lambda: _tell(settings, role),
-            roster=_roster(crew, settings, continuity),
+            roster=_roster(processes, settings, continuity),
             child_status=child_status,
         )
         if read is not None:
-            _let_reload(supervisor, crew, given, read, ends)
+            _let_reload(supervisor, processes, given, read, ends)
         status_code = supervisor.run()
         early.end()
         return status_code
 
 
-def _roster(crew: Crew, settings: Settings, continuity: Continuity, former: Iterable[Destination] = ()) -> Roster:
-    if not crew.role.delivers:
+def _roster(
+    processes: ChildProcesses, settings: Settings, continuity: Continuity, former: Iterable[Destination] = ()
+) -> Roster:
+    if not processes.role.delivers:
         return RetiredDestinations(settings, None, continuity, former)
-    retired = RetiredDestinations(settings, crew.workers_for(settings), continuity, former)
+    retired = RetiredDestinations(settings, processes.workers_for(settings), continuity, former)
     if not are_shared(settings):
         return retired
-    busy = BusyDestinations(settings, crew.workers_for(settings))
+    busy = BusyDestinations(settings, processes.workers_for(settings))
 
     def further() -> Sequence[Child] | None:
         found = [retired(), busy()]
@@ -108,24 +110,26 @@ def _roster(crew: Crew, settings: Settings, continuity: Continuity, former: Iter
     return further
 
 
-def _let_reload(supervisor: Supervisor, crew: Crew, given: Settings, read: Read, ends: ExitStack) -> None:
+def _let_reload(
+    supervisor: Supervisor, processes: ChildProcesses, given: Settings, read: Read, ends: ExitStack
+) -> None:
     """Have the settings reloaded when somebody asks, and known to the commands."""
-    state_dir, role = given.state_dir, crew.role.name
+    state_dir, role = given.state_dir, processes.role.name
     known: dict[str, Destination] = {}
 
     def roster_for(settings: Settings) -> Roster:
-        return _roster(crew, settings, _continuity(settings), known.values())
+        return _roster(processes, settings, _continuity(settings), known.values())
 
     def on_taken(settings: Settings, generation: int) -> None:
         known.update((backup.name, backup) for backup in settings.copied)
         running.write(state_dir, role, settings, generation)
 
     def record(act: Act) -> None:
-        redis = given.redis.at(crew.url)
+        redis = given.redis.at(processes.url)
         with suppress(RedisError, OSError), sync_client(redis, _PATIENCE, retries=0) as client:
             audit.add(client, act)
 
-    reload = Reload(given, read, crew, supervisor, roster_for, on_taken, record)
+    reload = Reload(given, read, processes, supervisor, roster_for, on_taken, record)
     supervisor.on_reload = reload.hang_up
     control = Control(state_dir, role, supervisor.watch, supervisor.forget, reload.answer)
     control.open()

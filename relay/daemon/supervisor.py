@@ -214,9 +214,8 @@ class Supervisor:
         slot.instance = f"{slot.process.pid}.{begun}"
         slot.due = None
         slot.told = ""
-        self.child_status.tell(
-            self._slots
-        )  # before any that it replaces could take what it does for what is left behind
+        # Told before any that it replaces could take what it does for what is left behind.
+        self.child_status.tell(self._slots)
         logger.debug("{} started as process {}", child.name, slot.process.pid)
 
     def _reap(self) -> None:

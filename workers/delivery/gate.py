@@ -1,4 +1,4 @@
-"""Whether a courier may start another copy: its breaker, its outbox, a hold, a throttle and a drain, asked in one place."""
+"""Whether a courier may start another copy: its breaker, its outbox, hold, throttle and a drain, in one place."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Gate:
     @property
     def is_closed(self) -> bool:
         """Whether no copy may be started, but for a probe."""
-        breaker, hold_and_throttle = self._breaker, self._hold_and_throttle
+        breaker, operator = self._breaker, self._hold_and_throttle
         return (
             breaker.is_open
             or breaker.is_in_doubt
             or self._outbox.is_late
             or self.is_draining
-            or hold_and_throttle.is_barred
-            or hold_and_throttle.is_waiting
+            or operator.is_barred
+            or operator.is_waiting
         )
 
     @property

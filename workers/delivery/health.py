@@ -27,7 +27,7 @@ _DIGITS = 16  # of a count that can be right
 
 
 class HealthReport:
-    """Reports when a Breaker opens or closes, lets a flush make it probe at once, and tells the HoldAndThrottle what operators want."""
+    """Reports when a Breaker opens or closes, lets a flush make it probe at once, and passes on holds and throttles."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """The children of given settings: relay processes, workers, housekeeping, on what outlives them.
 
-Sockets, shared memory and the address of Redis are there before the first fork and stay; a Crew makes the children
+Sockets, shared memory and the address of Redis exist before the first fork and stay; ChildProcesses makes the children
 that use them, for the settings of the start and for those of every reload.
 """
 
@@ -49,7 +49,7 @@ _PATIENCE = 5.0  # seconds for Redis, which holds back an answer while there is 
 
 
 @dataclass(frozen=True, slots=True)
-class Crew:
+class ChildProcesses:
     """Makes children for settings; ``listener`` is the status server's, ``places`` are the relay processes'."""
 
     role: Role
