@@ -33,7 +33,7 @@ from relay.trace import life
 from relay.trace.life import MessageLife, Step
 from relay.trace.lookup import Query, Unseen
 from relay.trace.privacy import shown
-from relay.trace.words import NoWord
+from relay.trace.search_terms import NoWord
 
 _COLOURS = {life.GOOD: GREEN, life.LATER: YELLOW, life.BAD: RED, life.PLAIN: ""}
 _OF_STATUS = {life.DELIVERED: GREEN, life.WAITING: YELLOW, life.GONE: YELLOW}

@@ -30,7 +30,7 @@ from relay.trace import events
 from relay.trace.events import Event
 from relay.trace.life import STATUSES, MessageLife
 from relay.trace.lookup import Query, Unseen, accepted_recipients, find, lives
-from relay.trace.words import Term
+from relay.trace.search_terms import Term
 
 PATIENCE = 3.0  # seconds for the answers
 _LONG = 120.0  # for what takes all files

@@ -25,7 +25,7 @@ from relay.config.model import TraceSettings
 from relay.mail import encryption
 from relay.repeated import Repeated
 from relay.stopping import StopEvent
-from relay.trace import events, files, privacy, words
+from relay.trace import events, files, privacy, search_terms
 from relay.trace.files import HourFile, OpenFile, Row
 from relay.trace.privacy import Privacy
 
@@ -251,7 +251,7 @@ def take_apart(data: bytes, pending: dict[str, Told]) -> int:
             if type(message_id) is not str or len(message_id) != _ID_LENGTH:
                 break
             told = pending.setdefault(message_id, ([], set()))
-            told[1].update(words.of(event))
+            told[1].update(search_terms.of(event))
             told[0].append(text[at:end])
             count += 1
             at = end + 1
@@ -266,12 +266,12 @@ def take_apart(data: bytes, pending: dict[str, Told]) -> int:
 def _rows(pending: dict[str, Told], kept: Privacy) -> list[Row]:
     if kept.mode == privacy.CLEAR:
         return [
-            (f"[{','.join(texts)}]".encode("ascii"), [words.ID + message_id, *found])
+            (f"[{','.join(texts)}]".encode("ascii"), [search_terms.ID + message_id, *found])
             for message_id, (texts, found) in pending.items()
         ]
     rows: list[Row] = []
     for message_id, (texts, _) in pending.items():
         told = [events.stored(kept.keep(event)) for text in texts if (event := events.read(json.loads(text)))]
-        found = {words.ID + message_id, *(word for one in told for word in words.of(one))}
+        found = {search_terms.ID + message_id, *(word for one in told for word in search_terms.of(one))}
         rows.append((_to_json(told).encode("ascii"), list(found)))
     return rows

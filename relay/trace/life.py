@@ -13,7 +13,7 @@ from functools import cached_property
 from relay.ledger.whereabouts import FAILED as IN_FAILED
 from relay.ledger.whereabouts import WAITS, MessageWhereabouts, Whereabouts
 from relay.mail.ids import made_at
-from relay.trace import events, words
+from relay.trace import events, search_terms
 from relay.trace.events import Event, More, Received, Remark, Tried
 from relay.trace.privacy import shown
 
@@ -24,7 +24,7 @@ DELIVERED, WAITING, FAILED, REFUSED, LOST, GONE = STATUSES = (
 GOOD, LATER, BAD, PLAIN = "good", "later", "bad", "plain"
 CLIENT, RELAY = "client", "relay"  # who is neither of the servers
 _EXPIRED = "failed copy expired"
-_BAD_NOTES = words.LOST | {_EXPIRED, "not durable", "unreadable message"}
+_BAD_NOTES = search_terms.LOST | {_EXPIRED, "not durable", "unreadable message"}
 _SHOWN_RECIPIENTS = 5
 
 
@@ -102,7 +102,7 @@ class MessageLife:
     def words(self) -> frozenset[str]:
         """The words by which it is found."""
         wires = map(events.stored, self.events)
-        return frozenset({words.ID + self.id, *(word for wire in wires for word in words.of(wire))})
+        return frozenset({search_terms.ID + self.id, *(word for wire in wires for word in search_terms.of(wire))})
 
     @cached_property
     def destinations(self) -> tuple[str, ...]:
@@ -134,7 +134,7 @@ class MessageLife:
             return CopyLife(name, WAITING, max(attempts, now.attempts), now.last_reply or said, now.since, now.is_busy)
         if now and now.state == IN_FAILED:
             return CopyLife(name, FAILED, max(attempts, now.attempts), now.last_reply or said, now.since)
-        if any(note.event in words.LOST for note in notes):
+        if any(note.event in search_terms.LOST for note in notes):
             return CopyLife(name, LOST, attempts, said, None)
         if self.now and (self.now.is_staged or self.now.uncertain_until is not None):
             return CopyLife(name, WAITING, attempts, said, None, held_until=self.now.uncertain_until)

@@ -22,12 +22,12 @@ from redis.exceptions import RedisError
 
 from relay.ledger import whereabouts
 from relay.mail.ids import made_at
-from relay.trace import events, files, privacy, words
+from relay.trace import events, files, privacy, search_terms
 from relay.trace.events import Event, More, Received
 from relay.trace.files import HOUR, HourFile, OpenFile
 from relay.trace.life import DELIVERED, STATUSES, WAITING, MessageLife, assemble
 from relay.trace.privacy import Privacy, shown
-from relay.trace.words import Term
+from relay.trace.search_terms import Term
 
 T = TypeVar("T")
 _PAGE = 200  # messages that are put together at once
@@ -58,8 +58,8 @@ class Query:
         status: str | None = None,
         limit: int = 50,
     ) -> Query:
-        """Make a query of what an operator types. Raises relay.trace.words.NoWord."""
-        return cls(tuple(map(words.read, what)), since, until, status, limit)
+        """Make a query of what an operator types. Raises relay.trace.search_terms.NoWord."""
+        return cls(tuple(map(search_terms.read, what)), since, until, status, limit)
 
 
 @dataclass(slots=True)
@@ -268,7 +268,7 @@ class Reader:
         groups = groups_of(query, self.privacy)
         if "id" in groups:
             return [groups["id"]]
-        rare = frozenset(words.STATUS + word for word in _BY_STATUS.get(query.status or "", ()))
+        rare = frozenset(search_terms.STATUS + word for word in _BY_STATUS.get(query.status or "", ()))
         # What was received has sender and recipients in its row, and that it was refused; what a backup did is another.
         if rare and (not groups or (is_alone and query.status != "refused")):
             return [rare]
@@ -282,7 +282,7 @@ class Reader:
         if not ids:
             return found
         begin = min(min(made_at(message_id) - _SLACK, self._found_in.get(message_id, math.inf)) for message_id in ids)
-        group = [words.ID + message_id for message_id in ids]
+        group = [search_terms.ID + message_id for message_id in ids]
 
         def read(opened: OpenFile) -> list[Event]:
             rows = opened.read(opened.rows_of([group]))

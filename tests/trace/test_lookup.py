@@ -13,7 +13,7 @@ from relay.config.model import TraceSettings
 from relay.mail.reply import Reply
 from relay.trace import events, files, privacy
 from relay.trace.lookup import Unseen
-from relay.trace.words import NoWord
+from relay.trace.search_terms import NoWord
 from support.traced import Traced, delivered
 
 HOUR = 3600

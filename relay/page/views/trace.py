@@ -20,7 +20,7 @@ from relay.page.access import viewer
 from relay.page.views.shell import context_of, page
 from relay.trace.life import STATUSES, MessageLife
 from relay.trace.lookup import Query, Unseen
-from relay.trace.words import NoWord
+from relay.trace.search_terms import NoWord
 
 _ROWS = 50
 _SECONDS = 5.0  # for one look-up
