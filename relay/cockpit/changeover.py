@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from relay.cockpit import readiness, words
+from relay.cockpit import formatting, readiness
 from relay.cockpit.finding import Result
 from relay.cockpit.readiness import Verdict
 from relay.config.model import Settings
@@ -42,7 +42,7 @@ def plan(made: Plan, judged: Verdict | None) -> Iterator[tuple[str, str]]:
         yield from _readiness(judged)
     yield "processes", ", ".join(beat.label for beat in seen.living) or "none lives: each follows at its start"
     for beat in seen.dead:
-        yield "dead", f"{beat.label}, last heard {words.span(beat.age)} ago: it follows at its start"
+        yield "dead", f"{beat.label}, last heard {formatting.span(beat.age)} ago: it follows at its start"
     for text in remarks(made):
         yield "note", text
 
@@ -110,7 +110,7 @@ def _remarks_on_moved(made: Plan) -> Iterator[str]:
     moved = made.seen.moves.servers if made.seen.moves else {}
     name = made.new.name
     for server, number in moved.items():
-        mailboxes = words.count(number, "address has", "addresses have")
+        mailboxes = formatting.count(number, "address has", "addresses have")
         if server != name:
             yield f"{mailboxes} moved to {server}, and stay there"
         elif made.change is None:
@@ -169,7 +169,7 @@ def outcome(made: Plan, topology: Topology, found: Followed) -> Iterator[str]:
     """Yield who follows, and who does not."""
     since, count = clock(topology.now.at), len(found.followed)
     if (later := found.overtaken) is not None:
-        ago = words.span(max(0.0, later.now.at - topology.now.at))
+        ago = formatting.span(max(0.0, later.now.at - topology.now.at))
         yield (
             f"Overtaken: {later.now.by or 'somebody'} {later.in_words()} {ago} later, and that holds "
             f"(epoch {later.epoch}); `smtp-dup topology` tells who follows."
@@ -184,7 +184,7 @@ def outcome(made: Plan, topology: Topology, found: Followed) -> Iterator[str]:
     else:
         yield f"{who} from the next start of a relay on."
     if found.finishing:
-        begun = words.count(found.finishing, "message")
+        begun = formatting.count(found.finishing, "message")
         yield (
             f"As it began until its end: {begun}."
             if made.change
@@ -199,12 +199,12 @@ def outcome(made: Plan, topology: Topology, found: Followed) -> Iterator[str]:
         )
         yield f"{beat.label} has not followed{why}: {goes}; it follows when it reaches Redis."
     for beat in found.dead:
-        yield f"{beat.label} is dead, last heard {words.span(beat.age)} ago: it follows at its start."
+        yield f"{beat.label} is dead, last heard {formatting.span(beat.age)} ago: it follows at its start."
 
 
 def processes(number: int) -> str:
     """Return a number of processes in words."""
-    return words.count(number, "process", "processes")
+    return formatting.count(number, "process", "processes")
 
 
 def clock(at: float) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from relay.cockpit.criteria_of_mail import hours_watched
 from relay.cockpit.evidence import Evidence
 from relay.cockpit.finding import Finding, fails, passes, unknown, warns
-from relay.cockpit.words import count, some, span
+from relay.cockpit.formatting import count, some, span
 from relay.ledger.hosts import LATE, Reach
 
 _SPOOL_SECONDS = 60.0

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from relay.cockpit.evidence import Evidence, Missing, OpenGroup
 from relay.cockpit.finding import Finding, fails, passes, unknown, warns
-from relay.cockpit.words import count, duration, hour_of_week, some, span
+from relay.cockpit.formatting import count, duration, hour_of_week, some, span
 from relay.ledger.flow import Flow
 from relay.mail.text import printable
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from relay.client.server_limits import UNLIMITED, server_limits
 from relay.cockpit.evidence import Evidence
 from relay.cockpit.finding import Finding, Result, fails, passes, unknown, warns
-from relay.cockpit.words import count, octets, span
+from relay.cockpit.formatting import count, octets, span
 from relay.ledger.flow import Flow, total
 from relay.ledger.greetings import Greeting
 

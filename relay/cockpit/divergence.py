@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from relay.cockpit.words import moment
+from relay.cockpit.formatting import moment
 from relay.config.model import Settings
 from relay.ledger import archive, audit, changes, divergence_groups, divergence_upkeep, keys, queries
 from relay.ledger.audit import Act

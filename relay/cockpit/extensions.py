@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from relay.cockpit.words import count, octets
+from relay.cockpit.formatting import count, octets
 from relay.ledger.flow import Flow
 from relay.ledger.greetings import Greeting
 

@@ -17,8 +17,8 @@ from relay.client.connect import connect
 from relay.client.connection import Connection
 from relay.client.errors import ClientError
 from relay.cockpit.finding import Finding, fails, passes, unknown
+from relay.cockpit.formatting import some
 from relay.cockpit.moves import Kept, MovePlan
-from relay.cockpit.words import some
 from relay.config.model import Settings
 from relay.mail.destination import Destination
 from relay.mail.refusal_class import DISABLED, NO_MAILBOX, classify

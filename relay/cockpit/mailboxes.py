@@ -12,7 +12,7 @@ from typing import Any
 
 from redis import Redis
 
-from relay.cockpit import mailbox_probe, moves, tracing, words
+from relay.cockpit import formatting, mailbox_probe, moves, tracing
 from relay.cockpit.finding import Finding, fails, passes, unknown, warns
 from relay.config.model import Settings
 from relay.routing import moved_copy
@@ -131,7 +131,7 @@ def of_moved(connection: Redis, settings: Settings) -> list[MailboxVerdict]:
                 for former, theirs in sorted(formers.items())
             ),
         ]
-        subject = words.count(len(keys), "address", "addresses")
+        subject = formatting.count(len(keys), "address", "addresses")
         verdicts.append(MailboxVerdict(subject, name, ", ".join(sorted(formers)) or name, True, judged))
     return verdicts
 
@@ -140,7 +140,7 @@ def _moved(entry: MovedEntry | None, former: str) -> Finding:
     if entry is None:
         return passes(f"no: {former} answers")
     note = f": {entry.note}" if entry.note else ""
-    return passes(f"yes, to {entry.server} at {words.moment(entry.at)} by {entry.by or 'somebody'}{note}")
+    return passes(f"yes, to {entry.server} at {formatting.moment(entry.at)} by {entry.by or 'somebody'}{note}")
 
 
 def _map(connection: Redis, settings: Settings, seen: View) -> Finding:
@@ -155,7 +155,7 @@ def _map(connection: Redis, settings: Settings, seen: View) -> Finding:
     if not seen.living:
         return unknown("no relay process is heard of")
     generation = seen.moves.generation if seen.moves else 0
-    return passes(f"{words.count(len(seen.living), 'relay process', 'relay processes')}, generation {generation}")
+    return passes(f"{formatting.count(len(seen.living), 'relay process', 'relay processes')}, generation {generation}")
 
 
 def _server(connection: Redis, settings: Settings, seen: View, name: str) -> Finding:
@@ -171,7 +171,7 @@ def _troubles(connection: Redis, settings: Settings, name: str, keys: Sequence[s
     if not found:
         return passes(f"no copy has failed at {name} or waits for long")
     texts = [f"{key}: {'; '.join(why)}" if len(keys) > 1 else "; ".join(why) for key, why in sorted(found.items())]
-    return fails(words.some(texts))
+    return fails(formatting.some(texts))
 
 
 def _last(connection: Redis, settings: Settings, key: str, name: str, *, has_moved: bool) -> Finding:
@@ -183,8 +183,8 @@ def _last(connection: Redis, settings: Settings, key: str, name: str, *, has_mov
     for life in tracing.search(settings, connection, query, Unseen(), None):
         for copy in life.copies:
             if copy.destination == name and copy.status == DELIVERED:
-                return passes(f"a copy at {name} {words.moment(copy.at)} (id {life.id})")
+                return passes(f"a copy at {name} {formatting.moment(copy.at)} (id {life.id})")
         received = life.received
         if has_moved and received and received.primary == name and received.outcome == ACCEPTED:
-            return passes(f"{name} has answered for its mail {words.moment(life.at)} (id {life.id})")
+            return passes(f"{name} has answered for its mail {formatting.moment(life.at)} (id {life.id})")
     return warns(f"the trace knows of none at {name}")

@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from relay.cockpit.words import moment
+from relay.cockpit.formatting import moment
 from relay.mail.destination import Destination
 from relay.mail.text import printable
 from relay.topology.moved import MovedEntry

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from relay.cockpit import words
+from relay.cockpit import formatting
 from relay.config.model import Settings
 from relay.config.types import quoted
 from relay.ledger import audit, changes, divergence_groups, hosts, queries
@@ -221,10 +221,10 @@ def _in_words(
     found: dict[str, list[str]] = {}
     for key, replies in failed.items():
         said = f": {replies[-1][:120]}" if replies[-1] else ""
-        found.setdefault(key, []).append(f"{words.count(len(replies), 'copy', 'copies')} failed at {name}{said}")
+        found.setdefault(key, []).append(f"{formatting.count(len(replies), 'copy', 'copies')} failed at {name}{said}")
     for key, ages in waiting.items():
-        copies = f"{words.count(len(ages), 'copy waits', 'copies wait')}"
-        found.setdefault(key, []).append(f"{copies} for {name}, the oldest for {words.span(max(ages))}")
+        copies = f"{formatting.count(len(ages), 'copy waits', 'copies wait')}"
+        found.setdefault(key, []).append(f"{copies} for {name}, the oldest for {formatting.span(max(ages))}")
     return found
 
 
@@ -341,7 +341,7 @@ def _forth(
     domains = divergence_groups.domains(connection, to)
     never = sorted({d for one in wanted if (d := one.key.rpartition("@")[2]) not in domains or not domains[d][0]})
     if never and wanted and to != answering.primary:
-        made.remarks.append(f"no copy for {words.some(never)} has been delivered to {to} so far")
+        made.remarks.append(f"no copy for {formatting.some(never)} has been delivered to {to} so far")
     if to == answering.primary and not settings.route_table and made.wanted:
         made.remarks.append(f"{to} answers by default: these stay there whoever is promoted")
 

@@ -8,8 +8,8 @@ import re
 from redis import Redis
 
 from relay.cockpit import headroom
+from relay.cockpit.formatting import moment, span
 from relay.cockpit.headroom import Headroom
-from relay.cockpit.words import moment, span
 from relay.config.model import Settings
 from relay.ledger import audit, changes, health, queries
 from relay.ledger.audit import Act

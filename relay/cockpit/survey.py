@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from redis import Redis
 
-from relay.cockpit.words import address
+from relay.cockpit.formatting import address
 from relay.mail.reply import Reply
 from relay.mail.reply_text import Known, normalise
 from relay.mail.text import printable

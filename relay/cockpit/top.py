@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from relay.cockpit.formatting import clock, count
 from relay.cockpit.readiness import Verdict, backups_now, primary_now, verdicts
 from relay.cockpit.sparkline import sparkline
-from relay.cockpit.words import clock, count
 from relay.config.model import Settings
 from relay.config.routes import Route
 from relay.ledger import changes, events, flow, hosts, overview

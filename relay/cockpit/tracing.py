@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
-from relay.cockpit.words import moment
+from relay.cockpit.formatting import moment
 from relay.config.model import Settings
 from relay.config.types import duration
 from relay.trace import files, life, lookup

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from relay.cockpit.words import moment
+from relay.cockpit.formatting import moment
 from relay.command.connection import ledger_of
 from relay.command.exit_status import WELL, Misuse
 from relay.command.output import Column, Output

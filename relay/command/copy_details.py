@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from relay.cockpit.words import address, moment
+from relay.cockpit.formatting import address, moment
 from relay.command.output import Output, as_object
 from workers.queues.backlog import WaitingDetail
 from workers.queues.failed import FailedDetail

@@ -12,8 +12,8 @@ from redis import Redis
 from relay.cockpit import divergence as seen
 from relay.cockpit import divergence_filter
 from relay.cockpit.conditions import Given
+from relay.cockpit.formatting import address, moment
 from relay.cockpit.sparkline import sparkline
-from relay.cockpit.words import address, moment
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, Misuse, Trouble
 from relay.command.filters import read

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from relay.cockpit import words
+from relay.cockpit import formatting
+from relay.cockpit.formatting import count as count_of
 from relay.cockpit.readiness import backups_now, primary_now
 from relay.cockpit.sparkline import sparkline
-from relay.cockpit.words import count as count_of
 from relay.command.connection import ledger_of
 from relay.command.exit_status import WELL, Misuse
 from relay.command.output import Column, Output
@@ -213,7 +213,7 @@ def _time_column(unit: flow.Unit) -> Column:
 
 def duration(seconds: float | None) -> str:
     """Return a short time for a column: without a blank."""
-    return words.duration(seconds).replace(" ", "")
+    return formatting.duration(seconds).replace(" ", "")
 
 
 def as_object(found: Flow) -> dict[str, Any]:

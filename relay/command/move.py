@@ -8,7 +8,7 @@ from pathlib import Path
 
 from redis import Redis
 
-from relay.cockpit import mailbox_probe, moves, words
+from relay.cockpit import formatting, mailbox_probe, moves
 from relay.cockpit.mailbox_probe import Probed
 from relay.cockpit.moves import Kept, MovePlan, Wish
 from relay.command import prompt
@@ -146,7 +146,7 @@ def _checked(settings: Settings, out: Output, made: MovePlan, name: str, *, forc
     if made.objections or not made.wanted:
         return []
     report = Progress(out)
-    report(f"asking {name} about {words.count(len(made.wanted), 'address', 'addresses')} ...")
+    report(f"asking {name} about {formatting.count(len(made.wanted), 'address', 'addresses')} ...")
     found = mailbox_probe.probe(settings, server, list(made.wanted))
     report.clear()
     mailbox_probe.apply(made, found, force=force)
@@ -154,7 +154,7 @@ def _checked(settings: Settings, out: Output, made: MovePlan, name: str, *, forc
 
 
 def _action(made: MovePlan, *, back: bool) -> str:
-    mailboxes = words.count(len(made.wanted), "address", "addresses")
+    mailboxes = formatting.count(len(made.wanted), "address", "addresses")
     return f"Move {mailboxes} back" if back else f"Move {mailboxes} to {made.to}"
 
 
@@ -186,7 +186,7 @@ def _show(out: Output, made: MovePlan, probed: Sequence[Probed], *, back: bool) 
 def _pairs(made: MovePlan, probed: Sequence[Probed], *, back: bool) -> Iterator[tuple[str, str]]:
     before = made.generation - 1
     where = "back" if back else f"to {made.to}"
-    mailboxes = words.count(len(made.wanted), "address", "addresses")
+    mailboxes = formatting.count(len(made.wanted), "address", "addresses")
     yield "move", f"{mailboxes} {where}, generation {before} -> {made.generation}" if made.wanted else "nobody"
     for key in list(made.wanted)[:_SHOWN]:
         yield "", f"{key}, now at {made.formers[key]}"
@@ -194,7 +194,7 @@ def _pairs(made: MovePlan, probed: Sequence[Probed], *, back: bool) -> Iterator[
         yield "", f"and {len(made.wanted) - _SHOWN} more"
     if made.already:
         how = "not moved" if back else f"at {made.to}"
-        yield "already", f"{how}: {words.some(made.already)}"
+        yield "already", f"{how}: {formatting.some(made.already)}"
     if probed:
         yield "mailboxes", ", ".join(f"{number} {what}" for what, number in mailbox_probe.counts(probed))
     yield "processes", ", ".join(beat.label for beat in made.seen.living) or "none lives"

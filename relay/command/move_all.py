@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from redis import Redis
 
-from relay.cockpit import moves, words
+from relay.cockpit import formatting, moves
 from relay.cockpit.moves import MovePlan
 from relay.command import promote as promoting
 from relay.command import prompt
@@ -52,7 +52,7 @@ def put_back(connection: Redis, settings: Settings, out: Output, made: MovePlan,
         raise Trouble(str(error)) from error
     say(
         out,
-        f"Put back {words.count(state.count, 'entry', 'entries')}, generation {state.generation}.",
+        f"Put back {formatting.count(state.count, 'entry', 'entries')}, generation {state.generation}.",
         {"kind": "repaired", "generation": state.generation, "count": state.count},
     )
     made.state, made.held, made.lost = state, moved_copy.NOBODY, ""
@@ -132,7 +132,7 @@ def move_all(
         made.before = {key: entry for key, entry in moving.everything(connection) if entry.server == to}
         made.wanted = dict.fromkeys(made.before)
         made.formers = dict.fromkeys(made.before, to)
-        mailboxes = words.count(len(made.wanted), "address", "addresses")
+        mailboxes = formatting.count(len(made.wanted), "address", "addresses")
         text = f"{to} answers by default: {mailboxes} need no entry of their own any more."
         say(out, text, {"kind": "superfluous", "count": len(made.wanted), "to": to})
         if dry_run or not made.wanted:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from redis import Redis
 from redis.exceptions import RedisError
 
-from relay.cockpit import changeover, moves, words
+from relay.cockpit import changeover, formatting, moves
 from relay.cockpit.moves import Kept, MovePlan, Wish
 from relay.command.exit_status import NO, WELL, CannotSay, Trouble
 from relay.command.output import Output
@@ -74,13 +74,13 @@ def carry_out(connection: Redis, out: Output, made: MovePlan, reason: str, secon
     if others := [key for key, why in taken.items() if not why]:
         say(
             out,
-            f"Somebody else has done that meanwhile: {words.some(others)}.",
+            f"Somebody else has done that meanwhile: {formatting.some(others)}.",
             {"kind": "already", "addresses": others},
         )
     count = len(made.wanted) - len(taken)
     if not count:
         return NO if kept else max(told(connection, out, made, state, seconds), NO if made.kept else WELL)
-    addresses = words.count(count, "address", "addresses")
+    addresses = formatting.count(count, "address", "addresses")
     done = {MOVE: f"Moved {addresses} to {made.to}", MOVE_BACK: f"Moved {addresses} back"}
     say(
         out,
@@ -133,12 +133,12 @@ def told(connection: Redis, out: Output, made: MovePlan, state: MapState, second
     many = changeover.processes(len(found.followed) + len(found.late))
     out.line(f"{len(found.followed)} of {many} follow.")
     for beat in found.late:
-        why = f" ({beat.moved_trouble})" if beat.moved_trouble else f", last heard {words.span(beat.age)} ago"
+        why = f" ({beat.moved_trouble})" if beat.moved_trouble else f", last heard {formatting.span(beat.age)} ago"
         out.line(
             f"{beat.label} has not followed{why}: there the former server answers; it follows when it reaches Redis."
         )
     for beat in found.dead:
-        out.line(f"{beat.label} is dead, last heard {words.span(beat.age)} ago: it follows at its start.")
+        out.line(f"{beat.label} is dead, last heard {formatting.span(beat.age)} ago: it follows at its start.")
     return NO if found.late else WELL
 
 

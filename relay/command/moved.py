@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from redis import Redis
 
 from relay.cockpit import moved_exports, moves
-from relay.cockpit.words import moment
+from relay.cockpit.formatting import moment
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, Misuse, Trouble
 from relay.command.output import Column, Output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from relay.cockpit import bulk_actions
 from relay.cockpit.conditions import Given, words
-from relay.cockpit.words import address, moment
+from relay.cockpit.formatting import address, moment
 from relay.command import bulk, copy_details
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, CannotSay, Misuse, Trouble

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from relay.cockpit import extensions, mailboxes, moves
 from relay.cockpit.finding import Result
+from relay.cockpit.formatting import span
 from relay.cockpit.mailboxes import MailboxVerdict
 from relay.cockpit.readiness import (
     Judged,
@@ -18,7 +19,6 @@ from relay.cockpit.readiness import (
     judge,
     on_route,
 )
-from relay.cockpit.words import span
 from relay.command.connection import ledger_of
 from relay.command.exit_status import CANNOT_SAY, NO, WELL, CannotSay, Misuse, Trouble
 from relay.command.output import GREEN, RED, YELLOW, Column, Output

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from relay.cockpit import changeover
-from relay.cockpit.words import moment
+from relay.cockpit.formatting import moment
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, CannotSay, Misuse, Trouble
 from relay.command.output import Output

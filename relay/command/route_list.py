@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from relay.cockpit import routes
+from relay.cockpit.formatting import count, moment
 from relay.cockpit.routes import RouteNow, ServerOnRoute
-from relay.cockpit.words import count, moment
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL
 from relay.command.output import GREEN, RED, Column, Output

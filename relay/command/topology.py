@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 
-from relay.cockpit.words import moment
+from relay.cockpit.formatting import moment
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL
 from relay.command.output import GREEN, RED, YELLOW, Column, Output, as_object, span

@@ -11,8 +11,8 @@ from typing import Any
 from redis import Redis
 
 from relay.cockpit import tracing
-from relay.cockpit.words import address, moment
-from relay.cockpit.words import duration as short
+from relay.cockpit.formatting import address, moment
+from relay.cockpit.formatting import duration as short
 from relay.command.connection import ledger_of
 from relay.command.exit_status import CANNOT_SAY, NO, WELL, CannotSay, Misuse
 from relay.command.long_runs import slow_progress

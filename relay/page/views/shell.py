@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from relay.cockpit import words
+from relay.cockpit import formatting
 from relay.ledger import audit, divergence_groups, overview
 from relay.mail.text import printable
 from relay.page.context import PageContext
@@ -115,12 +115,12 @@ def moment(at: float | None) -> Markup:
     is_today = local[:3] == time.localtime()[:3]
     shown = time.strftime("%H:%M:%S" if is_today else "%Y-%m-%d %H:%M", local)
     whole = time.strftime("%Y-%m-%dT%H:%M:%S%z", local)
-    return Markup('<time datetime="{}" title="{}">{}</time>').format(whole, words.moment(at), shown)
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(whole, formatting.moment(at), shown)
 
 
 def ago(at: float, now: float) -> str:
     """Return for how long something has been."""
-    return words.span(max(0.0, now - at))
+    return formatting.span(max(0.0, now - at))
 
 
 def spark(values: Sequence[float], title: str = "", *, large: bool = False) -> Markup:
@@ -147,15 +147,15 @@ def spark(values: Sequence[float], title: str = "", *, large: bool = False) -> M
 environment().finalize = said
 environment().filters.update(
     ago=ago,
-    address=words.address,
+    address=formatting.address,
     cut=cut,
-    count=words.count,
-    duration=words.duration,
+    count=formatting.count,
+    duration=formatting.duration,
     moment=moment,
-    whole=words.moment,
+    whole=formatting.moment,
     number=number,
-    octets=words.octets,
+    octets=formatting.octets,
     rate=rate,
-    span=words.span,
+    span=formatting.span,
     spark=spark,
 )
