@@ -21,10 +21,10 @@ from relay.ledger.divergence import DEFERRED, GIVEN_UP, MOST_WHOM, NOISE, OTHERS
 from relay.ledger.divergence_groups import Acknowledgement, Group, Outage
 from relay.mail.ids import is_id, text
 from relay.trace import files
-from relay.trace.asking import OtherHosts
 from relay.trace.events import DELIVERED, Tried
 from relay.trace.life import MessageLife
 from relay.trace.lookup import Unseen, lives
+from relay.trace.remote_lookup import OtherHosts
 from workers.queues import failed
 
 _PAGE = 1000

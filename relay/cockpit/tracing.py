@@ -10,9 +10,9 @@ from relay.cockpit.formatting import moment
 from relay.config.model import Settings
 from relay.config.types import duration
 from relay.trace import files, life, lookup
-from relay.trace.asking import OtherHosts
 from relay.trace.life import CopyLife, MessageLife
 from relay.trace.lookup import Query, Unseen
+from relay.trace.remote_lookup import OtherHosts
 
 
 def when(text: str, now: float) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-from relay.cockpit import restraint
+from relay.cockpit import hold_and_throttle
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, Misuse
 from relay.command.output import Output
@@ -27,7 +27,7 @@ def hold(settings: Settings, out: Output, name: str, reason: str, length: str | 
         raise Misuse("--reason: say why, for whoever wonders")
     seconds = _duration(length)
     with ledger_of(settings) as connection:
-        after, found = restraint.hold(connection, settings, name, seconds, reason)
+        after, found = hold_and_throttle.hold(connection, settings, name, seconds, reason)
     time.sleep(_FOLLOW_SECONDS)
     until, why = (after.hold.until, after.hold.reason) if after.hold else (0.0, "")
     if out.as_json:
@@ -36,9 +36,9 @@ def hold(settings: Settings, out: Output, name: str, reason: str, length: str | 
             "redis_room_s": _whole(found.redis_s), "spool_room_s": _whole(found.spool_s),
         })  # fmt: skip
         return WELL
-    end = restraint.until_words(until)
+    end = hold_and_throttle.until_words(until)
     out.line(f"{name} is held {end}. What is under way ends; everything else waits and does not age.")
-    out.line(restraint.room_words(found))
+    out.line(hold_and_throttle.room_words(found))
     return WELL
 
 
@@ -46,7 +46,7 @@ def release(settings: Settings, out: Output, name: str) -> int:
     """End a hold; says no where there is none."""
     with ledger_of(settings) as connection:
         queries.destinations(connection, name)
-        was_held = restraint.release(connection, name)
+        was_held = hold_and_throttle.release(connection, name)
     if out.as_json:
         out.object({"released": name, "was_held": was_held})
     else:
@@ -62,12 +62,12 @@ def throttle(settings: Settings, out: Output, name: str, rate: str | None, conne
     with ledger_of(settings) as connection:
         queries.destinations(connection, name)
         if off or wanted is not None or connections is not None:
-            restraint.throttle(connection, name, 0.0 if off else wanted, 0 if off else connections)
+            hold_and_throttle.throttle(connection, name, 0.0 if off else wanted, 0 if off else connections)
         after = Health.read(connection, name)
     if out.as_json:
         out.object({"destination": name, "rate": after.rate or None, "connections": after.connections or None})
     else:
-        out.line(f"{name}: {restraint.bounds_words(after)}.")
+        out.line(f"{name}: {hold_and_throttle.bounds_words(after)}.")
     return WELL
 
 
@@ -81,7 +81,7 @@ def _duration(text: str | None) -> float:
 def _rate(text: str) -> float:
     """Read copies a second. Raises Misuse."""
     try:
-        return restraint.rate(text)
+        return hold_and_throttle.rate(text)
     except ValueError as error:
         raise Misuse(f"--rate: {error}") from None
 

@@ -32,8 +32,8 @@ from relay.server import relay_process
 from relay.server.listening import Place
 from relay.stopping import StopEvent
 from relay.trace import emitter, files
-from relay.trace.asking import keep_answering
 from relay.trace.collector import Collector
+from relay.trace.remote_lookup import keep_answering
 
 if TYPE_CHECKING:
     from relay import metric_store

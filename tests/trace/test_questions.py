@@ -11,7 +11,7 @@ import redis
 
 from relay.ledger import keys, questions
 from relay.stopping import StopEvent
-from relay.trace.asking import _answer, keep_answering
+from relay.trace.remote_lookup import _answer, keep_answering
 from support.hostile_values import LEAVES, RAW
 from support.waiting import wait_until
 

@@ -11,8 +11,8 @@ import pytest
 import redis
 
 from relay.stopping import StopEvent
-from relay.trace import asking, collector
-from relay.trace.asking import keep_answering
+from relay.trace import collector, remote_lookup
+from relay.trace.remote_lookup import keep_answering
 from support.traced import Traced
 from support.waiting import PATIENCE, wait_until
 
@@ -23,7 +23,7 @@ def test_a_task_that_waits_for_something_else_hears_of_the_end(
     redis_url: str, redis_client: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The trace's tasks wait for datagrams and for questions in Redis: neither delays a stop."""
-    monkeypatch.setattr(asking, "_LISTEN_SECONDS", int(FOR_EVER))
+    monkeypatch.setattr(remote_lookup, "_LISTEN_SECONDS", int(FOR_EVER))
     monkeypatch.setattr(collector, "_WAIT", FOR_EVER)
     traced, stop = Traced(tmp_path), StopEvent()
     threads = [

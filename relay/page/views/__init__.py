@@ -8,9 +8,9 @@ from relay.page.views import (
     cutover,
     divergence,
     export,
+    hold_and_throttle,
     message,
     overview,
-    restraint,
     routes,
     runs,
     trace,
@@ -30,7 +30,7 @@ ROUTES = [
         cutover,
         routes,
         weights,
-        restraint,
+        hold_and_throttle,
         audit,
     )
     for route in view.ROUTES

@@ -16,9 +16,9 @@ from relay.ledger import hosts, keys
 from relay.mail.reply import Reply
 from relay.stopping import StopEvent
 from relay.trace import events
-from relay.trace.asking import PATIENCE, OtherHosts, keep_answering
 from relay.trace.life import MessageLife
 from relay.trace.lookup import Query, Unseen, accepted_recipients, find
+from relay.trace.remote_lookup import PATIENCE, OtherHosts, keep_answering
 from support.traced import Traced, delivered
 
 HERE, THERE = "a /var/lib/x", "b /var/lib/x"

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from relay.cockpit import headroom, restraint
+from relay.cockpit import headroom, hold_and_throttle
 from relay.config.model import Settings
 from relay.config.types import duration
 from relay.ledger import changes, overview, queries
@@ -60,8 +60,8 @@ def backup(connection: Redis, settings: Settings, name: str) -> BackupState:
         now,
         next((row for row in overview.summary(connection) if row.destination == name), None),
         outages(connection, name)[:_OUTAGES],
-        restraint.room_words(found),
-        restraint.bounds_words(health),
+        hold_and_throttle.room_words(found),
+        hold_and_throttle.bounds_words(health),
     )
 
 
@@ -105,7 +105,7 @@ async def hold(request: Request) -> Response:
     settings, name = context_of(request).settings, request.path_params["name"]
 
     def change(redis: Redis) -> str:
-        restraint.hold(redis, settings, name, seconds, reason)
+        hold_and_throttle.hold(redis, settings, name, seconds, reason)
         return "held"
 
     return await _done(request, change)
@@ -115,7 +115,7 @@ async def hold(request: Request) -> Response:
 async def release(request: Request) -> Response:
     """End a hold."""
     name = request.path_params["name"]
-    return await _done(request, lambda redis: "released" if restraint.release(redis, name) else "none")
+    return await _done(request, lambda redis: "released" if hold_and_throttle.release(redis, name) else "none")
 
 
 @operator
@@ -124,7 +124,7 @@ async def throttle(request: Request) -> Response:
     rate_text, connections_text = field(request, "rate").strip(), field(request, "connections").strip()
     wrong, rate, connections = {}, 0.0, 0
     try:
-        rate = restraint.rate(rate_text) if rate_text not in {"", "0"} else 0.0
+        rate = hold_and_throttle.rate(rate_text) if rate_text not in {"", "0"} else 0.0
     except ValueError as error:
         wrong["rate"] = str(error)
     if connections_text.isdecimal() and int(connections_text[:9]) <= MOST_CONNECTIONS:
@@ -136,7 +136,7 @@ async def throttle(request: Request) -> Response:
     name = request.path_params["name"]
 
     def change(redis: Redis) -> str:
-        restraint.throttle(redis, name, rate, connections)
+        hold_and_throttle.throttle(redis, name, rate, connections)
         return "throttled"
 
     return await _done(request, change)
