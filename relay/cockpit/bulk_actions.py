@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from redis import Redis
 
-from relay.cockpit.survey import Survey
+from relay.cockpit.bulk_preview import BulkPreview
 from relay.config.model import Settings
 from relay.ledger import archive, audit
 from relay.ledger.audit import Act
@@ -100,18 +100,18 @@ def retry(connection: Redis, settings: Settings, conditions: str) -> BulkAction:
 
 
 def look(
-    connection: Redis, action: BulkAction, chosen: Filter, survey: Survey, unread: dict[str, str]
+    connection: Redis, action: BulkAction, chosen: Filter, preview: BulkPreview, unread: dict[str, str]
 ) -> Iterator[int]:
-    """Count what an action is about, into the survey; yields how many copies each page has looked at."""
+    """Count what an action is about, into the preview; yields how many copies each page has looked at."""
     pages = selection.select(connection, action.which, chosen, whole=True)
     for page in judged(pages, chosen.asks_envelope(action.which), unread):
-        survey.add(page)
+        preview.add(page)
         yield page.looked_at
 
 
-def agreed(survey: Survey) -> Iterator[tuple[int, Batch]]:
+def agreed(preview: BulkPreview) -> Iterator[tuple[int, Batch]]:
     """Yield what was looked at before: the steps, and the batch."""
-    return ((len(found), (name, found)) for name, found in survey.batches())
+    return ((len(found), (name, found)) for name, found in preview.batches())
 
 
 def at_once(connection: Redis, action: BulkAction, chosen: Filter, tally: Tally) -> Iterator[tuple[int, Batch]]:

@@ -12,7 +12,7 @@ from relay.cockpit.readiness import Verdict
 from relay.config.model import Settings
 from relay.config.routes import Route
 from relay.topology import promotion
-from relay.topology.following import Followed
+from relay.topology.followers import Followed
 from relay.topology.promotion import PROMOTE, UNDO, Plan, RouteChange
 from relay.topology.state import Topology
 

@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 
 from relay.cockpit import bulk_actions
 from relay.cockpit.bulk_actions import Batch, BulkAction, Tally
-from relay.cockpit.survey import Survey, copies
+from relay.cockpit.bulk_preview import BulkPreview, copies
 from relay.command import prompt
 from relay.command.exit_status import INTERRUPTED, NO, WELL
 from relay.command.long_runs import Stop, progress
@@ -31,16 +31,16 @@ def run(
         prompt.require_somebody()
     tally = Tally()
     if dry_run or (action.question and not yes):
-        survey = Survey(connection, action.which)
-        if not _look(connection, survey, action, chosen, tally.unread):
+        preview = BulkPreview(connection, action.which)
+        if not _look(connection, preview, action, chosen, tally.unread):
             return INTERRUPTED
-        if dry_run or not survey.count:
-            _show(survey, out, action)
+        if dry_run or not preview.count:
+            _show(preview, out, action)
             return tell_unread(tally.unread)
-        if not prompt.ask_for(survey.count, action.question.format(copies(survey.count)), survey.lines()):
+        if not prompt.ask_for(preview.count, action.question.format(copies(preview.count)), preview.lines()):
             return NO
-        tally.total = survey.count
-        work = bulk_actions.agreed(survey)
+        tally.total = preview.count
+        work = bulk_actions.agreed(preview)
     else:
         tally.total = selection.size(connection, action.which, chosen)
         work = bulk_actions.at_once(connection, action, chosen, tally)
@@ -50,28 +50,28 @@ def run(
         bulk_actions.record(connection, action, tally)
 
 
-def _look(connection: Redis, survey: Survey, action: BulkAction, chosen: Filter, unread: dict[str, str]) -> bool:
+def _look(connection: Redis, preview: BulkPreview, action: BulkAction, chosen: Filter, unread: dict[str, str]) -> bool:
     """Count what it is about. Returns whether it came to an end."""
     total = selection.size(connection, action.which, chosen)
     with Stop() as stop, progress("looking", total) as advance:
-        for steps in stop.until(bulk_actions.look(connection, action, chosen, survey, unread)):
+        for steps in stop.until(bulk_actions.look(connection, action, chosen, preview, unread)):
             advance(steps)
     if stop.is_asked:
-        sys.stderr.write(f"Stopped after a look at {survey.looked_at} of {copies(total)}: nothing was changed.\n")
+        sys.stderr.write(f"Stopped after a look at {preview.looked_at} of {copies(total)}: nothing was changed.\n")
     return not stop.is_asked
 
 
-def _show(survey: Survey, out: Output, action: BulkAction) -> None:
+def _show(preview: BulkPreview, out: Output, action: BulkAction) -> None:
     """Write what would be done."""
     if out.as_json:
-        found: dict[str, object] = {f"would_{action.name.rpartition(' ')[2]}": survey.count, "bytes": survey.octets}
-        if survey.count:
-            found["reasons"] = [{"reason": why, "copies": n} for why, n in survey.common_reasons()]
-            found["examples"] = [as_object(row) for row in survey.examples]
+        found: dict[str, object] = {f"would_{action.name.rpartition(' ')[2]}": preview.count, "bytes": preview.octets}
+        if preview.count:
+            found["reasons"] = [{"reason": why, "copies": n} for why, n in preview.common_reasons()]
+            found["examples"] = [as_object(row) for row in preview.examples]
         out.object(found)
         return
-    out.line(f"{copies(survey.count)} would be {action.done}, {survey.octets} bytes.")
-    for line in survey.lines():
+    out.line(f"{copies(preview.count)} would be {action.done}, {preview.octets} bytes.")
+    for line in preview.lines():
         out.line(line)
 
 

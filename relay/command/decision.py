@@ -15,7 +15,7 @@ from relay.config.types import duration
 from relay.mail.text import printable
 from relay.topology import promotion
 from relay.topology.decisions import Overtaken
-from relay.topology.following import Followed, follow
+from relay.topology.followers import Followed, follow
 from relay.topology.promotion import Plan, Unprepared
 from relay.topology.state import Intent, Topology
 

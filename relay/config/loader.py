@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from relay import ownership
-from relay.config.agreement import disagreements
+from relay.config.consistency import disagreements
 from relay.config.layers import GivenSettings, GivenValue
 from relay.config.model import DEMOTED_ORIGIN, PARTS, Layers, Settings
 from relay.config.options import BY_KEY, OPTIONS

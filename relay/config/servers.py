@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from relay.config.agreement import own_addresses
+from relay.config.consistency import own_addresses
 from relay.config.destinations import conflicts, default_name, is_mx, read_destination, same_server
 from relay.config.layers import GivenSettings
 from relay.config.options import BACKUP_FIELDS, BACKUP_FLAGS, ROUTE_FIELDS

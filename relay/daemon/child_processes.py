@@ -16,8 +16,8 @@ from redis import Redis
 
 from relay import limits, log_lines
 from relay.child import ChildContext
-from relay.cockpit.host_news import HostNews
-from relay.cockpit.reach import Looks, keep_looking
+from relay.cockpit.host_report import HostReport
+from relay.cockpit.reachability import Looks, keep_looking
 from relay.cockpit.sampler import EventTeller, Sampler, keep_sampling
 from relay.config.loader import Settings
 from relay.daemon.child_status import ChildStatus
@@ -143,7 +143,7 @@ class ChildProcesses:
         processes = len(self.places) + workers * self.role.delivers
 
         def sample(context: ChildContext, stop: StopEvent) -> None:
-            news = HostNews(place, self.role.name, processes, settings.spool.dir)
+            news = HostReport(place, self.role.name, processes, settings.spool.dir)
             steps = {"news of this host": news.tell}
             if self.arena:
                 is_fresh = context.predecessor is None and context.generation == 1

@@ -18,7 +18,7 @@ from relay.smtpd.line_endings import LineEnds, LongestLine, Stuffing
 from relay.smtpd.shared_counters import ProcessCounters
 
 if TYPE_CHECKING:
-    from relay.smtpd.fork import OpenTransaction
+    from relay.smtpd.forked_transaction import OpenTransaction
 
 FULL = Reply.of(452, "4.3.1 Too much mail at once, try again later")
 TOO_LARGE = Reply.of(552, "5.3.4 Message is larger than this relay takes")

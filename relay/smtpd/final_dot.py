@@ -30,7 +30,7 @@ from relay.smtpd.transaction_report import TransactionReport
 from relay.trace import events
 
 if TYPE_CHECKING:
-    from relay.smtpd.fork import OpenTransaction
+    from relay.smtpd.forked_transaction import OpenTransaction
 
 _NOT_DURABLE = Reply.of(451, "4.3.1 The copy cannot be stored at the moment, try again later")
 _NO_ANSWER = Reply.of(451, "4.4.2 The primary server did not answer, try again later")

@@ -1,4 +1,4 @@
-"""The end of a message that goes to several primaries (fork.py): nobody who has not taken it goes without.
+"""The end of a message that goes to several primaries: whoever has not taken it gets a copy instead.
 
 Before the dots a spare is staged for each leg: a copy for that server and its recipients. It is a message of its own,
 with one destination, so all that holds for copies holds for it, through crashes, too. Where the spares cannot be
@@ -22,7 +22,7 @@ from relay.smtpd.body import IncomingBody
 from relay.smtpd.context import Context
 from relay.smtpd.error_limits import ErrorLimits
 from relay.smtpd.final_dot import FinalDot
-from relay.smtpd.fork import ForkedTransaction, Leg, OpenTransaction
+from relay.smtpd.forked_transaction import ForkedTransaction, Leg, OpenTransaction
 from relay.smtpd.open_envelope import OpenEnvelope
 from relay.smtpd.primary_choice import PrimaryByRoute
 from relay.smtpd.protocol import ClientProtocol

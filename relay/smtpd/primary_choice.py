@@ -2,8 +2,8 @@
 
 Without routes the primary is the one of all mail. With routes it is chosen at MAIL where the recipient does not matter
 for that, else at the first recipient; it stays for the whole transaction. Recipients who need another are put off with
-452, to be sent by themselves, unless a route has the message forked (fork.py). Both choices are asked the same; each
-keeps the snapshot of the roles until ``end``.
+452, to be sent by themselves, unless a route has the message forked (forked_transaction.py). Both choices are asked
+the same; each keeps the snapshot of the roles until ``end``.
 """
 
 from __future__ import annotations

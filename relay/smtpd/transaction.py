@@ -24,8 +24,8 @@ from relay.smtpd.context import Context
 from relay.smtpd.end_of_data import ClientGone, EndOfData, EndOfLines, Pace
 from relay.smtpd.error_limits import ErrorLimits
 from relay.smtpd.final_dot import FinalDot
-from relay.smtpd.fork import ForkedTransaction, OpenTransaction, turn
 from relay.smtpd.forked_dot import ForkedDot
+from relay.smtpd.forked_transaction import ForkedTransaction, OpenTransaction, turn
 from relay.smtpd.look_ahead import LookAhead
 from relay.smtpd.open_envelope import OpenEnvelope
 from relay.smtpd.peer import Peer

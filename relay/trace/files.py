@@ -1,10 +1,10 @@
 """The files of the trace: SQLite, one for an hour (UTC) and role, in ``state_dir/trace``; oldest ones go as a whole.
 
-A file has rows, each with events of one message, and words (search_terms.py) that lead to them, as short hashes: what is found
-is compared. Where mail is sealed (storage.key_file) so is each row, by a key that is kept in the file, itself sealed;
-the hashes are keyed then, and say nothing of the words. Nothing is synced to the disk: what a power cut takes is no
-mail. A file that is damaged is set aside in the folder ``corrupt``, once whoever writes it is done with it; the others
-go on. Raises sqlite3.Error, OSError.
+A file has rows, each with events of one message, and words (search_terms.py) that lead to them, as short hashes: what
+is found is compared. Where mail is sealed (storage.key_file) so is each row, by a key that is kept in the file, itself
+sealed; the hashes are keyed then, and say nothing of the words. Nothing is synced to the disk: what a power cut takes
+is no mail. A file that is damaged is set aside in the folder ``corrupt``, once whoever writes it is done with it; the
+others go on. Raises sqlite3.Error, OSError.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from relay.cockpit import survey
+from relay.cockpit import bulk_preview
 from relay.command import filters
 from relay.command.exit_status import Misuse
 from relay.command.main import run
@@ -76,11 +76,11 @@ def test_changing_words_want_a_condition(
 
 def test_a_reason_is_a_reply_without_its_own_words() -> None:
     """Refusals that differ in addresses and numbers are one reason."""
-    assert survey.reason_of("550 5.1.1 <a@b.test>: no such user") == survey.reason_of(
+    assert bulk_preview.reason_of("550 5.1.1 <a@b.test>: no such user") == bulk_preview.reason_of(
         "550 5.1.1 <c@d.test>: no such user"
     )
-    assert survey.reason_of("550 5.1.1 <a@b.test>: no such user").startswith("550 5.1.1 ")
-    assert survey.reason_of("connection refused") == "connection refused"
+    assert bulk_preview.reason_of("550 5.1.1 <a@b.test>: no such user").startswith("550 5.1.1 ")
+    assert bulk_preview.reason_of("connection refused") == "connection refused"
 
 
 # What would be done

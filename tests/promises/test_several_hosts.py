@@ -16,7 +16,7 @@ import redis
 
 from relay.config import loader
 from relay.ledger import keys
-from relay.topology import decisions, following, promotion
+from relay.topology import decisions, followers, promotion
 from support import hosts
 from support.child_processes import tied
 from support.dialogue import Dialogue
@@ -285,7 +285,7 @@ def test_a_promotion_while_a_relay_host_is_cut_off_from_redis(network: Network, 
         plan = promotion.plan(client, loader.load(environ=near.environment, directories=()), "new")
         cut.cut_off(network.apart)
         promotion.commit(client, plan, "", {}, None)
-        found = following.follow(client, plan, 4, lambda _: None)
+        found = followers.follow(client, plan, 4, lambda _: None)
         assert [beat.host for beat in found.late] == ["relay-1"]
         send(cut, 1)
         send(near, 2)

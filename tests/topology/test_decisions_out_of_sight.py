@@ -11,7 +11,7 @@ import redis
 
 from relay.config import loader
 from relay.ledger import keys
-from relay.topology import decisions, following, promotion
+from relay.topology import decisions, followers, promotion
 from relay.topology.state import Topology
 from support.product import QUICK, Product
 from support.scripted_server import ScriptedServer
@@ -160,10 +160,10 @@ def test_a_decision_that_is_overtaken_is_not_said_to_hold(
     for weights in ({"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 3.0}):
         plans.append(promotion.plan_weights(redis_client, settings, "shop", weights))
         promotion.commit(redis_client, plans[-1], "", {}, None)
-    found = following.follow(redis_client, plans[0], 60, lambda _: None)
+    found = followers.follow(redis_client, plans[0], 60, lambda _: None)
     assert found.overtaken is not None
     assert (found.overtaken.epoch, found.is_well) == (2, False)
-    last = following.follow(redis_client, plans[1], 30, lambda _: None)
+    last = followers.follow(redis_client, plans[1], 30, lambda _: None)
     assert (last.overtaken, last.is_well, len(last.followed)) == (None, True, 1)
 
 

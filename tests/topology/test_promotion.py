@@ -13,7 +13,7 @@ import redis
 from relay.config import loader
 from relay.config.loader import Settings
 from relay.ledger import keys
-from relay.topology import decisions, following, promotion, remembered
+from relay.topology import decisions, followers, promotion, remembered
 from relay.topology.promotion import Impossible, Plan, Unprepared
 from relay.topology.state import Topology
 from support.drained import is_drained
@@ -51,7 +51,7 @@ def promoted(client: redis.Redis, made: Product, name: str) -> Plan:
     """Promote in the way of --now; returns the plan once everybody follows."""
     plan = promotion.plan(client, settings_of(made), name)
     promotion.commit(client, plan, "test", {}, None)
-    assert following.follow(client, plan, 30, nothing).is_whole
+    assert followers.follow(client, plan, 30, nothing).is_whole
     return plan
 
 
@@ -298,7 +298,7 @@ def test_of_two_operators_one_is_told_of_the_other(product: Make, scripted: Call
             promotion.commit(client, plans[1], "", {}, None)
         assert decisions_of(both).epoch == 1  # type: ignore[union-attr]
         assert len(both.json("audit")) == 1
-        assert following.follow(client, plans[0], 30, nothing).is_whole
+        assert followers.follow(client, plans[0], 30, nothing).is_whole
 
 
 def test_an_intent_ends_by_itself(redis_client: redis.Redis) -> None:

@@ -11,7 +11,7 @@ import redis
 
 from relay.config import loader
 from relay.ledger import keys
-from relay.topology import following, heartbeats, promotion
+from relay.topology import followers, heartbeats, promotion
 from relay.topology.promotion import Unprepared
 from support.dns_server import DnsServer
 from support.product import Product
@@ -187,7 +187,7 @@ def test_weights_change_under_load(product: Make, servers: Servers) -> None:
             sender.pause_at(50 * step)
             plan = promotion.plan_weights(client, settings, "shop", {"a": 10 - share, "b": share})
             promotion.commit(client, plan, "test", {}, promotion.prepare(client, plan, 30, lambda _: None))
-            assert following.follow(client, plan, 30, lambda _: None).is_whole
+            assert followers.follow(client, plan, 30, lambda _: None).is_whole
     assert sender.join() == set(range(300))
     for name in ("a", "b"):
         servers[name].wait_for(300)
@@ -221,7 +221,7 @@ def test_a_process_of_an_older_version_prevents_a_decision_about_a_route(product
 
         def late() -> list[str]:
             say_so("")
-            return [beat.label for beat in following.follow(client, plan, 0, lambda _: None).late]
+            return [beat.label for beat in followers.follow(client, plan, 0, lambda _: None).late]
 
         wait_until(lambda: late() == ["older/1"])
         (status, *_) = map(json.loads, relay.run("topology", "--json").stdout.splitlines())

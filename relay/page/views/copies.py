@@ -18,8 +18,8 @@ from starlette.routing import Route
 
 from relay.cockpit import bulk_actions, conditions, listing
 from relay.cockpit.bulk_actions import BulkAction
+from relay.cockpit.bulk_preview import BulkPreview
 from relay.cockpit.conditions import BadCondition, Given
-from relay.cockpit.survey import Survey
 from relay.config.model import Settings
 from relay.ledger import queries
 from relay.ledger.queries import Unknown
@@ -177,14 +177,14 @@ class DryRun:
 
     kind: ListOfCopies
     bulk: BulkAction
-    survey: Survey
+    preview: BulkPreview
     unread: dict[str, str]
     button: str
 
     @property
     def needs_number(self) -> bool:
         """Whether the number must be typed, as at the terminal."""
-        return self.survey.count > MANY
+        return self.preview.count > MANY
 
 
 MANY = 100
@@ -213,10 +213,10 @@ async def look(request: Request) -> Response:
 
     def work(connection: Redis, run: Run) -> None:
         bulk = make(connection, context.settings, words)
-        found = DryRun(kind, bulk, Survey(connection, kind.which), {}, button)
+        found = DryRun(kind, bulk, BulkPreview(connection, kind.which), {}, button)
         run.total = sum(selection.size(connection, kind.which, chosen) for chosen in filters)
         for chosen in filters:
-            steps = bulk_actions.look(connection, bulk, chosen, found.survey, found.unread)
+            steps = bulk_actions.look(connection, bulk, chosen, found.preview, found.unread)
             for count in runs.until_stopped(run, steps):
                 run.steps += count
         if runs.is_to_stop(run):
@@ -246,16 +246,16 @@ async def go(request: Request) -> Response:
     found = looked.found if looked and looked.state == "done" else None
     if not isinstance(found, DryRun):
         raise not_found("This look is not known any more: look again")
-    if found.needs_number and field(request, "number").replace(",", "").strip() != str(found.survey.count):
+    if found.needs_number and field(request, "number").replace(",", "").strip() != str(found.preview.count):
         return RedirectResponse(f"/runs/{looked.id}?wrong=number", 303)
     looked.found = None  # once
-    bulk, survey = found.bulk, found.survey
+    bulk, preview = found.bulk, found.preview
 
     def work(connection: Redis, run: Run) -> None:
-        tally = bulk_actions.Tally(total=survey.count)
-        run.total, run.found = survey.count, tally
+        tally = bulk_actions.Tally(total=preview.count)
+        run.total, run.found = preview.count, tally
         try:
-            for count in bulk_actions.carry_out(bulk, runs.until_stopped(run, bulk_actions.agreed(survey)), tally):
+            for count in bulk_actions.carry_out(bulk, runs.until_stopped(run, bulk_actions.agreed(preview)), tally):
                 run.steps += count
             bulk_actions.finish(bulk, tally)
         finally:

@@ -25,7 +25,7 @@ from relay.page.runs import NotBegun, Run, Runs, Stopped, who_acts
 from relay.page.views.shell import act, context_of, field, not_found, page, shared
 from relay.topology import decisions, promotion
 from relay.topology.decisions import Overtaken, View
-from relay.topology.following import follow
+from relay.topology.followers import follow
 from relay.topology.promotion import ROUTE_WEIGHT, Impossible, Plan, Unprepared
 from relay.topology.roles import disagreement
 from relay.topology.state import Topology

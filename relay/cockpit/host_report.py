@@ -12,7 +12,7 @@ from relay.spool import writer
 _EVERY = 20.0  # seconds: a large spool takes a while to count
 
 
-class HostNews:
+class HostReport:
     """Tells of one installation, by its place and role (up, relay, workers)."""
 
     def __init__(self, place: str, role: str, processes: int, spool: Path | None) -> None:

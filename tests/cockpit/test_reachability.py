@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import redis
 
-from relay.cockpit.reach import Looks, keep_looking
+from relay.cockpit.reachability import Looks, keep_looking
 from relay.ledger import hosts
 from relay.ledger.hosts import Reach
 from support.certificates import Certificate

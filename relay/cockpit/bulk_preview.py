@@ -29,7 +29,7 @@ _ID = 16
 _CODE = re.compile(r"([2-5]\d\d)(?:[ -]|$)")
 
 
-class Survey:
+class BulkPreview:
     """The copies that a word is about, counted; the first few as rows."""
 
     def __init__(self, connection: Redis, which: Which) -> None:
