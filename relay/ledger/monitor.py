@@ -20,7 +20,7 @@ from relay import limits, maillog
 from relay.ledger import keys
 from relay.ledger.continuity import Continuity
 from relay.ledger.redis_clock import RedisClock, time_of
-from relay.redisio import clients
+from relay.redisio import replication
 
 STOP_AT = 0.75  # of maxmemory
 _LAST_AT = 0.90  # beyond this nothing is written, even without a spool: else no delivery could free memory any more
@@ -149,7 +149,7 @@ class Monitor:
             async with asyncio.timeout(self._seconds), self._connection.pipeline(transaction=False) as pipe:
                 doubted = bool(self._trouble)
                 if doubted:
-                    clients.probe(pipe)
+                    replication.probe(pipe)
                     if self._replicas:
                         pipe.wait(self._replicas, round(self._seconds * 500))
                 pipe.time()
@@ -165,7 +165,7 @@ class Monitor:
                 if isinstance(answer, Exception):
                     raise answer
             if doubted and self._replicas:
-                clients.check(needed[1], self._replicas)
+                replication.check(needed[1], self._replicas)
         except (RedisError, OSError, TimeoutError) as error:
             self.failed(error)
             return False

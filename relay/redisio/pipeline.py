@@ -20,7 +20,7 @@ from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import InvalidResponse, ReadOnlyError, RedisError
 
-from relay.redisio import clients, raw_connection
+from relay.redisio import raw_connection, replication
 from relay.redisio.raw_connection import discard, living
 
 _IN_PARTS = 256 << 10  # octets of a batch; below this, one buffer is faster
@@ -92,7 +92,7 @@ class Pipelines:
     def __init__(self, client: Redis, *, seconds: float | None = None) -> None:
         self._pool: Any = client.connection_pool
         self._keeps = not isinstance(self._pool, SentinelConnectionPool)
-        self._confirmation = clients.confirmation(client)
+        self._confirmation = replication.confirmation(client)
         self._seconds = seconds or self._pool.connection_kwargs.get("socket_timeout") or _SECONDS
         self._idle: list[_Pipeline] = []
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -197,7 +197,7 @@ class Pipelines:
         *answers, mark, replicas = answers
         try:
             # If the write before WAIT failed, WAIT may have had nothing to wait for.
-            clients.check(mark if isinstance(mark, Exception) else replicas, self._confirmation[-1][1])
+            replication.check(mark if isinstance(mark, Exception) else replicas, self._confirmation[-1][1])
         except RedisError as error:
             return error
         return answers

@@ -19,6 +19,7 @@ from relay.ledger import changes, keys
 from relay.monitoring.probes import probe_redis
 from relay.redisio import clients
 from relay.redisio.pipeline import CommandBatch, Pipelines
+from relay.redisio.replication import TooFewReplicas
 from support.product import Product
 from support.recorded_sessions import Transaction
 from support.retrying_sender import Sender
@@ -252,7 +253,7 @@ def test_a_write_that_no_replica_has_does_not_count(sentinels: SentinelSet) -> N
         sentinels.replica.pause()
         started = time.monotonic()
         for _ in range(2):
-            with pytest.raises(clients.TooFewReplicas):
+            with pytest.raises(TooFewReplicas):
                 await discard()
         assert time.monotonic() - started < 5
         for replica in sentinels.servers:

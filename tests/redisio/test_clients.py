@@ -13,7 +13,7 @@ import redis
 from redis.exceptions import ConnectionError as NoConnection
 
 from relay.config.model import RedisSettings
-from relay.redisio import clients
+from relay.redisio import sentinel
 from relay.redisio.clients import async_client, sync_client
 from support.redis_servers import RedisServer
 from support.waiting import PATIENCE, free_port
@@ -69,7 +69,7 @@ MASTERS = {
 
 async def test_no_sentinel_is_forgotten_when_two_tasks_ask_at_once() -> None:
     """The first one is away, the second answers both: three are asked the next time, and closed at the end."""
-    asked = clients._AsyncSentinels(SENTINELS, 1)
+    asked = sentinel._AsyncSentinels(SENTINELS, 1)
     everybody = set(asked.sentinels)
     both_wait = asyncio.Barrier(2)
 
@@ -90,7 +90,7 @@ async def test_no_sentinel_is_forgotten_when_two_tasks_ask_at_once() -> None:
 
 def test_no_sentinel_is_forgotten_when_two_threads_ask_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for a blocking client that threads share."""
-    asked = clients._Sentinels(SENTINELS, 1)
+    asked = sentinel._Sentinels(SENTINELS, 1)
     everybody = set(asked.sentinels)
     both_wait = threading.Barrier(2)
 

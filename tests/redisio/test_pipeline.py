@@ -30,6 +30,7 @@ from redis.exceptions import ConnectionError as NoConnection
 from relay.config.model import RedisSettings
 from relay.redisio import clients
 from relay.redisio.pipeline import Answers, CommandBatch, Pipelines
+from relay.redisio.replication import TooFewReplicas
 from support.certificates import Certificate
 from support.event_loops import both_loops
 from support.redis_servers import RedisServer
@@ -452,7 +453,7 @@ async def test_what_too_few_replicas_have_does_not_count(mark: str, waited: str,
         for _ in range(2):
             answers = await answers_to(wires, batch("A", "B"))
             assert answers == [7, 7] if counts else isinstance(answers, RedisError)
-        assert isinstance(answers, list) or (mark != "+OK") or isinstance(answers, clients.TooFewReplicas)
+        assert isinstance(answers, list) or (mark != "+OK") or isinstance(answers, TooFewReplicas)
         words = [command[0] for asked in script.asked for command in asked]
         assert words == [b"A", b"B", b"SET", b"WAIT"] * 2
         await client.aclose()

@@ -24,7 +24,7 @@ from relay.gathering import Gathering
 from relay.ledger import changes as ledger_changes
 from relay.ledger import keys
 from relay.ledger.changes import Claim
-from relay.redisio import clients
+from relay.redisio import sentinel
 from relay.redisio.pipeline import CommandBatch, Pipelines
 from relay.repeated import Backoff, until_done
 
@@ -113,7 +113,7 @@ class Outbox:
             if master is not None and not self._lately:
                 continue
             try:
-                present = await clients.find_master(self._connection)
+                present = await sentinel.find_master(self._connection)
             except (RedisError, OSError):
                 continue
             now = time.monotonic()

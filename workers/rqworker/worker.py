@@ -34,7 +34,7 @@ from rq.worker_registration import clean_worker_registry, register
 from relay.mail.ids import is_job_id
 from relay.mail.ids import text as as_text
 from relay.redisio.blocking import Blocking
-from relay.redisio.clients import master_of
+from relay.redisio.sentinel import master_of
 from relay.repeated import Backoff
 from workers import jobs
 from workers.rqworker.delivery_job import DeliveryJob, NoJob
