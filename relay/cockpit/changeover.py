@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from relay.cockpit import formatting, readiness
+from relay.cockpit import evidence_from_redis, formatting, readiness
 from relay.cockpit.finding import Result
 from relay.cockpit.readiness import Verdict
 from relay.config.model import Settings
@@ -29,7 +29,7 @@ def verdict(connection: Any, settings: Settings, made: Plan) -> Verdict | None:
             return None
     try:
         return readiness.verdict(connection, settings, name, old)
-    except readiness.UnknownBackup:
+    except evidence_from_redis.UnknownBackup:
         return None
 
 

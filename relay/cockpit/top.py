@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from relay.cockpit.formatting import clock, count
-from relay.cockpit.readiness import Verdict, backups_now, primary_now, verdicts
+from relay.cockpit.readiness import Verdict, verdicts
+from relay.cockpit.roles_now import backups_now, primary_now
 from relay.cockpit.sparkline import sparkline
 from relay.config.model import Settings
 from relay.config.routes import Route

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from relay import log_lines
-from relay.cockpit import extensions, readiness
+from relay.cockpit import evidence_from_redis, extensions, roles_now
 from relay.cockpit.extensions import Extension
 from relay.command.connection import ledger_of
 from relay.command.exit_status import CANNOT_SAY, NO, WELL, CannotSay, Trouble
@@ -159,7 +159,7 @@ def _extensions(settings: Settings) -> list[tuple[str, list[Extension]]]:
     if not settings.redis.url:
         return []
     with ledger_of(settings) as connection:
-        backups, old = readiness.backups_now(connection, settings), readiness.primary_now(connection, settings)
+        backups, old = roles_now.backups_now(connection, settings), roles_now.primary_now(connection, settings)
         said = greetings.read(connection, [old, *backups])
-        seen = flow.total(flow.read(connection, flow.HOUR, readiness.HOURS, changes.now(connection)))
+        seen = flow.total(flow.read(connection, flow.HOUR, evidence_from_redis.HOURS, changes.now(connection)))
     return [(name, extensions.compare(said.get(old), said[name], seen)) for name in backups if name in said]

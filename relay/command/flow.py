@@ -10,7 +10,7 @@ from typing import Any
 
 from relay.cockpit import formatting
 from relay.cockpit.formatting import count as count_of
-from relay.cockpit.readiness import backups_now, primary_now
+from relay.cockpit.roles_now import backups_now, primary_now
 from relay.cockpit.sparkline import sparkline
 from relay.command.connection import ledger_of
 from relay.command.exit_status import WELL, Misuse

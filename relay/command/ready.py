@@ -6,19 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from relay.cockpit import extensions, mailboxes, moves
+from relay.cockpit.evidence_from_redis import UnknownBackup, gather
 from relay.cockpit.finding import Result
 from relay.cockpit.formatting import span
 from relay.cockpit.mailboxes import MailboxVerdict
-from relay.cockpit.readiness import (
-    Judged,
-    UnknownBackup,
-    UnknownRoute,
-    Verdict,
-    backups_now,
-    gather,
-    judge,
-    on_route,
-)
+from relay.cockpit.readiness import Judged, Verdict, judge
+from relay.cockpit.roles_now import UnknownRoute, backups_now, on_route
 from relay.command.connection import ledger_of
 from relay.command.exit_status import CANNOT_SAY, NO, WELL, CannotSay, Misuse, Trouble
 from relay.command.output import GREEN, RED, YELLOW, Column, Output

@@ -14,8 +14,9 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from redis.exceptions import RedisError
 
+from relay.cockpit.evidence_from_redis import UnknownBackup
 from relay.cockpit.finding import Result
-from relay.cockpit.readiness import UnknownBackup, Verdict, verdicts
+from relay.cockpit.readiness import Verdict, verdicts
 from relay.config.model import Settings
 from relay.redisio.clients import sync_client
 

@@ -7,10 +7,11 @@ import json
 import pytest
 import redis
 
-from relay.cockpit import readiness
+from relay.cockpit import readiness, roles_now
 from relay.cockpit.evidence import Missing
+from relay.cockpit.evidence_from_redis import UnknownBackup, gather
 from relay.cockpit.finding import Result
-from relay.cockpit.readiness import UnknownBackup, gather, verdict
+from relay.cockpit.readiness import verdict
 from relay.ledger import changes, flow, greetings, health, hosts, keys
 from relay.topology.state import Decision, Topology
 from support.ledger_contents import Contents, settings
@@ -83,7 +84,7 @@ def test_the_primary_is_who_was_promoted(connection: redis.Redis) -> None:
     configured = settings(relay_destination_backups="new=localhost:2526")
     decided = Topology(Decision(1, "new", ("localhost:25",)), Decision(0, "localhost:25", ("new",)))
     connection.set(keys.TOPOLOGY, decided.to_json())
-    assert readiness.backups_now(connection, configured) == ["localhost:25"]
+    assert roles_now.backups_now(connection, configured) == ["localhost:25"]
     assert gather(connection, configured, "localhost:25").old == "new"
     with pytest.raises(UnknownBackup, match="new is the primary"):
         gather(connection, configured, "new")

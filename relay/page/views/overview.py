@@ -14,9 +14,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from relay.cockpit import extensions, readiness, top
+from relay.cockpit import evidence_from_redis, extensions, readiness, roles_now, top
+from relay.cockpit.evidence_from_redis import UnknownBackup
 from relay.cockpit.extensions import Extension
-from relay.cockpit.readiness import UnknownBackup, Verdict
+from relay.cockpit.readiness import Verdict
 from relay.cockpit.top import Frame, ServerNow
 from relay.config.model import Settings
 from relay.json_text import json_text
@@ -77,7 +78,7 @@ def plot(name: str, title: str, unit: flow.Unit, flows: Sequence[Flow], backups:
 def plots(connection: Redis, settings: Settings) -> list[Plot]:
     """Return the flow of the last hour by minutes, and of a day by hours; neither with what is not over."""
     now = changes.now(connection)
-    backups = readiness.backups_now(connection, settings)[:6]
+    backups = roles_now.backups_now(connection, settings)[:6]
     minutes = flow.read(connection, flow.MINUTE, _MINUTES + 1, now)[:-1]
     hours = flow.read(connection, flow.HOUR, _HOURS, now)
     return [
@@ -132,7 +133,7 @@ class ReadySheet:
 
 def evidence(connection: Redis, settings: Settings, name: str) -> ReadySheet:
     """Return the verdict on a backup, with what both servers offer. Raises UnknownBackup, RedisError."""
-    known = readiness.gather(connection, settings, name)
+    known = evidence_from_redis.gather(connection, settings, name)
     rows = extensions.compare(known.old_greeting, known.new_greeting, flow.total(known.hours))
     return ReadySheet(readiness.judge(known), rows)
 
