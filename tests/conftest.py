@@ -62,6 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
     )
     hypothesis.settings.load_profile("suite")
+    gc.disable()  # until all is collected: what that makes stays
     free_port()  # opens its file now, not between two counts of descriptors
 
 
@@ -112,6 +113,7 @@ def pytest_collection_finish() -> None:
     """Leave alone what is there for the whole run: a collection of garbage looks at some hundred megabytes else."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def _shares_a_fixture(item: pytest.Item) -> bool:

@@ -43,7 +43,7 @@ async def test_a_burst_of_refusals_holds_up_nobody(
 ) -> None:
     """Sixty in a row that are refused, alike, are failed; what waits behind them arrives, without a pause."""
     bad = [contents.pending(f"bad{n}@test", sender=f"bad{n}@test") for n in range(60)]
-    good = [contents.pending(f"good{n}@test", sender=f"s{n}@test") for n in range(150)]
+    good = [contents.pending(f"good{n}@test", sender=f"s{n}@test") for n in range(60)]
     backup.replies.update(KINDS[kind][1](reply))
     async with at_work(redis_url, backup) as work:
         work.add(bad + good)
@@ -166,8 +166,8 @@ async def test_trouble_with_many_messages_is_theirs(
     contents: Contents, redis_url: str, backup: ScriptedServer, command: str, reaction: Reaction
 ) -> None:
     """A burst at which the server says 421, or closes, holds up nobody for more than a pause or two."""
-    bad = [contents.pending(f"a{n}@test", sender=f"bad{n}@test") for n in range(120)]
-    good = [contents.pending(f"good{n}@test") for n in range(150)]
+    bad = [contents.pending(f"a{n}@test", sender=f"bad{n}@test") for n in range(60)]
+    good = [contents.pending(f"good{n}@test") for n in range(80)]
     backup.replies[command] = at_the_dot("bad", reaction) if command != "MAIL" else named("bad", reaction)
     async with at_work(redis_url, backup) as work:
         work.add(bad + good)

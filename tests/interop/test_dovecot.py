@@ -35,10 +35,13 @@ def dovecot() -> Iterator[MakeDovecot]:
 
 
 @pytest.mark.postfix
-def test_varied_messages_with_dovecot(product: MakeProduct, postfix: StartPostfix, dovecot: MakeDovecot) -> None:
+@pytest.mark.parametrize("count", [corpus.SOME, pytest.param(corpus.ALL, marks=pytest.mark.long)])
+def test_varied_messages_with_dovecot(
+    product: MakeProduct, postfix: StartPostfix, dovecot: MakeDovecot, count: int
+) -> None:
     """Dovecot as backup gets what Postfix as primary gets, byte for byte; what it has no extension for is told."""
     site = Site(product, postfix, backup=dovecot())
-    mails = [mail for mail in corpus.mails(150) if not _folder_of_another_name(mail)]
+    mails = [mail for mail in corpus.mails(count) if not _folder_of_another_name(mail)]
     for mail in mails:
         mail.submit(site.front)
     stored_mail.wait_for(site.old, mails)

@@ -30,7 +30,8 @@ def exim(exim_program: Path) -> Iterator[EximInstance]:
         instance.remove()
 
 
-def test_varied_messages_with_exim(product: MakeProduct, postfix: StartPostfix, exim_program: Path) -> None:
+@pytest.mark.parametrize("count", [corpus.SOME, pytest.param(corpus.ALL, marks=pytest.mark.long)])
+def test_varied_messages_with_exim(product: MakeProduct, postfix: StartPostfix, exim_program: Path, count: int) -> None:
     """Exim on either side: the same messages arrive at both, byte for byte."""
     with ExitStack() as ends:
         old, new = (EximInstance(exim_program, DOMAINS) for _ in range(2))
@@ -38,7 +39,7 @@ def test_varied_messages_with_exim(product: MakeProduct, postfix: StartPostfix, 
             ends.callback(instance.remove)
             instance.start()
         site = Site(product, postfix, primary=old, backup=new)
-        mails = [mail for mail in corpus.mails(160) if not _exim_changes(mail)]
+        mails = [mail for mail in corpus.mails(count) if not _exim_changes(mail)]
         for mail in mails:
             mail.submit(site.front)
         for store in (old, new):

@@ -22,9 +22,10 @@ def site(product: MakeProduct, postfix: StartPostfix) -> Site:
     return Site(product, postfix)
 
 
-def test_two_hundred_varied_messages(site: Site) -> None:
+@pytest.mark.parametrize("count", [corpus.SOME, pytest.param(corpus.ALL, marks=pytest.mark.long)])
+def test_varied_messages(site: Site, count: int) -> None:
     """MIME, 8-bit, UTF-8 addresses, dots, long lines, 5 MB...: everything is at both stores, once, byte for byte."""
-    mails = corpus.mails(200)
+    mails = corpus.mails(count)
     for mail in mails:
         mail.submit(site.front)
     stored_mail.wait_for(site.old, mails)

@@ -34,11 +34,12 @@ def _with_tls(certificate: Certificate, level: str = "may") -> dict[str, str]:
     }
 
 
-def test_varied_messages_in_chunks(product: MakeProduct, postfix: StartPostfix) -> None:
+@pytest.mark.parametrize("count", [corpus.SOME, pytest.param(corpus.ALL, marks=pytest.mark.long)])
+def test_varied_messages_in_chunks(product: MakeProduct, postfix: StartPostfix, count: int) -> None:
     """What comes to us by BDAT is at a Postfix primary and a Postfix backup, byte for byte, whatever the chunks."""
     old, new = _store(postfix), _store(postfix)
     relay = product(primary=old.address, backups=[new.address])
-    mails = [mail for mail in corpus.mails(150) if mail.way == "bdat" or not mail.parameters]
+    mails = [mail for mail in corpus.mails(count) if mail.way == "bdat" or not mail.parameters]
     with relay.dialogue() as client:
         assert "CHUNKING" in client.hello()
         for number, mail in enumerate(mails):

@@ -164,12 +164,16 @@ class ScriptedServer:
     ) -> T:
         """Wait until predicate, looked at after everything that the server does, is true."""
         deadline = time.monotonic() + timeout
-        with self.changed:
-            while not (result := predicate()):
+        while True:
+            with self.changed:
+                looked = time.monotonic()
+                if result := predicate():
+                    return result
+                cost = time.monotonic() - looked
                 if not self.changed.wait(deadline - time.monotonic()):
                     text = message() if callable(message) else message
                     raise AssertionError(f"not within {timeout:g} s: {text or predicate}; commands: {self.commands}")
-            return result
+            time.sleep(4 * cost)  # what takes long, with hundreds of messages, is not looked at after each command
 
     async def until(
         self, predicate: Callable[[], T], timeout: float = PATIENCE, message: Callable[[], str] | str = ""

@@ -21,6 +21,7 @@ T = TypeVar("T")
 _LOWEST = 10_000  # of the ports that tests take
 _KEPT = 300  # ports of one process
 _ours: deque[int] = deque()
+_LONGEST_PAUSE = 0.2  # seconds
 PATIENCE = 40.0  # seconds; generous, since it is only ever used up by a failure
 
 
@@ -73,13 +74,12 @@ def wait_until(
     predicate: Callable[[], T], timeout: float = PATIENCE, message: str | Callable[[], str] = "", interval: float = 0.02
 ) -> T:
     """Call predicate until it returns something true, and return that. Fails the test at the deadline."""
-    deadline = time.monotonic() + timeout
-    begun = time.monotonic()
+    pauses = _Pauses(interval)
     while not (result := predicate()):
-        if time.monotonic() > deadline:
+        if pauses.waited > timeout:
             raise AssertionError(_text(message, timeout, predicate))
-        time.sleep(_pause(interval, begun))
-        begun = time.monotonic()
+        time.sleep(pauses.next())
+        pauses.look()
     return result
 
 
@@ -87,19 +87,33 @@ async def until(
     predicate: Callable[[], T], timeout: float = PATIENCE, message: str | Callable[[], str] = "", interval: float = 0.01
 ) -> T:
     """Like ``wait_until``, for what runs in this event loop."""
-    deadline = time.monotonic() + timeout
-    begun = time.monotonic()
+    pauses = _Pauses(interval)
     while not (result := predicate()):
-        if time.monotonic() > deadline:
+        if pauses.waited > timeout:
             raise AssertionError(_text(message, timeout, predicate))
-        await asyncio.sleep(_pause(interval, begun))
-        begun = time.monotonic()
+        await asyncio.sleep(pauses.next())
+        pauses.look()
     return result
 
 
-def _pause(interval: float, begun: float) -> float:
-    """Return the pause after a look that began then: what takes long, as a command does, is looked at less often."""
-    return max(interval, min(3 * (time.monotonic() - begun), 1.0))
+class _Pauses:
+    """Pauses between looks: the longer, the longer a look takes, as a command does, and the longer it has been."""
+
+    def __init__(self, interval: float) -> None:
+        self._interval = interval
+        self._begun = self._looked = time.monotonic()
+
+    @property
+    def waited(self) -> float:
+        return time.monotonic() - self._begun
+
+    def look(self) -> None:
+        """Begin a look."""
+        self._looked = time.monotonic()
+
+    def next(self) -> float:
+        cost = time.monotonic() - self._looked
+        return max(self._interval, min(4 * cost, 1.0), min(self.waited / 20, _LONGEST_PAUSE))
 
 
 def _text(message: str | Callable[[], str], timeout: float, predicate: object) -> str:
