@@ -72,7 +72,7 @@ class Stage:
 
     def step(self, text: str) -> None:
         """Say that a step is done, and what came out."""
-        self._progress.advance(self._task)  # type: ignore[arg-type]
+        self._progress.advance(self._task)
         self._progress.console.print(f"{self._row.name}: {text}", highlight=False, markup=False)
 
     def fault(self, text: str) -> None:

@@ -195,7 +195,7 @@ class Disturber:
 
     def _freeze(self, pid: int, seconds: float) -> None:
         self._signal(pid, signal.SIGSTOP)
-        is_ours = self._parts._is_ours  # noqa: SLF001
+        is_ours = self._parts._is_ours  # noqa: SLF001 - the product's own parts
 
         def thaw() -> None:
             process = self._product.process
@@ -260,8 +260,8 @@ class Disturber:
         self._say(f"{server.name}: {mood} for {seconds:.1f} s")
         if mood == "stall":
             server.process.send_signal(signal.SIGSTOP)
-            undo = lambda: server.process.send_signal(signal.SIGCONT)  # noqa: E731
+            undo = lambda: server.process.send_signal(signal.SIGCONT)  # noqa: E731 - one of two
         else:
             server.turn(mood)
-            undo = lambda: server.turn("well")  # noqa: E731
+            undo = lambda: server.turn("well")  # noqa: E731 - one of two
         self._undo.append((time.monotonic() + seconds, server.name, undo))

@@ -46,7 +46,7 @@ class Handler:
         self._backup = backup
         self._copies: set[asyncio.Task[str]] = set()
 
-    async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:  # noqa: ARG002, N802, RUF100
+    async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:  # noqa: ARG002, N802, RUF100 - aiosmtpd's
         try:
             reply = await self._primary.send(envelope)
         except (aiosmtplib.SMTPException, OSError) as error:

@@ -89,7 +89,7 @@ class Arena(Collector):
                     metrics[metric] = Metric(metric, text, kind)
                     metrics[metric]._multiprocess_mode = "max"  # type: ignore[attr-defined]  # noqa: SLF001 - of a gauge
                 metrics[metric].add_sample(name, labels, value)  # type: ignore[arg-type]  # as it does itself
-        yield from MultiProcessCollector._accumulate_metrics(metrics, True)  # type: ignore[no-untyped-call]  # noqa: SLF001 - sums buckets
+        yield from MultiProcessCollector._accumulate_metrics(metrics, True)  # noqa: SLF001 - sums buckets
         text = "Processes whose metrics are damaged and left out"
         yield GaugeMetricFamily("smtpdup_metrics_unreadable", text, value=unreadable)
 
@@ -220,11 +220,11 @@ def _bind(region: _Region | None) -> None:
     with _lock:
         _region = region
         for value in _values:
-            value._settle()  # noqa: SLF001
+            value._settle()  # noqa: SLF001 - of this module
 
 
 def _forked() -> None:
-    global _lock  # noqa: PLW0603
+    global _lock  # noqa: PLW0603 - a thread of the parent may hold the one before
     _lock = threading.Lock()
     _bind(None)  # the region belongs to the parent
 

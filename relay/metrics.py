@@ -121,7 +121,7 @@ def increment(counter: Counter, *labels: str) -> Callable[[float], None]:
 def observer(histogram: Histogram, *labels: str) -> Callable[[float], None]:
     """Return what observes a value in a histogram; kept, as with ``increment``."""
     child = histogram.labels(*labels) if labels else histogram
-    bounds, buckets, add = child._upper_bounds, child._buckets, child._sum.inc  # noqa: SLF001
+    bounds, buckets, add = child._upper_bounds, child._buckets, child._sum.inc  # noqa: SLF001 - as above
 
     def observe(value: float) -> None:
         add(value)

@@ -33,7 +33,7 @@ class Foreign(OSError):
 
 def trust(state_dir: Path) -> None:
     """If this process is root, trust the owner of the state folder: a command may be run as root."""
-    global _owner  # noqa: PLW0603
+    global _owner  # noqa: PLW0603 - one for each process
     _owner = None
     ownership.trust(state_dir)
     if os.geteuid() == 0 and state_dir.is_dir():

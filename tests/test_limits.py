@@ -32,7 +32,7 @@ def limited(product: Product, files: int) -> Product:
     def under(*words: str) -> list[str]:
         return ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *argv(*words)]
 
-    product._argv = under  # type: ignore[method-assign]
+    product._argv = under
     return product.start()
 
 

@@ -145,7 +145,7 @@ def test_lines_of_one_turn_leave_together(pipe: tuple[int, int]) -> None:
     """A loop's lines are written at the end of its turn, whole lines in a write, in order with those of warnings."""
     output, turn = LogStream(pipe[1]), list[Callable[[], None]]()
     writes: list[bytes] = []
-    output._send = lambda data: writes.append(data) or len(data)  # type: ignore[func-returns-value]
+    output._send = lambda data: writes.append(data) or len(data)
     output.gather(lambda write, text: turn.append(lambda: write(text)))
     for number in range(30):
         output.write_soon(f"{number:199}\n")
@@ -248,9 +248,9 @@ def test_signals_that_were_ignored_or_blocked_by_who_started_us(
         "os.execvp(sys.argv[1], sys.argv[1:])\n"
     )
     argv = house._argv
-    house._argv = lambda *words: [sys.executable, "-c", launcher, *argv(*words)]  # type: ignore[method-assign]
+    house._argv = lambda *words: [sys.executable, "-c", launcher, *argv(*words)]
     house.start()
-    house._argv = argv  # type: ignore[method-assign]
+    house._argv = argv
     assert house.process is not None
     house.process.send_signal(signal.SIGHUP)
     house.wait_for_log("certificate and users reloaded")

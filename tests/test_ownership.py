@@ -78,7 +78,7 @@ def _changed(path: Path) -> None:
 @pytest.fixture
 def changing(request: pytest.FixtureRequest) -> Callable[[Path], None]:
     _change[:] = [request.param]
-    return request.param  # type: ignore[no-any-return]
+    return request.param
 
 
 @as_root

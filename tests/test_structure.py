@@ -53,6 +53,7 @@ ONE_OF_EACH = {
 }
 SOURCES = {path: path.read_text(encoding="utf-8") for path in MODULES}
 _REASON = re.compile(r"# noqa: [A-Z0-9, ]*PLC0415  \(\S.+\)")
+_SUPPRESSED = re.compile(r"# (?:noqa|type: ignore)\b(?!(?:: [A-Z0-9, ]+|\[[a-z, -]+\])(?: - |  \(|  # )\S)")
 
 
 @functools.cache
@@ -116,3 +117,16 @@ def test_an_import_inside_a_function_has_its_reason() -> None:
             for node, name in _imports(scope):
                 block = "\n".join(lines[node.lineno - 1 : node.end_lineno])
                 assert _REASON.search(block), f"{path.relative_to(ROOT)}:{node.lineno}: {name}"
+
+
+def test_what_silences_a_check_says_why() -> None:
+    """Each ``noqa`` and ``type: ignore`` names the rule and has its reason beside it; a bare one hides anything."""
+    rooms = ("relay", "workers", "bench", "tests", "deploy", "docs")
+    files = [path for room in rooms for path in sorted((ROOT / room).rglob("*.py"))]
+    bare = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in files
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if _SUPPRESSED.search(line) and path != Path(__file__).resolve()
+    ]
+    assert not bare

@@ -117,7 +117,7 @@ def _cycle(client: redis.Redis, messages: Iterator[Staged], batches: int) -> dic
             client.config_resetstat()
             begun = time.perf_counter()
             for batch in work:
-                _transaction(client, lambda pipe, act=acts[phase], batch=batch: act(pipe, batch))  # type: ignore[misc]
+                _transaction(client, lambda pipe, act=acts[phase], batch=batch: act(pipe, batch))
             waited = time.perf_counter() - begun
             spent = client.info("commandstats")["cmdstat_exec"]["usec"]
             costs[phase].append((spent / (each * _BATCH), 1e6 * waited / (each * _BATCH)))
@@ -136,8 +136,8 @@ def _fill(client: redis.Redis, messages: Iterator[Staged], count: int, row: Row)
     jobs: list[list[str]] = []
     for start in range(0, count, _FILL):
         batch = _take(messages, min(_FILL, count - start))
-        _transaction(client, lambda pipe, batch=batch: changes.stage(pipe, batch))  # type: ignore[misc]
-        _transaction(client, lambda pipe, batch=batch: changes.release(pipe, _released(batch)))  # type: ignore[misc]
+        _transaction(client, lambda pipe, batch=batch: changes.stage(pipe, batch))
+        _transaction(client, lambda pipe, batch=batch: changes.release(pipe, _released(batch)))
         ids = [m.id for m in batch]
         jobs += [ids[n : n + _JOB] for n in range(0, len(ids), _JOB)]
     copies = client.info("memory")["used_memory"]

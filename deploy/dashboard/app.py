@@ -99,13 +99,13 @@ def connect(settings: Settings) -> Redis:
     }
     if not settings.sentinels:
         return Redis.from_url(settings.redis_url, **limits)
-    options: dict[str, Any] = parse_url(settings.redis_url)  # type: ignore[no-untyped-call]
+    options: dict[str, Any] = parse_url(settings.redis_url)
     tls = options.pop("connection_class", None) is not None
     kept = {name: value for name, value in options.items() if name not in {"host", "port", "path"}}
-    sentinel = Sentinel([])  # type: ignore[no-untyped-call]
+    sentinel = Sentinel([])
     urls = [text if "://" in text else f"redis://{text}" for text in settings.sentinels]
     sentinel.sentinels = [Redis.from_url(url, **limits, **_port(url)) for url in urls]
-    client: Redis = sentinel.master_for(settings.service, ssl=tls, **kept, **limits)  # type: ignore[no-untyped-call]
+    client: Redis = sentinel.master_for(settings.service, ssl=tls, **kept, **limits)
     return client
 
 

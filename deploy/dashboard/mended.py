@@ -115,10 +115,10 @@ def _clock(seconds: bytes | float) -> str:
 # Jobs are JSON ------------------------------------------------------------------------------------------------
 
 
-class _Job(Job):  # type: ignore[misc, unused-ignore]
+class _Job(Job):
     """A job that is read as JSON where rq-dashboard names no serializer."""
 
-    def __init__(self, id: str | None = None, connection: Redis | None = None, serializer: Any = None) -> None:  # noqa: A002
+    def __init__(self, id: str | None = None, connection: Redis | None = None, serializer: Any = None) -> None:  # noqa: A002 - RQ's
         super().__init__(id, connection=connection, serializer=serializer or JSONSerializer)
 
     def latest_result(self, timeout: int = 0) -> Result | None:
@@ -132,7 +132,7 @@ class _Job(Job):  # type: ignore[misc, unused-ignore]
         return self.description or ""  # the whole call has up to a hundred ids
 
 
-class _Worker(Worker):  # type: ignore[misc, unused-ignore]
+class _Worker(Worker):
     """A worker as the Workers tab reads it."""
 
     @classmethod

@@ -32,7 +32,7 @@ def watch() -> str:
     process, terminal = pty.fork()
     if process == 0:
         os.environ |= {"COLUMNS": str(_COLUMNS), "TERM": "xterm-256color"}
-        os.execv(sys.executable, [sys.executable, "-m", "relay.command", "demo"])  # noqa: S606
+        os.execv(sys.executable, [sys.executable, "-m", "relay.command", "demo"])  # noqa: S606 - our own program
     ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, _COLUMNS, 0, 0))
     written = b""
     try:

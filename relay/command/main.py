@@ -100,7 +100,7 @@ def main() -> NoReturn:
         if stream is None:  # closed by whoever started us (>&-); a file of ours must not get its number
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
             # It outlives the object: whoever sets another stream must not close the number.
-            setattr(sys, name, open(descriptor, "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+            setattr(sys, name, open(descriptor, "w", encoding="utf-8", closefd=False))  # noqa: SIM115 - for the process's life
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 is no reason to fail
     status = run(sys.argv[1:])

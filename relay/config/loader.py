@@ -121,5 +121,5 @@ def default_state_dir(environ: Mapping[str, str]) -> Path:
         return Path(given.partition(":")[0]).absolute()  # systemd may list several
     if os.geteuid() == 0:
         return Path("/var/lib/smtp-dup")
-    home = environ.get("XDG_STATE_HOME") or Path(environ.get("HOME") or "/var/tmp", ".local/state")  # noqa: S108
+    home = environ.get("XDG_STATE_HOME") or Path(environ.get("HOME") or "/var/tmp", ".local/state")  # noqa: S108 - lasts
     return Path(home, "smtp-dup").absolute()

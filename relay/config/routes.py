@@ -330,7 +330,7 @@ def _all_within(earlier: Entries, later: Entries) -> bool:
 
 
 def _inside(network: Network, others: Iterable[Network]) -> bool:
-    return any(network.version == other.version and network.subnet_of(other) for other in others)  # type: ignore[arg-type]
+    return any(network.version == other.version and network.subnet_of(other) for other in others)  # type: ignore[arg-type]  # one version
 
 
 def lmtp_faults(route: Route, servers: Mapping[str, Destination]) -> Iterator[tuple[str, str]]:

@@ -259,7 +259,7 @@ def _read_path(value: object) -> Path | None:
 def _parse_url(text: str) -> dict[str, Any]:
     from redis.connection import parse_url  # noqa: PLC0415  (0.1 s, also of commands that need no Redis)
 
-    found: dict[str, Any] = parse_url(text)  # type: ignore[no-untyped-call]
+    found: dict[str, Any] = parse_url(text)
     return found
 
 
@@ -285,7 +285,7 @@ def sentinel_url(text: str) -> str:
     if scheme not in {"redis", "rediss"}:
         raise ValueError("expected redis:// or rediss://")
     userinfo, at, place = rest.rpartition("@")
-    address, slash, options = re.fullmatch(r"([^/?]*)([/?]?)(.*)", place, re.DOTALL).groups()  # type: ignore[union-attr]
+    address, slash, options = re.fullmatch(r"([^/?]*)([/?]?)(.*)", place, re.DOTALL).groups()  # type: ignore[union-attr]  # matches all
     host, port = split_host_port(address, 26379)
     if not host:
         raise ValueError("expected a host")

@@ -39,7 +39,7 @@ class Wakeup:
 
     def restore_signals(self, before: Mapping[signal.Signals, object]) -> None:
         for number, handler in before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal() gave back
         signal.set_wakeup_fd(-1)
         for descriptor in (*self._signals, *self._ready):
             os.close(descriptor)

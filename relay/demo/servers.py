@@ -37,7 +37,7 @@ class Server:
     full: tuple[str, ...] = ()
     _deferred: set[str] = field(default_factory=set)
 
-    async def handle_RCPT(  # noqa: N802  (the name is aiosmtpd's)
+    async def handle_RCPT(  # noqa: N802 - aiosmtpd's  (the name is aiosmtpd's)
         self, _server: SMTP, _session: Session, envelope: Envelope, address: str, _options: list[str]
     ) -> str:
         if address in self.unknown:
@@ -47,7 +47,7 @@ class Server:
         envelope.rcpt_tos.append(address)
         return "250 2.1.5 OK"
 
-    async def handle_DATA(self, _server: SMTP, _session: Session, envelope: Envelope) -> str:  # noqa: N802
+    async def handle_DATA(self, _server: SMTP, _session: Session, envelope: Envelope) -> str:  # noqa: N802 - aiosmtpd's
         to = list(envelope.rcpt_tos)
         later = [a for a in to if a in self.deferred_once and a not in self._deferred]
         self._deferred.update(later)
@@ -88,7 +88,7 @@ async def _serve(listeners: Mapping[str, socket.socket], servers: tuple[Server, 
         return SMTP(server, hostname=f"{server.name}.example.com", ident="demo", enable_SMTPUTF8=True, loop=loop)
 
     open_servers = [
-        await loop.create_server(lambda server=server: speak(server), sock=listeners[server.name])  # type: ignore[misc]
+        await loop.create_server(lambda server=server: speak(server), sock=listeners[server.name])  # type: ignore[misc]  # bound
         for server in servers
     ]
     await stop.wait()

@@ -120,7 +120,7 @@ async def _probe_server(server: RedisSettings) -> list[ProbeResult]:
     try:
         async with asyncio.timeout(patience):
             started = time.monotonic()
-            await client.execute_command("PING")  # type: ignore[no-untyped-call]
+            await client.execute_command("PING")
             took = _milliseconds(started)
             first = await _state(client, f"{shown} answers in {took}")
             replicas = [ProbeResult(*row) for row in await probe_replicas(server, client)]

@@ -81,7 +81,7 @@ async def _look(service: str, client: Redis, view: _View) -> None:
         view.trouble = f"does not reach the master {view.master}: see its log, and `sentinel masters`"
         return
     try:
-        await client.execute_command("SENTINEL CKQUORUM", service)  # type: ignore[no-untyped-call]
+        await client.execute_command("SENTINEL CKQUORUM", service)
     except ResponseError as error:
         view.trouble = f"could not decide on a failover: {printable(str(error))}; start more Sentinels"
 

@@ -72,7 +72,7 @@ class HttpConnection(H11Protocol):
         """Whether the answer is a stream of events, which lasts."""
         return self._is_asked and STREAM in self.cycle.scope
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         self._real = transport
         super().connection_made(cast("asyncio.Transport", _Transport(transport, self)))
         if len(self.connections) > MOST:
@@ -85,7 +85,7 @@ class HttpConnection(H11Protocol):
             if not self.is_lingering:
                 super().data_received(data[start : start + _SLICE])
 
-    def eof_received(self) -> bool | None:  # type: ignore[override]
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # uvicorn's says None
         """Answer a client that has closed its side behind its request."""
         if self.is_lingering or not self._is_asked or self.is_stream:
             return None

@@ -65,7 +65,7 @@ class PageServer(Server):
         for server in self.servers:
             server.close()
         begun = time.monotonic()
-        while self.server_state.connections and time.monotonic() - begun < _ASKED_SECONDS:  # noqa: ASYNC110
+        while self.server_state.connections and time.monotonic() - begun < _ASKED_SECONDS:  # noqa: ASYNC110 - uvicorn has no event
             await asyncio.sleep(0.02)
         watch = asyncio.create_task(self._look_on())
         try:

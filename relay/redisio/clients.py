@@ -85,7 +85,7 @@ def _kept_alive(server: RedisSettings) -> dict[str, Any]:
 
 def _options(server: RedisSettings) -> dict[str, Any]:
     """Return the options in the URL besides the host: user, password, database, TLS."""
-    found: dict[str, Any] = parse_url(server.url or "redis://")  # type: ignore[no-untyped-call]
+    found: dict[str, Any] = parse_url(server.url or "redis://")
     kind = found.pop("connection_class", None)
     for name in ("host", "port", "path"):
         found.pop(name, None)

@@ -16,13 +16,13 @@ from typing import Any
 
 def transport(connection: Any) -> asyncio.Transport:
     """Return the transport of a connected connection; whoever replaces its protocol must restore it."""
-    found: asyncio.Transport = connection._writer.transport  # noqa: SLF001
+    found: asyncio.Transport = connection._writer.transport  # noqa: SLF001 - see above
     return found
 
 
 def error_parser(connection: Any) -> Callable[[str], Exception]:
     """Return the function that turns the text of an error reply into redis-py's exception."""
-    found: Callable[[str], Exception] = connection._parser.parse_error  # noqa: SLF001
+    found: Callable[[str], Exception] = connection._parser.parse_error  # noqa: SLF001 - see above
     return found
 
 
@@ -56,7 +56,7 @@ def end_sending(connection: Any) -> None:
 
     Another thread may close it meanwhile: then it does nothing.
     """
-    sock = connection._sock  # noqa: SLF001
+    sock = connection._sock  # noqa: SLF001 - see above
     with suppress(OSError, ValueError):
         if sock is not None:
             with socket.socket(fileno=os.dup(sock.fileno())) as twin:

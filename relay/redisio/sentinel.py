@@ -3,7 +3,7 @@
 Each pool in use asks every second, so that idle connections to a former master are dropped even if nothing failed on
 them: it may still be running and accept writes that are lost. A READONLY reply, also from within a script, shows a
 former master too. When no Sentinel names a master, connections are kept as they are; whoever needs a new one gets a
-ConnectionError. redis-py's classes have no types: hence each ``type: ignore`` on a call of theirs.
+ConnectionError.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def master_of(client: redis.Redis) -> object:
 async def find_master(client: redis.asyncio.Redis) -> object:
     """Ask the Sentinels for the (host, port) of the master; None without Sentinels or master. Raises RedisError."""
     pool = client.connection_pool
-    return await pool.get_master_address() if isinstance(pool, _AsyncPool) else None  # type: ignore[no-untyped-call]
+    return await pool.get_master_address() if isinstance(pool, _AsyncPool) else None
 
 
 _told: dict[tuple[str, ...], Any] = {}  # Sentinels -> the master that any pool of this process last heard of
@@ -105,7 +105,7 @@ class _Sentinels(_AllSentinels, redis.sentinel.Sentinel):
     """The Sentinels of one pool, each with its own credentials."""
 
     def __init__(self, server: RedisSettings, seconds: float) -> None:
-        super().__init__([])  # type: ignore[no-untyped-call]
+        super().__init__([])
         self.server = server
         limits = _sentinel_limits(seconds)
         self.sentinels = [redis.Redis.from_url(u, retry=Retry(NoBackoff(), 0), **limits) for u in server.sentinel_urls]
@@ -113,7 +113,7 @@ class _Sentinels(_AllSentinels, redis.sentinel.Sentinel):
 
     def discover_master(self, service_name: str) -> tuple[str, int]:
         try:
-            master: tuple[str, int] = super().discover_master(service_name)  # type: ignore[no-untyped-call]
+            master: tuple[str, int] = super().discover_master(service_name)
         except RedisError as error:
             raise _nobody(self.server, error) from error
         finally:
@@ -126,7 +126,7 @@ class _AsyncSentinels(_AllSentinels, redis.asyncio.sentinel.Sentinel):
     """The same for an async pool."""
 
     def __init__(self, server: RedisSettings, seconds: float) -> None:
-        super().__init__([])  # type: ignore[no-untyped-call]
+        super().__init__([])
         self.server = server
         limits = _sentinel_limits(seconds)
         self.sentinels = [
@@ -153,56 +153,48 @@ def _is_demoted(response: object) -> bool:
     return isinstance(response, list) and any(isinstance(part, ReadOnlyError) for part in response)
 
 
-class _Follows:
+class _Connection(redis.sentinel.SentinelManagedConnection):
     """A connection that fails when its server is a replica, or no longer the master once it is connected.
 
     A server that hangs accepts connections, and may answer minutes later as if it were still the master.
     """
 
     def connect_to(self, address: Any) -> None:
-        super().connect_to(address)  # type: ignore[misc]
-        if _is_past(self.connection_pool.sentinel_manager.server, address):  # type: ignore[attr-defined]
-            self.disconnect()  # type: ignore[attr-defined]
+        super().connect_to(address)
+        if _is_past(self.connection_pool.sentinel_manager.server, address):
+            self.disconnect()
             raise NoConnection("there is another master meanwhile")
 
     def read_response(self, *args: Any, **options: Any) -> Any:
-        response = super().read_response(*args, **options)  # type: ignore[misc]
+        response = super().read_response(*args, **options)
         if _is_demoted(response):
-            self.disconnect()  # type: ignore[attr-defined]
+            self.disconnect()
             raise NoConnection("the master has become a replica")
         return response
 
 
-class _AsyncFollows:
+class _AsyncConnection(redis.asyncio.sentinel.SentinelManagedConnection):
     """The same for an async connection."""
 
     async def connect_to(self, address: Any) -> None:
-        await super().connect_to(address)  # type: ignore[misc]
-        if _is_past(self.connection_pool.sentinel_manager.server, address):  # type: ignore[attr-defined]
-            await self.disconnect()  # type: ignore[attr-defined]
+        await super().connect_to(address)
+        if _is_past(self.connection_pool.sentinel_manager.server, address):
+            await self.disconnect()
             raise NoConnection("there is another master meanwhile")
 
     async def read_response(self, *args: Any, **options: Any) -> Any:
-        response = await super().read_response(*args, **options)  # type: ignore[misc]
+        response = await super().read_response(*args, **options)
         if _is_demoted(response):
-            await self.disconnect()  # type: ignore[attr-defined]
+            await self.disconnect()
             raise NoConnection("the master has become a replica")
         return response
 
 
-class _Plain(_Follows, redis.sentinel.SentinelManagedConnection):
+class _TlsConnection(_Connection, redis.sentinel.SentinelManagedSSLConnection):
     pass
 
 
-class _Tls(_Follows, redis.sentinel.SentinelManagedSSLConnection):
-    pass
-
-
-class _AsyncPlain(_AsyncFollows, redis.asyncio.sentinel.SentinelManagedConnection):
-    pass
-
-
-class _AsyncTls(_AsyncFollows, redis.asyncio.sentinel.SentinelManagedSSLConnection):
+class _AsyncTlsConnection(_AsyncConnection, redis.asyncio.sentinel.SentinelManagedSSLConnection):
     pass
 
 
@@ -210,14 +202,14 @@ class _Pool(redis.sentinel.SentinelConnectionPool):
     """A pool that keeps only connections to the current master."""
 
     def __init__(self, service: str, sentinels: _Sentinels, *, ssl: bool, **options: Any) -> None:
-        super().__init__(service, sentinels, connection_class=_Tls if ssl else _Plain, **options)  # type: ignore[no-untyped-call]
+        super().__init__(service, sentinels, connection_class=_TlsConnection if ssl else _Connection, **options)
         self._ask_at = 0.0
 
     def get_connection(self, command_name: str | None = None, *_: Any, **__: Any) -> Any:
         if time.monotonic() >= self._ask_at:
             self._ask_at = time.monotonic() + _ASK_SECONDS
             try:
-                self.get_master_address()  # type: ignore[no-untyped-call]  # drops what is kept to another
+                self.get_master_address()  # drops what is kept to another
             except RedisError:  # no Sentinel knows a master; the connections are kept
                 self._ask_at = time.monotonic() + _FAILED_SECONDS
         return super().get_connection()
@@ -233,8 +225,8 @@ class _AsyncPool(redis.asyncio.sentinel.SentinelConnectionPool):
     """The same for async clients; a caller waits for the query only if the pool was unused before."""
 
     def __init__(self, service: str, sentinels: _AsyncSentinels, *, ssl: bool, **options: Any) -> None:
-        kind = _AsyncTls if ssl else _AsyncPlain
-        super().__init__(service, sentinels, connection_class=kind, **options)  # type: ignore[no-untyped-call]
+        kind = _AsyncTlsConnection if ssl else _AsyncConnection
+        super().__init__(service, sentinels, connection_class=kind, **options)
         self._ask_at = 0.0
         self._asking: asyncio.Task[None] | None = None
         self._rested = False
@@ -246,7 +238,7 @@ class _AsyncPool(redis.asyncio.sentinel.SentinelConnectionPool):
             self._asking = asyncio.get_running_loop().create_task(self._ask())
         if self._asking is not None and self._rested:
             await asyncio.shield(self._asking)
-        return await super().get_connection()  # type: ignore[no-untyped-call]
+        return await super().get_connection()
 
     async def release(self, connection: Any) -> None:
         if self.master_address != (connection.host, connection.port):
@@ -265,7 +257,7 @@ class _AsyncPool(redis.asyncio.sentinel.SentinelConnectionPool):
     async def _ask(self) -> None:
         pause = _ASK_SECONDS
         try:
-            await self.get_master_address()  # type: ignore[no-untyped-call]
+            await self.get_master_address()
         except RedisError:
             pause = _FAILED_SECONDS
         finally:

@@ -72,7 +72,7 @@ def _covers(sock: socket.socket, address: Address) -> bool:
     if (family, (host, port)) == address:
         return True
     both = family == socket.AF_INET6 and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
-    return both and host == "::" and address == (socket.AF_INET, ("0.0.0.0", port))  # noqa: S104
+    return both and host == "::" and address == (socket.AF_INET, ("0.0.0.0", port))  # noqa: S104 - compared
 
 
 def _of(sock: socket.socket) -> Address:

@@ -124,7 +124,7 @@ def withdraw(connection: Redis, intent: Intent | None = None) -> Intent | None:
     while True:
         try:
             with connection.pipeline(transaction=True) as pipe:
-                pipe.watch(keys.INTENT)  # type: ignore[no-untyped-call]
+                pipe.watch(keys.INTENT)
                 text = _get(pipe, keys.INTENT)
                 found = _intent(text)
                 if text is None or (intent is not None and (found is None or found.id != intent.id)):
@@ -146,7 +146,7 @@ def commit(
     """
     with connection.pipeline(transaction=True) as pipe:
         try:
-            pipe.watch(keys.TOPOLOGY, keys.INTENT)  # type: ignore[no-untyped-call]
+            pipe.watch(keys.TOPOLOGY, keys.INTENT)
             current, _ = _topology(_get(pipe, keys.TOPOLOGY))
             asked = _intent(_get(pipe, keys.INTENT))
             if current != seen.topology:

@@ -170,7 +170,7 @@ def commit(
     for _ in range(_AGAIN):
         with connection.pipeline(transaction=True) as pipe:
             try:
-                pipe.watch(keys.MOVES_STATE, keys.MOVES)  # type: ignore[no-untyped-call]
+                pipe.watch(keys.MOVES_STATE, keys.MOVES)
                 before = _as_known(pipe, known)
                 if after is not None and before is not None and before.generation > after:
                     raise NotFollowed
@@ -201,7 +201,7 @@ def repair(connection: Redis, held: MapState, kept: Iterable[tuple[str, MovedEnt
     """
     with connection.pipeline(transaction=True) as pipe:
         try:
-            pipe.watch(keys.MOVES_STATE, keys.MOVES)  # type: ignore[no-untyped-call]
+            pipe.watch(keys.MOVES_STATE, keys.MOVES)
             before, _ = MapState.read(_get(pipe, keys.MOVES_STATE))
             later: dict[str, MovedEntry] = {}
             if size(pipe) > 0:

@@ -301,7 +301,7 @@ class Reader:
                 numbers: list[int] = self._asked(file, lambda opened: opened.rows_of([]))
                 for start in range(0, len(numbers), _PAGE):
                     page = numbers[start : start + _PAGE]
-                    for row in self._asked(file, lambda opened, page=page: opened.read(page)):  # type: ignore[misc]
+                    for row in self._asked(file, lambda opened, page=page: opened.read(page)):  # type: ignore[misc]  # a bound page
                         yield from (e for one in row if (e := events.read(one)) is not None and e.at >= since)
 
     def _asked(self, file: HourFile, ask: Callable[[OpenFile], list[T]]) -> list[T]:

@@ -34,7 +34,7 @@ ZONE = (
 
 
 def texts(found: object) -> list[tuple[int, str]]:
-    return sorted((record.preference, record.text) for record in found.records)  # type: ignore[attr-defined]
+    return sorted((record.preference, record.text) for record in found.records)
 
 
 @both_loops

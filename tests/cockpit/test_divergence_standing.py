@@ -64,7 +64,7 @@ def test_groups_are_chosen(contents: Contents, new: Backup) -> None:
     new.attempt(noisy, {})
 
     def texts(*arguments: str, **options: object) -> list[str]:
-        return [group.text for group in seen.chosen(connection, *arguments, **options)]  # type: ignore[arg-type]
+        return [group.text for group in seen.chosen(connection, *arguments, **options)]
 
     assert sorted(texts()) == ["elsewhere", "no such user"]
     assert texts("other") == ["elsewhere"]

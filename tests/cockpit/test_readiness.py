@@ -57,9 +57,9 @@ def test_what_makes_no_sense_in_redis_breaks_nothing(connection: redis.Redis, ju
     for key in (keys.EHLO + "new", keys.EHLO + "localhost:25", keys.TOPOLOGY, keys.FLOW_BASE + "x"):
         connection.set(key, junk)
     for key in (keys.HOSTS, keys.REACH, keys.RELAYS):
-        connection.hset(key, "new somewhere", junk)  # type: ignore[arg-type]
+        connection.hset(key, "new somewhere", junk)
     now = changes.now(connection)
-    connection.hset(flow.HOUR.key(flow.HOUR.start(now)), "accepted", junk)  # type: ignore[arg-type]
+    connection.hset(flow.HOUR.key(flow.HOUR.start(now)), "accepted", junk)
     found = gather(connection, settings(), "new")
     assert (found.new_greeting, list(found.hosts), list(found.reaches), found.old) == (None, [], [], "localhost:25")
     assert not readiness.judge(found).is_ready

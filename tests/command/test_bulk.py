@@ -182,7 +182,7 @@ def test_ctrl_c_stops_between_two_pages(site: Product, contents: Contents, room:
     key = (keys.FAILED if room == "failed" else keys.PENDING) + "new"
     seen = typed(site, room, "drop", "--all", "--yes", columns=200, interrupt_at=r"[1-9]\d*/20000")
     assert seen.status == 130, seen.text
-    dropped, left = (int(re.search(p, seen.text)[1]) for p in (r"(\d+) cop\w+ dropped", r"Stopped: (\d+) cop"))  # type: ignore[index]
+    dropped, left = (int(re.search(p, seen.text)[1]) for p in (r"(\d+) cop\w+ dropped", r"Stopped: (\d+) cop"))
     assert contents.connection.zcard(key) == left == 20_000 - dropped
     assert 0 < left < 20_000
     (act,) = acts(contents)
@@ -210,7 +210,7 @@ def test_a_redis_that_goes_away_in_the_middle(
     def drop_once(connection: redis.Redis, *arguments: object) -> int:
         if next(calls):
             raise redis.ConnectionError("connection reset")
-        return drop(connection, *arguments)  # type: ignore[arg-type]
+        return drop(connection, *arguments)
 
     monkeypatch.setattr(failed, "drop_copies", drop_once)
     monkeypatch.chdir(site.directory)

@@ -51,11 +51,11 @@ def running(tmp_path_factory: pytest.TempPathFactory, old: ScriptedServer, new: 
 
 
 def verdict(product: Product, *words: str) -> dict[str, object]:
-    return json.loads(product.run("ready", "new", "--json", *words).stdout)  # type: ignore[no-any-return]
+    return json.loads(product.run("ready", "new", "--json", *words).stdout)
 
 
 def result(product: Product, name: str) -> str:
-    found = {row["criterion"]: row["result"] for row in verdict(product)["criteria"]}  # type: ignore[attr-defined]
+    found = {row["criterion"]: row["result"] for row in verdict(product)["criteria"]}
     return str(found.get(name, "out"))
 
 
@@ -67,7 +67,7 @@ def test_the_verdict_turns_when_the_cause_is_mended(running: Product, new: Scrip
     assert (before.returncode, "550 5.1.1" in before.stdout, "NOT READY" in before.stdout) == (1, True, True)
     plugin = running.run("ready", "new", "--nagios")
     assert (plugin.returncode, plugin.stdout.startswith("SMTP-DUP CRITICAL - new NOT READY")) == (2, True)
-    rows = {row["extension"]: row for row in verdict(running)["ehlo"]}  # type: ignore[attr-defined]
+    rows = {row["extension"]: row for row in verdict(running)["ehlo"]}
     assert (rows["DSN"]["old"], rows["DSN"]["new"], rows["8BITMIME"]["used"]) == ("yes", "-", "15 messages")
 
     new.replies.clear()

@@ -81,10 +81,10 @@ def test_killed_under_load_and_started_again(ends: ExitStack, tmp_path: Path) ->
         before = len(sender.accepted)
         stack.compose("kill", *services)
         if "relay" not in services and services:
-            wait_until(lambda b=before: len(sender.accepted) > b + 20, 60)  # type: ignore[misc]
+            wait_until(lambda b=before: len(sender.accepted) > b + 20, 60)
         stack.up()
         before = len(sender.accepted)
-        wait_until(lambda b=before: len(sender.accepted) > b + 50, 60)  # type: ignore[misc]
+        wait_until(lambda b=before: len(sender.accepted) > b + 50, 60)
     sender.stop()
     accepted = sender.join()
     wait_until(

@@ -45,7 +45,7 @@ def written(folder: Path, text: str, name: str = "settings.toml") -> Path:
 
 def problems_of(*args: object, **options: object) -> list[str]:
     with pytest.raises(SettingsError) as caught:
-        load(*args, **options)  # type: ignore[arg-type]
+        load(*args, **options)
     assert str(caught.value) == "\n".join(map(str, caught.value.problems))
     return str(caught.value).splitlines()
 

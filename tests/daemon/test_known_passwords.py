@@ -37,7 +37,7 @@ def test_tls_files_are_opened_where_the_settings_have_named_them(tmp_path: Path)
     """A destination that only Redis names opens no file of ours, whichever field has it; a named one keeps its."""
     fields = ("ca_file", "tls_certificate", "tls_key")
     for number, field in enumerate(fields):
-        named = Destination(f"named{number}", "one.example", 25, tls="verify", **{field: "/etc/ours.pem"})  # type: ignore[arg-type]
+        named = Destination(f"named{number}", "one.example", 25, tls="verify", **{field: "/etc/ours.pem"})
         known = known_passwords.remember(tmp_path, [named])
         assert _with_password(named, known) == named
         for stranger in (replace(named, host="evil.example"), replace(named, **{field: "/dev/zero"})):

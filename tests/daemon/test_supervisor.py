@@ -265,7 +265,7 @@ def test_nobody_to_tell_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_child_is_one_of_two_kinds(kinds: dict[str, Callable[..., object]]) -> None:
     """A child is a function or a program, never both or neither."""
     with pytest.raises(ValueError, match="either run or launch"):
-        Child("relay", **kinds)  # type: ignore[arg-type]
+        Child("relay", **kinds)
 
 
 def test_context_is_plain() -> None:

@@ -42,7 +42,7 @@ async def test_a_report_outlives_an_outage_of_redis(
 
     def state() -> bytes | None:
         with redis.Redis.from_url(server.url) as client:
-            return client.hget(keys.HEALTH + "new", "state")  # type: ignore[return-value]
+            return client.hget(keys.HEALTH + "new", "state")
 
     try:
         await until(lambda: state() == b"ok")

@@ -44,7 +44,7 @@ def put(instance: PostfixInstance, files: dict[str, str], *, relay: int, old: in
             ("smtp      inet", f"127.0.0.1:{instance.port} inet"),
             ("       y       ", "       n       "),  # a private instance is in no chroot
         ):
-            text = text.replace(before, after)  # noqa: PLW2901
+            text = text.replace(before, after)  # noqa: PLW2901 - step by step
         path = etc / name
         known = path.read_text() if path.exists() else ""
         if name == "master.cf":  # a service that the page defines takes the place of the instance's

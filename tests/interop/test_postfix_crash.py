@@ -132,7 +132,7 @@ def test_lost_reply_twice(uncertain: Callable[..., Site], primary: ScriptedServe
     mail = corpus.simple(1, "b@example.com", "c@example.com")
     mail.submit(site.front)
     for attempt in (1, 2):
-        wait_until(lambda: site.front.log.count("451 4.4.2") >= 2 * attempt, message=lambda: site.front.log)  # noqa: B023
+        wait_until(lambda: site.front.log.count("451 4.4.2") >= 2 * attempt, message=lambda: site.front.log)  # noqa: B023 - at once
         site.front.flush()
     primary.wait_for(1)
     stored_mail.wait_for(site.new, [mail])

@@ -72,7 +72,7 @@ async def deliver(host: str, port: int, redis_url: str, connection: redis.Redis,
     contents = Contents(connection, "new")
     contents.register(server)
     ids = [contents.pending("b@example.com") for _ in range(count)]
-    made = Courier(settings(), replace(server, **options), "worker", redis_url)  # type: ignore[arg-type]
+    made = Courier(settings(), replace(server, **options), "worker", redis_url)
     await made.start()
     try:
         await made.deliver("job", ids)

@@ -346,7 +346,7 @@ def test_a_clock_that_is_set_ends_no_acknowledgement_for_good(contents: Contents
     assert group.counts(changes.now(contents.connection))
     at = group.ack.at if group.ack else 0.0
     place = f"{keys.DIVERGED}new:{group.key}"
-    contents.connection.hset(place, "ack", replace(group.ack, at=at - DAY, until=at).to_json())  # type: ignore[type-var]
+    contents.connection.hset(place, "ack", replace(group.ack, at=at - DAY, until=at).to_json())
     assert _swept(contents, passed=10.0) == []
     assert new.group().ack is not None
     assert [swept.what for swept in _swept(contents)] == ["open again: its time is over"]

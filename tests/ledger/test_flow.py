@@ -45,7 +45,7 @@ def test_what_is_no_number_or_field_of_ours_counts_nothing(connection: redis.Red
         "delivered a b": "1", "delivered \x1b[2J": "1", "delivered new": "4", "seconds nan": "1", "seconds x new": "1",
         "seconds 0.1": "2", "seconds +Inf new": "3", "age -1 new": "1", "start": "7", "length": "7", "of": "1",
     }  # fmt: skip
-    connection.hset(flow.HOUR.key(flow.HOUR.start(AT)), mapping=fields)  # type: ignore[arg-type]
+    connection.hset(flow.HOUR.key(flow.HOUR.start(AT)), mapping=fields)
     (found,) = flow.read(connection, flow.HOUR, 1, AT)
     assert (found.accepted, found.refused, found.octets, found.start) == (5, 0, 0, flow.HOUR.start(AT))
     assert list(found.destinations) == ["new"]
@@ -70,6 +70,6 @@ def test_a_larger_share_never_takes_less_time(counts: dict[float, int]) -> None:
     found = [Buckets(counts).quantile(share) for share in (0.0, 0.25, 0.5, 0.95, 0.99, 1.0)]
     if any(counts.values()):
         assert all(q is not None and math.isfinite(q) for q in found)
-        assert sorted(found) == found  # type: ignore[type-var]
+        assert sorted(found) == found
     else:
         assert set(found) == {None}

@@ -457,11 +457,11 @@ def test_on_rotated_and_off(product: Make, primary: ScriptedServer, backup: Scri
     one.start()
     one.send("a@example.com", "first@example.com", data=BODY)
     assert one.run("new-key", str(key_file)).returncode == 0
-    one.process.send_signal(signal.SIGHUP)  # type: ignore[union-attr]
+    one.process.send_signal(signal.SIGHUP)
     one.wait_for_log(f"sealed with key {lines(key_file)[0].partition(':')[0]}")
     one.send("a@example.com", "second@example.com", data=BODY)
     key_file.write_text(f"plain\n{key_file.read_text()}")
-    one.process.send_signal(signal.SIGHUP)  # type: ignore[union-attr]
+    one.process.send_signal(signal.SIGHUP)
     one.wait_for_log("stored as it is")
     one.send("a@example.com", "last@example.com", data=BODY)
     with redis.Redis.from_url(one.redis_url) as client:

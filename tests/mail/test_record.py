@@ -49,6 +49,6 @@ def test_a_large_attachment_is_stored_as_it_is() -> None:
 def test_a_view_of_a_record_is_as_good(body: bytes) -> None:
     """A worker reads the record where Redis's reply has left it."""
     message = _message(body)
-    found = Message.unpack(memoryview(message.pack()), message.envelope.id)  # type: ignore[arg-type]  # as good
+    found = Message.unpack(memoryview(message.pack()), message.envelope.id)  # as good
     assert found.envelope == message.envelope
     assert bytes(found.body) == body

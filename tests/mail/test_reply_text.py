@@ -81,7 +81,7 @@ def test_what_differs_leaves_no_trace(one: tuple[dict[str, str], Known], other: 
 
 
 def _of(*lines: str, known: Known | None = None, code: int = 550) -> tuple[str, str]:
-    return tuple(normalise(Reply(code, lines), known or Known("ann@a.example", "bob@b.example", ours=(HELO,))))  # type: ignore[return-value]
+    return tuple(normalise(Reply(code, lines), known or Known("ann@a.example", "bob@b.example", ours=(HELO,))))
 
 
 def test_different_reasons_stay_different() -> None:

@@ -16,8 +16,8 @@ from relay.mail.ids import IdSource, made_at
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # bench is no part of the wheel
 
-from bench import audit, numbered  # noqa: E402
-from bench.disturbances import Disturbance  # noqa: E402
+from bench import audit, numbered  # noqa: E402 - found by the path above
+from bench.disturbances import Disturbance  # noqa: E402 - as above
 
 PRIMARY, PLAIN, REFUSING = "127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"
 
@@ -141,7 +141,7 @@ def change(**changes: object) -> Callable[[Outcome], None]:
     told = {"sender": made.sender, "parameters": made.parameters, "wire": made.wire, **changes}
 
     def tamper(run: Outcome) -> None:
-        run.of(PLAIN, ORDINARY).digest = numbered.digest(**told)  # type: ignore[arg-type]
+        run.of(PLAIN, ORDINARY).digest = numbered.digest(**told)
 
     return tamper
 

@@ -339,8 +339,8 @@ def follow(instance: Product, block: Block, programs: Programs) -> None:
             _ = instance.stop() if "stop" in line else instance.start()
             continue
         state = str(instance.state_dir)
-        line = line.replace("/var/lib/smtp-dup", state).replace("/var/lib smtp-dup", f"{instance.directory} state")  # noqa: PLW2901
-        line = line.replace("--directory /var/lib", f"--directory {instance.directory}")  # noqa: PLW2901
+        line = line.replace("/var/lib/smtp-dup", state).replace("/var/lib smtp-dup", f"{instance.directory} state")  # noqa: PLW2901 - step by step
+        line = line.replace("--directory /var/lib", f"--directory {instance.directory}")  # noqa: PLW2901 - step by step
         done = run(instance, line, programs)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
 

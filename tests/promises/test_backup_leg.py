@@ -179,7 +179,7 @@ def test_sigterm_gives_back_what_is_untried(pair: Product, backup: ScriptedServe
 @pytest.mark.parametrize("reaction", ["421 4.3.2 no", Reset(), Close()])
 def test_trouble_in_the_middle_burns_nothing(pair: Product, backup: ScriptedServer, reaction: object) -> None:
     """A backup that breaks off at RCPT for a while: the copies wait for it and arrive."""
-    backup.replies["RCPT"] = reaction  # type: ignore[assignment]
+    backup.replies["RCPT"] = reaction
     for _ in range(5):
         pair.send("a@example.com", "b@example.com", data=b"x\r\n")
     wait_until(lambda: pair.summary()["state"] == "paused", message="not paused")
@@ -300,7 +300,7 @@ def test_second_signal_ends_at_once(pair: Product, backup: ScriptedServer) -> No
     gate.open()
 
 
-def _workers(pair: Product) -> list:  # type: ignore[type-arg]
+def _workers(pair: Product) -> list:
     """The worker processes: those that talk to RQ under a worker's name."""
     import redis
 

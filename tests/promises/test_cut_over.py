@@ -70,8 +70,8 @@ def test_parts_restarted_in_any_order(
             for part in order:
                 before = len(sender.accepted)
                 source.choice([part.stop, part.kill])()
-                part.start() if part is server else part.start(wait=False)  # type: ignore[call-arg]
-                wait_until(lambda before=before: len(sender.accepted) > before + 20)  # type: ignore[misc]
+                part.start() if part is server else part.start(wait=False)
+                wait_until(lambda before=before: len(sender.accepted) > before + 20)
         sender.stop()
         accepted = sender.join()
         wait_until(lambda: is_drained(relay), 60, lambda: f"not drained: {relay.log[-3000:]}")
@@ -154,8 +154,8 @@ def test_what_comes_later_for_a_backup_that_was_removed(
         assert pair.run("failed", "retry", *batch).returncode == 0
         wait_until(lambda: not pair.summary(goes.address)["pending"] and len(numbers(goes)) % 3 == 0)
         started += 1
-        wait_until(lambda n=started: pair.log.count(f"{worker} started") == n)  # type: ignore[misc]
-        wait_until(lambda n=started: pair.log.count("it was not needed any more") == n - 1)  # type: ignore[misc]
+        wait_until(lambda n=started: pair.log.count(f"{worker} started") == n)
+        wait_until(lambda n=started: pair.log.count("it was not needed any more") == n - 1)
         assert not pair.children(re.escape(worker))
     assert numbers(goes) == Counter(range(6))
     assert pair.stop() == 0

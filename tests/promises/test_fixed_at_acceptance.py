@@ -38,7 +38,7 @@ def _destination(*domains: str, name: str = "new") -> Destination:
 
 
 def _envelope(*to: str, **more: object) -> Envelope:
-    return Envelope("0123456789abcdef", "a@test", tuple(map(Recipient, to)), 1.0, 3, destinations=("new",), **more)  # type: ignore[arg-type]
+    return Envelope("0123456789abcdef", "a@test", tuple(map(Recipient, to)), 1.0, 3, destinations=("new",), **more)
 
 
 # The record -----------------------------------------------------------------------------------------------------
@@ -176,15 +176,15 @@ def test_what_was_spooled_goes_to_whom_it_was_promised(
     relay = product(
         primary=primary.address,
         command="relay",
-        redis_url=server.url,  # type: ignore[attr-defined]
+        redis_url=server.url,
         settings=SETTINGS,
         files={"settings.toml": _settings(backup, "x.example")},
     )
-    server.stop()  # type: ignore[attr-defined]
+    server.stop()
     assert re.match("250", relay.send("a@example.com", *BOTH, data=b"Subject: 1\r\n\r\n"))
     relay.stop()
     _change(relay, _settings(backup, "y.example"))
-    server.start()  # type: ignore[attr-defined]
+    server.start()
     with relay.sibling("up"):
         (copy,) = backup.wait_for(1)
     assert copy.recipients == [BOTH[0]]

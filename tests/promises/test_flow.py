@@ -40,7 +40,7 @@ def test_bytes_are_sacred(pair: Product, primary: ScriptedServer, backup: Script
     (first,) = primary.wait_for(1)
     (second,) = backup.wait_for(1)
     for got in (first, second):
-        received, rest = re.match(rb"(Received: .*?\r\n(?:\t.*?\r\n)*)(.*)", got.body, re.DOTALL).groups()  # type: ignore[union-attr]
+        received, rest = re.match(rb"(Received: .*?\r\n(?:\t.*?\r\n)*)(.*)", got.body, re.DOTALL).groups()
         assert rest == body
         assert b"by localhost (smtp-dup) with ESMTP id " in received
     assert first.wire == second.wire
@@ -125,9 +125,9 @@ def test_trouble_of_the_primary_is_temporary(
 ) -> None:
     """A primary that is unreachable, silent, wants AUTH or goes away mid-way: 451, never 5xx, and nothing is copied."""
     primary.drop()
-    primary.replies[key] = reaction  # type: ignore[assignment]
+    primary.replies[key] = reaction
     if key == "EHLO":
-        primary.replies["HELO"] = reaction  # type: ignore[assignment]
+        primary.replies["HELO"] = reaction
     with pair.dialogue() as client:
         client.hello()
         reply = client.say("MAIL FROM:<a@example.com>")

@@ -75,7 +75,7 @@ def test_troubles_stay_where_they_are(
     first, second = range(COUNT), range(COUNT, 2 * COUNT)
     usual = send(relay, first)
     for server in (good, *bad.values()):
-        wait_until(lambda server=server: set(first) <= set(numbers(server)))  # type: ignore[misc]
+        wait_until(lambda server=server: set(first) <= set(numbers(server)))
 
     for name, server in bad.items():
         server.replies = scripts[name]
@@ -92,7 +92,7 @@ def test_troubles_stay_where_they_are(
     assert REFUSALS <= row["failed"] <= REFUSALS + WINDOW
     assert row["pending"] == COUNT - row["failed"]
     for name in ("black hole", "421"):
-        wait_until(lambda name=name: relay.summary(bad[name].address)["state"] == "paused")  # type: ignore[misc]
+        wait_until(lambda name=name: relay.summary(bad[name].address)["state"] == "paused")
         assert relay.summary(bad[name].address)["pending"] == COUNT
     wait_until(lambda: set(second) <= set(numbers(bad["greylist"])), message="what was greylisted comes later")
     assert relay.summary(greylisting)["state"] == "ok"
@@ -104,9 +104,9 @@ def test_troubles_stay_where_they_are(
     relay.run("failed", "retry", "--all")
     for name, server in bad.items():
         wait_until(
-            lambda server=server: set(second) <= set(numbers(server)),  # type: ignore[misc]
+            lambda server=server: set(second) <= set(numbers(server)),
             40,
-            lambda name=name, server=server: f"{name}: {len(numbers(server))} came\n{relay.log[-3000:]}",  # type: ignore[misc]
+            lambda name=name, server=server: f"{name}: {len(numbers(server))} came\n{relay.log[-3000:]}",
         )
     repeated = {e["id"] for e in relay.events if e["event"] == "may repeat"}
     for name, server in bad.items():

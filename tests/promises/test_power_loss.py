@@ -177,7 +177,7 @@ def test_power_loss(
                 before, accepted = client.info("persistence")["aof_current_size"], len(sender.accepted)
                 client.bgrewriteaof()
                 wait_until(lambda: not _is_rewriting(client), message=f"the log of {before} octets is not rewritten")
-                wait_until(lambda accepted=accepted: len(sender.accepted) > accepted + 20)  # type: ignore[misc]
+                wait_until(lambda accepted=accepted: len(sender.accepted) > accepted + 20)
             client.bgrewriteaof()
     else:
         wait_until(lambda: len(sender.accepted) > 400)
@@ -193,7 +193,7 @@ def test_power_loss(
 
     backup.listen()
     pair.start()
-    at_backup = lambda: {int(m.header("Subject") or -1) for m in backup.messages}  # noqa: E731
+    at_backup = lambda: {int(m.header("Subject") or -1) for m in backup.messages}  # noqa: E731 - short
     wait_until(lambda: _is_drained(pair), 150, lambda: f"not drained: {pair.log[-4000:]}")
     missing = sorted(accepted - at_backup())
     assert not missing, f"{len(missing)} of {len(accepted)} missing, the first {missing[:20]}"

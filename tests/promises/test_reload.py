@@ -45,7 +45,7 @@ def configured(product: Make) -> Iterator[Callable[..., Product]]:
     def make(primary: str, backups: dict[str, str], *, settings: dict[str, str] | None = None, **rest: str) -> Product:
         return product(files={"settings.toml": toml(primary, backups)}, settings={**QUICK, **(settings or {})}, **rest)
 
-    return make  # type: ignore[return-value]
+    return make
 
 
 def rewrite(product: Product, primary: str, backups: dict[str, str], **options: object) -> None:

@@ -143,7 +143,7 @@ class Site:
         """Send mail to every relay host, and see that it arrives."""
         for sender in self.senders:
             sender.start()
-        all_send = lambda: all(len(s.accepted) > 100 for s in self.senders)  # noqa: E731
+        all_send = lambda: all(len(s.accepted) > 100 for s in self.senders)  # noqa: E731 - short
         wait_until(lambda: all_send() and len(self.delivered()) > 100, 60, "no mail goes on")
 
     def end(self) -> None:
@@ -295,5 +295,5 @@ def test_a_promotion_while_a_relay_host_is_cut_off_from_redis(network: Network, 
         send(cut, 3)
         assert 3 in _numbers(new)
         for server in (old, new):
-            wait_until(lambda server=server: _numbers(server) == {1, 2, 3}, 60, "not at both")  # type: ignore[misc]
+            wait_until(lambda server=server: _numbers(server) == {1, 2, 3}, 60, "not at both")
         assert not any(beat.trouble for beat in decisions.view(client).living)

@@ -68,7 +68,7 @@ def test_it_dies_with_copies_in_hand(shared: Product, servers: dict[str, Scripte
     shared.send("from@example.com", "first@example.com")
     servers["full"].wait_for(1)
     for name, gate in gates.items():
-        wait_until(lambda gate=gate: gate.reached)  # type: ignore[misc]
+        wait_until(lambda gate=gate: gate.reached)
         servers[name].replies.clear()
     shared.child("worker-shared").kill()
     for name in gates:

@@ -44,7 +44,7 @@ class Moody:
             self._server.down()
         else:
             self._server.listen()
-            self._server.replies.update(_MOODS.get(mood, {}))  # type: ignore[arg-type]
+            self._server.replies.update(_MOODS.get(mood, {}))
 
     def send_signal(self, number: int) -> None:
         self.turn("stall" if number == signal.SIGSTOP else "well")
@@ -59,7 +59,7 @@ def test_soak(product: Callable[..., Product], scripted: Callable[..., ScriptedS
     settings = {**SETTINGS, "smtp.processes": "2", "relay.final_timeout_seconds": "4", "workers.sweep": "5"}
     relay = product(primary=f"old={servers['old'].address}", files=files(servers), settings=settings)
     done: list[Disturbance] = []
-    disturber = Disturber(relay, [Moody(name, servers[name]) for name in NAMES], seed, done.append)  # type: ignore[misc]
+    disturber = Disturber(relay, [Moody(name, servers[name]) for name in NAMES], seed, done.append)
     count = 2000
     operator = Operator(relay, servers, 200)
     operator.do(2)

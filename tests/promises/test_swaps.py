@@ -111,7 +111,7 @@ def test_swaps_under_load_with_kills(product: Callable[..., Product], scripted: 
     sender.start()
     killed = Counter[str]()
     for n in range(1, SWAPS + 1):
-        wait_until(lambda n=n: len(sender.accepted) >= min(step * n, TRANSACTIONS - 1), 60)  # type: ignore[misc]
+        wait_until(lambda n=n: len(sender.accepted) >= min(step * n, TRANSACTIONS - 1), 60)
         killer = threading.Thread(target=lambda: killed.update([operator.kill()]))
         killer.start()  # before, during or after
         operator.swap()

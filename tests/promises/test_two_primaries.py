@@ -92,9 +92,9 @@ def test_a_fault_comes_and_goes(product: Make, scripted: MakeServer, fault: str,
             a.drop()
         seen, before = heard(a, where), len(b.messages)
         if stays:
-            wait_until(lambda: heard(a, where) > seen + 5, 60)  # noqa: B023
+            wait_until(lambda: heard(a, where) > seen + 5, 60)  # noqa: B023 - called at once
         else:
-            wait_until(lambda: len(b.messages) > before, 60)  # noqa: B023
+            wait_until(lambda: len(b.messages) > before, 60)  # noqa: B023 - called at once
         a.replies.clear()
     numbers = [[int(m.header("Subject") or -1) for m in server.messages] for server in (a, b) if sender.join()]
     audit(relay, sender, *numbers)
@@ -122,7 +122,7 @@ def test_a_server_is_stopped_and_goes_on(product: Make, sink: SmtpSink, scripted
         wait_until(lambda: len(sender.accepted) >= begin, 60)  # noqa: B023  (waited for at once)
         seen = len(b.messages)
         sink.pause()
-        wait_until(lambda: len(b.messages) >= min(seen + 20, COUNT // 2), 90)  # noqa: B023
+        wait_until(lambda: len(b.messages) >= min(seen + 20, COUNT // 2), 90)  # noqa: B023 - called at once
         sink.resume()
     sender.join()
     at_a = [int(re.findall(rb"^Subject: (\d+)", mail, re.MULTILINE)[0]) for mail in sink.messages()]

@@ -67,7 +67,7 @@ def id_of(name: str) -> str:
 
 
 def found(contents: Contents, which: Which, **conditions: object) -> list[str]:
-    chosen = Filter(**conditions)  # type: ignore[arg-type]
+    chosen = Filter(**conditions)
     return [c.id.lstrip("0") for page in selection.select(contents.connection, which, chosen) for c in page.found]
 
 
@@ -189,7 +189,7 @@ def test_what_bounds_a_selection_bounds_its_cost(contents: Contents, which: Whic
 
     def cost() -> tuple[int, int]:
         counted = Counted(contents.connection)
-        pages = list(selection.select(counted, which, replace(chosen, destination="new"), whole=True))  # type: ignore[arg-type]
+        pages = list(selection.select(counted, which, replace(chosen, destination="new"), whole=True))
         return len(counted.commands), sum(page.looked_at for page in pages)
 
     few, _ = cost()
@@ -204,7 +204,7 @@ def test_no_envelope_is_read_unless_something_is_asked_of_it(contents: Contents)
     contents.many(50, failed=True)
     counted = Counted(contents.connection)
     chosen = Filter(code="550", attempts=Attempts(">", 0), older=10.0)
-    (page,) = [p for p in selection.select(counted, FAILED, chosen) if p.looked_at]  # type: ignore[arg-type]
+    (page,) = [p for p in selection.select(counted, FAILED, chosen) if p.looked_at]
     assert len(page.found) == 40
     assert "eval" not in counted.commands
 

@@ -161,7 +161,7 @@ url = "c.example.net:25"
 """
 
 
-def loaded(routes: str):  # type: ignore[no-untyped-def]
+def loaded(routes: str):
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "settings.toml").write_text(HEAD + routes)

@@ -96,7 +96,7 @@ def test_restart_takes_its_own_lock_at_once(redis_url: str, redis_client: redis.
     killed = Scheduler(connector(RedisSettings(redis_url, 5))(), "host-state")
     killed.round([])
     killed._queue_names = {"backup-new"}
-    killed.acquire_locks()  # type: ignore[no-untyped-call]
+    killed.acquire_locks()
     other = Scheduler(connector(RedisSettings(redis_url, 5))(), "elsewhere-state")
     assert not other.round(["backup-new"])
     assert queue.count == 0

@@ -41,7 +41,7 @@ class Bench:
         self.queue = Queue(QUEUE, connection=self.client, serializer=JSONSerializer)
         self.thread = CourierThread()
         self.thread.start()
-        self.courier: NotingCourier = self.thread.add(NotingCourier)  # type: ignore[assignment]
+        self.courier: NotingCourier = self.thread.add(NotingCourier)
         jobs.bind("new", self.courier, self.thread.loop)
         self.worker = self.new_worker(url, "host.new.1.1")
 
@@ -137,7 +137,7 @@ def test_forged_job_is_refused(bench: Bench, tmp_path: object, function: str, ar
     sound = bench.put()
     bench.worker.work(burst=True)
     assert [job for job, _ in bench.courier.calls] == [sound]
-    assert not os.path.exists(trace)  # noqa: PTH110
+    assert not os.path.exists(trace)  # noqa: PTH110 - a text
     assert list(bench.failed) == [forged]
     assert bench.failed[forged].startswith("refused: ")
 

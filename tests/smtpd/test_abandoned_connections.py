@@ -106,7 +106,7 @@ def run_through(port: int, stages: list[bytes], pause: float, way: str, times: i
 
 @both_loops
 @pytest.mark.parametrize("way", ["reset", "close", "half-close"])
-async def test_gone_at_once(chunking: ScriptedServer, redis_url: str, options: dict[str, str], way: str) -> None:  # type: ignore[no-untyped-def]
+async def test_gone_at_once(chunking: ScriptedServer, redis_url: str, options: dict[str, str], way: str) -> None:
     """Hundreds at a time that go behind, with and before our replies: all places are free again, of all kinds."""
     async with serve(settings_of(chunking.address, options), redis_url) as (made, port):
         stages = list(STAGES.values())

@@ -57,7 +57,7 @@ def chunking(scripted: Callable[..., ScriptedServer]) -> ScriptedServer:
 @pytest.mark.parametrize("way", ["close", "reset", "half-close"])
 async def test_broken_off(
     chunking: ScriptedServer, redis_url: str, certificate: Certificate, tmp_path: Path, way: str
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
     """However and wherever a client goes, its session ends, nothing of it is mail, and the next client is served."""
     users = tmp_path / "users"
     users.write_text("")
@@ -99,7 +99,7 @@ async def test_primary_breaks_off(chunking: ScriptedServer, redis_url: str, stag
         if stage == "early":
             chunking.in_data = (500, ending)
         else:
-            chunking.replies[stage] = ending  # type: ignore[assignment]
+            chunking.replies[stage] = ending
         await client.hello()
         reply = await client.say("MAIL FROM:<a@example.com>")
         if stage == "RSET":

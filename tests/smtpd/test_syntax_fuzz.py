@@ -153,7 +153,7 @@ async def read_in_pieces(data: bytes, cuts: list[int]) -> tuple[Origin | None, b
 
 @FUZZ
 @given(header=TRUE_HEADERS, rest=st.binary(max_size=50), cuts=st.lists(st.integers(0, 120), max_size=4))
-def test_true_proxy_headers(header: tuple, rest: bytes, cuts: list[int]) -> None:  # type: ignore[type-arg]
+def test_true_proxy_headers(header: tuple, rest: bytes, cuts: list[int]) -> None:
     """A true header is read however it comes in pieces, and not an octet more."""
     octets, address, port = header
     origin, left = asyncio.run(read_in_pieces(octets + rest, cuts))

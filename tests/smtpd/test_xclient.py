@@ -53,7 +53,7 @@ def test_of_an_envelope() -> None:
     """A copy is introduced by what was said for it, else by where it came from."""
 
     def envelope(**fields: object) -> Envelope:
-        return Envelope("0" * 16, "a@example.com", (), 0.0, 1, **fields)  # type: ignore[arg-type]
+        return Envelope("0" * 16, "a@example.com", (), 0.0, 1, **fields)
 
     told = (("ADDR", "192.0.2.1"),)
     assert of_envelope(envelope(client_address="192.0.2.9", identity=told)) == told

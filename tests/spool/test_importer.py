@@ -452,7 +452,7 @@ async def test_one_backup_does_not_hold_up_another(tight: Place) -> None:
     made = [await tight.spooled(tight.message(str(n), BOTH)) for n in range(250)]
     async with tight.importing((NEW, OLD)):
         for message_id in made:
-            await until(lambda i=message_id: i in tight.ledger.pending_ids())  # type: ignore[misc]
+            await until(lambda i=message_id: i in tight.ledger.pending_ids())
             tight.settle(message_id)
         await until(lambda: tight.names() == [])
         assert tight.backlog(OLD.name) == made

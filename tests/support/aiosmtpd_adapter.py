@@ -26,14 +26,14 @@ from support.waiting import PATIENCE, free_port
 
 # Its conftest takes one function of each; neither package is needed for that.
 _resources = ModuleType("pkg_resources")
-_resources.resource_filename = lambda package, name: str(files(package) / name)  # type: ignore[attr-defined]
+_resources.resource_filename = lambda package, name: str(files(package) / name)
 sys.modules.setdefault("pkg_resources", _resources)
 _mock = ModuleType("pytest_mock")
-_mock.MockFixture = object  # type: ignore[attr-defined]
+_mock.MockFixture = object
 sys.modules.setdefault("pytest_mock", _mock)
 
-StatusCode.__eq__ = lambda code, reply: reply[0] == code[0]  # type: ignore[assignment,method-assign,index]
-StatusCode.__hash__ = lambda code: hash(code[0])  # type: ignore[assignment,method-assign]
+StatusCode.__eq__ = lambda code, reply: reply[0] == code[0]
+StatusCode.__hash__ = lambda code: hash(code[0])
 
 
 @pytest.fixture(scope="session")
@@ -140,7 +140,7 @@ class RelayController:
         return settings
 
 
-controller.Controller = RelayController  # type: ignore[assignment,misc]
+controller.Controller = RelayController
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -120,7 +120,7 @@ def run(
     *,
     cwd: Path,
     env: Mapping[str, str],
-    input: str,  # noqa: A002
+    input: str,  # noqa: A002 - as of subprocess.run
     timeout: float,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``smtp-dup`` with arguments as ``subprocess.run`` does with text. Raises subprocess.TimeoutExpired."""

@@ -75,7 +75,7 @@ class Network:
         namespace, link = f"sd-{self._tag}-{number}", f"sv{self._tag}{number}"
         address = f"{self._prefix}.{number}"
         _ip("netns", "add", namespace)
-        host = Host(self.directory / name, name, namespace, link, address, command, **options)  # type: ignore[arg-type]
+        host = Host(self.directory / name, name, namespace, link, address, command, **options)
         self.hosts.append(host)
         _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", namespace)
         _ip("link", "set", link, "master", self._bridge, "up")

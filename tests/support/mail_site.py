@@ -135,10 +135,7 @@ def verify(site: Site, timeout: float = 60) -> dict[str, str]:
 
 def recipients(store: PostfixInstance) -> list[str]:
     """Return for whom mail has arrived, bounces included."""
-    return [
-        re.search(rb"(?m)^X-Original-To: (.*)$", raw)[1].decode()  # type: ignore[index]
-        for raw in store.maildir_messages()
-    ]
+    return [re.search(rb"(?m)^X-Original-To: (.*)$", raw)[1].decode() for raw in store.maildir_messages()]
 
 
 def explain_repeats(site: Site, at_old: list[Stored], at_new: list[Stored], became: dict[str, str]) -> None:

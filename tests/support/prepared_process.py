@@ -169,11 +169,11 @@ def _run(begun: Begun) -> None:
 
 def _reopen_streams() -> None:
     """Have the streams of what the descriptors are now: a file can be sought in, a pipe cannot."""
-    sys.stdin = open(0, encoding=sys.stdin.encoding, errors=sys.stdin.errors, closefd=False)  # noqa: SIM115
+    sys.stdin = open(0, encoding=sys.stdin.encoding, errors=sys.stdin.errors, closefd=False)  # noqa: SIM115 - for the process's life
     for number, name in ((1, "stdout"), (2, "stderr")):
         before = getattr(sys, name)
-        raw = open(number, "wb", buffering=0, closefd=False)  # noqa: SIM115
-        text = io.TextIOWrapper(raw, before.encoding, before.errors, newline="\n", write_through=True)  # type: ignore[arg-type]
+        raw = open(number, "wb", buffering=0, closefd=False)  # noqa: SIM115 - for the process's life
+        text = io.TextIOWrapper(raw, before.encoding, before.errors, newline="\n", write_through=True)
         setattr(sys, name, text)
 
 

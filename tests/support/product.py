@@ -200,7 +200,7 @@ class Product:
             pid = {given: int(number) for given, number in started}.get(name)
             return next((child for child in self.children() if child.pid == pid), None)
 
-        return wait_until(find, message=lambda: f"no process {name}:\n{self.log[-4000:]}")  # type: ignore[return-value]
+        return wait_until(find, message=lambda: f"no process {name}:\n{self.log[-4000:]}")
 
     # Seeing
 
@@ -258,7 +258,7 @@ class Product:
 
     # Commands
 
-    def run(self, *words: str, input: str = "", timeout: float = 30) -> subprocess.CompletedProcess[str]:  # noqa: A002
+    def run(self, *words: str, input: str = "", timeout: float = 30) -> subprocess.CompletedProcess[str]:  # noqa: A002 - as run()'s
         """Run another command of the product with the same settings, whatever its exit status."""
         return forked.run(words, cwd=self.directory, env=self.environment, input=input, timeout=timeout)
 

@@ -33,7 +33,7 @@ class Transaction:
     @property
     def content(self) -> bytes:
         """The message without the trace lines (Received, Return-Path...) on top."""
-        return self.body[_TRACE.match(self.body).end() :]  # type: ignore[union-attr]
+        return self.body[_TRACE.match(self.body).end() :]
 
     @property
     def trace(self) -> bytes:

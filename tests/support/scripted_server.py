@@ -232,7 +232,7 @@ class ScriptedServer:
             elif callable(found):
                 found = found(Moment(line, connection))
             else:
-                return found  # type: ignore[no-any-return]
+                return found
 
     def key_for(self, line: str) -> str:
         upper = line.upper()

@@ -79,14 +79,14 @@ class Server:
         """Return what it says of its role and its replicas; nothing when it does not answer."""
         try:
             with self.client() as client:
-                return dict(client.info("replication"))  # type: ignore[arg-type]
+                return dict(client.info("replication"))
         except redis.RedisError:  # away, or just demoted: a Sentinel has it close all connections then
             return {}
 
     def _answers(self) -> bool:
         try:
             with self.client() as client:  # who answers may be another's, on a port that both were given
-                return self.process is not None and client.info("server")["process_id"] == self.process.pid  # type: ignore[index]
+                return self.process is not None and client.info("server")["process_id"] == self.process.pid
         except redis.RedisError:
             return False
 

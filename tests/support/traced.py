@@ -95,7 +95,7 @@ class Traced:
 
     def find(self, *what: str, unseen: Unseen | None = None, **rest: object) -> list[MessageLife]:
         """Look up what an operator types."""
-        return list(find(Query.of(what, **rest), self.folder, unseen=unseen))  # type: ignore[arg-type]
+        return list(find(Query.of(what, **rest), self.folder, unseen=unseen))
 
 
 def delivered(message_id: str, *, destination: str = "new", attempt: int = 1, reply: Reply | None = None) -> Wire:

@@ -107,7 +107,7 @@ def test_a_lower_epoch_is_never_remembered_over_a_higher(tmp_path: Path) -> None
     assert remembered.load(tmp_path) is None
     for epoch, kept in ((2, 2), (1, 2), (3, 3), (2, 3)):
         remembered.save(tmp_path, topology("b", epoch))
-        assert remembered.load(tmp_path).epoch == kept  # type: ignore[union-attr]
+        assert remembered.load(tmp_path).epoch == kept
     (tmp_path / "topology.json").write_bytes(b"\xff" * 100)
     assert remembered.load(tmp_path) is None
     remembered.save(tmp_path, topology("b", 1))

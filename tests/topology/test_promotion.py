@@ -31,7 +31,7 @@ Make = Callable[..., Product]
 
 def pair(product: Make, old: ScriptedServer, new: ScriptedServer, **options: object) -> Product:
     """Return a product with a primary called old and a backup called new."""
-    settings = {**SETTINGS, **options.pop("settings", {})}  # type: ignore[dict-item]
+    settings = {**SETTINGS, **options.pop("settings", {})}
     return product(primary=f"old={old.address}", backups=[f"new={_url(new)}"], settings=settings, **options)
 
 
@@ -107,7 +107,7 @@ def test_a_promotion_and_its_undo(product: Make, scripted: Callable[..., Scripte
     assert both.metric("smtpdup_role", destination="new", role="primary") == 1
 
     assert both.run("promote", "new", "--yes").returncode == 0, "nothing to do"
-    assert decisions_of(both).epoch == 1  # type: ignore[union-attr]
+    assert decisions_of(both).epoch == 1
     back = both.run("undo", "--yes", "--reason", "enough")
     assert back.returncode == 0, back.stdout + back.stderr
     send(both, "three")
@@ -209,7 +209,7 @@ def test_undo_now_asks_nobody(product: Make, scripted: Callable[..., ScriptedSer
     assert both.run("promote", "new", *FORCED).returncode == 0
     old.down()
     assert both.run("undo", "--yes", "--wait", "4s").returncode == 1
-    assert decisions_of(both).primary == "new"  # type: ignore[union-attr]
+    assert decisions_of(both).primary == "new"
     back = both.run("undo", "--now", "--yes")
     assert back.returncode == 0, back.stderr
     old.listen()
@@ -296,7 +296,7 @@ def test_of_two_operators_one_is_told_of_the_other(product: Make, scripted: Call
         promotion.commit(client, plans[0], "", {}, None)
         with pytest.raises(decisions.Overtaken, match=r"promoted new \d+ s before you"):
             promotion.commit(client, plans[1], "", {}, None)
-        assert decisions_of(both).epoch == 1  # type: ignore[union-attr]
+        assert decisions_of(both).epoch == 1
         assert len(both.json("audit")) == 1
         assert followers.follow(client, plans[0], 30, nothing).is_whole
 
@@ -325,7 +325,7 @@ def test_a_decision_is_followed_without_who_made_it(product: Make, scripted: Cal
                 and all(map(decisions.view(client).follows, decisions.view(client).living))
             )
         )
-    assert remembered.load(both.state_dir).epoch == 1  # type: ignore[union-attr]
+    assert remembered.load(both.state_dir).epoch == 1
     for n in range(4):
         send(both, f"{n}")
     assert set(subjects(new)) == {"0", "1", "2", "3"}
@@ -431,11 +431,11 @@ def test_a_redis_that_was_given_older_data_back(
     assert set(subjects(old)) == {"kept"}
     done = relay.run("promote", "new", *FORCED)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert decisions_of(relay).epoch == 3  # type: ignore[union-attr]
+    assert decisions_of(relay).epoch == 3
     redis_client.delete(keys.TOPOLOGY)
     back = relay.run("undo", "--yes")
     assert back.returncode == 0, back.stdout + back.stderr
-    assert (decisions_of(relay).primary, decisions_of(relay).epoch) == ("old", 4)  # type: ignore[union-attr]
+    assert (decisions_of(relay).primary, decisions_of(relay).epoch) == ("old", 4)
 
 
 def test_settings_that_are_edited_to_agree(product: Make, scripted: Callable[..., ScriptedServer]) -> None:
@@ -520,5 +520,5 @@ def test_settings_that_are_turned_round_and_reloaded(product: Make, scripted: Ca
     sender.stop()
     accepted = sender.join()
     for server in (old, new):
-        wait_until(lambda server=server: accepted <= set(map(int, subjects(server))))  # type: ignore[misc]
+        wait_until(lambda server=server: accepted <= set(map(int, subjects(server))))
     assert not [e for e in both.events if e["level"] == "error"]

@@ -237,7 +237,7 @@ def test_nobody_reads(tmp_path: Path) -> None:
         def call_soon_threadsafe(self, *_: object) -> None:
             waiting.append(sender.flush)
 
-    sender.use(Loop())  # type: ignore[arg-type]
+    sender.use(Loop())
     before = dropped()
     traced = Traced(tmp_path)
     event = traced.received("a" * 900 + "@a.example")

@@ -66,7 +66,7 @@ def look(
 ) -> list[MessageLife]:
     unseen = Unseen() if unseen is None else unseen
     others = OtherHosts(client, HERE, unseen)
-    query = Query.of(what, **rest)  # type: ignore[arg-type]
+    query = Query.of(what, **rest)
     return list(find(query, here.folder, connection=client, others=others, unseen=unseen))
 
 

@@ -98,7 +98,7 @@ class DeliveryJob(Job):
 
     def forget(self, pipeline: Pipeline) -> None:
         """Delete all keys that the job can have while it runs."""
-        results: str = Result.get_key(self.id)  # type: ignore[no-untyped-call]
+        results: str = Result.get_key(self.id)
         pipeline.delete(self.key, self.dependents_key, self.dependencies_key, results, self.execution_registry.key)
 
     def record_failure(self, reason: str, pipeline: Pipeline, worker: str, execution: Execution) -> None:

@@ -47,7 +47,7 @@ class Scheduler(RQScheduler):
         self._clock = RedisClock()
         self._longest = longest
         # RQ would make its own pool from the options of this one, which would not follow a failover.
-        self._connection = connection  # type: ignore[assignment]
+        self._connection = connection  # type: ignore[assignment]  # RQ says None
         self._renewed = float("-inf")
         self._was_asked = False
         self._behind = 0.0  # seconds by which Redis's clock was set back and the schedule must still be moved
@@ -65,7 +65,7 @@ class Scheduler(RQScheduler):
         if wanted != self._queue_names or time.monotonic() - self._renewed >= _LOCK_SECONDS:
             self._let_go(self._queue_names - wanted)
             self._queue_names = wanted
-            self.acquire_locks()  # type: ignore[no-untyped-call]  # takes or renews each
+            self.acquire_locks()  # takes or renews each
             self.register_birth()
             self.prepare_registries(self._acquired_locks)
             # Otherwise the lock of a dead scheduler would last for as long as the clock was set back.
@@ -142,7 +142,7 @@ class Scheduler(RQScheduler):
 
     def close(self) -> None:
         """Release the locks."""
-        self.release_locks()  # type: ignore[no-untyped-call]
+        self.release_locks()
         self.register_death()
         self.connection.close()
 
@@ -154,7 +154,7 @@ class Scheduler(RQScheduler):
         gone = self._acquired_locks & set(names)
         kept = self._acquired_locks - gone
         self._acquired_locks = gone
-        self.release_locks()  # type: ignore[no-untyped-call]
+        self.release_locks()
         self._acquired_locks = kept
 
 

@@ -362,7 +362,7 @@ class DeliveryWorker(SimpleWorker):
         try:
             if self._in_doubt:
                 self._put_back()
-            self.register_death()  # type: ignore[no-untyped-call]
+            self.register_death()
         except RedisError as error:
             logger.warning("worker {}: Redis: {}; the next worker puts its job back", self.name, error)
 
