@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from redis import Redis
 from redis.exceptions import RedisError
 
 from relay.cockpit import changeover
 from relay.cockpit.readiness import Verdict
 from relay.command import prompt
+from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, CannotSay, Misuse, Trouble
 from relay.command.output import Output
 from relay.command.progress import Progress, say
+from relay.config.model import Settings
 from relay.config.types import duration
 from relay.mail.text import printable
 from relay.topology import promotion
 from relay.topology.decisions import Overtaken
 from relay.topology.followers import Followed, follow
-from relay.topology.promotion import Plan, Unprepared
+from relay.topology.promotion import Impossible, Plan, Unprepared
 from relay.topology.state import Intent, Topology
 
 
@@ -26,6 +30,45 @@ def seconds_of(wait: str) -> float:
         return float(duration().read(wait))
     except ValueError as error:
         raise Misuse(f"--wait: {error}") from None
+
+
+def decide(
+    settings: Settings,
+    out: Output,
+    plan: Callable[[Redis], Plan],
+    *,
+    dry_run: bool,
+    wait: str,
+    now: bool,
+    reason: str,
+    yes: bool,
+    must_be_ready: bool = False,
+    force: bool = False,
+) -> int:
+    """Show what a decision would do, ask, and carry it out; ``force`` passes over a server that is not ready."""
+    seconds = seconds_of(wait)
+    with ledger_of(settings) as connection:
+        try:
+            made = plan(connection)
+        except Impossible as error:
+            raise Misuse(str(error)) from error
+        if made.agree:
+            return nothing_to_do(out, made)
+        verdict = changeover.verdict(connection, settings, made)
+        show_plan(out, made, verdict)
+        details = {"readiness": verdict.summary} if verdict else {}
+        if must_be_ready and verdict and not verdict.is_ready:
+            if dry_run:
+                return NO
+            if not force:
+                name = verdict.name
+                raise Trouble(f"{name} is not ready: see `smtp-dup ready {name}`, or say --force --reason TEXT")
+            details["forced"] = "yes"
+        if dry_run:
+            return WELL
+        if not yes and not confirmed(made):
+            return NO
+        return carry_out(connection, out, made, reason, details, seconds, at_once=now)
 
 
 # The steps ------------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def _batch(
     if not yes and not prompt.ask_for(len(made.wanted), _action(made, back=back), ()):
         return NO
     if made.lost:
-        put_back(connection, settings, out, made, reason)
+        put_back(connection, out, made, reason)
     return carry_out(connection, out, made, reason, seconds, MOVE_BACK if back else MOVE)
 
 

@@ -37,7 +37,7 @@ def show_loss(out: Output, made: MovePlan) -> None:
     say(out, text, {"kind": "lost", "text": made.lost, "copy": held.generation})
 
 
-def put_back(connection: Redis, settings: Settings, out: Output, made: MovePlan, reason: str) -> MapState:
+def put_back(connection: Redis, out: Output, made: MovePlan, reason: str) -> MapState:
     """Put back what this host has. Raises Trouble."""
     held = made.held
     act = Act(
@@ -88,7 +88,7 @@ def repair_map(
         return NO
     if not yes and not prompt.ask("Put it back?"):
         return NO
-    state = put_back(connection, settings, out, made, reason)
+    state = put_back(connection, out, made, reason)
     return told(connection, out, made, state, seconds)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from relay.cockpit import changeover
+from redis import Redis
+
 from relay.command.connection import ledger_of
-from relay.command.decision import carry_out, confirmed, nothing_to_do, seconds_of, show_plan
+from relay.command.decision import carry_out, confirmed, decide, seconds_of, show_plan
 from relay.command.exit_status import NO, WELL, Misuse, Trouble
 from relay.command.output import Output
 from relay.config.loader import Settings
 from relay.topology import decisions, promotion
-from relay.topology.promotion import Impossible
+from relay.topology.promotion import Impossible, Plan
 
 
 def promote(
@@ -34,29 +35,24 @@ def promote(
         raise Misuse("which server? smtp-dup promote NAME")
     if force and not reason:
         raise Misuse("--force needs --reason TEXT: it is kept with the change")
-    seconds = seconds_of(wait)
-    with ledger_of(settings) as connection:
-        try:
-            made = (
-                promotion.plan_on_route(connection, settings, name, route)
-                if route
-                else promotion.plan(connection, settings, name)
-            )
-        except Impossible as error:
-            raise Misuse(str(error)) from error
-        if made.agree:
-            return nothing_to_do(out, made)
-        verdict = changeover.verdict(connection, settings, made)
-        show_plan(out, made, verdict)
-        if dry_run:
-            return WELL if verdict is None or verdict.is_ready else NO
-        is_forced = verdict is not None and not verdict.is_ready
-        if is_forced and not force:
-            raise Trouble(f"{name} is not ready: see `smtp-dup ready {name}`, or say --force --reason TEXT")
-        if not yes and not confirmed(made):
-            return NO
-        details = ({"readiness": verdict.summary} if verdict else {}) | ({"forced": "yes"} if is_forced else {})
-        return carry_out(connection, out, made, reason, details, seconds, at_once=now)
+
+    def plan(connection: Redis) -> Plan:
+        if route:
+            return promotion.plan_on_route(connection, settings, name, route)
+        return promotion.plan(connection, settings, name)
+
+    return decide(
+        settings,
+        out,
+        plan,
+        dry_run=dry_run,
+        wait=wait,
+        now=now,
+        reason=reason,
+        yes=yes,
+        must_be_ready=True,
+        force=force,
+    )
 
 
 def undo(settings: Settings, out: Output, dry_run: bool, wait: str, now: bool, reason: str, yes: bool) -> int:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from redis import Redis
-
-from relay.cockpit import changeover
-from relay.command.connection import ledger_of
-from relay.command.decision import carry_out, confirmed, nothing_to_do, seconds_of, show_plan
-from relay.command.exit_status import NO, WELL, Misuse
+from relay.command.decision import decide
+from relay.command.exit_status import Misuse
 from relay.command.output import Output
 from relay.config.loader import Settings
 from relay.mail.text import printable
 from relay.topology import promotion, route_roles
-from relay.topology.promotion import Impossible, Plan
 
 
 def weight(
@@ -30,8 +25,15 @@ def weight(
 ) -> int:
     """Share the mail of a route by weights from now on."""
     shares = _shares(weights)
-    return _decide(
-        settings, out, lambda c: promotion.plan_weights(c, settings, route, shares), dry_run, wait, now, reason, yes
+    return decide(
+        settings,
+        out,
+        lambda connection: promotion.plan_weights(connection, settings, route, shares),
+        dry_run=dry_run,
+        wait=wait,
+        now=now,
+        reason=reason,
+        yes=yes,
     )
 
 
@@ -39,7 +41,16 @@ def reset(
     settings: Settings, out: Output, route: str, dry_run: bool, wait: str, now: bool, reason: str, yes: bool
 ) -> int:
     """Let a route be as the settings say, whatever was decided for it."""
-    return _decide(settings, out, lambda c: promotion.plan_reset(c, settings, route), dry_run, wait, now, reason, yes)
+    return decide(
+        settings,
+        out,
+        lambda connection: promotion.plan_reset(connection, settings, route),
+        dry_run=dry_run,
+        wait=wait,
+        now=now,
+        reason=reason,
+        yes=yes,
+    )
 
 
 def _shares(words: Sequence[str]) -> dict[str, float]:
@@ -54,31 +65,3 @@ def _shares(words: Sequence[str]) -> dict[str, float]:
         except ValueError as error:
             raise Misuse(f"expected NAME=WEIGHT with a weight of 0 or more, not {printable(word)}") from error
     return found
-
-
-def _decide(
-    settings: Settings,
-    out: Output,
-    plan: Callable[[Redis], Plan],
-    dry_run: bool,
-    wait: str,
-    now: bool,
-    reason: str,
-    yes: bool,
-) -> int:
-    seconds = seconds_of(wait)
-    with ledger_of(settings) as connection:
-        try:
-            made = plan(connection)
-        except Impossible as error:
-            raise Misuse(str(error)) from error
-        if made.agree:
-            return nothing_to_do(out, made)
-        verdict = changeover.verdict(connection, settings, made)
-        show_plan(out, made, verdict)
-        if dry_run:
-            return WELL
-        if not yes and not confirmed(made):
-            return NO
-        details = {"readiness": verdict.summary} if verdict else {}
-        return carry_out(connection, out, made, reason, details, seconds, at_once=now)

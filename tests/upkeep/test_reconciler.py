@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -188,7 +189,7 @@ def test_reporting_changes_nothing(contents: Contents) -> None:
         ("body missing", bodiless, "none"),
     }
     assert sorted(contents.connection.keys()) == before
-    assert report.findings[0].as_row() == {
+    assert asdict(report.findings[0]) == {
         "finding": "no job",
         "id": message_id,
         "destination": "new",

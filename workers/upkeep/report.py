@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 # The findings of ordinary work; any other is a repair.
 _ROUTINE = frozenset({
@@ -22,10 +22,6 @@ class Repair:
     id: str
     destination: str
     action: str
-
-    def as_row(self) -> dict[str, str]:
-        """Return the row that `queue verify --json` prints."""
-        return asdict(self)
 
 
 @dataclass(slots=True)
