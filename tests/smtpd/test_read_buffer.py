@@ -299,3 +299,116 @@ def test_what_is_unread_is_counted() -> None:
         assert counted == [0]
 
     in_loop(run())
+
+
+_PIECES = [
+    b"\n",
+    b"\r\n",
+    b"x",
+    b"NOOP\r\n",
+    b"RSET\r\nQU",
+    b"\0\n.\r",
+    b"x" * 20_000,
+    b"y" * BUFFER + b"\n",
+    b"z" * 3 * BUFFER,
+]
+_STEPS = {"feed": 8, "line": 4, "chunk": 3, "at hand": 2, "give up": 2, "put back": 1}  # and how often
+
+
+class _Model:
+    """What the buffer should do, in the plainest way: one string of unread octets, and what is waited for."""
+
+    def __init__(self) -> None:
+        self.unread, self.ended = b"", False
+        self.wanted: int | str | None = None
+        self.is_too_long = False
+
+    def answer(self) -> tuple[bool, bytes | None]:
+        """Return whether the waiter has its answer now, and that."""
+        if isinstance(self.wanted, int):
+            if not self.unread and not self.ended:
+                return False, None
+            most = len(self.unread) if self.wanted < 0 else self.wanted
+            found, self.unread = self.unread[:most], self.unread[most:]
+            return True, found
+        if (end := self.unread.find(b"\n") + 1) > 0:
+            found, self.unread = self.unread[:end], self.unread[end:]
+            return True, b"" if self.is_too_long or end > BUFFER else found
+        if len(self.unread) > BUFFER:
+            self.unread, self.is_too_long = b"", True
+        return self.ended, None
+
+
+class _Trial:
+    """A buffer beside its model."""
+
+    def __init__(self) -> None:
+        self.model, self.tap = _Model(), Tap()
+        self.counted = 0
+        self.buffer = ReadBuffer(asyncio.get_running_loop(), self._count)
+        self.buffer.follow(self.tap)
+        self.waiter: asyncio.Future[bytes | None] | None = None
+        self.last = b""
+
+    def _count(self, octets: int) -> None:
+        self.counted += octets
+
+    def take(self, step: str, chance: random.Random) -> None:
+        """Take a step, if it is possible now: one waits at a time, and a stopped client sends nothing."""
+        if step == "feed" and self.tap.open:
+            data = b"".join(chance.choices(_PIECES, k=chance.randint(1, 3)))
+            self.buffer.feed(data)
+            self.model.unread += b"" if self.model.ended else data
+        elif step == "end":
+            self.buffer.end()
+            self.model.ended = True
+        elif self.waiter is None:
+            self._read(step, chance.choice([-1, 1, 3, BUFFER]))
+        elif step == "give up" and not self.model.is_too_long:
+            self.waiter.cancel()
+            self.waiter = self.model.wanted = None
+
+    def _read(self, step: str, most: int) -> None:
+        model = self.model
+        if step == "line":
+            self.waiter, model.wanted = self.buffer.line(), step
+        elif step == "chunk":
+            self.waiter, model.wanted = self.buffer.chunk(most), most
+        elif step == "put back":
+            self.buffer.unread(self.last)
+            model.unread, self.last = self.last + model.unread, b""
+        elif step == "at hand":
+            end = model.unread.find(b"\n") + 1
+            found, model.unread = model.unread[:end], model.unread[end:]
+            assert self.buffer.next_line() == ((found if end <= BUFFER else b"") if end else None)
+
+    def compare(self) -> None:
+        model = self.model
+        if self.waiter is not None:
+            is_answered, answer = model.answer()
+            assert self.waiter.done() == is_answered
+            assert self.tap.open or is_answered, "whoever waits has the client read from"
+            if is_answered:
+                assert self.waiter.result() == answer
+                self.last, self.waiter = answer or b"", None
+                model.wanted, model.is_too_long = None, False
+        assert self.buffer.data[self.buffer._at :] == model.unread
+        assert self.counted == (len(model.unread) if len(model.unread) > 1 << 14 else 0)
+        assert self.tap.open or len(model.unread) > BUFFER
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_it_does_as_the_plainest_buffer_would(seed: int) -> None:
+    """In any order of input, reads, reads given up and octets put back: the answers, what counts, who may send."""
+    chance = random.Random(seed)
+
+    async def run() -> None:
+        for _ in range(100):
+            trial = _Trial()
+            steps = chance.choices(list(_STEPS), list(_STEPS.values()), k=40)
+            for step in [*steps, "end", *("line", "chunk") * 4]:
+                trial.take(step, chance)
+                await asyncio.sleep(0)
+                trial.compare()
+
+    in_loop(run())
