@@ -37,6 +37,12 @@ _DOT_TO_REPLY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 primary_seconds = Histogram(
     "smtpdup_primary_seconds", "Time from the held dot to the primary's reply", buckets=_DOT_TO_REPLY
 )
+server_seconds = Histogram(
+    "smtpdup_server_seconds",
+    "Time from the held dot to the reply of the server that answers, with routes",
+    ["server"],
+    buckets=_DOT_TO_REPLY,
+)
 backup_seconds = Histogram(
     "smtpdup_backup_seconds",
     "Time from the dot of a copy to the backup's reply",

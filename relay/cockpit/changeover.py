@@ -21,14 +21,15 @@ def verdict(connection: Any, settings: Settings, made: Plan) -> Verdict | None:
     """Return whether the server is ready; None for who answers already, in the eyes of some, or has had no copies."""
     change = made.change
     name, old = made.new.name, ""
+    answering: tuple[str, ...] = ()
     if change is not None:
         joining = [name for name in change.after.answering if name not in change.route.answering]
         name = made.new.name if made.new.name in joining or not joining else joining[0]
-        old = made.old
+        old, answering = made.old, change.route.answering
         if name == old or name not in change.route.copied:
             return None
     try:
-        return readiness.verdict(connection, settings, name, old)
+        return readiness.verdict(connection, settings, name, old, answering)
     except evidence_from_redis.UnknownBackup:
         return None
 

@@ -143,10 +143,12 @@ def speed(e: Evidence) -> Finding | None:
     """Its replies to the dot take no longer than they may."""
     if not e.ready.max_slower:
         return None
-    new, old = (flow.quantile(0.95) for flow in (e.day.of(e.name).seconds, e.day.seconds))
+    names = e.compared or [e.old]
+    others = some(list(names))
+    new, old = e.day.of(e.name).seconds.quantile(0.95), e.day.seconds_of(names).quantile(0.95)
     if new is None or old is None:
-        return unknown(f"no reply of {e.name if new is None else e.old} to a message in the last 24 h")
-    text = f"95 of 100 replies: {e.name} within {duration(new)}, {e.old} {duration(old)}"
+        return unknown(f"no reply of {e.name if new is None else others} to a message in the last 24 h")
+    text = f"95 of 100 replies: {e.name} within {duration(new)}, {others} {duration(old)}"
     if new > max(_SLOW_FLOOR, e.ready.max_slower * old):
         return fails(f"{text}; {e.ready.max_slower} times allowed")
     return passes(text)

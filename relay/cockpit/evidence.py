@@ -111,6 +111,7 @@ class Evidence:
     name: str
     old: str
     now: float
+    compared: Sequence[str] = ()  # the servers whose speed it is measured by, in place of ``old``
     ready: ReadySettings = field(default_factory=ReadySettings)
     destination: Destination | None = None
     restraint: Restraint = field(default_factory=Restraint)

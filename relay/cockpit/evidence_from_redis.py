@@ -34,8 +34,11 @@ class UnknownBackup(LookupError):
     """Nobody is called so; the text says who there is."""
 
 
-def gather(connection: Any, settings: Settings, name: str, old: str = "") -> Evidence:
-    """Read what is known of a backup, beside the primary or whom ``old`` names. Raises UnknownBackup, RedisError."""
+def gather(connection: Any, settings: Settings, name: str, old: str = "", compared: Sequence[str] = ()) -> Evidence:
+    """Read what is known of a backup, beside the primary or whom ``old`` names. Raises UnknownBackup, RedisError.
+
+    ``compared`` are those that answer beside ``old`` now.
+    """
     known = registry.destinations(connection)
     old = old or primary_now(connection, settings)
     if name not in known and name not in backups_now(connection, settings):
@@ -53,6 +56,7 @@ def gather(connection: Any, settings: Settings, name: str, old: str = "") -> Evi
         name=name,
         old=old,
         now=now,
+        compared=[other for other in compared if other != name],
         ready=settings.ready,
         destination=next((b for b in copied if b.name == name), known.get(name)),
         restraint=_restraint(connection, name, now),

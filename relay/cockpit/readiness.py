@@ -84,9 +84,9 @@ def judge(evidence: Evidence) -> Verdict:
     return Verdict(evidence.name, evidence.old, evidence.now, judged)
 
 
-def verdict(connection: Any, settings: Settings, name: str, old: str = "") -> Verdict:
+def verdict(connection: Any, settings: Settings, name: str, old: str = "", compared: Sequence[str] = ()) -> Verdict:
     """Ask about one backup, beside the primary or whom ``old`` names. Raises UnknownBackup, RedisError."""
-    return judge(gather(connection, settings, name, old))
+    return judge(gather(connection, settings, name, old, compared))
 
 
 def verdicts(connection: Any, settings: Settings) -> list[Verdict]:

@@ -29,11 +29,11 @@ def backups_now(connection: Any, settings: Settings) -> list[str]:
     return [name for name in dict.fromkeys(server.name for server in servers) if name != primary]
 
 
-def on_route(connection: Any, settings: Settings, route: str) -> tuple[str, list[str]]:
-    """Return who answers first on a route now, and who else has its mail. Raises UnknownRoute."""
+def on_route(connection: Any, settings: Settings, route: str) -> tuple[str, list[str], tuple[str, ...]]:
+    """Return who answers first on a route now, who else has its mail, and all that answer. Raises UnknownRoute."""
     routes = {found.name: found for found in route_roles.table(settings, promotion.standing(connection, settings))}
     if route not in routes:
         raise UnknownRoute(f"no route {printable(route)!r}; there is: {', '.join(routes) or 'none'}")
     found = routes[route]
     first = found.first
-    return first, [name for name in dict.fromkeys(found.copied) if name != first]
+    return first, [name for name in dict.fromkeys(found.copied) if name != first], found.answering

@@ -39,6 +39,7 @@ _FIELDS = {
     "smtpdup_most_recipients": "most",
     "smtpdup_mail_features_total": "uses {extension}",
     "smtpdup_primary_seconds_bucket": "seconds {le}",
+    "smtpdup_server_seconds_bucket": "answered {le} {server}",
     "smtpdup_backup_seconds_bucket": "seconds {le} {destination}",
     "smtpdup_delivery_age_seconds_bucket": "age {le} {destination}",
     "smtpdup_copies_total": "copied {destination}",

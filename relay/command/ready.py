@@ -58,10 +58,12 @@ def show(
 def _backups(settings: Settings, out: Output, name: str | None, route: str, *, nagios: bool, explain: bool) -> int:
     try:
         with ledger_of(settings) as connection:
-            old, others = on_route(connection, settings, route) if route else ("", backups_now(connection, settings))
+            old, others, answering = (
+                on_route(connection, settings, route) if route else ("", backups_now(connection, settings), ())
+            )
             if route and name and name not in others:
                 raise Misuse(f"{name} gets no copies on {route}; {', '.join(others) or 'nobody'} does")
-            evidence = [gather(connection, settings, each, old) for each in ([name] if name else others)]
+            evidence = [gather(connection, settings, each, old, answering) for each in ([name] if name else others)]
     except (UnknownBackup, UnknownRoute) as error:
         raise Misuse(str(error)) from error
     except CannotSay as error:

@@ -115,6 +115,7 @@ class Flow:
 
     ``largest`` is the largest message in octets, ``most`` the most recipients of one, of those that were accepted.
     ``routes`` is by route and server, ``split`` recipients by what was done with them, ``failovers`` turns by server.
+    ``answered`` is what ``seconds`` is, by server: of messages that took a route.
     """
 
     start: float
@@ -137,6 +138,7 @@ class Flow:
     routes: Mapping[tuple[str, str], RouteFlow] = field(default_factory=dict)
     split: Mapping[str, int] = field(default_factory=dict)
     failovers: Mapping[str, int] = field(default_factory=dict)
+    answered: Mapping[str, Buckets] = field(default_factory=dict)
 
     @property
     def refused(self) -> int:
@@ -146,9 +148,13 @@ class Flow:
     def of(self, destination: str) -> DestinationFlow:
         return self.destinations.get(destination, _NOTHING)
 
+    def seconds_of(self, servers: Iterable[str]) -> Buckets:
+        """Return how long these servers took to reply; where none is known by itself, all that answered."""
+        return _merged(self.answered.get(name, Buckets()) for name in servers) if self.answered else self.seconds
+
 
 _NOTHING = DestinationFlow()
-_OTHERS = {"start", "length", "uses", "seconds", "destinations", "routes", "split", "failovers"}
+_OTHERS = {"start", "length", "uses", "seconds", "destinations", "routes", "split", "failovers", "answered"}
 _PLAIN = {name for name in Flow.__slots__ if name not in _OTHERS}
 _MAPS = ("uses", "split", "failovers")  # that are by one name
 _RESULTS = ("delivered", "deferred", "failed", "trouble", "copied")
@@ -209,7 +215,11 @@ def total(flows: Sequence[Flow]) -> Flow:
             )
             for key in sorted({key for flow in flows for key in flow.routes})
         },
-        seconds=Buckets(_sum(flow.seconds.counts for flow in flows)),
+        seconds=_merged(flow.seconds for flow in flows),
+        answered={
+            name: _merged(flow.answered[name] for flow in flows if name in flow.answered)
+            for name in sorted({name for flow in flows for name in flow.answered})
+        },
         destinations={name: _total([flow.of(name) for flow in flows]) for name in sorted(names)},
     )
 
@@ -222,9 +232,13 @@ def _total(flows: Sequence[DestinationFlow]) -> DestinationFlow:
         failed,
         trouble,
         copied,
-        seconds=Buckets(_sum(flow.seconds.counts for flow in flows)),
-        age=Buckets(_sum(flow.age.counts for flow in flows)),
+        seconds=_merged(flow.seconds for flow in flows),
+        age=_merged(flow.age for flow in flows),
     )
+
+
+def _merged(many: Iterable[Buckets]) -> Buckets:
+    return Buckets(_sum(buckets.counts for buckets in many))
 
 
 def _sum(many: Iterable[Mapping[Any, int]]) -> dict[Any, int]:
@@ -257,7 +271,7 @@ def _read(start: float, length: float, fields: Any) -> Flow:
             results.setdefault(destination, {})[word] = number
         else:
             plain[word] = number
-    names = sorted({*results, *(name for _, name in times if name)})
+    names = sorted({*results, *(name for word, name in times if name and word != "answered")})
     destinations = {
         name: DestinationFlow(
             **results.get(name, {}),
@@ -273,6 +287,7 @@ def _read(start: float, length: float, fields: Any) -> Flow:
         seconds=Buckets(times.get(("seconds", ""), {})),
         destinations=destinations,
         routes={key: RouteFlow(**counts) for key, counts in routes.items()},
+        answered={name: Buckets(counts) for (word, name), counts in times.items() if word == "answered"},
         uses=maps["uses"],
         split=maps["split"],
         failovers=maps["failovers"],
@@ -295,7 +310,7 @@ def _field(name: bytes) -> tuple[str, str, float] | None:
             return "seconds", "", bound
         case [word, destination] if word in _RESULTS and is_destination_name(destination):
             return word, destination, 0.0
-        case [("seconds" | "age") as word, figure, destination] if is_destination_name(destination):
+        case [("seconds" | "age" | "answered") as word, figure, destination] if is_destination_name(destination):
             bound = _bound(figure)
             return (word, destination, bound) if bound else None
     return None

@@ -115,6 +115,8 @@ class FinalDot:
         seconds = self._protocol.loop.time() - begun
         faultpoints.reach("primary answered")
         metrics.observer(metrics.primary_seconds)(seconds)
+        if envelope.route:
+            self._time_of_servers(primary, seconds)
         if reply.is_positive:
             metrics.increment(metrics.messages, "accepted")(1)
             if staged:
@@ -148,6 +150,10 @@ class FinalDot:
         by = primary if envelope.route else ""
         maillog.accepted(envelope, reply, seconds, late=is_late, to=to, primary=by)
         self._report.replies.tell(events.ACCEPTED, envelope, primary, reply, seconds=seconds, is_late=is_late)
+
+    def _time_of_servers(self, primary: str, seconds: float) -> None:
+        """Note how long each server took that answers for a route of the message."""
+        metrics.observer(metrics.server_seconds, primary)(seconds)
 
     def _count_by_route(self, counter: Counter, envelope: Envelope, primary: str) -> None:
         """Count a message that the primary has taken, or refused, for each route that its recipients took."""

@@ -91,6 +91,11 @@ class ForkedDot(FinalDot):
         self._report.replies.tell(events.ACCEPTED, envelope, asked, reply, seconds=seconds, is_late=is_late)
         super()._accepted(envelope, self._forked.names, reply, seconds)
 
+    def _time_of_servers(self, primary: str, seconds: float) -> None:
+        for leg in self._forked.legs:
+            if leg.seconds is not None:
+                metrics.observer(metrics.server_seconds, leg.name)(leg.seconds)
+
     def _count_by_route(self, counter: Counter, envelope: Envelope, primary: str) -> None:
         wanted = counter is metrics.route_messages
         said = {leg.name for leg in self._forked.legs if leg.has_message is wanted}

@@ -32,7 +32,7 @@ _GO_AHEAD = Reply.of(354, "go on")
 class Leg:
     """The transaction at one primary, and what that has said last: None where it went on, or fell silent at its dot."""
 
-    __slots__ = ("is_silent", "name", "recipients", "reply", "servers", "transaction")
+    __slots__ = ("is_silent", "name", "recipients", "reply", "seconds", "servers", "transaction")
 
     def __init__(self, name: str, servers: tuple[str, ...], transaction: PrimaryTransaction) -> None:
         self.name = name
@@ -41,6 +41,7 @@ class Leg:
         self.recipients: list[Recipient] = []
         self.reply: Reply | None = None  # the end of it
         self.is_silent = False
+        self.seconds: float | None = None  # from its dot to the reply
 
     @property
     def is_over(self) -> bool:
@@ -62,11 +63,14 @@ class Leg:
 
     async def finish(self) -> None:
         """Send the dot."""
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
         try:
             self.reply = await self.transaction.finish()
         except NoReply:
             self.is_silent = True
         else:
+            self.seconds = loop.time() - begun
             faultpoints.reach("leg answered")
 
 

@@ -118,6 +118,8 @@ def relay(label: str, generation: int = 1, epoch: int = 1, **values: Any) -> Rel
 
 LATE = DestinationFlow(age=Buckets({1.0: 90, 900.0: 10}))
 SLOW = DestinationFlow(delivered=10, seconds=Buckets({1.0: 100}))
+ANSWERED = {"old": Buckets({0.05: 100}), "a": Buckets({1.0: 50, 0.5: 50}), "b": Buckets({1.0: 50})}
+BY_SERVER = replace(READY.day, destinations={"new": SLOW}, answered=ANSWERED)
 HALF = [h if n < 24 else replace(h, destinations={}) for n, h in enumerate(hours(8))]
 BUSY_MONDAY = [replace(h, accepted=1000) if h.start % (7 * DAY) == 9 * HOUR else h for h in hours(10)]
 UNSEEN_MONDAY = [h if h.accepted == 10 else replace(h, destinations={}) for h in BUSY_MONDAY]
@@ -179,6 +181,9 @@ CASES: Sequence[tuple[int, Evidence, Result, str]] = [
     (9, but(day=replace(READY.day, seconds=Buckets({1.0: 9}), destinations={"new": SLOW})), PASS, ""),
     (9, but(day=replace(READY.day, destinations={})), UNKNOWN, "no reply of new"),
     (9, but(day=replace(READY.day, seconds=Buckets())), UNKNOWN, "no reply of old"),
+    (9, but(day=BY_SERVER), FAIL, "old 48 ms"),
+    (9, but(day=BY_SERVER, compared=("a", "b")), PASS, "a, b 96"),
+    (9, but(day=BY_SERVER, compared=("c",)), UNKNOWN, "no reply of c"),
     (10, READY, PASS, ""),
     (10, but(new_greeting=None), UNKNOWN, "no EHLO of new"),
     (10, but(old_greeting=None), UNKNOWN, "no EHLO of old"),

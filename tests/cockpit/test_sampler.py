@@ -32,6 +32,7 @@ class Process:
             "messages": Counter("smtpdup_messages_total", "", ["result"], registry=None),
             "deliveries": Counter("smtpdup_deliveries_total", "", ["destination", "result"], registry=None),
             "seconds": Histogram("smtpdup_primary_seconds", "", buckets=(0.1, 1), registry=None),
+            "answered": Histogram("smtpdup_server_seconds", "", ["server"], buckets=(0.1, 1), registry=None),
             "routed": Counter("smtpdup_route_messages_total", "", ["route", "server"], registry=None),
             "refused": Counter("smtpdup_route_refused_total", "", ["route", "server"], registry=None),
             "failovers": Counter("smtpdup_failovers_total", "", ["server", "to"], registry=None),
@@ -99,15 +100,27 @@ def test_the_flow_of_routes(connection: redis.Redis) -> None:
         arena.take("relay-1")
         process.metrics["routed"].labels("shop", server).inc(10 * times)
         process.metrics["refused"].labels("shop", server).inc(times)
+        process.metrics["answered"].labels(server).observe(0.5 * (times - 1))
         process.metrics["failovers"].labels(server, to).inc()
         process.metrics["failovers"].labels(server, "x").inc()
         process.metrics["split"].labels("defer").inc(times)
         _bind(None)
         sampler.sample(connection)
-    for name in ("accepted shop", "accepted -x a", "refused shop a b", "failovers", "accepted shop a\nb"):
+    for name in (
+        "answered x a",
+        "answered 1.0",
+        "answered 1.0 a b",
+        "accepted shop",
+        "accepted -x a",
+        "refused shop a b",
+        "failovers",
+        "accepted shop a\nb",
+    ):
         connection.hset(flow.HOUR.key(flow.HOUR.start(changes.now(connection))), name, 7)
     found = flow.total(flow.read(connection, flow.HOUR, 2, changes.now(connection)))
     assert found.routes == {("shop", "a"): flow.RouteFlow(20, 2), ("shop", "b"): flow.RouteFlow(30, 3)}
+    assert {name: dict(took.counts) for name, took in found.answered.items()} == {"a": {1.0: 1}, "b": {1.0: 1}}
+    assert (found.seconds_of("a").total, found.seconds_of("ab").total, found.destinations) == (1, 2, {})
     assert (found.split, found.failovers) == ({"defer": 5}, {"a": 2, "b": 2})
 
 

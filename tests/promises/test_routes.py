@@ -90,6 +90,13 @@ def test_the_recipient_decides_who_answers_and_both_have_everything(
         "start": 0, "length": 60, "route": "moved", "server": "new", "accepted": 2, "refused": 0,
     }  # fmt: skip
     assert relay.run("flow", "--route", "nowhere").returncode == 2
+    measured = [
+        line for line in relay.get("/metrics")[1].splitlines() if line.startswith("smtpdup_server_seconds_count")
+    ]
+    assert measured == [
+        'smtpdup_server_seconds_count{server="new"} 2.0',
+        'smtpdup_server_seconds_count{server="old"} 1.0',
+    ]
     (row,) = relay.json("route", "anna+x@example.com")
     assert (row["route"], row["primary"], row["backups"]) == ("moved", "new", ["old"])
     assert row["why"] == f"anna@example.com in {table}:2"
