@@ -151,6 +151,26 @@ async def test_drained_in_the_middle(
     assert not made.accepting
 
 
+async def test_handed_over_during_a_drain(
+    contents: Contents, redis_url: str, redis_client: redis.Redis, backup: ScriptedServer
+) -> None:
+    """A job that was fetched in the moment of a stop goes back at once, and its copies are leased to nobody."""
+    made = Courier(settings(), backup.destination("new"), "worker", redis_url)
+    await made.start()
+    await made.deliver("first", [contents.pending()])  # there is a connection to Redis
+    ids = [contents.pending() for _ in range(3)]
+    draining = asyncio.ensure_future(made.drain())
+    await asyncio.sleep(0)
+    handed_over = [asyncio.ensure_future(made.deliver("job", ids))]
+    while not draining.done():
+        await asyncio.sleep(0)
+        handed_over.append(asyncio.ensure_future(made.deliver("job", ids)))
+    ends = await asyncio.gather(*handed_over, return_exceptions=True)
+    assert {type(end) for end in ends} == {Interrupted}
+    assert (redis_client.zcard(keys.BUSY + "new"), sorted(contents.pending_ids())) == (0, sorted(ids))
+    assert len(backup.transactions) == 1
+
+
 async def test_a_server_that_says_nothing_pauses_the_destination(
     contents: Contents, redis_url: str, redis_client: redis.Redis, backup: ScriptedServer
 ) -> None:

@@ -224,7 +224,8 @@ class Courier:
 
     async def _deliver(self, job_id: str, ids: list[str]) -> None:
         faultpoints.reach("job fetched")
-        if self._hold_and_throttle.is_barred:
+        # In a drain nobody waits for a job that is only handed over now: what it claimed would stay leased.
+        if self._gate.is_draining or self._hold_and_throttle.is_barred:
             raise Interrupted
         job = self._jobs.open(job_id, await self._claiming.claim(job_id, ids))
         try:
