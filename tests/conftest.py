@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ import redis
 
 from relay import log_lines, ownership, private_files
 from relay.mail import encryption, record
-from support import exim_instance, load, postfix_instance, remembered, settable_clock
+from support import exim_instance, load, parallel_run, postfix_instance, remembered, settable_clock
 from support.certificates import Certificate
 from support.dns_server import DnsServer
 from support.load import SmtpSink
@@ -43,16 +42,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Have what tests start hear SIGHUP, whoever has started them: below nohup it is ignored, which is inherited.
 
-    Starts of the product are forks, which take a fifth of the processor time. What is no fork does not compile all of
-    its modules, either: where Python writes no bytecode it does so for this run, elsewhere.
+    Starts of the product are forks, which take a fifth of the processor time.
     """
-    if sys.dont_write_bytecode and not hasattr(config, "workerinput"):
-        folder = tempfile.TemporaryDirectory(prefix="smtp-dup-pycache-")  # the environment of whatever is started
-        os.environ["PYTHONPYCACHEPREFIX"] = folder.name
-        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-        config.add_cleanup(folder.cleanup)
-    if not hasattr(config, "workerinput") and getattr(config.option, "numprocesses", None):
-        _compile(config)
+    parallel_run.share_bytecode(config)
+    if parallel_run.is_parallel(config):
+        parallel_run.refuse_what_is_not_there(config)
+        parallel_run.compile_tests(config)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: None)  # a handler is not inherited; we ourselves go on all the same
     Product.forks = True
@@ -66,23 +61,10 @@ def pytest_configure(config: pytest.Config) -> None:
     free_port()  # opens its file now, not between two counts of descriptors
 
 
-def _compile(config: pytest.Config) -> None:
-    """Compile what all workers import, once: at the first run in a checkout each of them would do it for itself."""
-    tests = config.rootpath / "tests"
-    done = any((tests / "__pycache__").glob("test_structure.*pytest*")) and not sys.dont_write_bytecode
-    if done or [str(arg).rstrip("/") for arg in config.args] not in (["tests"], [str(tests)]):
-        return
-    rooms = sorted(path for path in tests.iterdir() if any(path.glob("test_*.py")) or path.match("test_*.py"))
-    words = [sys.executable, "-m", "pytest", "-n", "0", "--collect-only", "-qq"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-    started = [
-        subprocess.Popen(
-            [*words, *map(str, rooms[n::2])], cwd=config.rootpath, env=environment, stdout=subprocess.DEVNULL
-        )
-        for n in range(2)
-    ]
-    for process in started:
-        process.wait()  # what is wrong with a file is told by the workers
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
+    """Say why nothing was run, which the processes that were to run it do not."""
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and parallel_run.is_parallel(config):
+        terminalreporter.write_line(parallel_run.reason_for_nothing(config))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -375,3 +375,15 @@ def test_forks_end_with_the_test_run(tmp_path):
         fork = int(wait_until((tmp_path / "out").read_text))
         caller.kill()
     wait_until(lambda: not is_alive(fork) and not is_alive(prepared))
+
+
+def test_a_parallel_run_says_why_it_ran_nothing():
+    """What the processes that would run the tests keep to themselves: nothing matches; and nothing is there."""
+    words = [sys.executable, "-m", "pytest", "-n", "1", "-p", "no:cacheprovider"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [*words, "tests/test_repeated.py", "-k", "nothing_is_called_so"], cwd=root, capture_output=True, text=True
+    )
+    assert (done.returncode, "no tests collected (" in done.stdout) == (5, True), done.stdout
+    done = subprocess.run([*words, "tests/test_away.py::test_it"], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, "not found: tests/test_away.py::test_it" in done.stderr) == (4, True), done.stderr
