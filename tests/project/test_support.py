@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from support import forked
+from support import forked, parallel_run
 from support.dialogue import AsyncDialogue, Dialogue, Unexpected, stuffed
 from support.load import smtp_source
 from support.postfix_instance import PostfixInstance
@@ -379,11 +381,11 @@ def test_forks_end_with_the_test_run(tmp_path):
 
 def test_a_parallel_run_says_why_it_ran_nothing():
     """What the processes that would run the tests keep to themselves: nothing matches; and nothing is there."""
-    words = [sys.executable, "-m", "pytest", "-n", "1", "-p", "no:cacheprovider"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [*words, "tests/test_repeated.py", "-k", "nothing_is_called_so"], cwd=root, capture_output=True, text=True
-    )
-    assert (done.returncode, "no tests collected (" in done.stdout) == (5, True), done.stdout
-    done = subprocess.run([*words, "tests/test_away.py::test_it"], cwd=root, capture_output=True, text=True)
-    assert (done.returncode, "not found: tests/test_away.py::test_it" in done.stderr) == (4, True), done.stderr
+    args = ["-n", "2", "tests/test_repeated.py", "-k", "nothing_is_called_so"]
+    given = SimpleNamespace(dir=Path(__file__).parents[2], args=args)
+    config: Any = SimpleNamespace(invocation_params=given, option=SimpleNamespace(pyargs=False), args=[args[2]])
+    parallel_run.refuse_what_is_not_there(config)
+    assert "no tests collected (6 deselected)" in parallel_run.reason_for_nothing(config)
+    config.args.append("tests/test_away.py::test_it")
+    with pytest.raises(pytest.UsageError, match="not found: tests/test_away"):
+        parallel_run.refuse_what_is_not_there(config)
