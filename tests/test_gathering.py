@@ -19,9 +19,9 @@ class Item:
 class Writes:
     """Groups as they are begun; the test says when each has ended."""
 
-    def __init__(self, *, flights: int = 1, octets: int = 100) -> None:
+    def __init__(self, *, flights: int = 1, octets: int = 100, apart: float = 0.0) -> None:
         self.begun: list[str] = []
-        self.gathering = Gathering(self.begin, flights=flights, octets=octets)
+        self.gathering = Gathering(self.begin, flights=flights, octets=octets, apart=apart)
 
     def begin(self, group: list[Item]) -> None:
         self.begun.append("".join(item.name for item in group))
@@ -97,3 +97,47 @@ async def test_a_drain_ends_when_all_has_been_written() -> None:
     async with asyncio.timeout(10):
         await asyncio.gather(*drains)
     assert writes.begun == ["a", "b"]
+
+
+async def test_groups_apart_are_larger_unless_somebody_waits() -> None:
+    """The first leaves at once; what comes behind it waits for its time, for who hurries, or for the end."""
+    writes = Writes(apart=3600)
+    writes.add("a")
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert writes.begun == ["a"]
+    writes.gathering.landed()
+    for name in "bcd":
+        writes.add(name)
+        await asyncio.sleep(0)
+    assert writes.begun == ["a"]
+    writes.gathering.hurry()
+    writes.add("e")
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert writes.begun == ["a", "bcde"]
+    writes.add("f")
+    writes.gathering.hurry()  # while a write is under way
+    assert writes.begun == ["a", "bcde"]
+    writes.gathering.landed()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert writes.begun == ["a", "bcde", "f"]
+    writes.add("g")
+    writes.gathering.landed()
+    draining = asyncio.create_task(writes.gathering.drain())
+    await asyncio.sleep(0)
+    assert writes.begun == ["a", "bcde", "f", "g"]
+    writes.gathering.landed()
+    await draining
+
+
+async def test_a_group_that_nobody_hurries_leaves_when_its_time_comes() -> None:
+    """Nothing waits for the next item."""
+    writes = Writes(apart=0.01)
+    for name in "ab":
+        writes.add(name)
+        async with asyncio.timeout(60):
+            while writes.begun[-1:] != [name]:
+                await asyncio.sleep(0.001)
+        writes.gathering.landed()

@@ -81,6 +81,22 @@ async def test_claimed_once(contents: Contents, redis_url: str, backup: Scripted
     assert len(backup.messages) == 10
 
 
+async def test_the_end_of_a_job_waits_for_no_later_group(
+    contents: Contents,
+    redis_url: str,
+    redis_client: redis.Redis,
+    backup: ScriptedServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is settled leaves with the others of its job, and at the end of that at once, whatever came before."""
+    monkeypatch.setattr(outbox, "_APART", 3600)
+    async with courier(redis_url, backup) as made, asyncio.timeout(120):
+        for job in "abc":
+            await made.deliver(job, [contents.pending() for _ in range(5)])
+            assert not redis_client.zcard(keys.PENDING + "new")
+    assert len(backup.messages) == 15
+
+
 async def test_a_large_body_is_fetched_in_its_turn(contents: Contents, redis_url: str, backup: ScriptedServer) -> None:
     """A body that does not fit into a read-ahead arrives like any other."""
     import os

@@ -157,6 +157,7 @@ class JobsInHand:
             else:
                 untried.append(item.id)
         self._defer(job)
+        self._outcomes.hurry()
         return untried
 
     def _defer(self, job: JobInHand) -> None:

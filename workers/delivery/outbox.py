@@ -1,5 +1,6 @@
 """Outcomes on their way to the ledger, group-committed: what copies have come to while Redis was busy leaves together.
 
+Copies that are settled while others of their job are under way wait for these a moment, as a write costs what ten do.
 An outcome that cannot be written is tried again until it is: a Redis restart in the middle of a batch repeats no
 delivery. A group has one future, for ``asyncio.wait``; it resolves when Redis has answered. While the oldest outcome
 waits for more than a second, ``is_late`` tells the courier to start no new copy. Under Sentinels a failover can lose
@@ -36,6 +37,7 @@ _AFTERMATH_SECONDS, _AGAIN_SECONDS = 60.0, 5.0
 _REMEMBERED_SECONDS = 300.0  # a failover takes as long as the Sentinels wait, and their election
 _REMEMBERED = 50_000
 _PAGE = 1000
+_APART = 0.02  # seconds between two groups that nobody waits for; a kill repeats what was delivered in that time
 
 Change = Callable[[Any], object]
 
@@ -73,7 +75,7 @@ class Outbox:
         self._jobs = jobs
         self._destination = destination
         self._noise = noise
-        self._gathering = Gathering(self._begin)
+        self._gathering = Gathering(self._begin, apart=_APART)
         self._flight: asyncio.Task[None] | None = None
         self._written: asyncio.Future[None] | None = None  # of the next group
         self._oldest: float | None = None
@@ -92,12 +94,18 @@ class Outbox:
         return self._oldest is not None and time.monotonic() - self._oldest > _STUCK
 
     def settle(self, message_id: str, *, counted: bool = False) -> asyncio.Future[None]:
-        """Note a delivered copy; ``counted`` when it is open in a group of divergence."""
+        """Note a delivered copy; ``counted`` when it is open in a group of divergence. Who waits for it must hurry."""
         return self._submit(_Waiting(message_id, counted))
 
     def write(self, change: Change) -> asyncio.Future[None]:
         """Note a change that makes an RQ job too; called in a thread with a pipeline in MULTI, again if that fails."""
-        return self._submit(_Waiting(change=change))
+        written = self._submit(_Waiting(change=change))
+        self.hurry()
+        return written
+
+    def hurry(self) -> None:
+        """Write what waits as soon as possible."""
+        self._gathering.hurry()
 
     def has_settled(self, claim: Claim) -> bool:
         """Say whether this very copy was settled here: Redis has it as pending because a failover lost that."""
