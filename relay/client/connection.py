@@ -226,9 +226,9 @@ class Connection(asyncio.Protocol):
         if then:
             self._owe(then)
             self._is_ahead = True
-        behind = b"".join([line + b"\r\n" for line in then])
+        behind = b"\r\n".join((*then, b"")) if then else b""
         self._behind_dot = len(behind)
-        self._transport.writelines((last, b".\r\n", behind))
+        self._transport.writelines((last, b".\r\n" + behind))
 
     async def quit(self, timeout: float = 2.0) -> None:
         """Send QUIT if the state allows it, then close. Raises nothing but CancelledError."""

@@ -161,7 +161,9 @@ class Pool:
             self._say_goodbye(connection)
         else:
             self._keep(connection)
-        self._free()
+        self._out -= 1
+        if self._waiters:
+            self._wake()
 
     def renew(self) -> None:
         """Retire all connections that are open now: a server applies its new settings to new connections only."""

@@ -45,20 +45,25 @@ class Envelope(NamedTuple):
         record: dict[str, Any] = {
             "id": self.id,
             "from": self.sender,
-            "to": [[r.address, *r.parameters] for r in self.recipients],
+            "to": [(address, *parameters) if parameters else (address,) for address, parameters in self.recipients],
             "at": round(self.received_at, 3),
             "size": self.size,
         }
-        optional = {
-            "mail": self.parameters,
-            "addr": self.client_address,
-            "helo": self.client_helo,
-            "dest": self.destinations,
-            "xf": self.identity,
-            "mid": self.message_id,
-            "route": self.route,
-        }
-        record |= {key: value for key, value in optional.items() if value}
+        # Written out: a loop over these takes as long as the JSON.
+        if self.parameters:
+            record["mail"] = self.parameters
+        if self.client_address:
+            record["addr"] = self.client_address
+        if self.client_helo:
+            record["helo"] = self.client_helo
+        if self.destinations:
+            record["dest"] = self.destinations
+        if self.identity:
+            record["xf"] = self.identity
+        if self.message_id:
+            record["mid"] = self.message_id
+        if self.route:
+            record["route"] = self.route
         if self.promised is not None:
             record["for"] = dict(self.promised)
         return to_json(record).encode("ascii")

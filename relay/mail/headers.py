@@ -97,7 +97,7 @@ def has_looped(block: bytes, domain: str, most_hops: int, most_own: int) -> bool
 
     Octets are searched directly: for a block of a megabyte, a regular expression takes ten times as long.
     """
-    ours = f"by {domain} {_MARK} ".encode("ascii", "replace").lower()
+    ours = _own_mark(domain)
     text = b"\r\n" + block.lower()
     if text.count(_RECEIVED) <= most_hops and text.count(ours) <= most_own:
         return False
@@ -111,6 +111,11 @@ def has_looped(block: bytes, domain: str, most_hops: int, most_own: int) -> bool
         own += text.find(ours, at, end if end >= 0 else len(text)) >= 0
         at = text.find(_RECEIVED, end) if end >= 0 else -1
     return hops > most_hops or own > most_own
+
+
+@lru_cache(maxsize=2)
+def _own_mark(domain: str) -> bytes:
+    return f"by {domain} {_MARK} ".encode("ascii", "replace").lower()
 
 
 class Named(NamedTuple):

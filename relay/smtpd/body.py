@@ -130,7 +130,10 @@ class IncomingBody:
         if self._stuffing is not None:
             piece = self._stuffing.feed(piece)
         if not self._begun:
-            piece = self._beginning(piece, is_last=is_last)
+            if piece[:1].isalnum() and not self._front:
+                self._begun = True  # with a field, as nearly always
+            else:
+                piece = self._beginning(piece, is_last=is_last)
         self.refusal = _BARE_NEWLINE if self._ends.refused else self._too_much(piece)
         if self.refusal is None and piece:
             if len(self._last) + len(piece) <= _AT_ONCE:

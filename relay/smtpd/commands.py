@@ -16,7 +16,7 @@ from relay.smtpd.end_of_data import ClientGone
 from relay.smtpd.error_limits import ErrorLimits
 from relay.smtpd.peer import AUTH_LINE, Peer
 from relay.smtpd.protocol import ClientProtocol
-from relay.smtpd.syntax import LINE_LIMIT, SyntaxProblem, argument_text, nothing_after, split_command
+from relay.smtpd.syntax import LINE_LIMIT, SyntaxProblem, argument_text, as_ordinary, nothing_after, split_command
 from relay.smtpd.transaction import INTERNAL, MailTransaction
 
 _OK = Reply.of(250, "2.0.0 Ok")
@@ -71,10 +71,10 @@ class CommandLoop:
                     reply = self._reply_to(error)
                 if limits.bad and limits.are_unbearable:
                     reply = _TOO_MANY_ERRORS
-                if reply is not None:
-                    await protocol.push(reply)
-                    if self._over or transaction.is_lost or reply.code == 421:
-                        break
+                if reply is not None and protocol.put(reply):
+                    await protocol.catch_up()
+                if reply is not None and (self._over or transaction.is_lost or reply.code == 421):
+                    break
                 if context.stopping and not transaction.in_transaction and not self._may_stay:
                     await protocol.push(_SHUTDOWN)
                     break
@@ -126,20 +126,30 @@ class CommandLoop:
 
     def _command(self, line: bytes) -> Awaitable[Reply | None]:
         """Return what answers a command line, with None if the reply has been sent. Raises SyntaxProblem."""
+        if len(line) <= LINE_LIMIT and (ordinary := as_ordinary(line)) is not None:
+            found, argument = ordinary.groups(b"")
+            verb, text = found.upper(), argument.decode("ascii")
+        else:
+            verb, text = self._mended(line)
+        if (mailing := _MAILING.get(verb)) is not None:
+            return mailing(self._transaction, text)
+        if (command := _COMMANDS.get(verb)) is None:
+            raise _unknown(verb)
+        if verb != b"QUIT":
+            self._error_limits.idle()
+        return command(self, text)
+
+    def _mended(self, line: bytes) -> tuple[bytes, str]:
+        """Return the verb and the argument of a command line of any form. Raises SyntaxProblem."""
         verb, argument = split_command(line)
-        mailing = _MAILING.get(verb)
         if not line or (len(line) > LINE_LIMIT and (verb != b"AUTH" or len(line) > AUTH_LINE)):
             raise SyntaxProblem(500, "5.5.2 Line too long")
-        if mailing is None and verb not in _COMMANDS:
+        if verb not in _MAILING and verb not in _COMMANDS:
             raise _unknown(verb)
         text = argument_text(argument)
         if not line.endswith(b"\r\n") and self._peer.crlf_only:
             raise SyntaxProblem(500, "5.5.2 A command must end with CRLF")
-        if mailing is not None:
-            return mailing(self._transaction, text)
-        if verb != b"QUIT":
-            self._error_limits.idle()
-        return _COMMANDS[verb](self, text)
+        return verb, text
 
     # --- commands ---------------------------------------------------------------------------------------------
 

@@ -117,7 +117,7 @@ class FinalDot:
         metrics.observer(metrics.primary_seconds)(seconds)
         if envelope.route:
             self._time_of_servers(primary, seconds)
-        if reply.is_positive:
+        if 200 <= reply.code < 300:
             metrics.increment(metrics.messages, "accepted")(1)
             if staged:
                 addresses = tuple([r.address for r in envelope.recipients])
@@ -144,7 +144,8 @@ class FinalDot:
             self._report.log_the_rest()
         metrics.increment(metrics.bytes_accepted)(envelope.size)
         mail_features.note(envelope)
-        self._count_by_route(metrics.route_messages, envelope, primary)
+        if envelope.route:
+            self._count_by_route(metrics.route_messages, envelope, primary)
         is_late = self._protocol.is_gone
         to = [r.address for r in envelope.recipients] if self._context.settings.log.addresses else ()
         by = primary if envelope.route else ""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
 from relay import maillog, metrics
@@ -98,34 +99,39 @@ class Primary:
             self._probed_at = time.monotonic()
             self._probe = None
 
-    async def mail(
-        self, connection: Connection, build: Build, identity: Identity, timeout: float
-    ) -> tuple[list[bytes], Reply]:
-        """Send MAIL and the commands ``build`` puts behind it; returns those commands and the reply to MAIL."""
+    def mail(
+        self, connection: Connection, build: Build, identity: Identity, ahead: deque[bytes], timeout: float
+    ) -> Awaitable[Reply]:
+        """Send MAIL and the commands ``build`` puts behind it; returns the reply to MAIL, to be awaited.
+
+        ``ahead`` gets those commands.
+        """
         if identity or connection.introduced:
-            return await self._introduced_mail(connection, build, identity, timeout)
+            return self._introduced_mail(connection, build, identity, ahead, timeout)
         self.extensions = connection.extensions
-        mail, *ahead = build(connection.extensions)
-        connection.send(mail, *ahead)
-        return ahead, await connection.reply(timeout=timeout)
+        commands = build(connection.extensions)
+        ahead.extend(commands[1:])
+        connection.send(*commands)
+        return connection.reply(timeout=timeout)
 
     async def _introduced_mail(
-        self, connection: Connection, build: Build, identity: Identity, timeout: float
-    ) -> tuple[list[bytes], Reply]:
+        self, connection: Connection, build: Build, identity: Identity, ahead: deque[bytes], timeout: float
+    ) -> Reply:
         turned_away = await introduce(connection, identity, timeout=timeout)
         if turned_away is not None:
-            return [], turned_away
+            return turned_away
         self.extensions = connection.extensions
-        mail, *ahead = build(connection.extensions)
+        mail, *behind = build(connection.extensions)
+        ahead.extend(behind)
         forward = xforward(identity, connection)
         if "PIPELINING" in connection.extensions:
-            connection.send(*forward, mail, *ahead)
+            connection.send(*forward, mail, *behind)
             for _ in forward:  # the replies to XFORWARD do not matter: it serves the primary's log
                 await connection.reply(timeout=timeout)
-            return ahead, await connection.reply(timeout=timeout)
+            return await connection.reply(timeout=timeout)
         for line in forward:
             await connection.command(line, timeout=timeout)
-        return ahead, await connection.command(mail, timeout=timeout)
+        return await connection.command(mail, timeout=timeout)
 
     async def take_back(self, connection: Connection) -> None:
         """Read the replies to commands that were sent ahead in vain, so that the connection can be kept.

@@ -42,7 +42,7 @@ def _is_about_the_transaction(reply: Reply) -> bool:
 
 def for_client_at_end(reply: Reply) -> Reply:
     """Return the reply for the client, made of the primary's reply to the final dot."""
-    if reply.is_positive:
+    if 200 <= reply.code < 300:
         return reply
     return for_client(reply) if 400 <= reply.code < 600 else UNEXPECTED
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any
 
 from relay import faultpoints
@@ -101,7 +101,8 @@ async def _begin(
         reused = connection.transactions > 0
         most = primary.timeouts.connect if reused else _left(primary.timeouts, until)
         try:
-            ahead, reply = await primary.mail(connection, build, identity, most)
+            ahead = deque[bytes]()
+            reply = await primary.mail(connection, build, identity, ahead, most)
         except ClientError as error:
             connection.close()
             pool.give_back(connection)
@@ -120,7 +121,7 @@ async def _begin(
             continue
         if doubted is not None:
             primary.settle_doubt(doubted, reply)
-        if reply.is_positive:
+        if 200 <= reply.code < 300:
             return PrimaryTransaction(primary, connection, ahead, build, identity, reused=reused), reply
         await _give_back_refused(primary, connection, reply)
         if reply.code == 421:
@@ -156,7 +157,7 @@ class PrimaryTransaction:
         self,
         primary: Primary,
         connection: Connection,
-        ahead: Iterable[bytes],
+        ahead: deque[bytes],
         build: Build,
         identity: Identity,
         *,
@@ -168,7 +169,7 @@ class PrimaryTransaction:
         """
         self._primary = primary
         self._connection: Connection | None = connection
-        self._ahead = deque(ahead)
+        self._ahead = ahead
         self._build = build
         self._identity = identity
         self._reused = reused
@@ -178,18 +179,9 @@ class PrimaryTransaction:
         self._last = b""  # the end of the body, to be sent with the dot
         self.extensions = connection.extensions
 
-    async def rcpt(self, command: bytes) -> Reply:
-        """Send RCPT; returns the reply for the client."""
-        connection = self._connection
-        if connection is not None and connection.limits is not UNLIMITED and self._exceeds(connection.limits, command):
-            return TOO_MANY
-        is_first = not self._asked
-        self._asked += 1
-        reply = await self._command(command, "RCPT")
-        if reply.is_positive:
-            self._accepted.append(command)
-            return reply
-        return for_client_at_rcpt(reply, is_first=is_first)
+    def rcpt(self, command: bytes) -> Awaitable[Reply]:
+        """Send RCPT; returns the reply for the client, to be awaited."""
+        return self._command(command, "RCPT")
 
     def _exceeds(self, limits: ServerLimits, command: bytes) -> bool:
         """Return whether this RCPT exceeds the limits that the server announced; if not, note its domain."""
@@ -202,17 +194,9 @@ class PrimaryTransaction:
         self._domains.add(domain)
         return False
 
-    async def data(self) -> Reply:
-        """Send DATA; returns the reply for the client. ``write`` may follow a 354; any other ends the transaction."""
-        reply = await self._command(b"DATA", "DATA")
-        if reply.code == 354 and self._connection is not None:
-            self._connection.begin_data()
-            return reply
-        if reply.is_positive:  # a 2xx to DATA: it is unknown how the server would read the next octets
-            self.abandon()
-            return UNEXPECTED
-        self.end()
-        return reply if reply.code != 354 else LOST
+    def data(self) -> Awaitable[Reply]:
+        """Send DATA; returns the reply for the client, to be awaited. Any but a 354 ends the transaction."""
+        return self._command(b"DATA", "DATA")
 
     async def withdraw(self) -> None:
         """Undo a DATA that was sent ahead; the transaction stays open.
@@ -307,31 +291,48 @@ class PrimaryTransaction:
             self.abandon()
 
     async def _command(self, command: bytes, stage: str) -> Reply:
-        """Send a command; returns the reply for the client. Repeats on a new connection if a reused one fails."""
+        """Send RCPT or DATA; returns the reply for the client. Repeats on a new connection if a reused one fails."""
         connection = self._connection
         if connection is None:
             return LOST
+        if stage == "RCPT":
+            if connection.limits is not UNLIMITED and self._exceeds(connection.limits, command):
+                return TOO_MANY
+            self._asked += 1
         try:
             if self._ahead:
                 self._send(connection, command)
             else:
                 connection.send(command)
             reply = await connection.reply(timeout=self._primary.timeouts.command)
-        except ConnectionGone as error:
-            if not self._reused:
-                return self._gone(stage, error)
-            return await self._repeat(command, stage, None)
         except ClientError as error:
-            return self._gone(stage, error)
+            may_repeat = self._reused and isinstance(error, ConnectionGone)
+            reply = await self._repeat(command, stage, None) if may_repeat else self._gone(stage, error)
         except BaseException:
             self.abandon()
             raise
-        if reply.code == 354 or 200 <= reply.code < 300:
+        else:
+            if reply.code != 354 and not 200 <= reply.code < 300:
+                is_doubtful = self._primary.pool.refusals.is_doubtful
+                again = self._reused and reply.code >= 400 and (reply.code == 421 or is_doubtful(reply))
+                reply = await self._repeat(command, stage, reply) if again else self._read(stage, reply)
+        return self._after_rcpt(command, reply) if stage == "RCPT" else self._after_data(reply)
+
+    def _after_rcpt(self, command: bytes, reply: Reply) -> Reply:
+        if 200 <= reply.code < 300:
+            self._accepted.append(command)
             return reply
-        refusals = self._primary.pool.refusals
-        if self._reused and reply.code >= 400 and (reply.code == 421 or refusals.is_doubtful(reply)):
-            return await self._repeat(command, stage, reply)
-        return self._read(stage, reply)
+        return for_client_at_rcpt(reply, is_first=self._asked == 1)
+
+    def _after_data(self, reply: Reply) -> Reply:
+        if reply.code == 354 and self._connection is not None:
+            self._connection.begin_data()
+            return reply
+        if reply.is_positive:  # a 2xx to DATA: it is unknown how the server would read the next octets
+            self.abandon()
+            return UNEXPECTED
+        self.end()
+        return reply if reply.code != 354 else LOST
 
     def _read(self, stage: str, reply: Reply) -> Reply:
         if reply.code == 421:
@@ -369,8 +370,7 @@ class PrimaryTransaction:
             if not connection.extensions.keys() >= offered:
                 self.abandon()  # another node, without an extension that may be in use
                 return LOST
-            sent, reply = await primary.mail(connection, build, self._identity, primary.timeouts.command)
-            self._ahead.extend(sent)
+            reply = await primary.mail(connection, build, self._identity, self._ahead, primary.timeouts.command)
             for accepted in self._accepted if reply.is_positive else ():
                 self._send(connection, accepted)
                 reply = await connection.reply(timeout=primary.timeouts.command)

@@ -161,14 +161,19 @@ class ClientProtocol(asyncio.Protocol):
         return self._handshake is not None
 
     async def push(self, reply: Reply) -> None:
-        """Write a reply, and wait while the client reads too slowly. After a disconnect it is dropped.
+        """Write a reply, and wait while the client reads too slowly."""
+        if self.put(reply):
+            await self.catch_up()
+
+    def put(self, reply: Reply) -> bool:
+        """Write a reply; after a disconnect it is dropped. Returns whether the client has to ``catch_up``.
 
         While the next command has already arrived, replies are collected and written at once, at the latest when this
         task waits for something: a write costs more than most commands.
         """
         transport = self.transport
         if transport is None or transport.is_closing():
-            return
+            return False
         if (
             self.read_buffer.data
             and self.read_buffer.has_line
@@ -178,12 +183,16 @@ class ClientProtocol(asyncio.Protocol):
             if not self._held:
                 self.loop.call_soon(self._flush)
             self._held.append(wire(reply))
-            return
+            return False
         if self._held:
             self._write(reply)
         else:
             transport.write(wire(reply))
-        if self._writable is not None and transport.get_write_buffer_size():
+        return self._writable is not None and transport.get_write_buffer_size() > 0
+
+    async def catch_up(self) -> None:
+        """Wait while the client reads too slowly."""
+        if self._writable is not None:
             self._deaf_at = self.loop.time() + self._write_seconds
             try:
                 await asyncio.wait([self._writable])

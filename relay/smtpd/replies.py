@@ -55,7 +55,7 @@ class Replies:
             reply,
             refused_at,
             self.mail,
-            _once(self.rcpt),
+            _once(self.rcpt) if len(self.rcpt) > 1 else self.rcpt,
             is_late=is_late,
         ):
             emitter.note(event)
@@ -63,6 +63,6 @@ class Replies:
 
 def _once(replies: Sequence[Reply]) -> Sequence[Reply]:
     """Return replies, or the one that they all are."""
-    if len(replies) > 1 and all(reply == replies[0] for reply in replies):
+    if all(reply == replies[0] for reply in replies):
         return replies[:1]
     return replies

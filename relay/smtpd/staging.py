@@ -72,6 +72,7 @@ class Staging:
         self._large = GroupCommit(bulk, seconds=stage_seconds)
         self._dispatcher = dispatcher
         self._watch = watch
+        self.now = watch.clock.now  # the time by Redis's clock, seconds since the epoch
         self._stage_seconds = stage_seconds
         self._deadline_seconds = deadline_seconds
         self._hold_seconds = hold_seconds
@@ -81,10 +82,6 @@ class Staging:
         self._doubtful: set[str] = set()  # ids whose stage got no answer: Redis may have them nevertheless
         self._repeating: set[asyncio.Task[None]] = set()
 
-    def now(self) -> float:
-        """Return the time by Redis's clock, seconds since the epoch."""
-        return self._watch.clock.now()
-
     async def stage(self, message: Message) -> str:
         """Put a message on stable storage, not yet due at any backup; returns which. Raises NotDurable."""
         large = len(message.body) > _LARGE  # compressing and encrypting it would block the other clients
@@ -93,7 +90,7 @@ class Staging:
         envelope = message.envelope
         trouble = self._watch.objection(size)
         if not trouble:
-            trouble = await self._to_redis(envelope, record)
+            trouble = await self._to_redis(envelope, record, size)
             if not trouble:
                 return IN_REDIS
         try:
@@ -104,16 +101,16 @@ class Staging:
             untidy = self._spool is not None and self._spool.has(envelope.id)
             hopeless = envelope.id in self._doubtful or not self._watch.may_squeeze_in(size)
             # A Redis that is nearly full is better than no copy.
-            if untidy or hopeless or await self._to_redis(envelope, record):
+            if untidy or hopeless or await self._to_redis(envelope, record, size):
                 if untidy or envelope.id in self._doubtful:
                     self.discard(envelope.id)
                 raise NotDurable(trouble, is_own=is_own or self._watch.is_own) from error
             return IN_REDIS
         return IN_SPOOL
 
-    async def _to_redis(self, envelope: Envelope, record: tuple[bytes, ...]) -> str:
+    async def _to_redis(self, envelope: Envelope, record: tuple[bytes, ...], size: int) -> str:
         """Stage a record in Redis; returns "", or the reason of the failure."""
-        staged, size = Staged(envelope.id, record, self.now() + self._deadline_seconds), sum(map(len, record))
+        staged = Staged(envelope.id, record, self.now() + self._deadline_seconds)
         self._watch.sent(size)
         try:
             await (self._large if size > _LARGE else self._small).submit("stage", staged, size)
@@ -144,46 +141,44 @@ class Staging:
         metrics.spooled.inc()
         maillog.spooled(envelope, reason)
 
-    async def release(self, released: Released) -> None:
-        """Make a staged message due at its backups. Waits for the first try only; repetitions run in the background.
+    def release(self, released: Released) -> Awaitable[None]:
+        """Make a staged message due at its backups, to be awaited for the first try; repetitions run in the background.
 
         Without ``awaits_release`` the first try runs there too, once it is sent. Only the loss of this process and of
         Redis at that moment leaves the message staged: then its copies are due after the hold, as uncertain ones.
         """
-        spool = self._spool
-        if spool is not None and spool.has(released.id) and await self._in_spool(spool.release, released.id):
-            self._doubtful.discard(released.id)  # the importer merges it with what Redis may have
-            return
-        if not self._watch.is_down:
-            if not self._awaits_release:
-                sent = asyncio.get_running_loop().create_future()
-                answer = self._small.submit("release", released, sent=sent)
-                self._repeat(partial(self._see_to, released, answer))
-                await sent
-                return
-            if await self._is_released(released, self._small.submit("release", released)):
-                return
-        await self._release_later(released)
+        if self._spool is not None and self._spool.has(released.id):
+            return self._release_spooled(self._spool, released)
+        if self._watch.is_down:
+            return self._release_later(released)
+        if self._awaits_release:
+            return self._see_to(released, self._small.submit("release", released))
+        sent = asyncio.get_running_loop().create_future()
+        answer = self._small.submit("release", released, sent=sent)
+        self._repeat(partial(self._see_to, released, answer))
+        return sent
 
-    async def _is_released(self, released: Released, answer: asyncio.Future[Any]) -> bool:
+    async def _release_spooled(self, spool: Spool, released: Released) -> None:
+        if await self._in_spool(spool.release, released.id):
+            self._doubtful.discard(released.id)  # the importer merges it with what Redis may have
+        else:  # it has just been moved to Redis
+            await self.release(released)
+
+    async def _see_to(self, released: Released, answer: asyncio.Future[Any]) -> None:
         """Wait for the answer to a release, and see to what follows from it."""
         try:
             is_new = await answer
         except (RedisError, OSError, TimeoutError) as error:
             self._watch.failed(error)
             maillog.ledger_trouble(f"release {released.id}", error)
-            return False
+            await self._release_later(released)
+            return
         # Also when Redis had it done already, by a try that got no answer. A superfluous job does no harm.
         self._dispatch(released)
         if not is_new:
             self._repeat(lambda: self._look_for(released))
         elif is_new == COVERING and self._covering:
             self._repeat(partial(self._covering, released))
-        return True
-
-    async def _see_to(self, released: Released, answer: asyncio.Future[Any]) -> None:
-        if not await self._is_released(released, answer):
-            await self._release_later(released)
 
     async def _release_later(self, released: Released) -> None:
         if self._spool is not None:

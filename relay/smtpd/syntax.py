@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 
 from relay.mail.esmtp import value
 from relay.mail.reply import Reply
 from relay.mail.text import printable
 
 # A quoted local part may hold ">" and spaces; a source route is part of the path.
-_PATH = re.compile(r' *(?:< *((?:"(?:[^"\\]|\\.)*"|[^<>" ])*) *>|((?:"(?:[^"\\]|\\.)*"|[^<>" ])+))(?: +(.*))?$')
+_PATH = re.compile(r' *(?:< *((?:"(?:[^"\\]|\\.)*"|[^<>" ]++)*) *>|((?:"(?:[^"\\]|\\.)*"|[^<>" ]++)+))(?: +(.*))?$')
 _PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^\x00-\x20=\x7f][^\x00-\x20\x7f]*))?$")
 
 _BLANKS = b" \t"
 LINE_LIMIT = 4096  # octets of a command line; RFC 5321 4.5.3.1.4 with room for ORCPT and ENVID
+# Matches a command line as nearly all are: verb and argument in printable ASCII, with nothing to strip or to mend.
+as_ordinary = re.compile(rb"([A-Za-z]++)(?: ([!-~][ -~]*+)(?<! ))?\r\n").fullmatch
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 _QUOTED = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _NO_ORIGINAL = re.compile(r"ORCPT=[^;]+;", re.IGNORECASE)
@@ -55,6 +58,9 @@ class SyntaxProblem(ValueError):
 
 def split_command(line: bytes) -> tuple[bytes, bytes]:
     """Return the verb of a command line in capitals, and its argument without the blanks and tabs around it."""
+    if (ordinary := as_ordinary(line)) is not None:
+        verb, argument = ordinary.groups(b"")
+        return verb.upper(), argument
     text = line.rstrip(b"\r\n").strip(_BLANKS)
     verb, _, argument = text.partition(b" ")
     if b"\t" in verb:
@@ -110,6 +116,14 @@ def offers(
     PIPELINING and ENHANCEDSTATUSCODES are our own. SIZE is the smaller limit; 0 or no number means none. REQUIRETLS
     needs TLS on both sides and a verified certificate of the primary (RFC 8689 4.2.1). AUTH means the MAIL parameter.
     """
+    return _offers(tuple(announced.items()), size_limit, tls, verified)
+
+
+@lru_cache(maxsize=64)  # servers say the same to each connection
+def _offers(
+    extensions: tuple[tuple[str, str], ...], size_limit: int, tls: bool, verified: bool
+) -> tuple[tuple[str, ...], frozenset[str]]:
+    announced = dict(extensions)
     limits = [n for n in (size_limit, _number(announced.get("SIZE", ""))) if n]
     lines = ["PIPELINING", f"SIZE {min(limits)}" if limits else "SIZE"]
     for name in _PASSED_ON:

@@ -135,7 +135,7 @@ class MailTransaction:
             if reply is None:
                 commands = partial(self._commands, envelope)
                 self._transaction, reply = await choice.begin(first, commands, envelope.identity)
-            self._was_refused = not reply.is_positive
+            self._was_refused = not 200 <= reply.code < 300
             if self._was_refused:
                 self._refused("MAIL", reply, envelope, is_own=refusal is not None)
         except BaseException:
@@ -192,7 +192,7 @@ class MailTransaction:
         if reply is None:
             assert transaction is not None  # noqa: S101 - begun above at the latest
             reply = await transaction.rcpt(rcpt_command(recipient, transaction.extensions))
-            if reply.is_positive:
+            if 200 <= reply.code < 300:
                 envelope.recipients.append(recipient)
                 envelope.count(len(argument))
                 self._report.replies.rcpt.append(reply)
@@ -205,7 +205,8 @@ class MailTransaction:
 
     def _limit_met(self, envelope: OpenEnvelope, recipient: Recipient, octets: int) -> Reply | None:
         """Return the refusal of a recipient by a rule of ours."""
-        if not is_relayed(recipient, self._settings.allowed_domains):
+        allowed = self._settings.allowed_domains
+        if allowed and not is_relayed(recipient, allowed):
             return Reply.of(554, "5.7.1 Relaying to this domain is not allowed")
         if len(envelope.recipients) >= min(self._settings.max_recipients, envelope.choice.primary.most_recipients):
             return Reply.of(452, "4.5.3 Too many recipients")
@@ -246,20 +247,27 @@ class MailTransaction:
     # --- a message --------------------------------------------------------------------------------------------
 
     async def data(self, argument: str) -> Reply:
-        nothing_after("DATA", argument)
+        if argument:
+            nothing_after("DATA", argument)
         if self._body is not None:
             return self.out_of_order(_IN_CHUNKS)
         opened = await self._open(stuffed=True)
         if isinstance(opened, Reply):
             return opened
         try:
-            await self._protocol.push(_GO_AHEAD)
+            protocol, pace = self._protocol, opened.pace
+            if protocol.put(_GO_AHEAD):
+                await protocol.catch_up()
             finder = EndOfLines() if self._peer.may_end_lines_with_lf else EndOfData()
             while not finder.found:
-                if opened.take(finder.feed(await self._octets(opened.pace))):
+                piece = await protocol.chunk(pace.seconds)
+                if not piece:
+                    raise ClientGone
+                pace.count(len(piece), protocol.waited)
+                if opened.take(finder.feed(piece)):
                     await opened.pass_on()
             if finder.rest:
-                self._protocol.read_buffer.unread(finder.rest)
+                protocol.read_buffer.unread(finder.rest)
             return await self._conclude(opened)
         finally:
             self.forget()
