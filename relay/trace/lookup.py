@@ -77,7 +77,7 @@ class Unseen:
 
 
 class Others(Protocol):
-    """The other hosts, see asking.py; both return what was found by those that answered, with all its events."""
+    """The other hosts, see remote_lookup.py; both return what was found by those that answered, with all its events."""
 
     def matching(self, query: Query) -> Mapping[str, list[Event]]: ...
     def of(self, ids: Sequence[str]) -> Mapping[str, list[Event]]: ...

@@ -182,6 +182,18 @@ def test_the_architecture_is_that_of_today() -> None:
     assert 5 <= len(steps) <= 10
 
 
+def test_files_that_are_named_are_there() -> None:
+    """Pages name files of the tree by their path; docstrings and comments of the code by the end of it, or the name."""
+    code = [path for room in ("relay", "workers") for path in sorted((ROOT / room).rglob("*"))]
+    ends = {"/".join(path.parts[-n:]) for path in code for n in range(1, 5)}
+    for path in (path for path in code if path.suffix in {".py", ".lua"}):
+        for end in re.findall(r"(?<![\w/.<-])(?:[a-z_]+/)*[a-z_]+\.(?:py|lua)\b", path.read_text("utf-8")):
+            assert end in ends or (ROOT / end).exists(), f"{path.name}: {end}"
+    for path in documents.PAGES:
+        for place in re.findall(r"`((?:relay|workers|tests|deploy)/[\w./-]+)`", path.read_text("utf-8")):
+            assert (ROOT / place).exists(), f"{path.name}: {place}"
+
+
 def test_links_out_of_the_docs_lead_somewhere() -> None:
     """MkDocs checks the links between pages; these are the others."""
     for path in documents.PAGES:
