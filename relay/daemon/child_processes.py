@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING
 
 from redis import Redis
 
-from relay import limits, log_lines
+from relay import log_lines
 from relay.child import ChildContext
 from relay.cockpit.host_report import HostReport
 from relay.cockpit.reachability import Looks, keep_looking
 from relay.cockpit.sampler import EventTeller, Sampler, keep_sampling
 from relay.config.loader import Settings
 from relay.daemon.child_status import ChildStatus
-from relay.daemon.slots import Child
+from relay.daemon.slots import AROUND_STAGE, RELAY_STAGE, Child
 from relay.daemon.start import Role
-from relay.ledger import changes, hosts, registry
+from relay.daemon.worker_children import are_shared, own_workers, shared_worker
+from relay.ledger import hosts, registry
 from relay.mail.destination import Destination
 from relay.monitoring import answers
 from relay.redisio.clients import sync_client
@@ -37,14 +38,8 @@ from relay.trace.remote_lookup import keep_answering
 
 if TYPE_CHECKING:
     from relay import metric_store
-    from workers.jobs import Deliverer
 
-# What is stopped first has the lowest number: no new mail, then no delivery, then what both need.
-RELAY_STAGE, WORKERS_STAGE, AROUND_STAGE, REDIS_STAGE = range(4)
 _LOOK_EVERY = 0.1
-_SHARED_CONNECTIONS = 4  # to a backup that is quiet: who needs more is busy, and gets a process of its own
-_FILES_OF_A_SESSION = 6  # descriptors of such a backup besides: its connections to Redis
-_MOST_FILES = 1 << 20
 _PATIENCE = 5.0  # seconds for Redis, which holds back an answer while there is none
 
 
@@ -82,12 +77,12 @@ class ChildProcesses:
 
     def workers(self, settings: Settings, destinations: Sequence[Destination]) -> list[Child]:
         """Return the workers of these destinations."""
-        return [self.holding(self._traced(settings, c)) for c in _workers(settings, destinations, self.url)]
+        return [self.holding(self._traced(settings, c)) for c in own_workers(settings, destinations, self.url)]
 
     def _delivering(self, settings: Settings) -> list[Child]:
         """Return the workers of all backups: each has its own, or the quiet ones share one."""
         if are_shared(settings):
-            return [self.holding(self._traced(settings, _shared_worker(settings, self.url)))]
+            return [self.holding(self._traced(settings, shared_worker(settings, self.url)))]
         return self.workers(settings, settings.copied)
 
     def holding(self, child: Child, own: Sequence[socket.socket] = ()) -> Child:
@@ -207,74 +202,6 @@ def _counting(arena: metric_store.Arena | None, child: Child) -> Child:
         return run(context)
 
     return replace(child, run=run_counted, prepare=lambda seat: arena.reserve(child.name, seat))
-
-
-def are_shared(settings: Settings) -> bool:
-    """Whether there are so many backups that the quiet ones share a worker process."""
-    return len(settings.copied) > settings.workers.shared_above
-
-
-def _workers(settings: Settings, destinations: Sequence[Destination], url: str) -> list[Child]:
-    from workers.rqworker import worker_process  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
-
-    limit = limits.files()
-
-    def child(destination: Destination, number: int) -> Child:
-        most = limits.worker_connections(limit, _width(destination))
-
-        def be_worker(context: ChildContext) -> int:
-            log_lines.configure(settings.log.level, settings.log.format, context.name, threads=True)
-            return worker_process.serve(
-                context,
-                destination=destination.name,
-                queue_name=destination.queue_name,
-                connect=worker_process.connector(settings.redis),
-                make_courier=_courier(settings, destination, most, url),
-                on_dead=_give_back(destination),
-            )
-
-        return Child(f"worker-{destination.name}-{number}", run=be_worker, stage=WORKERS_STAGE)
-
-    return [child(d, n) for d in destinations for n in range(1, settings.workers.processes + 1)]
-
-
-def _shared_worker(settings: Settings, url: str) -> Child:
-    from workers.rqworker import shared_process, worker_process  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
-
-    room = limits.worker_connections(limits.files(), _MOST_FILES) // len(settings.copied)
-    tenants = [
-        shared_process.Tenant(
-            backup.name,
-            backup.queue_name,
-            _courier(settings, backup, max(1, min(_SHARED_CONNECTIONS, room - _FILES_OF_A_SESSION)), url),
-            _give_back(backup),
-        )
-        for backup in settings.copied
-    ]
-
-    def be_shared(context: ChildContext) -> int:
-        log_lines.configure(settings.log.level, settings.log.format, context.name, threads=True)
-        return shared_process.serve(context, tenants, worker_process.connector(settings.redis))
-
-    return Child("worker-shared", run=be_shared, stage=WORKERS_STAGE)
-
-
-def _courier(settings: Settings, destination: Destination, most: int, url: str) -> Callable[[str], Deliverer]:
-    """Return what makes a courier with at most so many connections."""
-    from workers.delivery import courier  # noqa: PLC0415  (of the workers, that a relay alone does not need)
-
-    fitted = replace(destination, connections=most) if _width(destination) > most else destination
-    return lambda name: courier.Courier(settings, fitted, name, url)
-
-
-def _width(destination: Destination) -> int:
-    from workers.delivery import retry  # noqa: PLC0415  (as above)
-
-    return retry.Width(destination.connections).most
-
-
-def _give_back(destination: Destination) -> Callable[[Redis, str], None]:
-    return lambda connection, dead: changes.release_leases(connection, destination.name, dead)
 
 
 Duty = Callable[[ChildContext, StopEvent], None]  # a task of the housekeeping, until the event is set

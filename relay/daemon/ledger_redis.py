@@ -14,8 +14,7 @@ from redis.exceptions import TimeoutError as NoAnswer
 
 from relay import maillog
 from relay.config.loader import Settings
-from relay.daemon.child_processes import REDIS_STAGE
-from relay.daemon.slots import Child
+from relay.daemon.slots import REDIS_STAGE, Child
 from relay.daemon.start import UP, NoRedis, Role, StartError
 from relay.ledger import registry
 from relay.ledger.continuity import Continuity

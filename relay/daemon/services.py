@@ -17,7 +17,7 @@ from relay.config.loader import Problem, Settings, SettingsError
 from relay.config.model import SmtpSettings, StatusSettings
 from relay.daemon import ledger_redis, running, start
 from relay.daemon.busy_destinations import BusyDestinations
-from relay.daemon.child_processes import ChildProcesses, are_shared
+from relay.daemon.child_processes import ChildProcesses
 from relay.daemon.child_status import ChildStatus
 from relay.daemon.control import Control
 from relay.daemon.reload import Read, Reload
@@ -26,6 +26,7 @@ from relay.daemon.retired_destinations import RetiredDestinations
 from relay.daemon.slots import Child
 from relay.daemon.start import EarlyStop, Role, StartError
 from relay.daemon.supervisor import Supervisor
+from relay.daemon.worker_children import are_shared
 from relay.ledger import audit
 from relay.ledger.audit import Act
 from relay.ledger.continuity import Continuity

@@ -14,6 +14,9 @@ from typing import Protocol
 
 from relay.child import ChildContext
 
+# What is stopped first has the lowest number: no new mail, then no delivery, then what both need.
+RELAY_STAGE, WORKERS_STAGE, AROUND_STAGE, REDIS_STAGE = range(4)
+
 IN_A_LOOP = 3  # deaths in a row of a child that lived for less
 HEALTHY = 10.0  # a child that lived for so long starts again with the first pause
 _FIRST_PAUSE = 0.1  # seconds before a restart, doubling
