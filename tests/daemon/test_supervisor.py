@@ -64,7 +64,7 @@ def test_dead_child_comes_back_and_knows_its_predecessor(run: Run) -> None:
     began = time.monotonic()
     os.kill(first, signal.SIGKILL)
     _, (second, predecessor) = run.wait_up("worker", 2)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert second != first
     assert predecessor.split(".")[0] == str(first)
     assert "was ended by SIGKILL" in run.log

@@ -75,7 +75,7 @@ async def test_a_stop_waits_for_no_server_that_is_silent(
         await until(lambda: any(command.startswith(stage) for command in backup.commands))
     begun = time.monotonic()
     await made.drain()
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 30
     with pytest.raises(Interrupted):
         await delivery
     assert sorted(contents.pending_ids()) == sorted(ids)
@@ -179,8 +179,8 @@ async def test_a_reply_that_never_ends(
     begun = time.monotonic()
     async with at_work(redis_url, backup, relay_timeout_seconds="1") as work:
         work.add([good])
-        await until(lambda: not work.courier.accepting, 10)
-        assert time.monotonic() - begun < 8
+        await until(lambda: not work.courier.accepting, 15)
+        assert time.monotonic() - begun < 15  # of the twenty that its reply takes
 
 
 async def test_a_body_that_is_not_read(contents: Contents, redis_url: str, backup: ScriptedServer) -> None:

@@ -33,7 +33,7 @@ def numbers(server: ScriptedServer) -> Counter[int]:
 def wait_for(server: ScriptedServer, wanted: set[int], product: Product) -> None:
     wait_until(
         lambda: wanted <= set(numbers(server)),
-        40,
+        80,
         lambda: f"missing: {sorted(wanted - set(numbers(server)))[:20]}\n{product.log[-3000:]}",
     )
 

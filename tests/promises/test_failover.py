@@ -255,7 +255,7 @@ def test_a_write_that_no_replica_has_does_not_count(sentinels: SentinelSet) -> N
         for _ in range(2):
             with pytest.raises(TooFewReplicas):
                 await discard()
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 20
         for replica in sentinels.servers:
             replica.resume()
         await until_confirmed(discard)

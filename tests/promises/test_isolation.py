@@ -81,8 +81,8 @@ def test_troubles_stay_where_they_are(
         server.replies = scripts[name]
         server.drop()  # no kept connection: it begins with the greeting
     troubled = send(relay, second)
-    assert troubled < 2 * usual + 2, f"{usual:.1f} s for {COUNT} messages, {troubled:.1f} s with backups in trouble"
-    wait_until(lambda: set(second) <= set(numbers(good)), 5, lambda: f"{len(numbers(good))} came")
+    assert troubled < 3 * usual + 10, f"{usual:.1f} s for {COUNT} messages, {troubled:.1f} s with backups in trouble"
+    wait_until(lambda: set(second) <= set(numbers(good)), 20, lambda: f"{len(numbers(good))} came")
 
     # Who refuses everything is paused, and the alarm raised, with few copies failed.
     refusing, greylisting = bad["refusal"].address, bad["greylist"].address

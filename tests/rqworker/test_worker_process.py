@@ -193,7 +193,7 @@ def test_job_of_a_killed_worker_runs_again_first(run: Run) -> None:
     began = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     assert run.wait("begin", 2)[1] == [first, "a" * 16]
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30  # of the minutes after which RQ calls a job abandoned
     run.hold.unlink()
     assert run.wait("done", 2) == [[first], [second]]
     assert run.noted("revived") == [[name]]

@@ -23,6 +23,7 @@ Scripted = Callable[..., ScriptedServer]
 
 BRIEF = 0.3  # for a host that is dead
 SLOW = Delay(3 * BRIEF)
+SOON = 15.0  # seconds, on a busy machine; what lasts too long lasts twice that
 PATIENT = {
     "relay.timeout_seconds": str(BRIEF),
     "relay.greeting_timeout_seconds": "30",
@@ -62,12 +63,12 @@ async def test_slow_servers_get_their_mail(redis_url: str, scripted: Scripted, k
 
 async def test_hello_does_not_wait_for_a_slow_greeting(redis_url: str, scripted: Scripted) -> None:
     """A client hears EHLO's reply after the wait for a dead host at the latest, with what every primary takes."""
-    primary = scripted({"CONNECT": (Delay(20 * BRIEF), None)})
+    primary = scripted({"CONNECT": (Delay(100 * BRIEF), None)})
     async with serve(settings_of(primary.address, PATIENT), redis_url) as (_, port):
         client = await AsyncDialogue.open(port)
         begun = time.monotonic()
         await client.hello()
-        assert time.monotonic() - begun < 10 * BRIEF
+        assert time.monotonic() - begun < SOON
         await client.close()
         primary.drop()
 
@@ -79,7 +80,7 @@ async def test_a_dead_host_fails_soon(redis_url: str, blackhole: int) -> None:
         begun = time.monotonic()
         await client.hello()
         assert (await client.say("MAIL FROM:<a@example.com>")).startswith("451 4.4.1")
-        assert time.monotonic() - begun < 10 * BRIEF
+        assert time.monotonic() - begun < SOON
         await client.close()
 
 
@@ -93,7 +94,7 @@ async def test_a_kept_connection_that_died_in_silence(redis_url: str, scripted: 
         primary.replies["MAIL"] = [Silence(), None]
         begun = time.monotonic()
         await client.mail("a@example.com", "b@example.com", data=b"Subject: x\r\n\r\n")
-        assert time.monotonic() - begun < 10 * BRIEF
+        assert time.monotonic() - begun < SOON
         await client.close()
     assert len(primary.messages) == 2
 
