@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from redis import Redis
 from redis.exceptions import RedisError
@@ -105,7 +105,7 @@ def carry_out(
         {
             "kind": "promoted",
             "epoch": topology.epoch,
-            "primary": topology.primary,
+            "primary": _answering(made, topology),
             "at": topology.now.at,
             **_route_of(made),
         },
@@ -141,7 +141,7 @@ def _told(out: Output, made: Plan, topology: Topology, found: Followed, report: 
             {
                 "kind": "followed",
                 "epoch": topology.epoch,
-                "primary": topology.primary,
+                "primary": _answering(made, topology),
                 "followed": [beat.label for beat in found.followed],
                 "late": [beat.label for beat in found.late],
                 "dead": [beat.label for beat in found.dead],
@@ -168,7 +168,7 @@ def show_plan(out: Output, made: Plan, verdict: Verdict | None) -> None:
                 "kind": "plan",
                 "primary": new.name,
                 "former": old,
-                "backups": made.backups,
+                "backups": _copied(made),
                 "epoch": made.epoch,
                 "pending": made.pending,
                 "readiness": verdict.summary if verdict else None,
@@ -187,6 +187,18 @@ def nothing_to_do(out: Output, made: Plan) -> int:
     name = made.new.name
     say(out, changeover.nothing_to_do(made), {"kind": "nothing", "primary": name, **_route_of(made)})
     return WELL
+
+
+def _answering(made: Plan, topology: Topology) -> str:
+    """Return the name of who answers first from now on, for all mail or on the route that it is about."""
+    return made.new.name if made.change else topology.primary
+
+
+def _copied(made: Plan) -> Sequence[str]:
+    """Return the names of those that get copies beside that one."""
+    if made.change is None or made.change.is_forgotten:
+        return made.backups
+    return [name for name in dict.fromkeys(made.change.after.copied) if name != made.new.name]
 
 
 def _route_of(made: Plan) -> dict[str, object]:

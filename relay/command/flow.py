@@ -222,6 +222,8 @@ def as_object(found: Flow) -> dict[str, Any]:
     content["refused"] = found.refused
     content["routes"] = [{"route": r, "server": s, **asdict(counts)} for (r, s), counts in found.routes.items()]
     _put_times(content, found.seconds, "seconds")
+    for name, times in found.answered.items():
+        _put_times(content["answered"], times, name)
     for name, copies in found.destinations.items():
         _put_times(content["destinations"][name], copies.seconds, "seconds")
         _put_times(content["destinations"][name], copies.age, "age")

@@ -133,8 +133,13 @@ def test_each_decision_leaves_the_others(product: Make, servers: Servers) -> Non
     assert relay.run("undo", "--yes").returncode == 0
     assert relay.json("route", "x@shop.example")[0]["primary"] == "b"
     assert relay.json("route", "x@example.com")[0]["primary"] == "old"
-    assert relay.run("route", "weight", "shop", "b=1", "new=1", "--yes").returncode == 0
-    assert relay.run("undo", "--yes").returncode == 0
+    weighed = {row["kind"]: row for row in relay.json("route", "weight", "shop", "b=1", "new=2", "--yes")}
+    assert {weighed[kind]["primary"] for kind in ("plan", "promoted", "followed")} == {"new"}, (
+        "who answers for most of it"
+    )
+    assert (weighed["plan"]["former"], weighed["plan"]["backups"]) == ("b", ["old", "b"]), "of the route"
+    undone = {row["kind"]: row for row in relay.json("undo", "--yes")}
+    assert {undone[kind]["primary"] for kind in ("plan", "promoted", "followed")} == {"b"}
     (row,) = relay.json("route", "x@shop.example")
     assert (row["primary"], row["weights"]) == ("b", {})
 
