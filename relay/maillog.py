@@ -335,10 +335,20 @@ def failure_expired(message_id: str, destination: str, ttl: float) -> None:
     _event("WARNING", "failed copy expired", id=message_id, destination=destination, ttl_seconds=round(ttl))
 
 
-def uncertain_copied(message_id: str, destination: str, recipients: int, covered: int) -> None:
-    """The copy of an uncertain message is delivered, except to ``covered`` recipients of an accepted repetition."""
+def uncertain_copied(message_id: str, destination: str, recipients: int, covered: int, spare_of: str = "") -> None:
+    """The copy of an uncertain message is delivered, except to ``covered`` recipients of an accepted repetition.
+
+    ``spare_of`` is the message that a forked one's spare was made of, which the client and all other lines know.
+    """
+    of = {"message": spare_of} if spare_of else {}
     _event(
-        "WARNING", "uncertain copied", id=message_id, destination=destination, recipients=recipients, covered=covered
+        "WARNING",
+        "uncertain copied",
+        id=message_id,
+        destination=destination,
+        recipients=recipients,
+        covered=covered,
+        **of,
     )
 
 

@@ -47,6 +47,7 @@ class Recovered:
 
     id: str
     shares: dict[str, Owed]
+    spare_of: str = ""
 
 
 def abandon(connection: Redis, owner: str, hold_seconds: float) -> list[str]:
@@ -172,7 +173,7 @@ def copy_due(connection: Redis, backups: Sequence[Destination] = (), job_size: i
             if envelope is None:
                 _set_aside(connection, message_id)
             else:
-                due.append(Recovered(message_id, _shares(envelope, definitions, _addresses(lists))))
+                due.append(Recovered(message_id, _shares(envelope, definitions, _addresses(lists)), envelope.spare_of))
         yield from _revive(connection, due)
 
 
@@ -210,7 +211,7 @@ def _revive(connection: Redis, due: Sequence[Recovered]) -> Iterator[Recovered]:
     for message, is_ours in zip(due, revived, strict=True):
         if is_ours:
             for name, share in message.shares.items():
-                maillog.uncertain_copied(message.id, name, len(share.owed), share.covered)
+                maillog.uncertain_copied(message.id, name, len(share.owed), share.covered, message.spare_of)
             if not message.shares:
                 maillog.uncertain_covered(message.id)
             yield message

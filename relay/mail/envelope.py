@@ -11,7 +11,7 @@ from relay.mail.stored import LATEST, any_text, line, number, parsed, texts, to_
 from relay.mail.text import printable
 
 # What a record need not have, by its names there.
-_OPTIONAL: dict[str, Any] = {"mail": [], "addr": "", "helo": "", "dest": [], "xf": [], "mid": "", "route": ""}
+_OPTIONAL: dict[str, Any] = {"mail": [], "addr": "", "helo": "", "dest": [], "xf": [], "mid": "", "route": "", "of": ""}
 
 
 class MalformedRecord(ValueError):
@@ -39,6 +39,7 @@ class Envelope(NamedTuple):
     promised: tuple[tuple[str, tuple[int, ...]], ...] | None = None
     message_id: str = ""  # the Message-ID field, for the log and the trace
     route: str = ""  # names of the routes that its recipients took, with commas; "" where there are none
+    spare_of: str = ""  # id of the message that went to several primaries, of one that is kept for one of them
 
     def to_json(self) -> bytes:
         """Return the wire form, version 1."""
@@ -64,6 +65,8 @@ class Envelope(NamedTuple):
             record["mid"] = self.message_id
         if self.route:
             record["route"] = self.route
+        if self.spare_of:
+            record["of"] = self.spare_of
         if self.promised is not None:
             record["for"] = dict(self.promised)
         return to_json(record).encode("ascii")
@@ -87,6 +90,7 @@ class Envelope(NamedTuple):
                 promised=_promised(record["for"], len(record["to"])) if "for" in record else None,
                 message_id=any_text(record["mid"]),
                 route=any_text(record["route"]),
+                spare_of=record["of"] if is_id(record["of"]) else "",
             )
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise MalformedRecord(f"unreadable envelope: {printable(str(error))}") from error

@@ -83,7 +83,9 @@ class ForkedDot(FinalDot):
     def _spare(self, envelope: Envelope, leg: Leg) -> Envelope:
         name = self._context.ids.next()
         recipients = tuple(leg.recipients)
-        return envelope._replace(id=name, recipients=recipients, destinations=(leg.name,), promised=())
+        return envelope._replace(
+            id=name, recipients=recipients, destinations=(leg.name,), promised=(), spare_of=envelope.id
+        )
 
     def _accepted(self, envelope: Envelope, primary: str, reply: Reply, seconds: float) -> None:
         asked = ",".join(leg.name for leg in self._forked.legs)

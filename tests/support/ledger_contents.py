@@ -63,6 +63,7 @@ class Contents:
         body: bytes | None = None,
         message_id: str = "",
         sender: str = "sender@test",
+        spare_of: str = "",
     ) -> str:
         """Stage a message; the deadline in seconds from now."""
         message_id = message_id or _ids.next()
@@ -74,6 +75,7 @@ class Contents:
             received_at=changes.now(self.connection),
             size=len(body),
             destinations=tuple(to),
+            spare_of=spare_of,
         )
         with self.connection.pipeline() as pipe:
             batches.stage(

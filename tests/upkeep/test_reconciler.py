@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import redis
+from loguru import logger
 from rq.executions import Execution
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
+from relay import log_lines
 from relay.ledger import changes, keys, queries, recovery
 from relay.ledger.changes import Released
 from relay.ledger.copy_state import CopyState
@@ -354,6 +356,22 @@ def test_uncertain_is_copied_when_its_hold_is_over(contents: Contents) -> None:
         assert list(contents.queued(name).values()) == [ids]
         assert contents.state(ids[0], name) == CopyState()
     assert contents.connection.zcard(keys.UNCERTAIN) == 1
+
+
+def test_the_spare_of_a_forked_message_names_that_in_the_log(
+    contents: Contents, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own id is in no other line: who looks for the message finds what became of it. Damage names nothing."""
+    message = contents.staged("b@test")
+    spare, other = contents.staged("a@test", spare_of=message), contents.staged("a@test", spare_of="no id\n")
+    _hold(contents, message, spare, other)
+    log_lines.configure("info", "json")
+    recovered = {found.id: found.spare_of for found in recovery.copy_due(contents.connection)}
+    logger.remove()
+    assert recovered == {message: "", spare: message, other: ""}
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    copied = {line["id"]: line.get("message") for line in lines if line["event"] == "uncertain copied"}
+    assert copied == {message: None, spare: message, other: None}
 
 
 def test_recipients_that_a_twin_has_served_get_no_second_copy(contents: Contents) -> None:
