@@ -95,7 +95,7 @@ async def probe_replicas(server: RedisSettings, client: Redis) -> list[Row]:
         info = await client.info("replication")
     except ResponseError as error:
         return [(subject, not wanted, f"cannot be seen, INFO is refused to us ({printable(str(error))})")]
-    replicas = [r for n in range(int(info.get("connected_slaves", 0))) if isinstance(r := info.get(f"slave{n}"), dict)]
+    replicas = [replica for name, replica in info.items() if name.startswith("slave") and isinstance(replica, dict)]
     offset = int(info.get("master_repl_offset", 0))
     slow = [text for r in replicas if (text := _lag(r, offset))]
     good = len(replicas) - len(slow)

@@ -77,6 +77,8 @@ def steps(connection: Any, held: MapState, found: MapState) -> list[MapStep] | N
     """Return what has changed since a generation, None where the whole map must be read. Raises Forked."""
     if not held.generation or held.generation < found.whole:
         return None
+    if not 0 < found.generation - held.generation <= _LOGGED:  # below, each in between is looked for
+        return None
     try:
         log = [MapStep.from_json(data) for data in connection.lrange(keys.MOVES_LOG, 0, _LOGGED - 1)]
     except (Unreadable, ResponseError):

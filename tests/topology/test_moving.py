@@ -6,6 +6,7 @@ import errno
 import random
 import stat
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -285,3 +286,15 @@ def test_stored_forms_are_read_back() -> None:
     assert MapState.from_json(state.to_json()) == state
     step = MapStep(3, "id", "before", {"a@x": MovedEntry("new", 1.0, "me", "note"), "b@x": None})
     assert MapStep.from_json(step.to_json()) == step
+
+
+def test_a_generation_far_away_is_read_as_a_whole(redis_client: redis.Redis, tmp_path: Path) -> None:
+    """No work is done for each generation that Redis only claims to have had, however high the number."""
+    first = move(redis_client, "new", "a@x")
+    held, _ = follow(redis_client, tmp_path, NOBODY)
+    for generation in (first.generation + 101, 10**15):
+        claimed = replace(first, generation=generation, id=f"id{generation}")
+        redis_client.set(keys.MOVES_STATE, claimed.to_json())
+        assert moving.steps(redis_client, held.state, claimed) is None
+        held, trouble = follow(redis_client, tmp_path, held)
+        assert (trouble, held.state, servers(held, "a@x")) == ("", claimed, ["new"])
