@@ -33,6 +33,7 @@ from rq.worker_registration import clean_worker_registry, register
 
 from relay.mail.ids import is_job_id
 from relay.mail.ids import text as as_text
+from relay.redisio import blocking_batch
 from relay.redisio.blocking import Blocking
 from relay.redisio.sentinel import master_of
 from relay.repeated import Backoff
@@ -167,7 +168,7 @@ class DeliveryWorker(SimpleWorker):
         with self.connection.pipeline(transaction=False) as pipeline:
             for _ in range(count):
                 pipeline.lmove(self.queue.key, self.queue.intermediate_queue_key)
-            popped = self._named([job_id for job_id in pipeline.execute() if job_id])
+            popped = self._named([job_id for job_id in blocking_batch.execute(pipeline) if job_id])
         return self._read(popped)
 
     def _read(self, ids: Sequence[str]) -> list[DeliveryJob]:
@@ -251,7 +252,7 @@ class DeliveryWorker(SimpleWorker):
                 pipeline.persist(job.key)
                 pipeline.lrem(self.queue.intermediate_queue_key, 1, job.id)
             self.set_state(WorkerStatus.BUSY, pipeline=pipeline)
-            pipeline.execute()
+            blocking_batch.execute(pipeline)
         self.executions.update((execution.id, execution) for execution in executions)
         self._running = list(zip(taken, executions, strict=True))
         return executions
@@ -266,7 +267,7 @@ class DeliveryWorker(SimpleWorker):
                 job.ended_at = now()
                 job.forget(pipeline)
                 self._count(job, execution, pipeline, "successful_job_count")
-            pipeline.execute()
+            blocking_batch.execute(pipeline)
             self._running = [pair for pair in self._running if pair not in done]
 
     def _fail(self, job: DeliveryJob, execution: Execution, reason: str, *, retry: bool) -> None:
