@@ -1,13 +1,16 @@
 """The end of a process as its threads hear of it: an event that also ends what a thread waits for besides.
 
-A thread that waits for a descriptor or for Redis would see a plain event only when that is over.
+A thread that waits for a descriptor or for Redis would see a plain event only when that is over. A signal handler must
+not set an event at all: it may have interrupted the wait that holds the event's lock, and would wait for itself.
 """
 
 from __future__ import annotations
 
+import queue
+import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 
@@ -44,6 +47,26 @@ class StopEvent(threading.Event):
         ours, theirs = socket.socketpair()
         with ours, theirs, self.calling(lambda: _end(theirs)):
             yield ours
+
+
+class StopSignal:
+    """A stop by one of these signals, which the main thread waits for between other things; takes no lock of Python."""
+
+    def __init__(self, numbers: Iterable[int]) -> None:
+        self.is_set = False
+        self._came: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for number in numbers:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self.is_set = True
+        self._came.put(number)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for it, but no longer."""
+        if not self.is_set:
+            with suppress(queue.Empty):
+                self._came.get(timeout=seconds)
 
 
 def _end(end: socket.socket) -> None:

@@ -27,6 +27,7 @@ _IN_PARTS = 256 << 10  # octets of a batch; below this, one buffer is faster
 _SECONDS = 10.0  # for the answer, if the client has no time-out
 _NOT_YET = object()
 _CLOSED = "Redis closed the connection"
+_ENDED = "the client is closed"
 
 T = TypeVar("T")
 
@@ -137,11 +138,12 @@ class Pipelines:
 
     def _connect(self, batch: CommandBatch, answered: Answered, *, is_last: bool) -> None:
         if self._is_closed:
-            answered(NoConnection("the client is closed"))
+            answered(NoConnection(_ENDED))
             return
 
         def connected(task: asyncio.Task[_Pipeline]) -> None:
-            if task.cancelled():
+            if task.cancelled():  # by ``close``: whoever waits for the answer would wait for ever
+                answered(NoConnection(_ENDED))
                 return
             error = task.exception()
             if isinstance(error, Exception):  # of any kind, since the caller waits for the answer

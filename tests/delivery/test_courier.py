@@ -11,15 +11,15 @@ import redis
 from loguru import logger
 from rq.registry import FailedJobRegistry, ScheduledJobRegistry
 
-from relay import log_lines
+from relay import log_lines, maillog
 from relay.ledger import copy_state, keys
 from support import listed_copies
 from support.ledger_contents import Contents, settings
 from support.reactions import Close, Gate, HalfClose, Reset, Silence
 from support.redis_servers import RedisServer
 from support.scripted_server import ScriptedServer
-from support.waiting import until
-from workers.delivery import outbox
+from support.waiting import PATIENCE, until
+from workers.delivery import draining, outbox
 from workers.delivery.courier import Courier
 from workers.delivery.retry import Width
 from workers.jobs import Interrupted
@@ -156,12 +156,12 @@ async def test_drained_in_the_middle(
     await made.start()
     job = asyncio.ensure_future(made.deliver("job", ids))
     await gate.arrival()
-    draining = asyncio.ensure_future(made.drain())
+    end = asyncio.ensure_future(made.drain())
     await asyncio.sleep(0)
     gate.open()
     with pytest.raises(Interrupted):
         await job
-    await draining
+    await end
     assert len(backup.messages) + redis_client.zcard(keys.PENDING + "new") == 30
     assert not redis_client.zcard(keys.BUSY + "new")
     assert not made.accepting
@@ -175,16 +175,49 @@ async def test_handed_over_during_a_drain(
     await made.start()
     await made.deliver("first", [contents.pending()])  # there is a connection to Redis
     ids = [contents.pending() for _ in range(3)]
-    draining = asyncio.ensure_future(made.drain())
+    end = asyncio.ensure_future(made.drain())
     await asyncio.sleep(0)
     handed_over = [asyncio.ensure_future(made.deliver("job", ids))]
-    while not draining.done():
+    while not end.done():
         await asyncio.sleep(0)
         handed_over.append(asyncio.ensure_future(made.deliver("job", ids)))
     ends = await asyncio.gather(*handed_over, return_exceptions=True)
-    assert {type(end) for end in ends} == {Interrupted}
+    assert {type(each) for each in ends} == {Interrupted}
     assert (redis_client.zcard(keys.BUSY + "new"), sorted(contents.pending_ids())) == (0, sorted(ids))
     assert len(backup.transactions) == 1
+
+
+async def test_no_wait_of_a_drain_is_without_an_end(
+    contents: Contents, redis_url: str, backup: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that waits for what never comes, and a close that never ends, are told of and given up."""
+    for name, seconds in {"PATIENCE": 0.1, "IDLE_SECONDS": 1.0, "CLOSE_SECONDS": 0.1}.items():
+        monkeypatch.setattr(draining, name, seconds)
+    told: list[str] = []
+    monkeypatch.setattr(maillog, "notice", lambda _level, text, **more: told.append(f"{text} {more.get('reason', '')}"))
+    made = Courier(settings(), backup.destination("new"), "worker", redis_url)
+    await made.start()
+
+    async def never(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(made._claiming, "claim", never)
+    for closing in (made._pool, made._greetings, made._pipelines, made._outbox):
+        monkeypatch.setattr(closing, "close", never)
+    job = asyncio.ensure_future(made.deliver("job", [contents.pending()]))
+    await until(lambda: made._deliveries)
+    async with asyncio.timeout(PATIENCE):
+        await made.drain()
+        with pytest.raises(Interrupted):
+            await job
+    assert told == [
+        "drain waits ",
+        "outcomes lost ",
+        "drain does not wait the connections to the server",
+        "drain does not wait the notes of what it offers",
+        "drain does not wait the questions to Redis",
+        "drain does not wait the outcomes",
+    ]
 
 
 async def test_a_server_that_says_nothing_pauses_the_destination(

@@ -619,3 +619,21 @@ def test_a_connection_that_would_open_late_is_ended(redis_url: str) -> None:
     for turns in range(16):
         asyncio.run(closed_after(turns))
         gc.collect()  # what is open complains
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_who_asks_when_the_client_ends_gets_an_answer(redis_url: str, *, kept: bool) -> None:
+    """At whatever moment it ends, of a connection's opening or of a batch on a kept one: nobody waits for ever."""
+    for turns in range(30):
+        client = clients.async_client(RedisSettings(redis_url, 5), 5)
+        pipelines = Pipelines(client)
+        if kept:
+            await pipelines.ask(batch("TIME"))
+        asked = asyncio.gather(*(pipelines.ask(batch("TIME")) for _ in range(3)), return_exceptions=True)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await pipelines.close()
+        await client.aclose()
+        async with asyncio.timeout(PATIENCE):
+            answers = await asked
+        assert all(isinstance(answer, NoConnection | list) for answer in answers)

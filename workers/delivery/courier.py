@@ -35,6 +35,7 @@ from workers.delivery.claiming import Claiming
 from workers.delivery.connection_run import ConnectionRuns
 from workers.delivery.copy import Copy
 from workers.delivery.divergences import Divergences
+from workers.delivery.draining import DrainWatch, end
 from workers.delivery.gate import Gate
 from workers.delivery.health import HealthReport
 from workers.delivery.hold_and_throttle import HoldAndThrottle
@@ -56,8 +57,6 @@ _BULK_SECONDS = 30.0
 _IN_HAND = 10  # copies that a connection delivers of what is in hand at once: the last ones leave others idle
 _HELD_LOOK = 0.5
 _BODY_PAUSE = 0.5  # seconds until Redis is asked again for a body
-
-_DRAIN_PATIENCE = 10.0  # seconds for what has not come to its dot
 
 
 class Courier:
@@ -141,7 +140,7 @@ class Courier:
         )
         self._hold_and_throttle.wake = self._wake
         self._probe_choice = ProbeChoice(self._breaker, self._runs, refusals, self._bodies, self._claiming)
-        self._is_probing = False
+        self._is_probing = self._is_given_up = False
         self._background: set[asyncio.Task[None]] = set()
         self._deliveries: set[asyncio.Task[object]] = set()  # calls of ``deliver`` that have not returned
 
@@ -160,6 +159,8 @@ class Courier:
         emitter.use(asyncio.get_running_loop())
         with suppress(RedisError, OSError):  # the watch goes on asking
             await self._health.look(self._breaker)
+        if self._gate.is_draining:  # told to stop meanwhile: nobody would end these
+            return
         self._spawn(self._leases.renew())
         self._spawn(self._runners.watch())
         self._spawn(self._outbox.follow())
@@ -174,30 +175,37 @@ class Courier:
         A transaction whose dot has been sent may be answered for ten minutes; any other is broken off after a while,
         and its copy goes back to the queue.
 
-        What Redis does not take in time is left to its lease: the copies go out again, once, after the next start.
+        What Redis does not take in time is left to its lease: the copies go out again, once, after the next start. So
+        is what waits for nothing that is known: no wait of a drain is without an end (draining.py).
         """
         self._gate.is_draining = True
         self._wake()
         held = self._leases.held
-        cut_at = asyncio.get_running_loop().time() + _DRAIN_PATIENCE
-        while (held or self._deliveries) and not self._outbox.is_stuck:
-            if asyncio.get_running_loop().time() >= cut_at:
+        watch = DrainWatch(self._name)
+        while (held or self._deliveries) and not (self._outbox.is_stuck or watch.is_over):
+            if watch.cuts(copies=len(held), jobs=len(self._deliveries), with_server=len(self._runners)):
                 self._runners.cut()
             await asyncio.sleep(0.02)
-        if self._outbox.is_stuck:
+        if held or self._deliveries:
+            self._is_given_up = True
             maillog.notice("error", "outcomes lost", destination=self._name, copies=len(held))
             for delivery in self._deliveries:
                 delivery.cancel()
         for task in self._background:
             task.cancel()
-        if not self._outbox.is_late:
-            await self._divergences.write()
-        await self._pool.close()
-        await self._greetings.close()
-        await self._pipelines.close()
-        await self._outbox.close()
-        await self._redis.aclose()
-        await self._bulk.aclose()
+        counts = [] if self._outbox.is_late else [("the counts by domain", self._divergences.write())]
+        await end(
+            self._name,
+            [
+                *counts,
+                ("the connections to the server", self._pool.close()),
+                ("the notes of what it offers", self._greetings.close()),
+                ("the questions to Redis", self._pipelines.close()),
+                ("the outcomes", self._outbox.close()),
+                ("the connections to Redis", self._redis.aclose()),
+                ("the connections for bodies", self._bulk.aclose()),
+            ],
+        )
         if not self._outbox.is_stuck:  # else a thread may still wait for an answer on it
             self._rq.close()
         emitter.flush()
@@ -216,7 +224,7 @@ class Courier:
         try:
             await self._deliver(job_id, ids)
         except asyncio.CancelledError:
-            if self._gate.is_draining and self._outbox.is_stuck:
+            if self._is_given_up:
                 raise Interrupted from None
             raise
         finally:

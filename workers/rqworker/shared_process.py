@@ -24,6 +24,7 @@ from rq.serializers import JSONSerializer
 
 from relay.child import ChildContext
 from relay.repeated import Backoff, Repeated
+from relay.stopping import StopSignal
 from workers import jobs
 from workers.jobs import Deliverer
 from workers.rqworker.courier_thread import STOP, CourierThread
@@ -197,9 +198,7 @@ class SharedProcess:
 def serve(context: ChildContext, tenants: Sequence[Tenant], connect: Callable[[], Redis]) -> int:
     """Serve the tenants until a stop signal; the ``run`` of a supervisor's child. Returns the exit status."""
     os.nice(NICENESS)
-    stop = threading.Event()
-    for number in STOP:
-        signal.signal(number, lambda *_: stop.set())
+    stop = StopSignal(STOP)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     loop = CourierThread()
     loop.start()
@@ -214,12 +213,12 @@ def serve(context: ChildContext, tenants: Sequence[Tenant], connect: Callable[[]
     return 0
 
 
-def _keep_looking(process: SharedProcess, stop: threading.Event) -> None:
+def _keep_looking(process: SharedProcess, stop: StopSignal) -> None:
     """Look until ``stop``, through times without Redis; what the dead have left comes first."""
     pauses = Backoff(_LOOK_SECONDS, 2.0)
     away = Repeated("worker: Redis", logger.warning, logger.info)
     is_revived = False
-    while not stop.is_set():
+    while not stop.is_set:
         try:
             if not is_revived:
                 process.revive()
