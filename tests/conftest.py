@@ -31,7 +31,12 @@ from support.waiting import free_port
 
 # Files whose tests put the whole machine under load: never two of them at once.
 _DEMANDING = ("test_failover", "test_soak", "test_several_hosts", "test_overload", "test_power_loss")
-_SLOW = (*_DEMANDING, "test_crash_matrix", "test_outages", "test_postfix_crash", "test_isolation", "test_backup_leg")
+# Files with the longest tests, most of which wait: begun first, they go on beside what takes processor time.
+_SLOW = (
+    *_DEMANDING, "test_crash_matrix", "test_crash_matrix_of_routes", "test_outages", "test_postfix_crash",
+    "test_isolation", "test_backup_leg", "test_cut_over", "test_failover_of_primaries", "test_hung_servers",
+    "test_clocks", "test_promotion", "test_promotion_on_routes", "test_limits", "test_hangs", "test_fork",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -70,7 +75,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Run more tests at once than there are cores: most of the time a test waits for a process or a deadline."""
-    return min(8, (os.cpu_count() or 1) + 2)
+    return min(8, (os.cpu_count() or 1) * 3)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -35,6 +35,7 @@ class DnsServer:
     def __init__(self, *records: str) -> None:
         self.records = list(records)
         self.rcode: str | None = None
+        self.negative_ttl: int | None = None  # for how long "there is none" counts, where that is said
         self.spoil: Spoil | None = None
         self.is_cut = False
         self.is_silent = False
@@ -74,6 +75,9 @@ class DnsServer:
             found.set_rcode(dns.rcode.from_text(self.rcode))
         elif not self._fill(found, name, kind):
             found.set_rcode(dns.rcode.NXDOMAIN)
+        if not found.answer and self.negative_ttl is not None:
+            soa = f"ns.example. root.example. 1 60 60 60 {self.negative_ttl}"
+            found.authority.append(dns.rrset.from_text(name.parent(), self.negative_ttl, "IN", "SOA", soa))
         if by == "udp" and self.is_cut:
             found.flags |= dns.flags.TC
             found.answer.clear()
