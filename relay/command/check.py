@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from relay import log_lines
 from relay.cockpit import evidence_from_redis, extensions, roles_now
@@ -56,17 +56,9 @@ def check(settings: Settings, out: Output) -> int:
     if not settings.redis.url and embedded.socket_path(settings.state_dir).exists():
         # `up` runs with this state folder: its Redis is the one that counts.
         settings = replace(settings, redis=settings.redis.at(embedded.url(settings.state_dir)))
-    findings = [*_page(settings.status), *asyncio.run(probe_all(settings))]
-    answers = True
-    said: list[tuple[str, list[Extension]]] = []
-    try:
-        findings += _left_behind(settings)
-        findings += _roles(settings)
-        said = _extensions(settings)
-    except CannotSay:  # the probe of Redis says so
-        answers = False
-    except Trouble:
-        pass  # a key file: its probe says so
+    probed, told = asyncio.run(_look(settings))
+    findings = [*_page(settings.status), *probed, *told.findings]
+    answers, said = told.answers, told.extensions
     if out.as_json:
         for finding in findings:
             out.object({"kind": "finding", **as_object(finding)})
@@ -78,6 +70,33 @@ def check(settings: Settings, out: Output) -> int:
     if answers or any(finding.subject != "redis" for finding in troubles):
         return NO if troubles else WELL
     return CANNOT_SAY
+
+
+@dataclass(slots=True)
+class _Told:
+    """What the ledger tells, up to where it stops answering."""
+
+    findings: list[ProbeResult] = field(default_factory=list)
+    extensions: list[tuple[str, list[Extension]]] = field(default_factory=list)
+    answers: bool = True
+
+
+async def _look(settings: Settings) -> tuple[list[ProbeResult], _Told]:
+    """Probe what the settings name and ask the ledger at once: a Redis that hangs is waited for by both."""
+    return await asyncio.gather(probe_all(settings), asyncio.to_thread(_ledger, settings))
+
+
+def _ledger(settings: Settings) -> _Told:
+    told = _Told()
+    try:
+        told.findings += _left_behind(settings)
+        told.findings += _roles(settings)
+        told.extensions = _extensions(settings)
+    except CannotSay:  # the probe of Redis says so
+        told.answers = False
+    except Trouble:
+        pass  # a key file: its probe says so
+    return told
 
 
 def _page(status: StatusSettings) -> Iterator[ProbeResult]:

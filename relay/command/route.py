@@ -35,9 +35,12 @@ def show(settings: Settings, out: Output, *, address: str, sender: str, client: 
         tables = loading.tables_as_they_are(settings, warnings.append)
     except BadTable as error:
         raise Trouble(f"a table cannot be read: {error}") from error
-    roles = _roles(settings)
+    held, unusable = _held(settings)
+    roles, told = _from_redis(settings, address)
+    moved = held or told or moved_copy.NOBODY
+    if unusable and told is None:
+        warnings.append(f"{unusable}, and Redis does not answer")
     default, backups = roles.primary.name, [backup.name for backup in roles.backups]
-    moved = _moved(settings, address, warnings)
     router = loading.router_of(settings, tables, moved).with_routes(roles.routes)
     # The token stands for the message where that decides by weight: there is none.
     plan = router.plan(default, sender.removeprefix("<").removesuffix(">"), client, local, token="message")  # noqa: S106  (no password)
@@ -88,17 +91,21 @@ def _address(listen: str, settings: Settings) -> tuple[str, int]:
         raise Misuse(f"--listen: expected host:port or :port, not {printable(listen)}") from None
 
 
-def _roles(settings: Settings) -> Roles:
-    """Return who answers and who gets copies: by the last decision, where Redis can say."""
+def _from_redis(settings: Settings, address: str) -> tuple[Roles, MovedMap | None]:
+    """Return who answers and who gets copies, by the last decision, and whether the address has moved.
+
+    Where Redis cannot say, which is waited for once: as the settings say, and None.
+    """
     roles = as_settings_say(settings)
+    keys = lookup_keys(address.removeprefix("<").removesuffix(">"), fold=settings.routes.fold_local)
     if settings.redis.url or embedded.socket_path(settings.state_dir).exists():
-        try:
-            with ledger_of(settings) as connection:
-                topology = promotion.standing(connection, settings)
-                roles = (topology and decided(settings, topology)) or roles
-        except CannotSay:  # as it was at the start
-            pass
-    return roles
+        with suppress(CannotSay), ledger_of(settings) as connection:
+            topology = promotion.standing(connection, settings)
+            roles = (topology and decided(settings, topology)) or roles
+            found, _ = moving.entries(connection, keys)
+            servers = dict.fromkeys((entry.server for entry in found.values()), 1)
+            return roles, MovedMap(servers=servers, changes=found)
+    return roles, None
 
 
 def _weights(decision: RouteDecision) -> dict[str, float]:
@@ -107,20 +114,13 @@ def _weights(decision: RouteDecision) -> dict[str, float]:
     return dict(zip(route.servers, route.weights, strict=True)) if route.weights else {}
 
 
-def _moved(settings: Settings, address: str, warnings: list[str]) -> MovedMap:
-    """Return who has moved, as the relays of this host go by it, else as Redis has it for this address."""
-    unusable = ""
+def _held(settings: Settings) -> tuple[MovedMap | None, str]:
+    """Return who has moved, as the relays of this host go by it, None where they have no copy; and what is wrong."""
     try:
-        if (held := moved_copy.load(settings.state_dir)).state.generation:
-            return held
+        held = moved_copy.load(settings.state_dir)
     except OSError as error:
-        unusable = f"this host's copy of who has moved cannot be used, and Redis does not answer: {error}"
-    keys = lookup_keys(address.removeprefix("<").removesuffix(">"), fold=settings.routes.fold_local)
-    with suppress(CannotSay), ledger_of(settings) as connection:
-        found, _ = moving.entries(connection, keys)
-        return MovedMap(servers=dict.fromkeys((entry.server for entry in found.values()), 1), changes=found)
-    warnings += [printable(unusable)] if unusable else []
-    return moved_copy.NOBODY
+        return None, printable(f"this host's copy of who has moved cannot be used: {error}")
+    return (held, "") if held.state.generation else (None, "")
 
 
 def _why(decision: RouteDecision, tables: dict[Any, Table], moved: MovedMap) -> str:

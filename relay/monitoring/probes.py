@@ -23,7 +23,7 @@ from relay.mail.destination import Destination
 from relay.mail.text import printable
 from relay.mail.timeouts import Timeouts
 from relay.monitoring.probe_result import ProbeResult
-from relay.monitoring.routes import about_routes
+from relay.monitoring.routes import about_routes, unusable_map
 from relay.monitoring.sentinel_probes import probe_replicas, probe_sentinels, probe_settings
 from relay.redisio import embedded, versions
 from relay.redisio.clients import async_client
@@ -48,6 +48,7 @@ async def probe_all(settings: Settings) -> list[ProbeResult]:
     found = (probe_credentials(settings), probe_keys(settings))
     door = [finding for finding in found if finding is not None]
     door += await asyncio.to_thread(about_routes, settings)
+    door += await asyncio.to_thread(unusable_map, settings)
     async with asyncio.TaskGroup() as group:
         redis = group.create_task(probe_redis(settings))
         others = [

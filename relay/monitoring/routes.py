@@ -30,7 +30,10 @@ def unusable_map(settings: Settings) -> Iterator[ProbeResult]:
         moved_copy.load(settings.state_dir)
     except OSError as error:
         text = f"this host's copy of who has moved cannot be used: {printable(str(error))}"
-        text += "; while Redis does not answer, their former servers answer from a start on"
+        text += (
+            "; the next move, or a start that reaches Redis, writes it anew: do either before Redis is stopped, since "
+            "after a start without it their former servers answer"
+        )
         yield ProbeResult(MOVED, False, text)
 
 

@@ -318,9 +318,12 @@ def _opened(folder: Path, name: str, size: int) -> tuple[dict[str, str] | None, 
             return None, database
         names: dict[str, str] = {}  # one text for all entries of a server
         rows = database.execute("SELECT key, server FROM rows")
-        return {key: names.setdefault(server, server) for key, server in rows}, database
+        found = {key: names.setdefault(server, server) for key, server in rows}
     except sqlite3.Error as error:
         raise UnusableCopy(f"{folder / name}: {error}") from error
+    if len(found) != size:
+        raise UnusableCopy(f"{folder / name}: it holds {len(found)} entries, and should hold {size}")
+    return found, database
 
 
 def _write_note(folder: Path, made: MovedMap) -> None:

@@ -9,8 +9,10 @@ import re
 import runpy
 import select
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,6 +173,33 @@ def test_a_redis_that_does_not_answer_is_not_waited_for_long(tmp_path, capsys, m
         assert "imeout" in capsys.readouterr().err
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("words", "waits"), [(("check",), 2), (("route", "ann@a.example"), 1)])
+def test_a_redis_that_hangs_costs_one_time_out(tmp_path, capsys, monkeypatch, words, waits):
+    """Who waits for it more than once does so at the same time: all connections are there before one is over."""
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", free_port())) as silent:
+        # With this patience, a wait that begins only when another one is over ends the test.
+        flags = ["--redis-url", f"redis://127.0.0.1:{silent.getsockname()[1]}", "--redis-timeout-seconds", "600"]
+        flags += ["--state-dir", str(tmp_path), "--primary", "old=127.0.0.1:1"]
+        taken = []
+
+        def let_go():
+            taken.extend(silent.accept()[0] for _ in range(waits))
+            for connection in taken:
+                connection.close()
+
+        thread = threading.Thread(target=let_go, daemon=True)
+        thread.start()
+        run([*words, *flags])
+        thread.join()
+        silent.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+    assert len(taken) == waits
+    capsys.readouterr()
+
+
 def silent_server() -> SilentServer:
     return SilentServer()
 
@@ -179,8 +208,6 @@ class SilentServer:
     """A port that takes connections into its backlog and says nothing."""
 
     def __enter__(self) -> int:
-        import socket
-
         self._socket = socket.create_server(("127.0.0.1", free_port()))
         return int(self._socket.getsockname()[1])
 

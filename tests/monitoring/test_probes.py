@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import redis
 
 from relay.config.loader import Settings, load
+from relay.ledger.audit import Act
 from relay.mail.destination import Destination
 from relay.mail.timeouts import Timeouts
 from relay.monitoring.probe_result import ProbeResult
 from relay.monitoring.probes import probe_all, probe_destination, probe_redis
 from relay.redisio import embedded, versions
+from relay.routing import moved_copy
+from relay.topology import moving
+from relay.topology.moved import MovedEntry
 from support.certificates import Certificate
 from support.reactions import Silence
 from support.redis_servers import RedisServer
@@ -26,6 +32,61 @@ def settings_for(url: str, **flags: str) -> Settings:
 
 async def probed(destination: Destination, timeout: float = 5) -> ProbeResult:
     return await probe_destination(destination, local_hostname="relay.example", timeouts=Timeouts.of(timeout))
+
+
+def _damaged_note(folder: Path) -> None:
+    (folder / "map.json").write_bytes(b'{"state"')
+
+
+def _another_type(folder: Path) -> None:
+    (folder / "map.json").write_bytes(b"[1, 2]")
+
+
+def _cut_off(folder: Path) -> None:
+    (file,) = folder.glob("*.db")
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+def _rubbish(folder: Path) -> None:
+    (file,) = folder.glob("*.db")
+    file.write_bytes(b"rubbish" * 1000)
+
+
+def _gone(folder: Path) -> None:
+    (file,) = folder.glob("*.db")
+    file.unlink()
+
+
+def _no_file(folder: Path) -> None:
+    (folder / "map.json").unlink()
+    (folder / "map.json").mkdir()
+
+
+@pytest.mark.parametrize("damage", [_damaged_note, _another_type, _cut_off, _rubbish, _gone, _no_file])
+async def test_a_damaged_copy_of_who_has_moved_is_told(
+    redis_client: redis.Redis,
+    redis_url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], None],
+) -> None:
+    """One line that says what to do; nothing where the copy is whole, or there is none."""
+    settings = settings_for(redis_url, state_dir=str(tmp_path))
+
+    async def said() -> list[str]:
+        return [f.text for f in await probe_all(settings) if f.subject == "copy of who has moved" and not f.ok]
+
+    assert await said() == []
+    moved = {f"u{n}@a.example": MovedEntry("new", 1.0, "ann", "note " * 10) for n in range(300)}
+    moving.commit(redis_client, moved, {}, 0, Act("move"))
+    monkeypatch.setattr(moved_copy, "_MOST_CHANGES", 10)  # so that there is a file of them
+    held, trouble = moved_copy.follow(redis_client, tmp_path, moved_copy.NOBODY)
+    assert (len(held), trouble) == (300, "")
+    assert await said() == []
+    damage(tmp_path / "moved")
+    (text,) = await said()
+    assert "\n" not in text
+    assert "the next move, or a start that reaches Redis, writes it anew" in text
 
 
 async def test_a_durable_redis_is_in_order(redis_url: str) -> None:
