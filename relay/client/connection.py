@@ -154,8 +154,7 @@ class Connection(asyncio.Protocol):
         if self.in_data and lines != (b".",):
             # The server would take it for body text, and the next dot would end a message made of two.
             raise RuntimeError("only the dot may be sent in the DATA phase")
-        self._speak(lines[0])
-        self._owe(lines)
+        self._speak(lines[0], lines)
         self._transport.write(b"\r\n".join((*lines, b"")))
 
     def reply(self, *, timeout: float) -> asyncio.Future[Reply]:
@@ -224,7 +223,7 @@ class Connection(asyncio.Protocol):
             check_lines(then)
         self._owed.extend((b".",) * replies)
         if then:
-            self._owe(then)
+            self._speak(b".", then)
             self._is_ahead = True
         behind = b"\r\n".join((*then, b"")) if then else b""
         self._behind_dot = len(behind)
@@ -343,22 +342,19 @@ class Connection(asyncio.Protocol):
 
     # -- waiting --
 
-    def _owe(self, lines: Sequence[bytes]) -> None:
-        """Note commands that owe a reply."""
-        for line in lines:
-            verb = line[:4].upper()
+    def _speak(self, line: bytes, lines: Sequence[bytes] = ()) -> None:
+        """Note the commands ``lines`` that owe a reply. Raises ClientError unless the server may be expected to."""
+        is_amid = not (self._owed or self._parser.is_between)  # in half a reply, to nothing
+        if is_amid or self._unasked or self._fault or self._torn or self._lost or self._transport.is_closing():
+            raise self._gone(line[:4])
+        for each in lines:
+            verb = each[:4].upper()
             self._owed.append(verb)
             if verb == b"MAIL":
                 self.transactions += 1
                 self.is_dirty = True
             elif verb == b"RSET":
                 self.is_dirty = False
-
-    def _speak(self, line: bytes) -> None:
-        """Raise ClientError unless the server can be expected to read and reply."""
-        is_amid = not (self._owed or self._parser.is_between)  # in half a reply, to nothing
-        if is_amid or self._unasked or self._fault or self._torn or self._lost or self._transport.is_closing():
-            raise self._gone(line[:4])
 
     def _gone(self, verb: bytes) -> ClientError:
         if self._fault:

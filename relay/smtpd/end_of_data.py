@@ -24,6 +24,8 @@ class ClientGone(ConnectionError):
 class EndOfData:
     """Finds CRLF.CRLF in chunks of any size; once ``found``, ``rest`` holds the octets after it."""
 
+    __slots__ = ("_context", "_held", "found", "rest")
+
     def __init__(self) -> None:
         # The CRLF of the DATA line counts: a lone dot right after it ends an empty message.
         self._context = b"\r\n"
