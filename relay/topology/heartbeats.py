@@ -21,7 +21,7 @@ from relay.ledger.changes import Pipe
 from relay.mail import ids
 from relay.mail.ids import is_destination_name
 from relay.mail.stored import number, parsed, texts
-from relay.topology.state import count, text
+from relay.topology.state import count, ordinal, text
 
 DEAD_AFTER = 10.0  # seconds of silence
 _FORGOTTEN_AFTER = 86400.0
@@ -169,7 +169,7 @@ def _beat(process: str, data: bytes, now: float) -> Heartbeat | None:
             name=text(found["name"]),
             pid=count(found["pid"]),
             version=text(found["version"]),
-            epoch=count(found["epoch"]),
+            epoch=ordinal(found["epoch"]),
             primary=text(found["primary"]),
             generation=count(found["generation"]),
             prepared=text(found["prepared"]),
@@ -178,7 +178,7 @@ def _beat(process: str, data: bytes, now: float) -> Heartbeat | None:
             at=at,
             age=abs(now - at),
             down=_names(found.get("down", [])),
-            moved=count(found["moved"]) if "moved" in found else None,
+            moved=ordinal(found["moved"]) if "moved" in found else None,
             moved_trouble=text(found.get("moved_trouble", "")),
             servers=_names(found.get("servers", [])),
             settings=_digests(found["settings"]) if "settings" in found else None,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from relay.mail.ids import is_destination_name
 from relay.mail.stored import number
-from relay.topology.state import Unreadable, count, read_stored, text
+from relay.topology.state import Unreadable, count, ordinal, read_stored, text
 
 _LONGEST_ENTRY = 4 << 10  # octets of a stored form
 _LONGEST_KEY = 1 << 10
@@ -95,10 +95,10 @@ class MapState:
     def of(cls, found: Any) -> MapState:
         """Make one of what was parsed. Raises ValueError, TypeError, KeyError."""
         made = cls(
-            generation=count(found["generation"]),
+            generation=ordinal(found["generation"]),
             id=text(found["id"]),
             lineage=text(found["lineage"]),
-            whole=count(found["whole"]),
+            whole=ordinal(found["whole"]),
             count=count(found["count"]),
             at=number(found["at"]),
             by=text(found["by"]),
@@ -129,7 +129,7 @@ class MapStep(NamedTuple):
     def of(cls, found: Any) -> MapStep:
         """Make one of what was parsed. Raises ValueError, TypeError, AttributeError."""
         generation, id_, before, changes = found
-        return cls(count(generation), text(id_), text(before), changes_of(changes))
+        return cls(ordinal(generation), text(id_), text(before), changes_of(changes))
 
 
 def changes_of(found: Any) -> dict[str, MovedEntry | None]:

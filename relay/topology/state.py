@@ -18,6 +18,7 @@ from relay.mail.stored import any_text, number, parsed
 from relay.mail.text import printable
 
 _MOST = 1 << 53  # what JSON's numbers keep whole
+_MOST_ORDINAL = 1 << 40  # far below: the next ones must be numbers that are kept, too
 LONGEST = 64 << 10  # octets of a stored form
 _CUT = 300  # characters of a text
 _OF_A_ROUTE = ("route", "servers")  # of an intent
@@ -172,7 +173,7 @@ def _decision(given: Any) -> Decision:
     found = _object(given)
     routes = _object(found.get("routes", {}))
     return Decision(
-        epoch=count(found["epoch"]),
+        epoch=ordinal(found["epoch"]),
         primary=_name(found["primary"]),
         backups=_names(found["backups"]),
         by=text(found.get("by", "")),
@@ -242,3 +243,10 @@ def count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < _MOST:
         raise TypeError("no count")
     return value
+
+
+def ordinal(value: Any) -> int:
+    """Return the number of a decision or a generation, of which there will be others. Raises TypeError."""
+    if count(value) >= _MOST_ORDINAL:
+        raise TypeError("no number of a decision")
+    return int(value)

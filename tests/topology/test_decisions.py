@@ -12,6 +12,7 @@ from relay.config.loader import Settings, load
 from relay.ledger import keys
 from relay.ledger.audit import Act, acts
 from relay.topology import decisions, remembered, roles
+from relay.topology.moved import MapState
 from relay.topology.state import Decision, Intent, Topology, Unreadable
 
 
@@ -145,3 +146,12 @@ def test_nobody_ends_the_intent_of_another_by_mistake(redis_client: redis.Redis)
     redis_client.set(keys.INTENT, "nonsense")
     decisions.withdraw(redis_client)
     assert not redis_client.exists(keys.INTENT)
+
+
+@pytest.mark.parametrize("number", [2**40, 2**53 - 1, 2**53, 10**30])
+def test_a_number_so_high_that_the_next_may_be_none_is_not_believed(number: int) -> None:
+    """Whoever took 2**53 - 1 as the last epoch or generation would make a decision that nobody can read."""
+    with pytest.raises(Unreadable):
+        Topology.from_json(topology("b", number).to_json())
+    with pytest.raises(Unreadable):
+        MapState.from_json(MapState(number, "id", "line", 1).to_json())

@@ -292,7 +292,7 @@ def test_a_generation_far_away_is_read_as_a_whole(redis_client: redis.Redis, tmp
     """No work is done for each generation that Redis only claims to have had, however high the number."""
     first = move(redis_client, "new", "a@x")
     held, _ = follow(redis_client, tmp_path, NOBODY)
-    for generation in (first.generation + 101, 10**15):
+    for generation in (first.generation + 101, 2**39):
         claimed = replace(first, generation=generation, id=f"id{generation}")
         redis_client.set(keys.MOVES_STATE, claimed.to_json())
         assert moving.steps(redis_client, held.state, claimed) is None
