@@ -9,42 +9,20 @@ import pytest
 from support import dovecot_instance
 from support.dovecot_instance import DovecotInstance
 from support.product import Product
+from support.routed_pair import routed
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
 
 Make = Callable[..., Product]
 MakeServer = Callable[..., ScriptedServer]
-QUICK = {
-    "retry.first": "1",
-    "retry.longest": "2",
-    "relay.timeout_seconds": "2",
-    "relay.greeting_timeout_seconds": "2",
-    "relay.command_timeout_seconds": "2",
-}
-FILE = """
-[[server]]
-name = "boxes"
-url = "{boxes}"
-{server}
-[[route]]
-name = "boxes"
-match = {{ recipients = "@boxes.example" }}
-primary = {primary}
-backups = []
-{more}
-"""
-
-
-def routed(product: Make, old: str, boxes: str, primary: str = '"boxes"', server: str = "", more: str = "") -> Product:
-    file = FILE.format(boxes=boxes, primary=primary, server=server, more=more)
-    return product(primary=f"old={old}", files={"settings.toml": file}, settings=QUICK)
+DOMAIN = "boxes.example"
 
 
 def test_one_recipient_a_transaction(product: Make, scripted: MakeServer) -> None:
     """Each gets a reply of its own at the dot; the others of the message are told to come again, in either order."""
     old, boxes = scripted(), scripted(lmtp=True)
     boxes.replies[".<full@boxes.example>"] = "452 4.2.2 mailbox full"
-    relay = routed(product, old.address, f"lmtp://{boxes.address}")
+    relay = routed(product, f"old={old.address}", f"boxes=lmtp://{boxes.address}", DOMAIN)
     with relay.dialogue() as client:
         client.hello()
         for order in (("a@boxes.example", "b@boxes.example", "x@example.com"), ("x@example.com", "a@boxes.example")):
@@ -75,7 +53,10 @@ def test_one_recipient_a_transaction(product: Make, scripted: MakeServer) -> Non
 def test_in_order_and_back(product: Make, scripted: MakeServer) -> None:
     """An LMTP server with an SMTP server behind it, in order: the next one answers while it is away."""
     old, boxes = scripted(), scripted(lmtp=True)
-    relay = routed(product, old.address, f"lmtp://{boxes.address}", '["boxes", "old"]', more='return_after = "0"')
+    relay = routed(
+        product, f"old={old.address}", f"boxes=lmtp://{boxes.address}", DOMAIN, '["boxes", "old"]',
+        more='return_after = "0"',
+    )  # fmt: skip
     relay.send("one@example.org", "a@boxes.example")
     boxes.down()
     assert relay.send("two@example.org", "a@boxes.example").startswith("250")
@@ -92,7 +73,7 @@ def test_in_order_and_back(product: Make, scripted: MakeServer) -> None:
 def test_it_does_not_fork(product: Make, scripted: MakeServer) -> None:
     """A route that forks defers where the other primary speaks LMTP; with LMTP itself it is a fault of the settings."""
     old, new = scripted(lmtp=True), scripted()
-    relay = routed(product, f"lmtp://{old.address}", new.address, more='split = "fork"')
+    relay = routed(product, f"old=lmtp://{old.address}", f"boxes={new.address}", DOMAIN, more='split = "fork"')
     for first, second in (("a@boxes.example", "x@example.com"), ("x@example.com", "a@boxes.example")):
         with relay.dialogue() as client:
             client.hello()
@@ -116,7 +97,9 @@ def dovecot() -> Iterator[DovecotInstance]:
 def test_dovecot_answers_for_a_route(product: Make, dovecot: DovecotInstance, primary: ScriptedServer) -> None:
     """A real LMTP server as the primary of a route: its own words at RCPT and at the dot, and its copies elsewhere."""
     file_of_copies = 'copies = "others"\n'
-    relay = routed(product, primary.address, dovecot.address, '["boxes", "old"]', more=file_of_copies)
+    relay = routed(
+        product, f"old={primary.address}", f"boxes={dovecot.address}", DOMAIN, '["boxes", "old"]', more=file_of_copies
+    )
     assert relay.send("s@example.org", "anna@boxes.example").startswith("250")
     with relay.dialogue() as client:
         client.hello()

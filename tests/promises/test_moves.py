@@ -25,11 +25,12 @@ def servers(scripted: Callable[..., ScriptedServer]) -> Servers:
     return {name: scripted() for name in ("old", "new", "third")}
 
 
-def migration(product: Make, servers: Servers, **settings: str) -> Product:
+def migration(product: Make, servers: Servers, redis_url: str = "", **settings: str) -> Product:
     """Return the product as in the common migration: a primary, a backup, and no route."""
     return product(
         primary=f"old={servers['old'].address}",
         backups=[f"new={servers['new'].address}"],
+        redis_url=redis_url,
         settings={**QUICK, **{key.replace("__", "."): value for key, value in settings.items()}},
     )
 
@@ -152,12 +153,7 @@ def test_redis_away_and_redis_emptied(
 ) -> None:
     """The last map holds, also over a restart, and move says 3; an emptied Redis moves nobody, and move repairs it."""
     server = redis_factory()
-    relay = product(
-        primary=f"old={servers['old'].address}",
-        backups=[f"new={servers['new'].address}"],
-        redis_url=server.url,
-        settings={**QUICK, "smtp.processes": "2"},
-    )
+    relay = migration(product, servers, redis_url=server.url, smtp__processes="2")
     relay.json("move", "anna@a.example", "bert@a.example", "--to", "new", "--yes")
     server.stop()
     relay.send("away@example.org", "anna@a.example", data=b"Subject: 1\r\n\r\n1\r\n")
@@ -191,12 +187,7 @@ def test_a_damaged_copy_at_a_start_without_redis(
 ) -> None:
     """Nobody knows who has moved: former servers answer, it is said wherever one looks, and it mends itself."""
     server = redis_factory()
-    relay = product(
-        primary=f"old={servers['old'].address}",
-        backups=[f"new={servers['new'].address}"],
-        redis_url=server.url,
-        settings=QUICK,
-    )
+    relay = migration(product, servers, redis_url=server.url)
     relay.json("move", "anna@a.example", "--to", "new", "--yes")
     server.stop()
     assert relay.stop() == 0

@@ -5,41 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from support.product import Product
+from support.routed_pair import routed
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
 
 Make = Callable[..., Product]
 MakeServer = Callable[..., ScriptedServer]
-QUICK = {
-    "retry.first": "1",
-    "retry.longest": "2",
-    "relay.timeout_seconds": "2",
-    "relay.greeting_timeout_seconds": "2",
-    "relay.command_timeout_seconds": "2",
-}
-FILE = """
-[[server]]
-name = "b"
-url = "{b}"
-[[route]]
-name = "moved"
-match = {{ recipients = "@moved.example" }}
-primary = {primary}
-backups = []
-{more}
-"""
-
-
-def routed(product: Make, a: str, b: str, primary: str = '"b"', more: str = "") -> Product:
-    file = FILE.format(b=b, primary=primary, more=more)
-    return product(primary=f"a={a}", files={"settings.toml": file}, settings=QUICK)
 
 
 def test_a_message_that_forks_needs_what_both_take(product: Make, scripted: MakeServer) -> None:
     """The smallest SIZE counts, announced by one or by both; who offers less since then refuses its recipients only."""
     a = scripted(extensions=["PIPELINING", "8BITMIME", "SMTPUTF8", "DSN"])
     b = scripted(extensions=["PIPELINING", "8BITMIME", "SMTPUTF8", "SIZE 5000"])
-    relay = routed(product, a.address, b.address, more='split = "fork"')
+    relay = routed(product, f"a={a.address}", f"b={b.address}", "moved.example", more='split = "fork"')
     with relay.dialogue() as client:
         offered = client.hello()
         assert offered["SIZE"] == "5000"
@@ -69,7 +47,10 @@ def test_from_smtp_to_lmtp_and_back_within_a_session(product: Make, scripted: Ma
     """Whoever answers, in one packet or line by line: LMTP takes one recipient, each server speaks for itself."""
     a, b = scripted(), scripted(lmtp=True)
     b.replies[".<full@moved.example>"] = "452 4.2.2 full"
-    relay = routed(product, a.address, f"lmtp://{b.address}", '["a", "b"]', 'return_after = "0"\ncopies = "others"')
+    relay = routed(
+        product, f"a={a.address}", f"b=lmtp://{b.address}", "moved.example", '["a", "b"]',
+        more='return_after = "0"\ncopies = "others"',
+    )  # fmt: skip
     lines = ["MAIL FROM:<s@example.org>", "RCPT TO:<x@moved.example>", "RCPT TO:<y@moved.example>", "DATA"]
 
     def replies(*, pipelined: bool) -> list[str]:
