@@ -16,7 +16,9 @@ from relay.ledger import changes, flow
 from relay.ledger.flow import Flow, RouteFlow
 from relay.routing import table_store
 from relay.topology import decisions, promotion, route_roles
+from relay.topology.agreement import behind_with_moves, differences
 from relay.topology.decisions import View
+from relay.topology.moved import MapState
 from relay.topology.roles import backups_now
 from relay.topology.state import Topology
 
@@ -88,11 +90,16 @@ class RouteNow:
 
 @dataclass(frozen=True, slots=True)
 class RoutesNow:
-    """All routes, the default one last, and how many recipients were put off in a day, since messages were split."""
+    """All routes, the default one last, and how many recipients were put off in a day, since messages were split.
+
+    ``hosts`` says where the settings of hosts, or the maps of who has ``moved`` that they go by, differ.
+    """
 
     routes: Sequence[RouteNow]
     put_off: int
     disagreements: Sequence[str]
+    hosts: Sequence[str] = ()
+    moved: MapState | None = None
 
 
 def look(connection: Any, settings: Settings) -> RoutesNow:
@@ -106,7 +113,8 @@ def look(connection: Any, settings: Settings) -> RoutesNow:
     default = Route(DEFAULT_ROUTE, Match(), (primary,) if primary else (), backups=backups)
     routes.append(_route(default, settings, seen, topology, day))
     told = list(route_roles.disagreements(settings, topology)) if topology else []
-    return RoutesNow(routes, day.split.get("defer", 0), told)
+    hosts = [*differences(seen), *(f"who has moved: {text}" for text in behind_with_moves(seen))]
+    return RoutesNow(routes, day.split.get("defer", 0), told, hosts, seen.moves)
 
 
 def _route(route: Route, settings: Settings, seen: View, last: Topology | None, day: Flow) -> RouteNow:

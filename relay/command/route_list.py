@@ -41,7 +41,7 @@ def show(settings: Settings, out: Output) -> int:
     if not out.as_json:
         if found.put_off:
             out.line(f"Put off in a day, as they need another primary: {count(found.put_off, 'recipient')}.")
-        for text in found.disagreements:
+        for text in (*found.disagreements, *found.hosts):
             out.line(f"{text}.")
     is_away = any(server.away and server.answers for route in found.routes for server in route.servers)
     return NO if is_away or any(table.fault for route in found.routes for table in route.tables) else WELL

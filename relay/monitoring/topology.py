@@ -9,7 +9,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from relay.config.model import Settings
 from relay.monitoring.probe_result import ProbeResult
 from relay.topology import promotion
-from relay.topology.agreement import differences
+from relay.topology.agreement import behind_with_moves, differences
 from relay.topology.decisions import View
 from relay.topology.heartbeats import Heartbeat
 from relay.topology.roles import disagreement
@@ -50,15 +50,7 @@ def about_topology(settings: Settings, seen: View) -> Iterator[ProbeResult]:
 
 def _about_moved(seen: View) -> Iterator[ProbeResult]:
     """Say how many mailboxes have moved, and who does not go by that."""
-    troubles = [f"{beat.label}: {beat.moved_trouble}" for beat in seen.living if beat.moved_trouble]
-    troubles += [
-        f"{beat.label} has not followed: it goes by generation {beat.moved or 0}"
-        for beat in seen.living
-        if not beat.moved_trouble and not seen.goes_by_moves(beat)
-    ]
-    if seen.nonsense_of_moves:
-        troubles.append(f"what Redis holds as the state of who has moved makes no sense: {seen.nonsense_of_moves}")
-    if troubles:
+    if troubles := list(behind_with_moves(seen)):
         yield ProbeResult(MOVED, False, "; ".join(troubles))
     elif seen.moves is not None:
         servers = ", ".join(f"{number} at {name}" for name, number in sorted(seen.moves.servers.items())) or "nobody"

@@ -44,6 +44,18 @@ def differences(seen: View) -> Iterator[str]:
         yield "the primary by default is " + ", ".join(f"{beat.primary} at {beat.label}" for beat in beats)
 
 
+def behind_with_moves(seen: View) -> Iterator[str]:
+    """Yield which living process does not go by who has moved as Redis has it, and what makes no sense there."""
+    for beat in seen.living:
+        if beat.moved_trouble:
+            yield f"{beat.label}: {beat.moved_trouble}"
+    for beat in seen.living:
+        if not beat.moved_trouble and not seen.goes_by_moves(beat):
+            yield f"{beat.label} has not followed: it goes by generation {beat.moved or 0}"
+    if seen.nonsense_of_moves:
+        yield f"what Redis holds as the state of who has moved makes no sense: {seen.nonsense_of_moves}"
+
+
 def _beside_most(beats: list[Heartbeat]) -> Iterator[str]:
     said = [(beat.label, beat.settings or {}) for beat in beats]
     names = sorted({name for _, settings in said for name in settings})

@@ -10,7 +10,10 @@ from urllib.parse import urlencode
 import pytest
 
 from relay.ledger import audit
-from relay.topology import decisions, promotion
+from relay.ledger.audit import Act
+from relay.topology import decisions, moving, promotion
+from relay.topology.heartbeats import Pulse
+from relay.topology.moved import MovedEntry
 from relay.topology.state import RouteRoles
 from support.served_page import PageClient, Reply, ServedPage, served_page, users_file
 from support.waiting import wait_until
@@ -146,3 +149,23 @@ def test_weights_are_an_operators(shop: ServedPage) -> None:
     assert [ann.get(f"/routes/{name}").status for name in ("chop", "default")] == [404, 404]
     assert agree(ann, "/routes/chop", typed="chop", **NINE_TO_ONE).status == 404
     assert roles(shop) is None
+
+
+def test_the_routes_say_where_hosts_differ(shop: ServedPage) -> None:
+    """Other settings by the same name, and a process that goes by an older map of who has moved."""
+    ann = shop.logged_in("ann")
+    assert "Hosts differ" not in ann.get("/routes").text
+    moving.commit(shop.redis, {"x@shop.example": MovedEntry("b", 1.0, "ann")}, {}, 0, Act("move"))
+    for number, digest in enumerate(("one", "one", "<b>other</b>")):
+        pulse = Pulse(f"host-{number} /var/lib/x", "relay-1", number)
+        pulse.settings, pulse.primary, pulse.moved = {"server a": digest}, "old", min(number, 1)
+        with shop.redis.pipeline(transaction=False) as pipe:
+            pulse.ask(pipe)
+            pipe.execute()
+    wait_until(lambda: "Hosts differ" in ann.get("/routes").text)  # a look is kept for a second
+    said = re.findall(r"<p>(Hosts differ[^<]*)", ann.get("/routes").text)
+    assert len(said) == 2, said
+    assert "have another server a, beside those of other hosts" in said[0]
+    assert "has not followed: it goes by generation 0" in said[1]
+    moved = ann.get("/routes").text.partition("Who has moved")[2]
+    assert re.search(r"generation 1.*?>b</th>.*?1", moved, re.DOTALL)
