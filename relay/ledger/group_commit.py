@@ -20,7 +20,9 @@ from relay.gathering import Gathering
 from relay.ledger import changes
 from relay.redisio.pipeline import Answers, CommandBatch, Pipelines
 
-_FLIGHTS = 2  # writes on their way at once: one being written, one being gathered and parsed
+# Writes on their way at once: one being written, one being gathered and parsed. One or three take as much processor
+# time a message, whatever that does to the size of groups.
+_FLIGHTS = 2
 _GROUP_BYTES = 4 << 20  # the limit of a group, so that Redis is never blocked for long
 
 

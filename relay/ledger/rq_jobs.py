@@ -38,7 +38,7 @@ JOB_OPTIONS: dict[str, Any] = {
 _SERVER_VERSION = (6, 2, 0)
 JOB_SIZE = 100  # copies in one job at most, unless workers.batch says otherwise
 # Seconds for each process: how long a copy waits for others while the workers keep up. A job costs Redis five synced
-# writes and the worker some 2,000 calls, whatever it holds: at 1,000 messages a second it is full then. Half of it took
+# writes and the worker some 1,700 calls, whatever it holds: at 1,000 messages a second it is full then. Half of it took
 # the relay 8 % and Redis 5 % more processor time a message.
 _WINDOW = 0.1
 _LONGEST_WINDOW = 0.5
