@@ -237,3 +237,52 @@ def test_a_message_for_both_sides_goes_to_both_with_fork(product: Make, servers:
     assert (at_new.recipients, at_old.recipients) == (["anna@a.example"], ["otto@a.example"])
     assert [t.recipients for t in servers["new"].wait_for(2)[1:]] == [["otto@a.example"]]
     assert [t.recipients for t in servers["old"].wait_for(2)[1:]] == [["anna@a.example"]]
+
+
+def test_only_whoever_exists_there_moves_with_check(product: Make, servers: Servers) -> None:
+    """Who has no mailbox at the new server stays where mail is taken, unless forced; who cannot be asked moves."""
+    servers["new"].replies |= {
+        "RCPT TO:<no-such-mailbox": "550 5.1.1 User unknown",
+        "RCPT TO:<bert@a.example>": "550 5.1.1 <bert@a.example>: User unknown",
+        "RCPT TO:<carl@a.example>": "450 4.2.0 greylisted",
+    }
+    relay = migration(product, servers)
+    mailboxes = [f"{name}@a.example" for name in ("anna", "bert", "carl")]
+
+    def moved() -> set[str]:
+        return {who for who in mailboxes if relay.json("route", who)[0]["primary"] == "new"}
+
+    def rcpt(who: str, code: int) -> str:
+        with relay.dialogue() as client:
+            client.hello()
+            client.say("MAIL FROM:<s@example.org>", 250)
+            return client.say(f"RCPT TO:<{who}>", code)
+
+    dry = relay.run("move", *mailboxes, "--to", "new", "--check", "--dry-run")
+    assert (dry.returncode, moved()) == (1, set()), dry.stdout
+    assert "bert@a.example" in dry.stdout
+
+    done = relay.run("move", *mailboxes, "--to", "new", "--check", "--yes", "--json")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 1, "one was not moved"
+    (kept,) = [row for row in rows if row["kind"] == "not moved"]
+    assert kept["address"] == "bert@a.example"
+    assert "does not exist: " in kept["why"]
+    (plan,) = [row for row in rows if row["kind"] == "plan"]
+    assert {row["address"]: row["result"] for row in plan["probed"]} == {
+        "anna@a.example": "exists", "bert@a.example": "does not exist", "carl@a.example": "unknown",
+    }  # fmt: skip
+    assert any("carl@a.example" in text and "greylisted" in text for text in plan["remarks"])
+    assert moved() == {"anna@a.example", "carl@a.example"}
+    rcpt("bert@a.example", 250)
+
+    assert relay.run("move", "bert@a.example", "--to", "new", "--check", "--force", "--yes").returncode == 2, "no note"
+    forced = relay.run("move", "bert@a.example", "--to", "new", "--check", "--force", "--note", "made today", "--yes")
+    assert forced.returncode == 0, forced.stdout + forced.stderr
+    assert "User unknown" in forced.stdout
+    assert moved() == set(mailboxes)
+    assert rcpt("bert@a.example", 550) == "550 5.1.1 <bert@a.example>: User unknown", "the new server's own word"
+    assert relay.run("move", "bert@a.example", "--back", "--yes").returncode == 0
+    rcpt("bert@a.example", 250)
+    for name in ("new", "old"):
+        assert not servers[name].messages, "nobody was sent a message to find out"
