@@ -107,6 +107,11 @@ deliveries = Counter(
     "Attempts to deliver a copy by result: delivered, deferred, failed, trouble (the server, not the message)",
     ["destination", "result"],
 )
+first_tries = Counter(
+    "smtpdup_first_tries_total",
+    "Copies whose first try began at once, handed over by a relay process of the same host",
+    ["destination"],
+)
 delivery_age_seconds = Histogram(
     "smtpdup_delivery_age_seconds",
     "Time from acceptance to delivery at a backup",

@@ -249,6 +249,7 @@ _ROOMS = {  # what each room is for; their floors are the contract in pyproject.
     "relay.spool": "messages as files",
     "relay.topology": "who is the primary now",
     "relay.trace": "each message's life",
+    "relay.handover": "copies for a first try",
     "relay.ledger": "every key, every change of a copy",
     "relay.redisio": "Redis as a server",
     "relay.client": "the other servers' side",

@@ -248,6 +248,7 @@ class WorkersSettings:
     shared_above: int
     batch: int
     connections: int
+    first_try_from_memory: bool
     sweep: float
 
     @property

@@ -291,6 +291,9 @@ OPTIONS: tuple[Option, ...] = (
     Option("workers.connections", integer(0, 10_000), 0, "connections",
            "Connections from one worker process to one backup, at most. 0: 20, or up to 40 if the round trip takes "
            "more than 20 ms."),
+    Option("workers.first_try_from_memory", BOOLEAN, True, "",
+           "Relay processes hand a copy to a worker of the same host as they release it, so that its first try begins "
+           "at once; false: with its job, a tenth of a second later."),
     Option("workers.sweep", duration(), "1m", "seconds",
            "How often the reconciler compares the ledger with RQ's jobs. A copy without a job gets a new one at the "
            "second sweep."),

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from relay import maillog, private_files
+from relay import maillog, unix_sockets
 from relay.mail.stored import parsed
 
 ROLES = ("up", "relay", "workers")
@@ -24,7 +23,6 @@ _QUESTION = 4096  # octets
 _AT_ONCE = 16
 PATIENCE = 5.0  # seconds for a supervisor that is busy to say its first word
 _SEND_SECONDS = 0.2  # an answer is small enough for the kernel; who reads none of it is not waited for
-_LIMIT = 100  # octets of a socket's path on every system
 
 Tell = Callable[[dict[str, Any]], None]  # sends an object to who has asked
 Question = dict[str, Any]
@@ -53,25 +51,12 @@ class Control:
     def open(self) -> None:
         """Listen; where that cannot be done it is told, and commands have to do without."""
         try:
-            with _address(self._state_dir, self._name) as address:
-                Path(address).unlink(missing_ok=True)  # of a dead one: the role's lock is ours
-                listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                try:
-                    mask = os.umask(0o177)
-                    try:
-                        listener.bind(address)
-                    finally:
-                        os.umask(mask)
-                    private_files.give(Path(address))
-                    listener.listen(_AT_ONCE)
-                except OSError:
-                    listener.close()
-                    raise
+            # What has the name is of a dead one: the role's lock is ours.
+            listener = unix_sockets.listening(self._state_dir, self._name, _AT_ONCE)
         except OSError as error:
             text = "commands cannot talk to this process: reload by SIGHUP"
             maillog.notice("warning", text, socket=str(self._state_dir / self._name), reason=str(error))
             return
-        listener.setblocking(False)
         self._listener = listener
         self._watch(listener.fileno(), self._accept)
 
@@ -192,7 +177,7 @@ def lines(state_dir: Path) -> Iterator[list[Line]]:
     """Connect to each smtp-dup that runs with this state folder: `up`, or `relay` and `workers`. Raises OSError."""
     found: list[Line] = []
     try:
-        found += [Line(role, sock) for role in ROLES if (sock := _connect(state_dir.absolute(), role))]
+        found += [Line(role, sock) for role in ROLES if (sock := _connect(state_dir, role))]
         yield found
     finally:
         for line in found:
@@ -202,7 +187,7 @@ def lines(state_dir: Path) -> Iterator[list[Line]]:
 def is_running(state_dir: Path, role: str) -> bool:
     """Say whether one listens, without a question to it."""
     try:
-        sock = _connect(state_dir.absolute(), role)
+        sock = _connect(state_dir, role)
     except OSError:
         return False
     if sock is None:
@@ -212,30 +197,4 @@ def is_running(state_dir: Path, role: str) -> bool:
 
 
 def _connect(state_dir: Path, role: str) -> socket.socket | None:
-    """Return a connection, None where nobody listens. Raises OSError where we may not."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.settimeout(PATIENCE)
-    try:
-        with _address(state_dir, f"{role}.sock") as address:
-            sock.connect(address)
-    except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
-        sock.close()
-        return None
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-@contextlib.contextmanager
-def _address(folder: Path, name: str) -> Iterator[str]:
-    """Give the path of a socket in a folder, short enough for any: the system allows some 100 octets."""
-    path = str(folder / name)
-    if len(os.fsencode(path)) <= _LIMIT or not Path("/proc/self/fd").is_dir():
-        yield path
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{descriptor}/{name}"
-    finally:
-        os.close(descriptor)
+    return unix_sockets.connected(state_dir.absolute(), f"{role}.sock", patience=PATIENCE)

@@ -15,7 +15,6 @@ from relay import limits, log_lines
 from relay.child import ChildContext
 from relay.config.loader import Settings
 from relay.daemon.slots import WORKERS_STAGE, Child
-from relay.ledger import changes
 from relay.mail.destination import Destination
 
 if TYPE_CHECKING:
@@ -83,7 +82,8 @@ def _courier(settings: Settings, destination: Destination, most: int, url: str) 
     from workers.delivery import courier  # noqa: PLC0415  (of the workers, that a relay alone does not need)
 
     fitted = replace(destination, connections=most) if _width(destination) > most else destination
-    return lambda name: courier.Courier(settings, fitted, name, url)
+    takes = settings.workers.first_try_from_memory
+    return lambda name: courier.Courier(settings, fitted, name, url, takes_first_tries=takes)
 
 
 def _width(destination: Destination) -> int:
@@ -93,4 +93,6 @@ def _width(destination: Destination) -> int:
 
 
 def _give_back(destination: Destination) -> Callable[[Redis, str], None]:
-    return lambda connection, dead: changes.release_leases(connection, destination.name, dead)
+    from workers.rqworker import live_jobs  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
+
+    return lambda connection, dead: live_jobs.put_back_leased(connection, destination.name, dead)

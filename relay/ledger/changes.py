@@ -33,6 +33,7 @@ from relay.mail.ids import text as as_text
 from relay.redisio.pipeline import CommandBatch
 
 NOISE = 900.0  # seconds: see divergence.noise
+LEASE_SECONDS = 60.0
 COVERING = 2  # of a release: an uncertain message with the same digest has the recipients too
 WANTED, SETTLED, UNKNOWN = range(3)  # the ledger's verdict on a file; see judge_files.lua
 
@@ -86,6 +87,7 @@ class Released(NamedTuple):
     digest: str = ""
     recipients: tuple[str, ...] = ()
     accepted_at: float = 0.0
+    holders: tuple[str, ...] = ()  # for each backup the worker that gets its copy at once, with a lease; "" for none
 
 
 class Held(NamedTuple):
@@ -137,12 +139,16 @@ def stage(pipe: CommandBatch, messages: Sequence[Staged]) -> None:
 
 
 def release(pipe: Pipe, messages: Sequence[Released]) -> None:
-    """Make staged (or uncertain) messages pending for their backups. Result: for each 1, COVERING, or 0 for neither."""
+    """Make staged (or uncertain) messages pending for their backups, leased to their holders.
+
+    Result: for each 1, COVERING, or 0 for neither.
+    """
     arguments: list[str] = []
     for m in messages:
         recipients = f"[{', '.join(map(_quoted, m.recipients))}]" if m.digest else ""
         arguments += (m.id, m.digest, recipients, repr(m.accepted_at), str(len(m.destinations)), *m.destinations)
-    pipe.eval(_RELEASE, 0, *arguments)
+        arguments.append(" ".join(f"{n + 1}={holder}" for n, holder in enumerate(m.holders) if holder))
+    pipe.eval(_RELEASE, 0, str(LEASE_SECONDS), *arguments)
 
 
 def discard(pipe: Pipe, ids: Sequence[str]) -> None:
@@ -296,9 +302,12 @@ def unlease(pipe: Pipe, destination: str, ids: Sequence[str]) -> None:
     pipe.eval(_UNLEASE, 0, destination, *ids)
 
 
-def release_leases(pipe: Pipe, destination: str, worker: str) -> None:
-    """End the leases of a dead worker, so that its copies can be claimed at once; ``Claim.before`` names it."""
-    pipe.eval(_BEREAVE, 0, destination, worker)
+def release_leases(pipe: Pipe, destination: str, worker: str) -> Any:
+    """End the leases of a dead worker, so that its copies can be claimed at once; ``Claim.before`` names it.
+
+    Result: the ids of those copies.
+    """
+    return pipe.eval(_BEREAVE, 0, destination, worker)
 
 
 def drop(pipe: Pipe, destination: str, ids: Sequence[str], *, pending: bool = False) -> None:

@@ -22,6 +22,7 @@ from relay import limits, log_lines, log_output, maillog
 from relay.child import ChildContext
 from relay.client.pool import Pool
 from relay.config.loader import Settings
+from relay.handover.handover import Handover
 from relay.ledger import recovery, registry
 from relay.ledger.continuity import Continuity
 from relay.ledger.greetings import Greetings
@@ -131,6 +132,7 @@ class _Relay:
                 destinations=settings.copied,
                 hold_seconds=settings.relay.uncertain_hold,
             )
+        self._handover = Handover(settings.state_dir if settings.workers.first_try_from_memory else None, redis_url)
         self._staging = Staging(
             self._redis,
             self._bulk,
@@ -141,6 +143,7 @@ class _Relay:
             hold_seconds=settings.relay.uncertain_hold,
             spool=self._spool,
             awaits_release=settings.relay.await_release,
+            handover=self._handover,
             covering=lambda released: asyncio.to_thread(recovery.tell_of_repeats, self._jobs, released),
         )
         self._shared = Context(
@@ -201,6 +204,7 @@ class _Relay:
             # A Redis that is down must not delay the primary leg for long.
             await asyncio.wait_for(self._introductions.wait(), _INTRODUCTION_SECONDS)
         importing = loop.create_task(_for_ever(self._importer.run)) if self._importer else None
+        handing = loop.create_task(_for_ever(self._handover.follow))
         looking = await self._take_routes()
         await self._hear_the_primary()
         servers = []
@@ -220,6 +224,8 @@ class _Relay:
         for server in servers:
             server.close()
         await self._drain(importing)
+        await _end(handing)
+        self._handover.close()
         await _end(monitor)
         if not self._shared.leaving:
             with contextlib.suppress(RedisError, OSError):  # if this fails, the heartbeat expires

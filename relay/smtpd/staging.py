@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,12 +19,15 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from relay import limits, maillog, metrics
+from relay.handover.handover import Handover, Offer
+from relay.ledger import changes
 from relay.ledger.changes import COVERING, Held, Released, Staged
 from relay.ledger.group_commit import GroupCommit
 from relay.ledger.monitor import Monitor
 from relay.ledger.rq_jobs import Dispatcher
 from relay.mail.envelope import Envelope
 from relay.mail.record import Message
+from relay.redisio.pipeline import CommandBatch, Pipelines
 from relay.repeated import Backoff, until_done
 from relay.spool.writer import Spool
 from relay.trace.events import IN_REDIS, IN_SPOOL
@@ -63,10 +66,12 @@ class Staging:
         spool: Spool | None = None,
         covering: Callable[[Released], Awaitable[None]] | None = None,
         awaits_release: bool = True,
+        handover: Handover | None = None,
     ) -> None:
         """``covering`` is told of a release that stands for an uncertain message too.
 
-        Without ``awaits_release``, ``release`` waits only until it is on its way to Redis.
+        Without ``awaits_release``, ``release`` waits only until it is on its way to Redis. With a ``handover``, workers
+        of this host get copies at once.
         """
         self._small = GroupCommit(connection, seconds=stage_seconds)
         self._large = GroupCommit(bulk, seconds=stage_seconds)
@@ -79,6 +84,10 @@ class Staging:
         self._spool = spool
         self._covering = covering
         self._awaits_release = awaits_release
+        self._handover = handover or Handover()
+        self._wires = Pipelines(connection, seconds=stage_seconds)
+        self._handover.on_handed = self._dispatch
+        self._handover.on_refused = lambda destination, ids: self._repeat(partial(self._take_back, destination, ids))
         self._doubtful: set[str] = set()  # ids whose stage got no answer: Redis may have them nevertheless
         self._repeating: set[asyncio.Task[None]] = set()
 
@@ -92,6 +101,7 @@ class Staging:
         if not trouble:
             trouble = await self._to_redis(envelope, record, size)
             if not trouble:
+                self._handover.keep(envelope.id, record, envelope.destinations)
                 return IN_REDIS
         try:
             await self._to_spool(envelope, record, trouble)
@@ -150,12 +160,15 @@ class Staging:
         if self._spool is not None and self._spool.has(released.id):
             return self._release_spooled(self._spool, released)
         if self._watch.is_down:
+            self._handover.forget(released.id)
             return self._release_later(released)
+        offer = self._handover.offer(released.id, released.destinations)
+        leased = released if offer is None else released._replace(holders=offer.holders)
         if self._awaits_release:
-            return self._see_to(released, self._small.submit("release", released))
+            return self._see_to(released, offer, self._small.submit("release", leased))
         sent = asyncio.get_running_loop().create_future()
-        answer = self._small.submit("release", released, sent=sent)
-        self._repeat(partial(self._see_to, released, answer))
+        answer = self._small.submit("release", leased, sent=sent)
+        self._repeat(partial(self._see_to, released, offer, answer))
         return sent
 
     async def _release_spooled(self, spool: Spool, released: Released) -> None:
@@ -164,18 +177,26 @@ class Staging:
         else:  # it has just been moved to Redis
             await self.release(released)
 
-    async def _see_to(self, released: Released, answer: asyncio.Future[Any]) -> None:
+    async def _see_to(self, released: Released, offer: Offer | None, answer: asyncio.Future[Any]) -> None:
         """Wait for the answer to a release, and see to what follows from it."""
         try:
             is_new = await answer
+            if offer is not None and is_new:
+                offer.send(self.now())
         except (RedisError, OSError, TimeoutError) as error:
             self._watch.failed(error)
             maillog.ledger_trouble(f"release {released.id}", error)
+            if offer is not None:
+                offer.give_up()
             await self._release_later(released)
             return
         # Also when Redis had it done already, by a try that got no answer. A superfluous job does no harm.
-        self._dispatch(released)
+        for n, destination in enumerate(released.destinations):
+            if offer is None or not is_new or not offer.has(n):  # else with the hand-over, or its refusal
+                self._dispatch(destination, [released.id])
         if not is_new:
+            if offer is not None:
+                offer.give_up()
             self._repeat(lambda: self._look_for(released))
         elif is_new == COVERING and self._covering:
             self._repeat(partial(self._covering, released))
@@ -187,10 +208,12 @@ class Staging:
 
     def discard(self, message_id: str) -> None:
         """Delete a message that the primary refused; repeated in the background until Redis answers."""
+        self._handover.forget(message_id)
         self._repeat(lambda: self._discard(message_id))
 
     def hold(self, message_id: str, digest: str) -> None:
         """Mark a message as uncertain; repeated in the background until Redis answers."""
+        self._handover.forget(message_id)
         self._repeat(lambda: self._hold(message_id, digest))
 
     async def drain(self) -> None:
@@ -200,10 +223,18 @@ class Staging:
         if self._repeating:
             await asyncio.wait(self._repeating, timeout=self._stage_seconds)
         await self._dispatcher.drain()
+        await self._wires.close()
 
-    def _dispatch(self, released: Released) -> None:
-        for destination in released.destinations:
-            self._dispatcher.add(destination, released.id)
+    def _dispatch(self, destination: str, ids: Sequence[str]) -> None:
+        for message_id in ids:
+            self._dispatcher.add(destination, message_id)
+
+    async def _take_back(self, destination: str, ids: Sequence[str]) -> None:
+        """End the leases of copies that could not be handed over; then they get their job."""
+        batch = CommandBatch()
+        changes.unlease(batch, destination, ids)
+        await self._wires.ask(batch)
+        self._dispatch(destination, ids)
 
     async def _in_spool(self, change: Callable[[str], Awaitable[bool]], message_id: str) -> bool:
         """Change a message in the spool; returns whether it is there. A failed change is repeated in the background."""
@@ -233,7 +264,8 @@ class Staging:
         if not await self._small.submit("release", released):
             await self._look_for(released)
         # Also when there was nothing to release: the first try may have succeeded without an answer.
-        self._dispatch(released)
+        for destination in released.destinations:
+            self._dispatch(destination, [released.id])
         if self._spool is not None:
             await self._spool.strike(released.id)
 

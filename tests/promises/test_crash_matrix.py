@@ -11,6 +11,7 @@ import redis
 
 from relay import faultpoints
 from relay.config import loader
+from relay.handover.frames import folder_of
 from relay.ledger import overview
 from relay.spool import writer
 from support.killed_at import VICTIMS, kill
@@ -20,8 +21,17 @@ from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
 from workers.upkeep.reconciler import reconcile
 
-RELAY_POINTS = ["before staging", "staged", "dot sent", "primary answered", "released"]
-WORKER_POINTS = ["job fetched", "backup answered", "before settle"]
+RELAY_POINTS = [
+    "before staging",
+    "staged",
+    "dot sent",
+    "primary answered",
+    "released",
+    "before hand-over",
+    "handed over",
+]
+FROM_MEMORY = ("before hand-over", "handed over", "taken from memory")
+WORKER_POINTS = ["job fetched", "taken from memory", "body sent", "backup answered", "before settle"]
 SETTINGS = {
     **QUICK,
     "relay.timeout_seconds": "5",
@@ -31,7 +41,7 @@ SETTINGS = {
     "smtp.processes": "1",
 }
 # A job takes many copies with it, so few jobs are fetched; the other points are passed once for each message or group.
-PASSES = {"job fetched": 1, "before settle": 2}
+PASSES = {"job fetched": 1, "before settle": 2, **dict.fromkeys(FROM_MEMORY, 1)}
 CASES = [(point, victim, "true") for point in RELAY_POINTS + WORKER_POINTS for victim in VICTIMS]
 CASES += [(point, victim, "false") for point in ("primary answered", "released") for victim in VICTIMS]
 
@@ -53,6 +63,8 @@ def test_killed_at(
     monkeypatch.setenv(faultpoints.VARIABLE, f"{point}:{PASSES.get(point, 10)}:{reached}")
     settings = {**SETTINGS, "relay.await_release": await_release}
     pair = product(primary=primary.address, backups=[backup.address], settings=settings)
+    if point in FROM_MEMORY:
+        wait_until(lambda: hands_over(pair), message="the relay has not found the worker")
     sender = Sender(pair.smtp_port, range(60)).start()
     wait_until(reached.exists, 30, f"nobody reached {point!r}")
     kill(pair, victim)
@@ -75,6 +87,12 @@ def test_killed_at(
             assert any(
                 ids[str(number)] in line and ("may repeat" in line or "uncertain" in line) for line in log.splitlines()
             ), f"{number} came {count} times without a reason"
+
+
+def hands_over(pair: Product) -> bool:
+    """Say whether the relay is connected to the worker: its socket is there twice then."""
+    names = [path.name for path in folder_of(pair.state_dir).glob("*.sock")]
+    return any(Path("/proc/net/unix").read_text("utf-8").count(f"/.{name}.new\n") > 1 for name in names)
 
 
 def drained(pair: Product) -> bool:

@@ -66,6 +66,16 @@ class Bodies:
                 message = await asyncio.to_thread(self._unpacked, message_id, record) if record is not None else None
         return message
 
+    def give(self, message_id: str, record: bytes) -> None:
+        """Take a record that is at hand. One that cannot be read as it is waits for its turn, and is told then."""
+        with contextlib.suppress(BodyElsewhere, MalformedRecord, TooLarge):
+            self._ahead[message_id] = Message.unpack(record, message_id, _LARGE)
+
+    @property
+    def octets_ahead(self) -> int:
+        """How much memory the messages at hand take."""
+        return sum(len(message.body) for message in self._ahead.values())
+
     def at_hand(self, message_id: str) -> Message | None:
         """Return a message that was fetched ahead, else None; ``take`` returns it all the same."""
         return self._ahead.get(message_id)
@@ -81,10 +91,8 @@ class Bodies:
             batch.add(("MGET", *(keys.MESSAGE + message_id for message_id in ids)))
             (records,) = await self._wires.ask(batch)
             for message_id, record in zip(ids, cast("list[bytes | None]", records), strict=True):
-                # Trouble is reported when its turn comes; what unfolds to much waits for it.
-                with contextlib.suppress(BodyElsewhere, MalformedRecord, TooLarge):
-                    if record is not None:
-                        self._ahead[message_id] = Message.unpack(record, message_id, _LARGE)
+                if record is not None:
+                    self.give(message_id, record)
 
     def _unpacked(self, message_id: str, record: bytes) -> Message:
         try:

@@ -67,8 +67,9 @@ class Claiming:
         async with self._in_turn:  # two jobs may name the same copies, of which at most one owns them
             # A straggler has its own end, and what another job delivers is that one's. From here on the others are
             # ours, since a claim gives a worker again what it has.
-            in_hand = [message_id for message_id in ids if message_id in self._leases.held]
-            ids = [message_id for message_id in dict.fromkeys(ids) if message_id not in self._leases.held]
+            held, fresh = self._leases.held, self._leases.fresh
+            in_hand = [message_id for message_id in ids if message_id in held and message_id not in fresh]
+            ids = [message_id for message_id in dict.fromkeys(ids) if message_id not in held]
             self._leases.take(ids)
             while ids or in_hand:
                 try:

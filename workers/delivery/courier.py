@@ -24,7 +24,9 @@ from relay.breaker import Breaker
 from relay.client.errors import ClientError
 from relay.client.pool import Pool, PoolExhausted
 from relay.config.loader import Settings
+from relay.handover.frames import Hello, ledger_of
 from relay.ledger import archive
+from relay.ledger.changes import Claim
 from relay.ledger.greetings import Greetings
 from relay.mail.destination import Destination
 from relay.redisio.clients import async_client, sync_client
@@ -36,6 +38,7 @@ from workers.delivery.connection_run import ConnectionRuns
 from workers.delivery.copy import Copy
 from workers.delivery.divergences import Divergences
 from workers.delivery.draining import DrainWatch, end
+from workers.delivery.first_tries import FirstTries
 from workers.delivery.gate import Gate
 from workers.delivery.health import HealthReport
 from workers.delivery.hold_and_throttle import HoldAndThrottle
@@ -56,13 +59,23 @@ _LONGEST_PROBE = 60.0
 _BULK_SECONDS = 30.0
 _IN_HAND = 10  # copies that a connection delivers of what is in hand at once: the last ones leave others idle
 _HELD_LOOK = 0.5
+_MEMORY = "memory"  # in place of a job's id
 _BODY_PAUSE = 0.5  # seconds until Redis is asked again for a body
 
 
 class Courier:
     """Delivers to one destination; see ``workers.jobs.Deliverer`` for the contract with the worker."""
 
-    def __init__(self, settings: Settings, destination: Destination, worker: str, redis_url: str) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        destination: Destination,
+        worker: str,
+        redis_url: str,
+        *,
+        takes_first_tries: bool = False,
+    ) -> None:
+        """``takes_first_tries``: relays of this host hand it copies."""
         seconds = settings.redis.timeout_seconds
         name = destination.name
         server = settings.redis.at(redis_url)
@@ -139,6 +152,19 @@ class Courier:
             refusals,
         )
         self._hold_and_throttle.wake = self._wake
+        self._first_tries: FirstTries | None = None
+        if takes_first_tries:
+            hello = Hello(name, worker, ledger_of(redis_url))
+            self._first_tries = FirstTries(
+                settings.state_dir,
+                hello,
+                self._bodies,
+                self._leases,
+                self._outcomes,
+                pipelines,
+                wants_more=lambda: not (self._gate.is_closed or self._hold_and_throttle.is_throttled),
+                begin=lambda ours, late: self._spawn(self._try_first(ours, late)),
+            )
         self._probe_choice = ProbeChoice(self._breaker, self._runs, refusals, self._bodies, self._claiming)
         self._is_probing = self._is_given_up = False
         self._background: set[asyncio.Task[None]] = set()
@@ -168,6 +194,8 @@ class Courier:
         self._spawn(self._divergences.report())
         self._spawn(self._hold_and_throttle.share(lambda: self._jobs.copies_left, self._narrow))
         self._spawn(self._look_at_held())
+        if self._first_tries is not None:
+            self._spawn(self._first_tries.run())
 
     async def drain(self) -> None:
         """Start no further copy; finish those under way, stragglers too, and write their outcomes.
@@ -179,6 +207,8 @@ class Courier:
         is what waits for nothing that is known: no wait of a drain is without an end (draining.py).
         """
         self._gate.is_draining = True
+        if self._first_tries is not None:
+            self._first_tries.stop()
         self._wake()
         held = self._leases.held
         watch = DrainWatch(self._name)
@@ -194,6 +224,8 @@ class Courier:
         for task in self._background:
             task.cancel()
         counts = [] if self._outbox.is_late else [("the counts by domain", self._divergences.write())]
+        if self._first_tries is not None and not self._is_given_up:
+            counts.insert(0, ("the copies handed over", self._first_tries.close()))
         await end(
             self._name,
             [
@@ -235,7 +267,30 @@ class Courier:
         # In a drain nobody waits for a job that is only handed over now: what it claimed would stay leased.
         if self._gate.is_draining or self._hold_and_throttle.is_barred:
             raise Interrupted
+        if self._first_tries is not None:
+            self._first_tries.read_now()
         job = self._jobs.open(job_id, await self._claiming.claim(job_id, ids))
+        if await self._tried(job):
+            raise Interrupted
+
+    async def _try_first(self, ours: list[Claim], late: list[str]) -> None:
+        """Deliver what a relay has handed over; ``late`` is to be claimed before."""
+        job = self._jobs.open(_MEMORY, ours)
+        task = cast("asyncio.Task[object]", asyncio.current_task())
+        self._deliveries.add(task)
+        try:
+            if late:
+                with suppress(Interrupted):
+                    job.work += await self._claiming.claim(_MEMORY, late)
+                self._bodies.drop([message_id for message_id in late if message_id not in self._leases.held])
+            await self._tried(job, with_job=True)
+        finally:
+            self._deliveries.discard(task)
+        if self._first_tries is not None:
+            self._first_tries.tell()
+
+    async def _tried(self, job: JobInHand, *, with_job: bool = False) -> bool:
+        """See a job through; returns whether copies were given back untried, ``with_job`` in a job of their own."""
         try:
             await self._see_through(job)
         finally:
@@ -243,12 +298,12 @@ class Courier:
         untried = self._jobs.leave_untried(job)
         if untried:
             self._bodies.drop(untried)
-            await self._outcomes.give_back(untried)
+            await self._outcomes.give_back(untried, with_job=with_job)
         if job.written:
             await asyncio.wait(job.written)
         if untried:
             self._leases.free(untried)
-            raise Interrupted
+        return bool(untried)
 
     async def _see_through(self, job: JobInHand) -> None:
         """Have a job's copies tried, as far as that can be now; then it is over."""

@@ -63,6 +63,11 @@ class HoldAndThrottle:
         return bool(self._standing and self._standing.rate) and self._left() == 0
 
     @property
+    def is_throttled(self) -> bool:
+        """Whether an operator has bound the rate or the connections."""
+        return bool(self._standing and (self._standing.rate or self._standing.connections))
+
+    @property
     def most(self) -> float:
         """How many copies may begin within a second."""
         return self._standing.rate or math.inf if self._standing else 0.0

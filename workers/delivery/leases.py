@@ -18,7 +18,7 @@ from relay import maillog
 from relay.ledger import changes
 from relay.ledger.redis_clock import RedisClock
 
-SECONDS = 60.0
+SECONDS = changes.LEASE_SECONDS
 _RENEW = 15.0
 _LOOK = 1.0  # seconds between two looks whether a renewal is due
 
@@ -32,6 +32,7 @@ class Leases:
         self._renewal_at = time.monotonic() + _RENEW  # not at once: what is about to be claimed may be another's still
         self.clock = RedisClock()
         self.held: set[str] = set()
+        self.fresh: set[str] = set()  # those of them that have never been tried: no operator wants them retried
         self._leaving: dict[asyncio.Future[None], list[str]] = {}  # what is held until something is written
 
     def hear(self, said: float, asked_at: float) -> None:
@@ -43,9 +44,16 @@ class Leases:
         """Count the copies with these ids as ours."""
         self.held.update(ids)
 
+    def take_fresh(self, ids: Iterable[str]) -> None:
+        """Count copies as ours that have just been released to us."""
+        self.held.update(ids)
+        self.fresh.update(ids)
+
     def free(self, ids: Iterable[str]) -> None:
         """Renew these no more."""
+        ids = tuple(ids)
         self.held.difference_update(ids)
+        self.fresh.difference_update(ids)
 
     def free_when(self, written: asyncio.Future[None], ids: Iterable[str]) -> None:
         """Hold these until this is written."""

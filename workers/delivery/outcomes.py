@@ -208,9 +208,15 @@ class Outcomes:
         maillog.body_missing(message_id, self._name)
         return Conclusion(self._outbox.write(lambda pipe: changes.drop(pipe, self._name, [message_id], pending=True)))
 
-    async def give_back(self, ids: Sequence[str]) -> None:
-        """Give leases back untried."""
-        await asyncio.wait({self._outbox.write(lambda pipe: changes.unlease(pipe, self._name, ids))})
+    async def give_back(self, ids: Sequence[str], *, with_job: bool = False) -> None:
+        """Give leases back untried; ``with_job`` for copies whose own may have been and gone."""
+
+        def change(pipe: object) -> None:
+            changes.unlease(pipe, self._name, ids)
+            if with_job:
+                rq_jobs.enqueue(pipe, self._queue, self._name, ids)
+
+        await asyncio.wait({self._outbox.write(change)})
 
     def _fail(
         self,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple
 
+from relay import faultpoints
 from relay.client.connection import Connection
 from relay.client.errors import ClientError
 from relay.client.server_limits import UNLIMITED, ServerLimits
@@ -184,6 +185,7 @@ async def send(
     then = following()
     connection.end_body(body, replies=len(accepted) if lmtp else 1, then=then.lines if then else ())
     outcome.sent = True
+    faultpoints.reach("body sent")
     outcome.forget_accepted()
     dot = time.monotonic()
     for i in accepted if lmtp else ():

@@ -17,8 +17,8 @@ from redis import Redis
 from rq import Queue
 from rq.worker import BaseWorker
 
+from relay.ledger import changes, queries, rq_jobs
 from relay.ledger import keys as ledger_keys
-from relay.ledger import queries, rq_jobs
 from relay.mail.ids import are_ids
 from relay.mail.ids import text as as_text
 from relay.mail.stored import parsed
@@ -92,6 +92,23 @@ def calls(connection: Redis, jobs: Sequence[str]) -> list[list[str]]:
         for job in jobs:
             pipe.hget(_JOB + job, "data")
         return [_ids(data) for data in pipe.execute(raise_on_error=False)]  # one may be no hash
+
+
+def put_back_leased(connection: Redis, destination: str, worker: str, found: Live | None = None) -> None:
+    """End the leases of a dead worker; its copies that are in no job any more, tried from memory, get one.
+
+    ``found`` are the jobs, if they have been read. Raises RedisError. What a crash leaves undone here is found by the
+    reconciler.
+    """
+    ended = _texts(changes.release_leases(connection, destination, worker))
+    if not ended:
+        return
+    ids = (found or read(connection, destination)).uncovered(ended)
+    for start in range(0, len(ids), rq_jobs.JOB_SIZE):
+        with connection.pipeline(transaction=True) as pipe:
+            page = ids[start : start + rq_jobs.JOB_SIZE]
+            rq_jobs.enqueue(pipe, rq_jobs.queue(connection, destination), destination, page)
+            pipe.execute()
 
 
 def forget_useless(connection: Redis, destination: str) -> int:

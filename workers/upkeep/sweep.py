@@ -318,6 +318,6 @@ class Sweeper:
             dead.add("")
         for worker in sorted(dead):
             if worker:
-                changes.release_leases(self._connection, name, worker)
+                live_jobs.put_back_leased(self._connection, name, worker, found)
             for job in revive(self._connection, queue, worker):
                 self._report.add("abandoned job", job, name, "queued again")

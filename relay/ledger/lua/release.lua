@@ -1,4 +1,5 @@
--- ARGV: for each message: id, digest, recipients (JSON), time accepted (0 for now), number of backups, their names.
+-- ARGV: seconds of a lease, then for each message: id, digest, recipients (JSON), time accepted (0 for now), number of
+-- backups, their names, and who takes a lease of which: "<number>=<worker>", separated by blanks.
 -- Returns for each 1, 2 where it covers an uncertain twin, 0 where it was in neither state.
 -- Only what was staged or uncertain becomes pending: a repeated release must not revive a settled copy.
 local time = redis.call('TIME')
@@ -7,7 +8,8 @@ local seconds = time[1] + time[2] / 1000000
 local has_twins = redis.call('EXISTS', 'smtpdup:twins') == 1
 local result = {}
 local due = {}
-local i = 1
+local leased, held = {}, {}
+local i = 2
 
 local function no_longer_uncertain(id, digest)
   redis.call('HDEL', 'smtpdup:covered', id)
@@ -27,6 +29,11 @@ local function flush(name)
   redis.call('SADD', 'smtpdup:lists', name)
   redis.call('ZADD', 'smtpdup:pending:' .. name, unpack(due[name]))
   due[name] = nil
+  if leased[name] then
+    redis.call('ZADD', 'smtpdup:busy:' .. name, unpack(leased[name]))
+    redis.call('HSET', 'smtpdup:holders:' .. name, unpack(held[name]))
+    leased[name], held[name] = nil, nil
+  end
 end
 
 -- cjson cannot read lone surrogates (addresses that are no UTF-8), so the lists are kept as text, one a line.
@@ -42,6 +49,15 @@ local function cover_twins(digest, recipients)
   return result
 end
 
+local function lease(name, id, worker)
+  local leases, holders = leased[name] or {}, held[name] or {}
+  leased[name], held[name] = leases, holders
+  leases[#leases + 1] = seconds + tonumber(ARGV[1])
+  leases[#leases + 1] = id
+  holders[#holders + 1] = id
+  holders[#holders + 1] = worker
+end
+
 while i <= #ARGV do
   local id, digest, recipients, accepted = ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3])
   local count = tonumber(ARGV[i + 4])
@@ -55,6 +71,7 @@ while i <= #ARGV do
     if has_twins and digest ~= '' then moved = cover_twins(digest, recipients) end
     if count == 0 then redis.call('DEL', 'smtpdup:message:' .. id) end
     local score = accepted > 0 and accepted < seconds and ARGV[i - 2] or now
+    for n, worker in string.gmatch(ARGV[i + count], '(%d+)=(%S+)') do lease(ARGV[i + n - 1], id, worker) end
     for n = 0, count - 1 do
       local name = ARGV[i + n]
       local list = due[name] or {}
@@ -65,7 +82,7 @@ while i <= #ARGV do
       if #list >= 2000 then flush(name) end
     end
   end
-  i = i + count
+  i = i + count + 1
   result[#result + 1] = moved
 end
 for name in pairs(due) do flush(name) end
