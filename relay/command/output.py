@@ -20,6 +20,8 @@ from relay.json_text import json_text
 from relay.mail.stored import LATEST
 from relay.mail.text import printable
 
+_NAME = 12  # columns of the name before a value
+_HANGING = " " * 3  # before what goes on below a value, which begins a column behind the name
 _PAGE = 500  # rows whose widths are looked at together; the ledger is read in as many
 _GAP = "  "
 _INDENT = "    "
@@ -86,10 +88,16 @@ class Output:
             self.line(text.format("1 copy" if count == 1 else f"{count} copies"))
 
     def pairs(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Write a line for each name and value; an empty name goes on with the one before."""
+        """Write a line for each name and value; an empty name goes on with the one before.
+
+        What is wider than the terminal goes on below its beginning.
+        """
         paint = self.painter()
+        room = terminal_width() - _NAME - len(_HANGING) if sys.stdout.isatty() and not self.wide else 0
         for name, value in pairs:
-            sys.stdout.write(f"{paint(f'{name:<12}', BOLD if name else '')} {printable(value)}\n")
+            first, *others = fold(printable(value), room) if room else [printable(value)]
+            sys.stdout.write(f"{paint(f'{name:<{_NAME}}', BOLD if name else '')} {first}\n")
+            sys.stdout.writelines(f"{'':<{_NAME}}{_HANGING}{line}\n" for line in others)
 
     def painter(self) -> Callable[[str, str], str]:
         """Return what paints a text, given a colour; "" is none."""

@@ -471,6 +471,22 @@ def test_a_table_loses_no_letter(columns, monkeypatch):
             assert re.sub(r"\s", "", value) in squeezed
 
 
+@pytest.mark.parametrize("columns", [20, 40, 80, 132, 2000])
+def test_names_with_values_lose_no_letter(columns, monkeypatch):
+    """What is too wide goes on below its beginning, and is no line of its own; in a pipe and with --wide it is one."""
+    pairs = [("route", "shop"), ("note", "löng " * 60), ("", "x" * 300), ("trouble", "広い" * 90), ("", "")]
+    screen = Terminal(columns, monkeypatch)
+    Output(colour="never").pairs(pairs)
+    lines = screen.text.splitlines()
+    assert max(cells_of(line) for line in lines) <= columns
+    begun = [line for line in lines if line[:15].strip() or line == " " * 13]
+    assert [re.sub(r"\s", "", line[:12]) for line in begun] == [name for name, _ in pairs]
+    assert re.sub(r"\s", "", screen.text) == re.sub(r"\s", "", "".join(name + value for name, value in pairs))
+    screen.text = ""
+    Output(wide=True, colour="never").pairs(pairs)
+    assert len(screen.text.splitlines()) == len(pairs)
+
+
 def test_a_wide_table_has_a_line_for_each_row(monkeypatch):
     """With --wide, and in a pipe."""
     screen = Terminal(40, monkeypatch)
