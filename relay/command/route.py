@@ -21,6 +21,7 @@ from relay.routing.decisions import RouteDecision, owed
 from relay.routing.moved_copy import MovedMap
 from relay.routing.table_file import BadTable
 from relay.routing.table_store import Table
+from relay.smtpd.syntax import SyntaxProblem, argument_text, parse_path
 from relay.topology import moving, promotion
 from relay.topology.roles import Roles, as_settings_say, decided
 
@@ -28,6 +29,7 @@ from relay.topology.roles import Roles, as_settings_say, decided
 def show(settings: Settings, out: Output, *, address: str, sender: str, client: str, listen: str) -> int:
     """Show it. Says no where a table cannot be read. Raises Misuse, Trouble."""
     local = _address(listen, settings)
+    recipient, sender = _path(address, "TO"), _path(sender, "FROM")
     if parsed(client) is None:
         raise Misuse(f"--client: expected an IP address, not {printable(client)}")
     warnings: list[str] = []
@@ -36,16 +38,16 @@ def show(settings: Settings, out: Output, *, address: str, sender: str, client: 
     except BadTable as error:
         raise Trouble(f"a table cannot be read: {error}") from error
     held, unusable = _held(settings)
-    roles, told = _from_redis(settings, address)
+    roles, told = _from_redis(settings, recipient)
     moved = held or told or moved_copy.NOBODY
     if unusable and told is None:
         warnings.append(f"{unusable}, and Redis does not answer")
     default, backups = roles.primary.name, [backup.name for backup in roles.backups]
     router = loading.router_of(settings, tables, moved).with_routes(roles.routes)
     # The token stands for the message where that decides by weight: there is none.
-    plan = router.plan(default, sender.removeprefix("<").removesuffix(">"), client, local, token="message")  # noqa: S106  (no password)
+    plan = router.plan(default, sender, client, local, token="message")  # noqa: S106  (no password)
     try:
-        decision = plan.decide(address.removeprefix("<").removesuffix(">"))
+        decision = plan.decide(recipient)
     except OSError as error:
         raise Trouble(str(error)) from error
     answered = decision.servers[0]
@@ -81,6 +83,19 @@ def show(settings: Settings, out: Output, *, address: str, sender: str, client: 
     return NO if warnings else WELL
 
 
+def _path(text: str, keyword: str) -> str:
+    """Return an address as the relay reads it, with or without angle brackets. Raises Misuse for what it refuses."""
+    path = text if text.startswith("<") and text.endswith(">") else f"<{text}>"
+    try:
+        argument = argument_text(f"{keyword}:{path}".encode("utf-8", "surrogateescape"))
+        found, parameters = parse_path(argument, keyword)
+    except SyntaxProblem:
+        found, parameters = "", ("",)
+    if parameters or (keyword == "TO" and not found):
+        raise Misuse(f"expected an address as in {keyword}:<user@example.com>, not {printable(text) or 'nothing'}")
+    return found
+
+
 def _address(listen: str, settings: Settings) -> tuple[str, int]:
     """Return the address of ours that a client is taken to have connected to."""
     if not listen:
@@ -97,7 +112,7 @@ def _from_redis(settings: Settings, address: str) -> tuple[Roles, MovedMap | Non
     Where Redis cannot say, which is waited for once: as the settings say, and None.
     """
     roles = as_settings_say(settings)
-    keys = lookup_keys(address.removeprefix("<").removesuffix(">"), fold=settings.routes.fold_local)
+    keys = lookup_keys(address, fold=settings.routes.fold_local)
     if settings.redis.url or embedded.socket_path(settings.state_dir).exists():
         with suppress(CannotSay), ledger_of(settings) as connection:
             topology = promotion.standing(connection, settings)

@@ -125,7 +125,8 @@ def entries(connection: Any, wanted: Sequence[str]) -> Page:
     found: dict[str, MovedEntry] = {}
     damaged: dict[str, str] = {}
     for some in _pieces(wanted):
-        data = cast("list[bytes | None]", connection.hmget(keys.MOVES, some))
+        names = [key.encode("utf-8", "surrogateescape") for key in some]  # an address may hold octets that are no UTF-8
+        data = cast("list[bytes | None]", connection.hmget(keys.MOVES, names))
         read, wrong = _read((key, value) for key, value in zip(some, data, strict=True) if value is not None)
         found |= read
         damaged |= wrong
