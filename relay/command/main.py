@@ -63,6 +63,8 @@ def _told(error: Exception) -> tuple[int, list[str]] | None:
     """Return the exit status and what to tell about an expected error, None for one that is ours to mend."""
     if isinstance(error, exit_status.Trouble):
         return error.status, [str(error)]
+    if isinstance(error, UnicodeEncodeError):  # of an argument, on its way to Redis
+        return exit_status.USAGE, [f"not UTF-8: {error.object[:200]}"]
     if isinstance(error, OSError):  # standard output on a full disk, a file that cannot be read
         where = f"{error.filename}: " if error.filename else ""
         return exit_status.NO, [f"{where}{error.strerror or error}"]

@@ -537,3 +537,23 @@ def test_uncertain_messages_are_listed(product, scripted, backup):
     assert row["id"] in instance.run("queue", "list", "--uncertain").stdout
     assert instance.json("queue", "list") == []
     assert instance.run("queue", "list", "--uncertain", "--destination", backup.address).returncode == 2
+
+
+@pytest.mark.parametrize(
+    "words", [("queue", "show"), ("queue", "retry"), ("failed", "show"), ("hold", "--reason"), ("trace",), ("route",)]
+)
+def test_arguments_that_are_no_utf_8(
+    product: Callable[..., Product], primary: ScriptedServer, backup: ScriptedServer, words: tuple[str, ...]
+) -> None:
+    """They are said to be wrong, or stand for nothing that is there: a terminal may have another encoding."""
+    running = product(primary=primary.address, backups={"new": backup.address})
+    done = subprocess.run(
+        [sys.executable, "-m", "relay.command", *words, b"\xff@example.com"],
+        cwd=running.directory,
+        env=running.environment,
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode in {0, 1, 2}
+    assert b"Traceback" not in done.stderr
