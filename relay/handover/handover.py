@@ -2,7 +2,8 @@
 
 A worker that has room takes a copy: the release leases the copy to it in the same step, and its record, which is still
 in memory, goes to it over a socket, so that the first try begins at once. All else is left to the copy's RQ job, which
-every copy gets in any case. Nothing here waits, and nothing raises.
+every copy gets in any case. So is mail that comes densely (density.py). Nothing here
+waits, and nothing raises.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from relay import unix_sockets
+from relay.handover.density import Density
 from relay.handover.frames import LARGEST, HandedCopy, folder_of, ledger_of
 from relay.handover.worker_line import Ids, WorkerLine
 
@@ -65,6 +67,7 @@ class Handover:
         self._ledger = ledger_of(redis_url)
         self._lines: dict[str, WorkerLine] = {}  # by the name of their socket
         self._records: dict[str, bytes] = {}  # of what is staged, by id
+        self._density = Density()
         self.on_handed: Callable[[str, Ids], None] = lambda _destination, _ids: None
         self.on_refused: Callable[[str, Ids], None] = lambda _destination, _ids: None
 
@@ -78,6 +81,7 @@ class Handover:
         """Keep the record of a staged message at hand, where somebody may take it."""
         if (
             not self._lines
+            or self._density.is_high()
             or sum(map(len, record)) > LARGEST
             or not any(self._line_of(name, 0) for name in destinations)
         ):

@@ -40,7 +40,7 @@ JOB_SIZE = 100  # copies in one job at most, unless workers.batch says otherwise
 # Seconds for each process: how long a copy waits for others while the workers keep up. A job costs Redis five synced
 # writes and the worker some 1,700 calls, whatever it holds: at 1,000 messages a second it is full then. Half of it took
 # the relay 8 % and Redis 5 % more processor time a message.
-_WINDOW = 0.1
+GATHER_SECONDS = 0.1
 _LONGEST_WINDOW = 0.5
 _LONG_WINDOW = 0.25  # used when the queue has more than a few jobs, where waiting delays no delivery
 _FEW = 3
@@ -111,7 +111,7 @@ class Dispatcher:
         """``processes`` is the number of relay processes that make jobs for the same workers."""
         self._wires = Pipelines(connection)
         self._job_size = job_size
-        self._window = min(_LONGEST_WINDOW, _WINDOW * processes)
+        self._window = min(_LONGEST_WINDOW, GATHER_SECONDS * processes)
         # By name: the spool may hold copies for a backup that is no longer in the settings.
         self._waiting: defaultdict[str, list[str]] = defaultdict(list)
         self._windows: defaultdict[str, float] = defaultdict(lambda: self._window)

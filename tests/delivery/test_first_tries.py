@@ -27,6 +27,12 @@ from workers.delivery.courier import Courier
 from workers.rqworker import live_jobs
 
 
+@pytest.fixture(autouse=True)
+def all_are_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However densely they come."""
+    monkeypatch.setattr("relay.handover.density.MOST", 1_000_000)
+
+
 class Pair:
     """A relay's end and a courier in one loop, and the ledger between them."""
 
