@@ -20,13 +20,7 @@ from json.encoder import encode_basestring_ascii as _quoted
 from typing import Any, NamedTuple
 
 from relay.ledger.copy_state import FRESH, CopyState
-from relay.ledger.keys import (
-    BUSY,
-    IMPORTED,
-    MESSAGE,
-    MOVED,
-    STAGED,
-)
+from relay.ledger.keys import BUSY, IMPORTED, MESSAGE, MOVED, STAGED
 from relay.ledger.redis_clock import time_of
 from relay.ledger.scripts import script as _script
 from relay.mail.ids import text as as_text

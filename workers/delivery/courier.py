@@ -21,8 +21,7 @@ from redis.exceptions import RedisError
 
 from relay import faultpoints, maillog
 from relay.breaker import Breaker
-from relay.client.errors import ClientError
-from relay.client.pool import Pool, PoolExhausted
+from relay.client.pool import Pool
 from relay.config.loader import Settings
 from relay.handover.frames import Hello, ledger_of
 from relay.ledger import archive
@@ -32,6 +31,7 @@ from relay.mail.destination import Destination
 from relay.redisio.clients import async_client, sync_client
 from relay.redisio.pipeline import Pipelines
 from relay.trace import emitter
+from workers.delivery.bare_probe import keep_looking
 from workers.delivery.bodies import Bodies
 from workers.delivery.claiming import Claiming
 from workers.delivery.connection_run import ConnectionRuns
@@ -58,7 +58,6 @@ _STRAGGLER = SLOW + 1.0  # seconds that a job waits for its last copies, as the 
 _LONGEST_PROBE = 60.0
 _BULK_SECONDS = 30.0
 _IN_HAND = 10  # copies that a connection delivers of what is in hand at once: the last ones leave others idle
-_HELD_LOOK = 0.5
 _MEMORY = "memory"  # in place of a job's id
 _BODY_PAUSE = 0.5  # seconds until Redis is asked again for a body
 
@@ -128,15 +127,7 @@ class Courier:
         )
         self._bodies = Bodies(pipelines, self._bulk, archive.folder(settings.state_dir))
         self._claiming = Claiming(
-            name,
-            worker,
-            pipelines,
-            self._pool,
-            self._bodies,
-            self._outcomes,
-            self._outbox,
-            self._leases,
-            self._gate,
+            name, worker, pipelines, self._pool, self._bodies, self._outcomes, self._outbox, self._leases, self._gate
         )
         self._loading = Loading(destination, self._bodies, self._outcomes)
         self._runners = Runners(self._pool, self._jobs, self._breaker)
@@ -193,7 +184,7 @@ class Courier:
         self._spawn(self._health.watch(self._breaker))
         self._spawn(self._divergences.report())
         self._spawn(self._hold_and_throttle.share(lambda: self._jobs.copies_left, self._narrow))
-        self._spawn(self._look_at_held())
+        self._spawn(keep_looking(self._gate, self._pool, self._breaker))
         if self._first_tries is not None:
             self._spawn(self._first_tries.run())
 
@@ -348,20 +339,6 @@ class Courier:
                     self._breaker.opens(self._breaker.reason)
         finally:
             self._is_probing = False
-
-    async def _look_at_held(self) -> None:
-        """Probe a server that is held and away by a connection, so that one sees when it is back."""
-        while True:
-            await asyncio.sleep(_HELD_LOOK)
-            if self._gate.is_bare_probe_due:
-                try:
-                    self._pool.give_back(await self._pool.lease(fresh=True))
-                except PoolExhausted:
-                    continue
-                except ClientError as error:
-                    self._breaker.opens(str(error))
-                else:
-                    self._breaker.works()
 
     def _narrow(self, part: int) -> None:
         """Take how many of a throttle's connections are ours; 0: there is no throttle."""
