@@ -20,11 +20,6 @@ from relay.ledger.copy_state import CopyState
 from relay.ledger.divergence import DEFERRED, GIVEN_UP, MOST_WHOM, NOISE, OTHERS, REFUSED
 from relay.ledger.divergence_groups import Acknowledgement, Group, Outage
 from relay.mail.ids import is_id, text
-from relay.trace import files
-from relay.trace.events import DELIVERED, Tried
-from relay.trace.life import MessageLife
-from relay.trace.lookup import Unseen, lives
-from relay.trace.remote_lookup import OtherHosts
 from workers.queues import failed
 
 _PAGE = 1000
@@ -209,54 +204,6 @@ def _is_in(group: Group, counted: str, listed: set[str]) -> bool:
     return OTHERS[letter] == group.key
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One message of a group: what it is, and what each of both servers said of it, as far as that is known."""
-
-    id: str
-    at: float
-    sender: str
-    recipients: tuple[str, ...]
-    primary: str
-    backup: str
-    stands: str  # "waits", "failed", or "gone": delivered, dropped or moved since
-
-
-def examples(connection: Any, group: Group, most: int, settings: Settings | None = None) -> list[Example]:
-    """Return the last examples of a group, the last one first.
-
-    With ``settings`` both servers' words are those of the trace, where it has the message. Raises RedisError.
-    """
-    name = group.destination
-    chosen_ones = divergence_groups.examples(connection, name, group.key)[-most:][::-1]
-    ids = [message_id for message_id, _ in chosen_ones]
-    if not ids:
-        return []
-    waiting, failing = connection.hmget(keys.OWN + name, ids), connection.hmget(keys.FAILURE + name, ids)
-    found = []
-    told = _told(connection, ids, settings) if settings else {}
-    rows = zip(chosen_ones, waiting, failing, queries.envelopes(connection, ids), strict=True)
-    for (message_id, at), own, failure, envelope in rows:
-        state = CopyState.from_wire(failure or own)
-        life = told.get(message_id)
-        found.append(
-            Example(
-                id=message_id,
-                at=at,
-                sender=envelope.sender if envelope else life.sender if life else "",
-                recipients=tuple(recipient.address for recipient in envelope.recipients)
-                if envelope
-                else life.recipients
-                if life
-                else (),
-                primary=(life.primary_reply if life else "") or "accepted",
-                backup=state.last_reply or _said(life, name) or group.reply or group.text,
-                stands="failed" if failure else "waits" if own else "gone",
-            )
-        )
-    return found
-
-
 # What an operator does about a group --------------------------------------------------------------------------------
 
 
@@ -293,23 +240,3 @@ def retry(connection: Any, settings: Settings, group: Group) -> int:
 def _record(connection: Any, command: str, group: Group, before: str, after: str, note: str) -> None:
     details = {"key": group.key, "destination": group.destination, "reply": f"{group.code} {group.text}"}
     audit.record(connection, Act(command, before, after, note, details))
-
-
-def _told(connection: Any, ids: Sequence[str], settings: Settings) -> dict[str, MessageLife]:
-    """Return the lives of messages, as far as the trace has them."""
-    unseen = Unseen()
-    others = OtherHosts.of_settings(settings, connection, unseen)
-    folder = files.folder_of(settings.state_dir)
-    return {life.id: life for life in lives(ids, folder, others=others, unseen=unseen)}
-
-
-def _said(life: MessageLife | None, name: str) -> str:
-    """Return what a backup said the last time that it did not take a message, "" where that is not known."""
-    replies = [
-        part.reply
-        for event in (life.events if life else ())
-        if isinstance(event, Tried) and event.destination == name
-        for part in event.parts
-        if part.verdict != DELIVERED
-    ]
-    return replies[-1] if replies else ""

@@ -10,7 +10,7 @@ from typing import Any
 from redis import Redis
 
 from relay.cockpit import divergence as seen
-from relay.cockpit import divergence_filter
+from relay.cockpit import divergence_examples, divergence_filter
 from relay.cockpit.conditions import Given
 from relay.cockpit.formatting import address, moment
 from relay.cockpit.sparkline import sparkline
@@ -119,7 +119,7 @@ def show(settings: Settings, out: Output, key: str, destination: str | None) -> 
     with ledger_of(settings) as connection:
         group = _one(connection, key, destination)
         now = changes.now(connection)
-        examples = seen.examples(connection, group, _EXAMPLES, settings)
+        examples = divergence_examples.examples(connection, group, _EXAMPLES, settings)
         whom = divergence_groups.whom(connection, group.destination, group.key, _TOP)
         if out.as_json:
             out.object({
@@ -155,6 +155,7 @@ def show(settings: Settings, out: Output, key: str, destination: str | None) -> 
         out.pairs((
             ("example", f"{example.id}  {moment(example.at)}  {example.stands}"),
             ("from", address(example.sender)),
+            *((("came", origin),) if (origin := example.origin(now)) else ()),
             ("to", ", ".join(example.recipients[:_TOP]) or "-"),
             ("primary", example.primary),
             (group.destination[:12], example.backup),

@@ -11,7 +11,7 @@ import redis
 
 from relay.cockpit import divergence as seen
 from relay.command import main
-from relay.ledger import audit, keys
+from relay.ledger import audit, keys, queries
 from support.diverged_copies import Backup, deferred, refused
 from support.ledger_contents import Contents
 
@@ -90,7 +90,12 @@ def test_one_reason(contents: Contents, new: Backup, run: Run) -> None:
         assert part in text
     status, text, _ = run("show", key, "--json")
     shown = json.loads(text)
-    assert shown["examples"][0]["backup"] == "550 5.1.1 <ann@a.test>: no such user"
+    example = shown["examples"][0]
+    assert example["backup"] == "550 5.1.1 <ann@a.test>: no such user"
+    (envelope,) = queries.envelopes(contents.connection, [message_id])
+    assert envelope is not None
+    assert (example["client"], example["size"], example["attempts"]) == ("", envelope.size, 1)
+    assert example["received_at"] == pytest.approx(envelope.received_at, abs=0.01)
     assert shown["whom"] == [{"recipient": "ann@a.test", "count": 1}]
 
 

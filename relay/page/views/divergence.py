@@ -15,7 +15,8 @@ from starlette.routing import Route
 from relay.cockpit import conditions, divergence_filter
 from relay.cockpit import divergence as seen
 from relay.cockpit.conditions import BadCondition
-from relay.cockpit.divergence import Example, Sum
+from relay.cockpit.divergence import Sum
+from relay.cockpit.divergence_examples import Example, examples
 from relay.config.model import Settings
 from relay.config.types import duration
 from relay.ledger import changes, divergence_groups, queries
@@ -181,7 +182,7 @@ def details(connection: Redis, settings: Settings, group: Group) -> GroupDetails
     return GroupDetails(
         GroupRow.of(group, now),
         now,
-        seen.examples(connection, group, _EXAMPLES, settings),
+        examples(connection, group, _EXAMPLES, settings),
         whom,
         group.more + max(0, group.seen - group.more - sum(count for _, count in whom)),
         domains[:_TOP],
