@@ -16,7 +16,7 @@ from pathlib import Path
 
 from relay import unix_sockets
 from relay.handover.density import Density
-from relay.handover.frames import LARGEST, HandedCopy, folder_of, ledger_of
+from relay.handover.frames import LARGEST, HandedCopy, Hello, folder_of, ledger_of
 from relay.handover.worker_line import Ids, WorkerLine
 
 _LOOK_SECONDS = 0.5
@@ -69,7 +69,7 @@ class Handover:
         self._records: dict[str, bytes] = {}  # of what is staged, by id
         self._density = Density()
         self.on_handed: Callable[[str, Ids], None] = lambda _destination, _ids: None
-        self.on_refused: Callable[[str, Ids], None] = lambda _destination, _ids: None
+        self.on_refused: Callable[[Hello, Sequence[HandedCopy]], None] = lambda _holder, _copies: None
 
     async def follow(self) -> None:
         """Keep connected to the workers that listen; runs until cancelled."""

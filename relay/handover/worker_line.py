@@ -30,7 +30,7 @@ class WorkerLine:
         sock: socket.socket,
         loop: asyncio.AbstractEventLoop,
         on_handed: Callable[[str, Ids], None],
-        on_refused: Callable[[str, Ids], None],
+        on_refused: Callable[[Hello, Sequence[HandedCopy]], None],
         ledger: str,
     ) -> None:
         """A worker whose Redis is not this ``ledger`` gets nothing.
@@ -96,12 +96,14 @@ class WorkerLine:
             self.close()  # it has a part of a copy, or is behind: no other can follow
         for copy in copies[handed:]:
             self.give_up(len(copy.record))
-        destination = self.hello.destination if self.hello else ""  # who has said nothing has no room
+        hello = self.hello
+        if hello is None:  # never with copies: who has said nothing has no room
+            return
         if handed:
-            self._on_handed(destination, [copy.id for copy in copies[:handed]])
+            self._on_handed(hello.destination, [copy.id for copy in copies[:handed]])
             faultpoints.reach("handed over")
         if handed < len(copies):
-            self._on_refused(destination, [copy.id for copy in copies[handed:]])
+            self._on_refused(hello, copies[handed:])
 
     def _write(self, octets: bytes) -> int:
         """Return how much the kernel has taken."""

@@ -291,9 +291,9 @@ def fail(
     pipe.eval(_FAIL, 0, destination, message_id, failure.to_wire(), left, str(noise))
 
 
-def unlease(pipe: Pipe, destination: str, ids: Sequence[str]) -> None:
-    """End leases without a try."""
-    pipe.eval(_UNLEASE, 0, destination, *ids)
+def unlease(pipe: Pipe, destination: str, worker: str, ids: Sequence[str]) -> None:
+    """End leases of a worker without a try."""
+    pipe.eval(_UNLEASE, 0, destination, worker, *ids)
 
 
 def release_leases(pipe: Pipe, destination: str, worker: str) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from relay import limits, maillog, metrics
+from relay.handover.frames import FRESH_SECONDS, HandedCopy, Hello
 from relay.handover.handover import Handover, Offer
 from relay.ledger import changes
 from relay.ledger.changes import COVERING, Held, Released, Staged
@@ -87,7 +89,7 @@ class Staging:
         self._handover = handover or Handover()
         self._wires = Pipelines(connection, seconds=stage_seconds)
         self._handover.on_handed = self._dispatch
-        self._handover.on_refused = lambda destination, ids: self._repeat(partial(self._take_back, destination, ids))
+        self._handover.on_refused = lambda holder, copies: self._repeat(partial(self._take_back, holder, copies))
         self._doubtful: set[str] = set()  # ids whose stage got no answer: Redis may have them nevertheless
         self._repeating: set[asyncio.Task[None]] = set()
 
@@ -229,12 +231,17 @@ class Staging:
         for message_id in ids:
             self._dispatcher.add(destination, message_id)
 
-    async def _take_back(self, destination: str, ids: Sequence[str]) -> None:
-        """End the leases of copies that could not be handed over; then they get their job."""
-        batch = CommandBatch()
-        changes.unlease(batch, destination, ids)
-        await self._wires.ask(batch)
-        self._dispatch(destination, ids)
+    async def _take_back(self, holder: Hello, copies: Sequence[HandedCopy]) -> None:
+        """End the leases of copies that could not be handed over; then they get their job.
+
+        Old leases are left to the worker: it gives back what has not come, and may have claimed it by then.
+        """
+        ids = [copy.id for copy in copies]
+        if time.monotonic() - min(copy.leased_at for copy in copies) < FRESH_SECONDS:
+            batch = CommandBatch()
+            changes.unlease(batch, holder.destination, holder.worker, ids)
+            await self._wires.ask(batch)
+        self._dispatch(holder.destination, ids)
 
     async def _in_spool(self, change: Callable[[str], Awaitable[bool]], message_id: str) -> bool:
         """Change a message in the spool; returns whether it is there. A failed change is repeated in the background."""

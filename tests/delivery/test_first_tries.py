@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -21,9 +22,11 @@ from relay.ledger.changes import Released
 from support.ledger_contents import Contents, settings
 from support.reactions import Gate
 from support.scripted_server import ScriptedServer
-from support.waiting import until
+from support.waiting import PATIENCE, until
 from workers.delivery import first_tries
 from workers.delivery.courier import Courier
+from workers.delivery.outbox import Change, Outbox
+from workers.jobs import Interrupted
 from workers.rqworker import live_jobs
 
 
@@ -49,7 +52,7 @@ class Pair:
         self.handed: list[str] = []
         self.refused: list[str] = []
         self.handover.on_handed = lambda _, ids: self.handed.extend(ids)
-        self.handover.on_refused = lambda _, ids: self.refused.extend(ids)
+        self.handover.on_refused = lambda _, copies: self.refused.extend(copy.id for copy in copies)
 
     def offer(self, message_id: str) -> Offer | None:
         record = self.contents.connection.get(keys.MESSAGE + message_id)
@@ -167,6 +170,32 @@ async def test_given_back_with_job(contents: Contents, redis_url: str, backup: S
     assert made.pending() == 20
 
 
+async def test_the_job_before_the_answer(
+    contents: Contents, redis_url: str, backup: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job of what is given back may be fetched before the answer that says so: it has its copies all the same."""
+    written, answered = threading.Event(), threading.Event()
+
+    def slowly(box: Outbox, changes: list[Change]) -> None:
+        change(box, changes)
+        written.set()
+        assert answered.wait(PATIENCE)
+
+    async with pair(contents, redis_url, backup, tmp_path) as made:
+        change = Outbox._change
+        monkeypatch.setattr(Outbox, "_change", slowly)
+        backup.replies["MAIL"] = "421 4.3.2 going away"
+        given_back = contents.staged()
+        made.hand(given_back)
+        await until(written.is_set)
+        (job,) = contents.queue().jobs
+        delivery = asyncio.ensure_future(made.courier.deliver(job.id, job.args[1]))
+        await asyncio.wait({delivery}, timeout=0.1)
+        answered.set()
+        with pytest.raises(Interrupted):  # it had the copy in hand
+            await asyncio.wait_for(delivery, PATIENCE)
+
+
 async def test_held_or_throttled(contents: Contents, redis_url: str, backup: ScriptedServer, tmp_path: Path) -> None:
     """An operator's hold or throttle ends the hand-over; released, it goes on."""
     async with pair(contents, redis_url, backup, tmp_path) as made:
@@ -258,7 +287,7 @@ async def test_a_worker_that_stands_still(contents: Contents, redis_url: str, tm
     handed: list[str] = []
     refused: list[str] = []
     handover.on_handed = lambda _, ids: handed.extend(ids)
-    handover.on_refused = lambda _, ids: refused.extend(ids)
+    handover.on_refused = lambda _, copies: refused.extend(copy.id for copy in copies)
     following = asyncio.ensure_future(handover.follow())
     await until(lambda: bool(handover._lines))
     sock, _ = listener.accept()

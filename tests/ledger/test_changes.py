@@ -144,8 +144,21 @@ def test_a_copy_with_an_outcome_was_in_nobodys_hand(contents: Contents, how: str
         job = contents.defer(message_id)
     elif how == "given back untried":
         with contents.connection.pipeline() as pipe:
-            changes.unlease(pipe, "new", [message_id])
+            changes.unlease(pipe, "new", "first", [message_id])
             pipe.execute()
     else:
         job = contents.fail(message_id).job
     assert [claim.before for claim in contents.claim(job, message_id, worker="second")] == [""]
+
+
+def test_only_a_workers_own_leases_are_given_back(contents: Contents) -> None:
+    """A change without an answer is repeated: meanwhile another worker may have the copy in hand."""
+    message_id = contents.pending()
+    with contents.connection.pipeline() as pipe:
+        contents.claim("job", message_id, worker="first")
+        for _ in range(2):
+            changes.unlease(pipe, "new", "first", [message_id])
+            assert pipe.execute()[0] in {0, 1}
+            contents.claim("job", message_id, worker="second")
+    assert contents.connection.hget(keys.HOLDERS + "new", message_id) == b"second"
+    assert contents.claim("job", message_id, worker="third") == []

@@ -65,6 +65,7 @@ class Claiming:
     async def claim(self, job_id: str, ids: list[str]) -> list[Claim]:
         """Take the leases and fetch the small bodies, as often as it takes Redis to answer. Raises Interrupted."""
         async with self._in_turn:  # two jobs may name the same copies, of which at most one owns them
+            await self._leases.have_left(ids)
             # A straggler has its own end, and what another job delivers is that one's. From here on the others are
             # ours, since a claim gives a worker again what it has.
             held, fresh = self._leases.held, self._leases.fresh

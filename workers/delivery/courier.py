@@ -101,6 +101,7 @@ class Courier:
         self._divergences = Divergences(destination, settings.divergence, pipelines, settings.smtp.domain)
         self._outcomes = Outcomes(
             destination,
+            worker,
             jobs,
             self._outbox,
             settings.retry,
@@ -289,11 +290,10 @@ class Courier:
         untried = self._jobs.leave_untried(job)
         if untried:
             self._bodies.drop(untried)
-            await self._outcomes.give_back(untried, with_job=with_job)
+            async with self._leases.leaving(untried):
+                await self._outcomes.give_back(untried, with_job=with_job)
         if job.written:
             await asyncio.wait(job.written)
-        if untried:
-            self._leases.free(untried)
         return bool(untried)
 
     async def _see_through(self, job: JobInHand) -> None:

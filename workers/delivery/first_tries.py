@@ -119,4 +119,5 @@ class FirstTries:
 
     async def _give_back(self, ids: set[str]) -> None:
         if ids:
-            await self._outcomes.give_back(sorted(ids), with_job=True)
+            async with self._leases.leaving(ids):
+                await self._outcomes.give_back(sorted(ids), with_job=True)

@@ -133,6 +133,7 @@ class JobsInHand:
 
     def note(self, job: JobInHand, message_id: str, conclusion: Conclusion) -> None:
         """Keep track of an outcome; the lease is ours until it is in the ledger."""
+        self._leases.fresh.discard(message_id)  # an operator may want a failed part of it retried
         written, deferral = conclusion
         if deferral is not None:
             job.deferred[message_id] = deferral

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
+from contextlib import asynccontextmanager
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -33,6 +34,8 @@ class Leases:
         self.clock = RedisClock()
         self.held: set[str] = set()
         self.fresh: set[str] = set()  # those of them that have never been tried: no operator wants them retried
+        self._left = asyncio.Event()
+        self._given_back: set[str] = set()
         self._leaving: dict[asyncio.Future[None], list[str]] = {}  # what is held until something is written
 
     def hear(self, said: float, asked_at: float) -> None:
@@ -54,6 +57,24 @@ class Leases:
         ids = tuple(ids)
         self.held.difference_update(ids)
         self.fresh.difference_update(ids)
+
+    @asynccontextmanager
+    async def leaving(self, ids: Collection[str]) -> AsyncIterator[None]:
+        """Hold these while they are given back; ``have_left`` waits for that."""
+        self.held.update(ids)
+        self._given_back.update(ids)
+        try:
+            yield
+        finally:
+            self.free(ids)
+            self._given_back.difference_update(ids)
+            self._left.set()
+
+    async def have_left(self, ids: Iterable[str]) -> None:
+        """Wait until none of these is being given back: their next job may be here before the answer to that."""
+        while not self._given_back.isdisjoint(ids):
+            self._left.clear()
+            await self._left.wait()
 
     def free_when(self, written: asyncio.Future[None], ids: Iterable[str]) -> None:
         """Hold these until this is written."""

@@ -59,6 +59,7 @@ class Outcomes:
     def __init__(
         self,
         destination: Destination,
+        worker: str,
         jobs: Redis,
         outbox: Outbox,
         retry: RetrySettings,
@@ -77,6 +78,7 @@ class Outcomes:
         self._names_recipients = names_recipients
         self._divergences = divergences
         self._name = destination.name
+        self._worker = worker
         self._jobs = jobs
         self._queue = rq_jobs.queue(jobs, destination.name)
         self._outbox = outbox
@@ -212,7 +214,7 @@ class Outcomes:
         """Give leases back untried; ``with_job`` for copies whose own may have been and gone."""
 
         def change(pipe: object) -> None:
-            changes.unlease(pipe, self._name, ids)
+            changes.unlease(pipe, self._name, self._worker, ids)
             if with_job:
                 rq_jobs.enqueue(pipe, self._queue, self._name, ids)
 
