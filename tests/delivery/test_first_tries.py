@@ -15,7 +15,7 @@ import pytest
 import redis
 
 from relay import unix_sockets
-from relay.handover.frames import FRESH_SECONDS, Hello, Limits, folder_of
+from relay.handover.frames import FRESH_SECONDS, Hello, Limits, folder_of, read_hello
 from relay.handover.handover import Handover, Offer
 from relay.ledger import changes, health, keys
 from relay.ledger.changes import Released
@@ -25,6 +25,7 @@ from support.scripted_server import ScriptedServer
 from support.waiting import PATIENCE, until
 from workers.delivery import first_tries
 from workers.delivery.courier import Courier
+from workers.delivery.intake import Intake
 from workers.delivery.outbox import Change, Outbox
 from workers.jobs import Interrupted
 from workers.rqworker import live_jobs
@@ -345,6 +346,24 @@ def _is_closed(sock: socket.socket) -> bool:
     except OSError:
         return True
     return True
+
+
+async def test_long_names(tmp_path: Path) -> None:
+    """The longest name of a backup, and a state folder far below the root, are no hindrance."""
+    state_dir = tmp_path / ("f" * 100)
+    state_dir.mkdir()
+    hello = Hello("n" * 100, "worker", "")
+    intake = Intake(state_dir, hello, lambda: (1, 1), lambda _: None, lambda: None)
+    intake.open()
+    (name,) = (path.name for path in folder_of(state_dir).iterdir())
+    sock = unix_sockets.connected(folder_of(state_dir), name, patience=5)
+    assert sock is not None
+    sock.setblocking(False)
+    received = bytearray()
+    while read_hello(received) != hello:
+        received += await asyncio.wait_for(asyncio.get_running_loop().sock_recv(sock, 4096), PATIENCE)
+    sock.close()
+    intake.close()
 
 
 async def test_a_dead_ones_socket_is_removed(redis_url: str, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ _LOOK_SECONDS = 0.25
 _PAUSE = 0.005  # seconds between two reads while copies come
 _AT_ONCE = 256 << 10  # octets of one read
 _PART = 4  # a limit is told again when it has changed by this part of the room
+_NAMED = 32  # letters of the destination in the name of its socket, which the system bounds
 _numbers = itertools.count(1)
 
 Room = Callable[[], tuple[int, int]]  # how many copies, and octets of them, may come now
@@ -43,7 +44,7 @@ class Intake:
         self._folder = folder_of(state_dir)
         self._hello = hello
         self._room, self._take, self._on_gone = room, take, on_gone
-        self._name = f"{hello.destination}.{os.getpid()}.{next(_numbers)}.sock"
+        self._name = f"{hello.destination[:_NAMED]}.{os.getpid()}.{next(_numbers)}.sock"
         self._listener: socket.socket | None = None
         self._connections: list[_Connection] = []
         self._copies: list[HandedCopy] = []
