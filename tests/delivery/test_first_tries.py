@@ -28,6 +28,7 @@ from workers.delivery.courier import Courier
 from workers.delivery.intake import Intake
 from workers.delivery.outbox import Change, Outbox
 from workers.jobs import Interrupted
+from workers.queues import failed
 from workers.rqworker import live_jobs
 
 
@@ -86,8 +87,12 @@ class Pair:
         return left
 
     def in_jobs(self) -> set[str]:
+        queued = {message_id for ids in self.contents.queued().values() for message_id in ids}
+        return queued | self.in_scheduled_jobs()
+
+    def in_scheduled_jobs(self) -> set[str]:
         queue = self.contents.queue()
-        jobs = [*queue.jobs, *map(queue.fetch_job, queue.scheduled_job_registry.get_job_ids())]
+        jobs = map(queue.fetch_job, queue.scheduled_job_registry.get_job_ids())
         return {message_id for job in jobs if job is not None for message_id in job.args[1]}
 
     def pending(self) -> int:
@@ -169,6 +174,24 @@ async def test_given_back_with_job(contents: Contents, redis_url: str, backup: S
         later = contents.staged()
         await until(lambda: not made.is_wanted(later))  # its job tries it
     assert made.pending() == 20
+
+
+async def test_retried_while_it_is_in_hand(
+    contents: Contents, redis_url: str, backup: ScriptedServer, tmp_path: Path
+) -> None:
+    """One recipient failed, another is deferred with the rest of the turn: an operator's retry is not forgotten."""
+    gate = Gate()
+    async with pair(contents, redis_url, backup, tmp_path) as made:
+        backup.replies |= {"RCPT TO:<no@": "550 5.1.1 no", "RCPT TO:<later@": "450 4.2.0 later", ".": (gate, None)}
+        slow, split = contents.staged(), contents.staged("no@test", "later@test")
+        made.hand(slow, split)
+        await until(lambda: contents.failed_ids() == [split])
+        assert failed.retry_copies(contents.connection, "new", [split]) == 1
+        ((job, ids),) = contents.queued().items()
+        await made.courier.deliver(job, ids)
+        assert split in made.in_scheduled_jobs()
+        gate.open()
+        await until(lambda: len(backup.messages) == 1)
 
 
 async def test_the_job_before_the_answer(
