@@ -14,7 +14,7 @@ from support.reactions import Delay, Moment, Reaction, Silence, Trickle
 from support.running_courier import arrived, at_the_dot, at_work, named
 from support.scripted_server import ScriptedServer
 from support.waiting import until
-from workers.delivery import courier, runners
+from workers.delivery import runners
 from workers.delivery.courier import Courier
 from workers.jobs import Interrupted
 
@@ -58,7 +58,7 @@ async def test_a_stop_waits_for_no_server_that_is_silent(
     stage: str,
 ) -> None:
     """What has not come to its dot is broken off, and its copies are as if they had not been tried."""
-    monkeypatch.setattr(courier, "_DRAIN_PATIENCE", 0.3)
+    monkeypatch.setattr("workers.delivery.draining.PATIENCE", 0.3)
     backup.replies[stage] = Silence()
     ids = mail(contents, 5)
     patient = {

@@ -121,4 +121,4 @@ async def test_postfix_slows_nobody_down_for_another(postfix: StartPostfix, redi
         async with await AsyncDialogue.open(port) as client:
             await client.hello()
             await client.mail("a@example.com", "b@example.com")
-    await until(lambda: store.log.count(": disconnect from ") == 2, message=lambda: store.log)
+    await until(lambda: store.log.count(" mail=1 ") == 2, message=lambda: store.log)  # a line at the end of each

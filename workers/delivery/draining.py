@@ -14,9 +14,8 @@ from loguru import logger
 from relay import maillog
 
 PATIENCE = 10.0  # seconds for what has not come to its dot, and until a drain that still waits is told
-IDLE_SECONDS = (
-    60.0  # that a drain waits for copies of which none is with the server: longer than all that Redis may take
-)
+# That a drain waits for copies of which none is with the server: longer than all that Redis may take.
+IDLE_SECONDS = 60.0
 CLOSE_SECONDS = 5.0  # for each thing that is closed
 
 
