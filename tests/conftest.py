@@ -73,9 +73,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """Run more tests at once than there are cores: most of the time a test waits for a process or a deadline."""
-    return min(8, (os.cpu_count() or 1) * 3)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run more tests at once than there are cores: most of the time a test waits for a process or a deadline.
+
+    Long ones load the machine by themselves: not so many of them.
+    """
+    cores = os.cpu_count() or 1
+    return min(8, cores + 2 if config.getoption("--long") else cores * 3)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
