@@ -11,9 +11,9 @@ import math
 import os
 import signal
 import socket
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import uvloop
 from redis.exceptions import RedisError
@@ -33,52 +33,28 @@ from relay.mail import encryption
 from relay.mail.destination import Destination
 from relay.mail.ids import IdSource
 from relay.redisio.clients import async_client, sync_client
-from relay.routing.loading import LOOK_SECONDS, Tables
+from relay.server import background
 from relay.server.follower import Follower
 from relay.server.listening import Place
-from relay.server.moved_follower import MovedFollower
+from relay.server.routes_in_use import RoutesInUse
 from relay.smtpd import commands
 from relay.smtpd.context import Context
 from relay.smtpd.credentials import Credentials
 from relay.smtpd.primary import Primary
-from relay.smtpd.route_primaries import RoutePrimaries
 from relay.smtpd.staging import Staging
 from relay.spool.importer import Importer
 from relay.spool.writer import Spool
 from relay.topology import heartbeats
 from relay.topology.heartbeats import Pulse
-from relay.topology.roles import as_copied
 from relay.trace import emitter
 
-_POOL_WAIT = 0.05
+_LOOK_SECONDS = 0.05
 _MONITOR_SECONDS = 1.0
 _SOON = 0.2  # seconds between two looks while mailboxes are being moved
 _INTRODUCTION_SECONDS = 1.0
-_MAP_SECONDS = 30.0  # for reading who has moved, while Redis answers: without it all would have their former server
 _IMPORT_SECONDS = 5.0  # for the importer's current batch when the process stops
 _GRACE_SECONDS = 30.0  # while draining, for clients that have not sent all of their message
 LEAVE = signal.SIGUSR2  # sent to a process after one with newer settings has replaced it
-
-
-async def _heard(primary: Primary) -> None:
-    await primary.announced()
-
-
-async def _end(task: asyncio.Task[None]) -> None:
-    """Cancel a task until it has ended: asyncio.wait_for() of Python 3.11 may swallow a cancellation."""
-    while not task.done():
-        task.cancel()
-        await asyncio.wait({task}, timeout=_POOL_WAIT)
-
-
-async def _for_ever(task: Callable[[], Awaitable[None]]) -> None:
-    """Run a background task until it returns; a task that raises is logged and started again."""
-    while True:
-        try:
-            return await task()
-        except Exception as error:  # the border: mail continues, and so must this task
-            maillog.task_failed(getattr(task, "__qualname__", "task"), error)
-        await asyncio.sleep(_MONITOR_SECONDS)
 
 
 def serve(context: ChildContext, settings: Settings, place: Place, redis_url: str) -> int:
@@ -155,12 +131,7 @@ class _Relay:
             credentials=Credentials.load(settings.smtp),
         )
         self._follower.serve(self._shared)
-        self._tables = Tables(settings)
-        self._watching: asyncio.Task[None] | None = None  # over the servers of routes
-        self._route_primaries: RoutePrimaries | None = None  # that of the context, or of one who may become it again
-        self._serves = False  # by the routes
-        self._moved = MovedFollower(settings, self._pulse, self._jobs, self._take_map, self._follower.wake)
-        self._taking: asyncio.Task[None] | None = None
+        self._routes = RoutesInUse(settings, self._shared, self._follower, self._pulse, self._jobs, self._primary)
         smtp = settings.smtp
         addresses = len(smtp.addresses + smtp.tls_addresses)
         self._fit = limits.relay_fit(limits.files(), smtp.max_connections, smtp.process_count, addresses)
@@ -199,13 +170,13 @@ class _Relay:
                 await self._spool.open()
             except OSError as error:  # opened again when it is needed
                 maillog.spool_trouble("start", error)
-        monitor = loop.create_task(_for_ever(self._monitor))
+        monitor = background.start(self._monitor)
         with contextlib.suppress(TimeoutError):
             # A Redis that is down must not delay the primary leg for long.
             await asyncio.wait_for(self._introductions.wait(), _INTRODUCTION_SECONDS)
-        importing = loop.create_task(_for_ever(self._importer.run)) if self._importer else None
-        handing = loop.create_task(_for_ever(self._handover.follow))
-        looking = await self._take_routes()
+        importing = background.start(self._importer.run) if self._importer else None
+        handing = background.start(self._handover.follow)
+        await self._routes.begin()
         await self._hear_the_primary()
         servers = []
         for n, sock in enumerate(self._place.sockets):
@@ -224,14 +195,14 @@ class _Relay:
         for server in servers:
             server.close()
         await self._drain(importing)
-        await _end(handing)
+        await background.end(handing)
         self._handover.close()
-        await _end(monitor)
+        await background.end(monitor)
         if not self._shared.leaving:
             with contextlib.suppress(RedisError, OSError):  # if this fails, the heartbeat expires
                 await asyncio.to_thread(heartbeats.forget, self._jobs, self._pulse.process)
         await self._follower.close()
-        await self._end_routes(looking)
+        await self._routes.end()
         await self._shared.snapshot.primary.pool.close()
         if self._spool:
             await self._spool.close()
@@ -241,62 +212,14 @@ class _Relay:
         emitter.flush()
         maillog.stopped("relay")
 
-    async def _take_routes(self) -> asyncio.Task[None]:
-        """Have clients served by the routes, and by who has moved; returns what watches over the tables."""
-        await asyncio.to_thread(self._tables.load)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._moved.is_idle.wait(), _MAP_SECONDS)
-        self._serves = True
-        self._serve_by_routes()
-        return asyncio.get_running_loop().create_task(_for_ever(self._keep_tables))
-
-    def _serve_by_routes(self) -> None:
-        """Have the next transactions go by the routes as they are now; without any nothing is asked."""
-        settings, moved = self._settings, self._moved.map
-        if not settings.route_table and not len(moved):
-            self._shared.route_primaries = None
-            return
-        router = self._tables.router(moved).with_routes(self._follower.roles.routes)
-        if self._route_primaries is None:
-            copied = (server for named in settings.named if (server := as_copied(settings, named.name)))
-            self._route_primaries = RoutePrimaries(router, settings.named, copied, self._primary)
-            self._watching = asyncio.get_running_loop().create_task(_for_ever(self._route_primaries.watch))
-        self._route_primaries.router = router
-        self._shared.route_primaries = self._route_primaries
-
-    def _take_map(self) -> None:
-        """Go by who has moved now, once there are routes to go by."""
-        if self._serves:
-            self._serve_by_routes()
-
-    async def _end_routes(self, looking: asyncio.Task[None]) -> None:
-        await _end(looking)
-        if self._watching is not None:
-            await _end(self._watching)
-        if self._route_primaries is not None:
-            await self._route_primaries.close()
-
-    async def _keep_tables(self) -> None:
-        """Take tables that have been read anew, again and again."""
-        while self._settings.route_table:
-            await asyncio.sleep(LOOK_SECONDS)
-            await self._take_tables()
-
-    async def _take_tables(self) -> None:
-        if await asyncio.to_thread(self._tables.refresh):
-            self._serve_by_routes()
-
     async def _hear_the_primary(self) -> None:
         """Wait for the primary's EHLO, or those of all, as long as nobody tells us to stop: it may be silent."""
         snapshot, primaries = self._shared.snapshot, self._shared.route_primaries
-        greeting = primaries.hear_all(snapshot) if primaries is not None else _heard(snapshot.primary)
-        waits = {asyncio.create_task(w) for w in (greeting, self._wait_for_stop())}
+        greeting = primaries.hear_all(snapshot) if primaries is not None else snapshot.primary.announced()
+        waits: set[asyncio.Task[Any]] = {asyncio.create_task(greeting), asyncio.create_task(self._stop.wait())}
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for task in waits:
             task.cancel()
-
-    async def _wait_for_stop(self) -> None:
-        await self._stop.wait()
 
     def _end(self) -> None:
         self._shared.leaving = False
@@ -318,14 +241,7 @@ class _Relay:
         else:
             maillog.notice("info", "certificate and users reloaded")
         self._reload_keys()
-        if self._settings.route_table:
-            self._taking = asyncio.get_running_loop().create_task(self._take_tables_now())
-
-    async def _take_tables_now(self) -> None:
-        try:
-            await self._take_tables()
-        except OSError as error:
-            maillog.notice("error", "not reloaded", reason=str(error))
+        self._routes.reload()
 
     @staticmethod
     def _reload_keys() -> None:
@@ -376,14 +292,13 @@ class _Relay:
     async def _monitor(self) -> None:
         """Watch Redis, and introduce this process whenever Redis does not know it or a neighbour has ended."""
         while True:
-            if self._shared.route_primaries is not None:
-                self._pulse.down = self._shared.route_primaries.down
+            self._routes.tell()
             if await self._watch.look():
-                self._moved.follow()
+                self._routes.moved.follow()
                 await self._follower.follow(self._redis)
                 if self._watch.is_stranger or not self._introductions.is_set() or self._has_lost_somebody:
                     await self._introduce()
-            await self._follower.pause(_SOON if self._moved.is_busy else _MONITOR_SECONDS)
+            await self._follower.pause(_SOON if self._routes.moved.is_busy else _MONITOR_SECONDS)
 
     async def _drain(self, importing: asyncio.Task[None] | None) -> None:
         """Let sessions finish within ``_GRACE_SECONDS``; after the end of data, whenever the primary answers."""
@@ -394,8 +309,8 @@ class _Relay:
         while self._shared.command_loops:
             for client in list(self._shared.command_loops):
                 client.stop(impatient=loop.time() > patience)
-            await asyncio.sleep(_POOL_WAIT)
+            await asyncio.sleep(_LOOK_SECONDS)
         await self._staging.drain()
         if importing:
             await asyncio.wait({importing}, timeout=_IMPORT_SECONDS)
-            await _end(importing)
+            await background.end(importing)
