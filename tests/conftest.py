@@ -6,8 +6,9 @@ import gc
 import os
 import signal
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import redis
 
 from relay import log_lines, ownership, private_files
 from relay.mail import encryption, record
-from support import exim_instance, load, parallel_run, postfix_instance, remembered, settable_clock
+from support import ended_loops, exim_instance, load, parallel_run, postfix_instance, remembered, settable_clock
 from support.certificates import Certificate
 from support.dns_server import DnsServer
 from support.load import SmtpSink
@@ -37,6 +38,9 @@ _SLOW = (
     "test_isolation", "test_backup_leg", "test_cut_over", "test_failover_of_primaries", "test_hung_servers",
     "test_clocks", "test_promotion", "test_promotion_on_routes", "test_limits", "test_hangs", "test_fork",
 )  # fmt: skip
+
+_MUCH = 100_000  # objects more than there were
+_kept = 0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -57,6 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGHUP, lambda *_: None)  # a handler is not inherited; we ourselves go on all the same
     Product.forks = True
     remembered.remember()
+    ended_loops.watch()
     # A busy machine makes no example wrong.
     hypothesis.settings.register_profile(
         "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -102,9 +107,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     """Leave alone what is there for the whole run: a collection of garbage looks at some hundred megabytes else."""
+    global _kept  # noqa: PLW0603 - what is kept is the process's
     gc.collect()
     gc.freeze()
     gc.enable()
+    _kept = sys.getallocatedblocks()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown() -> Generator[None]:
+    """Fail the test that leaves a loop with something open in it: else one is blamed that runs when it is collected."""
+    yield
+    if left := ended_loops.left_open():
+        pytest.fail(f"an event loop was closed with something of it left: {', '.join(left)}", pytrace=False)
+
+
+def pytest_runtest_logfinish() -> None:
+    """Leave alone what tests keep for the rest of the run, too: tests collect garbage, to see what that makes."""
+    global _kept  # noqa: PLW0603 - what is kept is the process's
+    if sys.getallocatedblocks() > _kept + _MUCH:
+        gc.collect()
+        gc.freeze()
+        _kept = sys.getallocatedblocks()
 
 
 def _shares_a_fixture(item: pytest.Item) -> bool:

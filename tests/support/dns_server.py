@@ -18,6 +18,7 @@ import dns.rcode
 import dns.rdatatype
 import dns.rrset
 
+from support import ended_loops
 from support.waiting import PATIENCE
 
 T = TypeVar("T")
@@ -43,7 +44,7 @@ class DnsServer:
         self.host, self.port = "127.0.0.1", 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="dns-server", daemon=True)
-        self._closing: list[Callable[[], None]] = []
+        self._server: asyncio.Server | None = None
 
     def start(self) -> Self:
         self._thread.start()
@@ -110,15 +111,14 @@ class DnsServer:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(PATIENCE)
 
     async def _listen(self) -> None:
-        server = await asyncio.start_server(self._serve, self.host, 0)
-        self.port = server.sockets[0].getsockname()[1]
-        transport, _ = await self._loop.create_datagram_endpoint(lambda: _Udp(self), local_addr=(self.host, self.port))
-        self._closing = [server.close, transport.close]
+        self._server = await asyncio.start_server(self._serve, self.host, 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        await self._loop.create_datagram_endpoint(lambda: _Udp(self), local_addr=(self.host, self.port))
 
     async def _close(self) -> None:
-        for close in self._closing:
-            close()
-        await asyncio.sleep(0)
+        assert self._server is not None
+        await ended_loops.close(self._server)
+        await ended_loops.end_all()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         (size,) = struct.unpack("!H", await reader.readexactly(2))

@@ -21,6 +21,7 @@ from relay.smtpd.primary import Primary
 from relay.smtpd.shared_counters import SharedCounters
 from relay.smtpd.snapshot import Snapshot
 from relay.smtpd.staging import Staging
+from support import ended_loops
 
 # A server that says nothing is given up after relay.timeout_seconds, which the defaults leave for minutes.
 IMPATIENT = {"relay.greeting_timeout_seconds": "1", "relay.command_timeout_seconds": "1"}
@@ -58,7 +59,7 @@ async def serve(settings: Settings, redis_url: str, *, tls: bool = False) -> Asy
     try:
         yield made, listener.sockets[0].getsockname()[1]
     finally:
-        listener.close()
+        await ended_loops.close(listener)
         made.stopping = True
         while made.command_loops:
             for client in list(made.command_loops):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Self, TypeVar
 
 from relay.mail.destination import Destination
+from support import ended_loops
 from support.reactions import Moment, Reaction
 from support.recorded_sessions import Connection, Transaction
 from support.scripted_connection import Conversation
@@ -81,7 +82,7 @@ class ScriptedServer:
             return
         if self._thread.is_alive():
             self.refuse()
-            self._call(self._end_all())
+            self._call(ended_loops.end_all())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(PATIENCE)
         self._loop.close()
@@ -103,9 +104,8 @@ class ScriptedServer:
     def refuse(self) -> None:
         """Stop listening, so that new connections are refused; the open ones go on."""
         if self._server is not None:
-            self._loop.call_soon_threadsafe(self._server.close)
+            self._call(ended_loops.close(self._server))
             self._server = None
-            self._call(asyncio.sleep(0))
 
     def drop(self) -> None:
         """Close all open connections at once, as a restart of the server does."""
