@@ -1,6 +1,7 @@
 """Takes the pictures of docs/page.md from a running `smtp-dup demo`: ``python docs/site/screenshots.py [SECONDS]``.
 
-It lets the demo send mail for some seconds (default 150) first, so that the plots have something to show. Needs
+It lets the demo send mail for some seconds (default 150) first, so that the plots have something to show; then it does
+the same with `smtp-dup demo --routes`, where weights have been changed and a mailbox has moved. Needs
 Playwright and Debian's Chromium, as the tests of the page do, and Pillow, which comes with `bench`.
 """
 
@@ -12,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -21,6 +24,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 IMAGES = Path(__file__).parents[1] / "images"
 CHROMIUM = "/usr/bin/chromium"
 SECONDS = 150
+ROUTES = ("route weight shop shop=3 new=1 --yes", "move alice@example.com carol@example.com --to new --yes")
 COLOURS = 96  # enough for a page, and a third of the octets
 COMMAND = [sys.executable, "-m", "relay.command"]
 
@@ -28,16 +32,28 @@ COMMAND = [sys.executable, "-m", "relay.command"]
 def main() -> None:
     """Run the demo, and take each picture."""
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else SECONDS
-    with tempfile.TemporaryFile("w+") as output, subprocess.Popen([*COMMAND, "demo"], stdout=output) as demo:  # noqa: S603  (ours)
+    with demo(seconds) as (browser, state_dir):
+        take_all(browser, state_dir)
+    with demo(seconds, ROUTES) as (browser, state_dir):
+        picture(opened(browser, state_dir, "light", 1280, 860), "page-routes.png", "/routes")
+
+
+@contextmanager
+def demo(seconds: float, acts: Sequence[str] = ()) -> Iterator[tuple[Browser, str]]:
+    """Yield a browser, and the folder of a demo that has run for so long; with ``acts``, commands, one with routes."""
+    words = [*COMMAND, "demo", *(["--routes"] if acts else [])]
+    with tempfile.TemporaryFile("w+") as output, subprocess.Popen(words, stdout=output) as running:  # noqa: S603  (ours)
         try:
             state_dir = wait_for(output, r"--state-dir (\S+)")
+            for act in acts:
+                subprocess.run([*COMMAND, *act.split(), "--state-dir", state_dir], check=True)  # noqa: S603  (ours)
             time.sleep(seconds)  # the plots and lists of the pictures fill meanwhile
             with sync_playwright() as playwright:
                 browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--headless", "--no-sandbox"])
-                take_all(browser, state_dir)
+                yield browser, state_dir
                 browser.close()
         finally:
-            demo.terminate()
+            running.terminate()
 
 
 def wait_for(output: IO[str], pattern: str) -> str:

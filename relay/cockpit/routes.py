@@ -5,16 +5,18 @@ Read from Redis and from this host's files; where a route was decided about, tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from relay.cockpit.changeover import answering
+from relay.cockpit.formatting import count
 from relay.config.model import Settings
 from relay.config.routes import DEFAULT_ROUTE, Match, Route
 from relay.ledger import changes, flow
 from relay.ledger.flow import Flow, RouteFlow
 from relay.routing import table_store
+from relay.routing.decisions import MOVED_ROUTE
 from relay.topology import decisions, promotion, route_roles
 from relay.topology.agreement import behind_with_moves, differences
 from relay.topology.decisions import View
@@ -89,17 +91,27 @@ class RouteNow:
 
 
 @dataclass(frozen=True, slots=True)
+class MovedNow:
+    """Who answers for those that have moved, as a route, and how many addresses and domains name each server."""
+
+    generation: int
+    entries: Mapping[str, int]
+    route: RouteNow
+
+
+@dataclass(frozen=True, slots=True)
 class RoutesNow:
     """All routes, the default one last, and how many recipients were put off in a day, since messages were split.
 
-    ``hosts`` says where the settings of hosts, or the maps of who has ``moved`` that they go by, differ.
+    ``hosts`` says where the settings of hosts, or the maps of who has ``moved`` that they go by, differ; ``moved`` is
+    None where nobody ever has.
     """
 
     routes: Sequence[RouteNow]
     put_off: int
     disagreements: Sequence[str]
     hosts: Sequence[str] = ()
-    moved: MapState | None = None
+    moved: MovedNow | None = None
 
 
 def look(connection: Any, settings: Settings) -> RoutesNow:
@@ -114,21 +126,31 @@ def look(connection: Any, settings: Settings) -> RoutesNow:
     routes.append(_route(default, settings, seen, topology, day))
     told = list(route_roles.disagreements(settings, topology)) if topology else []
     hosts = [*differences(seen), *(f"who has moved: {text}" for text in behind_with_moves(seen))]
-    return RoutesNow(routes, day.split.get("defer", 0), told, hosts, seen.moves)
+    moved = _moved(seen.moves, settings, seen, day) if seen.moves else None
+    return RoutesNow(routes, day.split.get("defer", 0), told, hosts, moved)
+
+
+def _moved(state: MapState, settings: Settings, seen: View, day: Flow) -> MovedNow:
+    entries = dict(sorted(state.servers.items()))
+    servers = [_server(MOVED_ROUTE, name, seen, day, answers=True) for name in entries]
+    who = ", ".join(f"{name} {number}" for name, number in entries.items())
+    what = f"{count(state.count, 'address or domain', 'addresses and domains')}, before all routes"
+    route = RouteNow(MOVED_ROUTE, what, who or "nobody any more", servers, (), True, settings.routes.split)
+    return MovedNow(state.generation, entries, route)
 
 
 def _route(route: Route, settings: Settings, seen: View, last: Topology | None, day: Flow) -> RouteNow:
     weights = dict(zip(route.servers, route.weights, strict=True)) if route.weights else {}
     whole = sum(weights.values())
     servers = [
-        ServerOnRoute(
+        _server(
+            route.name,
             name,
-            name in route.answering,
-            name in route.copied,
-            weights[name] / whole if name in weights else None,
-            tuple(beat.label for beat in seen.living if name in beat.down),
-            *_counted(day.routes.get((route.name, name), RouteFlow())),
-            day.failovers.get(name, 0),
+            seen,
+            day,
+            answers=name in route.answering,
+            copied=name in route.copied,
+            share=weights[name] / whole if name in weights else None,
         )
         for name in dict.fromkeys((*route.servers, *route.backups))
     ]
@@ -139,8 +161,12 @@ def _route(route: Route, settings: Settings, seen: View, last: Topology | None, 
     return RouteNow(route.name, what, who, servers, tables, is_decided, route.split)
 
 
-def _counted(found: RouteFlow) -> tuple[int, int]:
-    return found.accepted, found.refused
+def _server(
+    route: str, name: str, seen: View, day: Flow, *, answers: bool, copied: bool = False, share: float | None = None
+) -> ServerOnRoute:
+    found = day.routes.get((route, name), RouteFlow())
+    away = tuple(beat.label for beat in seen.living if name in beat.down)
+    return ServerOnRoute(name, answers, copied, share, away, found.accepted, found.refused, day.failovers.get(name, 0))
 
 
 def _table(settings: Settings, file: Any) -> TableOnRoute:

@@ -153,8 +153,11 @@ ROOT = _group(
                     settings="given", output=False),
         "relay": _word("run the relay only", "services:relay", settings="given", output=False),
         "workers": _word("run the delivery to the backups only", "services:workers", settings="given", output=False),
-        "demo": _word("show how it works, with two servers of its own", "services:demo", settings="", output=False,
-                      colour=True),
+        "demo": _word(
+            "show how it works, with servers of its own", "services:demo",
+            _option("--routes", is_flag=True, help="with a third server, which a route names for a domain"),
+            settings="", output=False, colour=True,
+        ),
         "reload": _word(
             "apply new settings without a restart", "reload:reload",
             _DRY_RUN, _option("--wait", metavar="TIME", default="10s", help="for all processes to follow; 10s"),

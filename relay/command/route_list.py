@@ -1,4 +1,7 @@
-"""`route list`: every route with its servers, who of them answers for how much, and who cannot be used."""
+"""`route list`: every route with its servers, who of them answers for how much, and who cannot be used.
+
+Who has moved comes first, where somebody has: as a route of that name.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,8 @@ def show(settings: Settings, out: Output) -> int:
     """Show the routes; numbers are those of a day. Says no where a server that answers cannot be used."""
     with ledger_of(settings) as connection:
         found = routes.look(connection, settings)
-    for route in found.routes:
+    standing = [*([found.moved.route] if found.moved else ()), *found.routes]
+    for route in standing:
         if out.as_json:
             out.object(route.as_object())
             continue
@@ -43,8 +47,8 @@ def show(settings: Settings, out: Output) -> int:
             out.line(f"Put off in a day, as they need another primary: {count(found.put_off, 'recipient')}.")
         for text in (*found.disagreements, *found.hosts):
             out.line(f"{text}.")
-    is_away = any(server.away and server.answers for route in found.routes for server in route.servers)
-    return NO if is_away or any(table.fault for route in found.routes for table in route.tables) else WELL
+    is_away = any(server.away and server.answers for route in standing for server in route.servers)
+    return NO if is_away or any(table.fault for route in standing for table in route.tables) else WELL
 
 
 def _show(route: RouteNow, out: Output) -> None:

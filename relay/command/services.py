@@ -26,8 +26,8 @@ def _run(given: Given, role: start.Role) -> int:
     return services.run(settings, role, read=given.reader(require_primary=role.relays))
 
 
-def demo(colour: str) -> int:
+def demo(colour: str, *, routes: bool) -> int:
     """Run the demo until Ctrl-C."""
     from relay.demo import main  # noqa: PLC0415  (its servers: nothing that `up` needs in its memory)
 
-    return main.run(colour)
+    return main.run(colour, routes=routes)

@@ -12,7 +12,7 @@ import signal
 import smtplib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from email.policy import SMTP
 from typing import Any
@@ -31,9 +31,18 @@ from relay.demo.traffic import EVERY, Traffic
 from relay.ledger import keys
 
 _PATIENCE = 60.0  # seconds within which all messages must have been shown
+_PRIMARY = "old"
 _BACKUP = "new"
 _FOLLOW_SECONDS = 0.3
 _MOST_ROWS = 30
+_ABOUT_ROUTES = (
+    ("Every route", "route list"),
+    ("Which one anna takes, and why", "route anna@shop.example"),
+    ("A quarter of the shop's mailboxes for the new server", "route weight shop shop=3 new=1 --yes"),
+    ("The new server answers for bob", "move bob@example.com --to new --yes"),
+)
+_TITLES = ("Client hears", "Old server", "New server", "Its copy")
+_WITH_ROUTES = ("Client hears", "Old server, or shop", "New server", "Its copy")
 
 
 def show(stage: DemoSetup) -> int:
@@ -53,8 +62,9 @@ def show(stage: DemoSetup) -> int:
 
 
 def _show(stage: DemoSetup, console: Console, redis: Redis) -> int:
-    programme = samples()
-    view, watch = DemoView(console, programme), Watch(stage, programme, redis)
+    programme = samples(routes=stage.has_routes)
+    view = DemoView(console, programme, _WITH_ROUTES if stage.has_routes else _TITLES)
+    watch = Watch(stage, programme, redis)
     with view.shown(transient=True) as changed:
         done = _play(stage, programme, changed, watch)
     if not done:
@@ -64,7 +74,7 @@ def _show(stage: DemoSetup, console: Console, redis: Redis) -> int:
         return 1
     _say_what_next(console, stage, programme)
     # Below the suggestions, so that it is on the screen however small that is.
-    traffic = Traffic(stage.smtp, programme, _send)
+    traffic = Traffic(stage.smtp, programme, _send, routes=stage.has_routes)
     with view.shown(transient=False) as changed:
         while True:  # until SIGTERM
             changed()
@@ -79,7 +89,7 @@ def _play(stage: DemoSetup, programme: list[Sample], changed: Callable[[], None]
     if client is None:
         return False
     with client:
-        for sample in programme:
+        for sample in tuple(programme):  # to which other mail is added
             sample.heard = _send(client, sample)
             watch.look()
             changed()
@@ -166,7 +176,7 @@ class Watch:
         if seen["server"] == _BACKUP:
             sample.new.append(seen["reply"])
         elif seen["id"] or not sample.old:  # what it said of the message, rather than of one recipient
-            sample.old = seen["reply"]
+            sample.old, sample.answers = seen["reply"], seen["server"]
             sample.id = seen["id"] or sample.id
 
     def _find(self, seen: dict[str, Any]) -> Sample:
@@ -179,7 +189,8 @@ class Watch:
             # A reply to a later message for the same recipient does not belong to this one.
             known = sample.id if seen["id"] else sample.old
             over = seen["server"] != _BACKUP and sample.is_settled and known
-            if set(recipients) & set(sample.recipients) and not over and not (seen["id"] and sample.id):
+            other = seen["subject"] and seen["subject"] != sample.title
+            if set(recipients) & set(sample.recipients) and not (over or other or (seen["id"] and sample.id)):
                 return sample
         # The primary's reply is what its client hears; a message without an id is a refusal of this recipient.
         sample = Sample(seen["subject"][:40] or f"to {recipients[0]}"[:40], recipients, heard=seen["reply"])
@@ -194,11 +205,12 @@ def _state(redis: Redis, sample: Sample) -> str:
         pipe.zscore(keys.PENDING + _BACKUP, sample.id)
         pipe.zscore(keys.FAILED + _BACKUP, sample.id)
         staged, pending, failed = pipe.execute()
+    is_taken = any(reply.startswith("2") for reply in sample.new)  # which the ledger may not know yet
     if failed is not None:
         return "failed list"
     if staged is not None or pending is not None:
-        return "waits for another try" if sample.new else "waits"
-    return "delivered" if any(reply.startswith("2") for reply in sample.new) else "waits"
+        return "waits" if is_taken or not sample.new else "waits for another try"
+    return "delivered" if is_taken else "waits"
 
 
 # The view ------------------------------------------------------------------------------------------------------
@@ -207,7 +219,8 @@ def _state(redis: Redis, sample: Sample) -> str:
 class DemoView:
     """Shows the messages as a table, or line by line."""
 
-    def __init__(self, console: Console, programme: list[Sample]) -> None:
+    def __init__(self, console: Console, programme: list[Sample], titles: Sequence[str] = _TITLES) -> None:
+        self._titles = titles
         self._console = console
         self._programme = programme
         self._told: dict[int, dict[str, str]] = {}
@@ -224,17 +237,17 @@ class DemoView:
     def table(self) -> Table:
         """Return the table of the newest messages that the screen has room for."""
         for first in range(len(self._programme) - 1):
-            table = _table(self._programme[first:])
+            table = _table(self._programme[first:], self._titles)
             if len(self._console.render_lines(table, pad=False)) < self._console.height:
                 return table
-        return _table(self._programme[-1:])
+        return _table(self._programme[-1:], self._titles)
 
     def _tell(self) -> None:
         for sample in self._programme:
             known = self._told.setdefault(id(sample), {})
             now = {
                 "client heard": sample.heard,
-                "old": sample.old,
+                sample.answers: sample.old,
                 "new": " / ".join(sample.new),
                 "copy": sample.copy,
             }
@@ -245,17 +258,17 @@ class DemoView:
         sys.stdout.flush()
 
 
-def _table(programme: list[Sample]) -> Table:
+def _table(programme: list[Sample], titles: Sequence[str]) -> Table:
     table = Table(expand=False)
     table.add_column("Message", no_wrap=True, overflow="ellipsis", max_width=16)
-    for title in ("Client hears", "Old server", "New server", "Its copy"):
+    for title in titles:
         table.add_column(title, overflow="fold")
     for sample in programme:
         colour = {"delivered": "green", "failed list": "red", "none": "dim"}.get(sample.copy, "yellow")
         table.add_row(
             escape(sample.title),
             "\n".join(_coloured(reply) for reply in sample.heard.split("; ")),
-            _coloured(sample.old),
+            _coloured(sample.old, sample.answers),
             "\n".join(_coloured(reply) for reply in sample.new),
             f"[{colour}]{'no copy' if sample.copy == 'none' else sample.copy}[/]",
         )
@@ -269,9 +282,10 @@ def coloured_console(colour: str) -> Console:
     return Console(highlight=False, color_system="standard" if colour == "always" else None, no_color=False)
 
 
-def _coloured(reply: str) -> str:
+def _coloured(reply: str, server: str = _PRIMARY) -> str:
     colours = {"2": "green", "4": "yellow", "5": "red"}
-    return f"[{colours.get(reply[0], 'red')}]{escape(reply)}[/]" if reply else ""
+    name = "" if server == _PRIMARY else f"{server}: "
+    return f"[{colours.get(reply[0], 'red')}]{escape(name + reply)}[/]" if reply else ""
 
 
 def _say_what_next(console: Console, stage: DemoSetup, programme: list[Sample]) -> None:
@@ -288,6 +302,7 @@ def _say_what_next(console: Console, stage: DemoSetup, programme: list[Sample]) 
         ("What it answers otherwise", command_line(stage, "divergence")),
         ("Make it the primary", command_line(stage, "promote new --force --reason demo")),
         ("Who answers, and the way back", command_line(stage, "topology")),
+        *((what, command_line(stage, words)) for what, words in (_ABOUT_ROUTES if stage.has_routes else ())),
         ("What waits", command_line(stage, "queue summary")),
         ("What failed", command_line(stage, "failed list")),
         ("One of them", command_line(stage, f"failed show {failed}")),

@@ -1,4 +1,4 @@
-"""`smtp-dup demo`: the whole product with two mail servers of its own, a few messages, and what happens to each.
+"""`smtp-dup demo`: the whole product with mail servers of its own, a few messages, and what happens to each.
 
 Everything is in a temporary folder, which is deleted at the end. No settings file or variable is read. The log goes
 into that folder, since the display uses the terminal; if something fails, the end of the log is shown.
@@ -11,8 +11,8 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from relay.child import ChildContext
@@ -51,24 +51,39 @@ min_free = "1M"
 first = "1s"
 longest = "10s"
 """
+_ROUTES = """
+[[server]]
+name = "shop"
+url = "{shop}"
+
+[[route]]
+name = "shop"
+match = {{ recipients = "@shop.example" }}
+primary = "shop"
+backups = ["new"]
+"""
+_TWO = "two mail servers to play the old and the new one"
 _TRIES = 5  # to find ports that stay free until they are bound
 
 
-def run(colour: str = "auto") -> int:
-    """Run the demo until Ctrl-C. Returns the exit status."""
+def run(colour: str = "auto", *, routes: bool = False) -> int:
+    """Run the demo until Ctrl-C, with ``routes`` a domain has a server of its own. Returns the exit status."""
     say = sys.stdout.write
     start.EarlyStop()  # so that any stop signal also deletes the folder
-    with _folder() as folder, _listener() as old, _listener() as new:
-        say("Starting Redis, the relay, a worker, and two mail servers to play the old and the new one ...\n")
+    names = ("old", "new", *(("shop",) if routes else ()))
+    with _folder() as folder, ExitStack() as ends:
+        listeners = {name: ends.enter_context(socket.create_server(("127.0.0.1", 0))) for name in names}
+        those = "three mail servers to play the old, the new and a shop's" if routes else _TWO
+        say(f"Starting Redis, the relay, a worker, and {those} ...\n")
         for tries_left in reversed(range(_TRIES)):
-            stage = _set(folder, old, new, colour)
+            stage = _set(folder, listeners, colour)
             if stage.smtp[1] != _SMTP_PORT:
                 say(f"Port {_SMTP_PORT} is taken, so the demo uses {stage.smtp[1]}.\n")
             sys.stdout.flush()
             try:
                 with _stderr_into(stage.log):
                     read = _read(folder / "settings.toml")
-                    status = services.run(stage.settings, start.UP, extra=_children(stage, old, new), read=read)
+                    status = services.run(stage.settings, start.UP, extra=_children(stage, listeners), read=read)
                 break
             except start.StartError:
                 # Another program, perhaps another demo, may have taken a port since it was found free.
@@ -81,9 +96,9 @@ def run(colour: str = "auto") -> int:
     return status
 
 
-def _children(stage: DemoSetup, old: socket.socket, new: socket.socket) -> list[Child]:
+def _children(stage: DemoSetup, listeners: Mapping[str, socket.socket]) -> list[Child]:
     def be_servers(_: ChildContext) -> int:
-        return servers.serve({"old": old, "new": new}, stage.seen)
+        return servers.serve(listeners, stage.seen)
 
     def be_display(_: ChildContext) -> int:
         from relay.demo import display  # noqa: PLC0415  (rich)
@@ -94,17 +109,15 @@ def _children(stage: DemoSetup, old: socket.socket, new: socket.socket) -> list[
     return [Child("servers", run=be_servers, stage=3), Child("display", run=be_display, stage=0, restart=False)]
 
 
-def _set(folder: Path, old: socket.socket, new: socket.socket, colour: str) -> DemoSetup:
+def _set(folder: Path, listeners: Mapping[str, socket.socket], colour: str) -> DemoSetup:
     smtp = free_port(_SMTP_PORT)
     status = free_port(_STATUS_PORT)
-    old_address, new_address = (f"127.0.0.1:{s.getsockname()[1]}" for s in (old, new))
+    addresses = {name: f"127.0.0.1:{listener.getsockname()[1]}" for name, listener in listeners.items()}
     # All of it is in a file, so that a command with this folder has the same settings, names and all.
     file = folder / "settings.toml"
-    file.write_text(_SETTINGS.format(folder=folder, smtp=smtp, status=status, old=old_address, new=new_address))
-    settings = _read(file)(None)
-    return DemoSetup(
-        settings, folder, ("127.0.0.1", smtp), f"http://127.0.0.1:{status}", old_address, new_address, colour
-    )
+    form = _SETTINGS + (_ROUTES if "shop" in addresses else "")
+    file.write_text(form.format(folder=folder, smtp=smtp, status=status, **addresses))
+    return DemoSetup(_read(file)(None), folder, ("127.0.0.1", smtp), f"http://127.0.0.1:{status}", colour)
 
 
 def _read(file: Path) -> Callable[[Layers | None], Settings]:
@@ -120,10 +133,6 @@ def _folder() -> Iterator[Path]:
     finally:
         embedded.remove_socket_folder(folder)  # elsewhere, where the folder's path is too long for it
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _listener() -> socket.socket:
-    return socket.create_server(("127.0.0.1", 0))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ class Sample:
     text: str = "This is a demonstration.\n"
     attachment: bytes = b""
     heard: str = ""
+    answers: str = "old"  # which server its client's replies are from
     old: str = ""
     new: list[str] = field(default_factory=list)
     copy: str = ""
@@ -38,8 +39,15 @@ class Sample:
         return message
 
 
-def samples() -> list[Sample]:
-    """Return the messages with which it begins; servers.py defines the replies for each recipient."""
+def samples(*, routes: bool = False) -> list[Sample]:
+    """Return the messages with which it begins; servers.py defines the replies for each recipient.
+
+    With ``routes`` some are for shop.example, whose mail has a server of its own.
+    """
+    to_the_shop = [
+        Sample("For the shop", ("anna@shop.example",)),
+        Sample("For both", ("frank@example.com", "ben@shop.example")),
+    ]
     return [
         Sample("A plain message", ("alice@example.com",)),
         Sample("Grüße and a file", ("bob@example.com",), "Schöne Grüße\n", bytes(range(256)) * 100),
@@ -47,4 +55,5 @@ def samples() -> list[Sample]:
         Sample("Old refuses one", ("carol@example.com", "gone@example.com")),
         Sample("New defers it", ("dave@example.com",)),
         Sample("New refuses it", ("erin@example.com",)),
+        *(to_the_shop if routes else ()),
     ]

@@ -1,4 +1,4 @@
-"""The two mail servers of `smtp-dup demo`: "old" stands for the primary, "new" for a backup.
+"""The mail servers of `smtp-dup demo`: "old" stands for the primary, "new" for a backup, "shop" for that of a route.
 
 Real SMTP servers that keep no mail. Each writes its actions as JSON lines into a file that display.py reads. A message
 without smtp-dup's Received line is shown without an id.
@@ -11,8 +11,10 @@ import json
 import re
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from email.errors import HeaderParseError
+from email.header import decode_header, make_header
 from email.parser import BytesHeaderParser
 from pathlib import Path
 
@@ -56,30 +58,38 @@ class Server:
 
     def _note(self, recipients: list[str], reply: str, content: bytes = b"") -> str:
         found = _OUR_ID.search(content)
-        subject = BytesHeaderParser().parsebytes(content)["Subject"]
         line = {
             "server": self.name,
             "recipients": recipients,
             "reply": reply,
             "id": found[1].decode() if found else "",
-            "subject": str(subject or ""),
+            "subject": _subject(content),
         }
         with self.seen.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         return reply
 
 
+def _subject(content: bytes) -> str:
+    written = str(BytesHeaderParser().parsebytes(content)["Subject"] or "")
+    try:
+        return str(make_header(decode_header(written)))
+    except (ValueError, LookupError, HeaderParseError):  # an encoding that is none
+        return written
+
+
 def serve(listeners: Mapping[str, socket.socket], seen: Path) -> int:
-    """Run both servers until SIGTERM; the ``run`` of a supervisor's child. ``listeners`` has "old" and "new"."""
+    """Run the servers until SIGTERM; the ``run`` of a supervisor's child. ``listeners`` has their names."""
     servers = (
         Server("old", seen, unknown=OLD_DOES_NOT_KNOW),
         Server("new", seen, unknown=NEW_DOES_NOT_KNOW, deferred_once=NEW_DEFERS_ONCE, full=NEW_IS_FULL_FOR),
+        Server("shop", seen),
     )
-    asyncio.run(_serve(listeners, servers))
+    asyncio.run(_serve(listeners, [server for server in servers if server.name in listeners]))
     return 0
 
 
-async def _serve(listeners: Mapping[str, socket.socket], servers: tuple[Server, ...]) -> None:
+async def _serve(listeners: Mapping[str, socket.socket], servers: Sequence[Server]) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stop.set)

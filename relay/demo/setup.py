@@ -22,8 +22,6 @@ class DemoSetup:
     folder: Path
     smtp: tuple[str, int]
     status: str
-    old: str
-    new: str
     colour: str = "auto"  # as --color says
 
     @property
@@ -33,8 +31,13 @@ class DemoSetup:
         return all(free_port(port) == port for port in ports)
 
     @property
+    def has_routes(self) -> bool:
+        """Whether a domain has a server of its own."""
+        return bool(self.settings.servers)
+
+    @property
     def seen(self) -> Path:
-        """The file in which the two servers record their actions; see servers.py."""
+        """The file in which the servers record their actions; see servers.py."""
         return self.folder / "seen.jsonl"
 
     @property

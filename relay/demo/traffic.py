@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from itertools import cycle
+from itertools import cycle, zip_longest
 
 from relay.demo.samples import Sample
 
@@ -28,12 +28,19 @@ _MAIL = (
     Sample("Photographs", ("frank@example.com",), attachment=bytes(range(256)) * 300),
     Sample("To nobody", ("zoe@example.com",)),  # neither server takes it
 )
+_TO_THE_SHOP = (
+    Sample("An order", ("anna@shop.example",)),
+    Sample("Parcel on its way", ("ben@shop.example", "carla@shop.example")),
+    Sample("To both servers", ("bob@example.com", "ben@shop.example")),  # the second one is to be sent by itself
+    Sample("Your order", ("ida@shop.example",)),  # one of those who are at new, once it has a quarter of the mailboxes
+)
 
 
-def endless() -> Iterator[Sample]:
-    """Yield what is sent, over and over, numbered by its round."""
-    for number, sample in enumerate(cycle(_MAIL)):
-        turn = number // len(_MAIL) + 1
+def endless(*, routes: bool) -> Iterator[Sample]:
+    """Yield what is sent, over and over, numbered by its round; with ``routes`` also to who has another server."""
+    mail = [one for pair in zip_longest(_MAIL, _TO_THE_SHOP if routes else ()) for one in pair if one]
+    for number, sample in enumerate(cycle(mail)):
+        turn = number // len(mail) + 1
         yield replace(sample, title=sample.title if turn == 1 else f"{sample.title} ({turn})", new=[])
 
 
@@ -45,13 +52,15 @@ class Traffic:
         address: tuple[str, int],
         programme: list[Sample],
         send: Callable[[smtplib.SMTP, Sample], str],
+        *,
+        routes: bool = False,
         every: float = EVERY,
     ) -> None:
         self._address = address
         self._programme = programme
         self._send = send
         self._every = every
-        self._mail = endless()
+        self._mail = endless(routes=routes)
         self._next = time.monotonic() + every
 
     def go_on(self) -> None:

@@ -90,11 +90,14 @@ class Plan:
         return is_so and seen.highest == seen.epoch and all(map(seen.follows, seen.living))
 
     @property
+    def is_of_route(self) -> bool:
+        """Whether it is about a route as a whole, of which several servers answer, instead of one server."""
+        return self.change is not None and (self.command == ROUTE_WEIGHT or len(self.change.after.answering) != 1)
+
+    @property
     def title(self) -> str:
         """What it is about, to be typed by whoever wants it: the new primary, or the route where that has several."""
-        if self.change and (self.command == ROUTE_WEIGHT or len(self.change.after.answering) != 1):
-            return self.change.route.name
-        return self.new.name
+        return self.change.route.name if self.change and self.is_of_route else self.new.name
 
     def is_followed_by(self, beat: Heartbeat) -> bool:
         """Say whether a process does what this has decided."""

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import termios
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from fcntl import ioctl
 from pathlib import Path
@@ -62,6 +62,7 @@ class Demo:
         terminal: bool = False,
         real: bool = False,
         size: tuple[int, int] = (50, 120),
+        words: Sequence[str] = (),
         **variables: str,
     ) -> None:
         self.folder = folder
@@ -80,7 +81,7 @@ class Demo:
                 file = ends.enter_context(self.output.open("wb"))
             if real:
                 self.process = subprocess.Popen(
-                    tied([*_REAL, "demo"]),
+                    tied([*_REAL, "demo", *words]),
                     env=environment,
                     cwd=folder,
                     stdin=subprocess.DEVNULL,
@@ -90,7 +91,7 @@ class Demo:
                 )
             else:
                 self.process = forked.start(
-                    ["smtp-dup", "demo"],
+                    ["smtp-dup", "demo", *words],
                     env=environment,
                     cwd=folder,
                     stdin=file if terminal else None,
@@ -225,6 +226,31 @@ def test_it_goes_on_sending_and_its_roles_can_be_swapped(demo, folder):
     assert "old answers since" in done.stdout
 
 
+def test_with_routes_a_domain_has_a_server_of_its_own(folder):
+    """It says who answers, a message for both servers is split, and what it suggests shows and changes routes."""
+    demo = Demo(folder, words=["--routes"])
+    try:
+        demo.wait_for("Ctrl-C ends the demo.")
+        copies = dict(re.findall(r"^(.*): copy: (.*)$", demo.text, re.MULTILINE))
+        assert {title: copies[title] for title in OUTCOMES} == OUTCOMES
+        assert "For the shop: shop: 250 2.0.0 Ok" in demo.text
+        assert "For both: client heard: for ben: 452 4.5.3" in demo.text
+        assert "For both: old: 250 2.0.0 Ok" in demo.text
+        suggested = dict(re.findall(r"^  # (.*)\n  (.*)$", demo.text, re.MULTILINE))
+        said = {}
+        for what, words in suggested.items():
+            if re.search(" (route|move) ", words):
+                done = demo.paste(words)
+                assert done.returncode == 0, (words, done.stdout, done.stderr)
+                said[what] = done.stdout
+        assert len(said) == 4
+        assert "shop.example" in said["Every route"]
+        assert "shop" in said["Which one anna takes, and why"]
+        assert "shop 75 %, new 25 %" in said["A quarter of the shop's mailboxes for the new server"]
+    finally:
+        demo.end()
+
+
 def test_settings_for_another_redis_change_nothing(folder):
     """Where the machine's settings name a Redis, the demo leaves it alone, and so do the commands that it suggests."""
     other = {"SMTP_DUP_REDIS_URL": "redis://127.0.0.1:1/0"}
@@ -336,6 +362,6 @@ def test_several_at_once(tmp_path):
 def test_color_is_for_the_demo_too(colour, is_coloured, capsys):
     """The command line's --color comes as far as its table."""
     task = commands.parse(["demo", "--color", colour])
-    assert task.arguments == {"colour": colour}
+    assert task.arguments == {"colour": colour, "routes": False}
     coloured_console(colour).print("[green]250 taken[/]")
     assert ("\x1b[32m" in capsys.readouterr().out) == is_coloured

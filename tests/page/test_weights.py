@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
 
-from relay.ledger import audit
+from relay.ledger import audit, flow
 from relay.ledger.audit import Act
 from relay.topology import decisions, moving, promotion
 from relay.topology.heartbeats import Pulse
@@ -149,6 +150,31 @@ def test_weights_are_an_operators(shop: ServedPage) -> None:
     assert [ann.get(f"/routes/{name}").status for name in ("chop", "default")] == [404, 404]
     assert agree(ann, "/routes/chop", typed="chop", **NINE_TO_ONE).status == 404
     assert roles(shop) is None
+
+
+def test_the_name_that_is_typed_is_said_to_be_what_it_is(redis_url: str, tmp_path: Path) -> None:
+    """Where a route has the name of a server, weights ask for the route, and a promotion for the server."""
+    users = users_file(tmp_path, "ann:operator")
+    (tmp_path / "routes.toml").write_text(SETTINGS.replace('name = "shop"', 'name = "a"'))
+    with served_page(redis_url, tmp_path, status__users_file=str(users), config=str(tmp_path / "routes.toml")) as page:
+        ann = page.logged_in("ann")
+        assert "name of the route: a<" in ann.get(f"/routes/a?{urlencode(NINE_TO_ONE)}").text
+        assert "name of the server that shall answer: b<" in ann.get("/routes/a/b").text
+
+
+def test_who_has_moved_is_a_view_without_routes_too(page: ServedPage) -> None:
+    """Whoever moves mailboxes by command has no route in the settings: the view is there all the same, with numbers."""
+    ann = page.logged_in("ann")
+    assert 'href="/routes"' not in ann.get("/").text
+    moving.commit(page.redis, {"x@shop.example": MovedEntry("b", 1.0, "ann")}, {}, 0, Act("move"))
+    hour = flow.HOUR.key(flow.HOUR.start(time.time()))
+    page.redis.hset(hour, mapping={"accepted moved b": 1234, "refused moved b": 5})
+    wait_until(lambda: 'href="/routes"' in ann.get("/").text)  # numbers beside the tabs are kept for two seconds
+    moved = ann.get("/routes").text.partition("Who has moved")[2]
+    assert re.findall(r"<t[dh][^>]*data-title=\"([^\"]*)\">(?:<span[^>]*>)*([^<]*)", moved) == [
+        ("server", "b"), ("answers for", "1 address or domain"), ("state", "ok"),
+        ("accepted in a day", "1,234"), ("refused", "5"), ("failovers", "0"),
+    ]  # fmt: skip
 
 
 def test_the_routes_say_where_hosts_differ(shop: ServedPage) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from redis import Redis
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -24,6 +24,7 @@ from relay.page.context import PageContext
 from relay.page.live import live_of
 from relay.page.rendering import environment, render
 from relay.page.runs import who_acts
+from relay.topology import moving
 
 _BADGES_SECONDS = 2.0
 _WIDTH, _HEIGHT = 120.0, 24.0  # of a sparkline, in its own units
@@ -50,11 +51,13 @@ async def _badges(request: Request) -> dict[str, int]:
 
 def _count(connection: Redis) -> dict[str, int]:
     rows = overview.summary(connection)
+    moved, _ = moving.state(connection)
     numbers = [divergence_groups.numbers(connection, row.destination) for row in rows]
     return {
         "waiting": sum(row.pending for row in rows),
         "failed": sum(row.failed for row in rows),
         "divergence": sum(sum(found.open.values()) for found in numbers),
+        "moved": moved.count if moved else 0,
     }
 
 
@@ -144,10 +147,19 @@ def spark(values: Sequence[float], title: str = "", *, large: bool = False) -> M
     )
 
 
+def commands(text: str) -> Markup:
+    """Return a text with what stands in it between grave accents as code."""
+    parts = printable(text).split("`")
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if number % 2 else escape(part) for number, part in enumerate(parts)
+    )
+
+
 environment().finalize = said
 environment().filters.update(
     ago=ago,
     address=formatting.address,
+    commands=commands,
     cut=cut,
     count=formatting.count,
     duration=formatting.duration,
