@@ -12,7 +12,8 @@ import pytest
 from relay.daemon.child_status import ChildStatus
 from relay.daemon.slots import Slot
 from relay.daemon.supervisor import Child
-from support.supervised import Run, is_alive
+from support.running_processes import is_running
+from support.supervised import Run
 from support.waiting import wait_until
 
 RENEWING = """
@@ -97,8 +98,8 @@ supervisor.on_reload = half
     ended = next(e for e in run.events if e[0] == "ended")
     assert ended[1] == "b", ended
     assert "status" in ended, ended
-    wait_until(lambda: not [pid for pid, _ in run.ups("a")[1:] if is_alive(pid)])
-    assert all(map(is_alive, before))
+    wait_until(lambda: not [pid for pid, _ in run.ups("a")[1:] if is_running(pid)])
+    assert all(map(is_running, before))
     os.kill(before[0], signal.SIGKILL)  # and the former are still watched
     wait_until(lambda: any(p.startswith(f"{before[0]}.") for _, p in run.ups("a")))
     run.process.terminate()
@@ -114,7 +115,7 @@ def test_new_children_that_are_not_ready_in_time_leave(run: Run) -> None:
     wait_until(lambda: any(e[0] == "ended" for e in run.events), message=lambda: run.log)
     assert "not ready within 0.5 s: a, b" in " ".join(next(e for e in run.events if e[0] == "ended"))
     wait_until(lambda: [e[:2] for e in run.events].count(["down", "a"]) == 1)
-    assert is_alive(run.ups("a")[0][0])
+    assert is_running(run.ups("a")[0][0])
     run.process.terminate()
     assert run.end() == 0
 

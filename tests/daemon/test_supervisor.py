@@ -14,7 +14,8 @@ import pytest
 from relay.child import ChildContext
 from relay.daemon.notify import notify
 from relay.daemon.slots import Child
-from support.supervised import Run, is_alive
+from support.running_processes import is_running
+from support.supervised import Run
 from support.waiting import wait_until
 
 
@@ -94,7 +95,7 @@ def test_bad_settings_end_everything(run: Run) -> None:
     """A child that ends with status 2 is not started again: all is stopped and that is the status."""
     run.start("sys.exit(Supervisor([Child('relay', run=serve), Child('bad', run=lambda c: 2, stage=1)]).run())")
     assert run.end() == 2
-    assert not any(is_alive(pid) for pid, _ in run.ups("relay"))
+    assert not any(is_running(pid) for pid, _ in run.ups("relay"))
 
 
 def test_child_without_restart_decides(run: Run) -> None:
@@ -131,7 +132,7 @@ def test_second_signal_kills(run: Run) -> None:
     wait_until(lambda: ["term", "relay"] in run.events, message=lambda: run.log)
     supervisor.send_signal(signal.SIGINT)
     assert run.end() == 128 + signal.SIGINT
-    wait_until(lambda: not any(map(is_alive, pids)))
+    wait_until(lambda: not any(map(is_running, pids)))
 
 
 def test_drain_has_a_limit(run: Run) -> None:
@@ -144,7 +145,7 @@ def test_drain_has_a_limit(run: Run) -> None:
     ((pid, _),) = run.wait_up("relay")
     supervisor.terminate()
     assert run.end() == 1
-    assert not is_alive(pid)
+    assert not is_running(pid)
     assert "killed, not drained in 0.3 s: relay" in run.log
 
 
@@ -154,7 +155,7 @@ def test_children_of_a_killed_supervisor_drain(run: Run) -> None:
     pids = [run.wait_up(name)[0][0] for name in ("relay", "worker")]
     supervisor.kill()
     wait_until(lambda: sum(e[0] == "down" for e in run.events) == 2, message=lambda: str(run.events))
-    wait_until(lambda: not any(map(is_alive, pids)))
+    wait_until(lambda: not any(map(is_running, pids)))
 
 
 def test_reload_is_passed_on(run: Run) -> None:
@@ -220,7 +221,7 @@ def test_program_that_cannot_be_launched_is_an_error(run: Run) -> None:
     )
     assert run.end() == 1
     assert "no such program" in run.log
-    assert not any(is_alive(pid) for pid, _ in run.ups("relay"))
+    assert not any(is_running(pid) for pid, _ in run.ups("relay"))
 
 
 def test_idle_costs_nothing(run: Run) -> None:

@@ -24,7 +24,7 @@ import pytest
 import relay
 from relay.command import commands
 from relay.demo.display import coloured_console
-from support import forked
+from support import forked, running_processes
 from support.child_processes import tied
 from support.forked import ForkedProcess
 from support.waiting import wait_until
@@ -117,13 +117,7 @@ class Demo:
     @property
     def left(self) -> list[int]:
         """Processes that belong to it."""
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                fields = (entry / "stat").read_text("utf-8", "replace").rpartition(")")[2].split()
-                if int(fields[3]) == self.process.pid and fields[0] != "Z":
-                    found.append(int(entry.name))
-        return found
+        return running_processes.of_session(self.process.pid)
 
     def paste(self, command: str, *, as_it_stands: bool = False, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a command in a shell, in another folder; unless ``as_it_stands`` smtp-dup is a fork there."""

@@ -21,8 +21,8 @@ from support.dialogue import AsyncDialogue, Dialogue, Unexpected, stuffed
 from support.load import smtp_source
 from support.postfix_instance import PostfixInstance
 from support.reactions import Close, Delay, Gate, HalfClose, Reset, Silence, Trickle
+from support.running_processes import is_running
 from support.scripted_server import ScriptedServer
-from support.supervised import is_alive
 from support.waiting import free_port, wait_until
 
 Scripted = Callable[..., ScriptedServer]
@@ -376,7 +376,7 @@ def test_forks_end_with_the_test_run(tmp_path):
         prepared = int(caller.stdout.readline())
         fork = int(wait_until((tmp_path / "out").read_text))
         caller.kill()
-    wait_until(lambda: not is_alive(fork) and not is_alive(prepared))
+    wait_until(lambda: not is_running(fork) and not is_running(prepared))
 
 
 def test_a_parallel_run_says_why_it_ran_nothing():

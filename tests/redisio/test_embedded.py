@@ -17,6 +17,7 @@ import redis
 from relay.redisio import aof, embedded
 from relay.redisio.embedded import EmbeddedError
 from support.redis_servers import RedisServer
+from support.running_processes import is_running
 from support.waiting import wait_until
 
 
@@ -189,16 +190,7 @@ def test_it_dies_with_its_parent_and_the_next_start_waits_for_it(tmp_path, start
     start(tmp_path)
     with client(tmp_path) as connection:
         assert connection.get("key") == "value"
-    wait_until(lambda: not running(orphan), message="the orphan is still there")
-
-
-def running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    # Without an init that reaps orphans, a dead one stays listed.
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    wait_until(lambda: not is_running(orphan), message="the orphan is still there")
 
 
 def test_ctrl_c_does_not_reach_it(tmp_path, start):

@@ -17,6 +17,7 @@ from rq.serializers import JSONSerializer
 
 from support import forked
 from support.forked import ForkedProcess
+from support.running_processes import is_running
 from support.waiting import wait_until
 
 PROGRAM = """
@@ -131,15 +132,8 @@ class Run:
                 os.kill(pid, signal.SIGKILL)
         # One that is not gone yet may wait in BLMOVE, and would take the first job of the next test with it; so may
         # one that is gone, until Redis has read the end of its connection.
-        wait_until(lambda: all(map(_is_gone, pids)) and not self.client.info("clients")["blocked_clients"])
+        wait_until(lambda: not any(map(is_running, pids)) and not self.client.info("clients")["blocked_clients"])
         self.client.close()
-
-
-def _is_gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()[0] in {"Z", "X"}
-    except FileNotFoundError:
-        return True
 
 
 @pytest.fixture

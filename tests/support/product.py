@@ -21,7 +21,7 @@ from typing import IO, Any, Self
 import relay
 from relay.mail import encryption
 from relay.redisio import embedded
-from support import forked
+from support import forked, running_processes
 from support.child_processes import tied
 from support.dialogue import Dialogue, Unexpected
 from support.forked import ForkedProcess
@@ -167,7 +167,7 @@ class Product:
         if self.process is None:
             return
         # Every process is in the session that it was started with, whatever its process group.
-        while left := [pid for pid, _, session in _processes() if session == self.process.pid]:
+        while left := running_processes.of_session(self.process.pid):
             for pid in left:
                 try:
                     os.kill(pid, signal.SIGKILL)
@@ -185,11 +185,11 @@ class Product:
         """Return its processes but the first, those whose command line matches; kill one to see what happens."""
         assert self.process is not None
         found = []
-        for pid, parent, session in _processes():
-            if session == self.process.pid != pid:
-                command = _command_line(pid)
+        for process in running_processes.running():
+            if process.session == self.process.pid != process.pid:
+                command = running_processes.command_line(process.pid)
                 if re.search(pattern, command):
-                    found.append(Child(pid, parent, command))
+                    found.append(Child(process.pid, process.parent, command))
         return found
 
     def child(self, name: str) -> Child:
@@ -314,32 +314,6 @@ class Product:
             return not self.settings["status.listen"] or self.get("/readyz")[0] == 200
         except (OSError, Unexpected):
             return False
-
-
-def _processes() -> list[tuple[int, int, int]]:
-    """Return pid, parent and session of every process that is not a zombie."""
-    if sys.platform != "linux":
-        lines = subprocess.run(["ps", "-axo", "pid=,ppid=,sess=,stat="], capture_output=True, text=True, check=True)
-        rows = [line.split() for line in lines.stdout.splitlines()]
-        return [(int(row[0]), int(row[1]), os.getsid(int(row[0]))) for row in rows if not row[3].startswith("Z")]
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                # The name in parentheses may hold anything; what follows it is regular.
-                rest = (entry / "stat").read_text("utf-8", "replace").rpartition(")")[2].split()
-            except OSError:
-                continue  # it has just ended
-            if rest[0] != "Z":
-                found.append((int(entry.name), int(rest[1]), int(rest[3])))
-    return found
-
-
-def _command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
-    except OSError:
-        return ""
 
 
 def _json_lines(text: str) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from support import forked
 from support.forked import ForkedProcess
+from support.running_processes import is_running
 from support.waiting import wait_until
 
 PRELUDE = """
@@ -86,13 +87,5 @@ class Run:
             self.process.kill()
             self.process.wait()
         for event in self.events:
-            if event[0] == "up" and is_alive(int(event[2])):
+            if event[0] == "up" and is_running(int(event[2])):
                 os.kill(int(event[2]), signal.SIGKILL)
-
-
-def is_alive(pid: int) -> bool:
-    """Say whether a process runs; one that nobody has reaped yet does not."""
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
