@@ -103,8 +103,7 @@ def look(
     connection: Redis, action: BulkAction, chosen: Filter, preview: BulkPreview, unread: dict[str, str]
 ) -> Iterator[int]:
     """Count what an action is about, into the preview; yields how many copies each page has looked at."""
-    pages = selection.select(connection, action.which, chosen, whole=True)
-    for page in judged(pages, chosen.asks_envelope(action.which), unread):
+    for page in pages(connection, action.which, chosen, unread):
         preview.add(page)
         yield page.looked_at
 
@@ -116,8 +115,7 @@ def agreed(preview: BulkPreview) -> Iterator[tuple[int, Batch]]:
 
 def at_once(connection: Redis, action: BulkAction, chosen: Filter, tally: Tally) -> Iterator[tuple[int, Batch]]:
     """Yield what meets the conditions as it is found: how many copies were looked at, and those that pass."""
-    pages = selection.select(connection, action.which, chosen)
-    for page in judged(pages, chosen.asks_envelope(action.which), tally.unread):
+    for page in pages(connection, action.which, chosen, tally.unread, whole=False):
         yield page.looked_at, (page.target.name, {copy.id: copy.score for copy in page.found})
 
 
@@ -150,9 +148,11 @@ def _words(action: BulkAction, tally: Tally) -> str:
     return ", ".join(parts)
 
 
-def judged(pages: Iterable[Page], asks_envelope: bool, unread: dict[str, str]) -> Iterator[Page]:
-    """Pass pages on; notes whose envelopes could not be read, where the conditions asked for them."""
-    for page in pages:
-        if asks_envelope:
+def pages(
+    connection: Redis, which: Which, chosen: Filter, unread: dict[str, str], *, whole: bool = True
+) -> Iterator[Page]:
+    """Yield what meets the conditions; notes whose envelopes could not be read, where the conditions ask for them."""
+    for page in selection.select(connection, which, chosen, whole=whole):
+        if chosen.asks_envelope(which):
             unread |= page.unread
         yield page

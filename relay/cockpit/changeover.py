@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -168,7 +167,7 @@ def nothing_to_do(made: Plan) -> str:
 
 def outcome(made: Plan, topology: Topology, found: Followed) -> Iterator[str]:
     """Yield who follows, and who does not."""
-    since, count = clock(topology.now.at), len(found.followed)
+    since, count = formatting.time_of_day(topology.now.at), len(found.followed)
     if (later := found.overtaken) is not None:
         ago = formatting.span(max(0.0, later.now.at - topology.now.at))
         yield (
@@ -206,8 +205,3 @@ def outcome(made: Plan, topology: Topology, found: Followed) -> Iterator[str]:
 def processes(number: int) -> str:
     """Return a number of processes in words."""
     return formatting.count(number, "process", "processes")
-
-
-def clock(at: float) -> str:
-    """Return a time of today."""
-    return time.strftime("%H:%M:%S", time.localtime(at))

@@ -12,26 +12,26 @@ def count(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
-def span(seconds: float) -> str:
-    """Return a length of time in its two largest units: "2 d 4 h", "14 m", "3 s"."""
+def span(seconds: float, gap: str = " ") -> str:
+    """Return a length of time in its two largest units: "2 d 4 h", "14 m", "3 s"; without a gap for a column."""
     rest = int(min(max(seconds, -LATEST), LATEST))  # what Redis holds may be anything
     parts: list[str] = []
     for unit, length in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
         number, rest = divmod(rest, length)
         if number or (unit == "s" and not parts):
-            parts.append(f"{number} {unit}")
+            parts.append(f"{number}{gap}{unit}")
         if len(parts) == 2 or (parts and unit == "m"):
             break
     return " ".join(parts)
 
 
-def duration(seconds: float | None) -> str:
-    """Return a short time, as of a reply: "18 ms", "1.4 s"."""
+def duration(seconds: float | None, gap: str = " ") -> str:
+    """Return a short time, as of a reply: "18 ms", "1.4 s"; without a gap for a column."""
     if seconds is None:
         return "-"
     if seconds < 0.0095:
-        return f"{seconds * 1000:.1f} ms"
-    return f"{seconds * 1000:.0f} ms" if seconds < 0.9995 else f"{seconds:.1f} s"
+        return f"{seconds * 1000:.1f}{gap}ms"
+    return f"{seconds * 1000:.0f}{gap}ms" if seconds < 0.9995 else f"{seconds:.1f}{gap}s"
 
 
 def octets(number: int) -> str:
@@ -63,6 +63,11 @@ def address(text: str) -> str:
 def moment(seconds: float | None) -> str:
     """Return a time, seconds since the epoch, in the local zone."""
     return clock("%Y-%m-%d %H:%M:%S", seconds) if seconds else "-"
+
+
+def time_of_day(seconds: float) -> str:
+    """Return a time of today, seconds since the epoch, in the local zone."""
+    return clock("%H:%M:%S", seconds)
 
 
 def clock(form: str, seconds: float) -> str:

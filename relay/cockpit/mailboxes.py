@@ -15,7 +15,6 @@ from redis import Redis
 from relay.cockpit import formatting, mailbox_probe, moves, tracing
 from relay.cockpit.finding import Finding, fails, passes, unknown, warns
 from relay.config.model import Settings
-from relay.routing import moved_copy
 from relay.topology import decisions, moving
 from relay.topology.decisions import View
 from relay.topology.moved import MovedEntry
@@ -145,8 +144,7 @@ def _moved(entry: MovedEntry | None, former: str) -> Finding:
 
 def _map(connection: Redis, settings: Settings, seen: View) -> Finding:
     """Everybody goes by the map, and Redis has it."""
-    made = moves.MovePlan(seen, seen.moves, moved_copy.load_or_tell(settings.state_dir), "")
-    lost = moves.lost(made, seen.moves, seen.nonsense_of_moves, moving.size(connection))
+    lost = moves.begin(connection, settings).lost
     late = [beat for beat in seen.living if not seen.goes_by_moves(beat)]
     texts = [lost] if lost else []
     texts += [f"{beat.label}: {beat.moved_trouble or 'has not followed'}" for beat in late]

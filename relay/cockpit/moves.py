@@ -267,11 +267,8 @@ def plan(
 
     With ``force`` what is wrong with an address is a remark.
     """
-    seen = decisions.view(connection)
-    state, nonsense = moving.state(connection)
-    made = MovePlan(seen, state, moved_copy.load_or_tell(settings.state_dir), to)
+    made = begin(connection, settings, to)
     made.kept = [one for one in asked if isinstance(one, Kept)]
-    made.lost = lost(made, state, nonsense, moving.size(connection))
     wanted = list({one.key: one for one in asked if isinstance(one, Wish)}.values())
     answering = Answering(connection, settings)
     looked_up = {one.key: answering.keys(one.key) for one in wanted}
@@ -284,26 +281,22 @@ def plan(
     if back:
         _back(made, wanted, looked_up, found, answering)
     else:
-        made.objections += objections(connection, settings, to, seen.living)
+        made.objections += objections(connection, settings, to, made.seen.living)
         _forth(connection, settings, made, wanted, answering, note, force=force)
-    if not seen.living:
+    if not made.seen.living:
         made.remarks.append("no relay process lives: each follows at its start")
     return made
 
 
-def lost(made: MovePlan, state: MapState | None, nonsense: str, size: int) -> str:
-    """Say how Redis lacks what relays go by; "" where it does not."""
-    if nonsense:
-        return f"what Redis holds as the state of who has moved makes no sense: {nonsense}"
-    if (state.generation if state else 0) < made.known:
-        older = f"generation {state.generation}" if state else "none"
-        return f"relays go by generation {made.known} of who has moved, Redis has {older}: it was emptied or restored"
-    if size != (state.count if state else 0):
-        return f"Redis holds {max(0, size)} entries of who has moved, and should hold {state.count if state else 0}"
-    held = made.held.state
-    if state and held.generation == state.generation and held.id != state.id:
-        return "Redis holds another map of who has moved than the relays go by"
-    return ""
+def begin(connection: Any, settings: Settings, to: str = "") -> MovePlan:
+    """Look how the map stands, and who goes by it, before anything is moved. Raises RedisError."""
+    seen = decisions.view(connection)
+    made = MovePlan(seen, seen.moves, moved_copy.load_or_tell(settings.state_dir), to)
+    made.lost = moving.lost(made.known, seen.moves, seen.nonsense_of_moves, moving.size(connection))
+    held, state = made.held.state, seen.moves
+    if not made.lost and state and held.generation == state.generation and held.id != state.id:
+        made.lost = "Redis holds another map of who has moved than the relays go by"
+    return made
 
 
 def _forth(

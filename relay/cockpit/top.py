@@ -5,12 +5,11 @@ Everything comes from the flow and the ledger's own counts, never from a scan of
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from relay.cockpit.formatting import clock, count
+from relay.cockpit.formatting import count, duration, span, time_of_day
 from relay.cockpit.readiness import Verdict, verdicts
 from relay.cockpit.roles_now import backups_now, primary_now
 from relay.cockpit.sparkline import sparkline
@@ -218,8 +217,7 @@ def lines(frame: Frame, how: Look) -> list[str]:
 
 
 def _head(frame: Frame, how: Look) -> str:
-    clock = time.strftime("%H:%M:%S", time.localtime(frame.at))
-    parts = [f"smtp-dup {clock}", f"primary {frame.primary or 'not known'}"]
+    parts = [f"smtp-dup {time_of_day(frame.at)}", f"primary {frame.primary or 'not known'}"]
     parts += [f"epoch {frame.epoch}"] if frame.epoch else []
     parts += [f"by {how.sort}"] if how.sort != "name" else []
     return "   ".join([*parts, *([how.note] if how.note else [])])
@@ -227,10 +225,11 @@ def _head(frame: Frame, how: Look) -> str:
 
 def _row(row: ServerNow, how: Look) -> Iterator[str]:
     trend = sparkline(row.trend, encoding=how.encoding)
-    pending, oldest = ("-", "-") if row.is_primary else (str(row.pending), _age(row.oldest_s) if row.pending else "-")
+    pending = "-" if row.is_primary else str(row.pending)
+    oldest = span(row.oldest_s, "") if row.pending and not row.is_primary else "-"
     numbers = (
         f"{_cut(row.name, _NAME):<{_NAME}} {_rate(row.in_rate):>7} {_rate(row.out_rate):>7} {pending:>8} {oldest:>7} "
-        f"{_short(row.p95_s):>7} {row.deferred:>8} {row.failed:>7}"
+        f"{duration(row.p95_s, ''):>7} {row.deferred:>8} {row.failed:>7}"
     )
     state = f"{row.state}: {row.reason}" if row.reason else row.state
     if how.width >= _WIDE:
@@ -256,13 +255,13 @@ def _hosts(frame: Frame) -> Iterator[str]:
     yield f"{count(len(living), 'relay process', 'relay processes')}" + (f", silent: {', '.join(dead)}" if dead else "")
     for host in frame.hosts:
         spool = f"spool {host.spool_messages}" if host.relays else ""
-        silent = f"silent for {_age(host.age)}" if host.age > LATE else ""
+        silent = f"silent for {span(host.age)}" if host.age > LATE else ""
         what = f"{host.role}, {count(host.processes, 'process', 'processes')}"
         yield "  ".join(part for part in (host.host, what, spool, silent) if part)
 
 
 def _event(event: Event) -> str:
-    return f"{clock('%H:%M:%S', event.at)} {event.event}: {event.text}"
+    return f"{time_of_day(event.at)} {event.event}: {event.text}"
 
 
 def _cut(line: str, width: int) -> str:
@@ -271,16 +270,3 @@ def _cut(line: str, width: int) -> str:
 
 def _rate(rate: float) -> str:
     return f"{rate:.1f}" if rate < 99.95 else f"{rate:.0f}"
-
-
-def _age(seconds: float) -> str:
-    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f}{unit}"
-    return f"{seconds:.0f}s"
-
-
-def _short(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{seconds * 1000:.0f}ms" if seconds < 0.9995 else f"{seconds:.1f}s"

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from relay.cockpit.formatting import moment
 from relay.command.connection import ledger_of
-from relay.command.exit_status import WELL, Misuse
+from relay.command.exit_status import WELL, read_flag
 from relay.command.output import Column, Output
 from relay.config.loader import Settings
 from relay.config.types import duration
-from relay.ledger import audit
+from relay.ledger import audit, changes
 from relay.ledger.audit import Act
 
 _ACTS = [
@@ -26,13 +26,9 @@ _ACTS = [
 
 def listing(settings: Settings, out: Output, since: str | None) -> int:
     """Show the acts, newest first."""
-    try:
-        age = duration().read(since) if since else None
-    except ValueError as error:
-        raise Misuse(f"--since: {error}") from None
+    age = read_flag("--since", duration().read, since) if since else None
     with ledger_of(settings) as connection:
-        seconds, micros = connection.time()
-        begin = seconds + micros / 1e6 - age if age else 0.0
+        begin = changes.now(connection) - age if age else 0.0
         rows: Iterator[Act] = audit.acts(connection, begin)
         if out.as_json:
             for act in rows:

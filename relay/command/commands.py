@@ -241,7 +241,7 @@ ROOT = _group(
         ),
         "moved": _listing(_MOVED, _MOVES),
         "undo": _word(
-            "undo the last decision about who answers", "promote:undo",
+            "undo the last decision about who answers", "decision:undo",
             _DRY_RUN, _WAIT_FOR, _AT_ONCE, _REASON, _YES, settings="primary",
         ),
         "topology": _word("which server is primary since when, and which relays follow", "topology:show"),

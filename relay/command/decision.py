@@ -1,19 +1,20 @@
-"""A decision about who answers, as promote, undo, route weight and route reset show, ask for and carry it out."""
+"""A decision about who answers, as promote, route weight and route reset show, ask for and carry it out; and `undo`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypedDict, Unpack
 
 from redis import Redis
 from redis.exceptions import RedisError
 
-from relay.cockpit import changeover
+from relay.cockpit import changeover, formatting
 from relay.cockpit.readiness import Verdict
 from relay.command import prompt
 from relay.command.connection import ledger_of
-from relay.command.exit_status import NO, WELL, CannotSay, Misuse, Trouble
+from relay.command.exit_status import NO, WELL, CannotSay, Misuse, Trouble, read_flag
 from relay.command.output import Output
-from relay.command.progress import Progress, say
+from relay.command.progress import Progress
 from relay.config.model import Settings
 from relay.config.types import duration
 from relay.mail.text import printable
@@ -24,12 +25,14 @@ from relay.topology.promotion import Impossible, Plan, Unprepared
 from relay.topology.state import Intent, Topology
 
 
-def seconds_of(wait: str) -> float:
-    """Read ``--wait``. Raises Misuse."""
-    try:
-        return float(duration().read(wait))
-    except ValueError as error:
-        raise Misuse(f"--wait: {error}") from None
+class How(TypedDict):
+    """The flags that all decisions have."""
+
+    dry_run: bool
+    wait: str
+    now: bool
+    reason: str
+    yes: bool
 
 
 def decide(
@@ -37,70 +40,84 @@ def decide(
     out: Output,
     plan: Callable[[Redis], Plan],
     *,
-    dry_run: bool,
-    wait: str,
-    now: bool,
-    reason: str,
-    yes: bool,
     must_be_ready: bool = False,
     force: bool = False,
+    **how: Unpack[How],
 ) -> int:
     """Show what a decision would do, ask, and carry it out; ``force`` passes over a server that is not ready."""
-    seconds = seconds_of(wait)
+    seconds = seconds_of(how["wait"])
     with ledger_of(settings) as connection:
         try:
             made = plan(connection)
         except Impossible as error:
             raise Misuse(str(error)) from error
         if made.agree:
-            return nothing_to_do(out, made)
+            return _nothing_to_do(out, made)
         verdict = changeover.verdict(connection, settings, made)
-        show_plan(out, made, verdict)
+        _show_plan(out, made, verdict)
         details = {"readiness": verdict.summary} if verdict else {}
         if must_be_ready and verdict and not verdict.is_ready:
-            if dry_run:
+            if how["dry_run"]:
                 return NO
             if not force:
                 name = verdict.name
                 raise Trouble(f"{name} is not ready: see `smtp-dup ready {name}`, or say --force --reason TEXT")
             details["forced"] = "yes"
-        if dry_run:
-            return WELL
-        if not yes and not confirmed(made):
-            return NO
-        return carry_out(connection, out, made, reason, details, seconds, at_once=now)
+        return _agreed(connection, out, made, details, seconds, how)
+
+
+def undo(settings: Settings, out: Output, **how: Unpack[How]) -> int:
+    """Make the primary before the last change the primary again."""
+    seconds = seconds_of(how["wait"])
+    with ledger_of(settings) as connection:
+        try:
+            made = promotion.plan_undo(connection, settings)
+        except Impossible as error:
+            raise Trouble(str(error)) from error
+        _show_plan(out, made, None)
+        return _agreed(connection, out, made, {}, seconds, how)
+
+
+def seconds_of(wait: str) -> float:
+    """Read ``--wait``. Raises Misuse."""
+    seconds: float = read_flag("--wait", duration().read, wait)
+    return seconds
 
 
 # The steps ------------------------------------------------------------------------------------------------------
 
 
-def confirmed(made: Plan) -> bool:
-    """Have the name typed. Raises Misuse where nobody is there."""
+def _agreed(connection: Redis, out: Output, made: Plan, details: dict[str, str], seconds: float, how: How) -> int:
+    """Carry it out, unless nobody wants that: the name must be typed. Raises Misuse where nobody is there."""
+    if how["dry_run"]:
+        return WELL
     what = "the server that shall answer" if made.title == made.new.name else "the route"
-    return prompt.ask_for_word(made.title, f"Type the name of {what} ({made.title})")
+    if not how["yes"] and not prompt.ask_for_word(made.title, f"Type the name of {what} ({made.title})"):
+        return NO
+    return _carry_out(connection, out, made, how["reason"], details, seconds, at_once=how["now"])
 
 
-def carry_out(
+def _carry_out(
     connection: Redis, out: Output, made: Plan, reason: str, details: dict[str, str], seconds: float, *, at_once: bool
 ) -> int:
     """Prepare, decide and see who follows. Says no when somebody who lives does not. Raises Trouble, CannotSay."""
-    report = Progress(out)
+    report = Progress()
     intent = None
     try:
         if not at_once:
             intent = promotion.prepare(connection, made, seconds, report)
-            report.end(changeover.prepared(made))
+            report.clear()
+            out.say(changeover.prepared(made), {"kind": "prepared"})
     except Unprepared as error:
         report.clear()
         for line in error.lines:
-            say(out, line, {"kind": "trouble", "text": line})
+            out.say(line, {"kind": "trouble", "text": line})
         raise Trouble(str(error)) from error
     except Overtaken as error:
         raise Trouble(f"nothing has changed: {error}") from error
     topology = _commit(connection, made, reason, details, intent)
-    at = changeover.clock(topology.now.at)
-    say(
-        out,
+    at = formatting.time_of_day(topology.now.at)
+    out.say(
         f"{changeover.done(made)} at {at}, epoch {topology.epoch}: it holds whatever becomes of this command.",
         {
             "kind": "promoted",
@@ -142,9 +159,7 @@ def _told(out: Output, made: Plan, topology: Topology, found: Followed, report: 
                 "kind": "followed",
                 "epoch": topology.epoch,
                 "primary": _answering(made, topology),
-                "followed": [beat.label for beat in found.followed],
-                "late": [beat.label for beat in found.late],
-                "dead": [beat.label for beat in found.dead],
+                **found.as_object(),
                 "finishing": found.finishing,
                 "overtaken": found.overtaken.epoch if found.overtaken else None,
                 **_route_of(made),
@@ -159,7 +174,7 @@ def _told(out: Output, made: Plan, topology: Topology, found: Followed, report: 
 # What is shown --------------------------------------------------------------------------------------------------
 
 
-def show_plan(out: Output, made: Plan, verdict: Verdict | None) -> None:
+def _show_plan(out: Output, made: Plan, verdict: Verdict | None) -> None:
     """Show what would change."""
     if out.as_json:
         seen, new, old = made.seen, made.new, made.old
@@ -182,10 +197,10 @@ def show_plan(out: Output, made: Plan, verdict: Verdict | None) -> None:
     out.pairs(changeover.plan(made, verdict))
 
 
-def nothing_to_do(out: Output, made: Plan) -> int:
+def _nothing_to_do(out: Output, made: Plan) -> int:
     """Say that it is so already."""
     name = made.new.name
-    say(out, changeover.nothing_to_do(made), {"kind": "nothing", "primary": name, **_route_of(made)})
+    out.say(changeover.nothing_to_do(made), {"kind": "nothing", "primary": name, **_route_of(made)})
     return WELL
 
 

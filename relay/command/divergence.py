@@ -11,13 +11,14 @@ from redis import Redis
 
 from relay.cockpit import divergence as seen
 from relay.cockpit import divergence_examples, divergence_filter
+from relay.cockpit.bulk_preview import copies
 from relay.cockpit.conditions import Given
-from relay.cockpit.formatting import address, moment
+from relay.cockpit.formatting import address, moment, span
 from relay.cockpit.sparkline import sparkline
 from relay.command.connection import ledger_of
-from relay.command.exit_status import NO, WELL, Misuse, Trouble
+from relay.command.exit_status import NO, WELL, Misuse, Trouble, read_flag
 from relay.command.filters import read
-from relay.command.output import GREEN, YELLOW, Column, Output, as_object, span
+from relay.command.output import GREEN, YELLOW, Column, Output, as_object
 from relay.config.loader import Settings
 from relay.config.types import duration
 from relay.ledger import changes, divergence_groups
@@ -82,7 +83,7 @@ def listing(
     chosen = read(filters)
     with ledger_of(settings) as connection:
         now = changes.now(connection)
-        begin = now - _seconds("--since", since) if since else 0.0
+        begin = now - read_flag("--since", duration().read, since) if since else 0.0
         groups = seen.chosen(connection, destination, since=begin, kind=kind, everything=everything)
         groups = divergence_filter.narrowed(connection, groups, chosen)
         if route:
@@ -167,7 +168,7 @@ def acknowledge(
     settings: Settings, out: Output, key: str, destination: str | None, note: str, time: str, domains: tuple[str, ...]
 ) -> int:
     """Let a reason not count for a time."""
-    seconds = _seconds("--for", time)
+    seconds = read_flag("--for", duration().read, time)
     with ledger_of(settings) as connection:
         group = _one(connection, key, destination)
         ack = seen.acknowledge(connection, group, note, seconds, domains)
@@ -186,10 +187,8 @@ def unacknowledge(settings: Settings, out: Output, key: str, destination: str | 
     with ledger_of(settings) as connection:
         group = _one(connection, key, destination)
         was = seen.unacknowledge(connection, group, note)
-    if out.as_json:
-        out.object({"unacknowledged": group.key, "destination": group.destination, "was": was})
-    else:
-        out.line(f"{group.key} counts again." if was else f"{group.key} was not acknowledged.")
+    text = f"{group.key} counts again." if was else f"{group.key} was not acknowledged."
+    out.say(text, {"unacknowledged": group.key, "destination": group.destination, "was": was})
     return WELL if was else NO
 
 
@@ -198,7 +197,7 @@ def retry(settings: Settings, out: Output, key: str, destination: str | None) ->
     with ledger_of(settings) as connection:
         group = _one(connection, key, destination)
         count = seen.retry(connection, settings, group)
-    out.count("retried", count, "{} will be tried again now.")
+    out.say(f"{copies(count)} will be tried again now.", {"retried": count})
     return WELL
 
 
@@ -210,13 +209,6 @@ def _one(connection: Redis, key: str, destination: str | None) -> Group:
         names = ", ".join(group.destination for group in found)
         raise Misuse(f"{key} is a reason of several destinations: give --destination, one of {names}")
     return found[0]
-
-
-def _seconds(flag: str, text: str) -> float:
-    try:
-        return float(duration().read(text))
-    except ValueError as error:
-        raise Misuse(f"{flag}: {error}") from None
 
 
 def _as_object(connection: Redis, group: Group, now: float) -> dict[str, Any]:

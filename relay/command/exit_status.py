@@ -5,6 +5,9 @@ A Trouble's text is one line for the operator, which says what to do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 WELL, NO, USAGE, CANNOT_SAY = range(4)
 INTERRUPTED = 130  # as a shell reports SIGINT
 UNREAD = 141  # as a shell reports SIGPIPE: whoever read our output has gone
@@ -18,6 +21,8 @@ MEANINGS = {
     UNREAD: "whoever read the output has gone, as with `| head`",
 }
 IN_A_LINE = "Exit status: 0 well, 1 no, 2 usage or settings, 3 cannot say (Redis away)."
+
+T = TypeVar("T")
 
 
 class Trouble(Exception):
@@ -36,3 +41,11 @@ class CannotSay(Trouble):
     """Redis is away or does not answer."""
 
     status = CANNOT_SAY
+
+
+def read_flag(flag: str, read: Callable[[str], T], text: str) -> T:
+    """Return the value of a flag, which ``read`` makes of its text. Raises Misuse."""
+    try:
+        return read(text)
+    except ValueError as error:
+        raise Misuse(f"{flag}: {error}") from None

@@ -21,7 +21,7 @@ from relay.command.exit_status import NO, WELL
 from relay.command.filters import read, read_for_change
 from relay.command.output import GREEN, RED, YELLOW, Column, Output
 from relay.config.loader import Settings
-from workers.queues import failed, selection
+from workers.queues import failed
 from workers.queues.selection import FAILED
 
 _FAILED = [
@@ -41,15 +41,9 @@ def listing(settings: Settings, out: Output, filters: Given) -> int:
     chosen = read(filters)
     with ledger_of(settings) as connection:
         unread: dict[str, str] = {}
-        pages = selection.select(connection, FAILED, chosen, whole=True)
-        rows = (
-            row
-            for page in bulk_actions.judged(pages, chosen.asks_envelope(FAILED), unread)
-            for row in failed.rows(page)
-        )
-        out.rows(
-            rows, _FAILED, nothing="Nothing has failed." if chosen.is_bare else "Nothing that failed is like that."
-        )
+        rows = (row for page in bulk_actions.pages(connection, FAILED, chosen, unread) for row in failed.rows(page))
+        nothing = "Nothing has failed." if chosen.is_bare else "Nothing that failed is like that."
+        out.rows(rows, _FAILED, nothing=nothing)
     return bulk.tell_unread(unread)
 
 

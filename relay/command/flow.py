@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from relay.cockpit import formatting
 from relay.cockpit.formatting import count as count_of
+from relay.cockpit.formatting import duration
 from relay.cockpit.roles_now import backups_now, primary_now
 from relay.cockpit.sparkline import sparkline
 from relay.command.connection import ledger_of
@@ -51,7 +51,7 @@ class _OnRoute:
 
 
 def _quantile(share: float) -> Callable[[Any], str]:
-    return lambda row: duration(row.seconds.quantile(share))
+    return lambda row: duration(row.seconds.quantile(share), "")
 
 
 def _results(name: str) -> Callable[[Any], str]:
@@ -65,7 +65,7 @@ def _results(name: str) -> Callable[[Any], str]:
 
 
 def _slow(name: str) -> Callable[[Any], str]:
-    return lambda found: duration(found.of(name).seconds.quantile(0.95))
+    return lambda found: duration(found.of(name).seconds.quantile(0.95), "")
 
 
 _SERVERS = [
@@ -199,7 +199,7 @@ def _columns(unit: flow.Unit, backups: Sequence[str]) -> list[Column]:
         _time_column(unit),
         Column("accepted", lambda f: str(f.accepted), numbers=True),
         Column("refused", lambda f: str(f.refused), numbers=True),
-        Column("p95", lambda f: duration(f.seconds.quantile(0.95)), numbers=True),
+        Column("p95", lambda f: duration(f.seconds.quantile(0.95), ""), numbers=True),
     ]
     for name in backups:
         columns += [Column(name, _results(name)), Column("p95", _slow(name), numbers=True)]
@@ -209,11 +209,6 @@ def _columns(unit: flow.Unit, backups: Sequence[str]) -> list[Column]:
 def _time_column(unit: flow.Unit) -> Column:
     form = "%H:%M" if unit is flow.MINUTE else "%a %m-%d %H:00"
     return Column("from", lambda f: time.strftime(form, time.localtime(f.start)))
-
-
-def duration(seconds: float | None) -> str:
-    """Return a short time for a column: without a blank."""
-    return formatting.duration(seconds).replace(" ", "")
 
 
 def as_object(found: Flow) -> dict[str, Any]:

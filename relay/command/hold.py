@@ -9,7 +9,7 @@ import time
 
 from relay.cockpit import hold_and_throttle
 from relay.command.connection import ledger_of
-from relay.command.exit_status import NO, WELL, Misuse
+from relay.command.exit_status import NO, WELL, Misuse, read_flag
 from relay.command.output import Output
 from relay.config.loader import Settings
 from relay.config.types import duration
@@ -25,7 +25,7 @@ def hold(settings: Settings, out: Output, name: str, reason: str, length: str | 
         raise Misuse("for how long? give --for TIME or --until-released")
     if not reason.strip():
         raise Misuse("--reason: say why, for whoever wonders")
-    seconds = _duration(length)
+    seconds = read_flag("--for", duration().read, length) if length else 0.0
     with ledger_of(settings) as connection:
         after, found = hold_and_throttle.hold(connection, settings, name, seconds, reason)
     time.sleep(_FOLLOW_SECONDS)
@@ -45,12 +45,9 @@ def hold(settings: Settings, out: Output, name: str, reason: str, length: str | 
 def release(settings: Settings, out: Output, name: str) -> int:
     """End a hold; says no where there is none."""
     with ledger_of(settings) as connection:
-        queries.destinations(connection, name)
         was_held = hold_and_throttle.release(connection, name)
-    if out.as_json:
-        out.object({"released": name, "was_held": was_held})
-    else:
-        out.line(f"{name} is released." if was_held else f"{name} is not held.")
+    text = f"{name} is released." if was_held else f"{name} is not held."
+    out.say(text, {"released": name, "was_held": was_held})
     return WELL if was_held else NO
 
 
@@ -58,32 +55,17 @@ def throttle(settings: Settings, out: Output, name: str, rate: str | None, conne
     """Bound how fast a backup gets its copies, over all workers; without an option say what the bounds are."""
     if off and (rate is not None or connections is not None):
         raise Misuse("--off, or --rate and --connections, not both")
-    wanted = _rate(rate) if rate is not None else None
+    wanted = read_flag("--rate", hold_and_throttle.rate, rate) if rate is not None else None
     with ledger_of(settings) as connection:
         queries.destinations(connection, name)
         if off or wanted is not None or connections is not None:
             hold_and_throttle.throttle(connection, name, 0.0 if off else wanted, 0 if off else connections)
         after = Health.read(connection, name)
-    if out.as_json:
-        out.object({"destination": name, "rate": after.rate or None, "connections": after.connections or None})
-    else:
-        out.line(f"{name}: {hold_and_throttle.bounds_words(after)}.")
+    out.say(
+        f"{name}: {hold_and_throttle.bounds_words(after)}.",
+        {"destination": name, "rate": after.rate or None, "connections": after.connections or None},
+    )
     return WELL
-
-
-def _duration(text: str | None) -> float:
-    try:
-        return float(duration().read(text)) if text is not None else 0.0
-    except ValueError as error:
-        raise Misuse(f"--for: {error}") from None
-
-
-def _rate(text: str) -> float:
-    """Read copies a second. Raises Misuse."""
-    try:
-        return hold_and_throttle.rate(text)
-    except ValueError as error:
-        raise Misuse(f"--rate: {error}") from None
 
 
 def _whole(seconds: float | None) -> int | None:

@@ -16,12 +16,12 @@ from relay.command.connection import ledger_of
 from relay.command.decision import seconds_of
 from relay.command.exit_status import NO, WELL, Misuse, Trouble
 from relay.command.move_all import move_all, put_back, repair_map, show_loss
-from relay.command.move_steps import carry_out, plan_of, show_kept
+from relay.command.move_steps import MoveFlags, carry_out, plan_of, show_kept
 from relay.command.output import Output
 from relay.command.progress import Progress
 from relay.config.loader import Settings
 from relay.mail.text import printable
-from relay.topology.moved import MOVE, MOVE_BACK, NOTE
+from relay.topology.moved import MOVE, MOVE_BACK
 
 _SHOWN = 20  # addresses of a batch
 _LARGEST_FILE = 256 << 20  # octets
@@ -52,50 +52,37 @@ def move(
         raise Misuse("--force needs --note TEXT: it is kept with the move")
     if check and (back or everything or repair):
         raise Misuse("--check asks the server that mailboxes move to: with addresses, --file or --domain, and --to")
-    seconds = seconds_of(wait)
+    flags = MoveFlags(note, seconds_of(wait), force, dry_run, yes)
     name = _server(settings, to, needed=is_batch and not back)
     if repair:
         with ledger_of(settings) as connection:
-            return repair_map(connection, settings, out, note, seconds, force=force, dry_run=dry_run, yes=yes)
+            return repair_map(connection, settings, out, flags)
     if everything:
-        return move_all(settings, out, name, note, seconds, wait, force=force, dry_run=dry_run, yes=yes)
+        return move_all(settings, out, name, flags, wait)
     asked = list(_asked(settings, addresses, file, domains))
     with ledger_of(settings) as connection:
-        made = plan_of(connection, settings, asked, name, back=back, note=printable(note)[:NOTE], force=force)
-        probed = _checked(settings, out, made, name, force=force) if check else []
-        return _batch(
-            connection, settings, out, made, probed, note, seconds, back=back, force=force, dry_run=dry_run, yes=yes
-        )
+        made = plan_of(connection, settings, asked, name, flags, back=back)
+        probed = _checked(settings, made, name, force=force) if check else []
+        return _batch(connection, out, made, probed, flags, back=back)
 
 
 def _batch(
-    connection: Redis,
-    settings: Settings,
-    out: Output,
-    made: MovePlan,
-    probed: Sequence[Probed],
-    reason: str,
-    seconds: float,
-    *,
-    back: bool,
-    force: bool,
-    dry_run: bool,
-    yes: bool,
+    connection: Redis, out: Output, made: MovePlan, probed: Sequence[Probed], flags: MoveFlags, *, back: bool
 ) -> int:
     if made.lost:
         show_loss(out, made)
     _show(out, made, probed, back=back)
-    if dry_run:
+    if flags.dry_run:
         return NO if made.kept or made.objections or made.lost else WELL
-    if made.objections and not force:
+    if made.objections and not flags.force:
         raise Trouble(f"nobody was moved: {made.objections[0]}")
     if not made.wanted:
         return NO if made.kept else WELL
-    if not yes and not prompt.ask_for(len(made.wanted), _action(made, back=back), ()):
+    if not flags.yes and not prompt.ask_for(len(made.wanted), _action(made, back=back), ()):
         return NO
     if made.lost:
-        put_back(connection, out, made, reason)
-    return carry_out(connection, out, made, reason, seconds, MOVE_BACK if back else MOVE)
+        put_back(connection, out, made, flags.note)
+    return carry_out(connection, out, made, flags, MOVE_BACK if back else MOVE)
 
 
 def _server(settings: Settings, to: str | None, *, needed: bool) -> str:
@@ -140,12 +127,12 @@ def _read(file: str) -> str:
 # A batch --------------------------------------------------------------------------------------------------------------
 
 
-def _checked(settings: Settings, out: Output, made: MovePlan, name: str, *, force: bool) -> list[Probed]:
+def _checked(settings: Settings, made: MovePlan, name: str, *, force: bool) -> list[Probed]:
     """Ask the new server whether those to be moved exist there."""
     server = next(one for one in settings.named if one.name == name)
     if made.objections or not made.wanted:
         return []
-    report = Progress(out)
+    report = Progress()
     report(f"asking {name} about {formatting.count(len(made.wanted), 'address', 'addresses')} ...")
     found = mailbox_probe.probe(settings, server, list(made.wanted))
     report.clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from redis import Redis
 
 from relay.cockpit import formatting, moves
@@ -10,9 +12,8 @@ from relay.command import promote as promoting
 from relay.command import prompt
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, Misuse, Trouble
-from relay.command.move_steps import carry_out, plan_of, told
+from relay.command.move_steps import MoveFlags, carry_out, plan_of, told
 from relay.command.output import Output
-from relay.command.progress import say
 from relay.config.loader import Settings
 from relay.ledger.audit import Act
 from relay.routing import moved_copy
@@ -34,7 +35,7 @@ def show_loss(out: Output, made: MovePlan) -> None:
             "`smtp-dup move --repair --force`"
         )
     text = f"{made.lost}. This host's copy of generation {held.generation} is put back first."
-    say(out, text, {"kind": "lost", "text": made.lost, "copy": held.generation})
+    out.say(text, {"kind": "lost", "text": made.lost, "copy": held.generation})
 
 
 def put_back(connection: Redis, out: Output, made: MovePlan, reason: str) -> MapState:
@@ -50,8 +51,7 @@ def put_back(connection: Redis, out: Output, made: MovePlan, reason: str) -> Map
         state = moving.repair(connection, held.state, held.everything(), made.known, act)
     except Lost as error:
         raise Trouble(str(error)) from error
-    say(
-        out,
+    out.say(
         f"Put back {formatting.count(state.count, 'entry', 'entries')}, generation {state.generation}.",
         {"kind": "repaired", "generation": state.generation, "count": state.count},
     )
@@ -60,60 +60,38 @@ def put_back(connection: Redis, out: Output, made: MovePlan, reason: str) -> Map
     return state
 
 
-def repair_map(
-    connection: Redis,
-    settings: Settings,
-    out: Output,
-    reason: str,
-    seconds: float,
-    *,
-    force: bool,
-    dry_run: bool,
-    yes: bool,
-) -> int:
-    """Put back what Redis has lost, or with ``force``, where nobody has it, begin anew. Says no while it is lost."""
-    made = plan_of(connection, settings, [], "", back=True, note="", force=force)
+def repair_map(connection: Redis, settings: Settings, out: Output, flags: MoveFlags) -> int:
+    """Put back what Redis has lost, or with --force, where nobody has it, begin anew. Says no while it is lost."""
+    made = plan_of(connection, settings, [], "", flags, back=True)
     troubled = [beat for beat in made.seen.living if beat.moved_trouble]
     if not made.lost and troubled:
         made.lost = f"{troubled[0].label}: {troubled[0].moved_trouble}"
     if not made.lost:
-        say(out, "Nothing is lost.", {"kind": "repaired", "generation": None, "count": None})
+        out.say("Nothing is lost.", {"kind": "repaired", "generation": None, "count": None})
         return WELL
-    if not force:
+    if not flags.force:
         show_loss(out, made)
     elif made.held.state.generation < made.known:
-        say(out, f"{made.lost}. It begins anew: nobody has moved.", {"kind": "lost", "text": made.lost, "copy": None})
+        out.say(f"{made.lost}. It begins anew: nobody has moved.", {"kind": "lost", "text": made.lost, "copy": None})
         made.held = moved_copy.NOBODY
-    if dry_run:
+    if flags.dry_run:
         return NO
-    if not yes and not prompt.ask("Put it back?"):
+    if not flags.yes and not prompt.ask("Put it back?"):
         return NO
-    state = put_back(connection, out, made, reason)
-    return told(connection, out, made, state, seconds)
+    state = put_back(connection, out, made, flags.note)
+    return told(connection, out, made, state, flags.seconds)
 
 
 # All of them ----------------------------------------------------------------------------------------------------------
 
 
-def move_all(
-    settings: Settings,
-    out: Output,
-    to: str,
-    reason: str,
-    seconds: float,
-    wait: str,
-    *,
-    force: bool,
-    dry_run: bool,
-    yes: bool,
-) -> int:
+def move_all(settings: Settings, out: Output, to: str, flags: MoveFlags, wait: str) -> int:
     """Promote the server that mailboxes have moved to, then take their entries away: they are superfluous."""
     with ledger_of(settings) as connection:
-        state, nonsense = moving.state(connection)
-        servers = state.servers if state else {}
-        made = MovePlan(decisions.view(connection), state, moved_copy.load_or_tell(settings.state_dir), to)
-        if lost := moves.lost(made, state, nonsense, moving.size(connection)):
-            raise Trouble(f"{lost}; `smtp-dup move --repair` puts it back")
+        made = moves.begin(connection, settings, to)
+        servers = made.state.servers if made.state else {}
+        if made.lost:
+            raise Trouble(f"{made.lost}; `smtp-dup move --repair` puts it back")
         is_primary = promotion.current(made.seen, settings)
     if not to:
         if len(servers) != 1:
@@ -122,23 +100,23 @@ def move_all(
         to = next(iter(servers))
     if is_primary != to:
         status = promoting.promote(
-            settings, out, to, route="", dry_run=dry_run, wait=wait, cancel=False, now=False, force=force,
-            reason=reason, yes=yes,
+            settings, out, to, route="", dry_run=flags.dry_run, wait=wait, cancel=False, now=False, force=flags.force,
+            reason=flags.note, yes=flags.yes,
         )  # fmt: skip
-        if status != WELL or dry_run:
+        if status != WELL or flags.dry_run:
             return status
     with ledger_of(settings) as connection:
-        made = MovePlan(decisions.view(connection), moving.state(connection)[0], made.held, to)
+        made = moves.begin(connection, settings, to)
         made.before = {key: entry for key, entry in moving.everything(connection) if entry.server == to}
         made.wanted = dict.fromkeys(made.before)
         made.formers = dict.fromkeys(made.before, to)
         mailboxes = formatting.count(len(made.wanted), "address", "addresses")
         text = f"{to} answers by default: {mailboxes} need no entry of their own any more."
-        say(out, text, {"kind": "superfluous", "count": len(made.wanted), "to": to})
-        if dry_run or not made.wanted:
+        out.say(text, {"kind": "superfluous", "count": len(made.wanted), "to": to})
+        if flags.dry_run or not made.wanted:
             return WELL
-        if not yes and not prompt.ask_for(len(made.wanted), f"Take {mailboxes} out of the map", ()):
+        if not flags.yes and not prompt.ask_for(len(made.wanted), f"Take {mailboxes} out of the map", ()):
             return NO
         if promotion.current(decisions.view(connection), settings) != to:
             raise Trouble(f"nobody was taken out of the map: {to} answers by default no more")
-        return carry_out(connection, out, made, reason or "all have moved", seconds, MOVE_ALL)
+        return carry_out(connection, out, made, replace(flags, note=flags.note or "all have moved"), MOVE_ALL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from redis import Redis
 from redis.exceptions import RedisError
@@ -12,37 +13,50 @@ from relay.cockpit import changeover, formatting, moves
 from relay.cockpit.moves import Kept, MovePlan, Wish
 from relay.command.exit_status import NO, WELL, CannotSay, Trouble
 from relay.command.output import Output
-from relay.command.progress import Progress, say
+from relay.command.progress import Progress
 from relay.config.loader import Settings
 from relay.ledger.audit import Act
 from relay.mail.text import printable
 from relay.routing.table_file import BadTable
 from relay.topology import moving
-from relay.topology.moved import MOVE, MOVE_BACK, MapState
+from relay.topology.followers import follow_moves
+from relay.topology.moved import MOVE, MOVE_BACK, NOTE, MapState
 from relay.topology.moving import Lost, NotFollowed
 
 _AGAIN = 20  # times that somebody else may be quicker
 
 
+@dataclass(frozen=True, slots=True)
+class MoveFlags:
+    """The flags that all forms of a move have; ``seconds`` to wait for the relay processes."""
+
+    note: str
+    seconds: float
+    force: bool
+    dry_run: bool
+    yes: bool
+
+
 def plan_of(
-    connection: Redis, settings: Settings, asked: Sequence[Wish | Kept], to: str, *, back: bool, note: str, force: bool
+    connection: Redis, settings: Settings, asked: Sequence[Wish | Kept], to: str, flags: MoveFlags, *, back: bool
 ) -> MovePlan:
     """Look what a move would change. Raises Trouble."""
     try:
-        return moves.plan(connection, settings, asked, to, back=back, note=note, force=force)
+        note = printable(flags.note)[:NOTE]
+        return moves.plan(connection, settings, asked, to, back=back, note=note, force=flags.force)
     except BadTable as error:
         raise Trouble(f"a table cannot be read: {error}") from error
 
 
-def _await_the_last(connection: Redis, made: MovePlan, seconds: float, out: Output) -> int:
+def _await_the_last(connection: Redis, made: MovePlan, seconds: float) -> int:
     """Wait for who has not followed the last move yet, so that no two of them are ahead of anybody. Raises Trouble.
 
     Returns the generation that everybody follows.
     """
     state, _ = moving.state(connection)
     generation = state.generation if state else 0
-    report = Progress(out)
-    found = moving.follow(connection, generation, made.seen.living, seconds, report)
+    report = Progress()
+    found = follow_moves(connection, generation, made.seen.living, seconds, report)
     report.clear()
     late = [beat for beat in found.late if beat.is_alive]
     if late:
@@ -51,17 +65,17 @@ def _await_the_last(connection: Redis, made: MovePlan, seconds: float, out: Outp
     return generation
 
 
-def carry_out(connection: Redis, out: Output, made: MovePlan, reason: str, seconds: float, command: str) -> int:
+def carry_out(connection: Redis, out: Output, made: MovePlan, flags: MoveFlags, command: str) -> int:
     """Make it a generation, and see who follows. Says no where some were kept, or somebody does not follow."""
     act = Act(
         command,
         before=_summed(made.formers[key] for key in made.wanted),
         after=made.to if command == MOVE else "",
-        reason=reason,
+        reason=flags.note,
         details={"count": str(len(made.wanted)), "addresses": " ".join(made.wanted)},
     )
     try:
-        state, taken = _commit(connection, out, made, act, seconds)
+        state, taken = _commit(connection, made, act, flags.seconds)
     except Lost as error:
         raise Trouble(f"nobody was moved: {error}; try again") from error
     except RedisError as error:
@@ -72,19 +86,17 @@ def carry_out(connection: Redis, out: Output, made: MovePlan, reason: str, secon
     kept = [Kept(key, why) for key, why in taken.items() if why]
     show_kept(out, kept)
     if others := [key for key, why in taken.items() if not why]:
-        say(
-            out,
+        out.say(
             f"Somebody else has done that meanwhile: {formatting.some(others)}.",
             {"kind": "already", "addresses": others},
         )
     count = len(made.wanted) - len(taken)
     if not count:
-        return NO if kept else max(told(connection, out, made, state, seconds), NO if made.kept else WELL)
+        return NO if kept else max(told(connection, out, made, state, flags.seconds), NO if made.kept else WELL)
     addresses = formatting.count(count, "address", "addresses")
     done = {MOVE: f"Moved {addresses} to {made.to}", MOVE_BACK: f"Moved {addresses} back"}
-    say(
-        out,
-        f"{done.get(command, f'Took {addresses} out of the map')} at {changeover.clock(state.at)}, "
+    out.say(
+        f"{done.get(command, f'Took {addresses} out of the map')} at {formatting.time_of_day(state.at)}, "
         f"generation {state.generation}: it holds whatever becomes of this command.",
         {
             "kind": "moved",
@@ -94,15 +106,13 @@ def carry_out(connection: Redis, out: Output, made: MovePlan, reason: str, secon
             "at": state.at,
         },
     )
-    return max(told(connection, out, made, state, seconds), NO if kept or made.kept else WELL)
+    return max(told(connection, out, made, state, flags.seconds), NO if kept or made.kept else WELL)
 
 
-def _commit(
-    connection: Redis, out: Output, made: MovePlan, act: Act, seconds: float
-) -> tuple[MapState, dict[str, str]]:
+def _commit(connection: Redis, made: MovePlan, act: Act, seconds: float) -> tuple[MapState, dict[str, str]]:
     """Make it a generation once everybody follows the last one, also where others move mailboxes meanwhile."""
     for _ in range(_AGAIN):
-        after = _await_the_last(connection, made, seconds, out)
+        after = _await_the_last(connection, made, seconds)
         with suppress(NotFollowed):
             return moving.commit(connection, made.wanted, made.before, made.known, act, after)
     raise Lost("others move mailboxes all the time: nothing was moved")
@@ -110,9 +120,9 @@ def _commit(
 
 def told(connection: Redis, out: Output, made: MovePlan, state: MapState, seconds: float) -> int:
     """Say who follows. Says no when somebody who lives does not."""
-    report = Progress(out)
+    report = Progress()
     try:
-        found = moving.follow(connection, state.generation, made.seen.living, seconds, report)
+        found = follow_moves(connection, state.generation, made.seen.living, seconds, report)
     except RedisError as error:
         raise CannotSay(
             f"moved (generation {state.generation}), but Redis does not answer any more: who follows cannot be said; "
@@ -120,15 +130,7 @@ def told(connection: Redis, out: Output, made: MovePlan, state: MapState, second
         ) from error
     report.clear()
     if out.as_json:
-        out.object(
-            {
-                "kind": "followed",
-                "generation": state.generation,
-                "followed": [beat.label for beat in found.followed],
-                "late": [beat.label for beat in found.late],
-                "dead": [beat.label for beat in found.dead],
-            }
-        )
+        out.object({"kind": "followed", "generation": state.generation, **found.as_object()})
         return NO if found.late else WELL
     many = changeover.processes(len(found.followed) + len(found.late))
     out.line(f"{len(found.followed)} of {many} follow.")
@@ -145,7 +147,7 @@ def told(connection: Redis, out: Output, made: MovePlan, state: MapState, second
 def show_kept(out: Output, kept: Sequence[Kept]) -> None:
     """Say who is not moved, and why."""
     for one in kept:
-        say(out, f"not moved: {one.address}: {one.why}", {"kind": "not moved", "address": one.address, "why": one.why})
+        out.say(f"not moved: {one.address}: {one.why}", {"kind": "not moved", "address": one.address, "why": one.why})
 
 
 def _summed(names: Iterable[str]) -> str:

@@ -14,9 +14,8 @@ from relay.command.exit_status import NO, WELL, Misuse, Trouble
 from relay.command.output import Column, Output
 from relay.config.loader import Settings
 from relay.mail.text import printable
-from relay.routing import moved_copy
 from relay.routing.table_file import BadTable
-from relay.topology import decisions, moving
+from relay.topology import moving
 from relay.topology.moved import MovedEntry
 
 _COLUMNS = [
@@ -43,10 +42,8 @@ def _rows(connection: Redis, server: str | None) -> Iterator[dict[str, object]]:
 
 def _well_kept(connection: Redis, settings: Settings) -> int:
     """Tell of a map that Redis has lost, or that holds what makes no sense."""
-    state, nonsense = moving.state(connection)
-    seen = decisions.view(connection)
-    made = moves.MovePlan(seen, state, moved_copy.load_or_tell(settings.state_dir), "")
-    troubles = [lost] if (lost := moves.lost(made, state, nonsense, moving.size(connection))) else []
+    lost = moves.begin(connection, settings).lost
+    troubles = [lost] if lost else []
     for _, damaged in moving.pages(connection):
         troubles += [f"the entry of {printable(key)[:80]} makes no sense: {why}" for key, why in damaged.items()]
     for text in troubles:

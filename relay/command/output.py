@@ -17,7 +17,6 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from relay.json_text import json_text
-from relay.mail.stored import LATEST
 from relay.mail.text import printable
 
 _NAME = 12  # columns of the name before a value
@@ -80,12 +79,12 @@ class Output:
         """Write a line; a terminal folds it."""
         sys.stdout.write(printable(text) + "\n")
 
-    def count(self, key: str, count: int, text: str) -> None:
-        """Write how many copies something was done to."""
+    def say(self, text: str, value: dict[str, Any]) -> None:
+        """Write a line, or the object that says the same."""
         if self.as_json:
-            self.object({key: count})
+            self.object(value)
         else:
-            self.line(text.format("1 copy" if count == 1 else f"{count} copies"))
+            self.line(text)
 
     def pairs(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Write a line for each name and value; an empty name goes on with the one before.
@@ -249,17 +248,3 @@ def cells_of(text: str) -> int:
     if text.isascii():
         return len(text)
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-# How values are shown ------------------------------------------------------------------------------------------
-
-
-def span(seconds: float) -> str:
-    """Return a length of time in the two units that matter."""
-    rest = int(min(max(seconds, -LATEST), LATEST))  # what Redis holds may be anything
-    parts: list[str] = []
-    for unit, length in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
-        count, rest = divmod(rest, length)
-        if count or (unit == "s" and not parts):
-            parts.append(f"{count}{unit}")
-    return " ".join(parts[:2])

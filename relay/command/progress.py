@@ -1,18 +1,16 @@
-"""What goes on, on one line of the terminal that changes, and what has come of it, for people or as JSON."""
+"""What goes on, on one line of the terminal that changes."""
 
 from __future__ import annotations
 
 import sys
 
-from relay.command.output import Output
 from relay.mail.text import printable
 
 
 class Progress:
-    """One line on the terminal that changes; without a terminal nothing."""
+    """Writes that line on standard error; without a terminal nothing."""
 
-    def __init__(self, out: Output) -> None:
-        self._out = out
+    def __init__(self) -> None:
         self._shown = ""
 
     def __call__(self, text: str) -> None:
@@ -26,16 +24,3 @@ class Progress:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
             self._shown = ""
-
-    def end(self, text: str) -> None:
-        """Say how a step has ended."""
-        self.clear()
-        say(self._out, text, {"kind": "prepared"})
-
-
-def say(out: Output, text: str, value: dict[str, object]) -> None:
-    """Write a line, or the object that says the same."""
-    if out.as_json:
-        out.object(value)
-    else:
-        out.line(text)

@@ -1,16 +1,18 @@
-"""`promote` and `undo`: the switch to another server without a restart."""
+"""`promote`: the switch to another server without a restart."""
 
 from __future__ import annotations
+
+from typing import Unpack
 
 from redis import Redis
 
 from relay.command.connection import ledger_of
-from relay.command.decision import carry_out, confirmed, decide, seconds_of, show_plan
-from relay.command.exit_status import NO, WELL, Misuse, Trouble
+from relay.command.decision import How, decide
+from relay.command.exit_status import NO, WELL, Misuse
 from relay.command.output import Output
 from relay.config.loader import Settings
 from relay.topology import decisions, promotion
-from relay.topology.promotion import Impossible, Plan
+from relay.topology.promotion import Plan
 
 
 def promote(
@@ -18,13 +20,9 @@ def promote(
     out: Output,
     name: str | None,
     route: str,
-    dry_run: bool,
-    wait: str,
     cancel: bool,
-    now: bool,
     force: bool,
-    reason: str,
-    yes: bool,
+    **how: Unpack[How],
 ) -> int:
     """Make a backup the primary, and the primary a backup, while mail goes on: by default, or on one route."""
     if cancel:
@@ -33,7 +31,7 @@ def promote(
         return _cancel(settings, out)
     if not name:
         raise Misuse("which server? smtp-dup promote NAME")
-    if force and not reason:
+    if force and not how["reason"]:
         raise Misuse("--force needs --reason TEXT: it is kept with the change")
 
     def plan(connection: Redis) -> Plan:
@@ -41,43 +39,14 @@ def promote(
             return promotion.plan_on_route(connection, settings, name, route)
         return promotion.plan(connection, settings, name)
 
-    return decide(
-        settings,
-        out,
-        plan,
-        dry_run=dry_run,
-        wait=wait,
-        now=now,
-        reason=reason,
-        yes=yes,
-        must_be_ready=True,
-        force=force,
-    )
-
-
-def undo(settings: Settings, out: Output, dry_run: bool, wait: str, now: bool, reason: str, yes: bool) -> int:
-    """Make the primary before the last change the primary again."""
-    seconds = seconds_of(wait)
-    with ledger_of(settings) as connection:
-        try:
-            made = promotion.plan_undo(connection, settings)
-        except Impossible as error:
-            raise Trouble(str(error)) from error
-        show_plan(out, made, None)
-        if dry_run:
-            return WELL
-        if not yes and not confirmed(made):
-            return NO
-        return carry_out(connection, out, made, reason, {}, seconds, at_once=now)
+    return decide(settings, out, plan, must_be_ready=True, force=force, **how)
 
 
 def _cancel(settings: Settings, out: Output) -> int:
     with ledger_of(settings) as connection:
         ended = decisions.withdraw(connection)
-    if out.as_json:
-        out.object({"cancelled": ended.primary if ended else None})
-    elif ended:
-        out.line(f"{ended.by}'s preparation of {ended.primary} has ended; nothing has changed.")
-    else:
-        out.line("Nothing is being prepared.")
+    text = "Nothing is being prepared."
+    if ended:
+        text = f"{ended.by}'s preparation of {ended.primary} has ended; nothing has changed."
+    out.say(text, {"cancelled": ended.primary if ended else None})
     return WELL if ended else NO

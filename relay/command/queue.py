@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from relay.cockpit import bulk_actions
+from relay.cockpit.bulk_preview import copies
 from relay.cockpit.conditions import Given, words
-from relay.cockpit.formatting import address, moment
+from relay.cockpit.formatting import address, moment, span
 from relay.command import bulk, copy_details
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, CannotSay, Misuse, Trouble
 from relay.command.filters import read, read_for_change
-from relay.command.output import GREEN, YELLOW, Column, Output, as_object, span
+from relay.command.output import GREEN, YELLOW, Column, Output, as_object
 from relay.config.loader import Settings
 from relay.ledger import audit, overview
 from relay.ledger.audit import Act
 from relay.spool import writer
 from relay.topology import promotion
 from relay.topology.roles import copied_now
-from workers.queues import backlog, selection
+from workers.queues import backlog
 from workers.queues.selection import WAITING
 
 _SUMMARY = [
     Column("destination", lambda r: r.destination),
     Column("pending", lambda r: str(r.pending), numbers=True),
-    Column("oldest", lambda r: span(r.oldest_age_s) if r.pending else "-", numbers=True),
+    Column("oldest", lambda r: span(r.oldest_age_s, "") if r.pending else "-", numbers=True),
     Column("retrying", lambda r: str(r.retrying), numbers=True),
     Column("failed", lambda r: str(r.failed), numbers=True),
     Column("delivered", lambda r: str(r.delivered), numbers=True),
@@ -110,9 +111,7 @@ def listing(settings: Settings, out: Output, uncertain: bool, filters: Given) ->
             out.rows(backlog.uncertain(connection), _UNCERTAIN, nothing="Nothing is uncertain.")
             return WELL
         unread: dict[str, str] = {}
-        pages = bulk_actions.judged(
-            selection.select(connection, WAITING, chosen, whole=True), chosen.asks_envelope(WAITING), unread
-        )
+        pages = bulk_actions.pages(connection, WAITING, chosen, unread)
         rows = (row for page in pages for row in backlog.rows(connection, page))
         out.rows(rows, _WAITING, nothing="Nothing waits." if chosen.is_bare else "Nothing that waits is like that.")
     return bulk.tell_unread(unread)
@@ -146,7 +145,7 @@ def flush(
             count = backlog.flush(connection, chosen.destination)
             act = Act("queue flush", after=f"{count} flushed", details={"filter": words(filters, ids)})
             audit.record(connection, act)
-            out.count("flushed", count, "Everything that waits is due now: {}.")
+            out.say(f"Everything that waits is due now: {copies(count)}.", {"flushed": count})
             return WELL
         action = bulk_actions.flush(connection, settings, words(filters, ids))
         return bulk.run(connection, out, action, chosen, dry_run=dry_run, yes=yes)
@@ -158,13 +157,11 @@ def move(settings: Settings, out: Output, source: str, target: str) -> int:
         raise Misuse("the two destinations are the same")
     with ledger_of(settings) as connection:
         moved = backlog.move(connection, source, target, settings.workers.job_size)
-    if out.as_json:
-        out.object(as_object(moved))
-    else:
-        out.line(
-            f"From {source} to {target}: {moved.pending} that waited, {moved.failed} that had failed; "
-            f"{moved.covered} dropped, as {target} has copies for the same recipients; {moved.left} left."
-        )
+    out.say(
+        f"From {source} to {target}: {moved.pending} that waited, {moved.failed} that had failed; "
+        f"{moved.covered} dropped, as {target} has copies for the same recipients; {moved.left} left.",
+        as_object(moved),
+    )
     return WELL
 
 
@@ -183,10 +180,7 @@ def forget(settings: Settings, out: Output, name: str) -> int:
             backlog.forget(connection, name)
         except backlog.StillNeeded as error:
             raise Trouble(str(error)) from error
-    if out.as_json:
-        out.object({"forgotten": name})
-    else:
-        out.line(f"{name} is forgotten.")
+    out.say(f"{name} is forgotten.", {"forgotten": name})
     return WELL
 
 

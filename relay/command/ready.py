@@ -48,11 +48,16 @@ def show(
     settings: Settings, out: Output, name: str | None, check: bool, moved: bool, route: str, nagios: bool, explain: bool
 ) -> int:
     """Give the verdict on one backup, or on each; on a mailbox, or all that have moved. Says no unless ready."""
-    if moved or "@" in (name or ""):
-        return _mailboxes(settings, out, name or "", check=check, moved=moved, nagios=nagios)
-    if check:
-        raise Misuse("--check is about one mailbox: smtp-dup ready user@example.com --check")
-    return _backups(settings, out, name, route, nagios=nagios, explain=explain)
+    try:
+        if moved or "@" in (name or ""):
+            return _mailboxes(settings, out, name or "", check=check, moved=moved, nagios=nagios)
+        if check:
+            raise Misuse("--check is about one mailbox: smtp-dup ready user@example.com --check")
+        return _backups(settings, out, name, route, nagios=nagios, explain=explain)
+    except CannotSay as error:
+        if nagios:
+            out.line(f"SMTP-DUP UNKNOWN - {error}")
+        raise
 
 
 def _backups(settings: Settings, out: Output, name: str | None, route: str, *, nagios: bool, explain: bool) -> int:
@@ -66,10 +71,6 @@ def _backups(settings: Settings, out: Output, name: str | None, route: str, *, n
             evidence = [gather(connection, settings, each, old, answering) for each in ([name] if name else others)]
     except (UnknownBackup, UnknownRoute) as error:
         raise Misuse(str(error)) from error
-    except CannotSay as error:
-        if nagios:
-            out.line(f"SMTP-DUP UNKNOWN - {error}")
-        raise
     if not evidence:
         raise Trouble(f"nobody gets copies on {route}" if route else "there is no backup")
     verdicts = [judge(known) for known in evidence]
@@ -103,10 +104,6 @@ def _mailboxes(settings: Settings, out: Output, address: str, *, check: bool, mo
             )
     except BadTable as error:
         raise Trouble(f"a table cannot be read: {error}") from error
-    except CannotSay as error:
-        if nagios:
-            out.line(f"SMTP-DUP UNKNOWN - {error}")
-        raise
     if nagios:
         is_well = all(verdict.is_ready for verdict in found)
         text = "; ".join(f"{v.subject} {v.summary}" for v in found) or "nobody has moved"

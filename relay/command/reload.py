@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from relay.command.command_line import NAME
-from relay.command.exit_status import CANNOT_SAY, NO, USAGE, WELL, Misuse, Trouble
+from relay.command.exit_status import CANNOT_SAY, NO, USAGE, WELL, Trouble, read_flag
 from relay.command.flags import Given
 from relay.command.output import Column, Output
 from relay.config.loader import SettingsError, default_state_dir, load
@@ -30,10 +30,7 @@ _WORST = (WELL, NO, CANNOT_SAY, USAGE)  # of several answers the last in this or
 
 def reload(given: Given, out: Output, *, dry_run: bool, wait: str, allow_empty: bool) -> int:
     """Ask each smtp-dup that runs with this state folder. Raises SettingsError, Trouble."""
-    try:
-        seconds = duration(zero=True).read(wait)
-    except ValueError as error:
-        raise Misuse(f"--wait: {error}") from None
+    seconds = read_flag("--wait", duration(zero=True).read, wait)
     fault: SettingsError | None = None
     try:
         state_dir = given.settings(require_primary=False).state_dir

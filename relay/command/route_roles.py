@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
-from relay.command.decision import decide
+from relay.command.decision import How, decide
 from relay.command.exit_status import Misuse
 from relay.command.output import Output
 from relay.config.loader import Settings
@@ -12,45 +13,15 @@ from relay.mail.text import printable
 from relay.topology import promotion, route_roles
 
 
-def weight(
-    settings: Settings,
-    out: Output,
-    route: str,
-    weights: Sequence[str],
-    dry_run: bool,
-    wait: str,
-    now: bool,
-    reason: str,
-    yes: bool,
-) -> int:
+def weight(settings: Settings, out: Output, route: str, weights: Sequence[str], **how: Unpack[How]) -> int:
     """Share the mail of a route by weights from now on."""
     shares = _shares(weights)
-    return decide(
-        settings,
-        out,
-        lambda connection: promotion.plan_weights(connection, settings, route, shares),
-        dry_run=dry_run,
-        wait=wait,
-        now=now,
-        reason=reason,
-        yes=yes,
-    )
+    return decide(settings, out, lambda redis: promotion.plan_weights(redis, settings, route, shares), **how)
 
 
-def reset(
-    settings: Settings, out: Output, route: str, dry_run: bool, wait: str, now: bool, reason: str, yes: bool
-) -> int:
+def reset(settings: Settings, out: Output, route: str, **how: Unpack[How]) -> int:
     """Let a route be as the settings say, whatever was decided for it."""
-    return decide(
-        settings,
-        out,
-        lambda connection: promotion.plan_reset(connection, settings, route),
-        dry_run=dry_run,
-        wait=wait,
-        now=now,
-        reason=reason,
-        yes=yes,
-    )
+    return decide(settings, out, lambda redis: promotion.plan_reset(redis, settings, route), **how)
 
 
 def _shares(words: Sequence[str]) -> dict[str, float]:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 
-from relay.cockpit.formatting import moment
+from relay.cockpit.formatting import moment, span
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL
-from relay.command.output import GREEN, RED, YELLOW, Column, Output, as_object, span
+from relay.command.output import GREEN, RED, YELLOW, Column, Output, as_object
 from relay.config.loader import Settings
 from relay.ledger import audit
 from relay.topology import decisions, promotion, route_roles
@@ -27,7 +27,7 @@ _PROCESSES = [
     Column("epoch", lambda row: str(row[0].epoch), numbers=True),
     Column("primary", lambda row: row[0].primary, detail=True),
     Column("in old", lambda row: str(row[0].in_old), numbers=True),
-    Column("heard", lambda row: f"{span(row[0].age)} ago", numbers=True),
+    Column("heard", lambda row: f"{span(row[0].age, '')} ago", numbers=True),
     Column("pid", lambda row: str(row[0].pid), numbers=True),
     Column("version", lambda row: row[0].version, detail=True),
     Column("trouble", lambda row: row[0].trouble or row[0].moved_trouble or "-", detail=True,

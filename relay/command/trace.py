@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from redis import Redis
@@ -14,7 +15,7 @@ from relay.cockpit import tracing
 from relay.cockpit.formatting import address, moment
 from relay.cockpit.formatting import duration as short
 from relay.command.connection import ledger_of
-from relay.command.exit_status import CANNOT_SAY, NO, WELL, CannotSay, Misuse
+from relay.command.exit_status import CANNOT_SAY, NO, WELL, CannotSay, Misuse, read_flag
 from relay.command.long_runs import slow_progress
 from relay.command.output import (
     BOLD,
@@ -52,8 +53,9 @@ def show(
 ) -> int:
     """Show the messages that are meant; says no where there is none."""
     now = time.time()
-    begin = _when("--since", since, now) if since else 0.0
-    end = _when("--until", until, now) if until else float("inf")
+    when = partial(tracing.when, now=now)
+    begin = read_flag("--since", when, since) if since else 0.0
+    end = read_flag("--until", when, until) if until else float("inf")
     try:
         query = Query.of(what, since=begin, until=end, status=status, limit=limit)
     except NoWord as error:
@@ -84,14 +86,6 @@ def _ledger(settings: Settings, report: Unseen) -> Iterator[Redis | None]:
         except CannotSay as error:
             report.no_ledger = str(error)
         yield connection
-
-
-def _when(flag: str, text: str, now: float) -> float:
-    """Read a length of time before now, or a local time. Raises Misuse."""
-    try:
-        return tracing.when(text, now)
-    except ValueError as error:
-        raise Misuse(f"{flag}: {error}") from None
 
 
 def _tell(settings: Settings, out: Output, report: Unseen, query: Query, count: int) -> None:

@@ -1,34 +1,63 @@
-"""Who follows a decision: every process that lives, or lived when it was made, or nobody any more for a later one."""
+"""Who follows a decision or a move: every process that lives, or lived when it was made.
+
+Of a decision nobody follows it any more after a later one.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from redis import Redis
 
-from relay.topology import decisions
+from relay.topology import decisions, heartbeats
 from relay.topology.heartbeats import Heartbeat
 from relay.topology.promotion import Plan
 from relay.topology.state import Topology
 
-_EVERY = 0.2  # seconds between two looks at the processes
+_EVERY = 0.1  # seconds between two looks at the processes
 
 
 @dataclass(frozen=True, slots=True)
 class Followed:
-    """What has become of a decision: who follows it, who lived when it was made and does not, who was dead before."""
+    """What has become of it: who follows, who lived when it was made and does not, who was dead before."""
 
     followed: list[Heartbeat]
     late: list[Heartbeat]
     dead: list[Heartbeat]
-    finishing: int  # transactions that go on with the former primary
     overtaken: Topology | None = None  # by what somebody has decided since
 
+    @classmethod
+    def of(
+        cls,
+        beats: Iterable[Heartbeat],
+        follows: Callable[[Heartbeat], bool],
+        lived: Iterable[Heartbeat],
+        overtaken: Topology | None = None,
+    ) -> Followed:
+        """Divide processes by whether each follows; those that ``lived`` are late where they are silent now."""
+        awaited = {beat.process for beat in lived}
+        found = cls([], [], [], overtaken=overtaken)
+        for beat in beats:
+            is_late = beat.is_alive or beat.process in awaited
+            (found.followed if follows(beat) else found.late if is_late else found.dead).append(beat)
+        return found
+
     @property
-    def is_whole(self) -> bool:
-        return not self.late and not self.finishing
+    def finishing(self) -> int:
+        """Transactions that go on with the former primary."""
+        return sum(beat.in_old for beat in self.followed if beat.is_alive)
+
+    def as_object(self) -> dict[str, Any]:
+        """Return who follows for a program."""
+        sides = (("followed", self.followed), ("late", self.late), ("dead", self.dead))
+        return {name: [beat.label for beat in beats] for name, beats in sides}
+
+    @property
+    def in_words(self) -> str:
+        return f"{len(self.followed)} of {len(self.followed) + len(self.late)} processes follow"
 
     @property
     def is_well(self) -> bool:
@@ -42,19 +71,29 @@ def follow(connection: Redis, made: Plan, seconds: float, report: Callable[[str]
     Ends where somebody has decided otherwise since: who goes by that follows this no more. Raises RedisError.
     """
     deadline = time.monotonic() + seconds
-    lived = {beat.process for beat in made.seen.living}
     while True:
         seen = decisions.view(connection)
-        followed = [beat for beat in seen.beats if made.is_followed_by(beat)]
-        behind = [beat for beat in seen.beats if beat not in followed]
-        late = [beat for beat in behind if beat.is_alive or beat.process in lived]
-        dead = [beat for beat in behind if beat not in late]
         later = seen.topology if seen.epoch > made.epoch else None
-        found = Followed(followed, late, dead, sum(beat.in_old for beat in followed if beat.is_alive), later)
-        report(
-            f"{len(followed)} of {len(followed) + len(late)} processes follow"
-            + (f", {found.finishing} transactions go on with {made.old}" if found.finishing else "")
-        )
-        if found.is_whole or later or time.monotonic() >= deadline:
+        found = Followed.of(seen.beats, made.is_followed_by, made.seen.living, later)
+        finishing = found.finishing
+        report(found.in_words + (f", {finishing} transactions go on with {made.old}" if finishing else ""))
+        if later or not (found.late or finishing) or time.monotonic() >= deadline:
             return found
         time.sleep(_EVERY)
+
+
+def follow_moves(
+    connection: Redis, generation: int, lived: Sequence[Heartbeat], seconds: float, report: Callable[[str], None]
+) -> Followed:
+    """Wait until every process that lives, or ``lived``, goes by a generation of who has moved, at most so long."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = Followed.of(heartbeats.read(connection), lambda beat: _goes_by(beat, generation), lived)
+        report(found.in_words)
+        if not found.late or time.monotonic() >= deadline:
+            return found
+        time.sleep(_EVERY)
+
+
+def _goes_by(beat: Heartbeat, generation: int) -> bool:
+    return beat.is_alive and (beat.moved or 0) >= generation

@@ -9,10 +9,8 @@ got no answer it is not known whether it was done.
 from __future__ import annotations
 
 import secrets
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, cast
 
@@ -22,7 +20,6 @@ from redis.exceptions import ResponseError, WatchError
 from relay.ledger import audit, changes, keys
 from relay.ledger.audit import Act
 from relay.mail.text import printable
-from relay.topology import heartbeats
 from relay.topology.heartbeats import Heartbeat
 from relay.topology.moved import Changes, MapState, MapStep, MovedEntry, is_key
 from relay.topology.state import Unreadable
@@ -30,7 +27,6 @@ from relay.topology.state import Unreadable
 _AT_ONCE = 2000  # entries in a command
 _LOGGED = 100  # generations
 _LONGEST_STEP = 20_000  # entries of one that is logged: beyond that reading the whole map is no more work
-_EVERY = 0.1  # seconds between two looks at the processes
 _AGAIN = 20  # times that somebody else may be quicker
 _NOTHING = MapState()
 
@@ -155,6 +151,18 @@ def highest(beats: Iterable[Heartbeat], held: MapState) -> int:
     return max([held.generation, *(beat.moved or 0 for beat in beats if beat.is_alive)])
 
 
+def lost(known: int, found: MapState | None, nonsense: str, size: int) -> str:
+    """Say how Redis lacks the generation that relays go by; "" where it does not."""
+    if nonsense:
+        return f"what Redis holds as the state of who has moved makes no sense: {nonsense}"
+    if (found.generation if found else 0) < known:
+        older = f"generation {found.generation}" if found else "none"
+        return f"relays go by generation {known} of who has moved, Redis has {older}: it was emptied or restored"
+    if size != (found.count if found else 0):
+        return f"Redis holds {max(0, size)} entries of who has moved, and should hold {found.count if found else 0}"
+    return ""
+
+
 def commit(
     connection: Redis,
     wanted: Changes,
@@ -234,45 +242,11 @@ def repair(connection: Redis, held: MapState, kept: Iterable[tuple[str, MovedEnt
     return made
 
 
-@dataclass(frozen=True, slots=True)
-class MapFollowed:
-    """Who goes by a generation, who lived when it was made and does not, and who was dead before."""
-
-    followed: Sequence[Heartbeat]
-    late: Sequence[Heartbeat]
-    dead: Sequence[Heartbeat]
-
-
-def follow(
-    connection: Redis, generation: int, lived: Iterable[Heartbeat], seconds: float, report: Callable[[str], None]
-) -> MapFollowed:
-    """Wait until every process that lives, or ``lived``, goes by a generation, at most so long."""
-    deadline = time.monotonic() + seconds
-    awaited = {beat.process for beat in lived}
-    while True:
-        beats = heartbeats.read(connection)
-        followed = [beat for beat in beats if beat.is_alive and (beat.moved or 0) >= generation]
-        behind = [beat for beat in beats if beat not in followed]
-        late = [beat for beat in behind if beat.is_alive or beat.process in awaited]
-        report(f"{len(followed)} of {len(followed) + len(late)} processes follow")
-        if not late or time.monotonic() >= deadline:
-            return MapFollowed(followed, late, [beat for beat in behind if beat not in late])
-        time.sleep(_EVERY)
-
-
 def _as_known(pipe: Any, known: int) -> MapState | None:
     """Return the state that stands there, None before the first move. Raises Lost."""
     found, nonsense = MapState.read(_get(pipe, keys.MOVES_STATE))
-    there = size(pipe)
-    if nonsense:
-        raise Lost(f"what Redis holds as the state of who has moved makes no sense: {nonsense}")
-    if (found.generation if found else 0) < known:
-        older = f"has generation {found.generation}" if found else "has none"
-        raise Lost(f"relays go by generation {known} of who has moved, Redis {older}: it was emptied or restored")
-    if there != (found.count if found else 0):
-        raise Lost(
-            f"Redis holds {max(0, there)} entries of who has moved, and should hold {found.count if found else 0}"
-        )
+    if why := lost(known, found, nonsense, size(pipe)):
+        raise Lost(why)
     return found
 
 

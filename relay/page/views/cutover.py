@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from relay.cockpit import changeover, readiness
+from relay.cockpit import changeover, formatting, readiness
 from relay.cockpit.readiness import Verdict
 from relay.config.model import Settings
 from relay.config.types import duration
@@ -245,7 +245,7 @@ def begin(request: Request, made: Plan, title: str, order: Order, back: str) -> 
 def _carry_out(connection: Redis, run: Run, runs: Runs, made: Plan, order: Order) -> None:
     """Prepare, decide, and see who follows, as `smtp-dup promote` does. Raises Stopped, NotBegun, RedisError."""
     topology = _decide(connection, run, runs, made, order)
-    at = changeover.clock(topology.now.at)
+    at = formatting.time_of_day(topology.now.at)
     run.say(f"{changeover.done(made)} at {at}, epoch {topology.epoch}: it holds whatever becomes of this page.")
     run.found = None  # from here on there is no way but another promotion
 
