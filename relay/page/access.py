@@ -189,6 +189,11 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     return response
 
 
+async def on_not_there(request: Request, error: Exception) -> Response:
+    """Answer where what is asked for is not there, as the text of the exception says."""
+    return refused(request, 404, str(error), "")
+
+
 # Views --------------------------------------------------------------------------------------------------------
 
 

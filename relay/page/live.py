@@ -31,6 +31,7 @@ _HEADERS = {"X-Accel-Buffering": "no", "Cache-Control": "no-store"}
 
 T = TypeVar("T")
 Parts = Mapping[str, str]  # id of an element -> what it becomes
+LookAgain = Callable[[], Awaitable[Parts]]
 
 
 class SharedAnswers:
@@ -64,7 +65,11 @@ class LiveParts:
         self._of_nobody = 0
 
     def stream(
-        self, request: Request, every: float, look: Callable[[], Awaitable[Parts]], *, is_over: Callable[[], bool]
+        self,
+        request: Request,
+        every: float,
+        look: LookAgain,
+        is_over: Callable[[], bool] = lambda: False,
     ) -> Response:
         """Return a stream of what ``look`` finds anew every so many seconds, until ``is_over``."""
         if self.streams >= MOST or (not request.state.visitor.may_see and self._of_nobody >= MOST_OF_NOBODY):
@@ -76,7 +81,7 @@ class LiveParts:
         )
 
     async def _events(
-        self, request: Request, every: float, look: Callable[[], Awaitable[Parts]], is_over: Callable[[], bool]
+        self, request: Request, every: float, look: LookAgain, is_over: Callable[[], bool]
     ) -> AsyncIterator[str]:
         nobody = int(not request.state.visitor.may_see)
         self.streams += 1

@@ -6,11 +6,16 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
+from relay.cockpit.evidence_from_redis import UnknownBackup
+from relay.ledger.queries import Unknown
 from relay.page import login, rendering, views
-from relay.page.access import Access, on_http_error
+from relay.page.access import Access, on_http_error, on_not_there
 from relay.page.context import PageContext
 from relay.page.live import LiveParts
 from relay.page.runs import Runs
+from relay.topology.promotion import Impossible
+
+_NOT_THERE = (Unknown, UnknownBackup, Impossible)  # what a path, or a field of a form, names
 
 
 def make(context: PageContext) -> Starlette:
@@ -18,7 +23,7 @@ def make(context: PageContext) -> Starlette:
     app = Starlette(
         routes=[*rendering.ROUTES, *login.ROUTES, *views.ROUTES],
         middleware=[Middleware(Access, context=context)],
-        exception_handlers={HTTPException: on_http_error},
+        exception_handlers={HTTPException: on_http_error, **dict.fromkeys(_NOT_THERE, on_not_there)},
     )
     app.router.redirect_slashes = False
     app.state.context = context

@@ -15,7 +15,7 @@ from relay.config.types import duration
 from relay.ledger import audit, changes
 from relay.ledger.audit import Act
 from relay.page.access import viewer
-from relay.page.views.shell import context_of, page
+from relay.page.views.shell import context_of, form_page, value_of
 
 _ROWS = 200
 
@@ -31,26 +31,12 @@ def sheet(connection: Redis, age: float, before: float) -> tuple[Sequence[Act], 
 @viewer
 async def show(request: Request) -> Response:
     """Show what was done."""
-    since, wrong, age = request.query_params.get("since", "").strip(), "", 0.0
-    if since:
-        try:
-            age = float(duration().read(since))
-        except ValueError as error:
-            wrong = str(error)
-    try:
-        before = float(request.query_params.get("before", "inf"))
-    except ValueError:
-        before = math.inf
+    since, wrong = request.query_params.get("since", "").strip(), dict[str, str]()
+    age = value_of(since, duration().read, 0.0, wrong, "since") if since else 0.0
+    before = value_of(request.query_params.get("before", "inf"), float, math.inf, {}, "before")
     acts, is_more = await context_of(request).ask(sheet, age, before)
-    return await page(
-        request,
-        "audit.html",
-        acts=acts,
-        since=since,
-        wrong=wrong,
-        more=f"{acts[-1].at!r}" if is_more else "",
-        status=400 if wrong else 200,
-    )
+    more = f"{acts[-1].at!r}" if is_more else ""
+    return await form_page(request, "audit.html", wrong, acts=acts, since=since, more=more)
 
 
 ROUTES = [Route("/audit", show, methods=["GET"])]

@@ -16,17 +16,17 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
-from relay.cockpit import bulk_actions, conditions, listing
+from relay.cockpit import bulk_actions, conditions, formatting, listing
 from relay.cockpit.bulk_actions import BulkAction
 from relay.cockpit.bulk_preview import BulkPreview
-from relay.cockpit.conditions import BadCondition, Given
+from relay.cockpit.conditions import BadCondition
 from relay.config.model import Settings
 from relay.ledger import queries
 from relay.ledger.queries import Unknown
 from relay.mail.ids import is_destination_name, is_id
 from relay.page.access import operator, viewer
 from relay.page.runs import NotBegun, Run, Stopped, who_acts
-from relay.page.views.shell import context_of, field, not_found, page
+from relay.page.views.shell import context_of, field, form_page, not_found
 from workers.queues import selection
 from workers.queues.selection import FAILED, WAITING, Filter, ListPlace, Which
 
@@ -131,9 +131,10 @@ async def _show(request: Request, name: str, trouble: Mapping[str, str] | None =
 
     sheet, destinations = await context_of(request).ask(look)
     shown = {field_name: values[0] for field_name, values in given.items()}
-    return await page(
+    return await form_page(
         request,
         "copies/list.html",
+        wrong,
         kind=kind,
         name=name,
         sheet=sheet,
@@ -142,12 +143,10 @@ async def _show(request: Request, name: str, trouble: Mapping[str, str] | None =
         further=_FURTHER,
         hints=_HINTS,
         shown=shown,
-        wrong=wrong,
         is_bare=not given,
         next=f"{kind.path}?{urlencode({**shown, 'after': words_of(sheet.next)})}" if sheet.next else "",
         is_first=after is None,
         job_size=settings.workers.job_size,
-        status=400 if wrong else 200,
     )
 
 
@@ -198,16 +197,12 @@ async def look(request: Request) -> Response:
     action = field(request, "action")
     if kind is None or action not in kind.actions:
         raise not_found("There is no such thing to do")
-    given = given_by(request.state.form)
-    everything = field(request, "scope") == "all"
-    chosen_ones = ticked(request.state.form.get("copy", []))
-    if not everything and not chosen_ones:
-        return await _show(request, name, {"ticks": "Tick the copies that you mean, or take all that meet the filter."})
     try:
-        filters = [conditions.read(given)] if everything else [conditions.read(g, ids) for g, ids in chosen_ones]
+        filters, words = chosen_by(request)
     except BadCondition as error:
         return await _show(request, name, {error.name: str(error)})
-    words = conditions.words(given) if everything else "; ".join(conditions.words(g, ids) for g, ids in chosen_ones)
+    if not filters:
+        return await _show(request, name, {"ticks": "Tick the copies that you mean, or take all that meet the filter."})
     button, make = kind.actions[action]
     context, runs = context_of(request), request.app.state.runs
 
@@ -228,7 +223,18 @@ async def look(request: Request) -> Response:
     )
 
 
-def ticked(values: Sequence[str]) -> list[tuple[Given, list[str]]]:
+def chosen_by(request: Request) -> tuple[list[Filter], str]:
+    """Return the copies that a form is about, as filters, none where none is ticked, and in words.
+
+    Raises BadCondition.
+    """
+    form = request.state.form
+    parts = [(given_by(form), list[str]())] if field(request, "scope") == "all" else _ticked(form.get("copy", []))
+    words = "; ".join(conditions.words(given, ids) for given, ids in parts)
+    return [conditions.read(given, ids) for given, ids in parts], words
+
+
+def _ticked(values: Sequence[str]) -> list[tuple[dict[str, list[str]], list[str]]]:
     """Return the ids that are ticked, by destination."""
     found: dict[str, list[str]] = {}
     for value in values:
@@ -269,15 +275,12 @@ async def go(request: Request) -> Response:
 
 
 def _tell(run: Run, bulk: BulkAction, tally: bulk_actions.Tally) -> None:
-    run.say(bulk.said.format(_copies(tally.done), bulk.done))
+    done, skipped, left = (formatting.count(n, "copy", "copies") for n in (tally.done, tally.skipped, tally.left))
+    run.say(bulk.said.format(done, bulk.done))
     if tally.skipped:
-        run.say(bulk.skipped.format(_copies(tally.skipped)))
+        run.say(bulk.skipped.format(skipped))
     if tally.left:
-        run.say(f"{_copies(tally.left)} not come to.")
-
-
-def _copies(count: int) -> str:
-    return "1 copy" if count == 1 else f"{count:,} copies"
+        run.say(f"{left} not come to.")
 
 
 def _begun(request: Request, run: Run, work: Callable[[Redis, Run], None]) -> Response:

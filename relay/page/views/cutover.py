@@ -20,13 +20,12 @@ from relay.ledger import audit
 from relay.ledger.audit import Act
 from relay.page.access import operator, viewer
 from relay.page.live import Parts, live_of
-from relay.page.rendering import environment
 from relay.page.runs import NotBegun, Run, Runs, Stopped, who_acts
-from relay.page.views.shell import act, context_of, field, not_found, page, shared
+from relay.page.views.shell import act, context_of, field, form_page, page, part, shared, value_of
 from relay.topology import decisions, promotion
 from relay.topology.decisions import Overtaken, View
 from relay.topology.followers import follow
-from relay.topology.promotion import ROUTE_WEIGHT, Impossible, Plan, Unprepared
+from relay.topology.promotion import ROUTE_WEIGHT, Plan, Unprepared
 from relay.topology.roles import disagreement
 from relay.topology.state import Topology
 
@@ -89,10 +88,9 @@ async def live(request: Request) -> Response:
     """Send who follows."""
 
     async def parts() -> Parts:
-        values = {"found": await _standing(request), "visitor": request.state.visitor}
-        return {"standing": environment().get_template("cutover/standing.html").render(values)}
+        return {"standing": part(request, "cutover/standing.html", found=await _standing(request))}
 
-    return live_of(request).stream(request, _EVERY, parts, is_over=lambda: False)
+    return live_of(request).stream(request, _EVERY, parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,21 +149,16 @@ def judged(connection: Redis, settings: Settings, made: Plan) -> Proposal:
 
 async def _proposal(request: Request, wrong: dict[str, str] | None = None) -> Response:
     context, (name, route) = context_of(request), _asked(request)
-    try:
-        found = await context.ask(propose, context.settings, name, route)
-    except Impossible as error:
-        raise not_found(str(error)) from None
-    return await page(
+    found = await context.ask(propose, context.settings, name, route)
+    return await form_page(
         request,
         "cutover/plan.html",
+        wrong,
         found=found,
         action=path_asked(request),
         hidden={},
         back="/routes" if route else "/cutover",
-        wrong=wrong or {},
-        given=getattr(request.state, "form", {}),
         wait=WAIT,
-        status=400 if wrong else 200,
     )
 
 
@@ -189,10 +182,7 @@ async def plan(request: Request) -> Response:
 async def promote(request: Request) -> Response:
     """Begin a promotion, or the way back, whose name was typed."""
     context, (name, route) = context_of(request), _asked(request)
-    try:
-        found = await context.ask(propose, context.settings, name, route)
-    except Impossible as error:
-        raise not_found(str(error)) from None
+    found = await context.ask(propose, context.settings, name, route)
     order, wrong = read_order(request, found)
     if not wrong:
         title = f"Back to {found.target}" if found.is_undo else f"Promote {found.target}"
@@ -215,7 +205,7 @@ class Order:
 
 def read_order(request: Request, found: Proposal) -> tuple[Order, dict[str, str]]:
     """Return what a form asks for, and what is wrong with it, by field."""
-    made, reason, seconds = found.plan, field(request, "reason").strip(), 0.0
+    made, reason = found.plan, field(request, "reason").strip()
     wrong: dict[str, str] = {}
     if field(request, "typed").strip() != made.title:
         wrong["typed"] = f"Type {made.title} to go on."
@@ -223,10 +213,7 @@ def read_order(request: Request, found: Proposal) -> tuple[Order, dict[str, str]
         wrong["force"] = f"{made.new.name} is not ready: tick this to go on all the same."
     if found.needs_force and not reason:
         wrong["reason"] = "Say why: it is kept with the change."
-    try:
-        seconds = min(float(duration().read(field(request, "wait") or WAIT)), _LONGEST_WAIT)
-    except ValueError as error:
-        wrong["wait"] = str(error)
+    seconds = min(value_of(field(request, "wait") or WAIT, duration().read, 0.0, wrong, "wait"), _LONGEST_WAIT)
     if made.agree:
         wrong["typed"] = changeover.nothing_to_do(made)
     details = {"readiness": found.verdict.summary} if found.verdict else {}

@@ -22,10 +22,9 @@ from relay.config.types import duration
 from relay.ledger import changes, divergence_groups, queries
 from relay.ledger.divergence import KINDS
 from relay.ledger.divergence_groups import Group
-from relay.ledger.queries import UnknownDestination
 from relay.mail.text import printable
 from relay.page.access import operator, viewer
-from relay.page.views.shell import act, context_of, field, not_found, page
+from relay.page.views.shell import act, context_of, field, form_page, not_found, value_of
 from relay.routing.table_file import BadTable
 from workers.queues.selection import Filter
 
@@ -95,10 +94,7 @@ async def show(request: Request) -> Response:
     context, route = context_of(request), asked.get("route", "").strip()
     wrong, seconds, conditioned = dict[str, str](), 0.0, Filter()
     if since:
-        try:
-            seconds = float(duration().read(since))
-        except ValueError as error:
-            wrong["since"] = str(error)
+        seconds = value_of(since, duration().read, 0.0, wrong, "since")
     given = {name: [value] for name in _CONDITIONS if (value := asked.get(name, "").strip())}
     try:
         conditioned = conditions.read(given)
@@ -123,22 +119,18 @@ async def show(request: Request) -> Response:
         rows = [GroupRow.of(group, now) for group in groups[:_MOST_ROWS]] if by == _BY[0] else []
         return GroupListing(rows, sums[:_MOST_ROWS], names, max(0, len(sums or groups) - _MOST_ROWS))
 
-    try:
-        found = await context.ask(look)
-    except UnknownDestination as error:
-        raise not_found(str(error)) from None
+    found = await context.ask(look)
     chosen = {"destination": destination, "kind": kind, "since": since, "by": by, "all": "1" if everything else ""}
     chosen |= {"route": route, **{name: asked.get(name, "").strip() for name in _CONDITIONS}}
-    return await page(
+    return await form_page(
         request,
         "divergence/list.html",
+        wrong,
         found=found,
         chosen=chosen,
-        wrong=wrong,
         routes=[found.name for found in context.settings.route_table],
         kinds=KINDS,
         ways=_BY,
-        status=400 if wrong else 200,
     )
 
 
@@ -207,24 +199,19 @@ async def one(request: Request) -> Response:
 
 
 async def _one(request: Request, wrong: dict[str, str] | None = None) -> Response:
-    try:
-        context = context_of(request)
-        found = await context.ask(lambda redis: details(redis, context.settings, _find(redis, request)))
-    except UnknownDestination as error:
-        raise not_found(str(error)) from None
+    context = context_of(request)
+    found = await context.ask(lambda redis: details(redis, context.settings, _find(redis, request)))
     done = request.query_params.get("done", "")
     retried = request.query_params.get("retried", "")
     said = f"{int(retried):,} will be tried again now." if retried.isdecimal() and len(retried) < 12 else ""
-    return await page(
+    return await form_page(
         request,
         "divergence/one.html",
+        wrong,
         found=found,
         row=found.row,
         group=found.row.group,
         done=_DONE.get(done, "") or said,
-        wrong=wrong or {},
-        given=getattr(request.state, "form", {}),
-        status=400 if wrong else 200,
     )
 
 
@@ -233,13 +220,9 @@ async def acknowledge(request: Request) -> Response:
     """Let a reason not count for a time."""
     note, length = field(request, "note").strip(), field(request, "for").strip()
     wrong: dict[str, str] = {}
-    seconds = 0.0
     if not note:
         wrong["note"] = "Say why, for whoever reads it in a week."
-    try:
-        seconds = float(duration().read(length))
-    except ValueError as error:
-        wrong["for"] = str(error)
+    seconds = value_of(length, duration().read, 0.0, wrong, "for")
     if wrong:
         return await _one(request, wrong)
     await _act(request, lambda connection, group: seen.acknowledge(connection, group, note, seconds))
@@ -263,10 +246,7 @@ async def retry(request: Request) -> Response:
 
 
 async def _act(request: Request, change: Callable[[Redis, Group], T]) -> T:
-    try:
-        return await act(request, lambda connection: change(connection, _find(connection, request)))
-    except UnknownDestination as error:
-        raise not_found(str(error)) from None
+    return await act(request, lambda connection: change(connection, _find(connection, request)))
 
 
 def _back(request: Request, query: str) -> Response:

@@ -10,7 +10,6 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from relay.cockpit import conditions
 from relay.cockpit.conditions import BadCondition
 from relay.ledger import archive, audit
 from relay.ledger.audit import Act
@@ -19,7 +18,7 @@ from relay.mail.envelope import MalformedRecord
 from relay.mail.record import BodyElsewhere
 from relay.page.access import operator
 from relay.page.views import copies
-from relay.page.views.shell import act, context_of, field, not_found
+from relay.page.views.shell import act, context_of, not_found
 from workers.queues import failed, selection
 from workers.queues.selection import FAILED, Filter
 
@@ -31,14 +30,10 @@ _UNREAD = "unreadable.txt"
 @operator
 async def export(request: Request) -> Response:
     """Give out messages; that is in the audit."""
-    given = copies.given_by(request.state.form)
-    everything = field(request, "scope") == "all"
-    chosen_ones = copies.ticked(request.state.form.get("copy", []))
     try:
-        filters = [conditions.read(given)] if everything else [conditions.read(g, ids) for g, ids in chosen_ones]
+        filters, words = copies.chosen_by(request)
     except BadCondition as error:
         raise not_found(f"{error.name}: {error}") from None
-    words = conditions.words(given) if everything else "; ".join(conditions.words(g, ids) for g, ids in chosen_ones)
     if not filters:
         return await copies.failed_again(request, {"ticks": "Tick the messages that you mean."})
 
@@ -47,10 +42,7 @@ async def export(request: Request) -> Response:
         audit.record(connection, Act("failed export", after=f"{len(found)} exported", details={"filter": words}))
         return found
 
-    try:
-        ids = await act(request, choose)
-    except Unknown as error:
-        raise not_found(str(error)) from None
+    ids = await act(request, choose)
     if len(ids) > _MOST:
         return await copies.failed_again(
             request, {"copy": f"More than {_MOST:,} messages: narrow the filter down, or use `smtp-dup failed export`."}

@@ -18,9 +18,8 @@ from relay.ledger import changes, overview, queries
 from relay.ledger.divergence_groups import Outage, outages
 from relay.ledger.health import MOST_CONNECTIONS, Health
 from relay.ledger.overview import Summary
-from relay.ledger.queries import UnknownDestination
 from relay.page.access import operator, viewer
-from relay.page.views.shell import act, context_of, field, not_found, page
+from relay.page.views.shell import act, context_of, field, form_page, value_of
 
 _OUTAGES = 20
 _DONE = {
@@ -73,33 +72,21 @@ async def show(request: Request) -> Response:
 
 async def _show(request: Request, wrong: dict[str, str] | None = None) -> Response:
     context = context_of(request)
-    try:
-        found = await context.ask(backup, context.settings, request.path_params["name"])
-    except UnknownDestination as error:
-        raise not_found(str(error)) from None
-    return await page(
-        request,
-        "server.html",
-        found=found,
-        done=_DONE.get(request.query_params.get("done", ""), ""),
-        wrong=wrong or {},
-        given=getattr(request.state, "form", {}),
-        status=400 if wrong else 200,
-    )
+    found = await context.ask(backup, context.settings, request.path_params["name"])
+    done = _DONE.get(request.query_params.get("done", ""), "")
+    return await form_page(request, "server.html", wrong, found=found, done=done)
 
 
 @operator
 async def hold(request: Request) -> Response:
     """Begin no more copies for it."""
     reason, length = field(request, "reason").strip(), field(request, "for").strip()
-    wrong, seconds = {}, 0.0
+    wrong: dict[str, str] = {}
+    seconds = 0.0
     if not reason:
         wrong["reason"] = "Say why, for whoever wonders."
     if field(request, "how") != "until-released":
-        try:
-            seconds = float(duration().read(length))
-        except ValueError as error:
-            wrong["for"] = str(error)
+        seconds = value_of(length, duration().read, 0.0, wrong, "for")
     if wrong:
         return await _show(request, wrong)
     settings, name = context_of(request).settings, request.path_params["name"]
@@ -122,11 +109,10 @@ async def release(request: Request) -> Response:
 async def throttle(request: Request) -> Response:
     """Bound how fast it gets its copies."""
     rate_text, connections_text = field(request, "rate").strip(), field(request, "connections").strip()
-    wrong, rate, connections = {}, 0.0, 0
-    try:
-        rate = hold_and_throttle.rate(rate_text) if rate_text not in {"", "0"} else 0.0
-    except ValueError as error:
-        wrong["rate"] = str(error)
+    wrong: dict[str, str] = {}
+    rate, connections = 0.0, 0
+    if rate_text not in {"", "0"}:
+        rate = value_of(rate_text, hold_and_throttle.rate, 0.0, wrong, "rate")
     if connections_text.isdecimal() and int(connections_text[:9]) <= MOST_CONNECTIONS:
         connections = int(connections_text)
     elif connections_text:
@@ -143,10 +129,7 @@ async def throttle(request: Request) -> Response:
 
 
 async def _done(request: Request, change: Callable[[Redis], str]) -> Response:
-    try:
-        done = await act(request, change)
-    except UnknownDestination as error:
-        raise not_found(str(error)) from None
+    done = await act(request, change)
     return RedirectResponse(f"/server/{quote(request.path_params['name'], safe='')}?done={done}", 303)
 
 

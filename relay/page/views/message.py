@@ -16,7 +16,7 @@ from relay.config.model import Settings
 from relay.ledger import archive, audit
 from relay.ledger.audit import Act
 from relay.ledger.copy_state import Attempt
-from relay.ledger.queries import Unknown, UnknownId
+from relay.ledger.queries import UnknownId
 from relay.mail.envelope import MalformedRecord
 from relay.mail.ids import is_id
 from relay.mail.record import BodyElsewhere
@@ -174,8 +174,6 @@ async def content(request: Request) -> Response:
 
     try:
         found = await act(request, export)
-    except Unknown as error:
-        raise not_found(str(error)) from None
     except (BodyElsewhere, MalformedRecord) as error:
         raise not_found(f"It cannot be read here: {error}") from None
     headers = {"Content-Disposition": f'attachment; filename="{message_id}.eml"'}

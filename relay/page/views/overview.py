@@ -15,7 +15,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from relay.cockpit import evidence_from_redis, extensions, readiness, roles_now, top
-from relay.cockpit.evidence_from_redis import UnknownBackup
 from relay.cockpit.extensions import Extension
 from relay.cockpit.readiness import Verdict
 from relay.cockpit.top import Frame, ServerNow
@@ -25,8 +24,7 @@ from relay.ledger import changes, flow
 from relay.ledger.flow import Flow
 from relay.page.access import viewer
 from relay.page.live import Parts, live_of
-from relay.page.rendering import environment
-from relay.page.views.shell import context_of, not_found, page, shared
+from relay.page.views.shell import context_of, page, part, shared
 
 _EVERY = 2.0  # seconds between two looks of a page that is open
 _VERDICT_SECONDS = 15.0  # a verdict reads the flow of five weeks
@@ -94,14 +92,13 @@ async def show(request: Request) -> Response:
 
 async def live(request: Request) -> Response:
     """Send what changes on the overview."""
-    return live_of(request).stream(request, _EVERY, lambda: _parts(request), is_over=lambda: False)
+    return live_of(request).stream(request, _EVERY, lambda: _parts(request))
 
 
 async def _parts(request: Request) -> Parts:
     async def render() -> Parts:
         found = await _found(request)
-        values = {"visitor": request.state.visitor, **found}
-        return {name: environment().get_template(f"overview/{name}.html").render(values) for name in _PARTS}
+        return {name: part(request, f"overview/{name}.html", **found) for name in _PARTS}
 
     return await shared(request, ("overview", request.state.visitor.role), _EVERY / 2, render)
 
@@ -142,10 +139,7 @@ def evidence(connection: Redis, settings: Settings, name: str) -> ReadySheet:
 async def ready(request: Request) -> Response:
     """Show the verdict on one backup with each rule and its settings, on a sheet of paper where it is printed."""
     context = context_of(request)
-    try:
-        found = await context.ask(evidence, context.settings, request.path_params["name"])
-    except UnknownBackup as error:
-        raise not_found(str(error)) from None
+    found = await context.ask(evidence, context.settings, request.path_params["name"])
     return await page(request, "ready.html", verdict=found.verdict, extensions=found.extensions)
 
 

@@ -13,7 +13,7 @@ from relay.cockpit.routes import RoutesNow
 from relay.page.access import viewer
 from relay.page.live import Parts, live_of
 from relay.page.rendering import environment
-from relay.page.views.shell import context_of, page, shared
+from relay.page.views.shell import context_of, page, part, shared
 
 _EVERY = 2.0
 
@@ -34,10 +34,9 @@ async def live(request: Request) -> Response:
     """Send what changes of them."""
 
     async def parts() -> Parts:
-        values = {"found": await _now(request), "visitor": request.state.visitor}
-        return {"routes": environment().get_template("routes/cards.html").render(values)}
+        return {"routes": part(request, "routes/cards.html", found=await _now(request))}
 
-    return live_of(request).stream(request, _EVERY, parts, is_over=lambda: False)
+    return live_of(request).stream(request, _EVERY, parts)
 
 
 def path_of(route: str, server: str) -> str:

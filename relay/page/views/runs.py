@@ -10,9 +10,8 @@ from starlette.routing import Route
 
 from relay.page.access import operator, viewer
 from relay.page.live import Parts, live_of
-from relay.page.rendering import environment
 from relay.page.runs import Run, who_acts
-from relay.page.views.shell import context_of, not_found, page
+from relay.page.views.shell import context_of, not_found, page, part
 from relay.topology import decisions
 
 _EVERY = 0.3
@@ -28,7 +27,7 @@ def _find(request: Request) -> Run:
 
 async def _values(request: Request, run: Run) -> dict[str, Any]:
     view = await context_of(request).ask(decisions.view) if run.kind == "promotion" else None
-    return {"run": run, "view": view, "visitor": request.state.visitor}
+    return {"run": run, "view": view}
 
 
 @viewer
@@ -36,7 +35,6 @@ async def show(request: Request) -> Response:
     """Show a run."""
     run = _find(request)
     values = await _values(request, run)
-    del values["visitor"]  # the frame has it
     asked = request.query_params
     return await page(
         request, "run.html", **values, is_wrong=asked.get("wrong") == "number", is_busy=asked.get("busy") == "1"
@@ -49,10 +47,9 @@ async def live(request: Request) -> Response:
     run = _find(request)
 
     async def parts() -> Parts:
-        values = await _values(request, run)
-        return {"run": environment().get_template(f"run/{run.kind}.html").render(values, is_wrong=False)}
+        return {"run": part(request, f"run/{run.kind}.html", **await _values(request, run), is_wrong=False)}
 
-    return live_of(request).stream(request, _EVERY, parts, is_over=lambda: run.is_over)
+    return live_of(request).stream(request, _EVERY, parts, lambda: run.is_over)
 
 
 @operator

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from markupsafe import Markup, escape
@@ -41,6 +41,17 @@ def context_of(request: Request) -> PageContext:
 async def page(request: Request, template: str, /, *, status: int = 200, **values: Any) -> Response:
     """Return a view in its frame."""
     return render(request, template, status=status, badges=await _badges(request), **values)
+
+
+async def form_page(request: Request, template: str, wrong: Mapping[str, str] | None, /, **values: Any) -> Response:
+    """Return a view with a form, as it was sent where something is ``wrong`` with one of its fields."""
+    given = getattr(request.state, "form", {})
+    return await page(request, template, status=400 if wrong else 200, wrong=wrong or {}, given=given, **values)
+
+
+def part(request: Request, template: str, /, **values: Any) -> str:
+    """Return a part of a view, for the stream of a page that is open."""
+    return environment().get_template(template).render(visitor=request.state.visitor, **values)
 
 
 async def _badges(request: Request) -> dict[str, int]:
@@ -85,6 +96,15 @@ def not_found(text: str) -> HTTPException:
 def field(request: Request, name: str) -> str:
     """Return a field of the form of a POST, "" where it is not there."""
     return str(request.state.form.get(name, [""])[0])
+
+
+def value_of(text: str, read: Callable[[str], T], default: T, wrong: dict[str, str], name: str) -> T:
+    """Return what a field says, as ``read`` has it; where it makes no sense, why goes into ``wrong``."""
+    try:
+        return read(text)
+    except ValueError as error:
+        wrong[name] = str(error)
+        return default
 
 
 # How it is shown --------------------------------------------------------------------------------------------------

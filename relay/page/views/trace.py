@@ -8,6 +8,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from redis import Redis
 from starlette.requests import Request
@@ -17,7 +18,7 @@ from starlette.routing import Route
 from relay.cockpit import tracing
 from relay.config.model import Settings
 from relay.page.access import viewer
-from relay.page.views.shell import context_of, page
+from relay.page.views.shell import context_of, form_page, value_of
 from relay.trace.life import STATUSES, MessageLife
 from relay.trace.lookup import Query, Unseen
 from relay.trace.search_terms import NoWord
@@ -73,16 +74,9 @@ async def show(request: Request) -> Response:
     asked = request.query_params
     what, since, until, status = (asked.get(name, "").strip() for name in ("what", "since", "until", "status"))
     wrong: dict[str, str] = {}
-    begin, end, now = 0.0, math.inf, time.time()
-    query = Query(limit=_ROWS)
-    for name, text in (("since", since), ("until", until)):
-        try:
-            if text and name == "since":
-                begin = tracing.when(text, now)
-            elif text:
-                end = tracing.when(text, now)
-        except ValueError as error:
-            wrong[name] = str(error)
+    when, query = partial(tracing.when, now=time.time()), Query(limit=_ROWS)
+    begin = value_of(since, when, 0.0, wrong, "since") if since else 0.0
+    end = value_of(until, when, math.inf, wrong, "until") if until else math.inf
     try:
         query = Query.of(
             _words(what[:_LONGEST]),
@@ -98,17 +92,16 @@ async def show(request: Request) -> Response:
         context = context_of(request)
         async with _looking:
             found = await context.ask(sheet, context.settings, query)
-    return await page(
+    return await form_page(
         request,
         "trace.html",
+        wrong,
         found=found,
         what=what,
         since=since,
         until=until,
         chosen=status,
         statuses=STATUSES,
-        wrong=wrong,
-        status=400 if wrong else 200,
     )
 
 
