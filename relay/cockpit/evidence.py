@@ -64,8 +64,6 @@ class Restraint:
 
     held: str = ""  # "by alice since 10:02"
     throttled: str = ""
-    share: float = 1.0  # of the recipients that is copied
-    rewrites: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,26 +76,6 @@ class Relay:
     generation: int = 0
     epoch: int = 0
     trouble: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What a probe of the recipients found: ``unlike`` are those that the old server refuses, and the new one takes."""
-
-    at: float
-    probed: int
-    missing: int
-    old_refuses: int = 0
-    unlike: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """What a comparison of the mailboxes found."""
-
-    at: float
-    compared: int
-    missing: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,5 +109,3 @@ class Evidence:
     reaches: Sequence[Reach] = ()  # of the new server
     old_reaches: Sequence[Reach] = ()
     uncertain_late_s: float = 0.0
-    probe: Probe | None = None
-    arrival: Arrival | None = None

@@ -21,11 +21,10 @@ class Result(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one criterion came to; ``age`` is how old its evidence is, where that can go stale, in seconds."""
+    """What one criterion came to, in a line for people."""
 
     result: Result
     text: str
-    age: float | None = None
 
 
 def passes(text: str) -> Finding:

@@ -29,7 +29,7 @@ class Judged:
             "criterion": criterion.name,
             "result": self.finding.result.value,
             "text": self.finding.text,
-            "age_s": self.finding.age,
+            "age_s": None,  # of evidence that goes stale, of which there is none so far
             "rule": criterion.rule,
             "settings": list(criterion.settings),
         }

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from relay.cockpit import extensions, mailboxes, moves
 from relay.cockpit.evidence_from_redis import UnknownBackup, gather
 from relay.cockpit.finding import Result
-from relay.cockpit.formatting import span
 from relay.cockpit.mailboxes import MailboxVerdict
 from relay.cockpit.readiness import Judged, Verdict, judge
 from relay.cockpit.roles_now import UnknownRoute, backups_now, on_route
@@ -129,9 +128,6 @@ def _tell_mailboxes(out: Output, found: Sequence[MailboxVerdict], address: str) 
 
 def _show(verdict: Verdict, rows: Sequence[extensions.Extension], out: Output, *, explain: bool) -> None:
     out.line(f"{verdict.name}: {verdict.summary} (the primary is {verdict.old or 'not known'})")
-    for judged in verdict.judged:
-        if judged.finding.age is not None:
-            out.line(f"{judged.criterion.name}: {span(judged.finding.age)} ago")
     out.line("")
     out.rows(verdict.judged, _EXPLAINED if explain else _CRITERIA, nothing="")
     if rows:
