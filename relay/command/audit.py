@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from relay.cockpit.formatting import moment
 from relay.command.connection import ledger_of
 from relay.command.exit_status import WELL, read_flag
@@ -11,7 +9,6 @@ from relay.command.output import Column, Output
 from relay.config.loader import Settings
 from relay.config.types import duration
 from relay.ledger import audit, changes
-from relay.ledger.audit import Act
 
 _ACTS = [
     Column("when", lambda act: moment(act.at)),
@@ -29,10 +26,5 @@ def listing(settings: Settings, out: Output, since: str | None) -> int:
     age = read_flag("--since", duration().read, since) if since else None
     with ledger_of(settings) as connection:
         begin = changes.now(connection) - age if age else 0.0
-        rows: Iterator[Act] = audit.acts(connection, begin)
-        if out.as_json:
-            for act in rows:
-                out.object(act.to_json())
-        else:
-            out.rows(rows, _ACTS, nothing="Nothing was changed by a command.")
+        out.rows(audit.acts(connection, begin), _ACTS, nothing="Nothing was changed by a command.")
     return WELL

@@ -63,7 +63,7 @@ def show(settings: Settings, out: Output) -> int:
                 }
             )
         for act in last:
-            out.object({"kind": "change", **act.to_json()})
+            out.object({"kind": "change", **as_object(act)})
         return NO if late else WELL
     out.pairs(_head(seen, settings))
     out.line("")

@@ -27,6 +27,7 @@ from relay.mail.text import printable
 _KEPT = 10_000
 _CUT = 1000  # characters of one value
 _PAGE = 500
+_TEXTS = ("who", "host", "command", "before", "after", "reason")
 
 
 _acting: ContextVar[str] = ContextVar("acting", default="")
@@ -70,32 +71,11 @@ class Act:
     host: str = field(default_factory=socket.gethostname)
     at: float = 0.0
 
-    def to_json(self) -> dict[str, Any]:
-        """Return it for ``--json``."""
-        return {
-            "at": self.at,
-            "who": self.who,
-            "host": self.host,
-            "command": self.command,
-            "before": self.before,
-            "after": self.after,
-            "reason": self.reason,
-            "details": dict(self.details),
-        }
-
 
 def add(pipe: Any, act: Act) -> None:
     """Add the recording to a pipeline, sync or async: where there is one, in the MULTI of the change itself."""
-    values = {
-        "who": act.who,
-        "host": act.host,
-        "command": act.command,
-        "before": act.before,
-        "after": act.after,
-        "reason": act.reason,
-        "details": json.dumps({name: _cut(value) for name, value in act.details.items()}),
-    }
-    fields = {name: value if name == "details" else _cut(value) for name, value in values.items() if value}
+    fields = {name: _cut(value) for name in _TEXTS if (value := getattr(act, name))}
+    fields["details"] = json.dumps({name: _cut(value) for name, value in act.details.items()})
     pipe.xadd(keys.AUDIT, fields, maxlen=_KEPT, approximate=True)
 
 
@@ -123,7 +103,7 @@ def _read(entry: str, fields: Mapping[bytes, bytes]) -> Act:
         details = {printable(str(n)): printable(str(v)) for n, v in parsed(values.get("details", "{}")).items()}
     milliseconds = entry.partition("-")[0]
     at = int(milliseconds) / 1000 if milliseconds.isdecimal() else 0.0
-    text = {name: printable(values.get(name, "")) for name in ("command", "before", "after", "reason", "who", "host")}
+    text = {name: printable(values.get(name, "")) for name in _TEXTS}
     return Act(**text, details=details, at=at)
 
 

@@ -27,7 +27,7 @@ from relay.smtpd.snapshot import Snapshot
 from relay.topology import remembered, roles, route_roles
 from relay.topology.heartbeats import Pulse
 from relay.topology.roles import Roles
-from relay.topology.state import Intent, Topology, Unreadable
+from relay.topology.state import Intent, Topology, read_or_why
 
 _DISK_SECONDS = 2.0  # a disk that hangs keeps nobody from following
 _SOON = 0.2  # seconds to the next beat while a promotion is under way
@@ -108,12 +108,10 @@ class Follower:
 
     async def _look(self, text: str) -> None:
         known = self._topology
-        try:
-            found = Topology.from_json(text) if text else None
-        except Unreadable as error:
-            self._disagree(f"what Redis holds as topology makes no sense: {error}")
-            return
-        if known and (found is None or found.epoch < known.epoch):
+        found, nonsense = read_or_why(text, Topology.from_json)
+        if nonsense:
+            self._disagree(f"what Redis holds as topology makes no sense: {nonsense}")
+        elif known and (found is None or found.epoch < known.epoch):
             older = f"epoch {found.epoch}" if found else "none"
             self._disagree(
                 f"it keeps epoch {known.epoch} with {known.primary}: Redis has an older one, {older}; "
@@ -190,10 +188,7 @@ class Follower:
 
     def _prepare(self, text: str) -> None:
         """Begin with an intent that is new, and end with one that is gone."""
-        try:
-            intent = Intent.from_json(text) if text else None
-        except Unreadable:  # whoever wants to promote will not find us prepared
-            intent = None
+        intent, _ = read_or_why(text, Intent.from_json)  # without sense: whoever asks will not find us prepared
         if intent == self._intent:
             return
         self._stop_preparing()

@@ -20,7 +20,7 @@ from relay.ledger.audit import Act
 from relay.topology import heartbeats
 from relay.topology.heartbeats import Heartbeat
 from relay.topology.moved import MapState
-from relay.topology.state import Decision, Intent, Topology, Unreadable
+from relay.topology.state import Decision, Intent, Topology, read_or_why
 
 
 class Overtaken(Exception):
@@ -83,14 +83,14 @@ def view(connection: Redis) -> View:
         pipe.get(keys.INTENT)
         pipe.get(keys.MOVES_STATE)
         decided, intent, moves = pipe.execute(raise_on_error=False)
-    found, nonsense = _topology(decided)
+    found, nonsense = read_or_why(decided, Topology.from_json)
     beats, now = tuple(heartbeats.read(connection)), changes.now(connection)
     return View(found, _intent(intent), beats, now, nonsense, *MapState.read(moves))
 
 
 def topology(connection: Redis) -> tuple[Topology | None, str]:
     """Return the decision that holds, or why what stands there is none."""
-    return _topology(_get(connection, keys.TOPOLOGY))
+    return read_or_why(get(connection, keys.TOPOLOGY), Topology.from_json)
 
 
 def propose(
@@ -125,7 +125,7 @@ def withdraw(connection: Redis, intent: Intent | None = None) -> Intent | None:
         try:
             with connection.pipeline(transaction=True) as pipe:
                 pipe.watch(keys.INTENT)
-                text = _get(pipe, keys.INTENT)
+                text = get(pipe, keys.INTENT)
                 found = _intent(text)
                 if text is None or (intent is not None and (found is None or found.id != intent.id)):
                     return None
@@ -147,8 +147,8 @@ def commit(
     with connection.pipeline(transaction=True) as pipe:
         try:
             pipe.watch(keys.TOPOLOGY, keys.INTENT)
-            current, _ = _topology(_get(pipe, keys.TOPOLOGY))
-            asked = _intent(_get(pipe, keys.INTENT))
+            current, _ = read_or_why(get(pipe, keys.TOPOLOGY), Topology.from_json)
+            asked = _intent(get(pipe, keys.INTENT))
             if current != seen.topology:
                 raise Overtaken(_said(current, changes.now(connection)))
             if intent is not None and (asked is None or asked.id != intent.id):
@@ -171,32 +171,13 @@ def _said(found: Topology | None, now: float) -> str:
     return f"{found.now.by or 'somebody'} {found.in_words()} {ago:.0f} s before you"
 
 
-def _get(pipe: Any, key: str) -> Any:
-    """Read a watched key; an error stands for another type of key."""
+def get(pipe: Any, key: str) -> Any:
+    """Read a key; an error stands for another type of key."""
     try:
         return pipe.get(key)
     except ResponseError as error:
         return error
 
 
-def _topology(data: Any) -> tuple[Topology | None, str]:
-    if data is None:
-        return None, ""
-    try:
-        return Topology.from_json(_bytes(data)), ""
-    except Unreadable as error:
-        return None, str(error)
-
-
 def _intent(data: Any) -> Intent | None:
-    try:
-        return Intent.from_json(_bytes(data)) if data is not None else None
-    except Unreadable:
-        return None
-
-
-def _bytes(data: Any) -> bytes:
-    """Return what was read; an error stands for another type of key. Raises Unreadable."""
-    if not isinstance(data, bytes):
-        raise Unreadable("another type of key stands there")
-    return data
+    return read_or_why(data, Intent.from_json)[0]

@@ -26,6 +26,7 @@ from relay.topology.state import count, ordinal, text
 DEAD_AFTER = 10.0  # seconds of silence
 _FORGOTTEN_AFTER = 86400.0
 _MOST = 10_000  # processes that are read
+_NOT_TOLD = {"process", "topology", "moves", "intent"}  # of a Pulse: its key, and what the beat brings back
 
 
 class Pulse:
@@ -54,27 +55,9 @@ class Pulse:
 
     def ask(self, pipe: Pipe) -> None:
         """Add a beat to a pipeline (relay.ledger.monitor.Errand)."""
-        words = json.dumps(
-            {
-                "host": socket.gethostname(),
-                "name": self.name,
-                "pid": self.pid,
-                "version": __version__,
-                "epoch": self.epoch,
-                "primary": self.primary,
-                "generation": self.generation,
-                "prepared": self.prepared,
-                "trouble": self.trouble,
-                "in_old": self.in_old,
-                "down": self.down,
-                "routes": self.routes,
-                "moved": self.moved,
-                "moved_trouble": self.moved_trouble,
-                "servers": self.servers,
-                "settings": self.settings,
-            }
-        )
-        changes.beat(pipe, self.process, words.removeprefix("{"))
+        told = {name: value for name, value in vars(self).items() if name not in _NOT_TOLD}
+        told |= {"host": socket.gethostname(), "version": __version__}
+        changes.beat(pipe, self.process, json.dumps(told).removeprefix("{"))
 
     def take(self, answer: Any) -> None:
         """Take what the beat brought back; an error changes nothing."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from relay.mail.ids import is_destination_name
 from relay.mail.stored import number
-from relay.topology.state import Unreadable, count, ordinal, read_stored, text
+from relay.topology.state import Unreadable, count, ordinal, read_or_why, read_stored, text
 
 _LONGEST_ENTRY = 4 << 10  # octets of a stored form
 _LONGEST_KEY = 1 << 10
@@ -77,14 +77,7 @@ class MapState:
     @classmethod
     def read(cls, data: Any) -> tuple[MapState | None, str]:
         """Read what was found as the state: None before the first move, or why it is none."""
-        if data is None or data == "":
-            return None, ""
-        if not isinstance(data, bytes | str):
-            return None, "another type of key stands there"
-        try:
-            return cls.from_json(data), ""
-        except Unreadable as error:
-            return None, str(error)
+        return read_or_why(data, cls.from_json)
 
     @classmethod
     def from_json(cls, data: bytes | str) -> MapState:

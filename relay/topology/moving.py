@@ -20,6 +20,7 @@ from redis.exceptions import ResponseError, WatchError
 from relay.ledger import audit, changes, keys
 from relay.ledger.audit import Act
 from relay.mail.text import printable
+from relay.topology import decisions
 from relay.topology.heartbeats import Heartbeat
 from relay.topology.moved import Changes, MapState, MapStep, MovedEntry, is_key
 from relay.topology.state import Unreadable
@@ -47,7 +48,7 @@ class Forked(Exception):
 
 def state(connection: Any) -> tuple[MapState | None, str]:
     """Return the state of the map, None before the first move, or why what stands there is none."""
-    return MapState.read(_get(connection, keys.MOVES_STATE))
+    return MapState.read(decisions.get(connection, keys.MOVES_STATE))
 
 
 def objection(held: MapState, found: MapState | None, nonsense: str) -> str:
@@ -213,7 +214,7 @@ def repair(connection: Redis, held: MapState, kept: Iterable[tuple[str, MovedEnt
     with connection.pipeline(transaction=True) as pipe:
         try:
             pipe.watch(keys.MOVES_STATE, keys.MOVES)
-            before, _ = MapState.read(_get(pipe, keys.MOVES_STATE))
+            before, _ = MapState.read(decisions.get(pipe, keys.MOVES_STATE))
             later: dict[str, MovedEntry] = {}
             if size(pipe) > 0:
                 for found, _ in pages(pipe):
@@ -244,7 +245,7 @@ def repair(connection: Redis, held: MapState, kept: Iterable[tuple[str, MovedEnt
 
 def _as_known(pipe: Any, known: int) -> MapState | None:
     """Return the state that stands there, None before the first move. Raises Lost."""
-    found, nonsense = MapState.read(_get(pipe, keys.MOVES_STATE))
+    found, nonsense = MapState.read(decisions.get(pipe, keys.MOVES_STATE))
     if why := lost(known, found, nonsense, size(pipe)):
         raise Lost(why)
     return found
@@ -298,11 +299,3 @@ def _said(entry: MovedEntry | None, wanted: MovedEntry | None) -> str:
     if entry is None:
         return "somebody else has moved it back meanwhile"
     return printable(f"{entry.by or 'somebody'} has moved it to {entry.server} meanwhile")
-
-
-def _get(pipe: Any, key: str) -> Any:
-    """Read a key; an error stands for another type of it."""
-    try:
-        return pipe.get(key)
-    except ResponseError as error:
-        return error

@@ -178,10 +178,9 @@ def plan_undo(connection: Redis, settings: Settings) -> Plan:
     topology = _last(seen, settings, is_undone=True)
     if topology is None:
         raise Impossible("there is nothing to undo: nobody has promoted a server")
-    now, before = topology.now, topology.previous
-    if before.primary != now.primary:
+    before, changed = topology.previous, topology.changed
+    if before.primary != topology.primary:
         return replace(plan(connection, settings, before.primary, command=UNDO), routes=dict(before.routes))
-    changed = [name for name in now.routes | before.routes if now.routes.get(name) != before.routes.get(name)]
     if not changed:
         raise Impossible(f"there is nothing to undo: {topology.primary} was the primary before, too")
     return _plan_route(connection, settings, changed[0], lambda _: before.routes.get(changed[0]), UNDO)

@@ -100,22 +100,25 @@ class Topology:
     def in_words(self) -> str:
         """Return what whoever decided has done: "promoted new", "set shop: a=1 b=9"."""
         now, before = self.now, self.previous
-        changed = [name for name in now.routes | before.routes if now.routes.get(name) != before.routes.get(name)]
-        if now.primary != before.primary or not changed:
+        if now.primary != before.primary or not self.changed:
             return f"promoted {now.primary}"
-        told = (f"{n}: {now.routes[n].in_words() if n in now.routes else 'as the settings say'}" for n in changed)
-        return f"set {', '.join(told)}"
+        return f"set {self._routes_of(now)}"
 
     @property
     def undone(self) -> str:
         """What an undo goes back to: "old", "shop: a=1 b=9"; "" where it has nothing to undo."""
-        now, before = self.now, self.previous
-        if now.primary != before.primary:
-            return before.primary
-        changed = [name for name in now.routes | before.routes if now.routes.get(name) != before.routes.get(name)]
-        return ", ".join(
-            f"{n}: {before.routes[n].in_words() if n in before.routes else 'as the settings say'}" for n in changed
-        )
+        before = self.previous
+        return before.primary if self.now.primary != before.primary else self._routes_of(before)
+
+    @property
+    def changed(self) -> list[str]:
+        """Names of the routes that it was about."""
+        now, before = self.now.routes, self.previous.routes
+        return [name for name in now | before if now.get(name) != before.get(name)]
+
+    def _routes_of(self, decision: Decision) -> str:
+        roles = decision.routes
+        return ", ".join(f"{n}: {roles[n].in_words() if n in roles else 'as the settings say'}" for n in self.changed)
 
     def to_json(self) -> str:
         return json.dumps({**self.now.as_record(), "previous": self.previous.as_record()})
@@ -161,6 +164,21 @@ def read_stored(data: str | bytes, make: Callable[[Any], _Read], longest: int = 
         return make(parsed(data))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Unreadable(printable(f"{type(error).__name__}: {error}")[:_CUT]) from error
+
+
+def read_or_why(data: Any, read: Callable[[bytes | str], _Read]) -> tuple[_Read | None, str]:
+    """Read what a key held: None where it was not there, or with why it makes no sense.
+
+    An error of Redis stands for another type of key.
+    """
+    if data is None or data == "":
+        return None, ""
+    if not isinstance(data, bytes | str):
+        return None, "another type of key stands there"
+    try:
+        return read(data), ""
+    except Unreadable as error:
+        return None, str(error)
 
 
 def _object(found: Any) -> dict[str, Any]:
