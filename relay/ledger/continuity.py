@@ -72,11 +72,6 @@ class Continuity:
             self._read(self._path)
         self._defined |= self._configured
 
-    @property
-    def identity(self) -> str:
-        """The identity of the ledger when it was last seen; "" before."""
-        return self._identity
-
     # Asking, in a pipeline
 
     @property

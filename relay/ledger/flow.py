@@ -74,11 +74,6 @@ class Buckets:
             lower = bound if not math.isinf(bound) else lower
         return lower
 
-    def over(self, seconds: float) -> int:
-        """Return how many took longer for certain."""
-        bounds = sorted(self.counts)
-        return sum(self.counts[b] for n, b in enumerate(bounds) if n and bounds[n - 1] >= seconds)
-
 
 @dataclass(frozen=True, slots=True)
 class DestinationFlow:

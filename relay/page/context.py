@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 import redis.asyncio
@@ -51,10 +50,6 @@ class PageContext:
             CurrentUsers(settings.status.users_file),
             stop,
         )
-
-    @property
-    def state_dir(self) -> Path:
-        return self.settings.state_dir
 
     @property
     def has_users(self) -> bool:

@@ -23,10 +23,10 @@ from redis.exceptions import RedisError
 from relay.ledger import whereabouts
 from relay.mail.ids import made_at
 from relay.trace import events, files, privacy, search_terms
-from relay.trace.events import Event, More, Received
+from relay.trace.events import Event
 from relay.trace.files import HOUR, HourFile, OpenFile
 from relay.trace.life import DELIVERED, STATUSES, WAITING, MessageLife, assemble
-from relay.trace.privacy import Privacy, shown
+from relay.trace.privacy import Privacy
 from relay.trace.search_terms import Term
 
 T = TypeVar("T")
@@ -150,21 +150,6 @@ def lives(
     unseen = Unseen() if unseen is None else unseen
     with Reader(folder, unseen) as reader:
         return _lives(reader.events_of(ids), connection, others, unseen)
-
-
-def accepted_recipients(folder: Path, since: float, *, unseen: Unseen | None = None) -> Iterator[str]:
-    """Yield each recipient to whom the primary has accepted mail since then, once, in lower case.
-
-    That is this host's part; ``OtherHosts.recipients`` has the others'. Only addresses that are kept as they are.
-    """
-    seen: set[str] = set()
-    with Reader(folder, Unseen() if unseen is None else unseen) as reader:
-        for event in reader.events_since(since):
-            if isinstance(event, More) or (isinstance(event, Received) and event.outcome == events.ACCEPTED):
-                for address in event.recipients:
-                    if "@" in address and shown(address) == address and (low := address.lower()) not in seen:
-                        seen.add(low)
-                        yield low
 
 
 def _now(
@@ -293,16 +278,6 @@ class Reader:
                 for event in self._asked(file, read):
                     found[event.id].append(event)
         return found
-
-    def events_since(self, since: float) -> Iterator[Event]:
-        """Yield all events since then, those of the newest file first."""
-        for file in self._files:
-            if file.hour + HOUR > since:
-                numbers: list[int] = self._asked(file, lambda opened: opened.rows_of([]))
-                for start in range(0, len(numbers), _PAGE):
-                    page = numbers[start : start + _PAGE]
-                    for row in self._asked(file, lambda opened, page=page: opened.read(page)):  # type: ignore[misc]  # a bound page
-                        yield from (e for one in row if (e := events.read(one)) is not None and e.at >= since)
 
     def _asked(self, file: HourFile, ask: Callable[[OpenFile], list[T]]) -> list[T]:
         """Ask a file; one that cannot be read is told of once, and set aside if it is damaged and nobody writes it."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,12 +28,10 @@ from relay.stopping import StopEvent
 from relay.trace import events
 from relay.trace.events import Event
 from relay.trace.life import STATUSES, MessageLife
-from relay.trace.lookup import Query, Unseen, accepted_recipients, find, lives
+from relay.trace.lookup import Query, Unseen, find, lives
 from relay.trace.search_terms import Term
 
 PATIENCE = 3.0  # seconds for the answers
-_LONG = 120.0  # for what takes all files
-_PAGE = 5000  # recipients in a part
 _LISTEN_SECONDS = 1.0
 _MOST_LIMIT = 1000
 _PART = 512 << 10  # octets of an answer's part, about
@@ -82,28 +79,18 @@ class OtherHosts:
         found = self._ask({"ids": list(ids)})
         return {message_id: some for message_id, some in found.items() if message_id in wanted}
 
-    def recipients(self, since: float) -> set[str]:
-        """Return to whom their primaries have accepted mail since then. That takes a while."""
-        found: set[str] = set()
-        self._ask({"recipients": since}, found, seconds=_LONG)
-        return found
-
-    def _ask(
-        self, asked: dict[str, Any], recipients: set[str] | None = None, *, seconds: float = PATIENCE
-    ) -> dict[str, list[Event]]:
+    def _ask(self, asked: dict[str, Any]) -> dict[str, list[Event]]:
         found: dict[str, list[Event]] = {}
         missing = set(self._places)
         if not missing:
             return found
         try:
             reply_to = questions.ask(self._connection, missing, asked)
-            for place, part in questions.answers(self._connection, reply_to, set(missing), seconds):
+            for place, part in questions.answers(self._connection, reply_to, set(missing), PATIENCE):
                 if part is None:
                     missing.discard(place)
                 else:
                     self._take(place, part, found)
-                    if recipients is not None:
-                        recipients.update(one for one in _list(part, "recipients") if isinstance(one, str))
         except (RedisError, OSError) as error:
             self._unseen.no_ledger = str(error)
         for place in missing:
@@ -148,10 +135,7 @@ def _answer(asked: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
     unseen = Unseen()
     try:
         found: Iterable[MessageLife]
-        if "recipients" in asked:
-            yield from _pages_of(accepted_recipients(folder, moment(number(asked["recipients"])), unseen=unseen))
-            found = ()
-        elif "ids" in asked:
+        if "ids" in asked:
             ids = asked["ids"]
             found = lives(ids, folder, unseen=unseen) if are_ids(ids) and len(ids) <= _MOST_LIMIT else ()
         else:
@@ -161,12 +145,6 @@ def _answer(asked: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
         return
     if unseen.damaged:
         yield {"damaged": unseen.damaged}
-
-
-def _pages_of(recipients: Iterable[str]) -> Iterator[dict[str, Any]]:
-    rest = iter(recipients)
-    while page := list(islice(rest, _PAGE)):
-        yield {"recipients": page}
 
 
 def _query(asked: dict[str, Any]) -> Query:

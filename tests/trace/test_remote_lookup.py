@@ -17,7 +17,7 @@ from relay.mail.reply import Reply
 from relay.stopping import StopEvent
 from relay.trace import events
 from relay.trace.life import MessageLife
-from relay.trace.lookup import Query, Unseen, accepted_recipients, find
+from relay.trace.lookup import Query, Unseen, find
 from relay.trace.remote_lookup import PATIENCE, OtherHosts, keep_answering
 from support.traced import Traced, delivered
 
@@ -99,19 +99,6 @@ def test_the_newest_of_all_hosts(redis_client: redis.Redis, here: Traced, there:
         host.write(wire)
         ids.append(wire[1])
     assert [life.id for life in look(redis_client, here, "bob@b.example", limit=3)] == ids[::-1][:3]
-
-
-@pytest.mark.usefixtures("answering")
-def test_to_whom_mail_was_accepted(redis_client: redis.Redis, here: Traced, there: Traced) -> None:
-    """All recipients of all hosts, for who wants to probe them at a new server."""
-    here.write(here.received(recipients=["Bob@b.example", "bob@B.example"]))
-    there.write(
-        there.received(recipients=["carl@b.example"]), there.received(outcome=events.REFUSED, recipients=["x@y"])
-    )
-    others = OtherHosts(redis_client, HERE, Unseen())
-    assert others.recipients(0.0) == {"carl@b.example"}
-    assert list(accepted_recipients(here.folder, 0.0)) == ["bob@b.example"]
-    assert list(accepted_recipients(here.folder, here.now + 1)) == []
 
 
 def test_who_does_not_answer_is_named(redis_client: redis.Redis, here: Traced) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from urllib.parse import quote
 
 from redis import Redis
 from starlette.requests import Request
@@ -275,11 +274,6 @@ async def cancel(request: Request) -> Response:
     """End what is being prepared, whoever has begun it."""
     ended = await act(request, decisions.withdraw)
     return RedirectResponse(f"/cutover?done={'cancelled' if ended else 'none'}", 303)
-
-
-def path_of(name: str) -> str:
-    """Return where the promotion of a server is planned."""
-    return f"/cutover/{quote(name, safe='')}"
 
 
 ROUTES = [
