@@ -60,6 +60,10 @@ class Followed:
         return f"{len(self.followed)} of {len(self.followed) + len(self.late)} processes follow"
 
     @property
+    def is_whole(self) -> bool:
+        return not self.late and not self.finishing
+
+    @property
     def is_well(self) -> bool:
         """Whether what was decided holds, and everybody who lives goes by it."""
         return not self.late and self.overtaken is None
@@ -77,7 +81,7 @@ def follow(connection: Redis, made: Plan, seconds: float, report: Callable[[str]
         found = Followed.of(seen.beats, made.is_followed_by, made.seen.living, later)
         finishing = found.finishing
         report(found.in_words + (f", {finishing} transactions go on with {made.old}" if finishing else ""))
-        if later or not (found.late or finishing) or time.monotonic() >= deadline:
+        if later or found.is_whole or time.monotonic() >= deadline:
             return found
         time.sleep(_EVERY)
 
