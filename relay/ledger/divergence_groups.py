@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,14 +18,12 @@ from relay.ledger import changes, keys
 from relay.ledger.divergence import DEFERRED, KINDS, MOST_OUTAGES, NOISE, OTHERS, place_of
 from relay.mail import encryption, refusal_class
 from relay.mail.ids import is_id, text
-from relay.mail.stored import moment, parsed, tally
+from relay.mail.stored import LARGEST, LATEST, figure, moment, number, parsed, tally
 
 HOUR = 3600
 _RATE_TIMES, _RATE_LEAST = 3, 10  # an hour that reopens: over so many times the rate of then, and at least so many
 _GROUP = re.compile(r"[0-9a-f]{12}|" + "|".join(sorted(set(OTHERS.values()))))
 _HOUR_FIELD = re.compile(rb"h[0-9]{1,9}")
-_LATEST = 1e11  # seconds since the epoch (the year 5138) that can be right
-_MOST = 1 << 53
 
 
 def is_group(value: object) -> bool:
@@ -58,12 +55,12 @@ class Acknowledgement:
             return found and cls(
                 by=str(found["by"]),
                 note=str(found["note"]),
-                at=_number(found["at"]),
-                until=_number(found["until"]),
+                at=number(found["at"]),
+                until=number(found["until"]),
                 domains=tuple(map(str, found["domains"])),
-                more_domains=int(_number(found["more_domains"])),
-                rate=_number(found["rate"]),
-                counted=int(_number(found["counted"])),
+                more_domains=int(number(found["more_domains"])),
+                rate=number(found["rate"]),
+                counted=int(number(found["counted"])),
             )
         except (ValueError, KeyError, TypeError):
             return None
@@ -201,12 +198,12 @@ def numbers(connection: Any, destination: str) -> Numbers:
         if not isinstance(fields, list):
             continue
         kind, count, noisy, ack = fields
-        noise += max(0, _integer(noisy))
+        noise += _count(noisy)
         found = group(connection, destination, name) if ack else None
         if found is not None and found.is_acknowledged(now):
             acknowledged += found.open > 0
         elif (shown := text(kind or b"")) in KINDS:
-            opened[shown] = opened.get(shown, 0) + max(0, _integer(count))
+            opened[shown] = opened.get(shown, 0) + _count(count)
     return Numbers(opened, len(names), acknowledged, noise)
 
 
@@ -260,7 +257,7 @@ def outages(connection: Any, destination: str, since: float = 0.0) -> list[Outag
     for item in connection.lrange(keys.OUTAGES + destination, 0, MOST_OUTAGES - 1):
         try:
             record = parsed(item)
-            outage = Outage(_number(record["begin"]), _number(record["end"]), str(record["reason"]))
+            outage = Outage(number(record["begin"]), number(record["end"]), str(record["reason"]))
         except (ValueError, KeyError, TypeError):
             continue
         if not outage.end or outage.end >= since:
@@ -278,9 +275,9 @@ def _group(destination: str, key: str, fields: Mapping[bytes, bytes]) -> Group:
     hours: dict[int, int] = {}
     for name, value in fields.items():  # most of them are domains and hours
         if name.startswith(b"d:"):
-            domains[text(name[2:])] = max(0, _integer(value))
+            domains[text(name[2:])] = _count(value)
         elif _HOUR_FIELD.fullmatch(name):
-            hours[int(name[1:])] = max(0, _integer(value))
+            hours[int(name[1:])] = _count(value)
         else:
             named[text(name)] = value
 
@@ -288,7 +285,7 @@ def _group(destination: str, key: str, fields: Mapping[bytes, bytes]) -> Group:
         return text(named.get(name, b""))
 
     def count(name: str) -> int:
-        return max(0, _integer(named.get(name)))
+        return _count(named.get(name))
 
     kind = word("kind")
     return Group(
@@ -303,8 +300,8 @@ def _group(destination: str, key: str, fields: Mapping[bytes, bytes]) -> Group:
         reason=refusal_class.named(word("class")).name,
         own=bool(count("own")),
         soft=bool(count("soft")),
-        first=_seconds(named.get("first")),
-        last=_seconds(named.get("last")),
+        first=figure(named.get("first"), LATEST),
+        last=figure(named.get("last"), LATEST),
         seen=count("seen"),
         open=count("open"),
         resolved=count("resolved"),
@@ -321,23 +318,5 @@ def _group(destination: str, key: str, fields: Mapping[bytes, bytes]) -> Group:
     )  # fmt: skip
 
 
-def _integer(value: bytes | None) -> int:
-    try:
-        found = int(value or 0)
-    except ValueError:
-        return 0
-    return found if abs(found) < _MOST else 0
-
-
-def _seconds(value: bytes | None) -> float:
-    try:
-        found = float(value or 0)
-    except ValueError:
-        return 0.0
-    return found if 0 <= found < _LATEST else 0.0
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TypeError("not a number")
-    return float(value)
+def _count(value: bytes | None) -> int:
+    return int(figure(value, LARGEST))

@@ -7,7 +7,6 @@ can write anything there: what makes no sense counts as not said.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +14,13 @@ from typing import Any
 from relay.ledger import keys
 from relay.ledger.scripts import script
 from relay.mail.ids import text
-from relay.mail.stored import parsed
+from relay.mail.stored import LATEST, figure, parsed
 from relay.mail.text import printable
 
 FIELDS = ("state", "reason", "probe_at", "held", "held_past", "rate", "connections")
 _HOLD = script("hold_destination")
 _GRANT = script("grant")
 _LONGEST = 1000  # characters of a reason that are read
-_LATEST = 1e11  # seconds since the epoch that can be right
 _MOST_PAST = 1000  # intervals that are read; no more than 100 are kept
 MOST_RATE, MOST_CONNECTIONS = 100_000.0, 10_000
 
@@ -74,8 +72,8 @@ class Health:
             moment(fields.get(b"probe_at")) if is_paused else None,
             _hold(fields.get(b"held")),
             _intervals(fields.get(b"held_past")),
-            _bounded(fields.get(b"rate"), MOST_RATE),
-            int(_bounded(fields.get(b"connections"), MOST_CONNECTIONS)),
+            figure(fields.get(b"rate"), MOST_RATE),
+            int(figure(fields.get(b"connections"), MOST_CONNECTIONS)),
         )
 
     def is_held(self, now: float) -> bool:
@@ -143,23 +141,11 @@ def granted(result: Any) -> tuple[int, int, int]:
 
 def moment(value: bytes | None) -> float | None:
     """Return a time, seconds since the epoch; None for what is none."""
-    try:
-        found = float(value or b"")
-    except ValueError:
-        return None
-    return found if math.isfinite(found) and 0 < found < _LATEST else None
+    return figure(value, LATEST) or None
 
 
 def _words(value: object) -> str:
     return printable(value[:_LONGEST]) if isinstance(value, str) else ""
-
-
-def _bounded(value: bytes | None, most: float) -> float:
-    try:
-        found = float(value or b"")
-    except ValueError:
-        return 0.0
-    return found if math.isfinite(found) and 0 < found <= most else 0.0
 
 
 def _hold(value: bytes | None) -> Hold | None:
@@ -169,7 +155,7 @@ def _hold(value: bytes | None) -> Hold | None:
         begun, end = float(since), float(until)
     except (ValueError, TypeError, OverflowError):
         return None
-    if not (0 < begun < _LATEST and 0 <= end < _LATEST):
+    if not (0 < begun < LATEST and 0 <= end < LATEST):
         return None
     return Hold(begun, end, _words(reason), _words(by))
 
@@ -179,4 +165,4 @@ def _intervals(value: bytes | None) -> Intervals:
         found = [(float(begin), float(end)) for begin, end in parsed(value or b"[]")[:_MOST_PAST]]
     except (ValueError, TypeError, KeyError, OverflowError):
         return ()
-    return tuple((begin, end) for begin, end in found if 0 < begin < end < _LATEST)
+    return tuple((begin, end) for begin, end in found if 0 < begin < end < LATEST)

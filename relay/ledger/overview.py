@@ -9,7 +9,7 @@ from relay.ledger.health import Health
 from relay.ledger.health import moment as moment_of
 from relay.ledger.keys import COUNTERS, DESTINATIONS, FAILED, HEALTH, LEDGER, OWN, PENDING
 from relay.mail import ids
-from relay.mail.stored import moment
+from relay.mail.stored import LARGEST, figure, moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def summary(connection: Any) -> list[Summary]:
                 oldest_age_s=round(max(0.0, clock - moment(oldest[0][1])), 1) if oldest else 0.0,
                 retrying=retrying,
                 failed=failed,
-                delivered=_count(counters.get(f"delivered:{name}".encode())),
+                delivered=int(figure(counters.get(f"delivered:{name}".encode()), LARGEST)),
                 state=state,
                 reason=reason,
                 paused=found.is_paused,
@@ -76,8 +76,3 @@ def summary(connection: Any) -> list[Summary]:
             )
         )
     return rows
-
-
-def _count(value: bytes | None) -> int:
-    """Read a counter; one that is none counts nothing."""
-    return int(value) if value and value.isdigit() and len(value) < 20 else 0

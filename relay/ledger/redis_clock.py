@@ -7,13 +7,13 @@ a failover to a server whose clock differs looks the same. Until Redis has said 
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from relay.ledger import keys
+from relay.mail.stored import LATEST, figure
 
 _TOLERANCE = 1.0  # seconds: a clock that is slewed, or an answer that was slow, is no step
 _REMEMBERED = 100  # steps
@@ -104,11 +104,7 @@ def time_of(answer: Sequence[Any]) -> float:
 
 def last_look(connection: Any) -> float:
     """Return when a sweep has last looked at Redis's clock, by that clock; 0 where none has. Raises RedisError."""
-    try:
-        found = float(connection.hget(keys.LEDGER, _LOOKED) or 0)
-    except ValueError:
-        return 0.0
-    return found if 0 <= found < math.inf else 0.0
+    return figure(connection.hget(keys.LEDGER, _LOOKED), LATEST)
 
 
 def note_look(connection: Any, now: float) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # never sent in a command, see relay.client.connection
 
 LATEST = 1e11  # seconds since the epoch that can be right (the year 5138)
-_LARGEST = 1 << 53
+LARGEST = 1 << 53
 _HUGEST = 1e308  # beyond it are infinities, and whole numbers that no float holds; NaN is not within
 _MOST_DIGITS = 19  # of a whole number: what is longer is none of ours, and no float holds it
 
@@ -99,6 +99,15 @@ def number(value: object) -> float:
     raise TypeError("not a number")
 
 
+def figure(value: bytes | None, most: float) -> float:
+    """Return what a field of a hash holds as a number from 0 to ``most``; 0 for what is none."""
+    try:
+        found = float(value or 0)
+    except ValueError:
+        return 0.0
+    return found if 0 <= found <= most else 0.0
+
+
 def moment(score: float) -> float:
     """Return the score of a sorted set, which may be infinite, as a time in seconds since the epoch."""
     return min(max(score, 0.0), LATEST)
@@ -106,4 +115,4 @@ def moment(score: float) -> float:
 
 def tally(score: float) -> int:
     """Return the score of a sorted set, which may be infinite, as a count."""
-    return int(min(max(score, 0.0), _LARGEST))
+    return int(min(max(score, 0.0), LARGEST))
