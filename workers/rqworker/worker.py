@@ -31,14 +31,13 @@ from rq.utils import now
 from rq.worker import SimpleWorker, WorkerStatus
 from rq.worker_registration import clean_worker_registry, register
 
-from relay.mail.ids import is_job_id
-from relay.mail.ids import text as as_text
 from relay.redisio import blocking_batch
 from relay.redisio.blocking import Blocking
 from relay.redisio.sentinel import master_of
 from relay.repeated import Backoff
 from workers import jobs
-from workers.rqworker.delivery_job import DeliveryJob, NoJob
+from workers.rqworker.delivery_job import DeliveryJob
+from workers.rqworker.popped_jobs import PoppedJobs
 from workers.rqworker.revival import BORN, LIFE, PLACE, born, place, revive
 
 _POLL_SECONDS = 1  # how long a pop blocks
@@ -67,11 +66,11 @@ class DeliveryWorker(SimpleWorker):
         self.room: Callable[[], int] = lambda: 0
         self.queue = self.queues[0]
         self._pop = Blocking(connection)
+        self._popped = PoppedJobs(name, self.queue, connection)
         self._place, self._born = place(), born(os.getpid())
         self._running: list[tuple[Job, Execution]] = []
         self._beating = threading.Lock()  # a heartbeat must not restore an execution that has just ended
         self._ended = threading.Event()
-        self._behind = 0  # jobs in the queue, when it was last seen
         self._master: object = None  # with Sentinels
         self._in_doubt = False  # a command failed: it may or may not have been executed
         self._pauses = Backoff(_FIRST_PAUSE, _LONGEST_PAUSE)
@@ -154,7 +153,7 @@ class DeliveryWorker(SimpleWorker):
         while popped := self._pop.execute(*waiting) if wait else self.connection.lmove(here, there):
             if self.stopping:
                 break
-            for job in self._read(self._named([popped])):
+            for job in self._popped.read([popped]):
                 return job
         if self.stopping:  # a job may have been popped at the same moment: left to the next worker
             self._put_back()
@@ -162,45 +161,14 @@ class DeliveryWorker(SimpleWorker):
 
     def _take_company(self, first: DeliveryJob, most: int) -> list[DeliveryJob]:
         """Pop further jobs while the courier has room for their copies."""
-        count = min(most, _TOGETHER, self.room() // max(1, first.copies), self._behind + 1) - 1
+        count = min(most, _TOGETHER, self.room() // max(1, first.copies), self._popped.behind + 1) - 1
         if count < 1 or self.stopping:
             return []
         with self.connection.pipeline(transaction=False) as pipeline:
             for _ in range(count):
                 pipeline.lmove(self.queue.key, self.queue.intermediate_queue_key)
-            popped = self._named([job_id for job_id in blocking_batch.execute(pipeline) if job_id])
-        return self._read(popped)
-
-    def _read(self, ids: Sequence[str]) -> list[DeliveryJob]:
-        """Read popped jobs, and how many wait behind them."""
-        if not ids:
-            return []
-        with self.connection.pipeline(transaction=False) as pipeline:
-            pipeline.llen(self.queue.key)
-            for job_id in ids:
-                pipeline.hgetall(DeliveryJob.key_for(job_id))
-            behind, *records = pipeline.execute(raise_on_error=False)  # one job may be no hash
-        self._behind = behind if isinstance(behind, int) else 0
-        found = [self._restored(job_id, record) for job_id, record in zip(ids, records, strict=True)]
-        return [job for job in found if job is not None]
-
-    def _named(self, popped: Sequence[Any]) -> list[str]:
-        """Return the valid job ids; anything else in the queue is removed."""
-        found = {as_text(raw): raw for raw in popped}
-        for name, raw in found.items():
-            if not is_job_id(name):
-                logger.error("worker {}: {!r} in its queue is no job, and removed", self.name, name[:200])
-                self.connection.lrem(self.queue.intermediate_queue_key, 1, raw)
-        return [name for name in found if is_job_id(name)]
-
-    def _restored(self, job_id: str, record: object) -> DeliveryJob | None:
-        try:
-            if (job := DeliveryJob.of(job_id, record, self.connection)) is not None:
-                return job  # else it was deleted while it waited
-        except NoJob as error:  # its copies are in the ledger and get a new job
-            logger.error("worker {}: job {} is unreadable and set aside: {}", self.name, job_id, error)
-        self.connection.lrem(self.queue.intermediate_queue_key, 1, job_id)
-        return None
+            popped = [job_id for job_id in blocking_batch.execute(pipeline) if job_id]
+        return self._popped.read(popped)
 
     def execute_jobs(self, taken: Sequence[DeliveryJob]) -> None:
         """Run jobs at the same time, and write the end of each, waiting for Redis if needed."""
