@@ -11,7 +11,7 @@ from relay import __version__
 from relay.command import command_line, commands, filter_flags, manual
 from relay.command.exit_status import WELL, Misuse
 from relay.command.output import terminal_width
-from relay.config.options import BACKUP_FIELDS, BACKUP_FLAGS, OPTIONS, SECTIONS, Option
+from relay.config.options import BACKUP_FIELDS, BACKUP_FLAGS, OPTIONS, SECTIONS
 
 _HEAD = """\
 Every setting is a flag of every command that has settings. A flag wins over a
@@ -67,16 +67,12 @@ def _blocks(width: int) -> Iterator[tuple[str, str, str]]:
         title = f"{section}: {SECTIONS[section]}" if section else "state_dir"
         names = ", ".join(f"{flag} X" for flag in option.flags)
         facts = f"{option.key}, {option.variables[0]}, default {json.dumps(option.default)}"
-        yield f"{names} {facts}", title, _text(names, _meaning(option), facts, width)
+        yield f"{names} {facts}", title, _text(names, option.explained, facts, width)
     for field in BACKUP_FIELDS:
         flag = f"{BACKUP_FLAGS[field.key]} NAME=X"
         facts = f"{field.key} in [[backup]]"
         title = "backup: of the backup that is called NAME, as in --backup NAME=host:port"
-        yield f"{flag} {facts}", title, _text(flag, _meaning(field), facts, width)
-
-
-def _meaning(option: Option) -> str:
-    return option.help + (f" Unit: {option.unit}." if option.unit else "")
+        yield f"{flag} {facts}", title, _text(flag, field.explained, facts, width)
 
 
 def _text(names: str, meaning: str, facts: str, width: int) -> str:

@@ -126,8 +126,7 @@ def _settings() -> Iterator[str]:
 
 
 def _setting(flags: str, option: Option, facts: str) -> Iterator[str]:
-    unit = f" Unit: {option.unit}." if option.unit else ""
-    yield from (".TP", f".B {_roff(flags)}", _roff(option.help + unit), ".br", _roff(facts))
+    yield from (".TP", f".B {_roff(flags)}", _roff(option.explained), ".br", _roff(facts))
 
 
 def _roff(text: str) -> str:

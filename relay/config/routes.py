@@ -10,10 +10,10 @@ import ipaddress
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from relay.config.destinations import Faults, default_name, hosts_of, is_mx, read_destination
-from relay.config.types import choice, duration, listen_addresses, quoted
+from relay.config.types import OptionType, choice, duration, listen_addresses, quoted
 from relay.mail.address_keys import covers, entry_key
 from relay.mail.addresses import Network
 from relay.mail.destination import Destination
@@ -26,6 +26,7 @@ LMTP_FORK = "fork is not possible with LMTP, which answers the dot once for each
 _FILE = "file:"
 _COPIES, _SPLIT = choice("backups", "others"), choice("defer", "fork")
 _STICK = choice("recipient", "sender", "client", "message")
+T = TypeVar("T")
 _EXPECTED_SERVERS = "a server, a list of servers in order, or weights such as {a = 3, b = 1}"
 
 
@@ -159,22 +160,19 @@ class _Reading:
             self._wrong("copies", "others has a meaning only with several servers")
         if "return_after" in table and len(servers) == 1:
             self._wrong("return_after", "has a meaning only with several servers")
-        after = RETURN_AFTER
-        try:
-            after = duration(zero=True).read(table.get("return_after", RETURN_AFTER))
-        except ValueError as error:
-            self._wrong("return_after", str(error))
+        after = self._chosen("return_after", duration(zero=True), RETURN_AFTER)
         return Route(name, match, servers, weights, backups, copies, split, stick, after)
 
     def _wrong(self, field: str, text: str) -> None:
         self.faults.append((field, text))
 
-    def _chosen(self, field: str, kind: Any, default: str) -> str:
+    def _chosen(self, field: str, kind: OptionType, default: T) -> T:
         try:
-            return str(kind.read(self._table.get(field, default)))
+            found: T = kind.read(self._table.get(field, default))
         except ValueError as error:
             self._wrong(field, str(error))
             return default
+        return found
 
     # --- servers --------------------------------------------------------------------------------------------------
 
