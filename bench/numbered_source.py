@@ -35,8 +35,12 @@ class Failed(Exception):
 class Source:
     """What the sessions share: the next number, and the file."""
 
-    def __init__(self, port: int, path: str, seed: int, *, first: int, count: int, kind: str, size: int) -> None:
+    def __init__(
+        self, port: int, path: str, seed: int, *, first: int, count: int, kind: str, size: int, rate: float = 0.0
+    ) -> None:
         self.port = port
+        self._pause = 1 / rate if rate else 0.0
+        self._due = 0.0
         self.source = random.Random(seed)
         self.ending = False
         self.is_steady = bool(count)  # it is counted: nothing is done at random
@@ -50,6 +54,13 @@ class Source:
             return None
         self._next += 1
         return self._next - 1
+
+    async def wait_for_turn(self) -> None:
+        """Wait until the next message is due by the rate."""
+        if self._pause:
+            now = asyncio.get_running_loop().time()
+            self._due = max(self._due + self._pause, now)
+            await asyncio.sleep(self._due - now)
 
     def message(self, number: int) -> Mail:
         return compose(number, self._kind, self._size)
@@ -71,6 +82,7 @@ class Session:
 
     async def run(self) -> None:
         while (number := self._source.number()) is not None:
+            await self._source.wait_for_turn()
             mail = self._source.message(number)
             owed = set(range(len(mail.recipients)))
             while owed:
@@ -225,9 +237,17 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=0, help="how many numbers; 0: until standard input ends")
     parser.add_argument("--kind", choices=KINDS, default="mixed")
     parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--rate", type=float, default=0.0, help="messages a second; 0: as fast as it goes")
     given = parser.parse_args()
     source = Source(
-        given.port, given.file, given.seed, first=given.first, count=given.count, kind=given.kind, size=given.size
+        given.port,
+        given.file,
+        given.seed,
+        first=given.first,
+        count=given.count,
+        kind=given.kind,
+        size=given.size,
+        rate=given.rate,
     )
     sys.exit(uvloop.run(send(source, given.sessions)))
 

@@ -77,6 +77,17 @@ def folder(path: Path, *, is_named: bool = False) -> None:
         raise Foreign(path, "everybody may write to it: chmod 700")
 
 
+def is_closed(folder: Path) -> bool:
+    """Return whether a folder belongs to a trusted user and nobody else can write there. Raises OSError."""
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and is_ours(found.st_uid) and not found.st_mode & 0o022
+
+
+def is_socket_of_ours(found: os.stat_result) -> bool:
+    """Return whether the result of an lstat is a socket of a trusted user."""
+    return stat.S_ISSOCK(found.st_mode) and is_ours(found.st_uid)
+
+
 def is_file_of_ours(found: os.stat_result) -> bool:
     """Return whether the result of an lstat or fstat is a regular file of a trusted user."""
     return stat.S_ISREG(found.st_mode) and is_ours(found.st_uid)

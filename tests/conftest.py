@@ -19,7 +19,16 @@ import redis
 
 from relay import log_lines, ownership, private_files
 from relay.mail import encryption, record
-from support import ended_loops, exim_instance, load, parallel_run, postfix_instance, remembered, settable_clock
+from support import (
+    ended_loops,
+    exim_instance,
+    load,
+    parallel_run,
+    postfix_instance,
+    preloaded,
+    remembered,
+    settable_clock,
+)
 from support.certificates import Certificate
 from support.dns_server import DnsServer
 from support.load import SmtpSink
@@ -195,7 +204,7 @@ def clock_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library behind SettableClock; the test is skipped where it cannot be had."""
     try:
         return settable_clock.compile_into(tmp_path_factory.mktemp("clock"))
-    except settable_clock.NotThere as error:
+    except preloaded.NotThere as error:
         pytest.skip(f"no clock that can be set: {error}")
 
 

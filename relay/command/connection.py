@@ -21,6 +21,7 @@ from relay.mail.record import bound
 from relay.mail.text import printable
 from relay.redisio import embedded
 from relay.redisio.clients import sync_client
+from relay.redisio.said import said
 
 _PATIENCE = 30.0  # seconds for one answer, once it has answered at all: an operator can wait for a busy one
 
@@ -42,11 +43,11 @@ def ledger_of(settings: Settings) -> Iterator[Redis]:
         with sync_client(server, max(_PATIENCE, server.timeout_seconds), retries=0) as connection:
             yield connection
     except (AuthenticationError, BusyLoadingError, NoAnswer) as error:
-        raise CannotSay(f"Redis at {server.shown}: {printable(str(error))}") from error
+        raise CannotSay(f"Redis at {server.shown}: {printable(said(error))}") from error
     except NoConnection as error:
         if settings.redis.url:
             option = "redis.sentinels" if server.sentinels else "redis.url"
-            raise CannotSay(f"no Redis at {server.shown}: {printable(str(error))}; see {option}") from error
+            raise CannotSay(f"no Redis at {server.shown}: {printable(said(error))}; see {option}") from error
         raise CannotSay(
             f"no Redis: set redis.url, or start `smtp-dup up` with this --state-dir ({settings.state_dir})"
         ) from error

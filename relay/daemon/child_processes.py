@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from redis import Redis
 
 from relay import log_lines
-from relay.child import ChildContext
+from relay.child import ChildContext, keep_living
 from relay.cockpit.host_report import HostReport
 from relay.cockpit.reachability import Looks, keep_looking
 from relay.cockpit.sampler import EventTeller, Sampler, keep_sampling
@@ -26,7 +26,7 @@ from relay.daemon.start import Role
 from relay.daemon.worker_children import are_shared, own_workers, shared_worker
 from relay.ledger import hosts, registry
 from relay.mail.destination import Destination
-from relay.monitoring import answers
+from relay.monitoring import answers, promises
 from relay.redisio.clients import sync_client
 from relay.routing import loading
 from relay.server import relay_process
@@ -61,6 +61,7 @@ class ChildProcesses:
         duties = _sweeping(settings, self.url) if self.role.delivers else {}
         duties |= self._watching(settings)
         duties = {name: _after_the_former(duty) for name, duty in duties.items()}
+        duties["signs of life"] = keep_living
         if self.listener:
             duties["status"] = self._status(settings, self.listener)
         own = [self.listener] if self.listener else []
@@ -153,6 +154,7 @@ class ChildProcesses:
                 keep_looking(client, looks, settings.ready.check_every, stop)
 
         duties: dict[str, Duty] = {"flow": sample, **self._tracing(settings, place)}
+        duties["promises of Redis"] = lambda _, stop: promises.keep_looking(settings, self.url, stop)
         if settings.ready.check_every:
             duties["looks at the servers"] = look
         if self.role.relays and loading.sources(settings):
@@ -184,8 +186,11 @@ class ChildProcesses:
         def be_status(_: ChildContext, stop: StopEvent) -> None:
             from relay.page import server  # noqa: PLC0415  (20 MB, that only the housekeeping process needs)
 
-            failing = partial(self.child_status.failing, prefix)
-            found = answers.of(settings, self.url, self.arena, seat=seat, failing=failing)
+            status = self.child_status
+            failing, hanging = partial(status.failing, prefix), partial(status.still, prefix)
+            found = answers.of(
+                settings, self.url, self.arena, seat=seat, failing=failing, hanging=hanging, still=status.still
+            )
             server.serve(replace(settings, redis=settings.redis.at(self.url)), listener, found, stop)
 
         return be_status

@@ -1,4 +1,4 @@
-"""Which children run, and which die again and again: told by the supervisor in memory that all its forks share.
+"""Which children run, stand still, or die again and again: told by the supervisor in memory that all its forks share.
 
 A reader that meets a half-written text reads again; what cannot be read for long is said to be unknown.
 """
@@ -35,7 +35,8 @@ class ChildStatus:
         for slot in seen:
             if slot.process is not None and slot.instance is not None:
                 living.setdefault(slot.child.name, []).append(slot.instance)
-        text = json.dumps([failing, living]).encode()
+        still = {s.child.name: s.process.pid for s in seen if s.process is not None and s.stands_still}
+        text = json.dumps([failing, living, still]).encode()
         if text != self._told and _head.size + len(text) <= _SIZE:
             self._count += 1
             _head.pack_into(self._memory, 0, self._count, 0)
@@ -46,11 +47,16 @@ class ChildStatus:
 
     def failing(self, prefix: str) -> list[str]:
         """Return the children with such names that have died several times in a row, and have not lived long since."""
-        failing: dict[str, tuple[bool, float]] = (self._read() or ({}, {}))[0]
+        failing: dict[str, tuple[bool, float]] = (self._read() or ({}, {}, {}))[0]
         now = time.monotonic()
         return sorted(
             n for n, (up, since) in failing.items() if n.startswith(prefix) and (not up or now - since < HEALTHY)
         )
+
+    def still(self, prefix: str = "") -> list[str]:
+        """Return the children with such names that live and do nothing, each with its process."""
+        still: dict[str, int] = (self._read() or ({}, {}, {}))[2]
+        return sorted(f"{name} (process {pid})" for name, pid in still.items() if name.startswith(prefix))
 
     def living(self, name: str) -> frozenset[str] | None:
         """Return the instances of a child's name that run; None when that cannot be told now."""
@@ -62,6 +68,6 @@ class ChildStatus:
             count, length = _head.unpack_from(self._memory, 0)
             text = self._memory[_head.size : _head.size + length]
             if count % 2 == 0 and _head.unpack_from(self._memory, 0)[0] == count:
-                return json.loads(text) if text else ({}, {})
+                return json.loads(text) if text else ({}, {}, {})
             time.sleep(0.001)
         return None

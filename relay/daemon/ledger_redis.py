@@ -19,6 +19,7 @@ from relay.daemon.start import UP, NoRedis, Role, StartError
 from relay.ledger import registry
 from relay.ledger.continuity import Continuity
 from relay.mail.text import printable
+from relay.monitoring import promises
 from relay.monitoring.probes import probe_redis
 from relay.redisio import aof, embedded
 from relay.redisio.clients import sync_client
@@ -134,8 +135,7 @@ def warn_of_lost_promises(settings: Settings, url: str) -> None:
     """Log what keeps this Redis from keeping what it acknowledges."""
     for finding in asyncio.run(probe_redis(settings, url)):
         if not finding.ok:
-            text = "a copy may be lost" if finding.subject.startswith("redis") else "a failover may not work"
-            maillog.notice("warning", text, about=finding.subject, finding=finding.text)
+            promises.tell(finding)
 
 
 def register(settings: Settings, continuity: Continuity, role: Role) -> None:

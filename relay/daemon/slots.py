@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from relay.child import ChildContext
+from relay.daemon.signs_of_life import SignOfLife
 
 # What is stopped first has the lowest number: no new mail, then no delivery, then what both need.
 RELAY_STAGE, WORKERS_STAGE, AROUND_STAGE, REDIS_STAGE = range(4)
@@ -91,6 +92,8 @@ class Slot:
     told: str = ""  # why it could not be started, as it was last said
     told_at: float = 0.0  # monotonic
     seat: int = 0  # see ChildContext
+    sign: SignOfLife | None = None  # of a fork that runs
+    stands_still: bool = False  # it gives no sign of life
     is_ready: bool = False
     is_temporary: bool = False  # from the roster
     is_leaving: bool = False  # told to go: the roster or the settings have it no more
@@ -108,7 +111,9 @@ class Slot:
         """Give back what this process holds for the child's."""
         if self.child.release and isinstance(self.process, subprocess.Popen):
             self.child.release(self.process)
-        self.process, self.is_ready = None, False
+        if self.sign:
+            self.sign.close()
+        self.process, self.sign, self.is_ready, self.stands_still = None, None, False, False
 
 
 def send(slots: Iterable[Slot], number: signal.Signals) -> None:

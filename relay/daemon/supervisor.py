@@ -30,7 +30,9 @@ from relay.daemon.child_status import ChildStatus
 from relay.daemon.fork import fork
 from relay.daemon.notify import notify
 from relay.daemon.renewal import Renewal, Roster
+from relay.daemon.signs_of_life import SignOfLife
 from relay.daemon.slots import Child, Fork, Slot, ending, send
+from relay.daemon.standstill import Standstill
 from relay.daemon.wakeup import Wakeup
 
 __all__ = ["Child", "Supervisor"]
@@ -66,7 +68,8 @@ class Supervisor:
     )
     _stopping: signal.Signals | None = field(init=False, default=None)
     _status: int = field(init=False, default=0)
-    _next_look: float = field(init=False, default=0.0)  # monotonic
+    _standstill: Standstill = field(init=False, default_factory=Standstill)
+    _next_look: float = field(init=False, default=0.0)  # monotonic; at who else is needed
 
     def run(self) -> int:
         """Start the children, keep them running, stop them in order. Returns the exit status.
@@ -124,8 +127,10 @@ class Supervisor:
                 times.append(self._next_look)
             if self._renewal:
                 times.append(self._renewal.deadline)
+            times.append(self._standstill.next_look)
             self._wait(min(times, default=math.inf))
             self._reap()
+            self._standstill.look(self._slots)
             self._call_the_roster()
             self._start_due()
             self._go_on_renewing()
@@ -210,7 +215,8 @@ class Supervisor:
                 slot.seat = next(n for n in range(len(taken) + 1) if n not in taken)
             if child.prepare:
                 child.prepare(slot.seat)
-            slot.process = Fork(self._fork(slot, begun))
+            slot.sign = SignOfLife()
+            slot.process = Fork(self._fork(slot, begun, slot.sign))
         slot.instance = f"{slot.process.pid}.{begun}"
         slot.due = None
         slot.told = ""
@@ -344,7 +350,7 @@ class Supervisor:
 
     # The fork
 
-    def _fork(self, slot: Slot, begun: int) -> int:
+    def _fork(self, slot: Slot, begun: int, sign: SignOfLife) -> int:
         child, predecessor = slot.child, slot.instance
 
         def context() -> ChildContext:
@@ -355,6 +361,7 @@ class Supervisor:
                 generation=child.generation or 1,
                 seat=slot.seat,
                 ready=self._wakeup.tell_ready,
+                lives=sign.give,
                 living=partial(self.child_status.living, child.name),
             )
 

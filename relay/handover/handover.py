@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from relay import unix_sockets
+from relay import maillog, private_files, unix_sockets
 from relay.handover.density import Density
 from relay.handover.frames import LARGEST, HandedCopy, Hello, folder_of, ledger_of
 from relay.handover.worker_line import Ids, WorkerLine
 
 _LOOK_SECONDS = 0.5
+_TOLD = 100  # names that the log has
 _AT_HAND = 256  # records kept from their stage to their release
 
 
@@ -30,7 +31,7 @@ class Offer:
         self._id = message_id
         self._record = record
         self._lines = lines
-        self._at = time.monotonic()
+        self.at = time.monotonic()  # no lease of it began earlier
         for line in lines:
             if line is not None:
                 line.reserve(len(record))
@@ -46,7 +47,7 @@ class Offer:
 
     def send(self, accepted_at: float) -> None:
         """Hand over what has been released."""
-        copy = HandedCopy(self._id, self._at, accepted_at, self._record)
+        copy = HandedCopy(self._id, self.at, accepted_at, self._record)
         for line in self._lines:
             if line is not None:
                 line.send(copy)
@@ -68,6 +69,7 @@ class Handover:
         self._lines: dict[str, WorkerLine] = {}  # by the name of their socket
         self._records: dict[str, bytes] = {}  # of what is staged, by id
         self._density = Density()
+        self._foreign: set[str] = set()  # names that are no sockets of ours, told of once
         self.on_handed: Callable[[str, Ids], None] = lambda _destination, _ids: None
         self.on_refused: Callable[[Hello, Sequence[HandedCopy]], None] = lambda _holder, _copies: None
 
@@ -121,9 +123,21 @@ class Handover:
         for name in [name for name, line in self._lines.items() if not line.is_open]:
             del self._lines[name]
         with suppress(OSError):
+            if not private_files.is_closed(folder):
+                self._pass_over(folder)
+                return
             for path in folder.iterdir():
                 if path.suffix == ".sock" and path.name not in self._lines:
-                    self._connect(folder, path.name)
+                    if private_files.is_socket_of_ours(path.lstat()):
+                        self._connect(folder, path.name)
+                    else:
+                        self._pass_over(path)
+
+    def _pass_over(self, path: Path) -> None:
+        """Leave alone what others could have put there: whoever listened on it would get mail."""
+        if path.name not in self._foreign and len(self._foreign) < _TOLD:
+            self._foreign.add(path.name)
+            maillog.notice("warning", "no copy is handed over there: it is not ours alone; remove it", path=str(path))
 
     def _connect(self, folder: Path, name: str) -> None:
         try:

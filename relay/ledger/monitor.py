@@ -21,6 +21,7 @@ from relay.ledger import keys
 from relay.ledger.continuity import Continuity
 from relay.ledger.redis_clock import RedisClock, time_of
 from relay.redisio import replication
+from relay.redisio.said import said
 
 STOP_AT = 0.75  # of maxmemory
 _LAST_AT = 0.90  # beyond this nothing is written, even without a spool: else no delivery could free memory any more
@@ -134,7 +135,7 @@ class Monitor:
         self._failed_at = time.monotonic()
         self._is_own = limits.is_own(error)
         if not self._trouble:
-            self._trouble = f"Redis: {type(error).__name__}: {error}".rstrip(": ")
+            self._trouble = f"Redis: {type(error).__name__}: {said(error)}".rstrip(": ")
             maillog.notice("warning", "Redis cannot be written to", reason=self._trouble)
 
     def look_alone(self) -> None:

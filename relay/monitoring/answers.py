@@ -27,6 +27,10 @@ from relay.smtpd.shared_counters import ProcessCounters
 
 _REDIS_SECONDS = 2.0  # a Redis that hangs is waited for twice in an answer, and who asks gives it ten seconds at most
 _SPOOLED = {"redis", "redis replicas", findings.MEMORY}  # trouble with these sends copies to the spool
+_MAIL_GOES_ON = {
+    *(findings.PROCESSES, findings.LEDGER, routes.MOVED),
+    *(topology.SUBJECT, topology.MOVED, topology.HOSTS),
+}
 _ABOUT_FAILOVER = ("sentinel ", "replica ")  # mail goes on as long as the master does
 
 
@@ -45,10 +49,13 @@ def of(
     *,
     seat: ProcessCounters | None = None,
     failing: Callable[[], list[str]] = list,
+    hanging: Callable[[], list[str]] = list,
+    still: Callable[[], list[str]] = list,
 ) -> Mapping[str, Callable[[], HttpAnswer]]:
     """Return what finds the answer of each path.
 
-    With a relay's ``seat`` its port is watched too; ``failing`` names who dies in a loop.
+    With a relay's ``seat`` its port is watched too; ``failing`` names who dies in a loop, ``hanging`` who of the same
+    lives and does nothing, ``still`` all who do so.
     """
     server = settings.redis.at(redis_url)
     server = replace(server, timeout_seconds=min(server.timeout_seconds, _REDIS_SECONDS))
@@ -56,18 +63,19 @@ def of(
     verdicts = ReadinessCollector(settings)
     collectors = [LedgerCollector(server), verdicts, *_relay_collectors(settings, seat)]
     return {
-        "/healthz": lambda: healthy(failing()),
-        "/readyz": lambda: ready(findings.of(settings, relaying=seat is not None)),
+        "/healthz": lambda: healthy(failing(), hanging()),
+        "/readyz": lambda: ready(findings.of(settings, relaying=seat is not None) + findings.of_processes(still())),
         "/metrics": lambda: metrics(arena, *collectors),
     }
 
 
-def healthy(failing: Sequence[str]) -> HttpAnswer:
-    """Return the answer of /healthz: 503 while processes die again and again."""
-    if not failing:
+def healthy(failing: Sequence[str], hanging: Sequence[str] = ()) -> HttpAnswer:
+    """Return the answer of /healthz: 503 while processes die again and again, or live and do nothing."""
+    if not failing and not hanging:
         return HttpAnswer(HTTPStatus.OK, "text/plain; charset=utf-8", b"ok\n")
-    text = f"{', '.join(failing)}: ended again and again, soon after the start; the log says how\n"
-    return HttpAnswer(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain; charset=utf-8", text.encode())
+    lines = [f"{', '.join(failing)}: ended again and again, soon after the start; the log says how\n"] * bool(failing)
+    lines += [f"{', '.join(hanging)}: no sign of life\n"] * bool(hanging)
+    return HttpAnswer(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain; charset=utf-8", "".join(lines).encode())
 
 
 def ready(found: list[ProbeResult]) -> HttpAnswer:
@@ -83,7 +91,8 @@ def ready(found: list[ProbeResult]) -> HttpAnswer:
         if not f.ok
         and (
             (f.subject in _SPOOLED and can_spool)
-            or f.subject in {findings.LEDGER, topology.SUBJECT, topology.MOVED, topology.HOSTS, routes.MOVED}
+            or f.subject
+            in {findings.PROCESSES, findings.LEDGER, topology.SUBJECT, topology.MOVED, topology.HOSTS, routes.MOVED}
             or f.subject.startswith((findings.HELD, routes.SUBJECT, topology.FAILOVER))
             or f.subject.startswith(_ABOUT_FAILOVER)
         )

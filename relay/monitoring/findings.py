@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import queue
 import socket
+import threading
+from collections.abc import Sequence
+from pathlib import Path
 
 from redis import Redis
 from redis.exceptions import RedisError
 
+from relay import private_files
 from relay.config.model import Settings
 from relay.ledger import archive, changes, overview
 from relay.ledger.continuity import warning
@@ -27,6 +32,9 @@ SPOOL = "spool"
 HELD = "destination "
 LEDGER = "ledger"
 MEMORY = "redis memory"
+PROCESSES = "processes"
+_DISK_SECONDS = 2.0  # for a small file
+_writing = threading.Lock()  # held while a file is written
 _PORT_SECONDS = 3.0  # for a greeting on the relay's port
 _TOLD_SECONDS = 86400.0  # for so long a ledger that has changed is a warning
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  (where to reach such a listener)
@@ -46,6 +54,12 @@ def of(settings: Settings, *, relaying: bool) -> list[ProbeResult]:
         if not usable:  # else it is read from there again, and written
             findings += routes.unusable_map(settings)
     return findings
+
+
+def of_processes(still: Sequence[str]) -> list[ProbeResult]:
+    """Say which processes of this installation live and do nothing."""
+    text = f"no sign of life from {', '.join(still)}: killed when that lasts for five minutes"
+    return [ProbeResult(PROCESSES, False, text)] if still else []
 
 
 def _ledger(settings: Settings, *, usable: bool) -> list[ProbeResult]:
@@ -125,4 +139,32 @@ def _spool(settings: Settings) -> list[ProbeResult]:
     least = settings.spool.min_free
     if free < max(least, 1):
         return [ProbeResult(SPOOL, False, f"{free} bytes are free at {folder}, spool.min_free is {least}")]
+    if place == folder and (trouble := _trouble_writing(folder)):
+        return [ProbeResult(SPOOL, False, f"{folder} cannot be written: {trouble}")]
     return [ProbeResult(SPOOL, True, f"{folder} can be written")]
+
+
+def _trouble_writing(folder: Path) -> str:
+    """Write a small file as a message is written; return what keeps it from the disk (an error, a quota), or ""."""
+    came: queue.SimpleQueue[str] = queue.SimpleQueue()
+    hangs = f"the disk has not taken a file within {_DISK_SECONDS:g} s"
+    if not _writing.acquire(blocking=False):  # the one before still waits for it
+        return hangs
+
+    def write() -> None:
+        name = f"probe.{os.getpid()}"
+        try:
+            private_files.write(folder, name, b"x")
+            (folder / name).unlink()
+        except OSError as error:
+            came.put(error.strerror or str(error))
+        else:
+            came.put("")
+        finally:
+            _writing.release()
+
+    threading.Thread(target=write, name="probe of the spool", daemon=True).start()
+    try:
+        return came.get(timeout=_DISK_SECONDS)
+    except queue.Empty:
+        return hangs

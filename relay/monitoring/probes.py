@@ -27,6 +27,7 @@ from relay.monitoring.routes import about_routes, unusable_map
 from relay.monitoring.sentinel_probes import probe_replicas, probe_sentinels, probe_settings
 from relay.redisio import embedded, versions
 from relay.redisio.clients import async_client
+from relay.redisio.said import said
 from relay.smtpd.credentials import Credentials
 
 # The settings that Redis must have, or a copy can be lost after the relay's 2xx; and how it gets lost.
@@ -131,7 +132,7 @@ async def _probe_server(server: RedisSettings) -> list[ProbeResult]:
     except TimeoutError:
         return [ProbeResult("redis", False, f"{shown} does not answer within {patience:g} s")]
     except (RedisError, OSError) as error:
-        return [ProbeResult("redis", False, f"{shown} cannot be used: {printable(str(error))}")]
+        return [ProbeResult("redis", False, f"{shown} cannot be used: {printable(said(error))}")]
     finally:
         await client.aclose()
 

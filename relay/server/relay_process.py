@@ -19,7 +19,7 @@ import uvloop
 from redis.exceptions import RedisError
 
 from relay import limits, log_lines, log_output, maillog
-from relay.child import ChildContext
+from relay.child import ChildContext, keep_living_in_loop
 from relay.client.pool import Pool
 from relay.config.loader import Settings
 from relay.handover.handover import Handover
@@ -163,6 +163,7 @@ class _Relay:
             loop.add_signal_handler(number, self._end)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         loop.add_signal_handler(LEAVE, self._leave)
+        self._living = loop.create_task(keep_living_in_loop(self._context.lives))  # to the loop's end
         self._place.counters.take()
         self._reload_keys()
         if self._spool:

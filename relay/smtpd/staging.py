@@ -190,7 +190,7 @@ class Staging:
             maillog.ledger_trouble(f"release {released.id}", error)
             if offer is not None:
                 offer.give_up()
-            await self._release_later(released)
+            await self._release_later(released, offer)
             return
         # Also when Redis had it done already, by a try that got no answer. A superfluous job does no harm.
         for n, destination in enumerate(released.destinations):
@@ -203,10 +203,11 @@ class Staging:
         elif is_new == COVERING and self._covering:
             self._repeat(partial(self._covering, released))
 
-    async def _release_later(self, released: Released) -> None:
+    async def _release_later(self, released: Released, offer: Offer | None = None) -> None:
+        """Repeat a release in the background; ``offer`` is what its first try has leased, if Redis has taken that."""
         if self._spool is not None:
             await self._noted(self._spool.note_release(released))
-        self._repeat(lambda: self._released_late(released))
+        self._repeat(lambda: self._released_late(released, offer))
 
     def discard(self, message_id: str) -> None:
         """Delete a message that the primary refused; repeated in the background until Redis answers."""
@@ -232,16 +233,21 @@ class Staging:
             self._dispatcher.add(destination, message_id)
 
     async def _take_back(self, holder: Hello, copies: Sequence[HandedCopy]) -> None:
-        """End the leases of copies that could not be handed over; then they get their job.
-
-        Old leases are left to the worker: it gives back what has not come, and may have claimed it by then.
-        """
+        """End the leases of copies that could not be handed over; then they get their job."""
         ids = [copy.id for copy in copies]
-        if time.monotonic() - min(copy.leased_at for copy in copies) < FRESH_SECONDS:
-            batch = CommandBatch()
-            changes.unlease(batch, holder.destination, holder.worker, ids)
-            await self._wires.ask(batch)
+        await self._unlease(min(copy.leased_at for copy in copies), [(holder.destination, holder.worker)], ids)
         self._dispatch(holder.destination, ids)
+
+    async def _unlease(self, since: float, holders: Sequence[tuple[str, str]], ids: Sequence[str]) -> None:
+        """End leases, by destination and worker, of what the worker never gets.
+
+        Old ones are left to the worker: it gives back what has not come, and may have claimed it by then.
+        """
+        if time.monotonic() - since < FRESH_SECONDS:
+            batch = CommandBatch()
+            for destination, worker in holders:
+                changes.unlease(batch, destination, worker, ids)
+            await self._wires.ask(batch)
 
     async def _in_spool(self, change: Callable[[str], Awaitable[bool]], message_id: str) -> bool:
         """Change a message in the spool; returns whether it is there. A failed change is repeated in the background."""
@@ -267,9 +273,12 @@ class Staging:
             metrics.copies_lost.inc()
             maillog.notice("error", "copy lost", id=released.id, copies=",".join(released.destinations), reason=_FORGOT)
 
-    async def _released_late(self, released: Released) -> None:
+    async def _released_late(self, released: Released, offer: Offer | None) -> None:
         if not await self._small.submit("release", released):
             await self._look_for(released)
+            if offer is not None:  # the first try was done, and its job must not wait for a lease that nobody uses
+                held = zip(released.destinations, offer.holders, strict=True)
+                await self._unlease(offer.at, [pair for pair in held if pair[1]], [released.id])
         # Also when there was nothing to release: the first try may have succeeded without an answer.
         for destination in released.destinations:
             self._dispatch(destination, [released.id])

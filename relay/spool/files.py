@@ -24,7 +24,7 @@ from relay.ledger.changes import Released
 from relay.mail import headers
 from relay.mail.destination import Destination
 from relay.mail.envelope import MalformedRecord
-from relay.mail.ids import is_destination_name, is_job_id, owner_of
+from relay.mail.ids import is_destination_name, is_job_id, made_at, owner_of
 from relay.mail.record import LockedRecord, Message
 from relay.mail.stored import any_text, number, parsed, texts
 from relay.spool import locks, writer
@@ -34,6 +34,7 @@ from relay.spool.writer import DISCARD, READY, RELEASE, STAGED, TMP, Entry
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # no hard links: files are copied instead
 _LIST_EVERY = 60.0  # seconds, also when some of it could not come in
 _TOLD = 100  # files of others that the log names
+_LONG_AFTER = 3600.0  # seconds from the id of a message to the last change of its file's state
 _AHEAD = 5000  # entries of a backlog kept in mind: it is listed again when they are done
 
 
@@ -47,12 +48,13 @@ class Due(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """The content of one file."""
+    """The content of one file. ``came_back``: it was put there long after its message was accepted."""
 
     entry: Entry
     record: bytes
     released: Released
     held: bool
+    came_back: bool
 
 
 class SpoolFiles:
@@ -245,7 +247,12 @@ class SpoolFiles:
         addresses = tuple(r.address for r in envelope.recipients)
         names = (destination,) if destination else envelope.destinations
         released = Released(envelope.id, names, digest, addresses, envelope.received_at)
-        return Loaded(entry, record, released, held=entry.state != READY)
+        # In a backlog, a link that was made or removed changes the time, too.
+        came_back = not destination and self._put_there_at(entry) > made_at(entry.id) + _LONG_AFTER
+        return Loaded(entry, record, released, entry.state != READY, came_back)
+
+    def _put_there_at(self, entry: Entry) -> float:
+        return (writer.messages(self._folder) / entry.name).lstat().st_ctime
 
     def notes(self, entries: Sequence[Entry]) -> list[tuple[Entry, Released | None]]:
         """Return notes: (entry, Released), or (entry, None) for a discard; unreadable ones are set aside."""

@@ -268,6 +268,10 @@ class Importer:
             return
         for name, files in shares.left(due).items():
             await asyncio.to_thread(self._shelf.put_by, name, files)
+        for m in loaded:
+            if m.came_back:
+                for name in m.released.destinations:
+                    maillog.repeated(m.entry.id, name, "its file was put into the spool long after it was accepted")
         await self._write(due, held)
         # Also for copies imported before: that import may have ended before it made the job. And before the file is
         # deleted: a successor could not know of the copy otherwise.

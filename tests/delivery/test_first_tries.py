@@ -260,7 +260,7 @@ async def test_what_comes_late_is_claimed(
         await made.courier.deliver("job", [settled])
         for offer in offers:
             assert offer is not None
-            offer._at = time.monotonic() - 2 * FRESH_SECONDS
+            offer.at = time.monotonic() - 2 * FRESH_SECONDS
             offer.send(1.0)
         await until(lambda: len(backup.messages) == 2)
         await until(lambda: made.pending() == 1)
@@ -337,7 +337,7 @@ async def test_a_worker_that_stands_still(contents: Contents, redis_url: str, tm
 
 def _folder(state_dir: Path) -> Path:
     folder = folder_of(state_dir)
-    folder.mkdir()
+    folder.mkdir(0o700)
     return folder
 
 

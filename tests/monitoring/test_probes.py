@@ -12,11 +12,13 @@ import redis
 
 from relay.config.loader import Settings, load
 from relay.ledger.audit import Act
+from relay.ledger.monitor import Monitor
 from relay.mail.destination import Destination
 from relay.mail.timeouts import Timeouts
 from relay.monitoring.probe_result import ProbeResult
 from relay.monitoring.probes import probe_all, probe_destination, probe_redis
 from relay.redisio import embedded, versions
+from relay.redisio.clients import async_client
 from relay.routing import moved_copy
 from relay.topology import moving
 from relay.topology.moved import MovedEntry
@@ -133,6 +135,21 @@ async def test_a_redis_that_hides_its_settings(redis_factory: Callable[..., Redi
     assert not wrong.ok
     assert "cannot be used: invalid username-password pair" in wrong.text
     assert "hunter" not in repr([first, *others, wrong])
+
+
+async def test_a_redis_that_wants_a_password(redis_factory: Callable[..., RedisServer]) -> None:
+    """It is said in words of the settings, by the probe and by the relay that cannot write there."""
+    server = redis_factory()
+    with server.client() as client:
+        client.config_set("requirepass", "hunter2")
+        (wrong,) = await probe_redis(settings_for(server.url))
+        connection = async_client(settings_for(server.url).redis, 5)
+        watch = Monitor(connection, seconds=5)
+        await watch.look()
+        await connection.aclose()
+        client.config_set("requirepass", "")  # whoever stops it has none
+    assert wrong.text.endswith("cannot be used: it wants a password, and redis.url has none")
+    assert watch.objection(0).endswith("it wants a password, and redis.url has none")
 
 
 async def test_a_redis_that_is_not_there() -> None:

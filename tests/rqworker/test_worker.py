@@ -39,7 +39,7 @@ class Bench:
     def __init__(self, url: str) -> None:
         self.client = redis.Redis.from_url(url)
         self.queue = Queue(QUEUE, connection=self.client, serializer=JSONSerializer)
-        self.thread = CourierThread()
+        self.thread = CourierThread(lambda: None)
         self.thread.start()
         self.courier: NotingCourier = self.thread.add(NotingCourier)
         jobs.bind("new", self.courier, self.thread.loop)

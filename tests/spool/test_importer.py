@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -661,3 +662,16 @@ async def test_a_failed_body_is_delivered_again_from_a_copy_in_the_spool(place: 
     place.put(f"{message.envelope.id}-{len(record)}.ready", record)
     await place.imported()
     assert place.ledger.pending_ids() == [message.envelope.id]
+
+
+async def test_a_file_that_comes_back(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A spool restored from yesterday's backup, or moved: its messages are delivered, as ones that may repeat."""
+    told: list[tuple[str, str]] = []
+    monkeypatch.setattr("relay.maillog.repeated", lambda message_id, name, _reason: told.append((message_id, name)))
+    yesterday = place.message("yesterday", ids=IdSource(lambda: time.time() - 86400.0))
+    record = yesterday.pack()
+    place.put(f"{yesterday.envelope.id}-{len(record)}.ready", record)
+    fresh = await place.spooled(place.message("fresh"))
+    await place.imported()
+    assert set(place.ledger.pending_ids()) == {yesterday.envelope.id, fresh}
+    assert told == [(yesterday.envelope.id, "new")]

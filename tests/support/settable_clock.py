@@ -6,16 +6,12 @@ Only the time of day is another; the monotonic clock, time-outs and intervals go
 from __future__ import annotations
 
 import mmap
-import shutil
 import struct
-import subprocess
 from pathlib import Path
 
+from support import preloaded
+
 _SOURCE = Path(__file__).with_suffix(".c")
-
-
-class NotThere(Exception):
-    """It cannot be had here; the text says why."""
 
 
 class SettableClock:
@@ -33,13 +29,5 @@ class SettableClock:
 
 
 def compile_into(folder: Path) -> Path:
-    """Return the library. Raises NotThere."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        raise NotThere("needs a C compiler")
-    library = folder / "settable_clock.so"
-    command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(_SOURCE)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    if done.returncode:
-        raise NotThere(f"the C compiler says {done.stderr.strip()[-300:]}")
-    return library
+    """Return the library. Raises preloaded.NotThere."""
+    return preloaded.compiled(_SOURCE, folder)

@@ -108,6 +108,8 @@ class Intake:
     def _remove_dead(self) -> None:
         for path in self._folder.glob("*.sock"):
             with suppress(OSError):
+                if not private_files.is_socket_of_ours(path.lstat()):
+                    continue
                 sock = unix_sockets.connected(self._folder, path.name, patience=0)
                 if sock is None:
                     path.unlink()

@@ -13,6 +13,7 @@ import uvloop
 from loguru import logger
 
 from relay import log_output
+from relay.child import keep_living_in_loop
 from workers.jobs import Deliverer
 
 T = TypeVar("T")
@@ -23,7 +24,10 @@ _LAST_WORD_SECONDS = 2.0  # for the last log line when the process must end
 class CourierThread:
     """The loop and its thread. Stop signals reach it through a pipe and start the drain of every courier."""
 
-    def __init__(self) -> None:
+    def __init__(self, lives: Callable[[], None]) -> None:
+        """``lives`` is called as long as the loop turns."""
+        self._lives = lives
+        self._living: asyncio.Task[None] | None = None
         self.loop = uvloop.new_event_loop()
         self._closing = False
         self._couriers: dict[Deliverer, asyncio.Task[None] | None] = {}  # with their drain, once it has begun
@@ -66,6 +70,7 @@ class CourierThread:
     async def _watch(self) -> None:
         log_output.gather(self.loop.call_soon)
         self.loop.add_reader(self._wakeup[0], self._on_signal)
+        self._living = self.loop.create_task(keep_living_in_loop(self._lives))
 
     async def _add(self, make: Callable[[], Deliverer]) -> Deliverer:
         courier = make()

@@ -200,7 +200,7 @@ def serve(context: ChildContext, tenants: Sequence[Tenant], connect: Callable[[]
     os.nice(NICENESS)
     stop = StopSignal(STOP)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    loop = CourierThread()
+    loop = CourierThread(context.lives)
     loop.start()
     process = SharedProcess(tenants, loop, connect)
     logger.info("one worker serves {} destinations while they are quiet", len(tenants))

@@ -53,7 +53,7 @@ def serve(
     """
     os.nice(NICENESS)
     name = worker_name(destination, context.instance)
-    thread = CourierThread()
+    thread = CourierThread(context.lives)
     worker: DeliveryWorker | None = None
     early: list[int] = []
 
