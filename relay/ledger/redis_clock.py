@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from relay.ledger import keys
 from relay.mail.stored import LATEST, figure
 
-_TOLERANCE = 1.0  # seconds: a clock that is slewed, or an answer that was slow, is no step
+_TOLERANCE = 1.0  # seconds: a clock that is slewed is not set
 _REMEMBERED = 100  # steps
 _PAGE = 1000
 _LOOKED = "looked"  # field of the ledger's hash
@@ -36,7 +36,7 @@ class RedisClock:
     ) -> None:
         self._monotonic = monotonic
         self._ahead = wall() - monotonic()
-        self._is_known = False
+        self._bounds = (-math.inf, math.inf)  # between which that is for certain, by the answers until now
         self._leaps: deque[_Leap] = deque(maxlen=_REMEMBERED)
 
     def now(self) -> float:
@@ -49,13 +49,16 @@ class RedisClock:
         Returns by how many seconds its clock has been set since the answer before, 0 when it has not.
         """
         answered_at = self._monotonic()
-        ahead = said - (asked_at + answered_at) / 2
-        step = ahead - self._ahead
-        is_set = self._is_known and abs(step) > _TOLERANCE + (answered_at - asked_at) / 2
-        if is_set:
+        (least, most), (low, high) = self._bounds, (said - answered_at, said - asked_at)
+        gap = max(low - most, least - high)  # what no slowness of the answers explains
+        # A slow answer tells less than a prompt one before it.
+        self._bounds = (low, high) if gap > 0 else (max(low, least), min(high, most))
+        ahead = sum(self._bounds) / 2
+        step = ahead - self._ahead if gap > _TOLERANCE else 0.0
+        if step:
             self._note(answered_at + self._ahead, step)
-        self._ahead, self._is_known = ahead, True
-        return step if is_set else 0.0
+        self._ahead = ahead
+        return step
 
     def ask(self, connection: Any, last: float = 0.0) -> float:
         """Ask Redis. Returns what ``hear`` does. Raises RedisError.
@@ -63,7 +66,7 @@ class RedisClock:
         ``last`` is the time at which somebody of ours has last looked at this clock, for the first time that we do:
         what lies between is not known to have passed.
         """
-        is_first = not self._is_known
+        is_first = self._bounds[1] == math.inf
         asked_at = self._monotonic()
         step = self.hear(time_of(connection.time()), asked_at)
         if not (is_first and last):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import redis
@@ -150,3 +151,37 @@ def test_no_id_comes_twice_while_a_clock_goes_back() -> None:
     assert {i[9:13] for i in made} == {source.owner}
     assert set("".join(made)) <= set(ALPHABET)
     assert made_at(made[-1]) == pytest.approx(wall[0], abs=10)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_slow_answers_are_no_step(seed: int) -> None:
+    """However long Redis takes, and on whichever way: nothing is said to be set, and the time is as good as known."""
+    source = random.Random(seed)
+    uptime = 1000.0
+    clock = RedisClock(monotonic=lambda: uptime, wall=lambda: 5e8)
+    best = math.inf
+    for _ in range(200):
+        there, back = (source.choice((0.0, 0.001, 0.5, 2.0, 30.0)) * source.random() for _ in range(2))
+        asked_at = uptime
+        uptime += there
+        said = uptime + 1e9
+        uptime += back
+        assert clock.hear(said, asked_at) == 0.0
+        best = min(best, there + back)
+        assert abs(clock.now() - uptime - 1e9) <= best / 2 + 1e-5
+        uptime += source.random()
+
+
+@pytest.mark.parametrize("step", [-3600.0, -5.0, 5.0, 3600.0])
+@pytest.mark.parametrize("slow", [0.0, 2.0])
+def test_a_step_behind_slow_answers(step: float, slow: float) -> None:
+    """It is seen by the next answer that is prompt, and by a slow one where it is longer than that took."""
+    uptime = 1000.0
+    clock = RedisClock(monotonic=lambda: uptime, wall=lambda: 5e8)
+    for _ in range(3):
+        asked_at = uptime
+        uptime += slow
+        assert clock.hear(asked_at + 1e9, asked_at) == 0.0
+    found = clock.hear(uptime + 1e9 + step, uptime)
+    assert found == pytest.approx(step, abs=slow / 2 + 1e-5)
+    assert clock.now() == pytest.approx(uptime + 1e9 + step)
