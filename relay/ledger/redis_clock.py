@@ -7,6 +7,7 @@ a failover to a server whose clock differs looks the same. Until Redis has said 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
