@@ -24,6 +24,8 @@ from relay.routing import loading, moved_copy
 from relay.routing.decisions import RouteDecision, RoutePlan, Router
 from relay.routing.moved_copy import MovedMap
 from relay.routing.table_file import entries as entries_of
+from relay.smtpd.recipients import typed_path
+from relay.smtpd.syntax import SyntaxProblem
 from relay.topology import decisions, moving, promotion
 from relay.topology.decisions import View
 from relay.topology.heartbeats import Heartbeat
@@ -91,18 +93,26 @@ class MovePlan:
 
 def wish(text: str, *, fold: bool, is_domain: bool = False, line: int = 0, to: str = "") -> Wish | Kept:
     """Read an address, or a domain as @example.com."""
-    bare = text.strip().removeprefix("<").removesuffix(">") if text.strip() != NULL_SENDER else text.strip()
+    bare = text.strip()
+    if bare.startswith("<") and bare.endswith(">") and bare != NULL_SENDER:
+        bare = bare[1:-1]
     label = f"line {line}: {printable(bare)}" if line else printable(bare)
     if is_domain:
         bare = f"@{bare.removeprefix('@')}"
+        if "@" in bare[1:]:
+            return Kept(label, "expected a domain: example.com, or .example.com for all below it")
     elif line and "@" not in bare and "." in bare.strip("."):
         bare = f"@{bare}"  # a list of domains
     if "@" not in bare:
         return Kept(label, "expected user@example.com: an address without a domain takes the default route")
     try:
         key = entry_key(bare, fold=fold)
+        if "@" in bare[1:]:  # an address, read and looked up as the relay does with that of a message
+            key = lookup_keys(typed_path(bare, "TO"), fold=fold)[0]
     except ValueError as error:
         return Kept(label, str(error))
+    except SyntaxProblem:
+        return Kept(label, "expected what RCPT TO:<user@example.com> can have between the brackets")
     if key in {EVERYBODY, NULL_SENDER} or not is_key(key):
         return Kept(label, "expected user@example.com or @example.com")
     return Wish(printable(bare), key, line, to)

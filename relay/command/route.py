@@ -21,7 +21,8 @@ from relay.routing.decisions import RouteDecision, owed
 from relay.routing.moved_copy import MovedMap
 from relay.routing.table_file import BadTable
 from relay.routing.table_store import Table
-from relay.smtpd.syntax import SyntaxProblem, argument_text, parse_path
+from relay.smtpd.recipients import typed_path
+from relay.smtpd.syntax import SyntaxProblem
 from relay.topology import moving, promotion
 from relay.topology.roles import Roles, as_settings_say, decided
 
@@ -85,15 +86,11 @@ def show(settings: Settings, out: Output, *, address: str, sender: str, client: 
 
 def _path(text: str, keyword: str) -> str:
     """Return an address as the relay reads it, with or without angle brackets. Raises Misuse for what it refuses."""
-    path = text if text.startswith("<") and text.endswith(">") else f"<{text}>"
     try:
-        argument = argument_text(f"{keyword}:{path}".encode("utf-8", "surrogateescape"))
-        found, parameters = parse_path(argument, keyword)
+        return typed_path(text, keyword)
     except SyntaxProblem:
-        found, parameters = "", ("",)
-    if parameters or (keyword == "TO" and not found):
-        raise Misuse(f"expected an address as in {keyword}:<user@example.com>, not {printable(text) or 'nothing'}")
-    return found
+        shown = printable(text) or "nothing"
+        raise Misuse(f"expected an address as in {keyword}:<user@example.com>, not {shown}") from None
 
 
 def _address(listen: str, settings: Settings) -> tuple[str, int]:

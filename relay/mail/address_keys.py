@@ -46,6 +46,7 @@ def _a_label(label: str) -> str:
     if mapped.isascii():
         return mapped
     try:
+        mapped.encode("utf-8")  # or what is none would be the A-label of no text
         return "xn--" + mapped.encode("punycode").decode("ascii")
     except UnicodeError:  # octets that are no UTF-8: equal to themselves only
         return mapped

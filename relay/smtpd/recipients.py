@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from relay.mail.esmtp import RCPT_EXTENSIONS, command_line
 from relay.mail.recipient import Recipient
-from relay.smtpd.syntax import SyntaxProblem, carried, check, meaningful, parse_path
+from relay.smtpd.syntax import SyntaxProblem, argument_text, carried, check, meaningful, parse_path
 
 
 def parse_recipient(argument: str, offered: Collection[str]) -> Recipient:
@@ -18,6 +18,18 @@ def parse_recipient(argument: str, offered: Collection[str]) -> Recipient:
     if not address:
         raise SyntaxProblem(501, "5.1.3 A recipient needs an address")
     return Recipient(address, given)
+
+
+def typed_path(text: str, keyword: str) -> str:
+    """Return the path that MAIL (FROM) or RCPT (TO) would have of an address as it was typed, "" for the null sender.
+
+    Angle brackets may be left out. Raises SyntaxProblem for what the relay refuses, parameters among it.
+    """
+    path = text if text.startswith("<") and text.endswith(">") else f"<{text}>"
+    found, parameters = parse_path(argument_text(f"{keyword}:{path}".encode("utf-8", "surrogateescape")), keyword)
+    if parameters or (keyword == "TO" and not found):
+        raise SyntaxProblem(501, "5.1.3 A recipient needs an address")
+    return found
 
 
 def is_relayed(recipient: Recipient, allowed_domains: Collection[str]) -> bool:

@@ -8,10 +8,13 @@ from itertools import product as combinations
 
 import pytest
 
+from relay.cockpit.moves import Wish, wish
 from relay.command import route
 from relay.command.exit_status import WELL, Misuse
 from relay.command.output import Output
 from relay.config.loader import Settings, load
+from relay.mail.address_keys import lookup_keys
+from relay.smtpd.recipients import typed_path
 from support.dialogue import Dialogue
 from support.product import QUICK, Product
 from support.scripted_server import ScriptedServer
@@ -119,3 +122,21 @@ def test_command_and_relay_agree(
             if does != says:
                 differ.append((address, does, says))
     assert differ == []
+
+
+def test_whoever_is_moved_is_found_by_the_relay() -> None:
+    """`move ADDRESS` and `move --domain` take what a message can have, under the key of its look-up."""
+    moved = [found for form in _FORMS if isinstance(found := wish(form, fold=True), Wish) and not form.startswith("@o")]
+    assert len(moved) > 100
+    for found in moved:
+        assert lookup_keys(typed_path(found.text, "TO"), fold=True)[0] == found.key
+    kept = ["anna", "anna@", '""@one.example', "an\x01na@one.example", "\udcff@one.example", "anna@\udcff.one.example",
+            'an"na@one.example', "an>na@one.example", "anna@one.example NOTIFY=NEVER", "<anna@one.example"]  # fmt: skip
+    assert [form for form in kept if isinstance(wish(form, fold=True), Wish)] == []
+    for form in ("one.example", "ONE.example.", "@one.example", ".one.example", "b\xfccher.example", "[192.0.2.1]"):
+        found = wish(form, fold=True, is_domain=True)
+        assert isinstance(found, Wish), form
+        assert found.key in lookup_keys(f"x@{'sub' * form.startswith('.')}{form.removeprefix('@')}", fold=True), form
+    for form in ("\udcff.example", "xn--\udcff.example", "anna@one.example", "a b.example", "a>b.example", "a..b", "",
+                 "*", "<>", "[nonsense]", "a,b.example", "x." * 130 + "one.example", "a\x01.example"):  # fmt: skip
+        assert not isinstance(wish(form, fold=True, is_domain=True), Wish), form
