@@ -113,7 +113,7 @@ _ROUTE: dict[str, Word | CommandGroup] = {
         "which route an address takes, who answers for it, and why", "route:show",
         click.Argument(["address"], metavar="ADDRESS"),
         _option("--sender", metavar="ADDRESS", default="", help="of the message; the null sender"),
-        _option("--client", metavar="IP", default="127.0.0.1", help="that sends it; 127.0.0.1"),
+        _option("--client", metavar="IP", default="", help="that sends it; 127.0.0.1"),
         _option("--listen", metavar="HOST:PORT", default="", help="of ours, that it connects to; the first"),
         settings="primary",
     ),

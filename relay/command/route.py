@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +15,7 @@ from relay.config.loader import Settings
 from relay.config.types import listen_addresses
 from relay.mail.address_keys import lookup_keys
 from relay.mail.addresses import parsed
+from relay.mail.recipient import Recipient
 from relay.mail.text import printable
 from relay.redisio import embedded
 from relay.routing import loading, moved_copy
@@ -21,17 +23,20 @@ from relay.routing.decisions import RouteDecision, owed
 from relay.routing.moved_copy import MovedMap
 from relay.routing.table_file import BadTable
 from relay.routing.table_store import Table
-from relay.smtpd.recipients import typed_path
+from relay.smtpd.peer import AUTH_FIRST, STRANGER
+from relay.smtpd.recipients import NOT_RELAYED, is_relayed, typed_path
 from relay.smtpd.syntax import SyntaxProblem
 from relay.topology import moving, promotion
 from relay.topology.roles import Roles, as_settings_say, decided
 
+_HERE = "127.0.0.1"  # where no client is given, whose network is not looked at then
+
 
 def show(settings: Settings, out: Output, *, address: str, sender: str, client: str, listen: str) -> int:
-    """Show it. Says no where a table cannot be read. Raises Misuse, Trouble."""
+    """Show it. Says no where a table cannot be read, or the relay refuses it by itself. Raises Misuse, Trouble."""
     local = _address(listen, settings)
     recipient, sender = _path(address, "TO"), _path(sender, "FROM")
-    if parsed(client) is None:
+    if client and parsed(client) is None:
         raise Misuse(f"--client: expected an IP address, not {printable(client)}")
     warnings: list[str] = []
     try:
@@ -46,7 +51,7 @@ def show(settings: Settings, out: Output, *, address: str, sender: str, client: 
     default, backups = roles.primary.name, [backup.name for backup in roles.backups]
     router = loading.router_of(settings, tables, moved).with_routes(roles.routes)
     # The token stands for the message where that decides by weight: there is none.
-    plan = router.plan(default, sender, client, local, token="message")  # noqa: S106  (no password)
+    plan = router.plan(default, sender, client or _HERE, local, token="message")  # noqa: S106  (no password)
     try:
         decision = plan.decide(recipient)
     except OSError as error:
@@ -64,24 +69,42 @@ def show(settings: Settings, out: Output, *, address: str, sender: str, client: 
         "why": _why(decision, tables, moved),
         "weights": _weights(decision),
         "waits_for_recipient": plan.settled is None,
+        "refused": _refused(settings, recipient, client),
     }
     if out.as_json:
         out.object({**row, "warnings": warnings})
-        return NO if warnings else WELL
-    place = by_name[answered].address if answered in by_name else ""
+    else:
+        place = by_name[answered].address if answered in by_name else ""
+        _tell(row, place if place != answered else "", changeover.answering(decision.route), warnings, out)
+    return NO if warnings or row["refused"] else WELL
+
+
+def _tell(row: dict[str, Any], place: str, weights: str, warnings: Sequence[str], out: Output) -> None:
+    if row["refused"]:
+        out.line(f"refused  by the relay itself: {row['refused']}; else")
     out.line(f"route    {row['route']}")
-    out.line(f"primary  {answered} ({place})" if place and place != answered else f"primary  {answered}")
+    out.line(f"primary  {row['primary']} ({place})" if place else f"primary  {row['primary']}")
     if row["split"] == "fork":
         out.line("split    fork: a message for recipients of other servers goes to each at once")
     if row["then"]:
         out.line(f"         then {', '.join(row['then'])}, where that cannot be used")
-    out.line(f"copies   {', '.join(copies) or 'none'}")
+    out.line(f"copies   {', '.join(row['backups']) or 'none'}")
     if row["weights"]:
-        out.line(f"weights  {changeover.answering(decision.route)}")
+        out.line(f"weights  {weights}")
     out.line(f"why      {row['why']}")
     for warning in warnings:
         out.line(f"warning  {warning}")
-    return NO if warnings else WELL
+
+
+def _refused(settings: Settings, recipient: str, client: str) -> str:
+    """Return what the relay itself says to such a client or recipient, and the setting that has it so, else ""."""
+    smtp = settings.smtp
+    if client and not smtp.allows(client):
+        told = AUTH_FIRST if smtp.users_file else STRANGER
+        return f"{told.text}: {printable(client)} is not in smtp.allowed_networks"
+    if not is_relayed(Recipient(recipient), smtp.allowed_domains):
+        return f"{NOT_RELAYED.text}: smtp.allowed_domains"
+    return ""
 
 
 def _path(text: str, keyword: str) -> str:

@@ -38,8 +38,8 @@ _CROWDED = Reply.of(421, "4.3.2 Too many connections, try again later")
 _CROWD = Reply.of(421, "4.7.0 Too many connections from your address, try again later")
 _TALKATIVE = Reply.of(554, "5.5.0 You talked before the greeting")
 _TLS_FIRST = Reply.of(530, "5.7.0 Must issue a STARTTLS command first")
-_AUTH_FIRST = Reply.of(530, "5.7.0 Authentication required")
-_STRANGER = Reply.of(554, "5.7.1 Client address not allowed")
+AUTH_FIRST = Reply.of(530, "5.7.0 Authentication required")
+STRANGER = Reply.of(554, "5.7.1 Client address not allowed")
 _NOT_NOW = Reply.of(421, "4.7.0 Temporary authentication failure, try again later")
 _WRONG = Reply.of(535, "5.7.8 Authentication credentials invalid")
 
@@ -110,7 +110,7 @@ class Peer:
 
     async def _read_proxy_header(self) -> bool:
         if not within(self.address, self._settings.proxy_networks):
-            maillog.command_refused(self.address, "PROXY", _STRANGER)
+            maillog.command_refused(self.address, "PROXY", STRANGER)
             return False
         try:
             async with asyncio.timeout(_PROXY_SECONDS):
@@ -136,8 +136,8 @@ class Peer:
                 return _CROWD
         self._may_forward = within(self.address, settings.xforward_networks)
         if not self._is_trusted and context.credentials.users is None and not self._may_forward:
-            maillog.command_refused(self.address, "connect", _STRANGER)
-            return _STRANGER
+            maillog.command_refused(self.address, "connect", STRANGER)
+            return STRANGER
         return None
 
     async def _secure(self, context: ssl.SSLContext, first: Reply | None = None, *, keep: bool = False) -> bool:
@@ -167,7 +167,7 @@ class Peer:
         if self._settings.tls == "encrypt" and self._needs_tls:
             return _TLS_FIRST
         if not (self._is_allowed or self.user):
-            return _STRANGER if self._context.credentials.users is None else _AUTH_FIRST
+            return STRANGER if self._context.credentials.users is None else AUTH_FIRST
         return None
 
     @property

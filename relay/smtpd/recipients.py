@@ -6,7 +6,10 @@ from collections.abc import Collection, Mapping
 
 from relay.mail.esmtp import RCPT_EXTENSIONS, command_line
 from relay.mail.recipient import Recipient
+from relay.mail.reply import Reply
 from relay.smtpd.syntax import SyntaxProblem, argument_text, carried, check, meaningful, parse_path
+
+NOT_RELAYED = Reply.of(554, "5.7.1 Relaying to this domain is not allowed")
 
 
 def parse_recipient(argument: str, offered: Collection[str]) -> Recipient:

@@ -32,7 +32,7 @@ from relay.smtpd.peer import Peer
 from relay.smtpd.primary_choice import ELSEWHERE, OnePrimary, PrimaryByRoute, PrimaryChoice
 from relay.smtpd.primary_transaction import PrimaryTransaction
 from relay.smtpd.protocol import ClientProtocol
-from relay.smtpd.recipients import is_relayed, parse_recipient, rcpt_command
+from relay.smtpd.recipients import NOT_RELAYED, is_relayed, parse_recipient, rcpt_command
 from relay.smtpd.syntax import SyntaxProblem, check, declared_size, nothing_after, parse_chunk, parse_path
 from relay.smtpd.transaction_report import TransactionReport
 
@@ -207,7 +207,7 @@ class MailTransaction:
         """Return the refusal of a recipient by a rule of ours."""
         allowed = self._settings.allowed_domains
         if allowed and not is_relayed(recipient, allowed):
-            return Reply.of(554, "5.7.1 Relaying to this domain is not allowed")
+            return NOT_RELAYED
         if len(envelope.recipients) >= min(self._settings.max_recipients, envelope.choice.primary.most_recipients):
             return Reply.of(452, "4.5.3 Too many recipients")
         return FULL if self._context.counters.octets + octets > self._settings.max_bytes_in_flight else None

@@ -124,6 +124,39 @@ def test_command_and_relay_agree(
     assert differ == []
 
 
+def test_what_the_relay_refuses_by_itself_is_said(
+    product: Callable[..., Product],
+    scripted: Callable[..., ScriptedServer],
+) -> None:
+    """With a list of domains, or a client from elsewhere: the very reply that is heard, and status 1."""
+    relay = product(
+        primary=f"old={scripted().address}", settings={**QUICK, "smtp.allowed_domains": "one.example"}, files={}
+    )
+    with relay.dialogue() as client:
+        client.hello()
+        for address in (
+            "anna@one.example",
+            "postmaster",
+            "anna@two.example",
+            "anna%two.example@one.example",
+            "x@ONE.example",
+        ):
+            client.say("MAIL FROM:<x@sender.example>", 250)
+            heard = client.say(f"RCPT TO:<{address}>".encode())
+            client.say("RSET", 250)
+            done = relay.run("route", address, "--json")
+            (row,) = map(json.loads, done.stdout.splitlines())
+            assert (done.returncode, row["refused"].partition(": ")[0]) == (
+                (0, "") if heard.startswith("250") else (1, heard.strip())
+            )
+    said = relay.run("route", "anna@two.example").stdout
+    assert "Relaying to this domain is not allowed: smtp.allowed_domains; else\nroute    default\n" in said
+    said = relay.run("route", "anna@one.example", "--client", "192.0.2.1", "--json").stdout
+    assert (
+        json.loads(said)["refused"] == "554 5.7.1 Client address not allowed: 192.0.2.1 is not in smtp.allowed_networks"
+    )
+
+
 def test_whoever_is_moved_is_found_by_the_relay() -> None:
     """`move ADDRESS` and `move --domain` take what a message can have, under the key of its look-up."""
     moved = [found for form in _FORMS if isinstance(found := wish(form, fold=True), Wish) and not form.startswith("@o")]
