@@ -15,6 +15,7 @@ from relay.mail.text import printable
 
 _DAY = 86400.0
 _FEW = 10  # recipients put off, or messages of a domain, that say nothing yet
+_NOTHING = "nothing seen yet: no copy has been delivered to {}"
 _SLOW_FLOOR = 0.5  # seconds: what is faster is fast enough, however fast the other is
 
 
@@ -80,6 +81,8 @@ def refusals(e: Evidence) -> Finding:
     recipients = sum(group.recipients for group in groups)
     noted = f"; {count(found.acknowledged, 'group')} acknowledged" if found.acknowledged else ""
     if not recipients:
+        if e.first is None and not found.acknowledged:
+            return unknown(_NOTHING.format(e.name))
         return passes(f"nothing that {e.old} takes is refused{noted}")
     text = f"{count(recipients, 'recipient')} in {count(len(groups), 'group')}: {_groups(groups)}{noted}"
     if recipients <= e.ready.max_open:
@@ -102,7 +105,7 @@ def deferrals(e: Evidence) -> Finding:
         return warns(f"{later}; {found.open:,} still put off") if found.open else warns(f"{later}")
     if found.open:
         return warns(f"{count(found.open, 'recipient')} put off for over an hour")
-    return passes("nothing is put off for over an hour")
+    return unknown(_NOTHING.format(e.name)) if e.first is None else passes("nothing is put off for over an hour")
 
 
 def backlog(e: Evidence) -> Finding:
@@ -167,4 +170,8 @@ def domains(e: Evidence) -> Finding:
     never = [name for name, d in sorted(found.items()) if not d.delivered and d.others >= _FEW]
     if never:
         return fails(f"{len(never)} of {len(found)} domains never reached {e.name}: {some(never)}")
-    return passes(f"mail for {count(len(found), 'domain')} has reached {e.name}")
+    reached = sum(1 for d in found.values() if d.delivered)
+    if not reached:
+        return unknown(_NOTHING.format(e.name))
+    rest = f"; too few messages for {len(found) - reached:,} more to tell" if reached < len(found) else ""
+    return passes(f"mail for {count(reached, 'domain')} has reached {e.name}{rest}")

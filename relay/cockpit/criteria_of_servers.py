@@ -43,7 +43,15 @@ def ehlo(e: Evidence) -> Finding:
     if lacks:
         return fails("; ".join(lacks))
     doubts = list(_doubts(e))
-    return warns("; ".join(doubts)) if doubts else passes("offers all that mail seen has used")
+    return (
+        warns("; ".join(doubts))
+        if doubts
+        else passes(
+            "offers all that mail seen has used"
+            if seen.accepted
+            else "no mail has been seen that it lacks anything for"
+        )
+    )
 
 
 def size_limit(greeting: Greeting) -> int | None:
