@@ -152,10 +152,9 @@ def _trouble_writing(folder: Path) -> str:
         return hangs
 
     def write() -> None:
-        name = f"probe.{os.getpid()}"
         try:
-            private_files.write(folder, name, b"x")
-            (folder / name).unlink()
+            private_files.write(folder, "probe", b"x")
+            (folder / "probe").unlink(missing_ok=True)  # another generation may look, too
         except OSError as error:
             came.put(error.strerror or str(error))
         else:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 
+import pytest
 import redis
 
 from relay.config.model import RedisSettings
-from relay.ledger import keys
+from relay.ledger import changes, keys
 from relay.mail import record
 from relay.redisio.clients import async_client
 from relay.redisio.pipeline import Pipelines
 from support.ledger_contents import Contents
-from support.running_courier import at_work
+from support.reactions import Gate
+from support.running_courier import at_the_dot, at_work
 from support.scripted_server import ScriptedServer
 from support.waiting import until
 from workers.delivery.bodies import Bodies
@@ -67,6 +70,35 @@ async def test_a_message_of_another_type_of_key(
         await until(lambda: len(backup.messages) == 4)
         await until(lambda: contents.failed_ids() == [ids[2]])
     assert "another type of key" in contents.state(ids[2], failure=True).last_reply
+
+
+async def test_what_another_has_delivered_meanwhile_is_not_lost(
+    redis_client: redis.Redis, redis_url: str, backup: ScriptedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lease had ended, so two had it in hand: a body that went with its last copy is not said to be missing."""
+    told: list[str] = []
+    monkeypatch.setattr("relay.maillog.body_missing", lambda message_id, _name: told.append(message_id))
+    contents = Contents(redis_client)
+    noise = random.Random(1).randbytes(600 << 10).hex().encode()
+    lines = b"".join(noise[i : i + 76] + b"\r\n" for i in range(0, len(noise), 76))
+    slow = contents.pending("slow@test", sender="slow@test")
+    delivered, lost = (contents.pending(f"{n}@test", body=b"Subject: x\r\n\r\n" + lines) for n in range(2))
+    gate = Gate()
+    backup.replies["."] = at_the_dot("slow", (gate, None))
+    async with at_work(redis_url, backup, connections=1) as work:
+        work.add([slow, delivered, lost])
+        await until(lambda: gate.reached)
+        with redis_client.pipeline() as pipe:
+            changes.settle(pipe, "new", [delivered])  # by the other worker
+            pipe.execute()
+        assert not contents.has_body(delivered)
+        redis_client.delete(keys.MESSAGE + lost)
+        backup.replies.clear()
+        gate.open()
+        await until(lambda: not contents.pending_ids())
+        await until(lambda: not redis_client.exists(keys.BUSY + "new", keys.HOLDERS + "new"))
+    assert told == [lost]
+    assert len(backup.messages) == 1
 
 
 def test_the_check_finds_a_lone_dot_anywhere() -> None:

@@ -66,6 +66,13 @@ class Bodies:
                 message = await asyncio.to_thread(self._unpacked, message_id, record) if record is not None else None
         return message
 
+    async def is_owed(self, message_id: str, destination: str) -> bool:
+        """Return whether a copy still waits; its body goes with the last one. Raises RedisError."""
+        batch = CommandBatch()
+        batch.add(("ZSCORE", keys.PENDING + destination, message_id))
+        (score,) = await self._wires.ask(batch)
+        return score is not None
+
     def give(self, message_id: str, record: bytes) -> None:
         """Take a record that is at hand. One that cannot be read as it is waits for its turn, and is told then."""
         with contextlib.suppress(BodyElsewhere, MalformedRecord, TooLarge):

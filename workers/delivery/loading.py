@@ -36,6 +36,9 @@ class Loading:
             maillog.record_damaged(claim.id, self._destination.name, reason)
             return self._outcomes.fail(claim, f"554 5.3.0 {reason}")
         if message is None:
+            if await self._bodies.is_owed(claim.id, self._destination.name):
+                maillog.body_missing(claim.id, self._destination.name)
+            # Else another worker, whose lease had ended, has delivered it since it was claimed, or it was dropped.
             return self._outcomes.forget(claim.id)
         copy = Copy.of(claim, message, self._destination)
         if not copy.owed:  # never settled unsent: what is promised to nobody is no copy, so this record is at odds

@@ -207,7 +207,6 @@ class Outcomes:
 
     def forget(self, message_id: str) -> Conclusion:
         """Remove a pending copy whose body is gone."""
-        maillog.body_missing(message_id, self._name)
         return Conclusion(self._outbox.write(lambda pipe: changes.drop(pipe, self._name, [message_id], pending=True)))
 
     async def give_back(self, ids: Sequence[str], *, with_job: bool = False) -> None:
