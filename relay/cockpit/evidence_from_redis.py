@@ -111,9 +111,7 @@ def _restraint(connection: Any, name: str, now: float) -> Restraint:
     if health.hold is not None and health.is_held(now):
         since = time.strftime("%H:%M", time.localtime(health.hold.since))
         held = f"by {health.hold.by} since {since}: {health.hold.reason}"
-    bounds = [f"{health.rate:g}/s"] * bool(health.rate)
-    bounds += [f"{health.connections} connections"] * bool(health.connections)
-    return Restraint(held=held, throttled=f"to {' and '.join(bounds)}" if bounds else "")
+    return Restraint(held=held, throttled=f"to {health.bounds}" if health.bounds else "")
 
 
 def _standing(connection: Any, name: str) -> Standing | Missing:

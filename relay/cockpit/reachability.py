@@ -29,6 +29,7 @@ from relay.ledger import changes, hosts
 from relay.ledger.hosts import Reach
 from relay.mail.destination import Destination
 from relay.mail.text import printable
+from relay.mail.timeouts import Timeouts
 
 _FIRST_SECONDS = 15.0  # after the start: whoever has just mended a firewall wants to see it
 _LOOK_SECONDS = 0.25  # between two looks whether to stop
@@ -102,20 +103,22 @@ class Looks:
             return None, "", 0.0
         known = self._certificates.get(server.name)
         if known is None or time.monotonic() - known[0] >= _CERTIFICATE_SECONDS:
-            known = self._certificates[server.name] = (time.monotonic(), *await self._verify(server))
+            found = await verify(server, self._settings.smtp.domain, self._settings.relay.timeouts)
+            known = self._certificates[server.name] = (time.monotonic(), *found)
         return known[1:]
 
-    async def _verify(self, server: Destination) -> tuple[bool | None, str, float]:
-        settings = self._settings
-        # Without the user: a second login is more than this question is worth.
-        strict = replace(server, tls="verify", username="", password="")
-        try:
-            connection = await connect(strict, local_hostname=settings.smtp.domain, timeouts=settings.relay.timeouts)
-        except ClientError as error:
-            return (False, error.reason, 0.0) if error.stage == "TLS" else (None, "", 0.0)
-        ends = _end(connection.certificate)
-        await connection.quit(timeout=min(settings.relay.timeouts.connect, 2))
-        return True, "", ends
+
+async def verify(server: Destination, local_hostname: str, timeouts: Timeouts) -> tuple[bool | None, str, float]:
+    """Find out whether a server's certificate would pass tls = verify, why not, and when it ends."""
+    # Without the user: a second login is more than this question is worth.
+    strict = replace(server, tls="verify", username="", password="")
+    try:
+        connection = await connect(strict, local_hostname=local_hostname, timeouts=timeouts)
+    except ClientError as error:
+        return (False, error.reason, 0.0) if error.stage == "TLS" else (None, "", 0.0)
+    ends = _end(connection.certificate)
+    await connection.quit(timeout=min(timeouts.connect, 2))
+    return True, "", ends
 
 
 def _end(certificate: dict[str, Any]) -> float:

@@ -95,12 +95,17 @@ class Health:
                 reached = min(end, now)
         return total
 
+    @property
+    def bounds(self) -> str:
+        """The bounds on its speed in words: "5/s and 2 connections"; "" for none."""
+        words = [f"{self.rate:g}/s"] * bool(self.rate) + [f"{self.connections} connections"] * bool(self.connections)
+        return " and ".join(words)
+
     def describe(self, now: float) -> tuple[str, str]:
         """Return its state in a word, and why: what an operator wants comes before what the workers see."""
         state, reason = ("paused", self.reason) if self.is_paused else ("ok", "")
-        bounds = [f"{self.rate:g}/s"] * bool(self.rate) + [f"{self.connections} connections"] * bool(self.connections)
-        if bounds:
-            reason = "; ".join(filter(None, (reason, f"throttled to {' and '.join(bounds)}")))
+        if bounds := self.bounds:
+            reason = "; ".join(filter(None, (reason, f"throttled to {bounds}")))
         if self.hold is not None and self.hold.is_on(now):
             also = f"{state}: {reason}" if reason else state
             reason = "; ".join(filter(None, (f"by {self.hold.by}: {self.hold.reason}", also if also != "ok" else "")))

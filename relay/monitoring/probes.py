@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from dataclasses import replace
 
 from redis.asyncio import Redis
 from redis.exceptions import BusyLoadingError, RedisError, ResponseError
@@ -17,6 +16,7 @@ from redis.exceptions import BusyLoadingError, RedisError, ResponseError
 from relay.client.connect import connect
 from relay.client.connection import Connection
 from relay.client.errors import ClientError
+from relay.cockpit.reachability import verify
 from relay.config.model import RedisSettings, Settings
 from relay.mail import encryption
 from relay.mail.destination import Destination
@@ -98,8 +98,8 @@ async def probe_redis(settings: Settings, url: str = "") -> list[ProbeResult]:
     if not server.sentinels:
         return found
     rows, replicas = await probe_sentinels(server)
-    others = await asyncio.gather(*(probe_settings(server, address, _settings_of) for address in replicas))
-    return found + [ProbeResult(*row) for row in (*rows, *(row for others_rows in others for row in others_rows))]
+    others = await asyncio.gather(*(probe_settings(server, address, _persistence) for address in replicas))
+    return [*found, *rows, *(row for of_one in others for row in of_one)]
 
 
 def _probe_program(wanted: str) -> ProbeResult:
@@ -125,7 +125,7 @@ async def _probe_server(server: RedisSettings) -> list[ProbeResult]:
             await client.execute_command("PING")
             took = _milliseconds(started)
             first = await _state(client, f"{shown} answers in {took}")
-            replicas = [ProbeResult(*row) for row in await probe_replicas(server, client)]
+            replicas = await probe_replicas(server, client)
             return [first, *await _persistence(client), *replicas]
     except BusyLoadingError:
         return [ProbeResult("redis", False, f"{shown} is still loading its data")]
@@ -135,10 +135,6 @@ async def _probe_server(server: RedisSettings) -> list[ProbeResult]:
         return [ProbeResult("redis", False, f"{shown} cannot be used: {printable(said(error))}")]
     finally:
         await client.aclose()
-
-
-async def _settings_of(client: Redis) -> list[tuple[str, bool, str]]:
-    return [(f.subject.removeprefix("redis "), f.ok, f.text) for f in await _persistence(client)]
 
 
 async def _state(client: Redis, answers: str) -> ProbeResult:
@@ -202,7 +198,9 @@ async def probe_destination(
     ]
     await connection.quit(timeout=min(timeouts.connect, 2))
     if security and destination.tls != "verify":
-        security += await _would_verify(destination, local_hostname, timeouts)
+        verified, why, _ = await verify(destination, local_hostname, timeouts)
+        if verified is not None:
+            security += " (it would pass tls=verify)" if verified else f" (it would not pass tls=verify: {why})"
     words = [
         f"{destination.address} answers in {took}",
         security or "no TLS: mail goes there in plain text",
@@ -218,17 +216,6 @@ def _security(connection: Connection) -> str:
     if not isinstance(tls, ssl.SSLObject):
         return ""
     return f"{tls.version()}, certificate {'verified' if connection.destination.tls == 'verify' else 'not checked'}"
-
-
-async def _would_verify(destination: Destination, local_hostname: str, timeouts: Timeouts) -> str:
-    try:
-        # Without the user: a second login is more than this question is worth.
-        strict = replace(destination, tls="verify", username="", password="")
-        connection = await connect(strict, local_hostname=local_hostname, timeouts=timeouts)
-    except ClientError as error:
-        return f" (it would not pass tls=verify: {error.reason})" if error.stage == "TLS" else ""
-    await connection.quit(timeout=min(timeouts.connect, 2))
-    return " (it would pass tls=verify)"
 
 
 def _milliseconds(started: float) -> str:

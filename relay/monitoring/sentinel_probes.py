@@ -17,13 +17,12 @@ from redis.exceptions import RedisError, ResponseError
 
 from relay.config.model import RedisSettings
 from relay.mail.text import printable
+from relay.monitoring.probe_result import ProbeResult
 from relay.redisio.clients import async_client, sentinel_clients
 
 _SECONDS = 2.0
 _LAG_SECONDS = 10  # since a replica last said how far it is
 _BEHIND = 16 << 20  # octets
-
-Row = tuple[str, bool, str]  # subject, ok, text
 
 
 @dataclass(slots=True)
@@ -36,12 +35,12 @@ class _View:
     trouble: str = ""
 
 
-async def probe_sentinels(server: RedisSettings) -> tuple[list[Row], tuple[str, ...]]:
+async def probe_sentinels(server: RedisSettings) -> tuple[list[ProbeResult], tuple[str, ...]]:
     """Ask every Sentinel. Returns the findings, and host:port of the replicas that they know."""
     views = await asyncio.gather(*(_view(server, a, c) for a, c in sentinel_clients(server, _SECONDS)))
     masters = Counter(view.master for view in views if view.master)
     agreed = masters.most_common(1)[0][0] if masters else ""
-    rows: list[Row] = []
+    rows = []
     for view in views:
         trouble = view.trouble
         if not trouble and view.master != agreed:
@@ -49,7 +48,8 @@ async def probe_sentinels(server: RedisSettings) -> tuple[list[Row], tuple[str, 
                 f"says that the master is {view.master}, others say {agreed}: a failover is going on, or it is cut off "
                 "from the others; see `sentinel masters` there"
             )
-        rows.append((f"sentinel {view.address}", not trouble, trouble or f"the master is {view.master}"))
+        text = trouble or f"the master is {view.master}"
+        rows.append(ProbeResult(f"sentinel {view.address}", not trouble, text))
     replicas = next((view.replicas for view in views if view.master == agreed and view.master), ())
     return rows, replicas
 
@@ -86,7 +86,7 @@ async def _look(service: str, client: Redis, view: _View) -> None:
         view.trouble = f"could not decide on a failover: {printable(str(error))}; start more Sentinels"
 
 
-async def probe_replicas(server: RedisSettings, client: Redis) -> list[Row]:
+async def probe_replicas(server: RedisSettings, client: Redis) -> list[ProbeResult]:
     """Look whether as many replicas follow the master as must, closely. Nothing to say without need of any."""
     subject, wanted = "redis replicas", server.replicas
     if not wanted and not server.sentinels:
@@ -94,7 +94,7 @@ async def probe_replicas(server: RedisSettings, client: Redis) -> list[Row]:
     try:
         info = await client.info("replication")
     except ResponseError as error:
-        return [(subject, not wanted, f"cannot be seen, INFO is refused to us ({printable(str(error))})")]
+        return [ProbeResult(subject, not wanted, f"cannot be seen, INFO is refused to us ({printable(str(error))})")]
     replicas = [replica for name, replica in info.items() if name.startswith("slave") and isinstance(replica, dict)]
     offset = int(info.get("master_repl_offset", 0))
     slow = [text for r in replicas if (text := _lag(r, offset))]
@@ -106,11 +106,11 @@ async def probe_replicas(server: RedisSettings, client: Redis) -> list[Row]:
         text = f"{about}; start or mend one: " + (
             f"redis.replicas is {wanted}, so copies go to the spool until then" if wanted else "there is no failover"
         )
-        return [(subject, False, text)]
-    rows = [(subject, True, about)]
+        return [ProbeResult(subject, False, text)]
+    rows = [ProbeResult(subject, True, about)]
     if not wanted:
         text = "redis.replicas is 0: a failover loses what was just accepted; set it to the number of replicas"
-        rows.append(("redis failover", False, text))
+        rows.append(ProbeResult("redis failover", False, text))
     return rows
 
 
@@ -127,9 +127,10 @@ def _lag(replica: dict[str, Any], offset: int) -> str:
 
 
 async def probe_settings(
-    server: RedisSettings, address: str, look: Callable[[Redis], Awaitable[list[Row]]]
-) -> list[Row]:
+    server: RedisSettings, address: str, look: Callable[[Redis], Awaitable[list[ProbeResult]]]
+) -> list[ProbeResult]:
     """Look at the settings of a replica, which are the promise's after a failover. Only what is wrong is told."""
+    subject = f"replica {address}"
     host, _, port = address.rpartition(":")
     scheme, _, rest = server.url.partition("://")
     userinfo, at, place = rest.rpartition("@")
@@ -138,9 +139,10 @@ async def probe_settings(
     client = async_client(replace(server, url=url, sentinels=()), _SECONDS, retries=0, decode=True)
     try:
         async with asyncio.timeout(_SECONDS):
-            return [(f"replica {address} {what}", ok, text) for what, ok, text in await look(client) if not ok]
+            wrong = [found for found in await look(client) if not found.ok]
+            return [replace(found, subject=found.subject.replace("redis", subject, 1)) for found in wrong]
     except (RedisError, OSError, TimeoutError) as error:
         why = printable(str(error)) or f"no answer within {_SECONDS:g} s"
-        return [(f"replica {address}", False, f"cannot be used: {why}; after a failover to it nothing could")]
+        return [ProbeResult(subject, False, f"cannot be used: {why}; after a failover to it nothing could")]
     finally:
         await client.aclose()
