@@ -5,11 +5,9 @@ Nothing of RQ or of the workers is imported before a process needs it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
-
-from redis import Redis
 
 from relay import limits, log_lines
 from relay.child import ChildContext
@@ -18,7 +16,7 @@ from relay.daemon.slots import WORKERS_STAGE, Child
 from relay.mail.destination import Destination
 
 if TYPE_CHECKING:
-    from workers.jobs import Deliverer
+    from workers.rqworker.worker_process import Served
 
 _SHARED_CONNECTIONS = 4  # to a backup that is quiet: who needs more is busy, and gets a process of its own
 _FILES_OF_A_SESSION = 6  # descriptors of such a backup besides: its connections to Redis
@@ -42,12 +40,7 @@ def own_workers(settings: Settings, destinations: Sequence[Destination], url: st
         def be_worker(context: ChildContext) -> int:
             log_lines.configure(settings.log.level, settings.log.format, context.name, threads=True)
             return worker_process.serve(
-                context,
-                destination=destination.name,
-                queue_name=destination.queue_name,
-                connect=worker_process.connector(settings.redis),
-                make_courier=_courier(settings, destination, most, url),
-                on_dead=_give_back(destination),
+                context, _served(settings, destination, most, url), worker_process.connector(settings.redis)
             )
 
         return Child(f"worker-{destination.name}-{number}", run=be_worker, stage=WORKERS_STAGE)
@@ -60,15 +53,8 @@ def shared_worker(settings: Settings, url: str) -> Child:
     from workers.rqworker import shared_process, worker_process  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
 
     room = limits.worker_connections(limits.files(), _MOST_FILES) // len(settings.copied)
-    tenants = [
-        shared_process.Tenant(
-            backup.name,
-            backup.queue_name,
-            _courier(settings, backup, max(1, min(_SHARED_CONNECTIONS, room - _FILES_OF_A_SESSION)), url),
-            _give_back(backup),
-        )
-        for backup in settings.copied
-    ]
+    most = max(1, min(_SHARED_CONNECTIONS, room - _FILES_OF_A_SESSION))
+    tenants = [_served(settings, backup, most, url) for backup in settings.copied]
 
     def be_shared(context: ChildContext) -> int:
         log_lines.configure(settings.log.level, settings.log.format, context.name, threads=True)
@@ -77,22 +63,22 @@ def shared_worker(settings: Settings, url: str) -> Child:
     return Child("worker-shared", run=be_shared, stage=WORKERS_STAGE)
 
 
-def _courier(settings: Settings, destination: Destination, most: int, url: str) -> Callable[[str], Deliverer]:
-    """Return what makes a courier with at most so many connections."""
+def _served(settings: Settings, destination: Destination, most: int, url: str) -> Served:
+    """Return a destination as it is served, by a courier with at most so many connections."""
     from workers.delivery import courier  # noqa: PLC0415  (of the workers, that a relay alone does not need)
+    from workers.rqworker import live_jobs, worker_process  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
 
     fitted = replace(destination, connections=most) if _width(destination) > most else destination
     takes = settings.workers.first_try_from_memory
-    return lambda name: courier.Courier(settings, fitted, name, url, takes_first_tries=takes)
+    return worker_process.Served(
+        destination.name,
+        destination.queue_name,
+        lambda name: courier.Courier(settings, fitted, name, url, takes_first_tries=takes),
+        lambda connection, dead: live_jobs.put_back_leased(connection, destination.name, dead),
+    )
 
 
 def _width(destination: Destination) -> int:
     from workers.delivery import retry  # noqa: PLC0415  (as above)
 
     return retry.Width(destination.connections).most
-
-
-def _give_back(destination: Destination) -> Callable[[Redis, str], None]:
-    from workers.rqworker import live_jobs  # noqa: PLC0415  (RQ: 20 MB that a relay alone does not need)
-
-    return lambda connection, dead: live_jobs.put_back_leased(connection, destination.name, dead)

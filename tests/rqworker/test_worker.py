@@ -27,7 +27,7 @@ from workers.rqworker.courier_thread import CourierThread
 from workers.rqworker.delivery_job import DeliveryJob
 from workers.rqworker.revival import dead_here, place, revive, worker_name
 from workers.rqworker.worker import DeliveryWorker
-from workers.rqworker.worker_process import connector, revive_predecessors
+from workers.rqworker.worker_process import Served, connector, revive_predecessors
 
 QUEUE = "backup-new"
 A, B = "a" * 16, "b" * 16  # message ids
@@ -338,10 +338,11 @@ def test_only_the_dead_of_this_place_are_revived(bench: Bench, redis_url: str) -
         worker.connection.close()
     revived: list[str] = []
     assert sorted(dead_here(bench.client, bench.queue)) == ["gone", "reborn"]
-    again = revive_predecessors(bench.client, QUEUE, None, lambda _, name: revived.append(name))
+    served = Served("new", QUEUE, make_courier=NotImplemented, on_dead=lambda _, name: revived.append(name))
+    again = revive_predecessors(bench.client, served)
     assert sorted(again) == sorted([put["gone"], put["reborn"]])
     assert sorted(revived) == ["gone", "reborn"]
-    assert revive_predecessors(bench.client, QUEUE, None) == []
+    assert revive_predecessors(bench.client, served) == []
     assert not bench.client.exists("rq:worker:gone")
 
 

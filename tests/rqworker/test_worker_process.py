@@ -26,7 +26,7 @@ from pathlib import Path
 from relay.daemon.supervisor import Child, Supervisor
 from relay.config.model import RedisSettings
 from workers.jobs import Interrupted
-from workers.rqworker.worker_process import connector, serve
+from workers.rqworker.worker_process import Served, connector, serve
 
 folder, url = Path(sys.argv[1]), sys.argv[2]
 
@@ -57,8 +57,8 @@ class Courier:
         self.draining = True
 
 def run(context):
-    return serve(context, destination="new", queue_name="backup-new", connect=connector(RedisSettings(url, 5)),
-                 make_courier=Courier, on_dead=lambda connection, name: note("revived", name))
+    served = Served("new", "backup-new", Courier, lambda connection, name: note("revived", name))
+    return serve(context, served, connector(RedisSettings(url, 5)))
 
 sys.exit(Supervisor([Child("worker.new", run=run)]).run())
 """

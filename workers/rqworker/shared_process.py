@@ -14,23 +14,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 from loguru import logger
 from redis import Redis
 from redis.exceptions import RedisError
 from rq import Queue
-from rq.serializers import JSONSerializer
 
 from relay.child import ChildContext
 from relay.repeated import Backoff, Repeated
 from relay.stopping import StopSignal
-from workers import jobs
-from workers.jobs import Deliverer
 from workers.rqworker.courier_thread import STOP, CourierThread
 from workers.rqworker.revival import served_by_a_sibling, worker_name
 from workers.rqworker.worker import DeliveryWorker
-from workers.rqworker.worker_process import NICENESS, revive_predecessors
+from workers.rqworker.worker_process import NICENESS, Served, revive_predecessors, work
 
 _LOOK_SECONDS = 0.1
 _SIBLINGS_SECONDS = 1.0  # between two looks whether a destination has a process of its own
@@ -38,23 +34,10 @@ _IDLE_SECONDS = 5.0  # without a job, until a session ends: that costs what five
 _PAUSE_SECONDS = 5.0  # until a destination whose session has failed gets another
 
 
-@dataclass(frozen=True, slots=True)
-class Tenant:
-    """A destination that the process serves; the functions are those of ``worker_process.serve``."""
-
-    destination: str
-    queue_name: str
-    make_courier: Callable[[str], Deliverer]
-    on_dead: Callable[[Redis, str], None]
-
-    def queue(self, connection: Redis) -> Queue:
-        return Queue(self.queue_name, connection=connection, serializer=JSONSerializer)
-
-
 class _Session:
     """The work for one tenant while it has jobs, in a thread of its own."""
 
-    def __init__(self, tenant: Tenant, loop: CourierThread, connect: Callable[[], Redis]) -> None:
+    def __init__(self, tenant: Served, loop: CourierThread, connect: Callable[[], Redis]) -> None:
         self.tenant = tenant
         self.is_open = True  # until it takes no further job; then it drains
         self.has_failed = False
@@ -88,11 +71,14 @@ class _Session:
         try:
             with self._connect() as connection:
                 name = worker_name(tenant.destination, f"{os.getpid()}.{time.time_ns() // 1_000_000}")
-                revive_predecessors(connection, tenant.queue_name, None, tenant.on_dead)
+                revive_predecessors(connection, tenant)
                 worker = DeliveryWorker(tenant.queue_name, connection=connection, name=name)
                 courier = self._loop.add(lambda: tenant.make_courier(name))
                 try:
-                    self._work(worker, courier)
+                    self._worker = worker
+                    if self._is_stopping:
+                        worker.stop()
+                    work(worker, courier, tenant.destination, self._loop)
                 finally:
                     self.is_open = False
                     self._loop.drain(courier)
@@ -105,23 +91,11 @@ class _Session:
         finally:
             self.is_open = False
 
-    def _work(self, worker: DeliveryWorker, courier: Deliverer) -> None:
-        worker.accepts = lambda: courier.accepting
-        worker.room = lambda: courier.room
-        self._worker = worker
-        if self._is_stopping:
-            worker.stop()
-        jobs.bind(self.tenant.destination, courier, self._loop.loop)
-        try:
-            worker.work()
-        finally:
-            jobs.unbind(self.tenant.destination)
-
 
 class SharedProcess:
     """Opens and ends sessions for its tenants; ``look`` is to be called again and again."""
 
-    def __init__(self, tenants: Sequence[Tenant], loop: CourierThread, connect: Callable[[], Redis]) -> None:
+    def __init__(self, tenants: Sequence[Served], loop: CourierThread, connect: Callable[[], Redis]) -> None:
         self._tenants = {tenant.destination: tenant for tenant in tenants}
         self._loop, self._connect = loop, connect
         self._connection = connect()
@@ -133,7 +107,7 @@ class SharedProcess:
     def revive(self) -> None:
         """Put back what dead predecessors have had in hand. Raises RedisError."""
         for tenant in self._tenants.values():
-            revive_predecessors(self._connection, tenant.queue_name, None, tenant.on_dead)
+            revive_predecessors(self._connection, tenant)
 
     def look(self) -> None:
         """Open sessions for who has jobs, end those that are not needed. Raises RedisError."""
@@ -162,7 +136,7 @@ class SharedProcess:
         with suppress(RedisError, OSError):
             self._connection.close()
 
-    def _with_jobs(self, tenants: Sequence[Tenant]) -> list[Tenant]:
+    def _with_jobs(self, tenants: Sequence[Served]) -> list[Served]:
         keys = [Queue.redis_queue_namespace_prefix + tenant.queue_name for tenant in tenants]
         if not keys or not self._connection.exists(*keys):
             return []
@@ -171,7 +145,7 @@ class SharedProcess:
                 pipeline.exists(key)
             return [tenant for tenant, found in zip(tenants, pipeline.execute(), strict=True) if found]
 
-    def _is_left(self, tenant: Tenant) -> bool:
+    def _is_left(self, tenant: Served) -> bool:
         """Whether a process of its own serves it, as looked up once a second."""
         if not served_by_a_sibling(self._connection, tenant.queue(self._connection)):
             return False
@@ -195,7 +169,7 @@ class SharedProcess:
         self._draining = [session for session in self._draining if not session.is_over]
 
 
-def serve(context: ChildContext, tenants: Sequence[Tenant], connect: Callable[[], Redis]) -> int:
+def serve(context: ChildContext, tenants: Sequence[Served], connect: Callable[[], Redis]) -> int:
     """Serve the tenants until a stop signal; the ``run`` of a supervisor's child. Returns the exit status."""
     os.nice(NICENESS)
     stop = StopSignal(STOP)

@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from loguru import logger
 from redis import Redis
@@ -28,30 +29,39 @@ from workers.rqworker.courier_thread import STOP, CourierThread
 from workers.rqworker.revival import dead_here, forget, revive, worker_name
 from workers.rqworker.worker import DeliveryWorker
 
+_REDIS_SECONDS = 10.0
 NICENESS = 10  # incoming mail has priority: copies can wait for a processor, clients should not
 
 
-def connector(server: RedisSettings, timeout: float = 10.0) -> Callable[[], Redis]:
+def connector(server: RedisSettings) -> Callable[[], Redis]:
     """Return a function that makes a client for a worker, without retries: a repeated pop would strand a job."""
-    return lambda: sync_client(server, timeout, retries=0)
+    return lambda: sync_client(server, _REDIS_SECONDS, retries=0)
 
 
-def serve(
-    context: ChildContext,
-    *,
-    destination: str,
-    queue_name: str,
-    connect: Callable[[], Redis],
-    make_courier: Callable[[str], Deliverer],
-    on_dead: Callable[[Redis, str], None] | None = None,
-) -> int:
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A destination that a worker process serves.
+
+    ``make_courier`` gets the worker's name and is called in the courier's loop. ``on_dead`` gets the name of each dead
+    predecessor before its jobs go back to the queue, to give back its leases in the ledger.
+    """
+
+    destination: str
+    queue_name: str
+    make_courier: Callable[[str], Deliverer]
+    on_dead: Callable[[Redis, str], None] | None = None
+
+    def queue(self, connection: Redis) -> Queue:
+        return Queue(self.queue_name, connection=connection, serializer=JSONSerializer)
+
+
+def serve(context: ChildContext, served: Served, connect: Callable[[], Redis]) -> int:
     """Run a worker until a stop signal; the ``run`` of a supervisor's child. Returns the exit status.
 
-    ``connect`` makes a synchronous client, see ``connector``. ``make_courier`` gets the worker's name and is
-    called in the courier's loop. ``on_dead`` gets the name of each dead predecessor before its jobs go back
-    to the queue, to give back its leases in the ledger.
+    ``connect`` makes a synchronous client, see ``connector``.
     """
     os.nice(NICENESS)
+    destination, queue_name = served.destination, served.queue_name
     name = worker_name(destination, context.instance)
     thread = CourierThread(context.lives)
     worker: DeliveryWorker | None = None
@@ -72,7 +82,7 @@ def serve(
     while not early:
         try:
             predecessor = context.predecessor and worker_name(destination, context.predecessor)
-            revive_predecessors(connection, queue_name, predecessor, on_dead)
+            revive_predecessors(connection, served, predecessor)
             worker = DeliveryWorker(queue_name, connection=connection, name=name)
             away.is_over()
             break
@@ -83,36 +93,38 @@ def serve(
     if worker is None:
         return 0
     thread.start()
-    courier = thread.add(lambda: make_courier(name))
-    worker.accepts = lambda: courier.accepting
-    worker.room = lambda: courier.room
+    courier = thread.add(lambda: served.make_courier(name))
     if early:
         worker.stop()
-    jobs.bind(destination, courier, thread.loop)
     logger.info("worker {} serves {}", name, queue_name)
     context.ready()
     try:
-        worker.work()
+        work(worker, courier, destination, thread)
     finally:
         thread.finish()
-        jobs.unbind(destination)
     return 0
 
 
-def revive_predecessors(
-    connection: Redis,
-    queue_name: str,
-    predecessor: str | None,
-    on_dead: Callable[[Redis, str], None] | None = None,
-) -> list[str]:
+def work(worker: DeliveryWorker, courier: Deliverer, destination: str, thread: CourierThread) -> None:
+    """Have a worker take jobs as its courier has room for them, until it is stopped."""
+    worker.accepts = lambda: courier.accepting
+    worker.room = lambda: courier.room
+    jobs.bind(destination, courier, thread.loop)
+    try:
+        worker.work()
+    finally:
+        jobs.unbind(destination)
+
+
+def revive_predecessors(connection: Redis, served: Served, predecessor: str | None = None) -> list[str]:
     """Put back the jobs of dead workers of this place, the predecessor's first; returns the ids of the jobs."""
-    queue = Queue(queue_name, connection=connection, serializer=JSONSerializer)
+    queue = served.queue(connection)
     dead = [predecessor] if predecessor else []
     dead += [name for name in dead_here(connection, queue) if name != predecessor]
     again: list[str] = []
     for name in dead:
-        if on_dead:  # first: another worker that takes the job must find its copies unleased
-            on_dead(connection, name)
+        if served.on_dead:  # first: another worker that takes the job must find its copies unleased
+            served.on_dead(connection, name)
         again += (jobs_again := revive(connection, queue, name))
         if jobs_again:
             logger.warning("worker {} died; back to the queue: {}", name, ", ".join(jobs_again))
