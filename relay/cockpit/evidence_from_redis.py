@@ -14,7 +14,7 @@ from redis.exceptions import ResponseError
 
 from relay.cockpit.divergence import Standing, standing
 from relay.cockpit.evidence import Deferrals, Domain, Evidence, Missing, OpenGroup, Refusals, Relay, Restraint
-from relay.cockpit.roles_now import backups_now, primary_now
+from relay.cockpit.roles_now import by_default
 from relay.config.model import Settings
 from relay.ledger import changes, divergence_groups, flow, greetings, hosts, keys, overview, registry
 from relay.ledger.divergence import DEFERRED, GIVEN_UP, REFUSED
@@ -40,9 +40,10 @@ def gather(connection: Any, settings: Settings, name: str, old: str = "", compar
     ``compared`` are those that answer beside ``old`` now.
     """
     known = registry.destinations(connection)
-    old = old or primary_now(connection, settings)
-    if name not in known and name not in backups_now(connection, settings):
-        there = ", ".join(sorted({*known, *backups_now(connection, settings)})) or "none"
+    primary, backups = by_default(connection, settings)
+    old = old or primary
+    if name not in known and name not in backups:
+        there = ", ".join(sorted({*known, *backups})) or "none"
         raise UnknownBackup(f"no backup {name!r}; there is: {there}")
     if name == old:
         raise UnknownBackup(f"{name} is the primary")

@@ -10,7 +10,7 @@ from relay.cockpit.criteria import CRITERIA, Criterion
 from relay.cockpit.evidence import Evidence
 from relay.cockpit.evidence_from_redis import gather
 from relay.cockpit.finding import Finding, Result
-from relay.cockpit.roles_now import backups_now
+from relay.cockpit.roles_now import by_default
 from relay.config.model import Settings
 
 
@@ -91,4 +91,4 @@ def verdict(connection: Any, settings: Settings, name: str, old: str = "", compa
 
 def verdicts(connection: Any, settings: Settings) -> list[Verdict]:
     """Ask about every backup that there is now. Raises RedisError."""
-    return [verdict(connection, settings, name) for name in backups_now(connection, settings)]
+    return [verdict(connection, settings, name) for name in by_default(connection, settings)[1]]

@@ -14,19 +14,13 @@ class UnknownRoute(LookupError):
     """No route is called so; the text says which there are."""
 
 
-def primary_now(connection: Any, settings: Settings) -> str:
-    """Return the name of the primary: by the last decision, else by these settings."""
-    decided = promotion.standing(connection, settings)
-    return decided.primary if decided else settings.primary.name if settings.primary else ""
-
-
-def backups_now(connection: Any, settings: Settings) -> list[str]:
-    """Return the names of those that get copies now, by the last decision and these settings."""
+def by_default(connection: Any, settings: Settings) -> tuple[str, list[str]]:
+    """Return the names of the primary and of those that get copies, by the last decision and these settings."""
     decided = promotion.standing(connection, settings)
     primary = decided.primary if decided else settings.primary.name if settings.primary else ""
     former = [settings.primary] if settings.primary and decided else []
     servers = [*former, *settings.copied, *copied_now(settings, decided)]
-    return [name for name in dict.fromkeys(server.name for server in servers) if name != primary]
+    return primary, [name for name in dict.fromkeys(server.name for server in servers) if name != primary]
 
 
 def on_route(connection: Any, settings: Settings, route: str) -> tuple[str, list[str], tuple[str, ...]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from relay.cockpit.formatting import count, duration, span, time_of_day
 from relay.cockpit.readiness import Verdict, verdicts
-from relay.cockpit.roles_now import backups_now, primary_now
+from relay.cockpit.roles_now import by_default
 from relay.cockpit.sparkline import sparkline
 from relay.config.model import Settings
 from relay.config.routes import Route
@@ -103,7 +103,7 @@ def look(connection: Any, settings: Settings, known: Sequence[Verdict] | None = 
     """Look at this moment; the verdicts are those that are ``known``, where some are given. Raises RedisError."""
     now = changes.now(connection)
     decided = promotion.standing(connection, settings)
-    primary = primary_now(connection, settings)
+    primary, backups = by_default(connection, settings)
     table = route_roles.table(settings, decided)
     moments = flow.read(connection, flow.MOMENT, _TREND + 1, now)[:-1]  # the last one is not over
     recent = flow.total(flow.read(connection, flow.MINUTE, _MINUTES, now))
@@ -113,9 +113,7 @@ def look(connection: Any, settings: Settings, known: Sequence[Verdict] | None = 
         epoch=decided.epoch if decided else 0,
         primary=primary,
         verdicts=verdicts(connection, settings) if known is None else known,
-        rows=list(
-            _rows(connection, primary, backups_now(connection, settings), moments, recent, has_routes=bool(table))
-        ),
+        rows=list(_rows(connection, primary, backups, moments, recent, has_routes=bool(table))),
         events=events.read(connection, 10),
         hosts=hosts.read(connection),
         relays=relays,

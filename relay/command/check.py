@@ -178,7 +178,7 @@ def _extensions(settings: Settings) -> list[tuple[str, list[Extension]]]:
     if not settings.redis.url:
         return []
     with ledger_of(settings) as connection:
-        backups, old = roles_now.backups_now(connection, settings), roles_now.primary_now(connection, settings)
+        old, backups = roles_now.by_default(connection, settings)
         said = greetings.read(connection, [old, *backups])
         seen = flow.total(flow.read(connection, flow.HOUR, evidence_from_redis.HOURS, changes.now(connection)))
     return [(name, extensions.compare(said.get(old), said[name], seen)) for name in backups if name in said]

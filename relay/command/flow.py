@@ -10,7 +10,7 @@ from typing import Any
 
 from relay.cockpit.formatting import count as count_of
 from relay.cockpit.formatting import duration
-from relay.cockpit.roles_now import backups_now, primary_now
+from relay.cockpit.roles_now import by_default
 from relay.cockpit.sparkline import sparkline
 from relay.command.connection import ledger_of
 from relay.command.exit_status import WELL, Misuse
@@ -98,7 +98,7 @@ def show(settings: Settings, out: Output, hours: int | None, minutes: int | None
     unit, count = (flow.MINUTE, minutes) if minutes is not None else (flow.HOUR, hours or _HOURS)
     with ledger_of(settings) as connection:
         flows = flow.read(connection, unit, count, changes.now(connection))
-        primary, backups = primary_now(connection, settings), backups_now(connection, settings)
+        primary, backups = by_default(connection, settings)
     if route:
         return _show_route(settings, out, flows, unit, route)
     if out.as_json:

@@ -10,7 +10,7 @@ from relay.cockpit.evidence_from_redis import UnknownBackup, gather
 from relay.cockpit.finding import Result
 from relay.cockpit.mailboxes import MailboxVerdict
 from relay.cockpit.readiness import Judged, Verdict, judge
-from relay.cockpit.roles_now import UnknownRoute, backups_now, on_route
+from relay.cockpit.roles_now import UnknownRoute, by_default, on_route
 from relay.command.connection import ledger_of
 from relay.command.exit_status import CANNOT_SAY, NO, WELL, CannotSay, Misuse, Trouble
 from relay.command.output import GREEN, RED, YELLOW, Column, Output
@@ -63,7 +63,7 @@ def _backups(settings: Settings, out: Output, name: str | None, route: str, *, n
     try:
         with ledger_of(settings) as connection:
             old, others, answering = (
-                on_route(connection, settings, route) if route else ("", backups_now(connection, settings), ())
+                on_route(connection, settings, route) if route else ("", by_default(connection, settings)[1], ())
             )
             if route and name and name not in others:
                 raise Misuse(f"{name} gets no copies on {route}; {', '.join(others) or 'nobody'} does")

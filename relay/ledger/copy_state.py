@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from relay.mail.ids import is_job_id, text
-from relay.mail.stored import any_text, number, parsed
+from relay.mail.stored import LATEST, any_text, number, parsed
 
 _HISTORY = 20  # attempts kept per copy
 REPLY = 1000  # characters of a reply that are kept
 _LONGEST = 1 << 20  # characters; a longer stored form is not parsed
-_MOST, _LATEST = 1 << 31, 1e11  # the highest plausible count, and time in seconds since the epoch (the year 5138)
+_MOST = 1 << 31  # the highest plausible count
 UNREADABLE = "what Redis held of earlier attempts cannot be read: everybody is owed this copy"
 
 
@@ -138,7 +138,7 @@ def _count(value: object) -> int:
 
 def _time(value: object) -> float:
     found = number(value)
-    if not 0 <= found < _LATEST:
+    if not 0 <= found < LATEST:
         raise ValueError("not a time")
     return found
 

@@ -21,7 +21,7 @@ from redis import Redis
 from relay import maillog
 from relay.ledger import keys
 from relay.ledger.redis_clock import time_of
-from relay.mail.stored import parsed
+from relay.mail.stored import LATEST, parsed
 
 VIEWER, OPERATOR = "viewer", "operator"
 ROLES = (VIEWER, OPERATOR)
@@ -35,7 +35,6 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
 _CSRF = re.compile(r"[A-Za-z0-9_-]{22}")
 _MARK = re.compile(r"[0-9a-f]{0,64}")
 _LONGEST = 4096  # octets of a stored value
-_LATEST = 1e11  # seconds: no time of any clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +119,7 @@ def _session(value: bytes | str | None) -> Session | None:
     if not (isinstance(mark, str) and _MARK.fullmatch(mark) and isinstance(csrf, str) and _CSRF.fullmatch(csrf)):
         _tell()
         return None
-    if isinstance(begun, bool) or not isinstance(begun, int | float) or not abs(begun) < _LATEST:
+    if isinstance(begun, bool) or not isinstance(begun, int | float) or not abs(begun) < LATEST:
         _tell()
         return None
     return Session(found["name"], found["role"], mark, csrf, begun)

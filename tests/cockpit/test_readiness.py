@@ -84,7 +84,7 @@ def test_the_primary_is_who_was_promoted(connection: redis.Redis) -> None:
     configured = settings(relay_destination_backups="new=localhost:2526")
     decided = Topology(Decision(1, "new", ("localhost:25",)), Decision(0, "localhost:25", ("new",)))
     connection.set(keys.TOPOLOGY, decided.to_json())
-    assert roles_now.backups_now(connection, configured) == ["localhost:25"]
+    assert roles_now.by_default(connection, configured) == ("new", ["localhost:25"])
     assert gather(connection, configured, "localhost:25").old == "new"
     with pytest.raises(UnknownBackup, match="new is the primary"):
         gather(connection, configured, "new")

@@ -76,7 +76,7 @@ def plot(name: str, title: str, unit: flow.Unit, flows: Sequence[Flow], backups:
 def plots(connection: Redis, settings: Settings) -> list[Plot]:
     """Return the flow of the last hour by minutes, and of a day by hours; neither with what is not over."""
     now = changes.now(connection)
-    backups = roles_now.backups_now(connection, settings)[:6]
+    backups = roles_now.by_default(connection, settings)[1][:6]
     minutes = flow.read(connection, flow.MINUTE, _MINUTES + 1, now)[:-1]
     hours = flow.read(connection, flow.HOUR, _HOURS, now)
     return [
