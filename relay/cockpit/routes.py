@@ -170,7 +170,7 @@ def _server(
 
 
 def _table(settings: Settings, file: Any) -> TableOnRoute:
-    held = table_store.note(settings.state_dir, file)
+    held = table_store.standing(settings.state_dir, file)
     if held is None or not held.name:
         return TableOnRoute(str(file), 0, 0.0, "it has not been read on this host")
     return TableOnRoute(str(file), held.keys, held.changed, held.fault)

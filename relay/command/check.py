@@ -22,6 +22,7 @@ from relay.daemon import running
 from relay.ledger import changes, flow, greetings, overview
 from relay.monitoring.probe_result import ProbeResult
 from relay.monitoring.probes import probe_all
+from relay.monitoring.routes import refused_tables
 from relay.monitoring.topology import about_topology
 from relay.page import hosts, users
 from relay.redisio import embedded
@@ -57,7 +58,9 @@ def check(settings: Settings, out: Output) -> int:
         # `up` runs with this state folder: its Redis is the one that counts.
         settings = replace(settings, redis=settings.redis.at(embedded.url(settings.state_dir)))
     probed, told = asyncio.run(_look(settings))
-    findings = [*_page(settings.status), *probed, *told.findings]
+    refused = list(refused_tables(settings)) if running.read(settings.state_dir) else []
+    subjects = {finding.subject for finding in refused}  # whose file can be read, but what runs has not taken it
+    findings = [*_page(settings.status), *(f for f in probed if f.subject not in subjects), *refused, *told.findings]
     answers, said = told.answers, told.extensions
     if out.as_json:
         for finding in findings:

@@ -60,6 +60,6 @@ def _decides_by_recipient(route: Route) -> bool:
 def refused_tables(settings: Settings) -> Iterator[ProbeResult]:
     """Name the tables whose files cannot be used as they are: what was read before holds."""
     for source in loading.sources(settings):
-        held = table_store.note(settings.state_dir, source)
+        held = table_store.standing(settings.state_dir, source)
         if held is not None and held.fault:
             yield ProbeResult(f"{SUBJECT}{source}", False, f"refused, what was read before holds: {held.fault}")

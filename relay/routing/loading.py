@@ -108,7 +108,7 @@ def tables_as_they_are(settings: Settings, tell: Callable[[str], None]) -> dict[
     """
     found: dict[Path, Table] = {}
     for source in sources(settings):
-        held = table_store.note(settings.state_dir, source)
+        held = table_store.standing(settings.state_dir, source)
         if held is not None and held.name:
             try:
                 found[source] = Table.load(settings.state_dir, source)

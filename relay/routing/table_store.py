@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import sqlite3
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ _TOO_MANY_TO_LOSE = 100  # keys; a failed export is commoner than a company with
 _LONGEST_NOTE = 64 << 10
 _LARGEST = 1 << 30  # octets of a table's file
 _VERSION = 1  # of what is in the SQLite file
+_LATE_SECONDS = 15.0  # after which a file that has changed should have been looked at
 
 
 _Stamp = tuple[int, int, int, int]  # of a file: time of change in ns, size, inode, time of change of the inode
@@ -112,6 +114,25 @@ def note(state_dir: Path, source: Path) -> Note | None:
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return made
+
+
+def standing(state_dir: Path, source: Path) -> Note | None:
+    """Return what is known of a table that is in use; its fault says why the file as it is now does not count.
+
+    What cannot be noted there, on a disk that is full or read-only, is seen by the file: it has changed, and has not
+    been looked at since.
+    """
+    found = note(state_dir, source)
+    if found is None or found.fault:
+        return found
+    try:
+        stamp = _stamp(source)
+    except OSError as error:
+        return replace(found, fault=_words(error))
+    if stamp == found.stamp or abs(time.time() - max(stamp[0], stamp[3]) / 1e9) < _LATE_SECONDS:
+        return found
+    changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(stamp[0] / 1e9))
+    return replace(found, fault=f"of {changed}, and not taken since: {_path_of(state_dir)} must be writable")
 
 
 def _as_stamp(found: list[int]) -> _Stamp:
