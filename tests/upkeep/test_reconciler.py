@@ -15,6 +15,7 @@ from loguru import logger
 from rq.executions import Execution
 from rq.job import Job
 from rq.serializers import JSONSerializer
+from rq.worker import BaseWorker
 
 from relay import log_lines
 from relay.ledger import changes, keys, queries, recovery
@@ -250,9 +251,20 @@ def _start(contents: Contents, job_id: str, worker: str) -> None:
         pipe.execute()
 
 
-def test_the_job_of_a_worker_that_is_gone_is_queued_again(contents: Contents, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker of another host that nobody has heard of for minutes, at two looks, loses its job and its leases."""
+@pytest.mark.parametrize("remnant", ["", "state", "successful_job_count", "another type"])
+def test_the_job_of_a_worker_that_is_gone_is_queued_again(
+    contents: Contents, monkeypatch: pytest.MonkeyPatch, remnant: str
+) -> None:
+    """A worker of another host that nobody has heard of for minutes, at two looks, loses its job and its leases.
+
+    So does one of whose key a late command, which it sent before it was killed, has left a remnant without an end.
+    """
     message_id = contents.pending()
+    key = f"{BaseWorker.redis_worker_namespace_prefix}worker"
+    if remnant == "another type":
+        contents.connection.set(key, "x")
+    elif remnant:
+        contents.connection.hset(key, remnant, "busy")
     job = contents.enqueue(message_id)
     _start(contents, job, "worker")
     contents.claim(job, message_id)
@@ -265,6 +277,7 @@ def test_the_job_of_a_worker_that_is_gone_is_queued_again(contents: Contents, mo
     assert [(f.finding, f.id) for f in report.findings] == [("abandoned job", job)]
     assert list(contents.queued()) == [job]
     assert contents.queue().started_job_registry.get_job_ids(cleanup=False) == []
+    assert not contents.connection.exists(key)
     assert [c.id for c in contents.claim(job, message_id)] == [message_id]
 
 

@@ -172,7 +172,11 @@ def unfolded(data: bytes) -> bytes:
 
 
 def _dead(connection: Redis, started: Sequence[str]) -> set[str]:
-    """Return the workers of started jobs whose key has expired, two minutes after their last heartbeat."""
+    """Return the workers of started jobs that are registered no more: their key has expired, or is a mere remnant.
+
+    A command that a killed worker had under way may reach Redis after its successor has removed the key, and make it
+    again, without the fields of a registration and without an end.
+    """
     if not started:
         return set()
     with connection.pipeline(transaction=False) as pipe:
@@ -183,5 +187,6 @@ def _dead(connection: Redis, started: Sequence[str]) -> set[str]:
         workers = {as_text(execution or job) for execution, job in zip(names[::2], names[1::2], strict=True)}
         ordered = sorted(workers)
         for name in ordered:
-            pipe.exists(BaseWorker.redis_worker_namespace_prefix + name)
-        return {name for name, is_there in zip(ordered, pipe.execute(), strict=True) if not is_there}
+            pipe.hexists(BaseWorker.redis_worker_namespace_prefix + name, "birth")
+        found = pipe.execute(raise_on_error=False)  # another type of key is no registration either
+        return {name for name, is_registered in zip(ordered, found, strict=True) if is_registered is not True}

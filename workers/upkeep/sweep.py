@@ -42,7 +42,7 @@ from relay.topology import heartbeats
 from workers.delivery import leases
 from workers.queues import failed
 from workers.rqworker import live_jobs
-from workers.rqworker.revival import revive, shorten_lives
+from workers.rqworker.revival import forget, revive, shorten_lives
 from workers.upkeep import merge_jobs, orphan_bodies
 from workers.upkeep.give_up import GivingUp
 from workers.upkeep.report import Report
@@ -321,3 +321,4 @@ class Sweeper:
                 live_jobs.put_back_leased(self._connection, name, worker, found)
             for job in revive(self._connection, queue, worker):
                 self._report.add("abandoned job", job, name, "queued again")
+        forget(self._connection, queue, dead - {""})  # one that lives after all registers with its next beat
