@@ -216,10 +216,10 @@ class Peer:
         primaries = self._context.route_primaries
         if primaries is None:
             announced = await primary.announced()
-            verified, is_known = primary.destination.tls == "verify", primary.extensions is not None
+            is_known = primary.extensions is not None
         else:
-            announced, verified, is_known = await primaries.announced(self._context.snapshot)
-        lines, offered = offers(announced, self._settings.max_message_bytes, tls=self._protocol.tls, verified=verified)
+            announced, is_known = await primaries.announced(self._context.snapshot)
+        lines, offered = offers(announced, self._settings.max_message_bytes, tls=self._protocol.tls)
         ours = []
         if self._offers_tls:
             ours.append("STARTTLS")
@@ -232,7 +232,7 @@ class Peer:
         if not is_known:
             # The primary's extensions are not known yet: none is announced, but a parameter gets no permanent refusal.
             # Some clients, such as a Postfix proxy, use extensions that they did not see.
-            offered |= frozenset(MAIL_EXTENSIONS.values())
+            offered |= frozenset(MAIL_EXTENSIONS.values()) - (frozenset() if self._protocol.tls else {"REQUIRETLS"})
         return (*lines, *ours), offered
 
     async def starttls(self, argument: str) -> Reply | None:

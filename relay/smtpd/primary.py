@@ -77,18 +77,27 @@ class Primary:
     async def connect(self) -> None:
         """Open a connection as for mail, with EHLO, TLS and AUTH, and keep it for the next. Raises ClientError."""
         connection = await self.pool.lease(timeout=self.timeouts.connect)
-        self.extensions = connection.extensions
+        self.extensions = self._usable(connection.extensions)
         self.pool.give_back(connection)
 
     async def probe(self) -> None:
         """See that a new connection can be had, with EHLO, TLS and AUTH, and end it with QUIT. Raises ClientError."""
         connection = await self.pool.lease(timeout=self.timeouts.connect, fresh=True)
         try:
-            self.extensions = connection.extensions
+            self.extensions = self._usable(connection.extensions)
             await connection.quit()
         finally:
             connection.close()
             self.pool.give_back(connection)
+
+    def _usable(self, extensions: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the extensions that a message may make use of there: REQUIRETLS by a verified certificate only.
+
+        RFC 8689 4.2.1. Asked for each message: whoever was announced it may get another primary, or another host of it.
+        """
+        if "REQUIRETLS" not in extensions or self.destination.tls == "verify":
+            return extensions
+        return {name: value for name, value in extensions.items() if name != "REQUIRETLS"}
 
     async def _ask(self) -> None:
         try:
@@ -108,8 +117,8 @@ class Primary:
         """
         if identity or connection.introduced:
             return self._introduced_mail(connection, build, identity, ahead, timeout)
-        self.extensions = connection.extensions
-        commands = build(connection.extensions)
+        self.extensions = self._usable(connection.extensions)
+        commands = build(self.extensions)
         ahead.extend(commands[1:])
         connection.send(*commands)
         return connection.reply(timeout=timeout)
@@ -120,8 +129,8 @@ class Primary:
         turned_away = await introduce(connection, identity, timeout=timeout)
         if turned_away is not None:
             return turned_away
-        self.extensions = connection.extensions
-        mail, *behind = build(connection.extensions)
+        self.extensions = self._usable(connection.extensions)
+        mail, *behind = build(self.extensions)
         ahead.extend(behind)
         forward = xforward(identity, connection)
         if "PIPELINING" in connection.extensions:

@@ -96,8 +96,8 @@ class RoutePrimaries:
 
     # --- EHLO -----------------------------------------------------------------------------------------------------
 
-    async def announced(self, snapshot: Snapshot) -> tuple[Mapping[str, str], bool, bool]:
-        """Return what all primaries offer together, whether all verify certificates, and whether any has answered.
+    async def announced(self, snapshot: Snapshot) -> tuple[Mapping[str, str], bool]:
+        """Return what all primaries offer together, and whether any has answered.
 
         Servers that have not answered an EHLO yet are waited for only while none has.
         """
@@ -110,8 +110,7 @@ class RoutePrimaries:
             for primary in unknown:
                 primary.ask_soon()
         known = [primary.extensions for primary in servers if primary.extensions is not None]
-        verified = all(primary.destination.tls == "verify" for primary in servers)
-        return in_common(known) if known else SAFE_MINIMUM, verified, bool(known)
+        return in_common(known) if known else SAFE_MINIMUM, bool(known)
 
     async def hear_all(self, snapshot: Snapshot) -> None:
         """Wait for the EHLO of every primary, at the start."""

@@ -109,19 +109,19 @@ _PASSED_ON = ("8BITMIME", "SMTPUTF8", "DSN", "CHUNKING", "MT-PRIORITY", "FUTURER
 
 
 def offers(
-    announced: Mapping[str, str], size_limit: int, *, tls: bool = False, verified: bool = False
+    announced: Mapping[str, str], size_limit: int, *, tls: bool = False
 ) -> tuple[tuple[str, ...], frozenset[str]]:
     """Return the EHLO lines, and the extensions whose parameters are accepted: those of the primary that we can carry.
 
     PIPELINING and ENHANCEDSTATUSCODES are our own. SIZE is the smaller limit; 0 or no number means none. REQUIRETLS
-    needs TLS on both sides and a verified certificate of the primary (RFC 8689 4.2.1). AUTH means the MAIL parameter.
+    needs TLS with the client, too (RFC 8689 4.2.1). AUTH means the MAIL parameter.
     """
-    return _offers(tuple(announced.items()), size_limit, tls, verified)
+    return _offers(tuple(announced.items()), size_limit, tls)
 
 
 @lru_cache(maxsize=64)  # servers say the same to each connection
 def _offers(
-    extensions: tuple[tuple[str, str], ...], size_limit: int, tls: bool, verified: bool
+    extensions: tuple[tuple[str, str], ...], size_limit: int, tls: bool
 ) -> tuple[tuple[str, ...], frozenset[str]]:
     announced = dict(extensions)
     limits = [n for n in (size_limit, _number(announced.get("SIZE", ""))) if n]
@@ -131,7 +131,7 @@ def _offers(
             # Only these two have parameters; those that a server gives to others are ignored.
             parameters = printable(announced[name]) if name in ("MT-PRIORITY", "FUTURERELEASE") else ""
             lines.append(f"{name} {parameters}".rstrip())
-    if "REQUIRETLS" in announced and tls and verified:
+    if "REQUIRETLS" in announced and tls:
         lines.append("REQUIRETLS")
     lines.append("ENHANCEDSTATUSCODES")
     keywords = {line.partition(" ")[0] for line in lines}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
-from support.product import Product
+from support.certificates import Certificate
+from support.product import QUICK, Product
 from support.routed_pair import routed
-from support.scripted_server import ScriptedServer
+from support.scripted_server import EXTENSIONS, ScriptedServer
 from support.waiting import wait_until
 
 Make = Callable[..., Product]
@@ -87,3 +89,64 @@ def test_from_smtp_to_lmtp_and_back_within_a_session(product: Make, scripted: Ma
     for server in (a, b):  # what it took itself, and the copies of what the other took; nothing twice
         taken = sorted(recipient for m in server.messages for recipient in m.recipients)
         assert taken == ["x@moved.example"] * 6 + ["y@moved.example"] * 2
+
+
+def test_whoever_answers_gets_what_requires_tls_by_verified_tls_only(
+    product: Make, scripted: MakeServer, certificate: Certificate
+) -> None:
+    """A session that was offered REQUIRETLS meets a primary whose certificate is not verified: it gets no message."""
+    offered = [*EXTENSIONS, "REQUIRETLS"]
+    a, b = (scripted(extensions=offered, tls=certificate.server_context()) for _ in range(2))
+    settings = {
+        **QUICK,
+        "smtp.tls_certificate": str(certificate.certificate),
+        "smtp.tls_key": str(certificate.key),
+    }
+    relay = product(
+        primary=f"a=smtp://{a.address}?tls=verify&ca_file={certificate.certificate}",
+        backups=[f"b={b.address}"],
+        settings=settings,
+    )
+    forced = ("--force", "--yes", "--note", "a test")
+    with relay.dialogue() as client:
+        client.hello()
+        client.starttls(certificate.client_context())
+        assert "REQUIRETLS" in client.hello()
+
+        def rcpt(*codes: int | str) -> None:
+            client.say("MAIL FROM:<s@example.org> REQUIRETLS", 250)
+            client.say("RCPT TO:<x@example.com>", *codes)
+
+        rcpt(250)
+        client.body(b"Subject: x\r\n\r\nx\r\n")
+        assert relay.run("move", "x@example.com", "--to", "b", *forced).returncode == 0
+        rcpt("451 4.3.0")
+        client.say("RSET", 250)
+        assert relay.run("move", "x@example.com", "--back", *forced).returncode == 0
+        rcpt(250)
+        client.body(b"Subject: x\r\n\r\nx\r\n")
+        assert relay.run("promote", "b", "--now", "--force", "--yes", "--reason", "a test").returncode == 0
+        client.say("MAIL FROM:<s@example.org> REQUIRETLS", "451 4.3.0")
+        client.say("EHLO client.example", 250)
+        client.say("MAIL FROM:<s@example.org> REQUIRETLS", "550 5.7.30")
+    wait_until(lambda: len(relay.json("failed", "list", "--destination", "b")) == 2)
+    assert [m.parameters for m in a.messages] == [("REQUIRETLS",)] * 2
+    assert not b.messages
+
+
+def test_without_tls_nobody_is_offered_to_require_it(product: Make, scripted: MakeServer) -> None:
+    """Nor while no primary has said what it offers, when other parameters are put off."""
+    a = scripted()
+    a.refuse()
+    relay = product(primary=a.address, settings=QUICK, start=False)
+    relay.start(wait=False)
+
+    def said() -> str:
+        with suppress(OSError), relay.dialogue() as client:
+            client.hello()
+            client.say("MAIL FROM:<s@example.org> RET=HDRS", "451")
+            client.say("MAIL FROM:<s@example.org> REQUIRETLS", "550 5.7.30")
+            return "done"
+        return ""
+
+    wait_until(said)
