@@ -32,6 +32,7 @@ pid_file_path = {directory}/exim.pid
 exim_path = {program}
 domainlist ours = {domains}
 acl_smtp_rcpt = recipient
+acl_smtp_predata = before_content
 acl_smtp_data = content
 accept_8bitmime = true
 allow_utf8_domains = true
@@ -58,7 +59,11 @@ recipient:
        domains = ! +ours
 {refusals}
   accept
+before_content:
+{before_content}
+  accept
 content:
+{content}
   accept
 begin routers
 all:
@@ -106,14 +111,20 @@ class EximInstance:
         *,
         refused: Iterable[str] = (),
         session_limits: bool = True,
+        before_content: Iterable[str] = (),
+        content: Iterable[str] = (),
     ) -> None:
-        """Without ``session_limits`` set (to none) it has its own defaults for what a connection may carry."""
+        """``before_content`` and ``content`` are lines of the ACLs at DATA and at its end.
+
+        Without ``session_limits`` set (to none) it has its own defaults for what a connection may carry.
+        """
         self.host = "127.0.0.1"
         self.port = free_port()
         self.directory = Path(tempfile.mkdtemp(prefix="smtp-dup-exim-"))
         self.directory.chmod(0o755)
         self._program = program
         self._domains = " : ".join(domains)
+        self._before_content, self._content = "\n".join(before_content), "\n".join(content)
         self._limits = _NO_LIMITS if session_limits else ""
         self._daemon: Daemon | None = None
         for name in ("spool", "log", "mail"):
@@ -140,6 +151,8 @@ class EximInstance:
             domains=self._domains,
             user=_USER,
             limits=self._limits,
+            before_content=self._before_content,
+            content=self._content,
             refusals="\n".join(refusals),
         )
         (self.directory / "exim.conf").write_text(text)
