@@ -93,7 +93,7 @@ class Primary:
     def _usable(self, extensions: Mapping[str, str]) -> Mapping[str, str]:
         """Return the extensions that a message may make use of there: REQUIRETLS by a verified certificate only.
 
-        RFC 8689 4.2.1. Asked for each message: whoever was announced it may get another primary, or another host of it.
+        RFC 8689 4.2.1. Asked for each message: a client that was offered it may have got another primary since.
         """
         if "REQUIRETLS" not in extensions or self.destination.tls == "verify":
             return extensions
