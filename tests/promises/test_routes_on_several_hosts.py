@@ -1,19 +1,23 @@
 """Several relay hosts and one Redis: at each of them mailboxes are moved there and back, decisions made and undone.
 
 All the while mail comes in at all hosts, whose second tries go to another host, and servers hang, refuse and hang up at
-every step. With kills, processes, whole hosts and Redis die, too.
+every step. With kills, processes, whole hosts and Redis die, too, and hosts are cut off from Redis.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from support.mta_in_front import MtaInFront
 from support.product import Product
+from support.redis_link import RedisLink
 from support.redis_servers import RedisServer
 from support.route_audit import Audit, acknowledged
 from support.route_disturbances import Disturber
@@ -21,13 +25,27 @@ from support.route_hosts import NAMES, Hosts, agree, recipients, retry_what_fail
 from support.route_operators import Operator, decider, mover
 from support.scripted_server import ScriptedServer
 
+MakeLink = Callable[[RedisServer], RedisLink]
 _BATCHES = 3  # the first two are of one operator each, the third of two, who move it against each other
+
+
+@pytest.fixture
+def link() -> Iterator[MakeLink]:
+    """Call it for another way to a Redis."""
+    with ExitStack() as ends:
+
+        def make(redis: RedisServer) -> RedisLink:
+            # Not below pytest's folder, whose path is too long for a socket.
+            folder = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="smtp-dup-link-")))
+            return ends.enter_context(RedisLink(folder / "sock", Path(redis.url.removeprefix("unix://"))))
+
+        yield make
 
 
 @pytest.mark.parametrize(
     ("seed", "seconds", "kills", "decide"),
     [
-        pytest.param(1, 8, False, False, id="short"),
+        pytest.param(1, 4, False, False, id="short"),
         *(
             pytest.param(seed, 40, seed % 2 == 0, seed > 2, id=f"seed {seed}", marks=pytest.mark.long)
             for seed in range(1, 5)
@@ -39,6 +57,7 @@ def test_nothing_is_lost_and_each_repetition_is_explained(
     product: Callable[..., Product],
     scripted: Callable[..., ScriptedServer],
     redis_factory: Callable[..., RedisServer],
+    link: MakeLink,
     tmp_path: Path,
     seed: int,
     seconds: float,
@@ -46,8 +65,10 @@ def test_nothing_is_lost_and_each_repetition_is_explained(
     decide: bool,
 ) -> None:
     """Every server ends with all that it is owed, all hosts go by the same, and an acknowledged move is followed."""
-    count, servers = int(8 * seconds), {name: scripted() for name in NAMES}
-    hosts = Hosts(product, redis_factory(), servers, relays=3 if kills else 2, workers=1 + kills)
+    count, servers = int(10 * seconds), {name: scripted() for name in NAMES}
+    redis = redis_factory()
+    links = partial(link, redis) if kills else None
+    hosts = Hosts(product, redis, servers, relays=3 if kills else 2, workers=1 + kills, link=links)
     users: list[set[str]] = []
     operators: list[Operator] = []
     for n in range(_BATCHES):

@@ -61,6 +61,8 @@ class Disturber:
                 (2, lambda: self._stall(self._hosts.relays)),
                 (1, self._stall_redis),
             ]
+        if hosts.links:
+            self._acts.append((4, self._cut_off))
 
     def step(self) -> float:
         """Do the next thing; returns the seconds to the one after it."""
@@ -191,6 +193,23 @@ class Disturber:
         self._say("Redis stalled")
         self._hosts.redis.pause()
         self._later(self._source.uniform(0.5, 4), "redis", self._hosts.redis.resume)
+
+    def _cut_off(self) -> None:
+        """Cut one host off from Redis; what it has sent then may arrive late, or never."""
+        host, is_late = self._source.choice(self._hosts.all), self._source.random() < 0.5
+        name = f"link of {host.directory.name}"
+        if self._is_upset(name):
+            return
+        self._say(f"{host.directory.name} cut off from Redis")
+        link = self._hosts.links[host]
+        link.cut()
+
+        def mend() -> None:
+            if not is_late:
+                link.break_off()
+            link.mend()
+
+        self._later(self._source.uniform(0.5, 6), name, mend)
 
     def _stall(self, of: Sequence[Product]) -> None:
         host = self._source.choice(of)

@@ -16,6 +16,7 @@ from relay.ledger import keys, overview
 from relay.spool import writer
 from relay.topology import decisions
 from support.product import QUICK, Product
+from support.redis_link import RedisLink
 from support.redis_servers import RedisServer
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
@@ -92,9 +93,13 @@ class Hosts:
         *,
         relays: int = 3,
         workers: int = 1,
+        link: Callable[[], RedisLink] | None = None,
         settings: Mapping[str, str] | None = None,
     ) -> None:
+        """``link`` makes each host's own way to Redis, which can be cut."""
         self.redis, self.servers = redis, servers
+        self.links: dict[Product, RedisLink] = {}
+        self._link = link
         tables = [
             _SERVER.format(kind="backup" if name == "new" else "server", name=name, url=servers[name].address)
             for name in NAMES[1:]
@@ -106,13 +111,17 @@ class Hosts:
         self.workers = [self._host("workers") for _ in range(workers)]
 
     def _host(self, command: str) -> Product:
-        return self._make(
+        link = self._link() if self._link else None
+        host = self._make(
             command=command,
             primary=f"old={self.servers['old'].address}",
-            redis_url=self.redis.url,
+            redis_url=link.url if link else self.redis.url,
             settings=self._settings,
             files={"settings.toml": self._tables + routes()},
         )
+        if link:
+            self.links[host] = link
+        return host
 
     def write_routes(self, host: Product, **changes: object) -> None:
         """Put other routes into the settings file of a host."""
