@@ -10,9 +10,10 @@ from typing import Any
 from redis import Redis
 
 from relay.cockpit import divergence as seen
-from relay.cockpit import divergence_examples, divergence_filter
+from relay.cockpit import divergence_filter
 from relay.cockpit.bulk_preview import copies
 from relay.cockpit.conditions import Given
+from relay.cockpit.divergence_details import TOP, details
 from relay.cockpit.formatting import address, moment, span
 from relay.cockpit.sparkline import sparkline
 from relay.command.connection import ledger_of
@@ -26,7 +27,7 @@ from relay.ledger.divergence_groups import Group
 from relay.mail.text import printable
 from relay.routing.table_file import BadTable
 
-_EXAMPLES, _TOP, _IDS = 5, 20, 5
+_IDS = 5
 _DAY = 24  # hours of a trend
 
 
@@ -119,18 +120,16 @@ def show(settings: Settings, out: Output, key: str, destination: str | None) -> 
     """Show one reason: the text as it came, examples with both servers' words, whom it concerns, what to do."""
     with ledger_of(settings) as connection:
         group = _one(connection, key, destination)
-        now = changes.now(connection)
-        examples = divergence_examples.examples(connection, group, _EXAMPLES, settings)
-        whom = divergence_groups.whom(connection, group.destination, group.key, _TOP)
+        found = details(connection, settings, group)
+        now = found.now
         if out.as_json:
             out.object({
                 **_as_object(connection, group, now),
-                "examples": [as_object(example) for example in examples],
-                "whom": [{"recipient": name, "count": count} for name, count in whom],
+                "examples": [as_object(example) for example in found.examples],
+                "whom": [{"recipient": name, "count": count} for name, count in found.whom],
             })  # fmt: skip
             return WELL
     row = _Row(group, now)
-    ended = seen.endings(group)
     pairs = [
         ("key", group.key),
         ("destination", group.destination),
@@ -140,24 +139,24 @@ def show(settings: Settings, out: Output, key: str, destination: str | None) -> 
         ("what to do", group.advice),
         ("reply", seen.reply(group)),
         *((("as it came", group.reply),) if group.reply else ()),
-        ("recipients", f"{group.open} open of {group.seen} seen" + (f"; {ended}" if ended else "")),
+        ("recipients", f"{group.open} open of {group.seen} seen" + (f"; {found.endings}" if found.endings else "")),
         ("messages", str(group.messages)),
         ("first", moment(group.first)),
         ("last", moment(group.last)),
         ("24 h", _bars(group.trend(now, _DAY))),
         ("state", row.state),
         *_acknowledgement(group, now),
-        *_listed("domains", [*_most(group.domains), *_others(group.more_domains)]),
-        *_listed("whom", [*whom, *_others(group.more + max(0, group.seen - group.more - sum(n for _, n in whom)))]),
+        *_listed("domains", found.domains, found.more_domains),
+        *_listed("whom", found.whom, found.more_whom),
     ]
     out.pairs(pairs)
-    for example in examples:
+    for example in found.examples:
         out.line("")
         out.pairs((
             ("example", f"{example.id}  {moment(example.at)}  {example.stands}"),
             ("from", address(example.sender)),
             *((("came", origin),) if (origin := example.origin(now)) else ()),
-            ("to", ", ".join(example.recipients[:_TOP]) or "-"),
+            ("to", ", ".join(example.recipients[:TOP]) or "-"),
             ("primary", example.primary),
             (group.destination[:12], example.backup),
         ))  # fmt: skip
@@ -239,16 +238,8 @@ def _domains(group: Group) -> str:
     return str(len(group.domains)) + ("+" if group.more_domains else "")
 
 
-def _most(domains: Any) -> list[tuple[str, int]]:
-    found = sorted(domains.items(), key=lambda one: (-one[1], one[0]))
-    return [*found[:_TOP], *_others(sum(count for _, count in found[_TOP:]))]
-
-
-def _others(count: int) -> list[tuple[str, int]]:
-    return [("others", count)] if count else []
-
-
-def _listed(title: str, counts: list[tuple[str, int]]) -> list[tuple[str, str]]:
+def _listed(title: str, named: Sequence[tuple[str, int]], more: int) -> list[tuple[str, str]]:
+    counts = [*named, *([("others", more)] if more else [])]
     return [("" if n else title, f"{count}  {address(name)}") for n, (name, count) in enumerate(counts)]
 
 

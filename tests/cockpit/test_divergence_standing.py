@@ -6,7 +6,7 @@ import pytest
 import redis
 
 from relay.cockpit import divergence as seen
-from relay.cockpit import divergence_examples
+from relay.cockpit import divergence_details
 from relay.ledger import changes, divergence, divergence_upkeep, keys
 from relay.ledger.divergence import DEFERRED, GIVEN_UP, NOISE, REFUSED
 from support.diverged_copies import Backup, deferred, given_up, refused
@@ -100,7 +100,7 @@ def test_the_failed_copies_of_a_group(contents: Contents, new: Backup) -> None:
     assert seen.failed_copies(connection, rest) == sorted(ids[2:])
     assert seen.find(connection, "0" * 12) == []
     assert seen.find(connection, keys.FAILED) == []
-    (example,) = divergence_examples.examples(connection, groups["klm"], 5)
+    (example,) = divergence_details.examples(connection, groups["klm"], 5)
     assert (example.id, example.recipients, example.stands) == (ids[0], ("ann@a.test",), "failed")
     assert (example.primary, example.backup) == ("accepted", "550 klm")
     assert example.origin(changes.now(connection)).endswith(" old, 1 attempt")

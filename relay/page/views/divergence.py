@@ -16,10 +16,10 @@ from relay.cockpit import conditions, divergence_filter
 from relay.cockpit import divergence as seen
 from relay.cockpit.conditions import BadCondition
 from relay.cockpit.divergence import Sum
-from relay.cockpit.divergence_examples import Example, examples
+from relay.cockpit.divergence_details import GroupDetails, details
 from relay.config.model import Settings
 from relay.config.types import duration
-from relay.ledger import changes, divergence_groups, queries
+from relay.ledger import changes, queries
 from relay.ledger.divergence import KINDS
 from relay.ledger.divergence_groups import Group
 from relay.mail.text import printable
@@ -30,7 +30,6 @@ from workers.queues.selection import Filter
 
 T = TypeVar("T")
 
-_EXAMPLES, _TOP = 5, 20
 _MOST_ROWS = 500  # of a table
 _HOURS = 24
 _CONDITIONS = ("code", "reply", "domain", "recipient")  # of the one filter, those that a reason can meet
@@ -150,46 +149,17 @@ def _narrowed(
         return []
 
 
-@dataclass(frozen=True, slots=True)
-class GroupDetails:
-    """All that is known of one reason."""
-
-    row: GroupRow
-    now: float
-    examples: Sequence[Example]
-    whom: Sequence[tuple[str, int]]
-    more_whom: int
-    domains: Sequence[tuple[str, int]]
-    more_domains: int
-    reopened: str
-    endings: str
-
-
-def details(connection: Redis, settings: Settings, group: Group) -> GroupDetails:
-    """Return what is known of a reason; the primary's words are in the trace. Raises RedisError."""
-    now = changes.now(connection)
-    whom = divergence_groups.whom(connection, group.destination, group.key, _TOP)
-    domains = sorted(group.domains.items(), key=lambda one: (-one[1], one[0]))
-    rest = sum(count for _, count in domains[_TOP:]) + group.more_domains
-    return GroupDetails(
-        GroupRow.of(group, now),
-        now,
-        examples(connection, group, _EXAMPLES, settings),
-        whom,
-        group.more + max(0, group.seen - group.more - sum(count for _, count in whom)),
-        domains[:_TOP],
-        rest,
-        group.reopened(now),
-        seen.endings(group),
-    )
-
-
 def _find(connection: Redis, request: Request) -> Group:
     """Return the reason that a path names. Raises HTTPException, UnknownDestination."""
     found = seen.find(connection, request.path_params["key"], request.path_params["destination"])
     if not found:
         raise not_found("There is no such reason any more")
     return found[0]
+
+
+def _details(connection: Redis, settings: Settings, request: Request) -> tuple[Group, GroupDetails]:
+    group = _find(connection, request)
+    return group, details(connection, settings, group)
 
 
 @viewer
@@ -200,7 +170,7 @@ async def one(request: Request) -> Response:
 
 async def _one(request: Request, wrong: dict[str, str] | None = None) -> Response:
     context = context_of(request)
-    found = await context.ask(lambda redis: details(redis, context.settings, _find(redis, request)))
+    group, found = await context.ask(_details, context.settings, request)
     done = request.query_params.get("done", "")
     retried = request.query_params.get("retried", "")
     said = f"{int(retried):,} will be tried again now." if retried.isdecimal() and len(retried) < 12 else ""
@@ -209,8 +179,8 @@ async def _one(request: Request, wrong: dict[str, str] | None = None) -> Respons
         "divergence/one.html",
         wrong,
         found=found,
-        row=found.row,
-        group=found.row.group,
+        row=GroupRow.of(group, found.now),
+        group=group,
         done=_DONE.get(done, "") or said,
     )
 

@@ -1,4 +1,4 @@
-"""Messages as examples of a reason: what each is, where it came from, and what both servers said of it.
+"""One reason in full: whom it concerns, and messages as examples with what both servers said of each.
 
 A group keeps the ids of its first and last messages. What they are is read from the ledger while a copy is there, and
 from the trace where that has them.
@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from relay.cockpit.divergence import endings
 from relay.cockpit.formatting import count, octets, span
 from relay.config.model import Settings
-from relay.ledger import divergence_groups, keys, queries
+from relay.ledger import changes, divergence_groups, keys, queries
 from relay.ledger.copy_state import CopyState
 from relay.ledger.divergence_groups import Group
 from relay.mail.envelope import Envelope
@@ -21,6 +22,9 @@ from relay.trace.events import DELIVERED, Tried
 from relay.trace.life import MessageLife
 from relay.trace.lookup import Unseen, lives
 from relay.trace.remote_lookup import OtherHosts
+
+TOP = 20  # recipients and domains that are named
+_EXAMPLES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,37 @@ class Example:
         age = f"{span(now - self.received_at)} old" if self.received_at is not None else ""
         attempts = count(self.attempts, "attempt") if self.attempts else ""
         return ", ".join(filter(None, (" ".join(filter(None, (size, client))), age, attempts)))
+
+
+@dataclass(frozen=True, slots=True)
+class GroupDetails:
+    """All that is known of one reason; ``more_whom`` and ``more_domains`` are recipients that are not named."""
+
+    now: float
+    examples: Sequence[Example]
+    whom: Sequence[tuple[str, int]]
+    more_whom: int
+    domains: Sequence[tuple[str, int]]
+    more_domains: int
+    reopened: str
+    endings: str
+
+
+def details(connection: Any, settings: Settings, group: Group) -> GroupDetails:
+    """Return what is known of a reason; the primary's words are in the trace. Raises RedisError."""
+    now = changes.now(connection)
+    whom = divergence_groups.whom(connection, group.destination, group.key, TOP)
+    domains = sorted(group.domains.items(), key=lambda one: (-one[1], one[0]))
+    return GroupDetails(
+        now,
+        examples(connection, group, _EXAMPLES, settings),
+        whom,
+        group.more + max(0, group.seen - group.more - sum(count for _, count in whom)),
+        domains[:TOP],
+        sum(count for _, count in domains[TOP:]) + group.more_domains,
+        group.reopened(now),
+        endings(group),
+    )
 
 
 def examples(connection: Any, group: Group, most: int, settings: Settings | None = None) -> list[Example]:
