@@ -168,12 +168,7 @@ class Product:
             return
         # Every process is in the session that it was started with, whatever its process group.
         while left := running_processes.of_session(self.process.pid):
-            for pid in left:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-            self.process.poll()
+            running_processes.kill(left)
         self.process.wait()
         self.process = None
 

@@ -7,10 +7,12 @@ which is busy with the disk, has come to its end: until then all its files are o
 from __future__ import annotations
 
 import os
+import select
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +50,24 @@ def find(pid: int) -> Running | None:
         return None
     state, parent, session, threads = fields[0], int(fields[1]), int(fields[3]), int(fields[17])
     return Running(pid, parent, session) if state not in {"Z", "X"} or threads > 1 else None
+
+
+def kill(pids: Iterable[int]) -> None:
+    """Kill processes, whoever's they are, and wait for their ends."""
+    with ExitStack() as ends:
+        poll = select.poll()
+        count = 0
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                if sys.platform == "linux":
+                    ends.callback(os.close, descriptor := os.pidfd_open(pid))
+                    poll.register(descriptor, select.POLLIN)
+                    count += 1
+                os.kill(pid, signal.SIGKILL)
+        while count:
+            for descriptor, _ in poll.poll():
+                poll.unregister(descriptor)
+                count -= 1
 
 
 def is_running(pid: int) -> bool:
