@@ -18,7 +18,7 @@ from support import ended_loops
 from support.reactions import Moment, Reaction
 from support.recorded_sessions import Connection, Transaction
 from support.scripted_connection import Conversation
-from support.waiting import PATIENCE
+from support.waiting import PATIENCE, REST
 
 T = TypeVar("T")
 
@@ -173,7 +173,7 @@ class ScriptedServer:
                 if not self.changed.wait(deadline - time.monotonic()):
                     text = message() if callable(message) else message
                     raise AssertionError(f"not within {timeout:g} s: {text or predicate}; commands: {self.commands}")
-            time.sleep(4 * cost)  # what takes long, with hundreds of messages, is not looked at after each command
+            time.sleep(cost * REST)  # what takes long, with hundreds of messages, is not looked at after each command
 
     async def until(
         self, predicate: Callable[[], T], timeout: float = PATIENCE, message: Callable[[], str] | str = ""

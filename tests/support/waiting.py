@@ -22,6 +22,7 @@ _LOWEST = 10_000  # of the ports that tests take
 _KEPT = 300  # ports of one process
 _ours: deque[int] = deque()
 _LONGEST_PAUSE = 0.2  # seconds
+REST = 9  # times as long as a look: whoever waits for what others do leaves them the processor
 PATIENCE = 40.0  # seconds; generous, since it is only ever used up by a failure
 
 
@@ -113,7 +114,7 @@ class _Pauses:
 
     def next(self) -> float:
         cost = time.monotonic() - self._looked
-        return max(self._interval, min(4 * cost, 1.0), min(self.waited / 20, _LONGEST_PAUSE))
+        return max(self._interval, min(cost * REST, 1.0), min(self.waited / 20, _LONGEST_PAUSE))
 
 
 def _text(message: str | Callable[[], str], timeout: float, predicate: object) -> str:
