@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from relay.ledger import keys
 from support.mta_in_front import MtaInFront
 from support.product import Product
 from support.redis_link import RedisLink
@@ -110,3 +111,5 @@ def test_nothing_is_lost_and_each_repetition_is_explained(
             audit.faults += acknowledged(operator, batch_of, audit, sender)
     assert not audit.faults, f"{audit.faults[:10]}\n{disturber.done}"
     assert audit.counts["accepted"] > count
+    with redis.client() as client:
+        assert not list(client.scan_iter(keys.MESSAGE + "*")), "a body that nobody needs is left"

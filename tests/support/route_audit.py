@@ -41,14 +41,14 @@ class Audit:
 
     def _look(self, hosts: Hosts) -> None:
         had: dict[tuple[int, str], dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
-        answered: dict[tuple[str, str], set[str]] = defaultdict(set)
+        answered: dict[tuple[str, str], list[str]] = defaultdict(list)
         for name, found, number, made in self._messages(hosts):
             for recipient in found.recipients:
                 if name not in OWED[recipient.partition("@")[2]]:
                     self.faults.append(f"{name} got mail of {recipient}: {made}")
                 had[number, recipient][name][made] += 1
                 if found.sender:
-                    answered[made, recipient].add(name)
+                    answered[made, recipient].append(name)
                     self.primary_of[number, recipient].append(name)
         for sent in self._sender.sent.values():
             for recipient in sent.recipients:
