@@ -91,8 +91,7 @@ def ready(found: list[ProbeResult]) -> HttpAnswer:
         if not f.ok
         and (
             (f.subject in _SPOOLED and can_spool)
-            or f.subject
-            in {findings.PROCESSES, findings.LEDGER, topology.SUBJECT, topology.MOVED, topology.HOSTS, routes.MOVED}
+            or f.subject in _MAIL_GOES_ON
             or f.subject.startswith((findings.HELD, routes.SUBJECT, topology.FAILOVER))
             or f.subject.startswith(_ABOUT_FAILOVER)
         )
