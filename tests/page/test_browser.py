@@ -108,6 +108,7 @@ STICKS_OUT = """
 """
 
 
+@pytest.mark.timeout(400)  # half a minute where nothing else runs
 def test_no_view_has_a_barrier(site: PageSite, browser: Browser) -> None:
     """Axe finds nothing, contrast included, in light and in dark colours, and every view fits a phone.
 
