@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +24,8 @@ _NAME = 12  # columns of the name before a value
 _HANGING = " " * 3  # before what goes on below a value, which begins a column behind the name
 _PAGE = 500  # rows whose widths are looked at together; the ledger is read in as many
 _GAP = "  "
+_IN_FRONT = re.compile(r"( *)(\S+(?: \S+)? {2,})?")  # of a line: its indentation, and a name with its gap
+_WORD = re.compile(r" *[^ ]+")
 _INDENT = "    "
 _ALIGNED = 60  # columns: where a row may be of any length, a longer value pushes the rest aside
 _NARROWEST, _USUAL = 20, 80
@@ -76,8 +79,9 @@ class Output:
         sys.stdout.write(json_text(value) + "\n")
 
     def line(self, text: str) -> None:
-        """Write a line; a terminal folds it."""
-        sys.stdout.write(printable(text) + "\n")
+        """Write a line; what is wider than the terminal goes on at a blank, a long word is the terminal's to fold."""
+        width = 0 if self.wide or not sys.stdout.isatty() else terminal_width()
+        sys.stdout.writelines(part + "\n" for part in hung(printable(text), width))
 
     def say(self, text: str, value: dict[str, Any]) -> None:
         """Write a line, or the object that says the same."""
@@ -237,6 +241,27 @@ def fold(text: str, width: int) -> list[str]:
         lines.append(text[:cut].rstrip() if blank > 0 else text[:cut])
         text = text[cut:]
     return [*lines, text]
+
+
+def hung(text: str, width: int) -> list[str]:
+    """Return a text in lines of at most so many columns, 0 for any; it is broken at blanks only, so links stay whole.
+
+    It goes on below the value where a name stands in front, with two blanks or more between, else a little indented.
+    """
+    if not width or cells_of(text) <= width:
+        return [text]
+    found = _IN_FRONT.match(text)
+    blanks, name = found.groups("") if found else ("", "")
+    beside = cells_of(blanks + name)
+    indent = " " * beside if name and beside <= width // 3 else blanks[: width // 3] + _HANGING
+    lines, line = [], ""
+    for word in _WORD.findall(text):
+        if line.strip() and cells_of(line + word) > width:
+            lines.append(line)
+            line = indent + word.lstrip()
+        else:
+            line += word
+    return [*lines, line]
 
 
 def _widest(cells: Sequence[str]) -> int:

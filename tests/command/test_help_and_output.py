@@ -30,6 +30,7 @@ from relay.config.options import BACKUP_FIELDS, BACKUP_FLAGS, OPTIONS
 from support.documents import ROOT
 from support.product import Product
 from support.scripted_server import ScriptedServer
+from support.terminal import Terminal
 from support.waiting import free_port
 
 SOURCE = str(Path(relay.__file__).parents[1])
@@ -412,32 +413,6 @@ def test_the_manual_page_has_no_faults(lint):
 
 
 # Tables
-
-
-class Terminal:
-    """A standard output that is a terminal of some width, in memory."""
-
-    encoding = "utf-8"
-
-    def __init__(self, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.text = ""
-        monkeypatch.setenv("COLUMNS", str(columns))
-        monkeypatch.setenv("TERM", "xterm")
-        monkeypatch.delenv("NO_COLOR", raising=False)
-        monkeypatch.setattr(sys, "stdout", self)
-
-    def write(self, text: str) -> int:
-        self.text += text
-        return len(text)
-
-    def writelines(self, lines: Iterator[str]) -> None:
-        self.text += "".join(lines)
-
-    def flush(self) -> None:
-        pass
-
-    def isatty(self) -> bool:
-        return True
 
 
 COLUMNS = [

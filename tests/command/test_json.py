@@ -1,4 +1,8 @@
-"""`--json`, as every command has it: one JSON object a line, whose fields are those that docs/json.md names."""
+"""What every command says of a product with copies of every fate, long names and a hostile server.
+
+With `--json` it is one JSON object a line, whose fields are those that docs/json.md names; on a terminal of 80 columns
+no line is longer, and nothing reaches the terminal that steers it.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,12 @@ import pytest
 
 from relay.command import commands, main
 from relay.command.command_factory import JSON
+from relay.command.output import cells_of
 from relay.json_text import json_text
 from support.json_fields import Fields, documented
 from support.product import QUICK, Product
 from support.scripted_server import ScriptedServer
+from support.terminal import Terminal
 from support.waiting import wait_until
 
 _SETTINGS = """
@@ -41,6 +47,9 @@ url = "127.0.0.1:1"
 [[server]]
 name = "shop"
 url = "{shop}"
+[[server]]
+name = "{long}"
+url = "127.0.0.1:2"
 [[route]]
 name = "shop"
 match = {{ recipients = ["@shop.example"] }}
@@ -50,12 +59,13 @@ copies = "others"
 name = "pilot"
 match = {{ recipients = "file:{folder}/pilot" }}
 primary = "new"
-backups = ["old"]
+backups = ["old", "{long}"]
 [ready]
 check_every = "1s"
 """
 _WAITING = ("late@a.example", "late2@a.example")
-_FAILED = ("bad@a.example", "bad2@a.example", "bad3@a.example")
+_LONG = "a-server-with-a-name-of-sixty-three-letters-which-is-the-longest"
+_FAILED = ("bad@a.example", "bad2@a.example", f"bad.{'y' * 60}@{'long-label.' * 12}a.example")
 _FINE = ("ann@a.example", "buyer@shop.example", "pilot@a.example")
 
 
@@ -72,11 +82,25 @@ class Site:
         assert not re.search(r"frozenset|\{'|\['|<[\w.]+ object|[( ]\w+\([\w]+=|datetime\.|PosixPath", said.out), line
         return status, [json.loads(text, parse_constant=pytest.fail) for text in said.out.splitlines()], said.err
 
+    def unfit(self, line: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+        """Run it on a terminal of 80 columns; yield the lines that do not fit, or would steer it."""
+        with monkeypatch.context() as patch:
+            screen = Terminal(80, patch)
+            main.run([*line.split(), "--config", str(self.settings)])
+        text = re.sub(r"\x1b\[[0-9;]*m", "", screen.text)  # colours
+        for shown in text.splitlines():
+            if cells_of(shown) > 80 and " " in shown.strip():  # a word alone, such as a link, is the terminal's to fold
+                yield f"{cells_of(shown)} columns: {shown}"
+            if not shown.isprintable():
+                yield f"it steers the terminal: {shown!r}"
+        if not text.strip():
+            yield "nothing"
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("json")
-    refusing = {"RCPT TO:<bad": "550 5.1.1 no such mailbox", "RCPT TO:<late": "451 4.7.1 later"}
+    refusing = {"RCPT TO:<bad": f"550 5.1.1 no such mailbox {_HOSTILE}", "RCPT TO:<late": f"451 4.7.1 later {_HOSTILE}"}
     with ExitStack() as ends:
         old, shop = (ends.enter_context(ScriptedServer({"RCPT TO:<no": "550 5.1.1 no"})) for _ in "12")
         new = ends.enter_context(ScriptedServer(refusing))
@@ -84,7 +108,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         settings = folder / "smtp-dup.toml"
         text = _SETTINGS.format(
             folder=folder, old=old.address, new=new.address, shop=shop.address, smtp_port=product.smtp_port,
-            status_port=product.status_port,
+            status_port=product.status_port, long=_LONG,
         )  # fmt: skip
         settings.write_text(text + '[retry]\nfirst = "1h"\nlongest = "1h"\n')
         (folder / "pilot").write_text("pilot@a.example\n")
@@ -98,6 +122,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
                     client.sendmail("s@a.example", [address], "Subject: x\r\nMessage-ID: <x@a.example>\r\n\r\nx\r\n")
         yield Site(product, settings)
 
+
+# 500 octets as no server should reply: control characters, other directions of text, wide letters, a long word.
+_HOSTILE = ("\x1b]0;owned\x07\x1b[2J\x1b[31m \u202e \t Überprüfung 広い " + "x" * 130 + " word" * 80)[:480]
 
 _OF_A_TEST = {"status.listen", "log.format", "log.level", "spool.min_free", "storage.key_file"}
 
@@ -171,8 +198,13 @@ queue forget nobody
 """.strip().splitlines()
 
 
-def test_every_field_is_as_documented(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every command that has `--json`: no traceback, nothing as Python writes it, and types as docs/json.md says."""
+def test_every_field_is_as_documented_and_every_text_fits(
+    site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command that has `--json`: no traceback, nothing as Python writes it, and types as docs/json.md says.
+
+    Those that change nothing are run on a terminal, too.
+    """
     names = {"folder": str(site.settings.parent)}
 
     def is_settled() -> bool:
@@ -194,11 +226,20 @@ def test_every_field_is_as_documented(site: Site, capsys: pytest.CaptureFixture[
             key, fields = _documented(line, row)
             seen.add(key)
             faults += [f"{line}: {fault}" for fault in fields.faults(row)]
+        if line.split()[0] in _ONLY_SHOW or "--dry-run" in line or line in _SHOW:
+            faults += [f"{line}, on a terminal: {fault}" for fault in site.unfit(line.format_map(names), monkeypatch)]
         _remember(names, line, rows)
     assert not faults, "\n".join(dict.fromkeys(faults))
     assert {command for command, _ in seen} >= {command for command, _ in documented()} - _ELSEWHERE
 
 
+_ONLY_SHOW = {"check", "ready", "flow", "top", "trace", "topology", "moved", "audit"}
+_SHOW = {
+    "queue summary", "queue list --destination new", "queue list --uncertain", "queue show {waiting}", "failed list",
+    "failed show {failed}", "divergence", "divergence --by domain", "divergence --by recipient",
+    "divergence --by day", "divergence show {key}", "divergence --all", "open", "route list", "route ann@a.example",
+    "route buyer@shop.example",
+}  # fmt: skip
 _SILENT = {"queue list --uncertain", "queue forget nobody", "queue verify", "undo --yes"}
 _ELSEWHERE = {"times", "about a route", "queue list --uncertain", "queue verify", "queue forget"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -108,6 +109,30 @@ STICKS_OUT = """
 """
 
 
+def barriers_of(page: Page, name: str, path: str, *, narrow: bool = False) -> dict[str, list[str]]:
+    """Return what keeps somebody from using a view, in light and in dark colours, and whether it fits a phone.
+
+    ``narrow``: axe looks at it there, too.
+    """
+    from support.browser import barriers
+
+    page.goto(path)
+    page.locator("h1").first.wait_for()
+    page.emulate_media(color_scheme="light")
+    found = {name: barriers(page)}
+    page.emulate_media(color_scheme="dark")
+    found[f"{name}, dark"] = barriers(page, "color-contrast")
+    for width in PHONES:
+        page.set_viewport_size({"width": width, "height": 900})
+        if (needed := page.evaluate("document.documentElement.scrollWidth")) > width:  # nobody scrolls sideways
+            found[f"{name}, {width}"] = [f"{needed} wide"]
+        found[f"{name}, sticking out, {width}"] = page.evaluate(STICKS_OUT)
+    if narrow:
+        found[f"{name}, on a phone"] = barriers(page)
+    page.set_viewport_size({"width": 1280, "height": 900})
+    return {where: those for where, those in found.items() if those}
+
+
 @pytest.mark.timeout(400)  # half a minute where nothing else runs
 def test_no_view_has_a_barrier(site: PageSite, browser: Browser) -> None:
     """Axe finds nothing, contrast included, in light and in dark colours, and every view fits a phone.
@@ -115,32 +140,67 @@ def test_no_view_has_a_barrier(site: PageSite, browser: Browser) -> None:
     Nothing is wider than it, and a button or a field is within its card. The console stays empty: the policy holds, no
     script fails.
     """
-    from support.browser import barriers
-
     found: dict[str, list[str]] = {}
-    wide: dict[str, int] = {}
-
-    def look(page: Page, name: str, path: str) -> None:
-        page.goto(path)
-        page.locator("h1").first.wait_for()
-        page.emulate_media(color_scheme="light")
-        found[name] = barriers(page)
-        page.emulate_media(color_scheme="dark")
-        found[f"{name}, dark"] = barriers(page, "color-contrast")
-        for width in PHONES:
-            page.set_viewport_size({"width": width, "height": 900})
-            if (needed := page.evaluate("document.documentElement.scrollWidth")) > width:  # nobody scrolls sideways
-                wide[f"{name}, {width}"] = needed
-            found[f"{name}, sticking out, {width}"] = page.evaluate(STICKS_OUT)
-        page.set_viewport_size({"width": 1280, "height": 900})
-
     with browser.open(site, role="operator") as page:
         for name, path in views(site).items():
-            look(page, name, path)
+            found |= barriers_of(page, name, path)
     with browser.open(site) as page:
-        look(page, "login", "/login")
-    assert {name: those for name, those in found.items() if those} == {}
-    assert wide == {}
+        found |= barriers_of(page, "login", "/login")
+    assert found == {}
+
+
+LONG = "a-server-with-a-name-of-sixty-three-letters-which-is-the-longest"
+CROWDED = """
+[[server]]
+name = "a-server-with-a-name-of-sixty-three-letters-which-is-the-longest"
+url = "127.0.0.1:1"
+
+[[route]]
+name = "weighted"
+match = { recipients = ["file:table", "@bücher.example", "@a.rather.long.domain.with.many.labels.below.shop.example"] }
+primary = { new = 9, a-server-with-a-name-of-sixty-three-letters-which-is-the-longest = 1 }
+copies = "others"
+
+[[route]]
+name = "in-order"
+match = { senders = ["@in-order.example", "<>"], clients = "10.0.0.0/8" }
+servers = ["old", "a-server-with-a-name-of-sixty-three-letters-which-is-the-longest"]
+copies = "others"
+"""
+
+
+@pytest.mark.timeout(280)
+def test_routes_with_all_that_they_show_have_no_barrier(browser: Browser, tmp_path: Path) -> None:
+    """Tables, long names, a server that is away, a decision, who has moved, and the same once nobody has any more."""
+    found: dict[str, list[str]] = {}
+    table = tmp_path / "table"
+    table.write_text("anna@example.com\n")
+    with PageSite(tmp_path, routes=CROWDED.replace("file:table", f"file:{table}"), seed=False) as site:
+        site.product.send("ann@example.net", "bert@in-order.example")
+        assert (
+            site.product.run(
+                "move", "bert@example.com", "@moved.example", "--to", "new", "--force", "--note", "x", "--yes"
+            ).returncode
+            == 0
+        )
+        done = site.product.run("route", "weight", "weighted", "new=1", f"{LONG}=0", "--yes", "--now")
+        assert done.returncode == 0, done.stderr
+        table.write_text("anna@example.com\nno address\n")
+        with browser.open(site, role="operator") as page:
+            for text in ("Who has moved", "was decided to be", "away", "is no server of the settings"):
+                page.goto("/routes")
+                wait_until(lambda text=text: page.get_by_text(text).count() > 0, 30)
+            for name, path in {
+                "routes": "/routes",
+                "overview": "/",
+                "weights": f"/routes/weighted?weight.new=9&weight.{LONG}=1",
+                "plan": f"/routes/in-order/{LONG}",
+                "cut-over": "/cutover/new",
+            }.items():
+                found |= barriers_of(page, name, path, narrow=True)
+            assert site.product.run("move", "bert@example.com", "@moved.example", "--back", "--yes").returncode == 0
+            found |= barriers_of(page, "nobody any more", "/routes", narrow=True)
+    assert found == {}
 
 
 def test_every_view_is_there_without_javascript(site: PageSite, browser: Browser) -> None:

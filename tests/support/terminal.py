@@ -7,10 +7,14 @@ import pty
 import re
 import signal
 import struct
+import sys
 import termios
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from fcntl import ioctl
+
+import pytest
 
 from support import forked
 from support.product import Product
@@ -53,3 +57,29 @@ def typed(instance: Product, *words: str, answer: str = "", columns: int = 60, i
 def on_terminal(instance: Product, *words: str, answer: str = "", columns: int = 60) -> str:
     """Run a command on a terminal; return what was to be seen."""
     return typed(instance, *words, answer=answer, columns=columns).text
+
+
+class Terminal:
+    """A standard output that is a terminal of some width, in memory."""
+
+    encoding = "utf-8"
+
+    def __init__(self, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.text = ""
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        monkeypatch.setattr(sys, "stdout", self)
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.text += "".join(lines)
+
+    def flush(self) -> None:
+        pass
+
+    def isatty(self) -> bool:
+        return True
