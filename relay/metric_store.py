@@ -25,8 +25,9 @@ from prometheus_client.registry import Collector
 from relay.event_ring import EventRing
 
 _REGIONS = 1024
-_SIZE = 128 << 10
-_HEAD = 8  # octets: the number of used octets, and padding
+_SIZE = 384 << 10  # address space: memory only where it is written. A hundred servers have their times in it
+_HEAD = 8  # octets: the number of used octets, and whether something had no room
+_FULL = 4  # where in the head that stands
 _length = struct.Struct("=I")
 
 # ((sample name, labels), value); the value of a bucket is not cumulative.
@@ -76,22 +77,26 @@ class Arena(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the sums over all regions; for a gauge, the largest value."""
         metrics: dict[str, Metric] = {}
-        unreadable = 0
+        unreadable = full = 0
         for number in range(self._count[0]):
             try:
                 entries = list(_entries(self._of(number)))
             except ValueError:
                 unreadable += 1
                 continue
+            full += _length.unpack_from(self._of(number), _FULL)[0] == 1
             for key, value in entries:
                 kind, metric, name, labels, text = key
                 if metric not in metrics:
                     metrics[metric] = Metric(metric, text, kind)
                     metrics[metric]._multiprocess_mode = "max"  # type: ignore[attr-defined]  # noqa: SLF001 - of a gauge
+                metrics[metric].documentation = metrics[metric].documentation or text
                 metrics[metric].add_sample(name, labels, value)  # type: ignore[arg-type]  # as it does itself
         yield from MultiProcessCollector._accumulate_metrics(metrics, True)  # noqa: SLF001 - sums buckets
         text = "Processes whose metrics are damaged and left out"
         yield GaugeMetricFamily("smtpdup_metrics_unreadable", text, value=unreadable)
+        text = "Processes without room for all of their metrics"
+        yield GaugeMetricFamily("smtpdup_metrics_full", text, value=full)
 
     def _of(self, number: int) -> memoryview:
         return self._memory[number * self._size : (number + 1) * self._size]
@@ -151,6 +156,7 @@ class _Region:
         if at is None:
             at = self._used + _padded(len(key))
             if at + 8 > len(self._memory):
+                _length.pack_into(self._memory, _FULL, 1)
                 return None
             self._memory[self._used + 4 : self._used + 4 + len(key)] = key
             _length.pack_into(self._memory, self._used, len(key))
@@ -182,7 +188,8 @@ class Value:
         **_: Any,
     ) -> None:
         labels = dict(zip(labelnames, labelvalues, strict=True))
-        self._key = json.dumps([typ, metric_name, name, labels, help_text], sort_keys=True).encode()
+        text = "" if name.endswith("_bucket") else help_text  # which is there once, in that of the sum
+        self._key = json.dumps([typ, metric_name, name, labels, text], sort_keys=True).encode()
         self._value = 0.0
         self._place: memoryview[float] | None = None
         with _lock:

@@ -236,7 +236,25 @@ def test_no_room_for_a_metric_costs_nothing_else():
                 metrics.deliveries.labels(f"backup-{n}", "delivered").inc()
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert answers.metrics(arena).status == 200
+    found = answers.metrics(arena)
+    assert (found.status, "smtpdup_metrics_full 1.0" in found.body.decode()) == (200, True)
+
+
+def test_a_hundred_servers_have_their_times():
+    """None is missing without a word: there is room for the replies of each, told with the help of the metric."""
+    arena = Arena(regions=1)
+    arena.reserve("relay-1")
+    pid = os.fork()
+    if pid == 0:
+        arena.take("relay-1")
+        for n in range(100):
+            metrics.server_seconds.labels(f"server-of-customer-{n}").observe(0.01)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    text = answers.metrics(arena).body.decode()
+    assert text.count("smtpdup_server_seconds_count{") == 100
+    assert "# HELP smtpdup_server_seconds Time from the held dot" in text
+    assert "smtpdup_metrics_full 0.0" in text
 
 
 def test_a_full_disk_ends_no_process_for_its_metrics(product, primary, backup, redis_url, small_disk):
