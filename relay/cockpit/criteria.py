@@ -53,7 +53,7 @@ CRITERIA: tuple[Criterion, ...] = (
               ("ready.calm",), outages),
     Criterion(8, "as it is", "It is neither held nor throttled, and gets every message as the primary does.",
               (), as_it_is),
-    Criterion(9, "speed", "It answers a message not much later than the primary, or within half a second; on whatever route.",
+    Criterion(9, "speed", "It answers a message, of any route, not much later than the primary, or within 0.5 s.",
               ("ready.max_slower",), speed),
     Criterion(10, "EHLO", "It offers what the primary offers and mail seen has used, and takes messages as large.",
               (), ehlo),
