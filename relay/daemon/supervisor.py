@@ -35,8 +35,6 @@ from relay.daemon.slots import Child, Fork, Slot, ending, send
 from relay.daemon.standstill import Standstill
 from relay.daemon.wakeup import Wakeup
 
-__all__ = ["Child", "Supervisor"]
-
 EX_USAGE = 2  # our convention for bad settings
 _TELL_AGAIN_SECONDS = 60.0
 _ROSTER_EVERY = 3.0  # seconds between two looks at who else is needed

@@ -25,7 +25,7 @@ from relay.mail.ids import made_at
 from relay.trace import events, files, privacy, search_terms
 from relay.trace.events import Event
 from relay.trace.files import HOUR, HourFile, OpenFile
-from relay.trace.life import DELIVERED, STATUSES, WAITING, MessageLife, assemble
+from relay.trace.life import MessageLife, assemble
 from relay.trace.privacy import Privacy
 from relay.trace.search_terms import Term
 
@@ -304,6 +304,3 @@ def _ids(opened: OpenFile, numbers: Sequence[int]) -> list[str]:
     """Return the ids of messages in these rows."""
     found = (events.read(one) for row in opened.read(numbers) for one in row)
     return list(dict.fromkeys(event.id for event in found if event is not None))
-
-
-__all__ = ["DELIVERED", "STATUSES", "WAITING", "Query", "Unseen", "find", "lives"]

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from relay.daemon.child_status import ChildStatus
-from relay.daemon.slots import Slot
-from relay.daemon.supervisor import Child
+from relay.daemon.slots import Child, Slot
 from support.running_processes import is_running
 from support.supervised import Run
 from support.waiting import wait_until

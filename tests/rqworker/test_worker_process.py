@@ -23,7 +23,8 @@ from support.waiting import wait_until
 PROGRAM = """
 import asyncio, os, sys
 from pathlib import Path
-from relay.daemon.supervisor import Child, Supervisor
+from relay.daemon.slots import Child
+from relay.daemon.supervisor import Supervisor
 from relay.config.model import RedisSettings
 from workers.jobs import Interrupted
 from workers.rqworker.worker_process import Served, connector, serve

@@ -15,7 +15,8 @@ from support.waiting import wait_until
 PRELUDE = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from relay.daemon.supervisor import Child, Supervisor
+from relay.daemon.slots import Child
+from relay.daemon.supervisor import Supervisor
 
 folder = Path(sys.argv[1])
 

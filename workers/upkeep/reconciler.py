@@ -23,8 +23,6 @@ from relay.repeated import Repeated
 from workers.upkeep.report import Report
 from workers.upkeep.sweep import SILENT_SECONDS, Sweeper
 
-__all__ = ["Report", "keep_reconciling", "reconcile", "verify"]
-
 _EVERY = 60.0  # seconds between sweeps
 _LONGEST = 120.0
 _FIRST = 5.0
