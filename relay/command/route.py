@@ -57,8 +57,9 @@ def show(settings: Settings, out: Output, *, address: str, sender: str, client: 
     except OSError as error:
         raise Trouble(str(error)) from error
     answered = decision.servers[0]
-    by_name = {server.name: server for server in settings.named}
-    copies = list(owed([decision], [answered], backups))
+    by_name = {server.name: server for server in (*settings.named, *roles.backups)}
+    served = [name for name in owed([decision], [answered], backups) if name in by_name]
+    copies = [name for name in served if by_name[name].wants(Recipient(recipient))]  # `domains` of a backup
     row: dict[str, Any] = {
         "address": address,
         "route": decision.route.name,

@@ -157,6 +157,26 @@ def test_what_the_relay_refuses_by_itself_is_said(
     )
 
 
+def test_who_gets_no_copy_because_of_its_domains_is_not_named(
+    product: Callable[..., Product], scripted: Callable[..., ScriptedServer]
+) -> None:
+    """Two new servers share the domains: each address names the one that the relay owes a copy."""
+    news = {name: scripted() for name in ("new1", "new2")}
+    backups = "".join(
+        f'[[backup]]\nname = "{name}"\nurl = "{server.address}"\ndomains = ["{name}.example", "both.example"]\n'
+        for name, server in news.items()
+    )
+    relay = product(primary=f"old={scripted().address}", files={"settings.toml": backups}, settings=QUICK)
+    for domain, expected in {"new1": ["new1"], "NEW2": ["new2"], "both": ["new1", "new2"], "other": []}.items():
+        (row,) = relay.json("route", f"anna@{domain}.example")
+        assert row["backups"] == expected, domain
+        relay.send("x@sender.example", f"anna@{domain}.example")
+    for name, server in news.items():
+        server.wait_for(2)
+        got = sorted(str(message.recipients) for message in server.messages)
+        assert [f"anna@{name}.example".lower() in got_.lower() or "both" in got_ for got_ in got] == [True, True]
+
+
 def test_whoever_is_moved_is_found_by_the_relay() -> None:
     """`move ADDRESS` and `move --domain` take what a message can have, under the key of its look-up."""
     moved = [found for form in _FORMS if isinstance(found := wish(form, fold=True), Wish) and not form.startswith("@o")]
