@@ -133,7 +133,7 @@ def told(connection: Redis, out: Output, made: MovePlan, state: MapState, second
         out.object({"kind": "followed", "generation": state.generation, **found.as_object()})
         return NO if found.late else WELL
     many = changeover.processes(len(found.followed) + len(found.late))
-    out.line(f"{len(found.followed)} of {many} follow.")
+    out.line(f"{len(found.followed)} of {many} follow{'s' * many.startswith('1 ')}.")
     for beat in found.late:
         why = f" ({beat.moved_trouble})" if beat.moved_trouble else f", last heard {formatting.span(beat.age)} ago"
         out.line(
