@@ -40,7 +40,10 @@ from support.settable_clock import SettableClock
 from support.waiting import free_port
 
 # Files whose tests put the whole machine under load: never two of them at once.
-_DEMANDING = ("test_failover", "test_soak", "test_several_hosts", "test_overload", "test_power_loss")
+_DEMANDING = (
+    "test_failover", "test_soak", "test_several_hosts", "test_routes_on_several_hosts", "test_overload",
+    "test_power_loss",
+)  # fmt: skip
 # Files with the longest tests, most of which wait: begun first, they go on beside what takes processor time.
 _SLOW = (
     *_DEMANDING, "test_crash_matrix", "test_crash_matrix_of_routes", "test_outages", "test_postfix_crash",

@@ -23,6 +23,7 @@ class RedisLink:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._through = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
 
     @property
     def url(self) -> str:
@@ -34,6 +35,8 @@ class RedisLink:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._server is not None:
+            self._loop.call_soon_threadsafe(self._server.close)
         self._call(self._end_all())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(PATIENCE)
@@ -56,7 +59,7 @@ class RedisLink:
 
     async def _listen(self) -> None:
         self._through.set()
-        await asyncio.start_unix_server(self._serve, self._path, backlog=1000)
+        self._server = await asyncio.start_unix_server(self._serve, self._path, backlog=1000)
 
     async def _end_all(self) -> None:
         for task in self._tasks:
