@@ -15,7 +15,6 @@ EXECUTABLE = Path("/usr/bin/chromium")
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update",
-    "--disable-gpu-rasterization", "--disable-software-rasterizer",  # Debian's start script says otherwise
 )  # fmt: skip
 AXE = Path(__file__).parent / "axe" / "axe.min.js"
 _TAGS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
