@@ -243,6 +243,9 @@ class _Pipeline(asyncio.Protocol):
 
     def send(self, batch: CommandBatch, seconds: float, answered: Answered) -> None:
         """Send a batch; ``answered`` is called once, with its answers or with the exception that prevented them."""
+        if not self.is_open:  # since it was made: nobody would tell
+            answered(NoConnection(_CLOSED))
+            return
         self._batch, self._owed, self._answered = batch, batch.replies_owed, answered
         self._deadline = self._loop.time() + seconds
         if self._timer is None:

@@ -13,11 +13,23 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from redis.exceptions import ConnectionError as NoConnection
+
 
 def transport(connection: Any) -> asyncio.Transport:
-    """Return the transport of a connected connection; whoever replaces its protocol must restore it."""
-    found: asyncio.Transport = connection._writer.transport  # noqa: SLF001 - see above
+    """Return the transport of a connection; whoever replaces its protocol must restore it.
+
+    Raises redis-py's ConnectionError if it is closed, as it may be at any time: uvloop would raise a RuntimeError at a
+    write.
+    """
+    if (found := _open_transport(connection)) is None:
+        raise NoConnection("Redis closed the connection")
     return found
+
+
+def _open_transport(connection: Any) -> asyncio.Transport | None:
+    writer = connection._writer  # noqa: SLF001 - see above
+    return None if writer is None or writer.transport.is_closing() else writer.transport
 
 
 def error_parser(connection: Any) -> Callable[[str], Exception]:
@@ -34,7 +46,7 @@ async def living(pool: Any) -> Any:
     """
     connection = await pool.get_connection()
     try:
-        if await connection.can_read() or transport(connection).is_closing():
+        if await connection.can_read() or _open_transport(connection) is None:
             await connection.disconnect(nowait=True)
             await connection.connect()
     except BaseException:

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import redis
@@ -14,6 +15,7 @@ import uvloop
 from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import ResponseError
 
+from relay.redisio import raw_connection
 from support.waiting import PATIENCE
 from workers.delivery.large_fetch import fetch
 
@@ -97,3 +99,27 @@ async def test_a_silent_redis_is_not_waited_for() -> None:
         with pytest.raises(TimeoutError):
             await fetch(client, "record")
         assert await client.execute_command("ECHO", "anything") == b"OK"
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_a_connection_that_is_lost_before_the_question(run, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis may die as soon as the connection is there: an error that the caller knows, and no connection is kept."""
+
+    opened = raw_connection.living
+
+    async def living(pool: Any) -> Any:
+        connection = await opened(pool)
+        raw_connection.transport(connection).abort()
+        await asyncio.sleep(0.05)
+        return connection
+
+    async def read() -> None:
+        client = redis.asyncio.Redis.from_url(redis_url, socket_timeout=PATIENCE)
+        with monkeypatch.context() as patched:
+            patched.setattr(raw_connection, "living", living)
+            with pytest.raises(NoConnection):
+                await fetch(client, "record")
+        assert await client.get("record") is None
+        await client.aclose()
+
+    run(read())

@@ -28,7 +28,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as NoConnection
 
 from relay.config.model import RedisSettings
-from relay.redisio import clients
+from relay.redisio import clients, pipeline, raw_connection
 from relay.redisio.pipeline import Answers, CommandBatch, Pipelines
 from relay.redisio.replication import TooFewReplicas
 from support.certificates import Certificate
@@ -637,3 +637,40 @@ async def test_who_asks_when_the_client_ends_gets_an_answer(redis_url: str, *, k
         async with asyncio.timeout(PATIENCE):
             answers = await asked
         assert all(isinstance(answer, NoConnection | list) for answer in answers)
+
+
+@both_loops
+@pytest.mark.parametrize("taken_over", [False, True])
+async def test_a_connection_that_is_lost_as_soon_as_it_is_made(
+    taken_over: bool, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch is sent once more over another one, whether that was before the pipeline had it or just after."""
+    lost = 0
+
+    async def living(pool: Any) -> Any:
+        nonlocal lost
+        connection = await raw_connection.living(pool)
+        if not lost:
+            lost += 1
+            transport = raw_connection.transport(connection)
+            if taken_over:
+                asyncio.get_running_loop().call_soon(transport.abort)
+            else:
+                transport.abort()
+                await asyncio.sleep(0.05)
+        return connection
+
+    monkeypatch.setattr(pipeline, "living", living)
+    client = redis.asyncio.Redis.from_url(redis_url)
+    pipelines = Pipelines(client, seconds=PATIENCE)
+    batch = CommandBatch()
+    batch.add(("PING",))
+    try:
+        answer = await asyncio.wait_for(pipelines.ask(batch), PATIENCE)
+        assert answer == [b"PONG"]
+        assert lost == 1
+    except NoConnection:
+        assert not taken_over  # it was never sent: the caller tries again
+    finally:
+        await pipelines.close()
+        await client.aclose()

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 import redis
 import redis.asyncio
+from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import ReadOnlyError, ResponseError
 
 from relay.redisio import raw_connection
@@ -63,4 +64,16 @@ async def test_a_connection_that_was_closed_at_rest_is_replaced(
     assert not raw_connection.transport(connection).is_closing()
     await connection.send_command("PING")
     assert await connection.read_response() in {b"PONG", "PONG"}
+    await client.connection_pool.release(connection)
+
+
+async def test_a_closed_connection_has_no_transport(client: redis.asyncio.Redis) -> None:
+    """It may be closed as soon as it has been opened; uvloop would raise a RuntimeError at the first write."""
+    connection = await raw_connection.living(client.connection_pool)
+    raw_connection.transport(connection).abort()
+    with pytest.raises(NoConnection):
+        raw_connection.transport(connection)
+    await connection.disconnect(nowait=True)
+    with pytest.raises(NoConnection):
+        raw_connection.transport(connection)
     await client.connection_pool.release(connection)
