@@ -18,14 +18,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.long
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(
-    "names",
-    [("worker-stopped",), ("held-and-throttled", "redis-full"), ("redis-a-replica", "redis-busy"), ("disk-fails",)],
-    ids=" ".join,
-)
-def test_disasters(names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("name", ["worker-stopped", "disk-fails"])
+def test_disasters(name: str) -> None:
     """What got a 2xx is at each server as it was sent; every duplicate has its line."""
-    command = [sys.executable, "-m", "bench.disasters", *names]
+    command = [sys.executable, "-m", "bench.disasters", name]
     # SIGTERM has it stop what it has started.
     process = subprocess.Popen(
         tied(command, signal.SIGTERM),

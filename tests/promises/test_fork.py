@@ -404,7 +404,7 @@ def test_killed_at(
     reached = tmp_path / "reached"
     monkeypatch.setenv(faultpoints.VARIABLE, f"{point}:{10 + turn}:{reached}")
     servers["new"].replies["."] = ["451 4.7.1 later", None, None] * 10 + [None]
-    relay = forking(product, servers)
+    relay = forking(product, servers, **{"retry.first": "2s"})
     sender = Sender(relay.smtp_port, range(30), recipients=(OLD, NEW)).start()
     wait_until(reached.exists, 30, f"nobody reached {point!r}")
     os.kill(relay.child("relay-1").pid, signal.SIGKILL)
@@ -426,7 +426,12 @@ def test_behind_postfix_with_kills_each_server_ends_with_what_it_owes(
     product: Make, servers: Servers, postfix: Callable[[PostfixInstance], PostfixInstance]
 ) -> None:
     """The relay is killed, then all of smtp-dup, and a leg is away: each server ends with the set that it is owed."""
-    settings = {"relay.command_timeout_seconds": "10", "relay.final_timeout_seconds": "10", "relay.uncertain_hold": "5"}
+    settings = {
+        "relay.command_timeout_seconds": "10",
+        "relay.final_timeout_seconds": "10",
+        "relay.uncertain_hold": "5",
+        "retry.first": "2s",
+    }
     relay = forking(product, servers, **settings)
     front = postfix(PostfixInstance.front(relay.smtp_port))
     kinds = [(OLD, NEW), (OLD, NEW, SHOP), (NEW, SHOP), (OLD,), (SHOP, OLD)]
@@ -450,7 +455,7 @@ def test_behind_postfix_with_kills_each_server_ends_with_what_it_owes(
         return front.queue_empty()
 
     wait_until(is_empty, 150, interval=3)
-    wait_until(lambda: is_drained(relay), 60)
+    wait_until(lambda: is_drained(relay), 60, lambda: f"not drained: {relay.json('queue', 'list')} {relay.log[-6000:]}")
     owed = {"old": (OLD, NEW), "new": (NEW,), "shop": (SHOP,), "archive": (OLD, NEW, SHOP)}
     for name, who in owed.items():
         due = {(n, address) for n in range(count) for address in kinds[n % len(kinds)] if address in who}

@@ -45,9 +45,7 @@ def link() -> Iterator[MakeLink]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("seed", "kills", "decide"), [(1, False, False), (2, True, False), (3, False, True), (4, True, True)]
-)
+@pytest.mark.parametrize(("seed", "kills", "decide"), [(1, False, False), (4, True, True)])
 @pytest.mark.timeout(400)
 def test_nothing_is_lost_and_each_repetition_is_explained(
     product: Callable[..., Product],

@@ -20,9 +20,10 @@ _UNSURE = ("451 4.4.2",)  # what a relay says when a server has not answered the
 
 
 class Attempt(NamedTuple):
-    """One transaction: when it began, through which host, and what became of those whom RCPT was said for."""
+    """One transaction: from when to when, through which host, and what became of those whom RCPT was said for."""
 
     begun: float  # monotonic
+    ended: float
     port: int
     taken: tuple[str, ...]  # whose RCPT got a 2xx
     outcome: str  # "accepted", "refused" or "unsure"
@@ -170,5 +171,5 @@ class MtaInFront:
         except (OSError, Unexpected):
             return False
         finally:
-            sent.attempts.append(Attempt(begun, port, tuple(taken), outcome))
+            sent.attempts.append(Attempt(begun, time.monotonic(), port, tuple(taken), outcome))
         return True
