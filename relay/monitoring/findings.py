@@ -148,7 +148,7 @@ def _trouble_writing(folder: Path) -> str:
     """Write a small file as a message is written; return what keeps it from the disk (an error, a quota), or ""."""
     came: queue.SimpleQueue[str] = queue.SimpleQueue()
     hangs = f"the disk has not taken a file within {_DISK_SECONDS:g} s"
-    if not _writing.acquire(blocking=False):  # the one before still waits for it
+    if not _writing.acquire(timeout=_DISK_SECONDS):  # who asks at the same time waits for their turn
         return hangs
 
     def write() -> None:
@@ -162,7 +162,11 @@ def _trouble_writing(folder: Path) -> str:
         finally:
             _writing.release()
 
-    threading.Thread(target=write, name="probe of the spool", daemon=True).start()
+    try:
+        threading.Thread(target=write, name="probe of the spool", daemon=True).start()
+    except RuntimeError as error:  # no thread can be started
+        _writing.release()
+        return str(error)
     try:
         return came.get(timeout=_DISK_SECONDS)
     except queue.Empty:
