@@ -5,7 +5,9 @@ By hand, or where there is an engine: `pytest tests/compose`. The first run buil
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -238,7 +240,8 @@ def test_the_dashboard_while_a_job_runs(stack: Stack, backup: ScriptedServer) ->
     """Every tab answers, also while a worker is in the middle of a job; what deletes is off."""
     gate = Gate()
     backup.replies["."] = (gate, None)
-    stack.send("slow")
+    # What a job is needed for: too large, also when it is compressed, for a first try from memory.
+    stack.send("slow", more=base64.encodebytes(os.urandom(96 << 10)).decode().replace("\n", "\r\n"))
     gate.wait(60)
     try:
         for path in ("/", "/0/view/jobs", "/0/view/workers", "/0/data/queues.json", "/favicon.ico"):
@@ -246,7 +249,7 @@ def test_the_dashboard_while_a_job_runs(stack: Stack, backup: ScriptedServer) ->
         status, text = stack.dashboard("/0/data/workers.json", login=LOGIN)
         assert status == 200
         (job,) = [w["current_job"] for w in json.loads(text)["workers"] if w["current_job"] != "idle"]
-        assert job["call_string"].startswith(f"1 copy to {outside(backup)}")
+        assert job["call_string"].startswith(f"1 message to {outside(backup)}")
         for registry in ("queued", "started", "scheduled", "failed"):
             path = f"/0/data/jobs/backup-{outside(backup)}/{registry}/8/dsc/1.json"
             assert stack.dashboard(path, login=LOGIN)[0] == 200, registry

@@ -74,9 +74,9 @@ def outside(of: ScriptedServer) -> str:
     return f"host.docker.internal:{of.port}"
 
 
-def send(port: int, subject: str, *recipients: str) -> None:
-    """Send a message through a published port. Raises smtplib.SMTPException."""
-    message = f"Subject: {subject}\r\n\r\nThis is {subject}.\r\n.\r\n..and its end\r\n"
+def send(port: int, subject: str, *recipients: str, more: str = "") -> None:
+    """Send a message, with ``more`` lines at its end, through a published port. Raises smtplib.SMTPException."""
+    message = f"Subject: {subject}\r\n\r\nThis is {subject}.\r\n.\r\n..and its end\r\n{more}"
     client = smtplib.SMTP("127.0.0.1", port, timeout=60)
     with contextlib.closing(client):  # without QUIT: a relay that stops may have said 421 after its 250
         client.sendmail("sender@example.com", list(recipients or ("somebody@example.org",)), message)
@@ -161,9 +161,9 @@ class Stack:
         (row,) = self.json("queue", "summary")
         return row
 
-    def send(self, subject: str, *recipients: str) -> None:
-        """Send a message through the published port. Raises smtplib.SMTPException."""
-        send(self.smtp_port, subject, *recipients)
+    def send(self, subject: str, *recipients: str, more: str = "") -> None:
+        """Send a message, with ``more`` lines at its end, through the published port. Raises smtplib.SMTPException."""
+        send(self.smtp_port, subject, *recipients, more=more)
 
     def dashboard(
         self, path: str, *, post: bool = False, login: str = "", headers: Mapping[str, str] | None = None
