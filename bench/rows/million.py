@@ -26,6 +26,7 @@ from relay.mail.envelope import Envelope
 from relay.mail.ids import IdSource
 from relay.mail.recipient import Recipient
 from relay.mail.record import Message
+from support.batches import stage as stage_by_pipeline
 from support.redis_servers import RedisServer
 from workers.upkeep.sweep import Sweeper
 
@@ -104,7 +105,7 @@ def _cycle(client: redis.Redis, messages: Iterator[Staged], batches: int) -> dic
     Redis's clock runs on while another process has its core: the lower quartile of many short parts counts.
     """
     acts: dict[str, Callable[[Any, list[Staged]], None]] = {
-        "stage": changes.stage,
+        "stage": stage_by_pipeline,
         "release": lambda pipe, batch: changes.release(pipe, _released(batch)),
         "claim": lambda pipe, batch: changes.claim(pipe, _NAME, "job", "worker", 60, [m.id for m in batch]),
         "settle": lambda pipe, batch: changes.settle(pipe, _NAME, [m.id for m in batch]),
@@ -136,7 +137,7 @@ def _fill(client: redis.Redis, messages: Iterator[Staged], count: int, row: Row)
     jobs: list[list[str]] = []
     for start in range(0, count, _FILL):
         batch = _take(messages, min(_FILL, count - start))
-        _transaction(client, lambda pipe, batch=batch: changes.stage(pipe, batch))
+        _transaction(client, lambda pipe, batch=batch: stage_by_pipeline(pipe, batch))
         _transaction(client, lambda pipe, batch=batch: changes.release(pipe, _released(batch)))
         ids = [m.id for m in batch]
         jobs += [ids[n : n + _JOB] for n in range(0, len(ids), _JOB)]
