@@ -1,7 +1,7 @@
 """The events of a message's life: as the processes send them, as they are stored, and as who looks reads them.
 
 An event is a JSON list: its kind, the message id, when (milliseconds since the epoch by this host's clock), and the
-fields of its kind; lengths of time are microseconds. A reply is a text, or a list of its code and lines.
+fields of its class, in their order; lengths of time are microseconds. A reply is a text, or a list of code and lines.
 What is stored is not trusted: one that makes no sense is none. A later version adds fields at the end of a list.
 """
 
@@ -119,6 +119,8 @@ class Remark:
 
 
 Event = Received | More | Tried | Remark
+_KINDS: dict[type[Event], str] = {Received: RECEIVED, More: MORE, Tried: TRIED, Remark: REMARKED}
+_LENGTHS_OF_TIME = {RECEIVED: (12, 14), TRIED: (5,)}  # where they stand in a list of this kind
 
 
 # As they are sent ------------------------------------------------------------------------------------------------
@@ -286,50 +288,14 @@ def _part(found: list[Any]) -> Part:
 
 
 def stored(event: Event) -> Wire:
-    """Return an event as it is stored."""
-    match event:
-        case Received():
-            return [
-                RECEIVED,
-                event.id,
-                round(event.at * 1000),
-                event.outcome,
-                event.sender,
-                event.recipients,
-                event.refused,
-                event.client,
-                event.helo,
-                event.size,
-                event.message_id,
-                event.stage,
-                round(event.stage_seconds * 1e6),
-                event.primary,
-                round(event.seconds * 1e6),
-                event.reply,
-                event.refused_at,
-                event.mail_reply,
-                event.rcpt_replies,
-                event.copies,
-                event.is_late,
-                event.count,
-                *([event.route] if event.route else []),
-            ]
-        case More():
-            return [MORE, event.id, round(event.at * 1000), event.recipients]
-        case Tried():
-            seconds = None if event.seconds is None else round(event.seconds * 1e6)
-            return [
-                TRIED,
-                event.id,
-                round(event.at * 1000),
-                event.destination,
-                event.attempt,
-                seconds,
-                event.parts,
-                event.next_seconds,
-            ]
-        case Remark():
-            return [REMARKED, event.id, round(event.at * 1000), event.event, event.destination, event.text]
+    """Return an event as it is stored: its kind, then its fields in their order."""
+    wire: Wire = [_KINDS[type(event)], *(getattr(event, name) for name in event.__slots__)]
+    wire[2] = round(event.at * 1000)
+    for n in _LENGTHS_OF_TIME.get(wire[0], ()):
+        wire[n] = None if wire[n] is None else round(wire[n] * 1e6)
+    if isinstance(event, Received) and not event.route:
+        del wire[-1]
+    return wire
 
 
 def _list(value: object) -> Sequence[Any]:

@@ -144,7 +144,7 @@ class OpenFile:
     def is_sealed(self) -> bool:
         return self._cipher is not None
 
-    def _take_secret(self) -> None:
+    def take_secret(self) -> None:
         """Take the file's key. Raises ClosedFile, DamagedFile."""
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         if version != _VERSION:
@@ -290,39 +290,26 @@ def open_to_write(file: HourFile) -> OpenFile:
         private_files.write(file.path.parent, file.path.name, b"", durable=False)
     elif not private_files.is_file_of_ours(file.path.lstat()):
         raise ClosedFile("it is no file of this user")
-    if not file.path.stat().st_size:
-        made = _connected(file, "mode=rw")
-        try:
-            made.create()
-        except BaseException:
-            made.close()
-            raise
-        return made
-    return _opened(file, "mode=rw")
+    return _opened(file, "mode=rw", is_new=not file.path.stat().st_size)
 
 
-def _opened(file: HourFile, mode: str) -> OpenFile:
-    found = _connected(file, mode)
-    try:
-        found._take_secret()  # noqa: SLF001 - made here
-    except BaseException:
-        found.close()
-        raise
-    return found
-
-
-def _connected(file: HourFile, mode: str) -> OpenFile:
+def _opened(file: HourFile, mode: str, *, is_new: bool = False) -> OpenFile:
     quoted = str(file.path).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
     connection = sqlite3.connect(
         f"file:{quoted}?{mode}", uri=True, isolation_level=None, timeout=_PATIENCE, check_same_thread=False
     )
+    found = OpenFile(file, connection)
     try:
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("PRAGMA trusted_schema = OFF")
+        if is_new:
+            found.create()
+        else:
+            found.take_secret()
     except BaseException:
-        connection.close()
+        found.close()
         raise
-    return OpenFile(file, connection)
+    return found
 
 
 def is_damage(error: BaseException) -> bool:

@@ -49,17 +49,9 @@ class Query:
     limit: int = 50
 
     @classmethod
-    def of(
-        cls,
-        what: Iterable[str],
-        *,
-        since: float = 0.0,
-        until: float = math.inf,
-        status: str | None = None,
-        limit: int = 50,
-    ) -> Query:
+    def of(cls, what: Iterable[str], **rest: Any) -> Query:
         """Make a query of what an operator types. Raises relay.trace.search_terms.NoWord."""
-        return cls(tuple(map(search_terms.read, what)), since, until, status, limit)
+        return cls(tuple(map(search_terms.read, what)), **rest)
 
 
 @dataclass(slots=True)

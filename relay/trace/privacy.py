@@ -77,7 +77,6 @@ class Privacy:
                     reply=_cleared(event.reply, names),
                     mail_reply=_cleared(event.mail_reply, names),
                     rcpt_replies=tuple(_cleared(reply, names) for reply in event.rcpt_replies),
-                    message_id=event.message_id,
                 )
             case More():
                 return replace(event, recipients=tuple(map(self._kept, event.recipients)))
