@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 
 
 class Result(Enum):
@@ -27,21 +28,7 @@ class Finding:
     text: str
 
 
-def passes(text: str) -> Finding:
-    """Return that all is well."""
-    return Finding(Result.PASS, text)
-
-
-def fails(text: str) -> Finding:
-    """Return that it is not."""
-    return Finding(Result.FAIL, text)
-
-
-def warns(text: str) -> Finding:
-    """Return that it is worth a look."""
-    return Finding(Result.WARN, text)
-
-
-def unknown(text: str) -> Finding:
-    """Return that nobody can tell, and how to find out."""
-    return Finding(Result.UNKNOWN, text)
+passes = partial(Finding, Result.PASS)
+fails = partial(Finding, Result.FAIL)
+warns = partial(Finding, Result.WARN)  # it is worth a look
+unknown = partial(Finding, Result.UNKNOWN)  # nobody can tell; the text says how to find out

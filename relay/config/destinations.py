@@ -24,7 +24,6 @@ from relay.ownership import fault_of_secret
 _DEFAULT_PORTS = {"smtp": 25, "smtps": 465, "lmtp": 24, "mx": MX_PORT}
 _MX = re.compile(r"mx:(?!\d+$)(?://)?(?=[^/])", re.IGNORECASE)  # mx:25 is port 25 of a host with that name
 _URL_FIELDS = ("tls", "ca_file", "tls_certificate", "tls_key", "password_from", "dns")
-_TLS = ("none", "opportunistic", "encrypt", "verify")
 _KINDS = {field.key: field.kind for field in BACKUP_FIELDS}
 
 _EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
@@ -187,9 +186,7 @@ def _transport(values: dict[str, Any], *, given: bool) -> Faults:
         secret = values["username"] or scheme == "smtps"
         values["tls"] = "verify" if ca_file else "encrypt" if secret else "opportunistic"
     tls = values["tls"]
-    if tls not in _TLS:
-        faults.append(("tls", f"expected {', '.join(_TLS)}"))
-    elif scheme == "smtps" and tls in {"none", "opportunistic"}:
+    if scheme == "smtps" and tls in {"none", "opportunistic"}:
         faults.append(("tls", "expected encrypt or verify: smtps:// is TLS from the first byte"))
     if ca_file and tls != "verify":
         faults.append(("ca_file", "has a meaning only with tls = verify"))

@@ -19,10 +19,8 @@ from dynaconf.loaders.base import BaseLoader
 from dynaconf.vendor.ruamel.yaml import YAMLError
 from dynaconf.vendor.ruamel.yaml.constructor import DuplicateKeyError
 
-from relay.config.options import SECTIONS
+from relay.config.options import SECTIONS, TABLES
 from relay.mail.text import printable
-
-_TABLES = ("backup", "server", "route")  # [[...]], in YAML lists
 
 
 class UnreadableFile(Exception):
@@ -66,7 +64,7 @@ def read(path: Path) -> FileContent:
         raise UnreadableFile("expected sections with options") from None
     data |= dict.fromkeys(sorted(loaded - set(data)), True)  # dynaconf's own options are unknown here
     lowered = {str(key).lower(): _lower(value) for key, value in data.items()}
-    told = {key: value for key, value in lowered.items() if value or key not in {*SECTIONS, *_TABLES}}
+    told = {key: value for key, value in lowered.items() if value or key not in {*SECTIONS, *TABLES}}
     return FileContent(told, dict(_lines(text, path.suffix)))
 
 
@@ -96,7 +94,7 @@ def _syntax(error: Exception) -> str:
 
 def _lines(text: str, suffix: str) -> Iterator[tuple[str, int]]:
     """Yield each key and its line; multi-line values are not parsed, which is good enough for messages."""
-    section, tables, dashes = "", dict.fromkeys(_TABLES, -1), dict[str, str]()  # dashes: how far each list is indented
+    section, tables, dashes = "", dict.fromkeys(TABLES, -1), dict[str, str]()  # dashes: how far each list is indented
     for number, line in enumerate(text.lower().splitlines(), 1):
         if suffix == ".toml":
             header = re.match(r"\s*(\[\[?)\s*\"?([\w.-]+)", line)
@@ -106,7 +104,7 @@ def _lines(text: str, suffix: str) -> Iterator[tuple[str, int]]:
         else:
             header = re.match(r"(\")?([\w.-]+)\"?\s*:", line)
             within, dash = section.partition("[")[0], re.match(r"(\s*)-\s", f"{line} ")
-            starts_table = within in _TABLES and dash is not None and dashes.setdefault(within, dash[1]) == dash[1]
+            starts_table = within in TABLES and dash is not None and dashes.setdefault(within, dash[1]) == dash[1]
             key = re.match(r"\s+(?:-\s+)?\"?([\w.-]+)\"?\s*:", line)
             name = header[2] if header else section.partition("[")[0]
         table, dot, part = name.partition(".")

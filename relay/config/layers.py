@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from relay.config.model import Layers
-from relay.config.options import BY_KEY, ENV_PREFIX, OPTIONS, SECTIONS
+from relay.config.options import BY_KEY, ENV_PREFIX, OPTIONS, SECTIONS, TABLES
 from relay.config.problems import Problem, SettingsError
 from relay.mail.text import printable
 
 if TYPE_CHECKING:
     from relay.config.file import FileContent
 
-TABLES = ("backup", "server", "route")  # [[...]] of a file
 FILE_NAMES = ("settings.toml", "config.yaml")
 CONFIG_VARIABLE = ENV_PREFIX + "CONFIG"
 DEFAULTS_VARIABLE = ENV_PREFIX + "DEFAULTS"  # a file of defaults (container image); other files override it

@@ -9,8 +9,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from relay.config.options import SECTIONS
 from relay.config.routes import Route
 from relay.config.types import Demoted, PageHost, listen_addresses, mask, sentinel_url
 from relay.mail.addresses import Network, within
@@ -334,22 +335,5 @@ class Settings:
         return found
 
 
-PARTS: dict[str, type] = {
-    "smtp": SmtpSettings,
-    "relay": RelaySettings,
-    "redis": RedisSettings,
-    "spool": SpoolSettings,
-    "storage": StorageSettings,
-    "retry": RetrySettings,
-    "failed": FailedSettings,
-    "divergence": DivergenceSettings,
-    "ready": ReadySettings,
-    "trace": TraceSettings,
-    "status": StatusSettings,
-    "log": LogSettings,
-    "workers": WorkersSettings,
-    "routes": RoutesSettings,
-}
-
-
+PARTS: dict[str, type] = {name: kind for name, kind in get_type_hints(Settings).items() if name in SECTIONS}
 DEMOTED_ORIGIN = "demoted"  # of the [[backup]] that the primary would be

@@ -33,6 +33,7 @@ from relay.config.types import (
 )
 
 ENV_PREFIX = "SMTP_DUP_"
+TABLES = ("backup", "server", "route")  # [[...]] of a file, lists in YAML
 
 
 @dataclass(frozen=True, slots=True)
