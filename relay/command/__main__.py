@@ -1,5 +1,5 @@
 """`python -m relay.command` is `smtp-dup`."""
 
-from relay.command.main import main
+from relay.command.entry import main
 
 main()

@@ -1,4 +1,4 @@
-"""The entry of the console script: runs a command line and tells every expected trouble on a line of its own.
+"""Runs a command line and tells every expected trouble on a line of its own.
 
 What each exit status means is in exit_status.py. An exception that nobody expects is an error of ours and keeps its
 traceback.
@@ -96,7 +96,7 @@ def _tell(line: str) -> None:
 
 
 def main() -> NoReturn:
-    """The console script."""
+    """Run the command line of this process, and exit with its status."""
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None:  # closed by whoever started us (>&-); a file of ours must not get its number

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from loguru import logger
 
-from relay import log_output, parent_death
+from relay import early_signals, log_output, parent_death
 from relay.child import ChildContext
 from relay.daemon.slots import Child
 
@@ -28,7 +28,7 @@ def fork(child: Child, context: Callable[[], ChildContext], leave: Callable[[], 
     sys.stderr.flush()
     # A signal between the fork and the child's own dispositions would be written to our pipe, and a SIGTERM
     # for the child would count as our second one.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, child.leave})
     gc.freeze()  # what all share: no collection of a child looks at it, and so makes a copy of its pages
     pid = os.fork()
     if pid == 0:
@@ -47,7 +47,7 @@ def _live(
     status = 1
     try:
         leave()
-        _become_child()
+        _become_child(child.leave)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         status = child.run(context()) if child.run else 0
     except SystemExit as end:
@@ -66,8 +66,10 @@ def _live(
             os._exit(status & 0xFF)
 
 
-def _become_child() -> None:
-    for number in (signal.SIGTERM, signal.SIGCHLD):
+def _become_child(leave: signal.Signals) -> None:
+    for number in early_signals.MEANINGLESS:
+        signal.signal(number, early_signals.ignore)
+    for number in (signal.SIGTERM, signal.SIGCHLD, leave):  # one that has taken nothing yet may just end
         signal.signal(number, signal.SIG_DFL)
     for number in (signal.SIGHUP, signal.SIGINT):  # a reload kills no child that has not asked for it
         signal.signal(number, signal.SIG_IGN)

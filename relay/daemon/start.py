@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from relay import limits, log_lines, maillog, ownership, private_files
+from relay import early_signals, limits, log_lines, maillog, ownership, private_files
 from relay.config.loader import Settings
 from relay.trace import emitter
 
@@ -53,6 +53,7 @@ class EarlyStop:
 
     def __init__(self) -> None:
         self._came = False
+        early_signals.catch()
         # Whoever started us may have them ignored (nohup, `&` in a script) or blocked, and we inherit that.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD})

@@ -24,7 +24,7 @@ from functools import partial
 
 from loguru import logger
 
-from relay import log_output
+from relay import early_signals, log_output
 from relay.child import ChildContext
 from relay.daemon.child_status import ChildStatus
 from relay.daemon.fork import fork
@@ -76,6 +76,8 @@ class Supervisor:
         """
         self._slots = [Slot(child, due=0.0) for child in sorted(self.children, key=lambda c: -c.stage)]
         before = self._wakeup.catch_signals()
+        if early_signals.hung_up():
+            signal.raise_signal(signal.SIGHUP)
         try:
             self._start_due(first=True)
             if self.on_ready:

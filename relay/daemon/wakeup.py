@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from relay.daemon.fork import SIGNALS
+from relay.early_signals import ignore
 
 _PID = struct.Struct("=i")
 
@@ -35,7 +36,7 @@ class Wakeup:
         for descriptor in (*self._signals, *self._ready):
             os.set_blocking(descriptor, False)
         signal.set_wakeup_fd(self._signals[1], warn_on_full_buffer=False)
-        return {number: signal.signal(number, _ignore) for number in SIGNALS}
+        return {number: signal.signal(number, ignore) for number in SIGNALS}
 
     def restore_signals(self, before: Mapping[signal.Signals, object]) -> None:
         for number, handler in before.items():
@@ -71,7 +72,3 @@ class Wakeup:
         signal.set_wakeup_fd(-1)
         for descriptor in (*self._signals, self._ready[0], *self.watched):
             os.close(descriptor)
-
-
-def _ignore(_number: int, _frame: object) -> None:
-    pass

@@ -1,13 +1,15 @@
 """The relay's end of a connection to one worker: copies go out in one write a turn of the loop, or not at all.
 
-The worker's limits bound what is under way. What the kernel does not take at once is not handed over, and left to its
-job; where it has taken a part of a copy, the connection is closed, so that no copy ever comes later than the job that
-is made for it.
+The worker's limits bound what is under way. A living worker tells them again soon after copies have come: one that
+does not, since it is stopped or overloaded, gets no more until it does. What the kernel does not take at once is not
+handed over, and left to its job; where it has taken a part of a copy, the connection is closed, so that no copy ever
+comes later than the job that is made for it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 from collections.abc import Callable, Sequence
 
@@ -16,6 +18,7 @@ from relay.handover.frames import BadFrame, HandedCopy, Hello, Limits, read_hell
 
 _RECEIVED = 4096
 _PAUSE = 0.5  # seconds for which a worker that has not read what it was sent gets nothing
+_SILENCE = 1.5  # seconds in which a worker says that copies have come
 _BUFFER = 1 << 20  # octets in the kernel, as far as it allows
 
 Ids = Sequence[str]
@@ -46,6 +49,7 @@ class WorkerLine:
         self._limits = Limits(0, 0)
         self._copies = self._octets = 0  # sent in all, and reserved
         self._pauses_until = 0.0
+        self._unheard_since = math.inf  # when it was sent the first copy since it was heard last
         self._waiting: list[HandedCopy] = []
         self._received = bytearray()
         sock.setblocking(False)
@@ -54,7 +58,10 @@ class WorkerLine:
 
     def room_for(self, size: int) -> int:
         """Return how many copies the worker takes, 0 if none of this size."""
-        if not self.is_open or self._loop.time() < self._pauses_until or self._octets + size > self._limits.octets:
+        now = self._loop.time()
+        if not self.is_open or now < self._pauses_until or now - self._unheard_since > _SILENCE:
+            return 0
+        if self._octets + size > self._limits.octets:
             return 0
         return max(0, self._limits.copies - self._copies)
 
@@ -100,6 +107,7 @@ class WorkerLine:
         if hello is None:  # never with copies: who has said nothing has no room
             return
         if handed:
+            self._unheard_since = min(self._unheard_since, self._loop.time())
             self._on_handed(hello.destination, [copy.id for copy in copies[:handed]])
             faultpoints.reach("handed over")
         if handed < len(copies):
@@ -135,7 +143,7 @@ class WorkerLine:
             if self.hello is not None:
                 limits = read_limits(self._received)
                 if limits is not None and self.hello.ledger == self._ledger:
-                    self._limits = limits
+                    self._limits, self._unheard_since = limits, math.inf
         except BadFrame as error:
             maillog.notice("error", "hand-over", socket=self.name, reason=str(error))
             self.close()

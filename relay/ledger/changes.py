@@ -28,6 +28,7 @@ from relay.redisio.pipeline import CommandBatch
 
 NOISE = 900.0  # seconds: see divergence.noise
 LEASE_SECONDS = 60.0
+HANDED_SECONDS = 20.0  # of a lease taken for a worker by a release: one that lives renews it before it ends
 COVERING = 2  # of a release: an uncertain message with the same digest has the recipients too
 WANTED, SETTLED, UNKNOWN = range(3)  # the ledger's verdict on a file; see judge_files.lua
 
@@ -142,7 +143,7 @@ def release(pipe: Pipe, messages: Sequence[Released]) -> None:
         recipients = f"[{', '.join(map(_quoted, m.recipients))}]" if m.digest else ""
         arguments += (m.id, m.digest, recipients, repr(m.accepted_at), str(len(m.destinations)), *m.destinations)
         arguments.append(" ".join(f"{n + 1}={holder}" for n, holder in enumerate(m.holders) if holder))
-    pipe.eval(_RELEASE, 0, str(LEASE_SECONDS), *arguments)
+    pipe.eval(_RELEASE, 0, str(HANDED_SECONDS), *arguments)
 
 
 def discard(pipe: Pipe, ids: Sequence[str]) -> None:

@@ -179,6 +179,29 @@ def test_reload_is_passed_on(run: Run) -> None:
     assert len(run.ups("deaf")) == 1
 
 
+def test_a_signal_before_it_listens(run: Run) -> None:
+    """SIGHUP in the start is kept until it can be obeyed; SIGUSR1 ends nobody, now or later, nor does SIGUSR2."""
+    supervisor = run.start(
+        """
+        from relay.daemon.start import EarlyStop
+        EarlyStop()
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(os.getpid(), number)
+        on_reload = lambda: note("reload asked")
+        sys.exit(Supervisor([Child('relay', run=serve)], on_reload=on_reload).run())
+        """
+    )
+    ((child, _),) = run.wait_up("relay")
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        supervisor.send_signal(number)
+        os.kill(child, number)
+    wait_until(lambda: ["reload", "asked"] in run.events, message=lambda: run.log)
+    supervisor.terminate()
+    assert run.end() == 0
+    assert len(run.ups("relay")) == 1
+    assert run.events.count(["reload", "asked"]) == 1
+
+
 def test_program_is_launched_watched_and_released(run: Run) -> None:
     """A launched program is started first, again when it dies, released after each end, and stopped last."""
     supervisor = run.start(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
+import shutil
 import socket
 import threading
 import time
@@ -333,6 +335,75 @@ async def test_a_worker_that_stands_still(contents: Contents, redis_url: str, tm
     handover.close()
     sock.close()
     listener.close()
+
+
+async def test_a_worker_that_says_nothing(
+    contents: Contents, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that gives no receipt for what it was sent, since it is stopped, gets no more until it does."""
+    monkeypatch.setattr("relay.handover.worker_line._SILENCE", 0.05)
+    listener = unix_sockets.listening(_folder(tmp_path), "new.sock", 1)
+    handover = Handover(tmp_path, redis_url)
+    following = asyncio.ensure_future(handover.follow())
+    await until(lambda: bool(handover._lines))
+    sock, _ = listener.accept()
+    sock.sendall(Hello("new", "worker", handover._ledger).packed() + Limits(100, 1 << 20).packed())
+    await until(lambda: handover._line_of("new", 0) is not None)
+    await asyncio.sleep(0.1)
+    assert handover._line_of("new", 0) is not None  # it was sent nothing
+    message_id = contents.staged()
+    handover.keep(message_id, (b"x",), ("new",))
+    offer = handover.offer(message_id, ("new",))
+    assert offer is not None
+    offer.send(1.0)
+    await until(lambda: handover._line_of("new", 0) is None)
+    sock.sendall(Limits(100, 1 << 20).packed())
+    await until(lambda: handover._line_of("new", 0) is not None)
+    following.cancel()
+    handover.close()
+    sock.close()
+    listener.close()
+
+
+async def test_receipt_and_renewal(
+    contents: Contents, redis_url: str, backup: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker says soon that a single copy has come, and makes its short lease a long one."""
+    monkeypatch.setattr("workers.delivery.leases._RENEW_FRESH", 0.0)
+    gate = Gate()
+    async with pair(contents, redis_url, backup, tmp_path) as made:
+        backup.replies["."] = (gate, None)
+        (line,) = made.handover._lines.values()
+        copy = contents.staged()
+        made.hand(copy)
+
+        def lease() -> float:
+            end = contents.connection.zscore(keys.BUSY + "new", copy)
+            assert isinstance(end, float)
+            return end - changes.now(contents.connection)
+
+        assert lease() <= changes.HANDED_SECONDS
+        await until(lambda: bool(made.handed))
+        await until(lambda: line._unheard_since == math.inf)
+        await until(lambda: lease() > changes.HANDED_SECONDS)
+        gate.open()
+        await until(lambda: not made.pending())
+
+
+async def test_a_folder_that_was_removed(
+    contents: Contents, redis_url: str, backup: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made again; a drain leaves nothing there."""
+    monkeypatch.setattr("workers.delivery.intake._MISSING_SECONDS", 0.0)
+    async with pair(contents, redis_url, backup, tmp_path):
+        shutil.rmtree(folder_of(tmp_path))
+        await until(lambda: bool(list(folder_of(tmp_path).glob("*.sock"))))
+        another = Handover(tmp_path, redis_url)
+        following = asyncio.ensure_future(another.follow())
+        await until(lambda: another._line_of("new", 0) is not None)
+        following.cancel()
+        another.close()
+    assert not list(folder_of(tmp_path).iterdir())
 
 
 def _folder(state_dir: Path) -> Path:

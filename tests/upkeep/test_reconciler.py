@@ -32,6 +32,7 @@ from support.waiting import wait_until
 from workers.queues import backlog
 from workers.rqworker import live_jobs
 from workers.upkeep import merge_jobs, reconciler, sweep
+from workers.upkeep.ended_leases import EndedLeases
 from workers.upkeep.report import Report
 from workers.upkeep.sweep import Sweeper
 
@@ -61,6 +62,33 @@ def test_a_copy_whose_job_is_lost_gets_a_new_one_at_the_second_sweep(contents: C
     assert list(contents.queued().values()) == [ids]
     assert {f.id for f in report.findings} == set(ids)
     assert sweeper.sweep().counts == {}
+
+
+def test_a_lease_that_is_renewed_no_more(contents: Contents) -> None:
+    """Its copy gets one job once the lease has stayed ended for a while; its claim names that worker."""
+    connection, now = contents.connection, [0.0]
+    handed, renewed = contents.pending(), contents.pending()
+    contents.claim("job", handed, renewed, worker="stopped")
+    sweeper = Sweeper(connection, settings())
+    sweeper._ended = EndedLeases(lambda: now[0])
+    assert sweeper.take_over() == 0
+
+    def ended(*ids: str) -> None:
+        connection.zadd(keys.BUSY + "new", dict.fromkeys(ids, changes.now(connection) - 1))
+
+    ended(handed, renewed)
+    assert sweeper.take_over() == 0
+    now[0] = 15.0
+    connection.zadd(keys.BUSY + "new", {renewed: changes.now(connection) + 60})
+    assert sweeper.take_over() == 0
+    now[0] = 25.0
+    ended(renewed)
+    assert sweeper.take_over() == 1
+    assert list(contents.queued().values()) == [[handed]]
+    now[0] = 30.0
+    assert sweeper.take_over() == 0
+    (claim,) = contents.claim("another", handed, worker="next")
+    assert claim.before == "stopped"
 
 
 def test_new_jobs_hold_a_hundred(contents: Contents) -> None:

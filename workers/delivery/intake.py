@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import os
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from relay.handover.frames import BadFrame, HandedCopy, Hello, Limits, folder_of
 
 _BACKLOG = 64
 _LOOK_SECONDS = 0.25
+_MISSING_SECONDS = 2.0  # between two looks whether its socket still has its name
 _PAUSE = 0.005  # seconds between two reads while copies come
 _AT_ONCE = 256 << 10  # octets of one read
 _PART = 4  # a limit is told again when it has changed by this part of the room
@@ -46,6 +48,7 @@ class Intake:
         self._room, self._take, self._on_gone = room, take, on_gone
         self._name = f"{hello.destination[:_NAMED]}.{os.getpid()}.{next(_numbers)}.sock"
         self._listener: socket.socket | None = None
+        self._is_stopped = self._has_told = False
         self._connections: list[_Connection] = []
         self._copies: list[HandedCopy] = []
 
@@ -63,20 +66,18 @@ class Intake:
                 listener.close()
                 raise
         except OSError as error:
-            text = "relays cannot hand copies to this worker: first tries wait for a job"
-            maillog.notice("warning", text, socket=str(self._folder / self._name), reason=str(error))
+            if not self._has_told:
+                text = "relays cannot hand copies to this worker: first tries wait for a job"
+                maillog.notice("warning", text, socket=str(self._folder / self._name), reason=str(error))
+            self._has_told = True
             return
-        self._listener = listener
+        self._listener, self._has_told = listener, False
         loop.add_reader(listener, self._accept, loop)
 
     def stop(self) -> None:
         """Listen no more, and want no more."""
-        if self._listener is not None:
-            asyncio.get_running_loop().remove_reader(self._listener)
-            self._listener.close()
-            self._listener = None
-            with suppress(OSError):
-                (self._folder / self._name).unlink()
+        self._is_stopped = True
+        self._close_listener()
         self.tell()
 
     def close(self) -> None:
@@ -86,24 +87,41 @@ class Intake:
             connection.close()
 
     async def watch(self) -> None:
-        """Tell relays when the room has changed; runs until cancelled."""
+        """Tell relays when the room has changed, and that what they sent has come; see to it that they find the socket.
+
+        Runs until cancelled.
+        """
+        look_at = 0.0
         while True:
-            self.tell()
+            self.tell(is_receipt=True)
+            if (now := time.monotonic()) >= look_at and not self._is_stopped:
+                look_at = now + _MISSING_SECONDS
+                if not (self._folder / self._name).is_socket():  # somebody has tidied up there
+                    self._close_listener()
+                    self.open()
             await asyncio.sleep(_LOOK_SECONDS)
 
-    def tell(self) -> None:
-        """Tell the relays how much may come."""
+    def tell(self, *, is_receipt: bool = False) -> None:
+        """Tell the relays how much may come; with a receipt also where only as much less as has come."""
         if self._connections:
             copies, octets = self._room()
             share = len(self._connections)
             for connection in tuple(self._connections):
-                connection.tell(copies // share, octets // share)
+                connection.tell(copies // share, octets // share, is_receipt=is_receipt)
 
     def read_now(self) -> None:
         """Take all that has been handed over until now."""
         for connection in tuple(self._connections):
             connection.read_all()
         self._give()
+
+    def _close_listener(self) -> None:
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
+            with suppress(OSError):
+                (self._folder / self._name).unlink()
 
     def _remove_dead(self) -> None:
         for path in self._folder.glob("*.sock"):
@@ -157,6 +175,7 @@ class _Connection:
         self._received = bytearray()
         self._copies = self._octets = 0  # that have come in all
         self._told = Limits(0, 0)
+        self._receipted = 0  # copies that the relay knows to have come
         self._is_open = True
         sock.setblocking(False)
         loop.add_reader(sock, self._begin)
@@ -164,13 +183,13 @@ class _Connection:
     def greet(self, hello: Hello) -> None:
         self._send(hello.packed())
 
-    def tell(self, copies: int, octets: int) -> None:
-        """Say that so much more may come, unless it would change little."""
+    def tell(self, copies: int, octets: int, *, is_receipt: bool = False) -> None:
+        """Say that so much more may come, unless it would change little and nothing that came awaits a receipt."""
         limits = Limits(self._copies + copies, self._octets + octets)
         told = self._told
         changed = abs(limits.copies - told.copies) * _PART > copies or abs(limits.octets - told.octets) * _PART > octets
-        if changed:
-            self._told = limits
+        if changed or (is_receipt and self._copies != self._receipted):
+            self._told, self._receipted = limits, self._copies
             self._send(limits.packed())
 
     def read_all(self) -> None:

@@ -21,6 +21,7 @@ from relay.ledger.redis_clock import RedisClock
 
 SECONDS = changes.LEASE_SECONDS
 _RENEW = 15.0
+_RENEW_FRESH = 3.0  # it may be 5 seconds old when it comes, of the 20 for which it is taken
 _LOOK = 1.0  # seconds between two looks whether a renewal is due
 
 
@@ -48,7 +49,8 @@ class Leases:
         self.held.update(ids)
 
     def take_fresh(self, ids: Iterable[str]) -> None:
-        """Count copies as ours that have just been released to us."""
+        """Count copies as ours that have just been released to us, by leases that are short."""
+        self._renewal_at = min(self._renewal_at, time.monotonic() + _RENEW_FRESH)
         self.held.update(ids)
         self.fresh.update(ids)
 

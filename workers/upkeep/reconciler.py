@@ -78,16 +78,18 @@ def keep_reconciling(
 
 
 def _wait(connection: Redis, sweeper: Sweeper, lock: _Lock, stop: threading.Event, seconds: float) -> bool:
-    """Wait until the next sweep; returns whether to stop. If Redis fills up meanwhile, failed bodies are moved."""
+    """Wait until the next sweep; returns whether to stop. What cannot wait so long is done meanwhile."""
     until = time.monotonic() + seconds
     is_worth_it = lock.is_ours
     while (left := until - time.monotonic()) > 0:
         if stop.wait(min(left, _LOOK)):
             return True
-        if not is_worth_it or until - time.monotonic() <= 0:
+        if not lock.is_ours or until - time.monotonic() <= 0:
             continue
         try:
-            if archive.is_pressed(connection):
+            if taken := sweeper.take_over():
+                maillog.notice("warning", "a worker renews its leases no more: its copies get a new job", count=taken)
+            if is_worth_it and archive.is_pressed(connection):
                 moved = sweeper.relieve()
                 maillog.notice("info", "Redis is filling up: failed bodies moved to disk", count=moved)
                 is_worth_it = moved > 0  # or there are none left that could

@@ -44,6 +44,7 @@ from workers.queues import failed
 from workers.rqworker import live_jobs
 from workers.rqworker.revival import forget, revive, shorten_lives
 from workers.upkeep import merge_jobs, orphan_bodies
+from workers.upkeep.ended_leases import EndedLeases
 from workers.upkeep.give_up import GivingUp
 from workers.upkeep.report import Report
 
@@ -75,6 +76,7 @@ class Sweeper:
         self._tick = tick
         self._memory = _Memory()
         self._report = Report()
+        self._ended = EndedLeases()
         self._clock = RedisClock()
         self._was_asked = False
         self._behind = 0.0  # seconds by which Redis's clock was set back and deadlines must still be moved
@@ -197,6 +199,16 @@ class Sweeper:
         self._report = Report(0)
         self._move_bodies()
         return self._report.counts["failed body moved"]
+
+    def take_over(self) -> int:
+        """Give a job to copies whose worker lets their leases end; returns their number. Raises RedisError."""
+        self._report = Report(0)
+        for name, ended in self._ended.look(self._connection):
+            for start in range(0, len(ended), self._job_size):
+                ids = self._with_body(name, ended[start : start + self._job_size], repair=True)
+                owners = changes.owners(self._connection, name, ids)
+                self._new_job(name, ids, dict(zip(ids, owners, strict=True)))
+        return self._report.counts["no job"]
 
     def _move_bodies(self) -> None:
         """Move bodies of failed copies out of Redis beyond failed.max_bytes, and while Redis is filling up."""
