@@ -89,5 +89,5 @@ class Repeated:
     def is_over(self) -> None:
         """Note a success; logs the end of the failures, if there were any."""
         if self._count:
-            self._better(f"{self._what}: over, after {self._count} times")
+            self._better(f"{self._what}: over, after {self._count} time{'s' * (self._count > 1)}")
             self._count = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import re
 import subprocess
 import sys
@@ -130,3 +131,37 @@ def test_what_silences_a_check_says_why() -> None:
         if _SUPPRESSED.search(line) and path != Path(__file__).resolve()
     ]
     assert not bare
+
+
+_MANY = re.compile(
+    r" (?:of them |relay |failed |more )?(?:messages|copies|recipients|processes|addresses|entries|mailboxes|domains|"
+    r"connections|files|jobs|servers|users|keys|times|workers|hosts|groups)\b"
+)
+_NEVER_ONE = {  # what stands before such a word there is never a single 1
+    "len(values)",  # given twice or more
+    "self._count",  # told from the second time on
+    "count",  # bulk_preview.copies: 1 is said otherwise
+    "every",  # "3 of 5"
+    "seen.most",  # more than the most that a server takes
+    "len(hanging)",  # several at once
+    "found.rate",  # 1 is said otherwise
+    "e.ready.max_slower",  # a factor
+    "found.messages_a_second",  # a rate
+}
+
+
+def test_one_is_singular() -> None:
+    """No text says "1 messages": numbers of things are said by relay.mail.text.count, unless they are never 1."""
+    wrong = []
+    for path in MODULES:
+        for text in (node for node in ast.walk(_tree(path)) if isinstance(node, ast.JoinedStr)):
+            for number, after in itertools.pairwise(text.values):
+                if not isinstance(number, ast.FormattedValue) or not isinstance(after, ast.Constant):
+                    continue
+                place = text.values.index(number)
+                before = text.values[place - 1] if place else None
+                is_part = isinstance(before, ast.Constant) and str(before.value).endswith(" of ")
+                said = ast.unparse(number.value)
+                if _MANY.match(str(after.value)) and not is_part and said not in _NEVER_ONE and not said.isupper():
+                    wrong.append(f"{path.relative_to(ROOT)}:{text.lineno}: {said}{after.value}")
+    assert not wrong

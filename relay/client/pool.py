@@ -327,7 +327,7 @@ class Pool:
         if not waiter.done():
             refusal = self._refusal if self._ceiling is not None else None
             waiter.set_exception(
-                PoolExhausted(f"all {self._out} connections are in use", stage="connect", reply=refusal)
+                PoolExhausted(f"all connections are in use: {self._out}", stage="connect", reply=refusal)
             )
 
     def _free(self) -> None:

@@ -5,11 +5,7 @@ from __future__ import annotations
 import time
 
 from relay.mail.stored import LATEST
-
-
-def count(number: int, one: str, many: str = "") -> str:
-    """Return "1 recipient", "1,200 recipients"."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
+from relay.mail.text import count as count  # noqa: PLC0414  (numbers are said here, too)
 
 
 def span(seconds: float, gap: str = " ") -> str:

@@ -14,7 +14,7 @@ from relay.config.model import Settings
 from relay.ledger import audit, changes, health, queries
 from relay.ledger.audit import Act
 from relay.ledger.health import MOST_RATE, Health
-from relay.mail.text import printable
+from relay.mail.text import count, printable
 
 _LONGEST_REASON = 500
 _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:/\s*(s|sec|second|m|min|minute|h|hour))?")
@@ -83,8 +83,8 @@ def until_words(until: float) -> str:
 
 def bounds_words(found: Health) -> str:
     """Return the bounds on its speed."""
-    parts = [f"{found.rate:g} copies a second"] * bool(found.rate)
-    parts += [f"{found.connections} connections"] * bool(found.connections)
+    parts = ["1 copy a second" if found.rate == 1 else f"{found.rate:g} copies a second"] * bool(found.rate)
+    parts += [count(found.connections, "connection")] * bool(found.connections)
     return f"throttled to {' and '.join(parts)}, over all workers" if parts else "not throttled"
 
 

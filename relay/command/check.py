@@ -20,6 +20,7 @@ from relay.config.model import StatusSettings
 from relay.config.shown import Shown, describe
 from relay.daemon import running
 from relay.ledger import changes, flow, greetings, overview
+from relay.mail.text import count
 from relay.monitoring.probe_result import ProbeResult
 from relay.monitoring.probes import probe_all
 from relay.monitoring.routes import refused_tables
@@ -105,13 +106,13 @@ def _ledger(settings: Settings) -> _Told:
 def _page(status: StatusSettings) -> Iterator[ProbeResult]:
     """Say who may see the page, where that is not just this host."""
     try:
-        count = users.check(status)
+        known = users.check(status)
     except OSError as error:
         subject, _, text = str(error).partition(": ")
         yield ProbeResult(subject, False, text)
         return
-    if count is not None:
-        yield ProbeResult("page", True, f"{hosts.address(status)}; {count} users may log in")
+    if known is not None:
+        yield ProbeResult("page", True, f"{hosts.address(status)}; {count(known, 'user')} may log in")
     elif status.listen and hosts.is_off(status):
         yield ProbeResult("page", True, "off: others can reach it, and status.users_file names nobody")
 
@@ -161,7 +162,8 @@ def _left_behind(settings: Settings) -> Iterator[ProbeResult]:
     configured = {backup.name for backup in (*settings.copied, *copied_now(settings, topology))}
     for row in rows:
         if row.destination not in configured and (row.pending or row.failed):
-            left = f"no backup any more, but {row.pending} copies wait and {row.failed} have failed"
+            waiting, failed = count(row.pending, "copy waits", "copies wait"), count(row.failed, "has", "have")
+            left = f"no backup any more, but {waiting} and {failed} failed"
             yield ProbeResult(
                 f"destination {row.destination}", True, f"{left}; see queue list, queue move, failed list"
             )

@@ -14,6 +14,7 @@ from relay.command.output import GREEN, YELLOW, Column, Output, as_object
 from relay.config.loader import Settings
 from relay.ledger import audit, overview
 from relay.ledger.audit import Act
+from relay.mail.text import count
 from relay.spool import writer
 from relay.topology import promotion
 from relay.topology.roles import copied_now
@@ -91,14 +92,14 @@ def _spool_summary(settings: Settings, out: Output) -> None:
         return
     if found.messages:
         age = span(found.oldest_age_s)
-        out.line(f"This host's spool: {found.messages} messages, {found.bytes} bytes, the oldest {age} old.")
-    for name, count in found.backlogs.items():
-        out.line(f"  {count} of them wait for {name} alone.")
+        out.line(f"This host's spool: {count(found.messages, 'message')}, {found.bytes} bytes, the oldest {age} old.")
+    for name, number in found.backlogs.items():
+        out.line(f"  {count(number, 'of them waits', 'of them wait')} for {name} alone.")
     if found.corrupt:
-        out.line(f"Set aside as unreadable: {found.corrupt} files in {settings.spool.dir}/corrupt.")
+        out.line(f"Set aside as unreadable: {count(found.corrupt, 'file')} in {settings.spool.dir}/corrupt.")
     if found.unfinished:
         where = f"{settings.spool.dir}/unfinished"
-        out.line(f"Half written at a crash, never acknowledged: {found.unfinished} files in {where}.")
+        out.line(f"Half written at a crash, never acknowledged: {count(found.unfinished, 'file')} in {where}.")
 
 
 def listing(settings: Settings, out: Output, uncertain: bool, filters: Given) -> int:
@@ -171,7 +172,7 @@ def forget(settings: Settings, out: Output, name: str) -> int:
         raise Trouble(f"{name} is a backup in these settings: take it out of them and restart first")
     waiting = _spool(settings).backlogs.get(name, 0)
     if waiting:
-        raise Trouble(f"{waiting} copies for {name} are in this host's spool")
+        raise Trouble(f"{count(waiting, 'copy', 'copies')} for {name} in this host's spool")
     with ledger_of(settings) as connection:
         topology = promotion.standing(connection, settings)
         if any(backup.name == name for backup in copied_now(settings, topology)):

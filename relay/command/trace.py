@@ -29,7 +29,7 @@ from relay.command.output import (
     terminal_width,
 )
 from relay.config.loader import Settings
-from relay.mail.text import printable
+from relay.mail.text import count, printable
 from relay.trace import life
 from relay.trace.life import MessageLife, Step
 from relay.trace.lookup import Query, Unseen
@@ -150,7 +150,7 @@ def _show(out: Output, message: MessageLife, *, is_first: bool) -> None:
     if heard:
         some = [address(one) for one in message.recipients[:_SHOWN]]
         more = heard.count - len(some)
-        to = ", ".join([*some, *([f"{more} more" if some else f"{more} recipients"] if more > 0 else [])])
+        to = ", ".join([*some, *([f"{more} more" if some else count(more, "recipient")] if more > 0 else [])])
         _fold(out, "  ", f"from {address(message.sender)} to {to or '-'}", width, "")
         _fold(out, "  ", f"route {heard.route}" if heard.route else "", width, "")
     else:

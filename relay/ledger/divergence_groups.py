@@ -19,6 +19,7 @@ from relay.ledger.divergence import DEFERRED, KINDS, MOST_OUTAGES, NOISE, OTHERS
 from relay.mail import encryption, refusal_class
 from relay.mail.ids import is_id, text
 from relay.mail.stored import LARGEST, LATEST, figure, moment, number, parsed, tally
+from relay.mail.text import count
 
 HOUR = 3600
 _RATE_TIMES, _RATE_LEAST = 3, 10  # an hour that reopens: over so many times the rate of then, and at least so many
@@ -128,10 +129,10 @@ class Group:
             return f"a domain that was not in it: {fresh[0] if fresh else 'one of many'}"
         most = max(_RATE_LEAST - 1, _RATE_TIMES * ack.rate)
         since = int(ack.at // HOUR)
-        for hour, count in self.hours.items():
-            fresh_ones = count - ack.counted * (hour == since)
+        for hour, seen in self.hours.items():
+            fresh_ones = seen - ack.counted * (hour == since)
             if since <= hour <= now // HOUR and fresh_ones > most:
-                return f"{fresh_ones} recipients in an hour, {ack.rate:.1f} were usual"
+                return f"{count(fresh_ones, 'recipient')} in an hour, {ack.rate:.1f} were usual"
         return ""
 
     def is_acknowledged(self, now: float) -> bool:
@@ -144,7 +145,7 @@ class Group:
     def rate(self, now: float) -> float:
         """Return recipients an hour, of the last day or since it began."""
         last = int(now // HOUR)
-        recent = sum(count for hour, count in self.hours.items() if last - 24 < hour <= last)
+        recent = sum(seen for hour, seen in self.hours.items() if last - 24 < hour <= last)
         return recent / min(24.0, max(1.0, (now - self.first) / HOUR))
 
     def trend(self, now: float, hours: int = 24) -> list[int]:

@@ -15,7 +15,7 @@ from relay.ledger import keys
 from relay.ledger.scripts import script
 from relay.mail.ids import text
 from relay.mail.stored import LATEST, figure, parsed
-from relay.mail.text import printable
+from relay.mail.text import count, printable
 
 FIELDS = ("state", "reason", "probe_at", "held", "held_past", "rate", "connections")
 _HOLD = script("hold_destination")
@@ -98,7 +98,9 @@ class Health:
     @property
     def bounds(self) -> str:
         """The bounds on its speed in words: "5/s and 2 connections"; "" for none."""
-        words = [f"{self.rate:g}/s"] * bool(self.rate) + [f"{self.connections} connections"] * bool(self.connections)
+        words = [f"{self.rate:g}/s"] * bool(self.rate) + [count(self.connections, "connection")] * bool(
+            self.connections
+        )
         return " and ".join(words)
 
     def describe(self, now: float) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from relay.config.model import Settings
 from relay.ledger import archive, changes, overview
 from relay.ledger.continuity import warning
 from relay.ledger.monitor import STOP_AT
-from relay.mail.text import printable
+from relay.mail.text import count, printable
 from relay.monitoring import routes, topology
 from relay.monitoring.probe_result import ProbeResult
 from relay.monitoring.probes import probe_redis
@@ -88,7 +88,7 @@ def _memory(client: Redis) -> list[ProbeResult]:
         return [ProbeResult(MEMORY, True, text)]
     failed = sum(row.failed for row in overview.summary(client))
     text += ": new copies go to the spool. Raise maxmemory, or let the backups take what waits"
-    text += f"; {failed} failed copies: failed retry, failed drop" if failed else ""
+    text += f"; {count(failed, 'failed copy', 'failed copies')}: failed retry, failed drop" if failed else ""
     return [ProbeResult(MEMORY, False, text)]
 
 

@@ -20,7 +20,7 @@ from relay.cockpit.reachability import verify
 from relay.config.model import RedisSettings, Settings
 from relay.mail import encryption
 from relay.mail.destination import Destination
-from relay.mail.text import printable
+from relay.mail.text import count, printable
 from relay.mail.timeouts import Timeouts
 from relay.monitoring.probe_result import ProbeResult
 from relay.monitoring.routes import about_routes, unusable_map
@@ -67,7 +67,7 @@ def probe_credentials(settings: Settings) -> ProbeResult | None:
         subject, _, text = str(error).partition(": ")
         return ProbeResult(subject, False, text)
     words = [] if credentials.tls is None else ["the certificate and its key can be used"]
-    words += [] if credentials.users is None else [f"{len(credentials.users)} users may log in"]
+    words += [] if credentials.users is None else [f"{count(len(credentials.users), 'user')} may log in"]
     return ProbeResult("smtp", True, "; ".join(words)) if words else None
 
 

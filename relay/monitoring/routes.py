@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from relay.config.model import Settings
 from relay.config.routes import Route
-from relay.mail.text import printable
+from relay.mail.text import count, printable
 from relay.monitoring.probe_result import ProbeResult
 from relay.routing import loading, moved_copy, table_store
 from relay.routing.table_file import BadTable
@@ -47,7 +47,7 @@ def about_routes(settings: Settings) -> Iterator[ProbeResult]:
             continue
         changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(table.note.changed))
         to = f", for {', '.join(table.note.servers)}" if table.note.servers else ""
-        yield ProbeResult(f"{SUBJECT}{source}", True, f"{table.note.keys} keys{to}, of {changed}")
+        yield ProbeResult(f"{SUBJECT}{source}", True, f"{count(table.note.keys, 'key')}{to}, of {changed}")
     for split, text in (("defer", DEFERRED), ("fork", FORKED)):
         if names := [r.name for r in settings.route_table if _decides_by_recipient(r) and r.split == split]:
             yield ProbeResult("routes", True, f"{', '.join(names)}: {text}")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from relay.config.model import Settings
+from relay.mail.text import count
 from relay.monitoring.probe_result import ProbeResult
 from relay.topology import promotion
 from relay.topology.agreement import behind_with_moves, differences
@@ -30,10 +31,8 @@ def about_topology(settings: Settings, seen: View) -> Iterator[ProbeResult]:
     if troubles:
         yield ProbeResult(SUBJECT, False, "; ".join(troubles))
     elif seen.topology:
-        now, count = seen.topology.now, len(seen.living)
-        yield ProbeResult(
-            SUBJECT, True, f"{now.primary} is the primary (epoch {now.epoch}), {count} relay processes follow"
-        )
+        now = seen.topology.now
+        yield ProbeResult(SUBJECT, True, f"{now.primary} is the primary (epoch {now.epoch}), {_who_follow(seen)}")
     yield from _about_moved(seen)
     away: dict[str, list[str]] = {}
     for beat in seen.living:
@@ -54,9 +53,11 @@ def _about_moved(seen: View) -> Iterator[ProbeResult]:
         yield ProbeResult(MOVED, False, "; ".join(troubles))
     elif seen.moves is not None:
         servers = ", ".join(f"{number} at {name}" for name, number in sorted(seen.moves.servers.items())) or "nobody"
-        yield ProbeResult(
-            MOVED, True, f"{servers} (generation {seen.moves.generation}), {len(seen.living)} relay processes follow"
-        )
+        yield ProbeResult(MOVED, True, f"{servers} (generation {seen.moves.generation}), {_who_follow(seen)}")
+
+
+def _who_follow(seen: View) -> str:
+    return count(len(seen.living), "relay process follows", "relay processes follow")
 
 
 def _what_it_does(seen: View, beat: Heartbeat) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from relay import faultpoints, maillog, private_files
 from relay.mail.ids import is_destination_name
 from relay.mail.stored import any_text, parsed
+from relay.mail.text import count as counted
 from relay.mail.text import printable
 from relay.routing.fixed_database import FixedDatabase
 from relay.topology import moving
@@ -264,12 +265,12 @@ class _Reading:
         texts = []
         if self._damaged:
             key, why = min(self._damaged.items())
-            entries = "1 entry" if len(self._damaged) == 1 else f"{len(self._damaged)} entries"
+            entries = counted(len(self._damaged), "entry", "entries")
             texts.append(
-                f"{entries} of who has moved in Redis make no sense, {printable(key)[:80]}: {why}; move it again"
+                f"{entries} of who has moved in Redis without sense, {printable(key)[:80]}: {why}; move it again"
             )
         if size != state.count:
-            text = f"Redis holds {size} entries of who has moved, and should hold {state.count}"
+            text = f"Redis holds {counted(size, 'entry', 'entries')} of who has moved, and should hold {state.count}"
             texts.append(f"{text}; `smtp-dup move --repair` puts them back")
         return "; ".join(texts)
 
@@ -322,7 +323,8 @@ def _opened(folder: Path, name: str, size: int) -> tuple[dict[str, str] | None, 
     except sqlite3.Error as error:
         raise UnusableCopy(f"{folder / name}: {error}") from error
     if len(found) != size:
-        raise UnusableCopy(f"{folder / name}: it holds {len(found)} entries, and should hold {size}")
+        entries = counted(len(found), "entry", "entries")
+        raise UnusableCopy(f"{folder / name}: it holds {entries}, and should hold {size}")
     return found, database
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from relay import private_files
 from relay.mail.destination import Destination
 from relay.mail.stored import parsed, texts
-from relay.mail.text import printable
+from relay.mail.text import count, printable
 from relay.routing.fixed_database import FixedDatabase
 from relay.routing.table_file import BadTable, Row, parse
 
@@ -80,7 +80,7 @@ def update(
         except BadTable as error:
             raise _refuse(folder, looked, error.faults) from None
         if not rows and before.keys > _TOO_MANY_TO_LOSE and not allow_empty:
-            text = f"it is empty, and had {before.keys} keys: if that is right, smtp-dup reload --allow-empty"
+            text = f"it is empty, and had {count(before.keys, 'key')}: if that is right, smtp-dup reload --allow-empty"
             raise _refuse(folder, looked, [text])
         name = f"{digest}.db"
         if not (folder / name).is_file():

@@ -18,7 +18,7 @@ from relay import maillog
 from relay.config.model import Settings
 from relay.ledger import registry
 from relay.mail.destination import Destination
-from relay.mail.text import printable
+from relay.mail.text import count, printable
 from relay.routing import moved_copy
 from relay.routing.moved_copy import MovedMap
 from relay.topology.agreement import fingerprints
@@ -112,7 +112,9 @@ class MovedFollower:
         names = {server.name for server in self._settings.named}
         unknown = {name: number for name, number in self.map.servers.items() if name not in names}
         if unknown and not trouble:
-            shown = ", ".join(f"{name} ({number} mailboxes)" for name, number in sorted(unknown.items()))
+            shown = ", ".join(
+                f"{name} ({count(number, 'mailbox', 'mailboxes')})" for name, number in sorted(unknown.items())
+            )
             trouble = f"its settings do not name {shown}, to which they have moved: add it, and reload (others answer)"
         if trouble and trouble != self._trouble:
             maillog.notice("warning", "who has moved is not followed as it is in Redis", reason=trouble)

@@ -12,6 +12,7 @@ from typing import Any
 
 from redis import Redis
 
+from relay.mail.text import count
 from relay.topology import decisions, heartbeats
 from relay.topology.heartbeats import Heartbeat
 from relay.topology.promotion import Plan
@@ -57,7 +58,8 @@ class Followed:
 
     @property
     def in_words(self) -> str:
-        return f"{len(self.followed)} of {len(self.followed) + len(self.late)} processes follow"
+        asked = len(self.followed) + len(self.late)
+        return f"{len(self.followed)} of {count(asked, 'process follows', 'processes follow')}"
 
     @property
     def is_whole(self) -> bool:

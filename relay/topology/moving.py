@@ -19,7 +19,7 @@ from redis.exceptions import ResponseError, WatchError
 
 from relay.ledger import audit, changes, keys
 from relay.ledger.audit import Act
-from relay.mail.text import printable
+from relay.mail.text import count, printable
 from relay.topology import decisions
 from relay.topology.heartbeats import Heartbeat
 from relay.topology.moved import Changes, MapState, MapStep, MovedEntry, is_key
@@ -160,7 +160,8 @@ def lost(known: int, found: MapState | None, nonsense: str, size: int) -> str:
         older = f"generation {found.generation}" if found else "none"
         return f"relays go by generation {known} of who has moved, Redis has {older}: it was emptied or restored"
     if size != (found.count if found else 0):
-        return f"Redis holds {max(0, size)} entries of who has moved, and should hold {found.count if found else 0}"
+        entries = count(max(0, size), "entry", "entries")
+        return f"Redis holds {entries} of who has moved, and should hold {found.count if found else 0}"
     return ""
 
 

@@ -18,6 +18,7 @@ from relay.config.routes import Match, Route, lmtp_faults
 from relay.ledger import keys
 from relay.ledger.audit import Act
 from relay.mail.destination import Destination
+from relay.mail.text import count
 from relay.topology import decisions, remembered, roles, route_roles
 from relay.topology.decisions import View
 from relay.topology.heartbeats import Heartbeat
@@ -280,9 +281,8 @@ def _plan_to_forget(seen: View, settings: Settings, before: Route, topology: Top
 
 def _check_domains(new: Destination, settings: Settings) -> None:
     if new.domains and new is not settings.primary:
-        raise Impossible(
-            f"{new.name} takes mail of {len(new.domains)} domains only, by its settings: take domains out first"
-        )
+        some = count(len(new.domains), "domain")
+        raise Impossible(f"{new.name} takes mail of {some} only, by its settings: take domains out first")
 
 
 def _pending(connection: Redis, name: str) -> int:
@@ -337,7 +337,7 @@ def _wait_until_prepared(connection: Redis, intent: Intent, seconds: float, repo
             troubles += [
                 f"{beat.label}: smtp-dup {beat.version} there knows no decision about routes" for beat in older
             ]
-        report(f"preparing: {len(answered)} of {len(seen.living)} processes")
+        report(f"preparing: {len(answered)} of {count(len(seen.living), 'process', 'processes')}")
         is_over = time.monotonic() >= deadline - 2 * _EVERY  # the intent must stand when all is well, for the commit
         if is_over or (troubles and not waiting):
             raise Unprepared(troubles + [_silent(beat) for beat in waiting])

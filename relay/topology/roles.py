@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from relay.config.model import Settings
 from relay.config.routes import Route
 from relay.mail.destination import Destination
+from relay.mail.text import count
 from relay.topology import route_roles
 from relay.topology.state import Intent, Topology
 
@@ -105,7 +106,7 @@ def objection(settings: Settings, intent: Intent) -> str:
         return f"its settings do not name {' and '.join(missing)}"
     server = known[intent.primary]
     if server.domains and server is not settings.primary:
-        return f"{server.name} takes mail of {len(server.domains)} domains only, by its settings: domains"
+        return f"{server.name} takes mail of {count(len(server.domains), 'domain')} only, by its settings: domains"
     return ""
 
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from relay.ledger.whereabouts import FAILED as IN_FAILED
 from relay.ledger.whereabouts import WAITS, MessageWhereabouts, Whereabouts
 from relay.mail.ids import made_at
+from relay.mail.text import count
 from relay.trace import events, search_terms
 from relay.trace.events import Event, More, Received, Remark, Tried
 from relay.trace.privacy import shown
@@ -269,9 +270,9 @@ def _recipients(event: Received, at: float) -> Iterator[Step]:
             yield Step(at, event.primary, f"RCPT TO:<{address}>{reply}")
     elif event.count:
         reply = f": {replies[0]}" if replies else ""
-        yield Step(at, event.primary, f"RCPT, {event.count} recipients{reply}")
+        yield Step(at, event.primary, f"RCPT, {count(event.count, 'recipient')}{reply}")
     if event.count > _SHOWN_RECIPIENTS < len(accepted):
-        yield Step(at, event.primary, f"and {event.count - _SHOWN_RECIPIENTS} more recipients")
+        yield Step(at, event.primary, f"and {count(event.count - _SHOWN_RECIPIENTS, 'more recipient')}")
     for refusal in event.refused:
         result = _result(refusal.reply)
         who = RELAY if refusal.is_own else event.primary
@@ -284,7 +285,7 @@ def _of_tried(event: Tried) -> Iterator[Step]:
         if (more := part.number - min(len(part.recipients), _SHOWN_RECIPIENTS)) and part.recipients:
             whom += f" and {more} more"
         if not part.recipients and part.number > 1:
-            whom = f"{part.number} recipients"
+            whom = count(part.number, "recipient")
         attempt = f"attempt {event.attempt}, " if event.attempt > 1 or part.verdict != events.DELIVERED else ""
         again = ""
         if part.verdict == events.DEFERRED and event.next_seconds is not None:

@@ -101,7 +101,7 @@ async def test_waiting_has_an_end(scripted: Scripted):
     """Who waits too long hears that all connections are in use, and leaves no trace in the line."""
     pool = pool_for(scripted(), limit=1)
     held = await pool.lease()
-    with pytest.raises(PoolExhausted, match="all 1 connections are in use"):
+    with pytest.raises(PoolExhausted, match="all connections are in use: 1"):
         await pool.lease(timeout=0.05)
     assert (pool.in_use, pool.waiting) == (1, 0)
     pool.give_back(held)

@@ -433,7 +433,7 @@ def test_check_tells_of_certificate_and_users(
     users.write_text(f"ann:{hash_password('secret')}\n")
     options = {"command": "relay", "primary": primary.address, "redis_url": redis_url, "start": False}
     good = product(**options, settings={"smtp.users_file": str(users)})
-    assert "1 users may log in" in good.run("check").stdout
+    assert "1 user may log in" in good.run("check").stdout
     bad = product(**options, settings={"smtp.users_file": str(tmp_path)})
     done = bad.run("check")
     assert done.returncode == 1

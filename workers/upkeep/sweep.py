@@ -38,6 +38,7 @@ from relay.ledger.redis_clock import RedisClock, last_look, note_look, pull_in
 from relay.mail.destination import Destination
 from relay.mail.ids import text as as_text
 from relay.mail.reply_text import Known
+from relay.mail.text import count
 from relay.topology import heartbeats
 from workers.delivery import leases
 from workers.queues import failed
@@ -182,13 +183,13 @@ class Sweeper:
                 self._report.add("stray failed job", job, name, "deleted")
         if merge_jobs.is_worth_it(found.queued_jobs, found.queued_ids, self._job_size):
             fewer = merge_jobs.merge(self._connection, name, found.queued_jobs, self._tick, self._job_size)
-            self._report.add("many small jobs", "", name, f"{fewer} jobs fewer")
+            self._report.add("many small jobs", "", name, count(fewer, "job") + " fewer")
 
     def _recount(self, destination: Destination, *, repair: bool) -> None:
         """Correct the number of open recipients in each group of divergence by the states of the copies."""
         name, connection = destination.name, self._connection
         for wrong in recount(connection, name, self._ours(destination), repair=repair, tick=self._tick):
-            action = f"{wrong.was} recipients, {'mended to' if repair else 'should be'} {wrong.now}"
+            action = f"{count(wrong.was, 'recipient')}, {'mended to' if repair else 'should be'} {wrong.now}"
             self._report.add("wrong count of refusals", wrong.key, name, action)
 
     def _ours(self, destination: Destination) -> Known:
@@ -232,7 +233,7 @@ class Sweeper:
         recovery.note_twins(self._connection, self._memory.uncertain)
         for message in recovery.copy_due(self._connection, self._settings.copied, self._job_size):
             for name, share in message.shares.items():
-                self._report.add("uncertain", message.id, name, f"copied for {len(share.owed)} recipients")
+                self._report.add("uncertain", message.id, name, f"copied for {count(len(share.owed), 'recipient')}")
             if not message.shares:
                 self._report.add("uncertain", message.id, "", "covered by a twin")
 
