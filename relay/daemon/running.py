@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,7 @@ def write(state_dir: Path, role: str, settings: Settings, generation: int) -> No
         "of_backups": {name: dict(fields) for name, fields in layers.of_backups.items()},
         "servers": [[table, dict(where)] for table, where in layers.servers],
         "routes": [[table, dict(where)] for table, where in layers.routes],
+        "asked": _where_it_is_asked(settings),
         "environ": {name: os.environ[name] for name in sorted(names) if name in os.environ},
     }
     try:
@@ -62,6 +64,11 @@ def write(state_dir: Path, role: str, settings: Settings, generation: int) -> No
     except (OSError, ValueError, TypeError) as error:  # TypeError: a date of TOML where a text is meant
         reason = str(error)
         maillog.notice("warning", "commands do not know these settings by themselves", reason=reason)
+
+
+def _where_it_is_asked(settings: Settings) -> list[object]:
+    """Return this host, and where its status server and its relay listen: what the container's health check reads."""
+    return [socket.gethostname(), settings.status.address, settings.smtp.addresses[0]]
 
 
 def remove(state_dir: Path, role: str) -> None:

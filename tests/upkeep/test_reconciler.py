@@ -613,12 +613,14 @@ def test_a_merge_that_is_cut_off_loses_nothing(contents: Contents) -> None:
 
 
 def test_stray_failed_jobs_go(contents: Contents) -> None:
-    """A failed job whose copy has been dropped is deleted by a thorough sweep."""
+    """A failed job whose copy has been dropped is deleted by the next sweep, since there are more jobs than copies."""
     message_id = contents.failed()
     with contents.connection.pipeline() as pipe:
         changes.drop(pipe, "new", [message_id])
         pipe.execute()
-    assert _sweep_twice(contents).counts == {"stray failed job": 1}
+    sweeper = Sweeper(contents.connection, settings())
+    sweeper.sweep(repair=False, thorough=False)
+    assert sweeper.sweep(thorough=False).counts == {"stray failed job": 1}
     assert contents.queue().failed_job_registry.count == 0
 
 

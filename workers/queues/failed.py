@@ -245,6 +245,15 @@ def expire(connection: Redis, destination: str, ttl: float, before: float) -> li
     return gone
 
 
+def has_stray_jobs(connection: Redis, destination: str) -> bool:
+    """Say whether there are more failed jobs than failed copies, each of which has one."""
+    with connection.pipeline(transaction=True) as pipe:
+        pipe.zcard(rq_jobs.queue(connection, destination).failed_job_registry.key)
+        pipe.zcard(keys.FAILED + destination)
+        jobs, copies = pipe.execute()
+    return bool(jobs > copies)
+
+
 def forget_stray_jobs(connection: Redis, destination: str, tick: Callable[[], object] = lambda: None) -> list[str]:
     """Delete failed jobs that own no failed copy, so that a Requeue would do nothing. Returns their ids."""
     queue = rq_jobs.queue(connection, destination)

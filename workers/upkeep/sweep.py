@@ -178,7 +178,7 @@ class Sweeper:
         for swept in divergence_upkeep.sweep(self._connection, name, self._clock.ago(keep), self._clock.age):
             maillog.notice("info", "divergence", destination=name, key=swept.key, what=swept.what)
             self._report.add("reason for refusals", swept.key, name, swept.what)
-        if thorough:
+        if thorough or failed.has_stray_jobs(self._connection, name):
             for job in failed.forget_stray_jobs(self._connection, name, self._tick):
                 self._report.add("stray failed job", job, name, "deleted")
         if merge_jobs.is_worth_it(found.queued_jobs, found.queued_ids, self._job_size):
