@@ -18,7 +18,6 @@ import os
 import socket
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 _STATE_DIR = "/var/lib/smtp-dup"
@@ -50,18 +49,21 @@ def ask(path: str) -> tuple[bool, str]:
 
 def ask_there(path: str, status: Any, smtp: Any) -> tuple[bool, str]:
     """Ask at one of these addresses."""
-    return answer(*status, path) if status else greeting(*smtp)
+    return answer(path, *status) if status else greeting(*smtp)
 
 
 def told() -> tuple[Any, Any] | None:
     """Return where the status server and the relay of this host listen, as the running smtp-dup says; None if not."""
-    folder = Path(os.environ.get("SMTP_DUP_STATE_DIR") or _STATE_DIR)
-    for path in sorted(folder.glob("running-*.json"), key=lambda path: -path.lstat().st_mtime):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            host, status, smtp = json.loads(path.read_bytes())["asked"]
+    folder = os.environ.get("SMTP_DUP_STATE_DIR") or _STATE_DIR
+    found = []
+    for role in ("up", "relay", "workers"):
+        path = f"{folder}/running-{role}.json"
+        # Not pathlib, which takes as long to load as all else here.
+        with suppress(OSError, ValueError, KeyError, TypeError), open(path, "rb") as file:  # noqa: PTH123
+            host, status, smtp = json.load(file)["asked"]
             if host == socket.gethostname():  # another container may share the folder
-                return status, smtp
-    return None
+                found.append((os.fstat(file.fileno()).st_mtime, status, smtp))
+    return max(found, key=lambda one: one[0])[1:] if found else None
 
 
 def read() -> tuple[Any, Any]:
@@ -75,7 +77,7 @@ def read() -> tuple[Any, Any]:
     return settings.status.address, settings.smtp.addresses[0]
 
 
-def answer(host: str, port: int, path: str) -> tuple[bool, str]:
+def answer(path: str, host: str, port: int) -> tuple[bool, str]:
     """Ask the status server. Raises OSError, ValueError."""
     received = b""
     with socket.create_connection((_EVERYWHERE.get(host, host), port), timeout=_SECONDS) as client:
