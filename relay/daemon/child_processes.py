@@ -139,7 +139,7 @@ class ChildProcesses:
         processes = len(self.places) + workers * self.role.delivers
 
         def sample(context: ChildContext, stop: StopEvent) -> None:
-            news = HostReport(place, self.role.name, processes, settings.spool.dir)
+            news = HostReport(place, self.role.name, processes, settings.spool.dir, self.child_status.still)
             steps = {"news of this host": news.tell}
             if self.arena:
                 is_fresh = context.predecessor is None and context.generation == 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from typing import Any
 from relay.ledger import changes, keys
 from relay.ledger.changes import Pipe
 from relay.mail import ids
-from relay.mail.stored import any_text, number, parsed
+from relay.mail.stored import any_text, number, parsed, texts
 from relay.mail.text import printable
 
 LATE = 60.0  # seconds after which a host that has said nothing is not heard any more
 _FORGOTTEN = 86400.0
 _MOST = 1000
+_MOST_STILL = 100
 _CUT = 300  # characters of a text
 
 
@@ -35,6 +37,7 @@ class Host:
     spool_messages: int
     spool_oldest_s: float
     age: float
+    still: tuple[str, ...] = ()  # processes that stand still, each with its pid
 
     @property
     def relays(self) -> bool:
@@ -74,13 +77,23 @@ def place_of(state_dir: Path, redis_url: str) -> str:
     return f"{host}{state_dir.absolute()}"
 
 
-def tell(pipe: Pipe, place: str, role: str, processes: int, messages: int, oldest_s: float, now: float) -> None:
-    """Say that a host lives, and what its spool holds."""
+def tell(
+    pipe: Pipe,
+    place: str,
+    role: str,
+    processes: int,
+    messages: int,
+    oldest_s: float,
+    now: float,
+    still: Iterable[str] = (),
+) -> None:
+    """Say that a host lives, what its spool holds, and which of its processes stand still."""
     words = {
         "host": socket.gethostname(),
         "role": role,
         "processes": processes,
         "spool": [messages, round(oldest_s, 1)],
+        "still": [name[:_CUT] for name in still][:_MOST_STILL],
         "at": now,
     }
     pipe.hset(keys.HOSTS, place, json.dumps(words))
@@ -142,6 +155,7 @@ def _host(place: str, data: bytes, now: float) -> Host | None:
             spool_messages=int(number(messages)),
             spool_oldest_s=number(oldest),
             age=abs(now - number(found["at"])),
+            still=tuple(printable(name) for name in texts(found.get("still", []))[:_MOST_STILL]),
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from relay.ledger import hosts
 from relay.ledger.health import Health
 from relay.ledger.health import moment as moment_of
 from relay.ledger.keys import COUNTERS, DESTINATIONS, FAILED, HEALTH, LEDGER, OWN, PENDING
@@ -22,7 +23,7 @@ class Summary:
     retrying: int
     failed: int
     delivered: int
-    state: str = "ok"  # or "paused": the breaker is open; or "held": an operator wants it so
+    state: str = "ok"  # "paused": the breaker is open; "held": an operator wants it so; "still": a worker is
     reason: str = ""
     paused: bool = False  # also while it is held
     held: bool = False
@@ -33,6 +34,12 @@ class Change(NamedTuple):
 
     cause: str
     at: float
+
+
+def _serves(child: str, destination: str) -> bool:
+    """Say whether a child of that name, with its place behind a blank, delivers to this destination."""
+    name = child.partition(" ")[0]
+    return name == "worker-shared" or name.rpartition("-")[0] == f"worker-{destination}"
 
 
 def change(connection: Any) -> Change:
@@ -55,12 +62,17 @@ def summary(connection: Any) -> list[Summary]:
         pipe.hgetall(HEALTH + name)
     (seconds, micros), counters, *rest = pipe.execute()
     clock = float(seconds) + micros / 1e6
+    heard = [host for host in hosts.read(connection) if host.age < hosts.LATE]
+    still = [f"{child} at {host.host}" for host in heard for child in host.still]
     rows = []
     for name, (pending, oldest, retrying, failed, health) in zip(
         names, zip(*[iter(rest)] * 5, strict=True), strict=True
     ):
         found = Health.of(health)
         state, reason = found.describe(clock)
+        idle = [child for child in still if _serves(child, name)] if state == "ok" else []
+        if idle:
+            state, reason = "still", "; ".join(filter(None, (f"{', '.join(idle)} stands still", reason)))
         rows.append(
             Summary(
                 destination=name,

@@ -24,6 +24,7 @@ from relay.mail.text import count as counted
 from relay.mail.text import printable
 from relay.routing.fixed_database import FixedDatabase
 from relay.topology import moving
+from relay.topology.heartbeats import UNSAVED
 from relay.topology.moved import Changes, MapState, MovedEntry, changes_of
 from relay.topology.state import count
 
@@ -164,7 +165,7 @@ def follow(connection: Any, state_dir: Path, held: MovedMap) -> tuple[MovedMap, 
         made, trouble = _follow(connection, None, held)
         return (
             made,
-            trouble or f"its copy of who has moved cannot be written: {printable(error.strerror or str(error))}",
+            trouble or f"{UNSAVED}: {printable(error.strerror or str(error))}",
         )
 
 

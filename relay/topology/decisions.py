@@ -66,7 +66,8 @@ class View:
 
     def goes_by_moves(self, beat: Heartbeat) -> bool:
         """Say whether a process goes by who has moved as it stands in Redis."""
-        return not beat.moved_trouble and (beat.moved or 0) == (self.moves.generation if self.moves else 0)
+        has_trouble = bool(beat.moved_trouble) and not beat.is_unsaved
+        return not has_trouble and (beat.moved or 0) == (self.moves.generation if self.moves else 0)
 
     def follows(self, beat: Heartbeat) -> bool:
         """Say whether a process does what was decided."""

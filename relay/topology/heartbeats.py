@@ -24,6 +24,8 @@ from relay.mail.stored import number, parsed, texts
 from relay.topology.state import count, ordinal, text
 
 DEAD_AFTER = 10.0  # seconds of silence
+# How the trouble of one begins that goes by the map of who has moved all the same.
+UNSAVED = "its copy of who has moved cannot be written"
 _FORGOTTEN_AFTER = 86400.0
 _MOST = 10_000  # processes that are read
 _NOT_TOLD = {"process", "topology", "moves", "intent"}  # of a Pulse: its key, and what the beat brings back
@@ -92,6 +94,11 @@ class Heartbeat:
     def goes_by(self, routes: Iterable[str]) -> bool:
         """Return whether it follows what was decided about these routes."""
         return (self.routes or frozenset()).issuperset(routes)
+
+    @property
+    def is_unsaved(self) -> bool:
+        """Whether it goes by the map of who has moved, and would not after a start without Redis."""
+        return self.moved_trouble.startswith(UNSAVED)
 
     @property
     def is_alive(self) -> bool:

@@ -24,8 +24,9 @@ from relay.monitoring import answers, findings, listener, topology
 from relay.monitoring.collectors import LedgerCollector, SeatCollector, SpoolCollector
 from relay.smtpd.shared_counters import SharedCounters
 from relay.spool import writer
+from relay.topology.agreement import behind_with_moves
 from relay.topology.decisions import View
-from relay.topology.heartbeats import Heartbeat
+from relay.topology.heartbeats import UNSAVED, Heartbeat
 from relay.topology.moved import MapState
 from relay.topology.state import Decision, Topology
 from support.diverged_copies import Backup, deferred, refused
@@ -152,6 +153,17 @@ def test_a_redis_that_hangs_is_waited_for_twice_at_most(settings, monkeypatch, p
                 silent.accept()[0].close()
                 waits += 1
     assert 1 <= waits <= 2
+
+
+def test_who_cannot_save_follows_all_the_same():
+    """A process that goes by the map of who has moved, and cannot write its copy, follows; that is told beside it."""
+    beat = Heartbeat("p", "host", "relay-1", 1, "0.1.0", 0, "", 1, "", "", 0, 0.0, 0.0, moved=7)
+    unsaved = replace(beat, moved_trouble=f"{UNSAVED}: No space left on device")
+    seen = View(None, None, (beat, unsaved), 0.0, moves=MapState(7))
+    assert all(map(seen.goes_by_moves, seen.beats))
+    assert not seen.goes_by_moves(replace(unsaved, moved=6))
+    assert not seen.goes_by_moves(replace(beat, moved_trouble="its settings do not name third"))
+    assert any("No space left" in text for text in behind_with_moves(seen))
 
 
 def test_who_answers_and_who_does_not_follow_is_never_a_reason(settings):
