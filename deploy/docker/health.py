@@ -58,8 +58,7 @@ def told() -> tuple[Any, Any] | None:
     found = []
     for role in ("up", "relay", "workers"):
         path = f"{folder}/running-{role}.json"
-        # Not pathlib, which takes as long to load as all else here.
-        with suppress(OSError, ValueError, KeyError, TypeError), open(path, "rb") as file:  # noqa: PTH123
+        with suppress(OSError, ValueError, KeyError, TypeError), open(path, "rb") as file:  # noqa: PTH123 - slow to load
             host, status, smtp = json.load(file)["asked"]
             if host == socket.gethostname():  # another container may share the folder
                 found.append((os.fstat(file.fileno()).st_mtime, status, smtp))

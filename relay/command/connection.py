@@ -39,7 +39,7 @@ def ledger_of(settings: Settings) -> Iterator[Redis]:
     server = settings.redis if settings.redis.url else settings.redis.at(embedded.url(settings.state_dir))
     try:
         with sync_client(server, server.timeout_seconds, retries=0) as first:
-            first.ping()
+            first.time()  # not PING, which one that cannot save (MISCONF) refuses as it does writes
         with sync_client(server, max(_PATIENCE, server.timeout_seconds), retries=0) as connection:
             yield connection
     except (AuthenticationError, BusyLoadingError, NoAnswer) as error:
