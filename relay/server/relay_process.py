@@ -166,6 +166,8 @@ class _Relay:
         self._living = loop.create_task(keep_living_in_loop(self._context.lives))  # to the loop's end
         self._place.counters.take()
         self._reload_keys()
+        with contextlib.suppress(OSError):  # a SIGHUP that came before its handler has told us nothing
+            self._shared.credentials = Credentials.load(self._settings.smtp)
         if self._spool:
             try:
                 await self._spool.open()
