@@ -112,7 +112,7 @@ def _wait_for_redis(settings: Settings, *, may_be_away: bool) -> None:
     with sync_client(server, min(server.timeout_seconds, patience), retries=0) as client:
         while True:
             try:
-                client.ping()
+                client.time()  # not PING: refused like writes where it cannot save (MISCONF), while mail goes on
             except (AuthenticationError, ResponseError) as error:
                 raise StartError(f"{subject}: {server.shown} cannot be used: {printable(str(error))}") from error
             except (NoConnection, NoAnswer) as error:  # loading is one of them
