@@ -21,6 +21,7 @@ from relay.config.shown import Shown, describe
 from relay.daemon import running
 from relay.ledger import changes, flow, greetings, overview
 from relay.mail.text import count
+from relay.monitoring.findings import spool as spool_findings
 from relay.monitoring.probe_result import ProbeResult
 from relay.monitoring.probes import probe_all
 from relay.monitoring.routes import refused_tables
@@ -61,7 +62,8 @@ def check(settings: Settings, out: Output) -> int:
     probed, told = asyncio.run(_look(settings))
     refused = list(refused_tables(settings)) if running.read(settings.state_dir) else []
     subjects = {finding.subject for finding in refused}  # whose file can be read, but what runs has not taken it
-    findings = [*_page(settings.status), *(f for f in probed if f.subject not in subjects), *refused, *told.findings]
+    probed = [finding for finding in probed if finding.subject not in subjects]
+    findings = [*_page(settings.status), *_spool(settings), *probed, *refused, *told.findings]
     answers, said = told.answers, told.extensions
     if out.as_json:
         for finding in findings:
@@ -74,6 +76,20 @@ def check(settings: Settings, out: Output) -> int:
     if answers or any(finding.subject != "redis" for finding in troubles):
         return NO if troubles else WELL
     return CANNOT_SAY
+
+
+def _spool(settings: Settings) -> list[ProbeResult]:
+    """Say what keeps this host's spool from taking files, where we may do what its owner may."""
+    folder = settings.spool.dir
+    if folder is None:
+        return []
+    try:
+        place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        if os.geteuid() not in {0, place.stat().st_uid}:
+            return []
+    except OSError:
+        return []
+    return [finding for finding in spool_findings(settings, writes=False) if not finding.ok]
 
 
 @dataclass(slots=True)

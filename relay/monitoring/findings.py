@@ -49,7 +49,7 @@ def of(settings: Settings, *, relaying: bool) -> list[ProbeResult]:
         patience = _PORT_SECONDS + settings.smtp.greeting_delay
         first = b"PROXY UNKNOWN\r\n" if settings.smtp.proxy_protocol else b""
         findings += [_port(host, port, patience, first) for host, port in settings.smtp.addresses]
-        findings += _spool(settings)
+        findings += spool(settings)
         findings += routes.refused_tables(settings)
         if not usable:  # else it is read from there again, and written
             findings += routes.unusable_map(settings)
@@ -125,7 +125,8 @@ def _port(host: str, port: int, patience: float, first: bytes = b"") -> ProbeRes
     )
 
 
-def _spool(settings: Settings) -> list[ProbeResult]:
+def spool(settings: Settings, *, writes: bool = True) -> list[ProbeResult]:
+    """Say whether the spool takes files; unless it ``writes`` one, only as far as the system tells."""
     folder = settings.spool.dir
     if folder is None:
         return []
@@ -139,7 +140,7 @@ def _spool(settings: Settings) -> list[ProbeResult]:
     least = settings.spool.min_free
     if free < max(least, 1):
         return [ProbeResult(SPOOL, False, f"{free} bytes are free at {folder}, spool.min_free is {least}")]
-    if place == folder and (trouble := _trouble_writing(folder)):
+    if writes and place == folder and (trouble := _trouble_writing(folder)):
         return [ProbeResult(SPOOL, False, f"{folder} cannot be written: {trouble}")]
     return [ProbeResult(SPOOL, True, f"{folder} can be written")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from relay import private_files
+from relay.command import check
 from relay.config import loader
 from relay.config.model import Settings
 from relay.monitoring import findings
@@ -26,7 +28,7 @@ def settings(tmp_path: Path) -> Settings:
 
 
 def look(settings: Settings) -> str:
-    (found,) = findings._spool(settings)
+    (found,) = findings.spool(settings)
     return "" if found.ok else found.text
 
 
@@ -66,3 +68,12 @@ def test_no_thread_can_be_started(settings: Settings, monkeypatch: pytest.Monkey
         patched.setattr(threading.Thread, "start", refuse)
         assert "can't start new thread" in look(settings)
     assert look(settings) == ""
+
+
+def test_check_says_so_without_a_write(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes nothing, and says nothing where all is well."""
+    monkeypatch.setattr(private_files, "write", None)
+    assert check._spool(settings) == []
+    monkeypatch.setattr(os, "access", lambda *_: False)  # on a file system that is read-only, for root, too
+    (found,) = check._spool(settings)
+    assert "cannot be written" in found.text
