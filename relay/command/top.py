@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import select
 import shutil
+import signal
 import sys
 import termios
 import time
@@ -122,17 +123,17 @@ def _objects(watch: _Watch, out: Output, interval: float, *, once: bool) -> None
 def _live(watch: _Watch, interval: float, *, colour: bool) -> None:
     console = Console(no_color=not colour, highlight=False)
     live = Live(watch.text(), console=console, screen=True, auto_refresh=False)
-    with _keys() as key:
+    with _keys() as key, _interrupts() as interrupted:
         try:  # its start included: a Ctrl-C at the first frame must leave no strange screen behind
             live.start(refresh=True)
-            _go_on(watch, live, key, interval)
+            _go_on(watch, live, key, interval, interrupted)
         finally:
             live.stop()
 
 
-def _go_on(watch: _Watch, live: Live, key: Callable[[float], str], interval: float) -> None:
-    """Show frame after frame until a key ends it."""
-    while True:
+def _go_on(watch: _Watch, live: Live, key: Callable[[float], str], interval: float, interrupted: Sequence[int]) -> None:
+    """Show frame after frame until a key ends it. Raises KeyboardInterrupt."""
+    while not interrupted:
         until = time.monotonic() + interval
         while (patience := until - time.monotonic()) > 0:
             if pressed := key(patience):
@@ -141,6 +142,23 @@ def _go_on(watch: _Watch, live: Live, key: Callable[[float], str], interval: flo
                 live.update(watch.text(), refresh=True)
         watch.go_on()
         live.update(watch.text(), refresh=True)
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _interrupts() -> Iterator[Sequence[int]]:
+    """Note each Ctrl-C as well: what a signal raises is lost where it meets a finalizer, of which a frame has many."""
+    came: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
