@@ -23,46 +23,38 @@ Entries = Iterable[tuple[str, MovedEntry]]
 
 def lines(form: str, entries: Entries, servers: Mapping[str, Destination], hosts: Mapping[str, str]) -> Iterator[str]:
     """Yield the lines of an export; ``hosts`` names the host that stands for a server, where it is another."""
-    yield from _FORMS[form](entries, servers, hosts)
-
-
-def _postfix(entries: Entries, servers: Mapping[str, Destination], hosts: Mapping[str, str]) -> Iterator[str]:
-    yield "# transport(5): postmap it, or name it as texthash:/path in transport_maps."
+    if form == "csv":
+        yield from _csv(entries)
+        return
+    head, line_of = _FORMS[form]
+    yield head
     for key, entry in entries:
-        name = key.removeprefix("@")
-        server = servers.get(entry.server)
-        if server is None:
-            yield _left_out(key, f"{entry.server} is in no settings here")
-        elif _BLANK_OR_MARK.search(name):
-            yield _left_out(key, "no key of such a file")
+        if server := servers.get(entry.server):
+            line = line_of(key, hosts.get(server.name) or server.host, server)
         else:
-            host = hosts.get(server.name) or server.host
-            transport = "lmtp:inet:" if server.scheme == "lmtp" else "smtp:"
-            yield f"{name}\t{transport}[{host}]:{server.port}"
+            line = _left_out(key, f"{entry.server} is in no settings here")
+        yield line
 
 
-def _dovecot(entries: Entries, servers: Mapping[str, Destination], hosts: Mapping[str, str]) -> Iterator[str]:
-    yield "# passdb passwd-file of a proxy; a domain has a line of its own: see docs/migration.md"
-    for key, entry in entries:
-        name, host = key.removeprefix("@"), _host(entry, servers, hosts)
-        if not host:
-            yield _left_out(key, f"{entry.server} is in no settings here")
-        elif not _PLAIN.fullmatch(name) or name.startswith("."):
-            yield _left_out(key, "no user of such a file")
-        else:
-            yield f"{name}:::::::nopassword=y proxy=y host={host}"
+def _postfix(key: str, host: str, server: Destination) -> str:
+    name = key.removeprefix("@")
+    if _BLANK_OR_MARK.search(name):
+        return _left_out(key, "no key of such a file")
+    transport = "lmtp:inet:" if server.scheme == "lmtp" else "smtp:"
+    return f"{name}\t{transport}[{host}]:{server.port}"
 
 
-def _nginx(entries: Entries, servers: Mapping[str, Destination], hosts: Mapping[str, str]) -> Iterator[str]:
-    yield "# include it in a map {}: docs/migration.md"
-    for key, entry in entries:
-        host = _host(entry, servers, hosts)
-        if not host:
-            yield _left_out(key, f"{entry.server} is in no settings here")
-        elif not printable(key).isprintable() or "\n" in key:
-            yield _left_out(key, "no text of such a file")
-        else:
-            yield f"{_nginx_text(_nginx_key(key))} {_nginx_text(host)};"
+def _dovecot(key: str, host: str, _server: Destination) -> str:
+    name = key.removeprefix("@")
+    if not _PLAIN.fullmatch(name) or name.startswith("."):
+        return _left_out(key, "no user of such a file")
+    return f"{name}:::::::nopassword=y proxy=y host={host}"
+
+
+def _nginx(key: str, host: str, _server: Destination) -> str:
+    if not printable(key).isprintable() or "\n" in key:
+        return _left_out(key, "no text of such a file")
+    return f"{_nginx_text(_nginx_key(key))} {_nginx_text(host)};"
 
 
 def _nginx_key(key: str) -> str:
@@ -79,7 +71,7 @@ def _nginx_text(text: str) -> str:
     return f'"{quoted}"'
 
 
-def _csv(entries: Entries, _servers: Mapping[str, Destination], _hosts: Mapping[str, str]) -> Iterator[str]:
+def _csv(entries: Entries) -> Iterator[str]:
     yield "address,server,at,by,note"
     for key, entry in entries:
         text = io.StringIO()
@@ -87,18 +79,12 @@ def _csv(entries: Entries, _servers: Mapping[str, Destination], _hosts: Mapping[
         yield text.getvalue()
 
 
-def _host(entry: MovedEntry, servers: Mapping[str, Destination], hosts: Mapping[str, str]) -> str:
-    server = servers.get(entry.server)
-    return hosts.get(entry.server) or (server.host if server else "")
-
-
 def _left_out(key: str, why: str) -> str:
     return f"# left out: {printable(key)}: {printable(why)}"
 
 
-_FORMS: Mapping[str, Callable[[Entries, Mapping[str, Destination], Mapping[str, str]], Iterator[str]]] = {
-    "postfix": _postfix,
-    "dovecot": _dovecot,
-    "nginx": _nginx,
-    "csv": _csv,
+_FORMS: Mapping[str, tuple[str, Callable[[str, str, Destination], str]]] = {
+    "postfix": ("# transport(5): postmap it, or name it as texthash:/path in transport_maps.", _postfix),
+    "dovecot": ("# passdb passwd-file of a proxy; a domain has a line of its own: see docs/migration.md", _dovecot),
+    "nginx": ("# include it in a map {}: docs/migration.md", _nginx),
 }

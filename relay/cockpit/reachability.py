@@ -55,9 +55,7 @@ class Looks:
             async with places:
                 return await self.look(server)
 
-        settings = self._settings
-        servers = settings.named
-        return await asyncio.gather(*map(one, servers))
+        return await asyncio.gather(*map(one, self._settings.named))
 
     async def look(self, server: Destination) -> Reach:
         """Connect, say EHLO and perhaps MAIL, and leave. Trouble with the server is what was found."""

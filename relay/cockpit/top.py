@@ -6,7 +6,7 @@ Everything comes from the flow and the ledger's own counts, never from a scan of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from relay.cockpit.formatting import count, duration, span, time_of_day
@@ -87,16 +87,12 @@ class Frame:
             "epoch": self.epoch,
             "primary": self.primary,
             "verdicts": [{"destination": v.name, "ready": v.is_ready, "summary": v.summary} for v in self.verdicts],
-            "destinations": [_object(row) for row in self.rows],
-            "routes": [_object(route) for route in self.routes],
-            "events": [_object(event) for event in self.events],
-            "hosts": [_object(host) for host in self.hosts],
+            "destinations": [asdict(row) for row in self.rows],
+            "routes": [asdict(route) for route in self.routes],
+            "events": [asdict(event) for event in self.events],
+            "hosts": [asdict(host) for host in self.hosts],
             "relays": [{"label": r.label, "alive": r.is_alive, "age_s": r.age, "epoch": r.epoch} for r in self.relays],
         }
-
-
-def _object(value: Any) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in value.__slots__}
 
 
 def look(connection: Any, settings: Settings, known: Sequence[Verdict] | None = None) -> Frame:

@@ -39,13 +39,10 @@ def differences(before: Settings, after: Settings) -> list[Difference]:
     if before.primary and after.primary:  # else the primary's own row says so
         apart = {n for n in Destination.__slots__ if getattr(before.primary, n) != getattr(after.primary, n)}
         found += _of_server("relay.demoted", before.demoted, after.demoted, apart | {"name", "host", "port"})
-    names = dict.fromkeys(b.name for b in (*before.backups, *after.backups))
-    olds, news = ({b.name: b for b in s.backups} for s in (before, after))
-    for name in names:
-        found += _of_server(f"backup.{name}", olds.get(name), news.get(name), frozenset())
-    olds, news = ({b.name: b for b in s.servers} for s in (before, after))
-    for name in dict.fromkeys((*olds, *news)):
-        found += _of_server(f"server.{name}", olds.get(name), news.get(name), frozenset())
+    for kind in ("backup", "server"):
+        olds, news = ({one.name: one for one in settings.value(f"{kind}s")} for settings in (before, after))
+        for name in dict.fromkeys((*olds, *news)):
+            found += _of_server(f"{kind}.{name}", olds.get(name), news.get(name), frozenset())
     return found + list(_of_routes(before.route_table, after.route_table))
 
 

@@ -92,42 +92,17 @@ def find(
     ``folder`` is ``files.folder_of(settings.state_dir)``. With ``connection``, a blocking Redis client, where each copy
     stands is asked from the ledger; with ``others`` what other hosts know is there, too. ``unseen`` is filled.
     """
-    unseen = Unseen() if unseen is None else unseen
-    with Reader(folder, unseen) as reader:
+    with Reader(folder, unseen or Unseen(), connection, others or None) as reader:
         if not others:
-            found = _local(reader, query, connection, None, unseen, progress)
-            yield from islice(found, query.limit)
+            yield from islice(reader.meant(query, progress), query.limit)
             return
         known = others.matching(query)
-        local = list(islice(_local(reader, query, connection, others, unseen, progress), query.limit))
+        local = list(islice(reader.meant(query, progress), query.limit))
         seen = {life.id for life in local}
         events_here = reader.events_of([message_id for message_id in known if message_id not in seen])
-        abroad = {message_id: [*some, *known[message_id]] for message_id, some in events_here.items()}
-        whole = _lives(abroad, connection, others, unseen)
-        yield from islice(
-            sorted([*local, *_meant(whole, query, reader.privacy)], key=lambda life: -life.at), query.limit
-        )
-
-
-def _local(
-    reader: Reader,
-    query: Query,
-    connection: Any,
-    others: Others | None,
-    unseen: Unseen,
-    progress: Progress | None,
-) -> Iterator[MessageLife]:
-    """Yield what is meant and known here, completed by what other hosts know of it."""
-    for page in _pages(reader, query, progress, is_alone=others is None):
-        found = _lives(page, connection, others, unseen)
-        yield from sorted(_meant(found, query, reader.privacy), key=lambda life: -life.at)
-
-
-def _lives(found: dict[str, list[Event]], connection: Any, others: Others | None, unseen: Unseen) -> list[MessageLife]:
-    if others and found:
-        for message_id, some in others.of(list(found)).items():
-            found.setdefault(message_id, []).extend(some)
-    return assemble(found, _now(connection, found, unseen))
+        whole = reader.lives({message_id: [*some, *known[message_id]] for message_id, some in events_here.items()})
+        found = sorted([*local, *_meant(whole, query, reader.privacy)], key=lambda life: -life.at)
+        yield from islice(found, query.limit)
 
 
 def lives(
@@ -139,21 +114,8 @@ def lives(
     unseen: Unseen | None = None,
 ) -> list[MessageLife]:
     """Return the lives of messages by their ids, as far as they are known; in no order."""
-    unseen = Unseen() if unseen is None else unseen
-    with Reader(folder, unseen) as reader:
-        return _lives(reader.events_of(ids), connection, others, unseen)
-
-
-def _now(
-    connection: Any, found: Mapping[str, Iterable[Event]], unseen: Unseen
-) -> Mapping[str, whereabouts.MessageWhereabouts] | None:
-    if connection is None:
-        return None
-    try:
-        return whereabouts.find(connection, {life.id: life.destinations for life in assemble(found)})
-    except (RedisError, OSError) as error:
-        unseen.no_ledger = str(error)
-        return None
+    with Reader(folder, unseen or Unseen(), connection, others or None) as reader:
+        return reader.lives(reader.events_of(ids))
 
 
 def _meant(found: Iterable[MessageLife], query: Query, kept: Privacy | None) -> Iterator[MessageLife]:
@@ -178,30 +140,14 @@ def groups_of(query: Query, kept: Privacy | None) -> dict[str, frozenset[str]]:
     return groups
 
 
-def _pages(
-    reader: Reader, query: Query, progress: Progress | None, *, is_alone: bool
-) -> Iterator[dict[str, list[Event]]]:
-    """Yield what this host's files have of messages that may be meant, in pages."""
-    seen: set[str] = set()
-    page: list[str] = []
-    size = max(10, min(_PAGE, query.limit))
-    for message_id in reader.candidates(query, progress, is_alone=is_alone):
-        if message_id not in seen:
-            seen.add(message_id)
-            page.append(message_id)
-            if len(page) >= size:
-                yield reader.events_of(page)
-                page, size = [], _PAGE
-    if page:
-        yield reader.events_of(page)
-
-
 class Reader:
-    """The files of this host, opened as they are needed and kept open for one look-up."""
+    """One look-up: the files of this host, opened as they are needed and kept open, other hosts, and the ledger."""
 
-    def __init__(self, folder: Path, unseen: Unseen) -> None:
+    def __init__(self, folder: Path, unseen: Unseen, connection: Any, others: Others | None) -> None:
         self._folder = folder
         self._unseen = unseen
+        self._connection = connection
+        self._others = others
         self._ends = ExitStack()
         self._open: dict[Path, OpenFile | None] = {}
         self._files: list[HourFile] = []
@@ -222,12 +168,42 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self._ends.close()
 
-    def candidates(self, query: Query, progress: Progress | None = None, *, is_alone: bool = True) -> Iterator[str]:
-        """Yield the ids of messages that may be meant, the newest first, some more than once.
+    def meant(self, query: Query, progress: Progress | None) -> Iterator[MessageLife]:
+        """Yield what is meant and known here, completed by what other hosts know of it."""
+        for page in self._pages(query, progress):
+            yield from sorted(_meant(self.lives(page), query, self.privacy), key=lambda life: -life.at)
 
-        Unless it ``is_alone``, another host may have the other half of a message.
-        """
-        wanted = self._wanted(query, is_alone=is_alone)
+    def lives(self, found: dict[str, list[Event]]) -> list[MessageLife]:
+        """Return the lives of these messages: to what is found comes what other hosts and the ledger know of them."""
+        if self._others and found:
+            for message_id, some in self._others.of(list(found)).items():
+                found.setdefault(message_id, []).extend(some)
+        now = None
+        if self._connection is not None:
+            try:
+                now = whereabouts.find(self._connection, {life.id: life.destinations for life in assemble(found)})
+            except (RedisError, OSError) as error:
+                self._unseen.no_ledger = str(error)
+        return assemble(found, now)
+
+    def _pages(self, query: Query, progress: Progress | None) -> Iterator[dict[str, list[Event]]]:
+        """Yield what this host's files have of messages that may be meant, in pages."""
+        seen: set[str] = set()
+        page: list[str] = []
+        size = max(10, min(_PAGE, query.limit))
+        for message_id in self._candidates(query, progress):
+            if message_id not in seen:
+                seen.add(message_id)
+                page.append(message_id)
+                if len(page) >= size:
+                    yield self.events_of(page)
+                    page, size = [], _PAGE
+        if page:
+            yield self.events_of(page)
+
+    def _candidates(self, query: Query, progress: Progress | None) -> Iterator[str]:
+        """Yield the ids of messages that may be meant, the newest first, some more than once."""
+        wanted = self._wanted(query)
         chosen = [file for file in self._files if query.since - HOUR < file.hour + HOUR and file.hour <= query.until]
         total, done = sum(file.octets for file in chosen) if progress else 0, 0
         for file in chosen:
@@ -240,14 +216,15 @@ class Reader:
                 done += file.octets
                 progress(done, total)
 
-    def _wanted(self, query: Query, *, is_alone: bool) -> list[frozenset[str]]:
+    def _wanted(self, query: Query) -> list[frozenset[str]]:
         """Return by which words to look, one of each group in the same row; what is found is compared with the rest."""
         groups = groups_of(query, self.privacy)
         if "id" in groups:
             return [groups["id"]]
         rare = frozenset(search_terms.STATUS + word for word in _BY_STATUS.get(query.status or "", ()))
         # What was received has sender and recipients in its row, and that it was refused; what a backup did is another.
-        if rare and (not groups or (is_alone and query.status != "refused")):
+        # With other hosts, one of them may have the other half of a message.
+        if rare and (not groups or (self._others is None and query.status != "refused")):
             return [rare]
         if query.status != "refused":
             return list(groups.values())

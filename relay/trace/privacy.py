@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from relay import private_files
-from relay.trace.events import Event, More, Part, Received, Refusal, Remark, Tried
+from relay.trace.events import Event, More, Received, Remark, Tried
 
 CLEAR, HASHED = "clear", "hashed"
 KEY_FILE = "key"
@@ -70,9 +70,10 @@ class Privacy:
                 return replace(
                     event,
                     sender=self._kept(event.sender),
-                    recipients=tuple(map(self._kept, event.recipients)) if self.mode == HASHED else (),
+                    recipients=self._those_kept(event.recipients),
                     refused=tuple(
-                        Refusal(self._kept(who), _cleared(said, names), own) for who, said, own in event.refused
+                        one._replace(recipient=self._kept(one.recipient), reply=_cleared(one.reply, names))
+                        for one in event.refused
                     ),
                     reply=_cleared(event.reply, names),
                     mail_reply=_cleared(event.mail_reply, names),
@@ -81,20 +82,16 @@ class Privacy:
             case More():
                 return replace(event, recipients=tuple(map(self._kept, event.recipients)))
             case Tried():
-                return replace(
-                    event,
-                    parts=tuple(
-                        Part(
-                            part.verdict,
-                            part.number,
-                            tuple(map(self._kept, part.recipients)) if self.mode == HASHED else (),
-                            _cleared(part.reply, names),
-                        )
-                        for part in event.parts
-                    ),
-                )
+                parts = [
+                    part._replace(recipients=self._those_kept(part.recipients), reply=_cleared(part.reply, names))
+                    for part in event.parts
+                ]
+                return replace(event, parts=tuple(parts))
             case Remark():
                 return replace(event, text=_cleared(event.text, names))
+
+    def _those_kept(self, addresses: Iterable[str]) -> tuple[str, ...]:
+        return tuple(map(self._kept, addresses)) if self.mode == HASHED else ()
 
     def _kept(self, address: str) -> str:
         if self.mode == HASHED:
