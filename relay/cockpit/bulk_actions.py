@@ -120,17 +120,16 @@ def at_once(connection: Redis, action: BulkAction, chosen: Filter, tally: Tally)
 
 
 def carry_out(action: BulkAction, work: Iterable[tuple[int, Batch]], tally: Tally) -> Iterator[int]:
-    """Do it batch by batch; yields the steps of each. Who stops in between has done so much, and ``record`` tells."""
+    """Do it batch by batch, and what is left behind the last; yields the steps of each.
+
+    Who stops in between has done so much, and ``record`` tells.
+    """
     for steps, (destination, found) in work:
         count = action.act(destination, found) if found else 0
         tally.done += count
         tally.skipped += len(found) - count
         tally.by_destination[destination] += count
         yield steps
-
-
-def finish(action: BulkAction, tally: Tally) -> None:
-    """Do what is left behind the last batch."""
     for destination, count in tally.by_destination.items():
         action.finish(destination, count)
 

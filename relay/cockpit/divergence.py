@@ -137,6 +137,13 @@ class Sum:
     groups: int
 
 
+def summed(connection: Any, groups: Sequence[Group], by: str) -> list[Sum]:
+    """Add up recipients by domain, recipient or day; nothing where the reasons themselves are wanted."""
+    if by == "recipient":
+        return by_recipient(connection, groups)
+    return {"domain": by_domain, "day": by_day}.get(by, lambda _: [])(groups)
+
+
 def by_domain(groups: Iterable[Group]) -> list[Sum]:
     """Add up recipients by their domains; those that are not kept stand under "other"."""
 

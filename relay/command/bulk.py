@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 
 from redis import Redis
 from redis.exceptions import RedisError
@@ -17,7 +18,7 @@ from relay.cockpit.bulk_preview import BulkPreview, copies
 from relay.command import prompt
 from relay.command.exit_status import INTERRUPTED, NO, WELL
 from relay.command.long_runs import Stop, progress
-from relay.command.output import Output, as_object
+from relay.command.output import Output
 from relay.mail.text import printable
 from workers.queues import selection
 from workers.queues.selection import Filter
@@ -67,7 +68,7 @@ def _show(preview: BulkPreview, out: Output, action: BulkAction) -> None:
         found: dict[str, object] = {f"would_{action.name.rpartition(' ')[2]}": preview.count, "bytes": preview.octets}
         if preview.count:
             found["reasons"] = [{"reason": why, "copies": n} for why, n in preview.common_reasons()]
-            found["examples"] = [as_object(row) for row in preview.examples]
+            found["examples"] = [asdict(row) for row in preview.examples]
         out.object(found)
         return
     out.line(f"{copies(preview.count)} would be {action.done}, {preview.octets} bytes.")
@@ -83,7 +84,6 @@ def _work(out: Output, action: BulkAction, work: Iterator[tuple[int, Batch]], ta
             for steps in bulk_actions.carry_out(action, stop.until(work), tally):
                 seen += steps
                 advance(steps)
-            bulk_actions.finish(action, tally)
     except (RedisError, OSError, KeyboardInterrupt):
         sys.stderr.write(
             f"Broken off: {copies(tally.done)} {action.done} at least, {tally.total - seen} not come to.\n"

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, replace
+
+from redis import Redis
 
 from relay import log_lines
 from relay.cockpit import evidence_from_redis, extensions, roles_now
 from relay.cockpit.extensions import Extension
 from relay.command.connection import ledger_of
 from relay.command.exit_status import CANNOT_SAY, NO, WELL, CannotSay, Trouble
-from relay.command.output import GREEN, RED, Column, Output, as_object
+from relay.command.output import GREEN, RED, Column, Output
 from relay.command.ready import EXTENSIONS
 from relay.config.differences import Difference, differences
 from relay.config.loader import Settings, SettingsError
@@ -31,6 +33,7 @@ from relay.redisio import embedded
 from relay.topology import decisions, promotion
 from relay.topology.roles import copied_now
 
+_Compared = list[tuple[str, list[Extension]]]  # backups, and their EHLO beside the primary's
 _SETTINGS = [
     Column("option", lambda r: r.key),
     Column("value", lambda r: r.value or "-"),
@@ -59,15 +62,14 @@ def check(settings: Settings, out: Output) -> int:
     if not settings.redis.url and embedded.socket_path(settings.state_dir).exists():
         # `up` runs with this state folder: its Redis is the one that counts.
         settings = replace(settings, redis=settings.redis.at(embedded.url(settings.state_dir)))
-    probed, told = asyncio.run(_look(settings))
+    probed, (told, said, answers) = asyncio.run(_look(settings))
     refused = list(refused_tables(settings)) if running.read(settings.state_dir) else []
     subjects = {finding.subject for finding in refused}  # whose file can be read, but what runs has not taken it
     probed = [finding for finding in probed if finding.subject not in subjects]
-    findings = [*_page(settings.status), *_spool(settings), *probed, *refused, *told.findings]
-    answers, said = told.answers, told.extensions
+    findings = [*_page(settings.status), *_spool(settings), *probed, *refused, *told]
     if out.as_json:
         for finding in findings:
-            out.object({"kind": "finding", **as_object(finding)})
+            out.object({"kind": "finding", **asdict(finding)})
     else:
         out.line("")
         out.rows(findings, _FINDINGS, nothing="")
@@ -92,31 +94,27 @@ def _spool(settings: Settings) -> list[ProbeResult]:
     return [finding for finding in spool_findings(settings, writes=False) if not finding.ok]
 
 
-@dataclass(slots=True)
-class _Told:
-    """What the ledger tells, up to where it stops answering."""
-
-    findings: list[ProbeResult] = field(default_factory=list)
-    extensions: list[tuple[str, list[Extension]]] = field(default_factory=list)
-    answers: bool = True
-
-
-async def _look(settings: Settings) -> tuple[list[ProbeResult], _Told]:
+async def _look(settings: Settings) -> tuple[list[ProbeResult], tuple[list[ProbeResult], _Compared, bool]]:
     """Probe what the settings name and ask the ledger at once: a Redis that hangs is waited for by both."""
     return await asyncio.gather(probe_all(settings), asyncio.to_thread(_ledger, settings))
 
 
-def _ledger(settings: Settings) -> _Told:
-    told = _Told()
+def _ledger(settings: Settings) -> tuple[list[ProbeResult], _Compared, bool]:
+    """Return what the ledger tells, up to where it stops answering, and whether it answered to the end."""
+    findings: list[ProbeResult] = []
+    said: _Compared = []
+    if not settings.redis.url:
+        return findings, said, True
     try:
-        told.findings += _left_behind(settings)
-        told.findings += _roles(settings)
-        told.extensions = _extensions(settings)
+        with ledger_of(settings) as connection:
+            findings += _left_behind(connection, settings)
+            findings += about_topology(settings, decisions.view(connection))
+            said += _extensions(connection, settings)
     except CannotSay:  # the probe of Redis says so
-        told.answers = False
+        return findings, said, False
     except Trouble:
         pass  # a key file: its probe says so
-    return told
+    return findings, said, True
 
 
 def _page(status: StatusSettings) -> Iterator[ProbeResult]:
@@ -133,11 +131,11 @@ def _page(status: StatusSettings) -> Iterator[ProbeResult]:
         yield ProbeResult("page", True, "off: others can reach it, and status.users_file names nobody")
 
 
-def _show_extensions(said: list[tuple[str, list[Extension]]], out: Output) -> None:
+def _show_extensions(said: _Compared, out: Output) -> None:
     for name, compared in said:
         if out.as_json:
             for extension in compared:
-                out.object({"kind": "extension", "destination": name, **as_object(extension)})
+                out.object({"kind": "extension", "destination": name, **asdict(extension)})
         else:
             out.line("")
             out.line(f"EHLO of the primary (old) and of {name} (new), as mail has met them:")
@@ -168,15 +166,11 @@ def _drift(settings: Settings) -> list[Difference]:
         return []
 
 
-def _left_behind(settings: Settings) -> Iterator[ProbeResult]:
+def _left_behind(connection: Redis, settings: Settings) -> Iterator[ProbeResult]:
     """Say which destinations are no backup any more but have copies left: they are served until they have none."""
-    if not settings.redis.url:
-        return
-    with ledger_of(settings) as connection:
-        topology = promotion.standing(connection, settings)
-        rows = overview.summary(connection)
+    topology = promotion.standing(connection, settings)
     configured = {backup.name for backup in (*settings.copied, *copied_now(settings, topology))}
-    for row in rows:
+    for row in overview.summary(connection):
         if row.destination not in configured and (row.pending or row.failed):
             waiting, failed = count(row.pending, "copy waits", "copies wait"), count(row.failed, "has", "have")
             left = f"no backup any more, but {waiting} and {failed} failed"
@@ -185,21 +179,9 @@ def _left_behind(settings: Settings) -> Iterator[ProbeResult]:
             )
 
 
-def _roles(settings: Settings) -> Iterator[ProbeResult]:
-    """Say whether the settings name the primary that was promoted, and which relay process does not follow."""
-    if not settings.redis.url:
-        return
-    with ledger_of(settings) as connection:
-        seen = decisions.view(connection)
-    yield from about_topology(settings, seen)
-
-
-def _extensions(settings: Settings) -> list[tuple[str, list[Extension]]]:
+def _extensions(connection: Redis, settings: Settings) -> _Compared:
     """Return for each backup that has been talked to its EHLO beside the primary's."""
-    if not settings.redis.url:
-        return []
-    with ledger_of(settings) as connection:
-        old, backups = roles_now.by_default(connection, settings)
-        said = greetings.read(connection, [old, *backups])
-        seen = flow.total(flow.read(connection, flow.HOUR, evidence_from_redis.HOURS, changes.now(connection)))
+    old, backups = roles_now.by_default(connection, settings)
+    said = greetings.read(connection, [old, *backups])
+    seen = flow.total(flow.read(connection, flow.HOUR, evidence_from_redis.HOURS, changes.now(connection)))
     return [(name, extensions.compare(said.get(old), said[name], seen)) for name in backups if name in said]

@@ -34,6 +34,11 @@ JSON = option("--json", "as_json", is_flag=True, help="one JSON object a line")
 WIDE = option("--wide", is_flag=True, help="one line for each row, of any length")
 
 
+def sentence(text: str) -> str:
+    """Return a text as a sentence; only its first letter changes, so that names stay as they are."""
+    return text[:1].upper() + text[1:] + "."
+
+
 def argument(name: str, kind: click.ParamType[str] | None = None, **rest: Any) -> click.Argument:
     """Make an argument that the usage shows by this name."""
     return click.Argument([name.lower()], metavar=name, type=kind, **rest)
@@ -73,7 +78,7 @@ def word(
         None,
         callback=read,
         params=[*own, *(_settings_flags(own) if settings else ())],
-        help=text[0].upper() + text[1:] + ".",
+        help=sentence(text),
         short_help=text,
         context_settings=HELP_OPTIONS,
         hidden=hidden,
@@ -93,10 +98,10 @@ def _settings_flags(own: Sequence[click.Parameter]) -> list[click.Parameter]:
 
 def listing(listed: Word, commands: dict[str, Word | CommandGroup]) -> Listing:
     """Make a group that, without a subcommand, runs ``listed``."""
-    made = Listing(
+    return Listing(
         listed,
         name=None,
-        commands={},
+        commands=commands,
         params=listed.params,
         help=listed.help,
         short_help=listed.short_help,
@@ -106,9 +111,6 @@ def listing(listed: Word, commands: dict[str, Word | CommandGroup]) -> Listing:
         callback=lambda **_: None,
         invoke_without_command=True,
     )
-    for name, command in commands.items():
-        made.add_command(command, name)
-    return made
 
 
 def group(
@@ -119,11 +121,11 @@ def group(
     kind: type[CommandGroup] = CommandGroup,
 ) -> CommandGroup:
     """Make a group of commands; ``kind``: Asking, where a word that names no command is meant for the first one."""
-    made = kind(
+    return kind(
         None,
-        commands={},
+        commands={**commands},
         params=[*params, COLOUR, *SETTINGS_FLAGS],
-        help=text[0].upper() + text[1:] + ".",
+        help=sentence(text),
         short_help=text,
         context_settings=HELP_OPTIONS,
         no_args_is_help=False,
@@ -131,6 +133,3 @@ def group(
         options_metavar="",
         callback=lambda: None,
     )
-    for name, command in commands.items():
-        made.add_command(command, name)
-    return made

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 
 from relay.cockpit.formatting import address, moment
-from relay.command.output import Output, as_object
+from relay.command.output import Output
 from workers.queues.backlog import WaitingDetail
 from workers.queues.failed import FailedDetail
 
@@ -15,7 +16,7 @@ def show(out: Output, details: Iterable[WaitingDetail | FailedDetail]) -> None:
     for number, detail in enumerate(details):
         if out.as_json:
             history = [{"at": at, "reply": reply} for at, reply in detail.history]
-            out.object({**as_object(detail), "history": history})
+            out.object({**asdict(detail), "history": history})
             continue
         if number:
             out.line("")

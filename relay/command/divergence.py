@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
 from redis import Redis
@@ -19,7 +19,7 @@ from relay.cockpit.sparkline import sparkline
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, Misuse, Trouble, read_flag
 from relay.command.filters import read
-from relay.command.output import GREEN, YELLOW, Column, Output, as_object
+from relay.command.output import GREEN, YELLOW, Column, Output
 from relay.config.loader import Settings
 from relay.config.types import duration
 from relay.ledger import changes, divergence_groups
@@ -31,33 +31,24 @@ _IDS = 5
 _DAY = 24  # hours of a trend
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A group as a line of the table."""
-
-    group: Group
-    now: float
-
-    @property
-    def state(self) -> str:
-        return seen.state(self.group, self.now)
-
-
-_GROUPS = [
-    Column("key", lambda r: r.group.key),
-    Column("destination", lambda r: r.group.destination),
-    Column("kind", lambda r: r.group.kind),
-    Column("open/seen", lambda r: f"{r.group.open}/{r.group.seen}", numbers=True),
-    Column("class", lambda r: r.group.reason),
-    Column("reply", lambda r: seen.reply(r.group), detail=True),
-    Column("stage", lambda r: r.group.stage, detail=True),
-    Column("messages", lambda r: str(r.group.messages), numbers=True, detail=True),
-    Column("domains", lambda r: _domains(r.group), numbers=True, detail=True),
-    Column("first", lambda r: moment(r.group.first), detail=True),
-    Column("last", lambda r: moment(r.group.last), detail=True),
-    Column("24 h", lambda r: _bars(r.group.trend(r.now, _DAY)), detail=True),
-    Column("state", lambda r: r.state, detail=True, colour=lambda r: YELLOW if r.state == "open" else GREEN),
-]  # fmt: skip
+def _columns(now: float) -> list[Column]:
+    """Return the columns of a table of groups."""
+    return [
+        Column("key", lambda g: g.key),
+        Column("destination", lambda g: g.destination),
+        Column("kind", lambda g: g.kind),
+        Column("open/seen", lambda g: f"{g.open}/{g.seen}", numbers=True),
+        Column("class", lambda g: g.reason),
+        Column("reply", seen.reply, detail=True),
+        Column("stage", lambda g: g.stage, detail=True),
+        Column("messages", lambda g: str(g.messages), numbers=True, detail=True),
+        Column("domains", _domains, numbers=True, detail=True),
+        Column("first", lambda g: moment(g.first), detail=True),
+        Column("last", lambda g: moment(g.last), detail=True),
+        Column("24 h", lambda g: _bars(g.trend(now, _DAY)), detail=True),
+        Column("state", lambda g: seen.state(g, now), detail=True,
+               colour=lambda g: YELLOW if seen.state(g, now) == "open" else GREEN),
+    ]  # fmt: skip
 
 
 def _sums(title: str) -> list[Column]:
@@ -90,17 +81,13 @@ def listing(
         if route:
             groups = _on_route(connection, settings, groups, route)
         nothing = "Nothing is open." if not everything else "Nothing has been refused or put off."
-        if by == "domain":
-            out.rows(seen.by_domain(groups), _sums("domain"), nothing=nothing)
-        elif by == "recipient":
-            out.rows(seen.by_recipient(connection, groups), _sums("recipient"), nothing=nothing)
-        elif by == "day":
-            out.rows(seen.by_day(groups), _sums("day"), nothing=nothing)
+        if by != "reason":
+            out.rows(seen.summed(connection, groups, by), _sums(by), nothing=nothing)
         elif out.as_json:
             for group in groups:
                 out.object(_as_object(connection, group, now))
         else:
-            out.rows([_Row(group, now) for group in groups], _GROUPS, nothing=nothing)
+            out.rows(groups, _columns(now), nothing=nothing)
     return NO if any(group.counts(now) for group in groups) else WELL
 
 
@@ -125,11 +112,10 @@ def show(settings: Settings, out: Output, key: str, destination: str | None) -> 
         if out.as_json:
             out.object({
                 **_as_object(connection, group, now),
-                "examples": [as_object(example) for example in found.examples],
+                "examples": [asdict(example) for example in found.examples],
                 "whom": [{"recipient": name, "count": count} for name, count in found.whom],
             })  # fmt: skip
             return WELL
-    row = _Row(group, now)
     pairs = [
         ("key", group.key),
         ("destination", group.destination),
@@ -144,7 +130,7 @@ def show(settings: Settings, out: Output, key: str, destination: str | None) -> 
         ("first", moment(group.first)),
         ("last", moment(group.last)),
         ("24 h", _bars(group.trend(now, _DAY))),
-        ("state", row.state),
+        ("state", seen.state(group, now)),
         *_acknowledgement(group, now),
         *_listed("domains", found.domains, found.more_domains),
         *_listed("whom", found.whom, found.more_whom),
@@ -213,10 +199,10 @@ def _one(connection: Redis, key: str, destination: str | None) -> Group:
 def _as_object(connection: Redis, group: Group, now: float) -> dict[str, Any]:
     ids = [message_id for message_id, _ in divergence_groups.examples(connection, group.destination, group.key)]
     return {
-        **as_object(group),
+        **asdict(group),
         "class": group.reason,
         "advice": group.advice,
-        "state": _Row(group, now).state.partition(" ")[0],
+        "state": seen.state(group, now).partition(" ")[0],
         "reopened": group.reopened(now),
         "trend": group.trend(now, _DAY),
         "examples": ids[-_IDS:],

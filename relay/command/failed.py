@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import tee
 
 from redis import Redis
 
@@ -83,40 +84,24 @@ def retry(
         if not wait or not before:
             return status
         sys.stdout.flush()
-        found: list[Retried] = []
-        out.rows(_keep(found, _outcomes(connection, before)), _OUTCOMES, nothing="")
-    return status or (WELL if all(outcome.outcome == "delivered" for outcome in found) else NO)
-
-
-@dataclass(frozen=True, slots=True)
-class Retried:
-    """What became of a copy that was tried again."""
-
-    id: str
-    destination: str
-    outcome: str
-    reply: str
+        shown, found = tee(_outcomes(connection, before))
+        out.rows(shown, _OUTCOMES, nothing="")
+    return status or (WELL if all(row["outcome"] == "delivered" for row in found) else NO)
 
 
 _COLOURS = {"delivered": GREEN, "failed": RED}
 _OUTCOMES = [
-    Column("id", lambda r: r.id),
-    Column("destination", lambda r: r.destination),
-    Column("outcome", lambda r: r.outcome, colour=lambda r: _COLOURS.get(r.outcome, YELLOW)),
-    Column("reply", lambda r: r.reply or "-", detail=True),
+    Column("id", lambda r: r["id"]),
+    Column("destination", lambda r: r["destination"]),
+    Column("outcome", lambda r: r["outcome"], colour=lambda r: _COLOURS.get(r["outcome"], YELLOW)),
+    Column("reply", lambda r: r["reply"] or "-", detail=True),
 ]
 _WAIT_SECONDS = 60.0
 _LOOK_EVERY = 0.2
 _BATCH = 500  # copies asked about at once
 
 
-def _keep(found: list[Retried], outcomes: Iterator[Retried]) -> Iterator[Retried]:
-    for outcome in outcomes:
-        found.append(outcome)
-        yield outcome
-
-
-def _outcomes(connection: Redis, before: dict[tuple[str, str], int]) -> Iterator[Retried]:
+def _outcomes(connection: Redis, before: dict[tuple[str, str], int]) -> Iterator[dict[str, str]]:
     """Yield what became of copies, each once its attempt has ended, or when the patience has."""
     end = time.monotonic() + _WAIT_SECONDS
     rest = dict(before)
@@ -128,7 +113,8 @@ def _outcomes(connection: Redis, before: dict[tuple[str, str], int]) -> Iterator
                 is_over = time.monotonic() > end
                 if outcome or is_over:
                     del rest[key]
-                    yield Retried(key[1], key[0], outcome or "not tried yet", reply)
+                    what = outcome or "not tried yet"
+                    yield {"id": key[1], "destination": key[0], "outcome": what, "reply": reply}
         if rest:
             time.sleep(_LOOK_EVERY)
 

@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -85,17 +86,18 @@ class Given:
 
         return lambda running: load(self.flags, require_primary=require_primary, running=running)
 
-    def note(self, key: str, value: str, *, adds: bool = False) -> None:
+    def note(self, value: str, key: str, *, adds: bool = False) -> None:
+        """Take the value of an option; with ``adds`` beside what was given of it before."""
         known = self.flags.get(key) if adds else None
         self.flags[key] = f"{known},{value}" if known else value
 
-    def note_field(self, flag: str, field: str, text: str) -> None:
+    def note_field(self, text: str, flag: str, field: str) -> None:
         """Take NAME=VALUE of one backup."""
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
             self.problems.append(("", flag, f"expected NAME=VALUE, with a backup's name, not {_shown(text)}"))
         else:
-            self.note(f"backup[{name.strip()}].{field}", value, adds=_FIELDS[field].kind.several)
+            self.note(value, f"backup[{name.strip()}].{field}", adds=_FIELDS[field].kind.several)
 
     def note_pair(self, text: str) -> None:
         """Take KEY=VALUE, the key as in settings.toml."""
@@ -105,7 +107,7 @@ class Given:
         if not equals:
             self.problems.append(("", "--set", f"expected key=value, not {_shown(text)}"))
         elif (of_backup and of_backup[2] in _FIELDS) or (key := key.lower()) in BY_KEY:
-            self.note(key, value)
+            self.note(value, key)
         else:
             near = difflib.get_close_matches(key, list(BY_KEY), 1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -146,22 +148,15 @@ def _flag(names: tuple[str, ...], metavar: str, kind: OptionType | None, text: s
 
 def _flags() -> Iterator[click.Option]:
     text = "the only settings file to read, instead of settings.toml or config.yaml"
-    yield _flag(("--config",), "FILE", PATH, text, lambda given, value: given.note("config", value))
+    yield _flag(("--config",), "FILE", PATH, text, partial(Given.note, key="config"))
     text = "any option, by its key in settings.toml"
-    yield _flag(("--set",), "KEY=VALUE", None, text, lambda given, value: given.note_pair(value))
+    yield _flag(("--set",), "KEY=VALUE", None, text, Given.note_pair)
     for option in OPTIONS:
-
-        def note(given: Given, value: str, key: str = option.key, several: bool = option.kind.several) -> None:
-            given.note(key, value, adds=several)
-
+        note = partial(Given.note, key=option.key, adds=option.kind.several)
         yield _flag(option.flags, "X", option.kind, option.help, note)
     for field in BACKUP_FIELDS:
         flag = BACKUP_FLAGS[field.key]
-
-        def note_field(given: Given, value: str, flag: str = flag, key: str = field.key) -> None:
-            given.note_field(flag, key, value)
-
-        yield _flag((flag,), "NAME=X", None, field.help, note_field)
+        yield _flag((flag,), "NAME=X", None, field.help, partial(Given.note_field, flag=flag, field=field.key))
 
 
 SETTINGS_FLAGS: tuple[click.Option, ...] = tuple(_flags())

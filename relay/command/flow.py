@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from relay.cockpit.formatting import count as count_of
@@ -38,34 +39,18 @@ class _Server:
     trend: str
 
 
-@dataclass(frozen=True, slots=True)
-class _OnRoute:
-    """What one server has taken and refused of a route, and how often another had to take its place anywhere."""
-
-    route: str
-    server: str
-    taken: int
-    refused: int
-    failovers: int
-    trend: str
+def _quantile(share: float, counted: Any) -> str:
+    return duration(counted.seconds.quantile(share), "")
 
 
-def _quantile(share: float) -> Callable[[Any], str]:
-    return lambda row: duration(row.seconds.quantile(share), "")
+def _results(name: str, found: Flow) -> str:
+    """Return "delivered/deferred/failed" of a backup."""
+    copies = found.of(name)
+    return f"{copies.delivered}/{copies.deferred}/{copies.failed}"
 
 
-def _results(name: str) -> Callable[[Any], str]:
-    """Return what shows "delivered/deferred/failed" of a backup."""
-
-    def show_results(found: Flow) -> str:
-        copies = found.of(name)
-        return f"{copies.delivered}/{copies.deferred}/{copies.failed}"
-
-    return show_results
-
-
-def _slow(name: str) -> Callable[[Any], str]:
-    return lambda found: duration(found.of(name).seconds.quantile(0.95), "")
+def _slow(name: str, found: Flow) -> str:
+    return _quantile(0.95, found.of(name))
 
 
 _SERVERS = [
@@ -73,17 +58,7 @@ _SERVERS = [
     Column("accepted", lambda r: str(r.taken), numbers=True),
     Column("put off", lambda r: str(r.deferred), numbers=True),
     Column("refused", lambda r: str(r.refused), numbers=True),
-    *(Column(name, _quantile(share), numbers=True) for name, share in _SHARES),
-    Column("", lambda r: r.trend, detail=True),
-]
-
-
-_ROUTES = [
-    Column("route", lambda r: r.route),
-    Column("server", lambda r: r.server),
-    Column("accepted", lambda r: str(r.taken), numbers=True),
-    Column("refused", lambda r: str(r.refused), numbers=True),
-    Column("failovers", lambda r: str(r.failovers), numbers=True),
+    *(Column(name, partial(_quantile, share), numbers=True) for name, share in _SHARES),
     Column("", lambda r: r.trend, detail=True),
 ]
 
@@ -110,7 +85,7 @@ def show(settings: Settings, out: Output, hours: int | None, minutes: int | None
     out.rows(_servers(flows, whole, primary, backups), _SERVERS, nothing="")
     if whole.routes:
         out.line("")
-        out.rows(_on_routes(flows, whole), _ROUTES, nothing="")
+        out.rows(sorted(whole.routes), _route_columns(flows, whole), nothing="")
     if put_off := whole.split.get("defer"):
         out.line(f"Put off, as they need another primary than their message's first: {count_of(put_off, 'recipient')}.")
     if whole.lost:
@@ -135,37 +110,32 @@ def _show_route(settings: Settings, out: Output, flows: Sequence[Flow], unit: fl
                     out.object({"start": found.start, "length": found.length, "route": route, "server": server,
                                 **asdict(counts)})  # fmt: skip
         return WELL
-    out.rows([row for row in _on_routes(flows, whole) if row.route == route], _ROUTES[1:],
+    out.rows([row for row in sorted(whole.routes) if row[0] == route], _route_columns(flows, whole)[1:],
              nothing=f"Nothing has been counted on {route} in this time.")  # fmt: skip
     servers = [server for name, server in whole.routes if name == route]
     rows = [found for found in flows if any(name == route for name, _ in found.routes)]
     if rows:
         out.line("")
-        out.rows(rows, [_time_column(unit), *(_route_column(route, server) for server in servers)], nothing="")
+        columns = (Column(server, partial(_taken, route, server), numbers=True) for server in servers)
+        out.rows(rows, [_time_column(unit), *columns], nothing="")
     return WELL
 
 
-def _route_column(route: str, server: str) -> Column:
-    """Return the column of a server: "accepted/refused"."""
-
-    def shown(found: Flow) -> str:
-        counts = found.routes.get((route, server), RouteFlow())
-        return f"{counts.accepted}/{counts.refused}"
-
-    return Column(server, shown, numbers=True)
+def _taken(route: str, server: str, found: Flow) -> str:
+    """Return "accepted/refused" of a server on a route."""
+    counts = found.routes.get((route, server), RouteFlow())
+    return f"{counts.accepted}/{counts.refused}"
 
 
-def _on_routes(flows: Sequence[Flow], whole: Flow) -> list[_OnRoute]:
+def _route_columns(flows: Sequence[Flow], whole: Flow) -> list[Column]:
+    """Return the columns of what servers have taken and refused of routes; a row is the names of both."""
     return [
-        _OnRoute(
-            route,
-            server,
-            counts.accepted,
-            counts.refused,
-            whole.failovers.get(server, 0),
-            _trend([f.routes.get((route, server), RouteFlow()).accepted for f in flows]),
-        )
-        for (route, server), counts in sorted(whole.routes.items())
+        Column("route", lambda row: row[0]),
+        Column("server", lambda row: row[1]),
+        Column("accepted", lambda row: str(whole.routes[row].accepted), numbers=True),
+        Column("refused", lambda row: str(whole.routes[row].refused), numbers=True),
+        Column("failovers", lambda row: str(whole.failovers.get(row[1], 0)), numbers=True),
+        Column("", lambda row: _trend([f.routes.get(row, RouteFlow()).accepted for f in flows]), detail=True),
     ]
 
 
@@ -199,10 +169,10 @@ def _columns(unit: flow.Unit, backups: Sequence[str]) -> list[Column]:
         _time_column(unit),
         Column("accepted", lambda f: str(f.accepted), numbers=True),
         Column("refused", lambda f: str(f.refused), numbers=True),
-        Column("p95", lambda f: duration(f.seconds.quantile(0.95), ""), numbers=True),
+        Column("p95", partial(_quantile, 0.95), numbers=True),
     ]
     for name in backups:
-        columns += [Column(name, _results(name)), Column("p95", _slow(name), numbers=True)]
+        columns += [Column(name, partial(_results, name)), Column("p95", partial(_slow, name), numbers=True)]
     return columns
 
 

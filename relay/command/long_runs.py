@@ -8,7 +8,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType, TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 T = TypeVar("T")
 _SLOW = 1.0  # seconds
@@ -49,16 +52,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], Any]]:
     if total <= _SHORT or not sys.stderr.isatty():
         yield lambda _steps: None
         return
-    from rich import progress as bars  # noqa: PLC0415  (0.1 s, which short commands do not take)
-    from rich.console import Console  # noqa: PLC0415  (0.1 s, which short commands do not take)
-
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TimeRemainingColumn(),
-    )
-    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with _bar("MofNCompleteColumn", "TimeRemainingColumn") as bar:
         task = bar.add_task(what, total=total)
         yield lambda steps: bar.advance(task, steps)
 
@@ -71,22 +65,22 @@ def slow_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """
     begun = time.monotonic()
     with ExitStack() as ends:
-        shown: list[Callable[[int, int], None]] = []
+        shown: list[Progress] = []
 
         def tell(done: int, total: int) -> None:
             if not shown and time.monotonic() - begun > _SLOW and sys.stderr.isatty():
-                shown.append(_share_bar(what, ends))
-            for show in shown:
-                show(done, total)
+                shown.append(ends.enter_context(_bar("TaskProgressColumn")))
+                shown[0].add_task(what, total=None)
+            for bar in shown:
+                bar.update(bar.task_ids[0], completed=done, total=total)
 
         yield tell
 
 
-def _share_bar(what: str, ends: ExitStack) -> Callable[[int, int], None]:
-    from rich import progress as bars  # noqa: PLC0415  (as above)
-    from rich.console import Console  # noqa: PLC0415  (as above)
+def _bar(*last: str) -> Progress:
+    """Make a bar for standard error; ``last`` are rich's names of the columns behind it."""
+    from rich import progress as bars  # noqa: PLC0415  (0.1 s, which short commands do not take)
+    from rich.console import Console  # noqa: PLC0415  (0.1 s, which short commands do not take)
 
-    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TaskProgressColumn())
-    bar = ends.enter_context(bars.Progress(*columns, console=Console(stderr=True), transient=True))
-    task = bar.add_task(what, total=None)
-    return lambda done, total: bar.update(task, completed=done, total=total)
+    columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), *(getattr(bars, name)() for name in last))
+    return bars.Progress(*columns, console=Console(stderr=True), transient=True)

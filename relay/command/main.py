@@ -71,7 +71,7 @@ def _told(error: Exception) -> tuple[int, list[str]] | None:
     for module, name, status in _RAISED:
         kind = getattr(sys.modules.get(module), name, None)
         if kind is not None and isinstance(error, kind):
-            prefix = "Redis: " if module.startswith("redis") else ""
+            prefix = _PREFIXES.get(name, "")
             if "WRONGTYPE" in str(error):
                 return status, ["Redis: a key is of another type than it should be; `smtp-dup queue verify` renames it"]
             return status, [prefix + line for line in str(error).splitlines() or [name]]
@@ -87,8 +87,10 @@ _RAISED = (
     ("relay.mail.record", "BodyElsewhere", exit_status.NO),
     ("relay.mail.record", "MalformedRecord", exit_status.NO),
     ("relay.ledger.queries", "Unknown", exit_status.NO),
+    ("relay.routing.table_file", "BadTable", exit_status.NO),
     ("redis.exceptions", "RedisError", exit_status.CANNOT_SAY),
 )
+_PREFIXES = {"BadTable": "a table cannot be read: ", "RedisError": "Redis: "}
 
 
 def _tell(line: str) -> None:

@@ -17,7 +17,6 @@ from relay.command.progress import Progress
 from relay.config.loader import Settings
 from relay.ledger.audit import Act
 from relay.mail.text import printable
-from relay.routing.table_file import BadTable
 from relay.topology import moving
 from relay.topology.followers import follow_moves
 from relay.topology.moved import MOVE, MOVE_BACK, NOTE, MapState
@@ -40,12 +39,9 @@ class MoveFlags:
 def plan_of(
     connection: Redis, settings: Settings, asked: Sequence[Wish | Kept], to: str, flags: MoveFlags, *, back: bool
 ) -> MovePlan:
-    """Look what a move would change. Raises Trouble."""
-    try:
-        note = printable(flags.note)[:NOTE]
-        return moves.plan(connection, settings, asked, to, back=back, note=note, force=flags.force)
-    except BadTable as error:
-        raise Trouble(f"a table cannot be read: {error}") from error
+    """Look what a move would change. Raises BadTable."""
+    note = printable(flags.note)[:NOTE]
+    return moves.plan(connection, settings, asked, to, back=back, note=note, force=flags.force)
 
 
 def _await_the_last(connection: Redis, made: MovePlan, seconds: float) -> int:

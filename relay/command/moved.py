@@ -14,7 +14,6 @@ from relay.command.exit_status import NO, WELL, Misuse, Trouble
 from relay.command.output import Column, Output
 from relay.config.loader import Settings
 from relay.mail.text import printable
-from relay.routing.table_file import BadTable
 from relay.topology import moving
 from relay.topology.moved import MovedEntry
 
@@ -57,10 +56,7 @@ def show(settings: Settings, out: Output, address: str) -> int:
     if isinstance(asked, moves.Kept):
         raise Misuse(f"{asked.address}: {asked.why}")
     with ledger_of(settings) as connection:
-        try:
-            answering = moves.Answering(connection, settings)
-        except BadTable as error:
-            raise Trouble(f"a table cannot be read: {error}") from error
+        answering = moves.Answering(connection, settings)
         looked_up = answering.keys(asked.key)
         found, damaged = moving.entries(connection, looked_up)
         key = next((key for key in looked_up if key in found), "")

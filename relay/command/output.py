@@ -46,11 +46,6 @@ class Column(NamedTuple):
     colour: Callable[[Any], str] | None = None
 
 
-def as_object(row: Any) -> dict[str, Any]:
-    """Return a row as its JSON object."""
-    return dataclasses.asdict(row)
-
-
 @dataclass(frozen=True, slots=True)
 class Output:
     """Standard output, as the command line wants it."""
@@ -63,7 +58,7 @@ class Output:
         """Write rows, or say that there is nothing."""
         if self.as_json:
             for row in rows:
-                self.object(row if isinstance(row, dict) else as_object(row))
+                self.object(row if isinstance(row, dict) else dataclasses.asdict(row))
             return
         table = _Table(columns, 0 if self.wide or not sys.stdout.isatty() else terminal_width(), self.painter())
         rest = iter(rows)

@@ -14,12 +14,17 @@ def require_somebody() -> None:
         raise Misuse("nobody to ask: say --yes")
 
 
+def _answer(question: str) -> str:
+    """Ask at the terminal. Raises Misuse without one."""
+    require_somebody()
+    sys.stderr.write(question)
+    sys.stderr.flush()
+    return sys.stdin.readline().strip()
+
+
 def ask(question: str) -> bool:
     """Ask at the terminal; returns whether the answer is yes. Raises Misuse without a terminal."""
-    require_somebody()
-    sys.stderr.write(f"{question} [y/N] ")
-    sys.stderr.flush()
-    return sys.stdin.readline().strip().lower() in {"y", "yes"}
+    return _answer(f"{question} [y/N] ").lower() in {"y", "yes"}
 
 
 _MANY = 100  # for more, the number must be typed instead of "y"
@@ -31,14 +36,9 @@ def ask_for(count: int, action: str, lines: Iterable[str]) -> bool:
     sys.stderr.writelines(f"{line}\n" for line in lines)
     if count <= _MANY:
         return ask(f"{action}?")
-    sys.stderr.write(f"{action}? Type the number: ")
-    sys.stderr.flush()
-    return sys.stdin.readline().strip() == str(count)
+    return _answer(f"{action}? Type the number: ") == str(count)
 
 
 def ask_for_word(word: str, question: str) -> bool:
     """Have a word typed, for what must not happen by a slip of the hand. Raises Misuse where nobody is there."""
-    require_somebody()
-    sys.stderr.write(f"{question}: ")
-    sys.stderr.flush()
-    return sys.stdin.readline().strip() == word
+    return _answer(f"{question}: ") == word

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from relay.cockpit import bulk_actions
 from relay.cockpit.bulk_preview import copies
 from relay.cockpit.conditions import Given, words
@@ -10,7 +12,7 @@ from relay.command import bulk, copy_details
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, CannotSay, Misuse, Trouble
 from relay.command.filters import read, read_for_change
-from relay.command.output import GREEN, YELLOW, Column, Output, as_object
+from relay.command.output import GREEN, YELLOW, Column, Output
 from relay.config.loader import Settings
 from relay.ledger import audit, overview
 from relay.ledger.audit import Act
@@ -71,7 +73,7 @@ def summary(settings: Settings, out: Output) -> int:
         # Each line is a destination, as ever; the spool, which is this host's and no destination's, stands in all.
         for row in rows:
             waiting = found.backlogs.get(row.destination, 0)
-            out.object({**as_object(row), "spooled": waiting, "spool": as_object(found)})
+            out.object({**asdict(row), "spooled": waiting, "spool": asdict(found)})
         return WELL
     out.rows(rows, _SUMMARY, nothing="No destination has been used yet.")
     _spool_summary(settings, out)
@@ -88,7 +90,7 @@ def _spool(settings: Settings) -> writer.SpoolSummary:
 def _spool_summary(settings: Settings, out: Output) -> None:
     found = _spool(settings)
     if out.as_json:
-        out.object({"spool": as_object(found)})
+        out.object({"spool": asdict(found)})
         return
     if found.messages:
         age = span(found.oldest_age_s)
@@ -161,7 +163,7 @@ def move(settings: Settings, out: Output, source: str, target: str) -> int:
     out.say(
         f"From {source} to {target}: {moved.pending} that waited, {moved.failed} that had failed; "
         f"{moved.covered} dropped, as {target} has copies for the same recipients; {moved.left} left.",
-        as_object(moved),
+        asdict(moved),
     )
     return WELL
 

@@ -16,7 +16,6 @@ from relay.command.exit_status import CANNOT_SAY, NO, WELL, CannotSay, Misuse, T
 from relay.command.output import GREEN, RED, YELLOW, Column, Output
 from relay.config.loader import Settings
 from relay.ledger.flow import total
-from relay.routing.table_file import BadTable
 
 _COLOURS = {Result.PASS: GREEN, Result.WARN: YELLOW, Result.FAIL: RED, Result.UNKNOWN: YELLOW}
 _CRITERIA = [
@@ -94,15 +93,12 @@ def _mailboxes(settings: Settings, out: Output, address: str, *, check: bool, mo
     asked = moves.wish(address, fold=settings.routes.fold_local) if address else None
     if isinstance(asked, moves.Kept):
         raise Misuse(f"{asked.address}: {asked.why}")
-    try:
-        with ledger_of(settings) as connection:
-            found = (
-                mailboxes.of_address(connection, settings, asked, check=check)
-                if asked
-                else mailboxes.of_moved(connection, settings)
-            )
-    except BadTable as error:
-        raise Trouble(f"a table cannot be read: {error}") from error
+    with ledger_of(settings) as connection:
+        found = (
+            mailboxes.of_address(connection, settings, asked, check=check)
+            if asked
+            else mailboxes.of_moved(connection, settings)
+        )
     if nagios:
         is_well = all(verdict.is_ready for verdict in found)
         text = "; ".join(f"{v.subject} {v.summary}" for v in found) or "nobody has moved"

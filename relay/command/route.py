@@ -21,7 +21,6 @@ from relay.redisio import embedded
 from relay.routing import loading, moved_copy
 from relay.routing.decisions import RouteDecision, owed
 from relay.routing.moved_copy import MovedMap
-from relay.routing.table_file import BadTable
 from relay.routing.table_store import Table
 from relay.smtpd.peer import AUTH_FIRST, STRANGER
 from relay.smtpd.recipients import NOT_RELAYED, is_relayed, typed_path
@@ -33,16 +32,13 @@ _HERE = "127.0.0.1"  # where no client is given, whose network is not looked at 
 
 
 def show(settings: Settings, out: Output, *, address: str, sender: str, client: str, listen: str) -> int:
-    """Show it. Says no where a table cannot be read, or the relay refuses it by itself. Raises Misuse, Trouble."""
+    """Show it. Says no where a table cannot be read, or the relay refuses it by itself. Raises Misuse, BadTable."""
     local = _address(listen, settings)
     recipient, sender = _path(address, "TO"), _path(sender, "FROM")
     if client and parsed(client) is None:
         raise Misuse(f"--client: expected an IP address, not {printable(client)}")
     warnings: list[str] = []
-    try:
-        tables = loading.tables_as_they_are(settings, warnings.append)
-    except BadTable as error:
-        raise Trouble(f"a table cannot be read: {error}") from error
+    tables = loading.tables_as_they_are(settings, warnings.append)
     held, unusable = _held(settings)
     roles, told = _from_redis(settings, recipient)
     moved = held or told or moved_copy.NOBODY

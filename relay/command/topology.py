@@ -9,7 +9,7 @@ from itertools import islice
 from relay.cockpit.formatting import moment, span
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL
-from relay.command.output import GREEN, RED, YELLOW, Column, Output, as_object
+from relay.command.output import GREEN, RED, YELLOW, Column, Output
 from relay.config.loader import Settings
 from relay.ledger import audit
 from relay.topology import decisions, promotion, route_roles
@@ -57,13 +57,13 @@ def show(settings: Settings, out: Output) -> int:
             out.object(
                 {
                     "kind": "process",
-                    **as_object(beat),
+                    **asdict(beat),
                     "alive": beat.is_alive,
                     "follows": beat not in late and seen.follows(beat),
                 }
             )
         for act in last:
-            out.object({"kind": "change", **as_object(act)})
+            out.object({"kind": "change", **asdict(act)})
         return NO if late else WELL
     out.pairs(_head(seen, settings))
     out.line("")

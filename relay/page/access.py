@@ -11,6 +11,7 @@ import hmac
 from asyncio import Timeout, timeout
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Concatenate, ParamSpec
 from urllib.parse import parse_qs, quote
 
 from loguru import logger
@@ -42,7 +43,9 @@ _HEADERS = {
     "Referrer-Policy": "same-origin",  # with no-referrer Chromium sends "Origin: null" with forms
 }
 
+P = ParamSpec("P")
 Handler = Callable[[Request], Awaitable[Response]]
+View = Callable[Concatenate[Request, P], Awaitable[Response]]  # of a request, and of what another view hands on
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,14 +200,14 @@ async def on_not_there(request: Request, error: Exception) -> Response:
 # Views --------------------------------------------------------------------------------------------------------
 
 
-def viewer(handler: Handler) -> Handler:
+def viewer(handler: View[P]) -> View[P]:
     """Have a view only for those who have logged in."""
 
     @functools.wraps(handler)
-    async def guarded(request: Request) -> Response:
+    async def guarded(request: Request, /, *args: P.args, **options: P.kwargs) -> Response:
         if not request.state.visitor.may_see:
             return _who_are_you(request)
-        return await handler(request)
+        return await handler(request, *args, **options)
 
     return guarded
 

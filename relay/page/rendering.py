@@ -48,11 +48,6 @@ def _assets() -> Mapping[str, _Asset]:
     return found
 
 
-@cache
-def _by_path() -> Mapping[str, _Asset]:
-    return {asset.path: asset for asset in _assets().values()}
-
-
 def asset(name: str) -> str:
     """Return the path of a static file, with its digest. Raises KeyError."""
     return _assets()[name].path
@@ -64,7 +59,7 @@ def serves(path: str) -> bool:
 
 
 async def _static(request: Request) -> Response:
-    found = _by_path().get(request.scope["path"])
+    found = next((one for one in _assets().values() if one.path == request.scope["path"]), None)
     if found is None:
         return Response("not found\n", 404, media_type="text/plain")
     return Response(found.content, headers={"Content-Type": found.content_type, "Cache-Control": _FOR_EVER})

@@ -110,14 +110,11 @@ class CurrentUsers:
                 seen = str(error)
             if seen != self._seen:
                 self._seen = seen
-                self._read_again(self._path)
+                try:
+                    self._directory = Directory.read(self._path)
+                except OSError as error:
+                    maillog.notice("error", "the page goes on with the users that it knows", reason=str(error))
         return self._directory
-
-    def _read_again(self, path: Path) -> None:
-        try:
-            self._directory = Directory.read(path)
-        except OSError as error:
-            maillog.notice("error", "the page goes on with the users that it knows", reason=str(error))
 
 
 class Tries:

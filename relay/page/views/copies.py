@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import quote, urlencode
 
 from redis import Redis
@@ -108,7 +109,9 @@ def words_of(place: ListPlace) -> str:
     return f"{place.destination}:{place.score!r}:{place.id}"
 
 
-async def _show(request: Request, name: str, trouble: Mapping[str, str] | None = None) -> Response:
+@viewer
+async def show(request: Request, name: str, trouble: Mapping[str, str] | None = None) -> Response:
+    """Show what waits, or what failed, with what was wrong about a form."""
     kind, settings = KINDS[name], context_of(request).settings
     asked = getattr(request.state, "form", None) or request.query_params
     given, wrong = given_by(asked), dict(trouble or {})
@@ -150,23 +153,6 @@ async def _show(request: Request, name: str, trouble: Mapping[str, str] | None =
     )
 
 
-@viewer
-async def waiting(request: Request) -> Response:
-    """Show what waits."""
-    return await _show(request, "waiting")
-
-
-@viewer
-async def failed(request: Request) -> Response:
-    """Show what failed."""
-    return await _show(request, "failed")
-
-
-async def failed_again(request: Request, trouble: Mapping[str, str]) -> Response:
-    """Show what failed, with what was wrong about a form."""
-    return await _show(request, "failed", trouble)
-
-
 # A dry run, and what is done with it ------------------------------------------------------------------------------
 
 
@@ -200,9 +186,9 @@ async def look(request: Request) -> Response:
     try:
         filters, words = chosen_by(request)
     except BadCondition as error:
-        return await _show(request, name, {error.name: str(error)})
+        return await show(request, name, {error.name: str(error)})
     if not filters:
-        return await _show(request, name, {"ticks": "Tick the copies that you mean, or take all that meet the filter."})
+        return await show(request, name, {"ticks": "Tick the copies that you mean, or take all that meet the filter."})
     button, make = kind.actions[action]
     context, runs = context_of(request), request.app.state.runs
 
@@ -263,7 +249,6 @@ async def go(request: Request) -> Response:
         try:
             for count in bulk_actions.carry_out(bulk, runs.until_stopped(run, bulk_actions.agreed(preview)), tally):
                 run.steps += count
-            bulk_actions.finish(bulk, tally)
         finally:
             tally.left = tally.total - run.steps
             bulk_actions.record(connection, bulk, tally)
@@ -293,8 +278,7 @@ def _begun(request: Request, run: Run, work: Callable[[Redis, Run], None]) -> Re
 
 
 ROUTES = [
-    Route("/waiting", waiting, methods=["GET"]),
-    Route("/failed", failed, methods=["GET"]),
+    *(Route(kind.path, partial(show, name=name), methods=["GET"]) for name, kind in KINDS.items()),
     Route("/look/{kind}", look, methods=["POST"]),
     Route("/runs/{id}/go", go, methods=["POST"]),
 ]

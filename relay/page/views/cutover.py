@@ -16,13 +16,12 @@ from relay.cockpit.readiness import Verdict
 from relay.config.model import Settings
 from relay.config.types import duration
 from relay.ledger import audit
-from relay.ledger.audit import Act
 from relay.page.access import operator, viewer
 from relay.page.live import Parts, live_of
 from relay.page.runs import NotBegun, Run, Runs, Stopped, who_acts
 from relay.page.views.shell import act, context_of, field, form_page, page, part, shared, value_of
 from relay.topology import decisions, promotion
-from relay.topology.decisions import Overtaken, View
+from relay.topology.decisions import Overtaken
 from relay.topology.followers import follow
 from relay.topology.promotion import ROUTE_WEIGHT, Plan, Unprepared
 from relay.topology.roles import disagreement
@@ -35,34 +34,22 @@ _EVERY = 1.0
 UNDO = "undo"
 
 
-@dataclass(frozen=True, slots=True)
-class RolesStanding:
-    """Who is the primary, who could be, and how it came to be so."""
-
-    view: View
-    primary: str
-    backups: Sequence[Verdict]
-    history: Sequence[Act]
-    disagreement: str
-    previous: str
-
-
-def standing(connection: Redis, settings: Settings, verdicts: Sequence[Verdict]) -> RolesStanding:
-    """Return how the roles stand. Raises RedisError."""
+def standing(connection: Redis, settings: Settings, verdicts: Sequence[Verdict]) -> dict[str, object]:
+    """Return who is the primary, who could be, and how it came to be so, for its template. Raises RedisError."""
     seen = decisions.view(connection)
     last = promotion.latest(seen, settings)
     acts = islice((done for done in audit.acts(connection) if done.command in promotion.COMMANDS), _CHANGES)
-    return RolesStanding(
-        seen,
-        promotion.current(seen, settings),
-        verdicts,
-        list(acts),
-        disagreement(settings, last),
-        last.undone if last else "",
-    )
+    return {
+        "view": seen,
+        "primary": promotion.current(seen, settings),
+        "backups": verdicts,
+        "history": list(acts),
+        "disagreement": disagreement(settings, last),
+        "previous": last.undone if last else "",
+    }
 
 
-async def _standing(request: Request) -> RolesStanding:
+async def _standing(request: Request) -> dict[str, object]:
     context = context_of(request)
     verdicts = await shared(request, "verdicts", 15.0, lambda: context.ask(readiness.verdicts, context.settings))
     return await shared(request, "standing", _EVERY / 2, lambda: context.ask(standing, context.settings, verdicts))
@@ -146,7 +133,9 @@ def judged(connection: Redis, settings: Settings, made: Plan) -> Proposal:
     return Proposal(made, verdict, list(changeover.plan(made, None)))
 
 
-async def _proposal(request: Request, wrong: dict[str, str] | None = None) -> Response:
+@viewer
+async def plan(request: Request, wrong: dict[str, str] | None = None) -> Response:
+    """Show what would change."""
     context, (name, route) = context_of(request), _asked(request)
     found = await context.ask(propose, context.settings, name, route)
     return await form_page(
@@ -171,12 +160,6 @@ def _asked(request: Request) -> tuple[str, str]:
     return request.path_params["name"], request.path_params.get("route", "")
 
 
-@viewer
-async def plan(request: Request) -> Response:
-    """Show what would change."""
-    return await _proposal(request)
-
-
 @operator
 async def promote(request: Request) -> Response:
     """Begin a promotion, or the way back, whose name was typed."""
@@ -189,7 +172,7 @@ async def promote(request: Request) -> Response:
             return begin(request, found.plan, title, order, "/routes" if route else "/cutover")
         except NotBegun as error:
             wrong = {"typed": str(error)}
-    return await _proposal(request, wrong)
+    return await plan(request, wrong)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +247,8 @@ def _decide(connection: Redis, run: Run, runs: Runs, made: Plan, order: Order) -
     except Unprepared as error:
         for line in error.lines:
             run.say(line)
-        raise NotBegun(f"{error}.".capitalize()) from error
+        text = str(error)
+        raise NotBegun(f"{text[:1].upper()}{text[1:]}.") from error
     except Overtaken as error:
         raise NotBegun(f"Nothing has changed: {error}.") from error
 

@@ -15,7 +15,6 @@ from starlette.routing import Route
 from relay.cockpit import conditions, divergence_filter
 from relay.cockpit import divergence as seen
 from relay.cockpit.conditions import BadCondition
-from relay.cockpit.divergence import Sum
 from relay.cockpit.divergence_details import GroupDetails, details
 from relay.config.model import Settings
 from relay.config.types import duration
@@ -74,16 +73,6 @@ def path_of(group: Group) -> str:
     return f"/divergence/{quote(group.destination, safe='')}/{group.key}"
 
 
-@dataclass(frozen=True, slots=True)
-class GroupListing:
-    """What was asked for: reasons, or sums over them."""
-
-    rows: Sequence[GroupRow]
-    sums: Sequence[Sum]
-    destinations: Sequence[str]
-    more: int
-
-
 @viewer
 async def show(request: Request) -> Response:
     """Show what is open, or all."""
@@ -102,21 +91,16 @@ async def show(request: Request) -> Response:
     by, kind = by if by in _BY else _BY[0], kind if kind in KINDS else ""
     everything = asked.get("all") == "1"
 
-    def look(connection: Redis) -> GroupListing:
+    def look(connection: Redis) -> dict[str, object]:
         now = changes.now(connection)
         names = [found.name for found in queries.destinations(connection)]
         begin = now - seconds if seconds else 0.0
         groups = seen.chosen(connection, destination or None, since=begin, kind=kind or None, everything=everything)
         groups = _narrowed(connection, context.settings, groups, conditioned, route, wrong)
-        sums: list[Sum] = []
-        if by == "domain":
-            sums = seen.by_domain(groups)
-        elif by == "recipient":
-            sums = seen.by_recipient(connection, groups)
-        elif by == "day":
-            sums = seen.by_day(groups)
+        sums = seen.summed(connection, groups, by)
         rows = [GroupRow.of(group, now) for group in groups[:_MOST_ROWS]] if by == _BY[0] else []
-        return GroupListing(rows, sums[:_MOST_ROWS], names, max(0, len(sums or groups) - _MOST_ROWS))
+        more = max(0, len(sums or groups) - _MOST_ROWS)
+        return {"rows": rows, "sums": sums[:_MOST_ROWS], "destinations": names, "more": more}
 
     found = await context.ask(look)
     chosen = {"destination": destination, "kind": kind, "since": since, "by": by, "all": "1" if everything else ""}
@@ -163,12 +147,8 @@ def _details(connection: Redis, settings: Settings, request: Request) -> tuple[G
 
 
 @viewer
-async def one(request: Request) -> Response:
+async def one(request: Request, wrong: dict[str, str] | None = None) -> Response:
     """Show one reason."""
-    return await _one(request)
-
-
-async def _one(request: Request, wrong: dict[str, str] | None = None) -> Response:
     context = context_of(request)
     group, found = await context.ask(_details, context.settings, request)
     done = request.query_params.get("done", "")
@@ -194,7 +174,7 @@ async def acknowledge(request: Request) -> Response:
         wrong["note"] = "Say why, for whoever reads it in a week."
     seconds = value_of(length, duration().read, 0.0, wrong, "for")
     if wrong:
-        return await _one(request, wrong)
+        return await one(request, wrong)
     await _act(request, lambda connection, group: seen.acknowledge(connection, group, note, seconds))
     return _back(request, "done=ack")
 

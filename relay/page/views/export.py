@@ -35,7 +35,7 @@ async def export(request: Request) -> Response:
     except BadCondition as error:
         raise not_found(f"{error.name}: {error}") from None
     if not filters:
-        return await copies.failed_again(request, {"ticks": "Tick the messages that you mean."})
+        return await copies.show(request, "failed", {"ticks": "Tick the messages that you mean."})
 
     def choose(connection: Redis) -> list[str]:
         found = list(_ids(connection, filters))[: _MOST + 1]
@@ -44,9 +44,8 @@ async def export(request: Request) -> Response:
 
     ids = await act(request, choose)
     if len(ids) > _MOST:
-        return await copies.failed_again(
-            request, {"copy": f"More than {_MOST:,} messages: narrow the filter down, or use `smtp-dup failed export`."}
-        )
+        text = f"More than {_MOST:,} messages: narrow the filter down, or use `smtp-dup failed export`."
+        return await copies.show(request, "failed", {"copy": text})
     headers = {"Content-Disposition": 'attachment; filename="failed.tar"'}
     return StreamingResponse(_tar(request, ids), media_type="application/x-tar", headers=headers)
 

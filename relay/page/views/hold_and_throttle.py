@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from urllib.parse import quote
 
 from redis import Redis
@@ -15,9 +14,8 @@ from relay.cockpit import headroom, hold_and_throttle
 from relay.config.model import Settings
 from relay.config.types import duration
 from relay.ledger import changes, overview, queries
-from relay.ledger.divergence_groups import Outage, outages
+from relay.ledger.divergence_groups import outages
 from relay.ledger.health import MOST_CONNECTIONS, Health
-from relay.ledger.overview import Summary
 from relay.page.access import operator, viewer
 from relay.page.views.shell import act, context_of, field, form_page, value_of
 
@@ -30,47 +28,28 @@ _DONE = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class BackupState:
-    """All that is shown of one backup."""
-
-    name: str
-    address: str
-    health: Health
-    is_held: bool
-    now: float
-    summary: Summary | None
-    outages: list[Outage]
-    room: str
-    bounds: str
-
-
-def backup(connection: Redis, settings: Settings, name: str) -> BackupState:
-    """Return how a backup stands. Raises UnknownDestination, RedisError."""
+def backup(connection: Redis, settings: Settings, name: str) -> dict[str, object]:
+    """Return how a backup stands, for its template. Raises UnknownDestination, RedisError."""
     (target,) = queries.destinations(connection, name)
     now = changes.now(connection)
     health = Health.read(connection, name)
     found = headroom.estimate(connection, now, settings.spool.dir, settings.spool.min_free)
-    return BackupState(
-        name,
-        target.address,
-        health,
-        health.is_held(now),
-        now,
-        next((row for row in overview.summary(connection) if row.destination == name), None),
-        outages(connection, name)[:_OUTAGES],
-        hold_and_throttle.room_words(found),
-        hold_and_throttle.bounds_words(health),
-    )
+    return {
+        "name": name,
+        "address": target.address,
+        "health": health,
+        "is_held": health.is_held(now),
+        "now": now,
+        "summary": next((row for row in overview.summary(connection) if row.destination == name), None),
+        "outages": outages(connection, name)[:_OUTAGES],
+        "room": hold_and_throttle.room_words(found),
+        "bounds": hold_and_throttle.bounds_words(health),
+    }
 
 
 @viewer
-async def show(request: Request) -> Response:
+async def show(request: Request, wrong: dict[str, str] | None = None) -> Response:
     """Show a backup."""
-    return await _show(request)
-
-
-async def _show(request: Request, wrong: dict[str, str] | None = None) -> Response:
     context = context_of(request)
     found = await context.ask(backup, context.settings, request.path_params["name"])
     done = _DONE.get(request.query_params.get("done", ""), "")
@@ -88,21 +67,18 @@ async def hold(request: Request) -> Response:
     if field(request, "how") != "until-released":
         seconds = value_of(length, duration().read, 0.0, wrong, "for")
     if wrong:
-        return await _show(request, wrong)
+        return await show(request, wrong)
     settings, name = context_of(request).settings, request.path_params["name"]
-
-    def change(redis: Redis) -> str:
-        hold_and_throttle.hold(redis, settings, name, seconds, reason)
-        return "held"
-
-    return await _done(request, change)
+    return await _done(
+        request, lambda redis: hold_and_throttle.hold(redis, settings, name, seconds, reason), done="held"
+    )
 
 
 @operator
 async def release(request: Request) -> Response:
     """End a hold."""
     name = request.path_params["name"]
-    return await _done(request, lambda redis: "released" if hold_and_throttle.release(redis, name) else "none")
+    return await _done(request, lambda redis: hold_and_throttle.release(redis, name), done="released")
 
 
 @operator
@@ -118,18 +94,16 @@ async def throttle(request: Request) -> Response:
     elif connections_text:
         wrong["connections"] = f"expected a number up to {MOST_CONNECTIONS:,}, or nothing"
     if wrong:
-        return await _show(request, wrong)
+        return await show(request, wrong)
     name = request.path_params["name"]
-
-    def change(redis: Redis) -> str:
-        hold_and_throttle.throttle(redis, name, rate, connections)
-        return "throttled"
-
-    return await _done(request, change)
+    return await _done(
+        request, lambda redis: hold_and_throttle.throttle(redis, name, rate, connections), done="throttled"
+    )
 
 
-async def _done(request: Request, change: Callable[[Redis], str]) -> Response:
-    done = await act(request, change)
+async def _done(request: Request, change: Callable[[Redis], object], done: str) -> Response:
+    """Do it, and show the backup with what was done; a change that returns False found nothing to do."""
+    done = done if await act(request, change) else "none"
     return RedirectResponse(f"/server/{quote(request.path_params['name'], safe='')}?done={done}", 303)
 
 

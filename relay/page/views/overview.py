@@ -17,7 +17,7 @@ from starlette.routing import Route
 from relay.cockpit import evidence_from_redis, extensions, readiness, roles_now, top
 from relay.cockpit.extensions import Extension
 from relay.cockpit.readiness import Verdict
-from relay.cockpit.top import Frame, ServerNow
+from relay.cockpit.top import Frame
 from relay.config.model import Settings
 from relay.json_text import json_text
 from relay.ledger import changes, flow
@@ -34,14 +34,6 @@ _PARTS = ("roles", "servers", "verdicts", "flow", "events", "hosts")
 
 
 @dataclass(frozen=True, slots=True)
-class PlotLine:
-    """One line of a plot: what it shows, whose it is, and its values, oldest first."""
-
-    name: str
-    values: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Plot:
     """What was counted in stretches of so many ``seconds``, from each time on: what came, what became of it."""
 
@@ -49,26 +41,25 @@ class Plot:
     title: str
     seconds: int
     times: tuple[float, ...]
-    lines: tuple[PlotLine, ...]
+    lines: tuple[dict[str, Any], ...]  # the name of each, and its values, oldest first
 
     @property
     def as_json(self) -> str:
         """Return it for the plot in the browser."""
-        lines = [{"name": line.name, "values": line.values} for line in self.lines]
-        return json_text({"name": self.name, "seconds": self.seconds, "times": self.times, "lines": lines})
+        return json_text({"name": self.name, "seconds": self.seconds, "times": self.times, "lines": self.lines})
 
     @property
     def total(self) -> int:
         """What was accepted in all of it."""
-        return int(sum(self.lines[0].values)) if self.lines else 0
+        return int(sum(self.lines[0]["values"])) if self.lines else 0
 
 
 def plot(name: str, title: str, unit: flow.Unit, flows: Sequence[Flow], backups: Sequence[str]) -> Plot:
     """Return what was accepted, what was refused, and what each backup took, in each stretch of time."""
     lines = [
-        PlotLine("accepted", tuple(float(found.accepted) for found in flows)),
-        *(PlotLine(f"{who} took", tuple(float(f.of(who).delivered) for f in flows)) for who in backups),
-        PlotLine("refused", tuple(float(found.refused) for found in flows)),
+        {"name": "accepted", "values": [float(found.accepted) for found in flows]},
+        *({"name": f"{who} took", "values": [float(f.of(who).delivered) for f in flows]} for who in backups),
+        {"name": "refused", "values": [float(found.refused) for found in flows]},
     ]
     return Plot(name, title, unit.seconds, tuple(found.start for found in flows), tuple(lines))
 
@@ -110,37 +101,26 @@ async def _found(request: Request) -> dict[str, Any]:
     frame: Frame = await shared(request, "frame", _EVERY / 2, lambda: context.ask(top.look, settings, verdicts))
     drawn = await shared(request, "plots", _FLOW_SECONDS, lambda: context.ask(plots, settings))
     primary = next((row for row in frame.rows if row.is_primary), None)
-    return {"frame": frame, "plots": drawn, "primary": primary, "backups": _backups(frame)}
-
-
-def _backups(frame: Frame) -> list[ServerNow]:
-    return [row for row in frame.rows if not row.is_primary]
+    backups = [row for row in frame.rows if not row.is_primary]
+    return {"frame": frame, "plots": drawn, "primary": primary, "backups": backups}
 
 
 # The verdict as evidence ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class ReadySheet:
-    """A verdict, and how both servers greet."""
-
-    verdict: Verdict
-    extensions: Sequence[Extension]
-
-
-def evidence(connection: Redis, settings: Settings, name: str) -> ReadySheet:
+def evidence(connection: Redis, settings: Settings, name: str) -> tuple[Verdict, Sequence[Extension]]:
     """Return the verdict on a backup, with what both servers offer. Raises UnknownBackup, RedisError."""
     known = evidence_from_redis.gather(connection, settings, name)
     rows = extensions.compare(known.old_greeting, known.new_greeting, flow.total(known.hours))
-    return ReadySheet(readiness.judge(known), rows)
+    return readiness.judge(known), rows
 
 
 @viewer
 async def ready(request: Request) -> Response:
     """Show the verdict on one backup with each rule and its settings, on a sheet of paper where it is printed."""
     context = context_of(request)
-    found = await context.ask(evidence, context.settings, request.path_params["name"])
-    return await page(request, "ready.html", verdict=found.verdict, extensions=found.extensions)
+    verdict, compared = await context.ask(evidence, context.settings, request.path_params["name"])
+    return await page(request, "ready.html", verdict=verdict, extensions=compared)
 
 
 ROUTES = [

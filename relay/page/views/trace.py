@@ -6,8 +6,6 @@ import asyncio
 import math
 import shlex
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from redis import Redis
@@ -34,18 +32,8 @@ class _TooLong(Exception):
     """A look-up takes longer than anybody waits for a page."""
 
 
-@dataclass(frozen=True, slots=True)
-class TraceSheet:
-    """What a look-up has found, and what it could not see."""
-
-    lives: Sequence[MessageLife]
-    notes: Sequence[str]
-    nothing: str
-    is_full: bool
-
-
-def sheet(connection: Redis, settings: Settings, query: Query) -> TraceSheet:
-    """Look up a sheet of messages, the newest first; what has been found when the time is over."""
+def sheet(connection: Redis, settings: Settings, query: Query) -> dict[str, object]:
+    """Look up a sheet of messages, the newest first; what has been found when the time is over, for its template."""
     report, end = Unseen(), time.monotonic() + _SECONDS
     found: list[MessageLife] = []
 
@@ -60,12 +48,12 @@ def sheet(connection: Redis, settings: Settings, query: Query) -> TraceSheet:
             progress(0, 0)
     except _TooLong:
         notes.append("It takes too long to look through all: say more, or give a time. `smtp-dup trace` goes on.")
-    return TraceSheet(
-        found,
-        [*notes, *tracing.unseen(report)],
-        tracing.nothing(settings, report) if not found else "",
-        len(found) >= query.limit,
-    )
+    return {
+        "lives": found,
+        "notes": [*notes, *tracing.unseen(report)],
+        "nothing": tracing.nothing(settings, report) if not found else "",
+        "is_full": len(found) >= query.limit,
+    }
 
 
 @viewer
