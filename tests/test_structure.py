@@ -43,6 +43,7 @@ ONE_OF_EACH = {
         "relay/breaker.py",  # a pause for each destination
     },
     r"\.call_soon\(self\._take_off": {"relay/gathering.py"},
+    r"\.capitalize\(\)": set(),  # it makes all other letters small, those of names, too
     # Stored data is parsed by relay.mail.stored.parsed, which has one exception for all that can be wrong.
     r"\bjson\.loads?\(": {
         "relay/event_ring.py",  # these: memory that only our processes share

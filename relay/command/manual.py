@@ -11,6 +11,7 @@ import click
 
 from relay import __version__
 from relay.command import command_factory, command_line, commands
+from relay.command.command_factory import sentence
 from relay.command.exit_status import MEANINGS
 from relay.command.filter_flags import FILTER_FLAGS
 from relay.config.options import BACKUP_FIELDS, BACKUP_FLAGS, OPTIONS, SECTIONS, Option
@@ -66,7 +67,7 @@ def _lines() -> Iterator[str]:
     yield from _settings()
     yield ".SH EXIT STATUS"
     for status, meaning in MEANINGS.items():
-        yield from (".TP", f".B {status}", _roff(meaning[0].upper() + meaning[1:] + "."))
+        yield from (".TP", f".B {status}", _roff(sentence(meaning)))
     yield ".SH ENVIRONMENT"
     yield from (".TP", ".B SMTP_DUP_...", "The settings, as above; empty counts as not set.")
     yield from (".TP", ".B NO_COLOR", "If it is set, nothing is coloured unless by \\-\\-color=always.")
@@ -99,7 +100,7 @@ def _commands(group: click.Group, names: tuple[str, ...]) -> Iterator[str]:
 
 
 def _option(option: click.Option) -> Iterator[str]:
-    yield from (".TP", f".B {_roff(_flag(option))}", _roff((option.help or "").capitalize() + "."))
+    yield from (".TP", f".B {_roff(_flag(option))}", _roff(sentence(option.help or "")))
 
 
 def _flag(option: click.Option) -> str:

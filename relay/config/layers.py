@@ -176,10 +176,8 @@ class GivenSettings:
 
     def _check_variables(self) -> None:
         """Report SMTP_DUP_ variables that are no option, except those that hold a password (env:NAME)."""
-        given = [str(given.value) for given in self.given.values()] + [
-            str(table) for table, _ in (*self.tables, *self.servers)
-        ]
-        passwords = {name for text in given for name in re.findall(r"\benv:(\w+)", text)}
+        given = [*(value.value for value in self.given.values()), *self.tables, *self.servers, self.of_backups]
+        passwords = set(re.findall(r"\benv:(\w+)", str(given)))
         for name in self._strange_variables:
             if name not in passwords:
                 known = [*(option.variables["__" in name] for option in OPTIONS), CONFIG_VARIABLE]

@@ -384,6 +384,13 @@ def certificate_file(tmp_path: Path) -> Path:
     return path
 
 
+def test_the_variable_of_a_password_is_no_unknown_one() -> None:
+    """A variable whose name begins like ours may hold a password, also where a flag of one backup names it."""
+    flags = {"backup[new].password_from": "env:SMTP_DUP_NEW_PASSWORD", "relay.destination_backups": "new=smtp://u@b"}
+    settings = load({**flags, "relay.destination_primary": "a"}, {"SMTP_DUP_NEW_PASSWORD": "hunter2"}, ())
+    assert settings.backups[0].password == "hunter2"
+
+
 def test_a_password_by_reference(tmp_path: Path) -> None:
     """A secret comes from a variable or a file, without the file's last newline; a name without one is no secret."""
     secret = tmp_path / "secret"
