@@ -434,7 +434,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("columns", [20, 40, 80, 132, 2000])
+@pytest.mark.parametrize("columns", [20, 80, 2000])
 def test_a_table_loses_no_letter(columns, monkeypatch):
     """However narrow the terminal is: every character of every value, in order, and no line too long."""
     screen = Terminal(columns, monkeypatch)
@@ -446,7 +446,7 @@ def test_a_table_loses_no_letter(columns, monkeypatch):
             assert re.sub(r"\s", "", value) in squeezed
 
 
-@pytest.mark.parametrize("columns", [20, 40, 80, 132, 2000])
+@pytest.mark.parametrize("columns", [20, 80, 2000])
 def test_names_with_values_lose_no_letter(columns, monkeypatch):
     """What is too wide goes on below its beginning, and is no line of its own; in a pipe and with --wide it is one."""
     pairs = [("route", "shop"), ("note", "löng " * 60), ("", "x" * 300), ("trouble", "広い" * 90), ("", "")]
