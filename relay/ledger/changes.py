@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from relay.ledger.copy_state import FRESH, CopyState
 from relay.ledger.keys import BUSY, IMPORTED, MESSAGE, MOVED, STAGED
 from relay.ledger.redis_clock import time_of
-from relay.ledger.scripts import script as _script
+from relay.ledger.scripts import script
 from relay.mail.ids import text as as_text
 from relay.redisio.pipeline import CommandBatch
 
@@ -33,33 +33,6 @@ COVERING = 2  # of a release: an uncertain message with the same digest has the 
 WANTED, SETTLED, UNKNOWN = range(3)  # the ledger's verdict on a file; see judge_files.lua
 
 Pipe = Any  # redis.client.Pipeline or redis.asyncio.client.Pipeline: both only queue commands here
-
-
-_KNOWN = _script("known")
-_RELEASE = _script("release")
-_DISCARD = _script("discard")
-_HOLD = _script("hold")
-_RESTAGE = _script("restage")
-_ADMIT = _script("admit")
-_UNSTAGE = _script("unstage")
-_REVIVE = _script("revive")
-_CLAIM = _script("claim")
-_SETTLE = _script("settle", without="turned")
-_SETTLE_COUNTED = _script("settle")
-_DEFER = _script("defer")
-_FAIL = _script("fail")
-_UNLEASE = _script("unlease")
-_BEREAVE = _script("bereave")
-_DROP = _script("drop")
-_STOW = _script("stow")
-_JUDGE_FILES = _script("judge_files")
-_OWNERS = _script("owners")
-_REASSIGN = _script("reassign")
-_MOVE = _script("move")
-_PURGE = _script("purge")
-_FORGET = _script("forget")
-_TWINS = _script("twins")
-_BEAT = _script("beat")
 
 
 class Staged(NamedTuple):
@@ -109,7 +82,7 @@ def is_known(pipe: Pipe, identity: str, count: int, fresh: str, *, count_on: boo
 
     Result: identity, count, the change found now ("" for none), whether the index of lists is whole, the last change.
     """
-    pipe.eval(_KNOWN, 0, identity, count, fresh, int(count_on))
+    pipe.eval(script("known"), 0, identity, count, fresh, int(count_on))
 
 
 def beat(pipe: Pipe, process: str, words: str) -> None:
@@ -117,7 +90,7 @@ def beat(pipe: Pipe, process: str, words: str) -> None:
 
     Result: the topology, the intent to change it, and the state of the map of moved mailboxes, as stored, "" for none.
     """
-    pipe.eval(_BEAT, 0, process, words)
+    pipe.eval(script("beat"), 0, process, words)
 
 
 def stage(pipe: CommandBatch, messages: Sequence[Staged]) -> None:
@@ -143,17 +116,17 @@ def release(pipe: Pipe, messages: Sequence[Released]) -> None:
         recipients = f"[{', '.join(map(_quoted, m.recipients))}]" if m.digest else ""
         arguments += (m.id, m.digest, recipients, repr(m.accepted_at), str(len(m.destinations)), *m.destinations)
         arguments.append(" ".join(f"{n + 1}={holder}" for n, holder in enumerate(m.holders) if holder))
-    pipe.eval(_RELEASE, 0, str(HANDED_SECONDS), *arguments)
+    pipe.eval(script("release"), 0, str(HANDED_SECONDS), *arguments)
 
 
 def discard(pipe: Pipe, ids: Sequence[str]) -> None:
     """Delete staged or uncertain messages that the primary refused. Result: their number."""
-    pipe.eval(_DISCARD, 0, *ids)
+    pipe.eval(script("discard"), 0, *ids)
 
 
 def hold(pipe: Pipe, messages: Sequence[Held]) -> None:
     """Make staged messages uncertain. Result: the number that were staged."""
-    pipe.eval(_HOLD, 0, *(str(part) for held in messages for part in held))
+    pipe.eval(script("hold"), 0, *(str(part) for held in messages for part in held))
 
 
 def restage(pipe: Pipe, spool: str, messages: Sequence[tuple[str, bytes]]) -> None:
@@ -161,7 +134,7 @@ def restage(pipe: Pipe, spool: str, messages: Sequence[tuple[str, bytes]]) -> No
 
     Must be followed by hold in the same MULTI. Result: the number of new ones.
     """
-    pipe.eval(_RESTAGE, 0, IMPORTED + spool, *(part for pair in messages for part in pair))
+    pipe.eval(script("restage"), 0, IMPORTED + spool, *(part for pair in messages for part in pair))
 
 
 class Admitted(NamedTuple):
@@ -182,7 +155,7 @@ def admit(pipe: Pipe, spool: str, messages: Sequence[Admitted]) -> None:
         recipients = json.dumps(m.recipients) if m.digest else ""
         arguments += (m.id, record, file, repr(m.accepted_at), m.digest, recipients)
         arguments += (str(len(m.destinations)), *m.destinations)
-    pipe.eval(_ADMIT, 0, IMPORTED + spool, *arguments)
+    pipe.eval(script("admit"), 0, IMPORTED + spool, *arguments)
 
 
 def note_of(member: str) -> tuple[str, str]:
@@ -196,7 +169,7 @@ def unstage(pipe: Pipe, spool: str, ids: Sequence[str], *, strike: bool = False)
 
     ``strike``: ``ids`` are notes in ``IMPORTED`` whose files are durably deleted; the notes are deleted too.
     """
-    pipe.eval(_UNSTAGE, 0, IMPORTED + spool, "1" if strike else "0", *ids)
+    pipe.eval(script("unstage"), 0, IMPORTED + spool, "1" if strike else "0", *ids)
 
 
 def revive_uncertain(pipe: Pipe, message_id: str, owed: dict[str, str]) -> None:
@@ -205,7 +178,7 @@ def revive_uncertain(pipe: Pipe, message_id: str, owed: dict[str, str]) -> None:
     Without any backup the message is deleted. Result: 1, or 0 if it is no longer uncertain.
     """
     arguments = [part for pair in owed.items() for part in pair]
-    pipe.eval(_REVIVE, 0, message_id, *arguments)
+    pipe.eval(script("revive"), 0, message_id, *arguments)
 
 
 # --- the worker's side ----------------------------------------------------------------------------------------
@@ -217,7 +190,7 @@ def claim(pipe: Pipe, destination: str, job: str, worker: str, lease: float, ids
     A copy is claimed if it is pending, not leased, and not owned by another job. A failed copy that is owned by this
     job (a requeue) becomes pending again, and its retry schedule starts again.
     """
-    pipe.eval(_CLAIM, 0, destination, job, worker, str(lease), *ids)
+    pipe.eval(script("claim"), 0, destination, job, worker, str(lease), *ids)
 
 
 def claimed(result: Sequence[Sequence[bytes]]) -> tuple[list[Claim], list[str]]:
@@ -264,7 +237,7 @@ def settle(pipe: Pipe, destination: str, ids: Sequence[str], *, counted: bool = 
     ``counted``: some may be open in groups of divergence. Here and below, copies that were only deferred, for at most
     ``noise`` seconds, count as noise there.
     """
-    pipe.eval(_SETTLE_COUNTED if counted else _SETTLE, 0, destination, str(noise), *ids)
+    pipe.eval(script("settle") if counted else script("settle", without="turned"), 0, destination, str(noise), *ids)
 
 
 def defer(pipe: Pipe, destination: str, states: dict[str, CopyState], *, noise: float = NOISE) -> None:
@@ -272,7 +245,9 @@ def defer(pipe: Pipe, destination: str, states: dict[str, CopyState], *, noise: 
 
     Result: the number that were pending.
     """
-    pipe.eval(_DEFER, 0, destination, str(noise), *(part for i, s in states.items() for part in (i, s.to_wire())))
+    pipe.eval(
+        script("defer"), 0, destination, str(noise), *(part for i, s in states.items() for part in (i, s.to_wire()))
+    )
 
 
 def fail(
@@ -289,12 +264,12 @@ def fail(
     Result: 1, or 0 if it was not pending.
     """
     left = remains.to_wire() if remains else ""
-    pipe.eval(_FAIL, 0, destination, message_id, failure.to_wire(), left, str(noise))
+    pipe.eval(script("fail"), 0, destination, message_id, failure.to_wire(), left, str(noise))
 
 
 def unlease(pipe: Pipe, destination: str, worker: str, ids: Sequence[str]) -> None:
     """End leases of a worker without a try."""
-    pipe.eval(_UNLEASE, 0, destination, worker, *ids)
+    pipe.eval(script("unlease"), 0, destination, worker, *ids)
 
 
 def release_leases(pipe: Pipe, destination: str, worker: str) -> Any:
@@ -302,12 +277,12 @@ def release_leases(pipe: Pipe, destination: str, worker: str) -> Any:
 
     Result: the ids of those copies.
     """
-    return pipe.eval(_BEREAVE, 0, destination, worker)
+    return pipe.eval(script("bereave"), 0, destination, worker)
 
 
 def drop(pipe: Pipe, destination: str, ids: Sequence[str], *, pending: bool = False) -> None:
     """Delete failed copies (or pending ones). Result: their number."""
-    pipe.eval(_DROP, 0, destination, "1" if pending else "0", *(part for i in ids for part in (i, "")))
+    pipe.eval(script("drop"), 0, destination, "1" if pending else "0", *(part for i in ids for part in (i, "")))
 
 
 def drop_unchanged(pipe: Pipe, destination: str, copies: Mapping[str, float], *, pending: bool = False) -> None:
@@ -316,7 +291,7 @@ def drop_unchanged(pipe: Pipe, destination: str, copies: Mapping[str, float], *,
     A copy with another score was tried again, and a leased copy is being delivered: both stay. Result: number deleted.
     """
     parts = (part for message_id, score in copies.items() for part in (message_id, repr(score)))
-    pipe.eval(_DROP, 0, destination, "1" if pending else "0", *parts)
+    pipe.eval(script("drop"), 0, destination, "1" if pending else "0", *parts)
 
 
 # --- the reconciler's and the operator's side -----------------------------------------------------------------
@@ -328,7 +303,7 @@ def reassign(pipe: Pipe, destination: str, job: str, copies: Mapping[str, str | 
     Only copies with a state have an owner; a leased pending copy keeps its own. Result: the number of changes.
     """
     pairs = (part for message_id, owner in copies.items() for part in (message_id, "*" if owner is None else owner))
-    pipe.eval(_REASSIGN, 0, destination, "failure" if failed else "own", job, *pairs)
+    pipe.eval(script("reassign"), 0, destination, "failure" if failed else "own", job, *pairs)
 
 
 class Move(NamedTuple):
@@ -348,17 +323,17 @@ def move(pipe: Pipe, source: str, target: str, copies: Sequence[Move], *, failed
     A copy that is leased, has changed since it was read, or is listed there already stays. Result: for each 1 or 0.
     """
     parts = (part for c in copies for part in (c.id, c.before, "-" if c.after is None else c.after))
-    pipe.eval(_MOVE, 0, source, target, "failed" if failed else "pending", *parts)
+    pipe.eval(script("move"), 0, source, target, "failed" if failed else "pending", *parts)
 
 
 def purge(pipe: Pipe, ids: Sequence[str]) -> None:
     """Delete bodies of messages that no list contains. Result: their number."""
-    pipe.eval(_PURGE, 0, *ids)
+    pipe.eval(script("purge"), 0, *ids)
 
 
 def forget(pipe: Pipe, destination: str) -> None:
     """Delete a destination without copies. Result: its pending, failed and leased copies; all 0 if it is deleted."""
-    pipe.eval(_FORGET, 0, destination)
+    pipe.eval(script("forget"), 0, destination)
 
 
 def stow(pipe: Pipe, message_id: str, stub: bytes, folder: str) -> None:
@@ -366,22 +341,22 @@ def stow(pipe: Pipe, message_id: str, stub: bytes, folder: str) -> None:
 
     Result: 1, or 0 if not in that state.
     """
-    pipe.eval(_STOW, 0, message_id, stub, MOVED + folder)
+    pipe.eval(script("stow"), 0, message_id, stub, MOVED + folder)
 
 
 def judge_files(pipe: Pipe, folder: str, ids: Sequence[str]) -> None:
     """Ask whether the files of a folder of moved bodies are needed. Result: for each WANTED, SETTLED or UNKNOWN."""
-    pipe.eval(_JUDGE_FILES, 0, MOVED + folder, *ids)
+    pipe.eval(script("judge_files"), 0, MOVED + folder, *ids)
 
 
 def note_twins(pipe: Pipe, pairs: Iterable[tuple[str, str]]) -> None:
     """Note digest -> id of uncertain messages, if the digest is not noted yet. Result: the number noted."""
-    pipe.eval(_TWINS, 0, "1", *(part for pair in pairs for part in pair))
+    pipe.eval(script("twins"), 0, "1", *(part for pair in pairs for part in pair))
 
 
 def forget_twins(pipe: Pipe, pairs: Iterable[tuple[str, str]]) -> None:
     """Delete digest -> id of messages that are no longer uncertain. Result: the number deleted."""
-    pipe.eval(_TWINS, 0, "0", *(part for pair in pairs for part in pair))
+    pipe.eval(script("twins"), 0, "0", *(part for pair in pairs for part in pair))
 
 
 # --- questions that many ask ----------------------------------------------------------------------------------
@@ -394,5 +369,5 @@ def now(connection: Any) -> float:
 
 def owners(connection: Any, destination: str, ids: Sequence[str], *, failed: bool = False) -> list[str]:
     """Return the job that owns each pending (or failed) copy, "" for none."""
-    found = connection.eval(_OWNERS, 0, destination, "failure" if failed else "own", *ids) if ids else []
+    found = connection.eval(script("owners"), 0, destination, "failure" if failed else "own", *ids) if ids else []
     return [as_text(job) for job in found]

@@ -33,10 +33,6 @@ LETTERS = {REFUSED: "r", GIVEN_UP: "g", DEFERRED: "d", ACCEPTS_MORE: "m"}
 OTHERS = {REFUSED: "other", ACCEPTS_MORE: "other", GIVEN_UP: "other-given-up", DEFERRED: "other-deferred"}
 _WORD = 320  # characters of an address or a domain that are kept
 
-_DIVERGE = script("diverge")
-_COVER = script("cover")
-_OUTAGE = script("outage")
-
 
 class Answer(NamedTuple):
     """What a recipient of a copy met at the backup: the kind of divergence, the stage, and what was said.
@@ -138,9 +134,8 @@ def note(
     ``attempts`` is how often it had been tried before, by the state that is stored so far: what is written again adds
     nothing. Result: how many groups were added to.
     """
-    pipe.eval(
-        _DIVERGE, 0, destination, envelope.id, attempts, most, *(_record(destination, envelope, n) for n in noted)
-    )
+    records = (_record(destination, envelope, n) for n in noted)
+    pipe.eval(script("diverge"), 0, destination, envelope.id, attempts, most, *records)
 
 
 def _record(destination: str, envelope: Envelope, noted: Noted) -> str:
@@ -216,14 +211,14 @@ class Coverage:
 def cover(pipe: Pipe, destination: str, counts: Mapping[str, list[int]], *, most: int = MOST_DOMAINS) -> None:
     """Write what a Coverage has counted. Result: how many domains."""
     parts = (part for domain, found in counts.items() for part in (printable(domain)[:_WORD], *found))
-    pipe.eval(_COVER, 0, destination, most, *parts)
+    pipe.eval(script("cover"), 0, destination, most, *parts)
 
 
 def outage_begins(pipe: Any, destination: str, at: float, reason: str) -> Any:
     """Note that a destination is paused; one that is so already has another reason now. Result: how many are kept."""
-    return pipe.eval(_OUTAGE, 0, destination, "1", f"{at:.3f}", printable(reason)[:REPLY], MOST_OUTAGES)
+    return pipe.eval(script("outage"), 0, destination, "1", f"{at:.3f}", printable(reason)[:REPLY], MOST_OUTAGES)
 
 
 def outage_ends(pipe: Any, destination: str, at: float) -> Any:
     """Note that a destination works. Result: how many are kept."""
-    return pipe.eval(_OUTAGE, 0, destination, "0", f"{at:.3f}", "", MOST_OUTAGES)
+    return pipe.eval(script("outage"), 0, destination, "0", f"{at:.3f}", "", MOST_OUTAGES)

@@ -17,7 +17,6 @@ from relay.ledger import keys
 from relay.ledger.scripts import script
 from relay.mail.ids import is_destination_name, is_route_name, text
 
-_FLOW = script("flow")
 _BASE_SECONDS = 7 * 86400
 _PAGE = 200
 _LARGEST = 1 << 53
@@ -166,7 +165,7 @@ def add(pipe: Any, identity: str, note: bytes, sums: Counted, maxima: Counted, a
         arguments += (part for pair in sums.items() for part in pair)
         arguments.append(len(maxima))
         arguments += (part for pair in maxima.items() for part in pair)
-    pipe.eval(_FLOW, 0, *arguments)
+    pipe.eval(script("flow"), 0, *arguments)
 
 
 def base(connection: Any, identity: str) -> bytes | None:

@@ -18,8 +18,6 @@ from relay.mail.stored import LATEST, figure, parsed
 from relay.mail.text import count, printable
 
 FIELDS = ("state", "reason", "probe_at", "held", "held_past", "rate", "connections")
-_HOLD = script("hold_destination")
-_GRANT = script("grant")
 _LONGEST = 1000  # characters of a reason that are read
 _MOST_PAST = 1000  # intervals that are read; no more than 100 are kept
 MOST_RATE, MOST_CONNECTIONS = 100_000.0, 10_000
@@ -117,12 +115,12 @@ class Health:
 
 def hold(connection: Any, destination: str, seconds: float, reason: str, by: str) -> None:
     """Hold a destination for so many seconds from now, 0 until it is released; one that is held stays so since then."""
-    connection.eval(_HOLD, 1, keys.HEALTH + destination, "hold", repr(seconds), reason, by)
+    connection.eval(script("hold_destination"), 1, keys.HEALTH + destination, "hold", repr(seconds), reason, by)
 
 
 def release(connection: Any, destination: str) -> bool:
     """End a hold. Returns whether there was one that had not ended."""
-    return bool(connection.eval(_HOLD, 1, keys.HEALTH + destination, "release", "0", "", ""))
+    return bool(connection.eval(script("hold_destination"), 1, keys.HEALTH + destination, "release", "0", "", ""))
 
 
 def throttle(pipe: Any, destination: str, rate: float, connections: int) -> None:
@@ -137,7 +135,7 @@ def throttle(pipe: Any, destination: str, rate: float, connections: int) -> None
 
 def ask_grant(pipe: Any, destination: str, worker: str, rate: float, wanted: int) -> None:
     """Ask for leave to begin so many copies, and say that this worker is there. Result for ``granted``."""
-    pipe.eval(_GRANT, 2, keys.THROTTLE + destination, keys.THROTTLED + destination, worker, repr(rate), wanted)
+    pipe.eval(script("grant"), 2, keys.THROTTLE + destination, keys.THROTTLED + destination, worker, repr(rate), wanted)
 
 
 def granted(result: Any) -> tuple[int, int, int]:

@@ -18,7 +18,6 @@ from relay.ledger import keys, rq_jobs
 from relay.ledger.scripts import script
 from relay.mail import ids
 
-_SET_ASIDE = script("set_aside")
 _FIXED = {
     keys.STAGED: "zset",
     keys.UNCERTAIN: "zset",
@@ -75,7 +74,7 @@ def set_aside(connection: Any, configured: Iterable[str] = ()) -> list[tuple[str
 
 
 def _set_aside(connection: Any, wanted: Mapping[str, str]) -> list[tuple[str, str]]:
-    found = [ids.text(word) for word in connection.eval(_SET_ASIDE, len(wanted), *wanted, *wanted.values())]
+    found = [ids.text(word) for word in connection.eval(script("set_aside"), len(wanted), *wanted, *wanted.values())]
     moved = list(zip(found[::2], found[1::2], strict=True))
     for key, kind in moved:
         maillog.notice("error", "key of another type set aside", key=key, type=kind, now=f"{keys.ASIDE}{key}")

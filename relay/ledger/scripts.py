@@ -1,12 +1,23 @@
-"""Loads the Lua scripts of the ledger, one file each in lua/."""
+"""The Lua scripts of the ledger, one file each in lua/, all read at the import: a package may be replaced meanwhile."""
 
 from __future__ import annotations
 
+import functools
 from importlib import resources
 
-_PARTS = {"destinations": "lists", "turned": "occurrences", "joined": "joined"}  # a function, and its file
+_FILES = {
+    file.name.removesuffix(".lua"): file.read_text(encoding="utf-8").splitlines()
+    for file in resources.files("relay.ledger").joinpath("lua").iterdir()
+}
+_PARTS = {  # a function, and its file
+    "destinations": "lists",
+    "turned": "occurrences",
+    "joined": "joined",
+    "cover_twins": "cover_twins",
+}
 
 
+@functools.cache
 def script(name: str, without: str = "") -> str:
     """Return a script without comments and indentation; its lines keep their numbers in the file.
 
@@ -26,5 +37,4 @@ def script(name: str, without: str = "") -> str:
 
 
 def _lines(name: str) -> list[str]:
-    text = resources.files("relay.ledger").joinpath("lua", name + ".lua").read_text(encoding="utf-8")
-    return ["" if line.lstrip().startswith("--") else line.strip() for line in text.splitlines()]
+    return ["" if line.lstrip().startswith("--") else line.strip() for line in _FILES[name]]

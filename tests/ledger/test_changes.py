@@ -10,6 +10,7 @@ import redis
 
 from relay.ledger import changes, copy_state, keys, queries
 from relay.ledger.changes import Staged
+from relay.ledger.scripts import script
 from support import batches
 from support.ledger_contents import Contents
 
@@ -98,7 +99,7 @@ def test_however_many_are_staged_at_once(contents: Contents, count: int) -> None
 def test_what_redis_gets_of_a_script_is_numbered_as_its_file() -> None:
     """Comments and indentation are not sent, and a line that an error names is found in the file."""
     written = resources.files("relay.ledger").joinpath("lua", "settle.lua").read_text(encoding="utf-8").splitlines()
-    first, *sent = changes._SETTLE.split("\n")
+    first, *sent = script("settle", without="turned").split("\n")
     assert first.startswith("local function destinations()")  # what several scripts share takes a comment's place
     sent = ["", *sent]
     assert [line.strip() for line in written if not line.lstrip().startswith("--")] == [line for line in sent if line]

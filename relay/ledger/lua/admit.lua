@@ -29,14 +29,7 @@ while i <= #ARGV do
     redis.call('ZREM', 'smtpdup:staged', id)
     redis.call('ZREM', 'smtpdup:uncertain', id)
     redis.call('HDEL', 'smtpdup:covered', id)
-    if has_twins and digest ~= '' then
-      for twin in string.gmatch(redis.call('HGET', 'smtpdup:twins', digest) or '', '%S+') do
-        if redis.call('ZSCORE', 'smtpdup:uncertain', twin) then
-          local before = redis.call('HGET', 'smtpdup:covered', twin)
-          redis.call('HSET', 'smtpdup:covered', twin, before and (before .. '\n' .. recipients) or recipients)
-        end
-      end
-    end
+    if has_twins and digest ~= '' then cover_twins(digest, recipients) end
   end
   i = i + count
   result[#result + 1] = new

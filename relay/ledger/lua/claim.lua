@@ -13,29 +13,6 @@ local function owner(state)
   return string.sub(state, 1, (string.find(state, '\n', 1, true) or 1) - 1)
 end
 
--- What cannot be read is a state that owes all.
-local function read(state)
-  local sound, found = pcall(cjson.decode, string.sub(state, (string.find(state, '\n', 1, true) or 0) + 1))
-  if sound and type(found) == 'table' then return found end
-  return {a = 0, t = 0, s = 0}
-end
-
--- The recipients that failed join those still owed; a state without "o" owes all of them.
-local function merged(state, other)
-  local a, b = read(state), read(other)
-  if type(a.o) == 'table' and type(b.o) == 'table' then
-    local seen = {}
-    for _, n in ipairs(a.o) do seen[n] = true end
-    for _, n in ipairs(b.o) do
-      if not seen[n] then a.o[#a.o + 1] = n end
-    end
-  else
-    a.o = nil
-  end
-  joined(a, b)
-  return job .. '\n' .. cjson.encode(a)
-end
-
 local function size_of(id)
   local size = redis.pcall('STRLEN', 'smtpdup:message:' .. id)
   return type(size) == 'number' and size or 0  -- else it is another type of key
@@ -66,7 +43,7 @@ for i, id in ipairs(ids) do
       if not accepted then
         state = lost
       elseif state then
-        state = merged(state, lost)
+        state = job .. '\n' .. joined(state, lost)  -- the recipients that failed join those still owed
       end
       accepted = stamp
       redis.call('ZADD', pending, stamp, id)

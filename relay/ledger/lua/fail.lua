@@ -8,21 +8,7 @@ end
 local state = ARGV[3]
 local before = redis.call('HGET', 'smtpdup:failure:' .. destination, id)
 if before then
-  local head = string.sub(state, 1, string.find(state, '\n', 1, true))
-  local a = cjson.decode(string.sub(state, string.find(state, '\n', 1, true) + 1))
-  -- What cannot be read has failed for all.
-  local sound, b = pcall(cjson.decode, string.sub(before, (string.find(before, '\n', 1, true) or 0) + 1))
-  if a.o and sound and type(b) == 'table' and type(b.o) == 'table' then
-    local seen = {}
-    for _, n in ipairs(a.o) do seen[n] = true end
-    for _, n in ipairs(b.o) do
-      if not seen[n] then a.o[#a.o + 1] = n end
-    end
-  else
-    a.o = nil
-  end
-  if sound and type(b) == 'table' then joined(a, b) end
-  state = head .. cjson.encode(a)
+  state = string.sub(state, 1, string.find(state, '\n', 1, true)) .. joined(state, before)
 end
 local own = 'smtpdup:own:' .. destination
 local was = redis.call('HGET', own, id) or ''

@@ -36,19 +36,6 @@ local function flush(name)
   end
 end
 
--- cjson cannot read lone surrogates (addresses that are no UTF-8), so the lists are kept as text, one a line.
-local function cover_twins(digest, recipients)
-  local result = 1
-  for twin in string.gmatch(redis.call('HGET', 'smtpdup:twins', digest) or '', '%S+') do
-    if redis.call('ZSCORE', 'smtpdup:uncertain', twin) then
-      local before = redis.call('HGET', 'smtpdup:covered', twin)
-      redis.call('HSET', 'smtpdup:covered', twin, before and (before .. '\n' .. recipients) or recipients)
-      result = 2
-    end
-  end
-  return result
-end
-
 local function lease(name, id, worker)
   local leases, holders = leased[name] or {}, held[name] or {}
   leased[name], held[name] = leases, holders
@@ -68,7 +55,7 @@ while i <= #ARGV do
     if moved == 1 then no_longer_uncertain(id, digest) end
   end
   if moved == 1 then
-    if has_twins and digest ~= '' then moved = cover_twins(digest, recipients) end
+    if has_twins and digest ~= '' and cover_twins(digest, recipients) then moved = 2 end
     if count == 0 then redis.call('DEL', 'smtpdup:message:' .. id) end
     local score = accepted > 0 and accepted < seconds and ARGV[i - 2] or now
     for n, worker in string.gmatch(ARGV[i + count], '(%d+)=(%S+)') do lease(ARGV[i + n - 1], id, worker) end
