@@ -24,6 +24,7 @@ from redis import Redis
 from redis.exceptions import ResponseError
 
 from relay import maillog, private_files
+from relay.batches import batched
 from relay.ledger import changes, keys, queries, registry
 from relay.mail.envelope import MalformedRecord
 from relay.mail.ids import is_id, is_job_id
@@ -156,8 +157,7 @@ def forget_delivered(connection: Redis, where: Path) -> list[str]:
     identity = _identity(where)
     gone: list[str] = []
     unknown: list[str] = []
-    for start in range(0, len(files), _PAGE):
-        page = files[start : start + _PAGE]
+    for page in batched(files, _PAGE):
         with connection.pipeline(transaction=False) as pipe:
             changes.judge_files(pipe, identity, [message_id for message_id, _ in page])
             (verdicts,) = pipe.execute()

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from relay.batches import batched
 from relay.ledger import keys
 from relay.ledger.scripts import script
 from relay.mail.ids import is_destination_name, is_route_name, text
@@ -179,8 +180,7 @@ def read(connection: Any, unit: Unit, count: int, at: float) -> list[Flow]:
     end = unit.start(at)
     starts = range(end - (count - 1) * unit.seconds, end + 1, unit.seconds)
     found: list[Flow] = []
-    for n in range(0, count, _PAGE):
-        page = starts[n : n + _PAGE]
+    for page in batched(starts, _PAGE):
         pipe = connection.pipeline(transaction=False)
         for start in page:
             pipe.hgetall(unit.key(start))

@@ -16,6 +16,7 @@ from typing import NamedTuple, cast
 from redis import Redis
 
 from relay import maillog
+from relay.batches import batched
 from relay.ledger import changes, keys, queries, registry, rq_jobs
 from relay.ledger.changes import Released
 from relay.ledger.copy_state import CopyState
@@ -91,10 +92,9 @@ def _dispatch_last(connection: Redis, dead: set[str], job_size: int) -> None:
     from its own newest copy: others have gone on, perhaps for as long as it took to start us.
     """
     for name in registry.destinations(connection):
-        ids = _last_of(connection, name, dead)
-        for start in range(0, len(ids), job_size):
+        for ids in batched(_last_of(connection, name, dead), job_size):
             with connection.pipeline(transaction=True) as pipe:
-                rq_jobs.enqueue(pipe, rq_jobs.queue(connection, name), name, ids[start : start + job_size])
+                rq_jobs.enqueue(pipe, rq_jobs.queue(connection, name), name, ids)
                 pipe.execute()
 
 

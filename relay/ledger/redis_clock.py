@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from relay.batches import batched
 from relay.ledger import keys
 from relay.mail.stored import LATEST, figure
 
@@ -124,10 +125,8 @@ def pull_in(connection: Any, key: str, clock: float, *, by: float = 0.0, most: f
     low = clock if by else clock + most
     found = dict(connection.zrangebyscore(key, f"({low:.6f}", "+inf", withscores=True))
     nearer = [(member, max(clock, min(at - by, clock + most))) for member, at in found.items()]
-    for start in range(0, len(nearer), _PAGE):
-        connection.zadd(
-            key, dict(nearer[start : start + _PAGE]), xx=True, lt=True
-        )  # what has left meanwhile stays gone
+    for page in batched(nearer, _PAGE):
+        connection.zadd(key, dict(page), xx=True, lt=True)  # what has left meanwhile stays gone
     return len(nearer)
 
 

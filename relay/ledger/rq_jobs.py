@@ -24,6 +24,7 @@ from rq.job import Job, JobStatus, Retry
 from rq.serializers import JSONSerializer
 
 from relay import maillog
+from relay.batches import batched
 from relay.redisio.pipeline import CommandBatch, Pipelines
 from relay.repeated import Backoff, until_done
 
@@ -132,8 +133,8 @@ class Dispatcher:
 
     async def put(self, destination: str, ids: Sequence[str]) -> None:
         """Write jobs for these ids at once. Raises RedisError, OSError; they may nevertheless have been written."""
-        for start in range(0, len(ids), self._job_size):
-            await self._write(destination, ids[start : start + self._job_size])
+        for batch in batched(ids, self._job_size):
+            await self._write(destination, batch)
 
     async def drain(self) -> None:
         """Write the waiting jobs; gives up silently if Redis is down, since the reconciler makes them later."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from relay.batches import batched
 from relay.ledger import keys
 from relay.ledger.copy_state import CopyState
 
@@ -43,8 +44,7 @@ def find(connection: Any, messages: Mapping[str, Iterable[str]]) -> dict[str, Me
     """Return where the copies of these messages for these destinations stand, by message and destination."""
     found: dict[str, MessageWhereabouts] = {}
     wanted = [(message_id, list(dict.fromkeys(names))) for message_id, names in messages.items()]
-    for start in range(0, len(wanted), _PAGE):
-        page = wanted[start : start + _PAGE]
+    for page in batched(wanted, _PAGE):
         pipe = connection.pipeline(transaction=False)
         for message_id, names in page:
             pipe.zscore(keys.STAGED, message_id)

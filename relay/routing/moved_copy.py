@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from relay import faultpoints, maillog, private_files
+from relay.batches import batched
 from relay.mail.ids import is_destination_name
 from relay.mail.stored import any_text, parsed
 from relay.mail.text import count as counted
@@ -76,8 +77,7 @@ class MovedMap:
         """Return the entries with these keys, as far as there are such. Raises OSError."""
         every = list(wanted)
         found = {key: entry for key in every if (entry := self.changes.get(key)) is not None}
-        for begin in range(0, len(every), _READ_AT_ONCE):
-            some = [key for key in every[begin : begin + _READ_AT_ONCE] if key not in self.changes]
+        for some in batched([key for key in every if key not in self.changes], _READ_AT_ONCE):
             found |= dict(self._stored(some))
         return found
 

@@ -20,13 +20,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as NoConnection
 from redis.exceptions import DataError, OutOfMemoryError, RedisError, ResponseError
 
 from relay import maillog, metrics
+from relay.batches import batched
 from relay.ledger import changes, keys
 from relay.ledger.changes import Held, Released
 from relay.ledger.monitor import Monitor
@@ -39,8 +40,6 @@ from relay.spool.files import Ahead, Loaded, SpoolFiles
 from relay.spool.shares import Share
 from relay.spool.skipped import is_of_all
 from relay.spool.writer import STAGED, Entry
-
-T = TypeVar("T")
 
 _LOOK_SECONDS = 1.0
 _SHORT_SECONDS = 0.1  # while memory is short: the few imported copies may be delivered by then
@@ -127,7 +126,7 @@ class Importer:
         found = await asyncio.to_thread(self._shelf.survey)
         await self._introduce()
         # First of all: a stage that timed out may be in Redis too, and must not become uncertain there.
-        for page in _pages(found.ids):
+        for page in batched(found.ids, _PAGE):
             await self._execute(partial(changes.unstage, spool=self._shelf.name, ids=page))
         await self._settle_notes(found.notes)
         await self._import(found.mail)
@@ -152,7 +151,7 @@ class Importer:
 
     async def _settle_notes(self, notes: Sequence[Entry]) -> None:
         """Apply the noted releases and discards of dead processes."""
-        for page in _pages(notes):
+        for page in batched(notes, _PAGE):
             found = await asyncio.to_thread(self._shelf.notes, page)
             try:
                 await self._settle_page(found)
@@ -344,10 +343,6 @@ def _is_note(member: str) -> bool:
     file, name = changes.note_of(member)
     entry = writer.entry_of(file)
     return (is_id(file) and not name) or (bool(entry.state) and is_destination_name(name))
-
-
-def _pages(items: Sequence[T]) -> list[Sequence[T]]:
-    return [items[i : i + _PAGE] for i in range(0, len(items), _PAGE)]
 
 
 def _mean(batch: Sequence[Entry]) -> int:

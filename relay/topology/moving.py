@@ -17,6 +17,7 @@ from typing import Any, cast
 from redis import Redis
 from redis.exceptions import ResponseError, WatchError
 
+from relay.batches import batched
 from relay.ledger import audit, changes, keys
 from relay.ledger.audit import Act
 from relay.mail.text import count, printable
@@ -121,7 +122,7 @@ def entries(connection: Any, wanted: Sequence[str]) -> Page:
     """Return the entries with these keys, as far as there are such."""
     found: dict[str, MovedEntry] = {}
     damaged: dict[str, str] = {}
-    for some in _pieces(wanted):
+    for some in batched(wanted, _AT_ONCE):
         names = [key.encode("utf-8", "surrogateescape") for key in some]  # an address may hold octets that are no UTF-8
         data = cast("list[bytes | None]", connection.hmget(keys.MOVES, names))
         read, wrong = _read((key, value) for key, value in zip(some, data, strict=True) if value is not None)
@@ -275,9 +276,9 @@ def _recounted(
 def _write(pipe: Any, wanted: Changes) -> None:
     put = {key: entry.to_json() for key, entry in wanted.items() if entry is not None}
     gone = [key for key, entry in wanted.items() if entry is None]
-    for some in _pieces(list(put)):
+    for some in batched(list(put), _AT_ONCE):
         pipe.hset(keys.MOVES, mapping={key: put[key] for key in some})
-    for some in _pieces(gone):
+    for some in batched(gone, _AT_ONCE):
         pipe.hdel(keys.MOVES, *some)
 
 
@@ -287,11 +288,6 @@ def _log(pipe: Any, step: MapStep) -> None:
         return
     pipe.lpush(keys.MOVES_LOG, step.to_json())
     pipe.ltrim(keys.MOVES_LOG, 0, _LOGGED - 1)
-
-
-def _pieces(names: Sequence[str]) -> Iterator[Sequence[str]]:
-    for begin in range(0, len(names), _AT_ONCE):
-        yield names[begin : begin + _AT_ONCE]
 
 
 def _said(entry: MovedEntry | None, wanted: MovedEntry | None) -> str:

@@ -15,6 +15,7 @@ from typing import Any, cast
 from redis import Redis
 
 from relay import maillog
+from relay.batches import batched
 from relay.ledger import changes, keys, queries, rq_jobs
 from relay.ledger.changes import Move
 from relay.ledger.copy_state import Attempt, CopyState
@@ -113,11 +114,9 @@ def drop_copies(connection: Redis, destination: str, copies: Mapping[str, float]
     One that is being delivered at this moment, or has another score by now, stays.
     """
     count = 0
-    ids = list(copies)
-    for start in range(0, len(ids), _BATCH):
+    for batch in batched(list(copies.items()), _BATCH):
         with connection.pipeline(transaction=True) as pipe:
-            batch = {i: copies[i] for i in ids[start : start + _BATCH]}
-            changes.drop_unchanged(pipe, destination, batch, pending=True)
+            changes.drop_unchanged(pipe, destination, dict(batch), pending=True)
             count += int(pipe.execute()[0])
     return count
 
@@ -191,8 +190,7 @@ def flush_copies(connection: Redis, destination: str, ids: Sequence[str], job_si
     times = connection.zmscore(queue.scheduled_job_registry.key, list(owners.values())) if owners else []
     clock = changes.now(connection)
     later = [i for i, at in zip(owners, times, strict=True) if at is not None and at > clock]
-    for start in range(0, len(later), job_size):
-        batch = later[start : start + job_size]
+    for batch in batched(later, job_size):
         with connection.pipeline(transaction=True) as pipe:
             job = rq_jobs.enqueue(pipe, queue, destination, batch)
             changes.reassign(pipe, destination, job, {i: owners[i] for i in batch})

@@ -21,6 +21,7 @@ from rq import Queue
 from rq.job import Job, JobStatus
 
 from relay import maillog
+from relay.batches import batched
 from relay.ledger import archive, changes, keys, queries, rq_jobs
 from relay.ledger.copy_state import Attempt, CopyState
 from relay.mail import encryption
@@ -177,8 +178,7 @@ def retry_copies(
     """
     queue = rq_jobs.queue(connection, destination)
     count = 0
-    for start in range(0, len(ids), job_size):
-        batch = ids[start : start + job_size]
+    for batch in batched(ids, job_size):
         archive.restore(connection, batch, folder)
         before = changes.owners(connection, destination, batch, failed=True)
         with connection.pipeline(transaction=True) as pipe:
@@ -284,10 +284,8 @@ def drop_copies(connection: Redis, destination: str, copies: Mapping[str, float]
     One that has failed anew since stays.
     """
     queue = rq_jobs.queue(connection, destination)
-    ids = list(copies)
     count = 0
-    for start in range(0, len(ids), _BATCH):
-        batch = ids[start : start + _BATCH]
+    for batch in batched(list(copies), _BATCH):
         scores = connection.zmscore(keys.FAILED + destination, batch)
         same = {i: copies[i] for i, score in zip(batch, scores, strict=True) if score == copies[i]}
         jobs = changes.owners(connection, destination, list(same), failed=True)

@@ -16,8 +16,9 @@ from typing import NamedTuple, cast
 
 from redis import Redis
 
+from relay.batches import batched
 from relay.ledger import changes, keys, queries
-from relay.ledger.copy_state import CopyState
+from relay.ledger.copy_state import FRESH, CopyState
 from relay.ledger.health import Health
 from relay.ledger.queries import UnknownId
 from relay.mail.addresses import Network, within
@@ -254,20 +255,14 @@ def select(
 
 
 def _look_for(connection: Redis, which: Which, chosen: Filter, targets: Sequence[Destination]) -> None:
-    missing = set(chosen.ids)
+    missing, every = set(chosen.ids), list(dict.fromkeys(chosen.ids))
     for target in targets:
-        for ids in _pieces(chosen.ids):
+        for ids in batched(every, PAGE):
             scores = connection.zmscore(which.scores + target.name, ids)
             missing.difference_update(i for i, score in zip(ids, scores, strict=True) if score is not None)
     if missing:
         where = f" at {chosen.destination}" if chosen.destination else ""
         raise UnknownId(f"{which.absent}{where}: {', '.join(i for i in chosen.ids if i in missing)}")
-
-
-def _pieces(ids: Collection[str]) -> Iterator[list[str]]:
-    every = list(dict.fromkeys(ids))
-    for start in range(0, len(every), PAGE):
-        yield every[start : start + PAGE]
 
 
 def _range(which: Which, chosen: Filter, clock: float) -> tuple[float, float]:
@@ -294,7 +289,7 @@ def _pages(
 ) -> Iterator[list[tuple[str, float]]]:
     key = which.scores + name
     if chosen.ids:
-        for ids in _pieces(chosen.ids):
+        for ids in batched(list(dict.fromkeys(chosen.ids)), PAGE):
             scores = connection.zmscore(key, ids)
             if page := [(i, score) for i, score in zip(ids, scores, strict=True) if score is not None]:
                 yield page
@@ -323,7 +318,7 @@ def _passing(
     target, health = where
     reason = health.reason if which is WAITING else ""
     asks_envelope = chosen.asks_envelope(which)
-    rows = [Found(message_id, score, _FRESH, None) for message_id, score in page]
+    rows = [Found(message_id, score, FRESH, None) for message_id, score in page]
     if which is FAILED:
         rows = [row for row in rows if chosen.takes_age(clock - row.score)]
     if rows and (whole or asks_envelope or chosen.asks_state):
@@ -347,6 +342,3 @@ def _envelope_passes(which: Which, chosen: Filter, target: Destination, row: Fou
     recipients = queries.addressees(row.envelope, target, row.state)
     is_aged = which is FAILED or chosen.takes_age(clock - row.envelope.received_at)
     return is_aged and chosen.takes_envelope(row.envelope, recipients)
-
-
-_FRESH = CopyState()

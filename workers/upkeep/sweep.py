@@ -20,6 +20,7 @@ from typing import cast
 from redis import Redis
 
 from relay import maillog
+from relay.batches import batched
 from relay.config.loader import Settings
 from relay.ledger import (
     archive,
@@ -248,10 +249,8 @@ class Sweeper:
             for message_id in lost if before is not None else suspects:
                 self._report.add("no job", message_id, name, "none")
             return
-        ids = list(lost)
-        for start in range(0, len(ids), self._job_size):
+        for batch in batched(list(lost), self._job_size):
             self._tick()
-            batch = ids[start : start + self._job_size]
             self._new_job(name, self._with_body(name, batch, repair=True), lost)
         self._memory.suspects[name].difference_update(lost)
 
