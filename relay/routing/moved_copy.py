@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
-import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,8 @@ from relay.mail.ids import is_destination_name
 from relay.mail.stored import any_text, parsed
 from relay.mail.text import count as counted
 from relay.mail.text import printable
-from relay.routing.fixed_database import FixedDatabase
+from relay.routing import fixed_database
+from relay.routing.fixed_database import IN_MEMORY, FixedDatabase, UnusableFile
 from relay.topology import moving
 from relay.topology.heartbeats import UNSAVED
 from relay.topology.moved import Changes, MapState, MovedEntry, changes_of
@@ -32,15 +33,11 @@ from relay.topology.state import count
 _FOLDER = "moved"
 _NOTE = "map.json"
 _LOCK = "moved.lock"
-_IN_MEMORY = 100_000  # entries
 _MOST_CHANGES = 10_000  # beside the file, or a quarter of it
 _LONGEST_NOTE = 64 << 20
 _AGAIN = 5  # times that the map changes while it is read
 _READ_AT_ONCE = 500
-
-
-class UnusableCopy(OSError):
-    """A copy that cannot be used."""
+_COLUMNS = ("key TEXT PRIMARY KEY", "server TEXT", "at REAL", "by TEXT", "note TEXT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +60,7 @@ class MovedMap:
         """Return the first of these keys that has an entry, and the server that it names. Raises OSError."""
         rows = self.rows
         if rows is None:
-            rows = {key: entry.server for key, entry in self._stored(wanted)} if self.database else {}
+            rows = {key: entry.server for key, entry in self._stored(wanted)}
         changes = self.changes
         for key in wanted:
             if key in changes:
@@ -84,27 +81,16 @@ class MovedMap:
     def everything(self) -> Iterator[tuple[str, MovedEntry]]:
         """Yield all entries, by key. Raises OSError."""
         if self.database is not None:
-            try:
-                for key, *rest in self.database.execute("SELECT key, server, at, by, note FROM rows ORDER BY key"):
-                    if key not in self.changes:
-                        yield key, MovedEntry(*rest)
-            except sqlite3.Error as error:
-                raise UnusableCopy(f"the copy of who has moved: {error}") from error
+            for key, *rest in self.database.rows("SELECT key, server, at, by, note FROM rows ORDER BY key"):
+                if key not in self.changes:
+                    yield key, MovedEntry(*rest)
         for key, entry in sorted(self.changes.items()):
             if entry is not None:
                 yield key, entry
 
     def _stored(self, wanted: Sequence[str]) -> Iterator[tuple[str, MovedEntry]]:
-        if self.database is None:
-            return
-        asked = [key for key in wanted if key.isascii() or key == key.encode("utf-8", "replace").decode()]
-        marks = ",".join("?" * len(asked))
-        query = f"SELECT key, server, at, by, note FROM rows WHERE key IN ({marks})"  # noqa: S608 - nothing but marks
-        try:
-            for key, *rest in self.database.execute(query, asked):
-                yield key, MovedEntry(*rest)
-        except sqlite3.Error as error:
-            raise UnusableCopy(f"the copy of who has moved: {error}") from error
+        for key, *rest in self.database.find("server, at, by, note", wanted) if self.database else ():
+            yield key, MovedEntry(*rest)
 
 
 NOBODY = MovedMap()
@@ -125,17 +111,19 @@ def load(state_dir: Path, held: MovedMap = NOBODY) -> MovedMap:
         base = Path(any_text(found["base"])).name
         servers = {name: count(number) for name, number in found["servers"].items() if is_destination_name(name)}
         size = count(found["base_size"])
-        rows, database = (held.rows, held.database) if base and base == held.base else _opened(folder, base, size)
+        rows, database = (None, None)
+        if base:
+            rows, database = (held.rows, held.database) if base == held.base else _opened(folder / base, size)
         fault = any_text(found["fault"])
         return MovedMap(state, servers, changes_of(found["changes"]), base, size, rows, database, fault)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UnusableCopy(f"{folder / _NOTE}: {printable(str(error))}") from error
+        raise UnusableFile(f"{folder / _NOTE}: {printable(str(error))}") from error
 
 
 def load_or_tell(state_dir: Path) -> MovedMap:
     """Return the copy of this host; one that cannot be used is none, and is told."""
     try:
-        with contextlib.suppress(UnusableCopy):  # it may just be replaced
+        with contextlib.suppress(UnusableFile):  # it may just be replaced
             return load(state_dir)
         return load(state_dir)
     except OSError as error:
@@ -191,17 +179,12 @@ def _follow(connection: Any, folder: Path | None, held: MovedMap) -> tuple[Moved
 
 
 def _changed(held: MovedMap, state: MapState, changes: Changes) -> MovedMap:
-    servers = dict(held.servers)
-    before = held.entries(changes)
-    for key, entry in changes.items():
-        if (old := before.get(key)) is not None:
-            servers[old.server] = servers.get(old.server, 0) - 1
-        if entry is not None:
-            servers[entry.server] = servers.get(entry.server, 0) + 1
-    servers = {name: number for name, number in servers.items() if number > 0}
+    servers = Counter(held.servers)
+    servers.subtract(entry.server for entry in held.entries(changes).values())
+    servers.update(entry.server for entry in changes.values() if entry is not None)
     # An entry that is not in the file needs no mark that it is gone.
     merged = {**held.changes, **changes}
-    return MovedMap(state, servers, merged, held.base, held.base_size, held.rows, held.database)
+    return MovedMap(state, +servers, merged, held.base, held.base_size, held.rows, held.database)
 
 
 def _kept(folder: Path | None, made: MovedMap) -> MovedMap:
@@ -226,7 +209,7 @@ def _whole(connection: Any, folder: Path | None, held: MovedMap) -> tuple[MovedM
         reading = _Reading(connection, held)
         if folder is None:
             rows = dict(reading)
-            made = MovedMap(found, _tally(rows.values()), rows)
+            made = MovedMap(found, Counter(entry.server for entry in rows.values()), rows)
         else:
             made = _stored(folder, found, reading)
         if moving.state(connection)[0] != found:
@@ -276,13 +259,6 @@ class _Reading:
         return "; ".join(texts)
 
 
-def _tally(entries: Iterable[MovedEntry]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for entry in entries:
-        found[entry.server] = found.get(entry.server, 0) + 1
-    return found
-
-
 # On disk ----------------------------------------------------------------------------------------------------------
 
 
@@ -295,37 +271,23 @@ def _folder(state_dir: Path) -> Path:
 def _stored(folder: Path, state: MapState, entries: Iterable[tuple[str, MovedEntry]]) -> MovedMap:
     """Write all entries into a file of their own; the note of it comes later."""
     name = f"{state.generation}-{secrets.token_hex(4)}.db"
-    try:
-        with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as database:
-            database.execute("CREATE TABLE rows (key TEXT PRIMARY KEY, server TEXT, at REAL, by TEXT, note TEXT)")
-            database.execute("BEGIN")
-            rows = ((key, *entry) for key, entry in entries)
-            database.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?)", rows)
-            database.execute("COMMIT")
-            servers = dict(database.execute("SELECT server, count(*) FROM rows GROUP BY server"))
-            private_files.write(folder, name, database.serialize())
-    except sqlite3.Error as error:
-        raise UnusableCopy(f"who has moved cannot be written: {error}") from error
+    fixed_database.write(folder, name, _COLUMNS, ((key, *entry) for key, entry in entries))
+    counts = FixedDatabase(folder / name).rows("SELECT server, count(*) FROM rows GROUP BY server")
+    servers: dict[str, int] = dict(counts)
     size = sum(servers.values())
-    return MovedMap(state, servers, {}, name, size, *_opened(folder, name, size))
+    return MovedMap(state, servers, {}, name, size, *_opened(folder / name, size))
 
 
-def _opened(folder: Path, name: str, size: int) -> tuple[dict[str, str] | None, FixedDatabase | None]:
-    if not name:
-        return None, None
-    try:
-        database = FixedDatabase(folder / name)
-        if size > _IN_MEMORY:
-            database.execute("SELECT 1 FROM rows LIMIT 1").fetchone()
-            return None, database
-        names: dict[str, str] = {}  # one text for all entries of a server
-        rows = database.execute("SELECT key, server FROM rows")
-        found = {key: names.setdefault(server, server) for key, server in rows}
-    except sqlite3.Error as error:
-        raise UnusableCopy(f"{folder / name}: {error}") from error
+def _opened(path: Path, size: int) -> tuple[dict[str, str] | None, FixedDatabase]:
+    database = FixedDatabase(path)
+    if size > IN_MEMORY:
+        database.check()
+        return None, database
+    names: dict[str, str] = {}  # one text for all entries of a server
+    found = {key: names.setdefault(server, server) for key, server in database.rows("SELECT key, server FROM rows")}
     if len(found) != size:
         entries = counted(len(found), "entry", "entries")
-        raise UnusableCopy(f"{folder / name}: it holds {entries}, and should hold {size}")
+        raise UnusableFile(f"{path}: it holds {entries}, and should hold {size}")
     return found, database
 
 

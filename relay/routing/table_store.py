@@ -12,7 +12,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import sqlite3
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,16 +21,17 @@ from relay import private_files
 from relay.mail.destination import Destination
 from relay.mail.stored import parsed, texts
 from relay.mail.text import count, printable
-from relay.routing.fixed_database import FixedDatabase
+from relay.routing import fixed_database
+from relay.routing.fixed_database import IN_MEMORY, FixedDatabase
 from relay.routing.table_file import BadTable, Row, parse
 
 _FOLDER = "tables"
 _LOCK = "tables.lock"
-_IN_MEMORY = 100_000  # keys
 _TOO_MANY_TO_LOSE = 100  # keys; a failed export is commoner than a company without people
 _LONGEST_NOTE = 64 << 10
 _LARGEST = 1 << 30  # octets of a table's file
 _VERSION = 1  # of what is in the SQLite file
+_COLUMNS = ("key TEXT PRIMARY KEY", "servers TEXT", "line INTEGER")
 _LATE_SECONDS = 15.0  # after which a file that has changed should have been looked at
 
 
@@ -84,7 +84,8 @@ def update(
             raise _refuse(folder, looked, [text])
         name = f"{digest}.db"
         if not (folder / name).is_file():
-            _write_rows(folder, name, rows)
+            sorted_rows = ((key, ",".join(row.servers), row.line) for key, row in sorted(rows.items()))
+            fixed_database.write(folder, name, _COLUMNS, sorted_rows, "WITHOUT ROWID")
         made = Note(str(source), stamp, context, name, len(rows), _named(rows), stamp[0] / 1e9)
         _save(folder, made)
         _clean(folder, {name, before.name})
@@ -200,19 +201,6 @@ def _save(folder: Path, made: Note) -> None:
     private_files.write(folder, _note_name(Path(made.source)), json.dumps(asdict(made)).encode())
 
 
-def _write_rows(folder: Path, name: str, rows: Mapping[str, Row]) -> None:
-    try:
-        with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as database:
-            database.execute("CREATE TABLE rows (key TEXT PRIMARY KEY, servers TEXT, line INTEGER) WITHOUT ROWID")
-            database.execute("BEGIN")
-            made = ((key, ",".join(row.servers), row.line) for key, row in sorted(rows.items()))
-            database.executemany("INSERT INTO rows VALUES (?, ?, ?)", made)
-            database.execute("COMMIT")
-            private_files.write(folder, name, database.serialize())
-    except sqlite3.Error as error:
-        raise OSError(f"a table cannot be written: {error}") from error
-
-
 def _clean(folder: Path, kept: set[str]) -> None:
     """Remove what no note names; what is held open stays readable for whoever has it."""
     named = set(kept)
@@ -253,15 +241,12 @@ class Table:
         if found is None or not found.name:
             raise OSError(f"{source}: it has not been read")
         path = folder / found.name
-        try:
-            database = FixedDatabase(path)
-            if found.keys > _IN_MEMORY:
-                database.execute("SELECT 1 FROM rows LIMIT 1").fetchone()
-                return cls(found, stamp, path, None, database)
-            with contextlib.closing(database):
-                rows = {key: _names(servers) for key, servers in database.execute("SELECT key, servers FROM rows")}
-        except sqlite3.Error as error:
-            raise OSError(f"{source}: {error}") from error
+        database = FixedDatabase(path, str(source))
+        if found.keys > IN_MEMORY:
+            database.check()
+            return cls(found, stamp, path, None, database)
+        with contextlib.closing(database):
+            rows = {key: _names(servers) for key, servers in database.rows("SELECT key, servers FROM rows")}
         return cls(found, stamp, path, rows, None)
 
     def is_stale(self, state_dir: Path) -> bool:
@@ -273,20 +258,10 @@ class Table:
 
     def find(self, keys: Sequence[str]) -> tuple[str, tuple[str, ...]] | None:
         """Return the first of these keys that is there, and the servers that its entry names. Raises OSError."""
-        rows: Mapping[str, tuple[str, ...]]
-        if self._rows is not None:
-            rows = self._rows
-        elif self._database is not None:
-            # Octets that are no UTF-8 are in no file that was read.
-            asked = [key for key in keys if key.isascii() or key == key.encode("utf-8", "replace").decode()]
-            marks = ",".join("?" * len(asked))
-            query = f"SELECT key, servers FROM rows WHERE key IN ({marks})"  # noqa: S608 - nothing but marks
-            try:
-                rows = {key: _names(servers) for key, servers in self._database.execute(query, asked)}
-            except sqlite3.Error as error:
-                raise OSError(f"{self.note.source}: {error}") from error
-        else:
-            rows = {}
+        rows = self._rows
+        if rows is None:
+            found_rows = self._database.find("servers", keys) if self._database else ()
+            rows = {key: _names(servers) for key, servers in found_rows}
         for key in keys:
             if (found := rows.get(key)) is not None:
                 return key, found
@@ -296,12 +271,8 @@ class Table:
         """Return in which line of the file an entry stands. Raises OSError."""
         if self._lines is not None:
             return self._lines.get(key, 0)
-        try:
-            with contextlib.closing(FixedDatabase(self._path)) as database:
-                found = database.execute("SELECT line FROM rows WHERE key = ?", (key,)).fetchone()
-        except sqlite3.Error as error:
-            raise OSError(f"{self.note.source}: {error}") from error
-        return int(found[0]) if found else 0
+        with contextlib.closing(FixedDatabase(self._path, self.note.source)) as database:
+            return next((int(line) for _, line in database.find("line", (key,))), 0)
 
 
 @functools.lru_cache(maxsize=1024)

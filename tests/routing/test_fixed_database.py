@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from relay.routing.fixed_database import FixedDatabase
+from relay.routing.fixed_database import FixedDatabase, UnusableFile
 
 
 def test_closed_with_the_last_one_that_has_it(tmp_path: Path) -> None:
@@ -22,16 +22,16 @@ def test_closed_with_the_last_one_that_has_it(tmp_path: Path) -> None:
     path.unlink()
     connection = one[0]._connection
     one.clear()
-    assert two[0].execute("SELECT key FROM rows WHERE key = ?", ("anna@example.com",)).fetchall()
+    assert list(two[0].rows("SELECT key FROM rows WHERE key = ?", ("anna@example.com",)))
     two.clear()
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
         connection.execute("SELECT 1")
 
 
 def test_what_cannot_be_opened(tmp_path: Path) -> None:
-    """A file that is missing or none of SQLite's is an error of sqlite3, and leaves nothing open."""
-    with pytest.raises(sqlite3.OperationalError):
+    """A file that is missing or none of SQLite's cannot be used, and leaves nothing open."""
+    with pytest.raises(UnusableFile, match="missing"):
         FixedDatabase(tmp_path / "missing.db")
     (tmp_path / "other.db").write_bytes(b"no database" * 100)
-    with pytest.raises(sqlite3.DatabaseError):
-        FixedDatabase(tmp_path / "other.db").execute("SELECT 1 FROM rows")
+    with pytest.raises(UnusableFile, match="a table: file is not a database"):
+        FixedDatabase(tmp_path / "other.db", "a table").check()

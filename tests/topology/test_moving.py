@@ -81,7 +81,7 @@ def test_a_large_map_is_looked_up_in_its_file(
     redis_client: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same answers without the rows in memory, from a file made of many changes, which is closed to others."""
-    monkeypatch.setattr(moved_copy, "_IN_MEMORY", 5)
+    monkeypatch.setattr(moved_copy, "IN_MEMORY", 5)
     monkeypatch.setattr(moved_copy, "_MOST_CHANGES", 4)
     held = NOBODY
     for n in range(20):
