@@ -11,14 +11,6 @@ from relay.stopping import StopEvent
 _SIGN_SECONDS = 1.0
 
 
-def _nothing() -> None:
-    pass
-
-
-def _nobody() -> frozenset[str]:
-    return frozenset()
-
-
 @dataclass(frozen=True, slots=True)
 class ChildContext:
     """The name and place of a child process. An instance is ``<pid>.<start, ms>``, unique on its host.
@@ -32,9 +24,9 @@ class ChildContext:
     predecessor: str | None = None  # the instance that this one replaces
     generation: int = 1  # of the settings: incremented by each reload
     seat: int = 0  # distinguishes the processes of one name in shared memory
-    ready: Callable[[], None] = _nothing
-    lives: Callable[[], None] = _nothing
-    living: Callable[[], frozenset[str] | None] = _nobody
+    ready: Callable[[], None] = lambda: None
+    lives: Callable[[], None] = lambda: None
+    living: Callable[[], frozenset[str] | None] = frozenset
 
 
 async def keep_living_in_loop(lives: Callable[[], None]) -> None:

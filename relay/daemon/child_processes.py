@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from redis import Redis
-
 from relay import log_lines
 from relay.child import ChildContext, keep_living
 from relay.cockpit.host_report import HostReport
@@ -65,68 +63,52 @@ class ChildProcesses:
         if self.listener:
             duties["status"] = self._status(settings, self.listener)
         own = [self.listener] if self.listener else []
-        children.append(self.holding(self._traced(settings, _housekeeping(settings, duties)), own))
+        children.append(self.fitted(_housekeeping(settings, duties), settings, own))
         children += [
-            self.holding(self._traced(settings, self._relay(n, settings, place)), place.sockets)
-            for n, place in enumerate(self.places)
+            self.fitted(self._relay(n, settings, place), settings, place.sockets) for n, place in enumerate(self.places)
         ]
         return [replace(child, generation=generation) for child in children]
 
-    def workers_for(self, settings: Settings) -> Callable[[Destination], list[Child]]:
-        """Return what makes the workers of a destination."""
-        return lambda destination: self.workers(settings, [destination])
-
     def workers(self, settings: Settings, destinations: Sequence[Destination]) -> list[Child]:
         """Return the workers of these destinations."""
-        return [self.holding(self._traced(settings, c)) for c in own_workers(settings, destinations, self.url)]
+        return [self.fitted(child, settings) for child in own_workers(settings, destinations, self.url)]
 
     def _delivering(self, settings: Settings) -> list[Child]:
         """Return the workers of all backups: each has its own, or the quiet ones share one."""
         if are_shared(settings):
-            return [self.holding(self._traced(settings, shared_worker(settings, self.url)))]
+            return [self.fitted(shared_worker(settings, self.url), settings)]
         return self.workers(settings, settings.copied)
 
-    def holding(self, child: Child, own: Sequence[socket.socket] = ()) -> Child:
-        """Have a child close all listening sockets but its own, which it was forked with.
+    def fitted(self, child: Child, settings: Settings | None = None, own: Sequence[socket.socket] = ()) -> Child:
+        """Have a child close all listening sockets but its own, and count where its predecessor has.
 
         Kept open they would take connections that nobody accepts, once their process has ended, and a child that drains
-        while its supervisor is dead would keep the port from the next start.
+        while its supervisor is dead would keep the port from the next start. With ``settings`` it sends what becomes of
+        messages to whoever keeps that, where somebody does.
         """
-        run, listening = child.run, self._listening
+        run, arena = child.run, self.arena
         if run is None:  # a program: sockets are not inherited
             return child
+        listening = [sock for place in self.places for sock in place.sockets]
+        listening += [self.listener] if self.listener else []
 
-        def run_apart(context: ChildContext) -> int:
+        def run_fitted(context: ChildContext) -> int:
+            if arena:
+                arena.take(context.name, context.seat)
             for sock in listening:
                 if sock not in own:
                     sock.close()
+            if settings:
+                emitter.take(self.trace[1] if self.trace and settings.trace.max_bytes else None)
             return run(context)
 
-        return _counting(self.arena, replace(child, run=run_apart))
-
-    def _traced(self, settings: Settings, child: Child) -> Child:
-        """Have a child send what becomes of messages to whoever keeps that, where somebody does."""
-        run, channel = child.run, self.trace if settings.trace.max_bytes else None
-        if run is None:
-            return child
-
-        def run_traced(context: ChildContext) -> int:
-            emitter.take(channel[1] if channel else None)
-            return run(context)
-
-        return replace(child, run=run_traced)
-
-    @property
-    def _listening(self) -> list[socket.socket]:
-        return [s for place in self.places for s in place.sockets] + ([self.listener] if self.listener else [])
+        prepare = (lambda seat: arena.reserve(child.name, seat)) if arena else child.prepare
+        return replace(child, run=run_fitted, prepare=prepare)
 
     def _relay(self, number: int, settings: Settings, place: Place) -> Child:
-        def be_relay(context: ChildContext) -> int:
-            return relay_process.serve(context, settings, place, self.url)
-
         return Child(
             f"relay-{number + 1}",
-            run=be_relay,
+            run=lambda context: relay_process.serve(context, settings, place, self.url),
             stage=RELAY_STAGE,
             bury=lambda seat: place.counters.at_seat(seat).clear(),
             leave=relay_process.LEAVE,
@@ -196,19 +178,6 @@ class ChildProcesses:
         return be_status
 
 
-def _counting(arena: metric_store.Arena | None, child: Child) -> Child:
-    """Have a child count where whoever had its name and seat before has counted."""
-    run = child.run
-    if run is None or arena is None:
-        return child
-
-    def run_counted(context: ChildContext) -> int:
-        arena.take(context.name, context.seat)
-        return run(context)
-
-    return replace(child, run=run_counted, prepare=lambda seat: arena.reserve(child.name, seat))
-
-
 Duty = Callable[[ChildContext, StopEvent], None]  # a task of the housekeeping, until the event is set
 
 
@@ -247,20 +216,15 @@ def _sweeping(settings: Settings, url: str) -> dict[str, Duty]:
     def schedule(_: ChildContext, stop: StopEvent) -> None:
         connect = connector(settings.redis)
         with connect() as client:
-            longest = longest_delay(settings.retry)
-            keep_scheduling(connect, _queues(client, settings.copied), name, stop, longest=longest)
+
+            def queues() -> list[str]:
+                """Return those of a destination that another host's relay has made known, too."""
+                known = registry.destinations(client).values()
+                return sorted({d.queue_name for d in (*settings.copied, *known)})
+
+            keep_scheduling(connect, queues, name, stop, longest=longest_delay(settings.retry))
 
     def reconcile(_: ChildContext, stop: StopEvent) -> None:
         keep_reconciling(connector(settings.redis), settings, name, stop, every=settings.workers.sweep)
 
     return {"scheduler": schedule, "reconciler": reconcile}
-
-
-def _queues(client: Redis, configured: Sequence[Destination]) -> Callable[[], list[str]]:
-    """Return what names the queues: also those of a destination that another host's relay has made known."""
-
-    def names() -> list[str]:
-        known = registry.destinations(client).values()
-        return sorted({d.queue_name for d in (*configured, *known)})
-
-    return names

@@ -79,7 +79,7 @@ def run(settings: Settings, role: Role, extra: Sequence[Child] = (), read: Read 
         ledger_redis.register(settings, continuity, role)
         child_status = ChildStatus()
         processes = ChildProcesses(role, url, places, listener, arena, child_status, start.trace_channel())
-        children += [*processes.of(settings), *map(processes.holding, extra)]
+        children += [*processes.of(settings), *map(processes.fitted, extra)]
         early.check()
         supervisor = Supervisor(
             children,
@@ -99,10 +99,14 @@ def _roster(
 ) -> Roster:
     if not processes.role.delivers:
         return RetiredDestinations(settings, None, continuity, former)
-    retired = RetiredDestinations(settings, processes.workers_for(settings), continuity, former)
+
+    def workers_for(destination: Destination) -> list[Child]:
+        return processes.workers(settings, [destination])
+
+    retired = RetiredDestinations(settings, workers_for, continuity, former)
     if not are_shared(settings):
         return retired
-    busy = BusyDestinations(settings, processes.workers_for(settings))
+    busy = BusyDestinations(settings, workers_for)
 
     def further() -> Sequence[Child] | None:
         found = [retired(), busy()]

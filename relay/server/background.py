@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from relay import maillog
+from relay.repeated import Backoff, until_done
 
 _AGAIN_SECONDS = 1.0
 _LOOK_SECONDS = 0.05
@@ -13,7 +14,11 @@ _LOOK_SECONDS = 0.05
 
 def start(work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
     """Run ``work`` in the background until it returns; when it raises, that is logged and it is started again."""
-    return asyncio.get_running_loop().create_task(_for_ever(work))
+
+    def trouble(error: Exception) -> None:  # the border: mail continues, and so must this task
+        maillog.task_failed(getattr(work, "__qualname__", "task"), error)
+
+    return asyncio.get_running_loop().create_task(until_done(work, trouble, Backoff(_AGAIN_SECONDS, _AGAIN_SECONDS)))
 
 
 async def end(task: asyncio.Task[None]) -> None:
@@ -21,12 +26,3 @@ async def end(task: asyncio.Task[None]) -> None:
     while not task.done():
         task.cancel()
         await asyncio.wait({task}, timeout=_LOOK_SECONDS)
-
-
-async def _for_ever(work: Callable[[], Awaitable[None]]) -> None:
-    while True:
-        try:
-            return await work()
-        except Exception as error:  # the border: mail continues, and so must this task
-            maillog.task_failed(getattr(work, "__qualname__", "task"), error)
-        await asyncio.sleep(_AGAIN_SECONDS)

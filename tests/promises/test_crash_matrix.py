@@ -19,7 +19,7 @@ from support.product import QUICK, Product
 from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
-from workers.upkeep.reconciler import reconcile
+from workers.upkeep.reconciler import verify
 
 RELAY_POINTS = [
     "before staging",
@@ -99,7 +99,7 @@ def drained(pair: Product) -> bool:
     """Say whether nothing is under way; sweeps first, as the reconciler does once a minute."""
     try:
         with redis.Redis.from_url(pair.redis_url) as connection:
-            reconcile(connection, loader.load(environ=pair.environment, directories=()), pause=0.5)
+            verify(connection, loader.load(environ=pair.environment, directories=()), pause=0.5)
             spooled = writer.summary(pair.state_dir / "spool").messages
             return spooled == 0 and all(row.pending == 0 for row in overview.summary(connection))
     except redis.RedisError:

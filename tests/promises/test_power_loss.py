@@ -29,7 +29,7 @@ from support.product import QUICK, Product
 from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
-from workers.upkeep.reconciler import reconcile
+from workers.upkeep.reconciler import verify
 
 FS_IOC_SHUTDOWN = 0x8004587D
 NO_LOG_FLUSH = 2  # EXT4_GOING_FLAGS_NOLOGFLUSH: what the journal has not committed is lost
@@ -207,7 +207,7 @@ def _is_rewriting(client: redis.Redis) -> bool:
 def _is_drained(pair: Product) -> bool:
     """Say whether nothing is under way; sweeps first, as the reconciler does once a minute."""
     with suppress(redis.RedisError), redis.Redis.from_url(pair.redis_url) as client:
-        reconcile(client, loader.load(environ=pair.environment, directories=()), pause=0.5)
+        verify(client, loader.load(environ=pair.environment, directories=()), pause=0.5)
         # In the order in which a message goes through them, so that none is passed by on its way.
         left = writer.summary(pair.state_dir / "spool").messages
         left += client.zcard(keys.STAGED) + client.zcard(keys.UNCERTAIN)

@@ -34,7 +34,7 @@ def test_what_is_given_up_in_an_outage_is_counted(contents: Contents, new: Backu
     groups = {group.kind: group for group in new.groups().values()}
     assert (groups["given-up"].open, groups["given-up"].messages, groups["given-up"].own) == (4, 2, True)
     assert groups["deferred"].open == 0
-    assert reconciler.reconcile(contents.connection, settings(), 0).counts["wrong count of refusals"] == 0
+    assert reconciler.verify(contents.connection, settings(), 0).counts["wrong count of refusals"] == 0
 
 
 def test_verify_mends_a_wrong_number(contents: Contents, new: Backup) -> None:
@@ -42,14 +42,14 @@ def test_verify_mends_a_wrong_number(contents: Contents, new: Backup) -> None:
     new.attempt(contents.pending("ann@a.test"), {0: refused()})
     place = f"{keys.DIVERGED}new:{new.group().key}"
     contents.connection.hset(place, "open", 7)
-    dry = reconciler.reconcile(contents.connection, settings(), 0, repair=False)
+    dry = reconciler.verify(contents.connection, settings(), 0, repair=False)
     assert [finding.action for finding in dry.findings] == ["7 recipients, should be 1"]
     assert new.group().open == 7
-    done = reconciler.reconcile(contents.connection, settings(), 0)
+    done = reconciler.verify(contents.connection, settings(), 0)
     assert [finding.action for finding in done.findings] == ["7 recipients, mended to 1"]
     assert done.disagreed
     assert new.group().open == 1
-    assert not reconciler.reconcile(contents.connection, settings(), 0).disagreed
+    assert not reconciler.verify(contents.connection, settings(), 0).disagreed
 
 
 def test_a_lost_reason_comes_back(contents: Contents, new: Backup) -> None:
@@ -57,7 +57,7 @@ def test_a_lost_reason_comes_back(contents: Contents, new: Backup) -> None:
     new.attempt(contents.pending("ann@a.test"), {0: refused()})
     before = new.group()
     contents.connection.delete(*contents.connection.keys("smtpdup:div*"))
-    reconciler.reconcile(contents.connection, settings(smtp_domain="relay.test"), 0)
+    reconciler.verify(contents.connection, settings(smtp_domain="relay.test"), 0)
     assert (new.group().key, new.group().text, new.group().open) == (before.key, before.text, 1)
 
 

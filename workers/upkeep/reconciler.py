@@ -137,8 +137,12 @@ class _Lock:
             self._connection.delete(keys.RECONCILER)
 
 
-def reconcile(connection: Redis, settings: Settings, pause: float = _PAUSE, *, repair: bool = True) -> Report:
-    """Sweep twice, ``pause`` seconds apart, and repair at the second. Raises RedisError."""
+def verify(connection: Redis, settings: Settings, pause: float = _PAUSE, *, repair: bool = True) -> Report:
+    """Compare ledger and RQ for `queue verify`; ``findings`` are its rows. Raises RedisError.
+
+    It sweeps twice, ``pause`` seconds apart: a copy without a job counts only if both sweeps find it so, since one
+    whose job is being made is no finding. The second repairs; without ``repair`` nothing is changed.
+    """
     sweeper = Sweeper(connection, settings)
     aside = sweeper.set_aside() if repair else []
     sweeper.sweep(repair=False, thorough=False)
@@ -146,15 +150,6 @@ def reconcile(connection: Redis, settings: Settings, pause: float = _PAUSE, *, r
     report = sweeper.sweep(repair=repair, thorough=True)
     report.add_aside(aside)
     return report
-
-
-def verify(connection: Redis, settings: Settings, *, repair: bool = True, pause: float = _PAUSE) -> Report:
-    """Compare ledger and RQ for `queue verify`; ``findings`` are its rows. Raises RedisError.
-
-    Without ``repair`` nothing is changed. In both cases a copy without a job counts only if two sweeps find it so: one
-    whose job is being made is no finding.
-    """
-    return reconcile(connection, settings, pause, repair=repair)
 
 
 def _tell(report: Report) -> None:
