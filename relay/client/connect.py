@@ -72,7 +72,7 @@ async def connect(
         try:
             return await attempt.at(address, name, patience, share)
         except ConnectFailed as error:
-            _avoid(address)
+            avoid(address[3])
             if error.reply is not None or trouble is None or trouble.reply is None:
                 trouble = error  # a reply says more than an address that does not answer
             if error.stage == "AUTH":
@@ -225,10 +225,6 @@ def avoid(peer: tuple[Any, ...]) -> None:
         for known in [known for known, until in _avoided.items() if until <= now] or [next(iter(_avoided))]:
             del _avoided[known]
     _avoided[peer[:2]] = now + _AVOID_SECONDS
-
-
-def _avoid(address: _Address) -> None:
-    avoid(address[3])
 
 
 def _is_avoided(target: tuple[str, _Address]) -> bool:

@@ -49,7 +49,8 @@ class SessionRefusals:
         """Note what a new connection said instead: the same, a yes, or something that says nothing of that refusal."""
         kind = _kind(doubted)
         if any(reply.code < 400 for reply in replies):
-            self._refuted(kind)
+            self._pauses.pop(kind, None)
+            self._budget = min(_BUDGET, self._budget + 1.0)
         elif any(_kind(reply) == kind for reply in replies):
             self._confirmed(kind)
 
@@ -59,10 +60,6 @@ class SessionRefusals:
         self._pauses[kind] = (self._clock() + pause, pause)
         if len(self._pauses) > _KINDS:
             del self._pauses[next(iter(self._pauses))]
-
-    def _refuted(self, kind: str) -> None:
-        self._pauses.pop(kind, None)
-        self._budget = min(_BUDGET, self._budget + 1.0)
 
 
 def _kind(reply: Reply) -> str:

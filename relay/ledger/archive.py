@@ -104,8 +104,7 @@ def _room(connection: Redis) -> float:
 
 def is_pressed(connection: Redis) -> bool:
     """Return whether Redis is so full that failed bodies must be moved."""
-    used, limit = memory(connection)
-    return bool(limit) and used > _PRESSED * limit
+    return _pressure(connection) > 0
 
 
 def _pressure(connection: Redis) -> float:

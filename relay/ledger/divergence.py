@@ -77,14 +77,7 @@ def count(
     known: dict[Answer, Noted] = {}
     for i, answer in answers.items():
         if answer not in known:
-            words = replace(
-                ours,
-                recipient=envelope.recipients[i].address,
-                sender=envelope.sender,
-                client=envelope.client_address,
-                message_id=envelope.id,
-            )
-            status, text = reply_text.normalise(answer.reply, words)
+            status, text = reply_text.normalise(answer.reply, ours.of(envelope, i))
             key = key_of(destination, answer.kind, answer.stage, answer.reply.code, status, text)
             known[answer] = groups.setdefault(key, Noted(key, answer, status, text))
         found[i] = LETTERS[answer.kind] + known[answer].key

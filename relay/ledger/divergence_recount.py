@@ -7,7 +7,7 @@ next time: a group's ``turns`` tells. A group that is gone comes back from the r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from relay.ledger import changes, keys, queries
@@ -22,6 +22,7 @@ from relay.mail.reply_text import Known
 
 _PAGE = 1000
 _KINDS = {letter: kind for kind, letter in LETTERS.items()}
+_RESTS = {letter: OTHERS[kind] for letter, kind in _KINDS.items()}
 # KEYS: a group. ARGV: its turns when they were read, how many are open. Only what has not changed since is mended.
 _MEND = """
 if (redis.call('HGET', KEYS[1], 'turns') or '0') ~= ARGV[1] then return 0 end
@@ -77,17 +78,14 @@ def recount(
     for group in after.values():
         expected = counted[group.key].recipients if group.key in counted else 0
         if group.is_rest:
-            expected = sum(found.recipients for found in lost.values() if _rest_of(found.letter) == group.key)
+            here = (found for found in lost.values() if _RESTS.get(found.letter, "other") == group.key)
+            expected = sum(found.recipients for found in here)
         was = before.get(group.key)
         if was is None or (was.turns, was.open) != (group.turns, group.open) or group.open == expected:
             continue
         if not repair or _mend(connection, group, expected):
             mended.append(Mended(group.key, group.open, expected))
     return mended
-
-
-def _rest_of(letter: str) -> str:
-    return OTHERS.get(_KINDS.get(letter, ""), "other")
 
 
 def _mend(connection: Any, group: Group, expected: int) -> bool:
@@ -146,13 +144,7 @@ def _remembered(
     """Return stage, reply, status and text of a group: of the reply that gives its key, or else of the last one."""
     known = ours
     if envelope is not None and found.recipient < len(envelope.recipients):
-        known = replace(
-            ours,
-            recipient=envelope.recipients[found.recipient].address,
-            sender=envelope.sender,
-            client=envelope.client_address,
-            message_id=envelope.id,
-        )
+        known = ours.of(envelope, found.recipient)
     last = ("", Reply.of(0), "", "")
     for attempt in reversed(found.state.history):
         code, _, words = attempt.reply.partition(" ")

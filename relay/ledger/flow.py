@@ -10,7 +10,7 @@ import functools
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from relay.batches import batched
@@ -145,7 +145,8 @@ class Flow:
 
     def seconds_of(self, servers: Iterable[str]) -> Buckets:
         """Return how long these servers took to reply; where none is known by itself, all that answered."""
-        return _merged(self.answered.get(name, Buckets()) for name in servers) if self.answered else self.seconds
+        found: Buckets = _sum([Buckets(), *(self.answered.get(name, Buckets()) for name in servers)])
+        return found if self.answered else self.seconds
 
 
 _NOTHING = DestinationFlow()
@@ -193,54 +194,25 @@ def total(flows: Sequence[Flow]) -> Flow:
     """Return several stretches of time as one."""
     if not flows:
         return Flow(0.0, 0.0)
-    names = {name for flow in flows for name in flow.destinations}
-    plain = {name: (max if name in MAXIMA else sum)(getattr(flow, name) for flow in flows) for name in _PLAIN}
-    return Flow(
-        flows[0].start,
-        flows[-1].start + flows[-1].length - flows[0].start,
-        **plain,
-        uses=_sum(flow.uses for flow in flows),
-        split=_sum(flow.split for flow in flows),
-        failovers=_sum(flow.failovers for flow in flows),
-        routes={
-            key: RouteFlow(
-                sum(f.routes[key].accepted for f in flows if key in f.routes),
-                sum(f.routes[key].refused for f in flows if key in f.routes),
-            )
-            for key in sorted({key for flow in flows for key in flow.routes})
-        },
-        seconds=_merged(flow.seconds for flow in flows),
-        answered={
-            name: _merged(flow.answered[name] for flow in flows if name in flow.answered)
-            for name in sorted({name for flow in flows for name in flow.answered})
-        },
-        destinations={name: _total([flow.of(name) for flow in flows]) for name in sorted(names)},
-    )
+    start, end = flows[0].start, flows[-1].start + flows[-1].length
+    largest = {name: max(getattr(flow, name) for flow in flows) for name in MAXIMA}
+    summed: Flow = _sum(flows)
+    return replace(summed, start=start, length=end - start, **largest)
 
 
-def _total(flows: Sequence[DestinationFlow]) -> DestinationFlow:
-    delivered, deferred, failed, trouble, copied = (sum(getattr(flow, name) for flow in flows) for name in _RESULTS)
-    return DestinationFlow(
-        delivered,
-        deferred,
-        failed,
-        trouble,
-        copied,
-        seconds=_merged(flow.seconds for flow in flows),
-        age=_merged(flow.age for flow in flows),
-    )
-
-
-def _merged(many: Iterable[Buckets]) -> Buckets:
-    return Buckets(_sum(buckets.counts for buckets in many))
-
-
-def _sum(many: Iterable[Mapping[Any, int]]) -> dict[Any, int]:
-    found: dict[Any, int] = {}
-    for counts in many:
-        for key, count in counts.items():
-            found[key] = found.get(key, 0) + count
-    return found
+def _sum(many: Sequence[Any]) -> Any:
+    """Return one number for several, and one of what has numbers in its fields, or by keys."""
+    first = many[0]
+    if isinstance(first, Mapping):
+        by_key: dict[Any, list[Any]] = {}
+        for one in many:
+            for key, value in one.items():
+                by_key.setdefault(key, []).append(value)
+        return {key: _sum(values) for key, values in sorted(by_key.items())}
+    if is_dataclass(first):
+        kind: Any = type(first)
+        return kind(**{f.name: _sum([getattr(one, f.name) for one in many]) for f in fields(first)})
+    return sum(many)
 
 
 def _read(start: float, length: float, fields: Any) -> Flow:

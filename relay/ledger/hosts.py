@@ -16,8 +16,7 @@ from typing import Any
 from relay.ledger import changes, keys
 from relay.ledger.changes import Pipe
 from relay.mail import ids
-from relay.mail.stored import any_text, number, parsed, texts
-from relay.mail.text import printable
+from relay.mail.stored import number, parsed, shown, texts
 
 LATE = 60.0  # seconds after which a host that has said nothing is not heard any more
 _FORGOTTEN = 86400.0
@@ -148,9 +147,9 @@ def _host(place: str, data: bytes, now: float) -> Host | None:
         found = parsed(data)
         messages, oldest = found["spool"]
         return Host(
-            place=_text(place),
-            host=_text(found["host"]),
-            role=_text(found["role"]),
+            place=shown(place),
+            host=shown(found["host"]),
+            role=shown(found["role"]),
             processes=int(number(found["processes"])),
             spool_messages=int(number(messages)),
             spool_oldest_s=number(oldest),
@@ -168,19 +167,15 @@ def _reach(field: str, data: bytes, now: float) -> Reach | None:
         verified = found["verified"]
         return Reach(
             destination=destination,
-            place=_text(place),
-            host=_text(found["host"]),
+            place=shown(place),
+            host=shown(found["host"]),
             ok=found["ok"] is True,
-            text=_text(found["text"]),
+            text=shown(found["text"]),
             gave_mail=found["mail"] is True,
             verified=verified if isinstance(verified, bool) else None,
-            why_unverified=_text(found["why"]),
+            why_unverified=shown(found["why"]),
             certificate_ends=number(found["ends"]),
             age=abs(now - number(found["at"])),
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
-
-
-def _text(value: Any) -> str:
-    return printable(any_text(value)[:_CUT])

@@ -239,18 +239,15 @@ def _digest(connection: Redis, message_id: str) -> str:
 
 def _set_aside(connection: Redis, message_id: str) -> None:
     if connection.exists(keys.MESSAGE + message_id):
-        maillog.notice("error", "unreadable message", id=message_id, reason=_why(connection, message_id))
+        reason = "it can be read now"
+        try:
+            queries.message(connection, message_id)
+        except (UnknownId, MalformedRecord) as error:
+            reason = str(error)
+        maillog.notice("error", "unreadable message", id=message_id, reason=reason)
         connection.zadd(keys.UNCERTAIN, {message_id: changes.now(connection) + _SET_ASIDE}, xx=True)
     else:
         maillog.body_missing(message_id, "")
         with connection.pipeline(transaction=True) as pipe:
             changes.discard(pipe, [message_id])
             pipe.execute()
-
-
-def _why(connection: Redis, message_id: str) -> str:
-    try:
-        queries.message(connection, message_id)
-    except (UnknownId, MalformedRecord) as error:
-        return str(error)
-    return "it can be read now"

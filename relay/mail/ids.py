@@ -72,7 +72,7 @@ class IdSource:
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self.owner = _base32(random.SystemRandom().getrandbits(20), 4)
+        self.owner = "".join(random.SystemRandom().choices(ALPHABET, k=4))
         self._clock = clock
         self._last = 0  # milliseconds and count
 
@@ -80,7 +80,7 @@ class IdSource:
         count = (self._last + 1) & _COUNTED
         self._last = max(int(self._clock() * 1000) << _COUNT_BITS | count, self._last + 1)
         last = self._last
-        # Written out, as is _base32 for nine characters: every message has a moment of its own.
+        # Written out: every message has a moment of its own.
         return (
             f"{_PAIRS[last >> 50 & 1023]}{_PAIRS[last >> 40 & 1023]}{_PAIRS[last >> 30 & 1023]}"
             f"{_PAIRS[last >> 20 & 1023]}{ALPHABET[last >> 15 & 31]}{self.owner}"
@@ -99,7 +99,3 @@ def made_at(message_id: str) -> float:
     if len(message_id) != 16 or min(digits) < 0:
         return math.inf
     return sum(digit << shift for digit, shift in zip(digits, range(40, -1, -5), strict=True)) / 1000
-
-
-def _base32(number: int, width: int) -> str:
-    return "".join(ALPHABET[(number >> shift) & 31] for shift in range(5 * (width - 1), -1, -5))

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from relay.mail.envelope import Envelope
 from relay.mail.reply import Reply
 from relay.mail.text import printable
 
@@ -101,6 +102,16 @@ class Known:
     message_id: str = ""
     ours: tuple[str, ...] = ()  # the name that we say in EHLO, and our address where it is known
     server: str = ""  # the other side's host name or address
+
+    def of(self, envelope: Envelope, recipient: int) -> Known:
+        """Return it with the words of an envelope, for one of its recipients."""
+        return replace(
+            self,
+            recipient=envelope.recipients[recipient].address,
+            sender=envelope.sender,
+            client=envelope.client_address,
+            message_id=envelope.id,
+        )
 
 
 class Normalised(NamedTuple):

@@ -8,8 +8,11 @@ from collections.abc import Callable
 from json import encoder as _encoder
 from typing import Any
 
+from relay.mail.text import printable
+
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")  # never sent in a command, see relay.client.connection
 
+_SHOWN = 300  # characters of a text that is for people
 LATEST = 1e11  # seconds since the epoch that can be right (the year 5138)
 LARGEST = 1 << 53
 _HUGEST = 1e308  # beyond it are infinities, and whole numbers that no float holds; NaN is not within
@@ -67,6 +70,11 @@ def any_text(value: object) -> str:
     if value.__class__ is str:
         return value
     raise TypeError("not a text")
+
+
+def shown(value: object) -> str:
+    """Return the value if it is a str, to be shown: printable, cut where it is long. Raises TypeError."""
+    return printable(any_text(value)[:_SHOWN])
 
 
 def line(value: object) -> str:

@@ -109,7 +109,7 @@ def note(state_dir: Path, source: Path) -> Note | None:
     try:
         data = private_files.read(_path_of(state_dir), _note_name(source), _LONGEST_NOTE)
         found = parsed(data)
-        made = Note(**{**found, "stamp": _as_stamp(found["stamp"]), "servers": texts(found["servers"])})
+        made = Note(**{**found, "stamp": tuple(map(int, found["stamp"])), "servers": texts(found["servers"])})
         if made.source != str(source) or (made.name and Path(made.name).name != made.name):
             raise _Unusable
     except (OSError, ValueError, TypeError, KeyError):
@@ -134,11 +134,6 @@ def standing(state_dir: Path, source: Path) -> Note | None:
         return found
     changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(stamp[0] / 1e9))
     return replace(found, fault=f"of {changed}, and not taken since: {_path_of(state_dir)} must be writable")
-
-
-def _as_stamp(found: list[int]) -> _Stamp:
-    changed, size, inode, touched = map(int, found)
-    return changed, size, inode, touched
 
 
 def _path_of(state_dir: Path) -> Path:

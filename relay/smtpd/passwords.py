@@ -15,6 +15,7 @@ import hmac
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -149,11 +150,14 @@ def read_lines(path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def read_hash(text: str, place: str) -> Hash:
-    """Read a hash of a users file. Raises ValueError with the place."""
-    try:
-        return _read_hash(text)
-    except ValueError:
-        raise ValueError(f"{place}: expected a hash made by `smtp-dup hash-password`") from None
+    """Read a hash of a users file, in PHC form. Raises ValueError with the place."""
+    found = _PHC.fullmatch(text.strip())
+    if found is not None:
+        ln, r, p = (int(found[n]) for n in (1, 2, 3))
+        if 10 <= ln <= 18 and 1 <= r <= 16 and 1 <= p <= 8:  # neither too weak nor too dear
+            with suppress(binascii.Error):
+                return Hash(ln, r, p, _octets(found[4]), _octets(found[5]))
+    raise ValueError(f"{place}: expected a hash made by `smtp-dup hash-password`")
 
 
 def _scrypt(password: bytes, ln: int, r: int, p: int, salt: bytes, size: int) -> bytes:
@@ -161,23 +165,9 @@ def _scrypt(password: bytes, ln: int, r: int, p: int, salt: bytes, size: int) ->
     return hashlib.scrypt(password, salt=salt, n=n, r=r, p=p, maxmem=160 * n * r * p + (1 << 20), dklen=size)
 
 
-def _read_hash(text: str) -> Hash:
-    """Read the PHC form. Raises ValueError."""
-    found = _PHC.fullmatch(text.strip())
-    if found is None:
-        raise ValueError("no scrypt hash")
-    ln, r, p = (int(found[n]) for n in (1, 2, 3))
-    if not (10 <= ln <= 18 and 1 <= r <= 16 and 1 <= p <= 8):
-        raise ValueError("scrypt with these parameters is too weak or too dear")
-    return Hash(ln, r, p, _octets(found[4]), _octets(found[5]))
-
-
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii").rstrip("=")
 
 
 def _octets(text: str) -> bytes:
-    try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except binascii.Error as error:
-        raise ValueError("no base64") from error
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)

@@ -157,10 +157,6 @@ class Primary:
         except ClientError:
             connection.close()
 
-    def settle_doubt(self, doubted: Reply, reply: Reply) -> None:
-        """Note whether a new connection repeated the refusal ``doubted`` of a reused one."""
-        self.pool.refusals.settle(doubted, (reply,))
-
     def unavailable(self, error: ClientError) -> Reply:
         """Log that no connection to the primary can be had; returns the reply for the client."""
         self.trouble(error.stage, error)

@@ -120,7 +120,7 @@ async def _begin(
             repeated, doubted = repeated + 1, reply
             continue
         if doubted is not None:
-            primary.settle_doubt(doubted, reply)
+            primary.pool.refusals.settle(doubted, (reply,))
         if 200 <= reply.code < 300:
             return PrimaryTransaction(primary, connection, ahead, build, identity, reused=reused), reply
         await _give_back_refused(primary, connection, reply)
@@ -388,7 +388,7 @@ class PrimaryTransaction:
             self.abandon()
             raise
         if doubted is not None:
-            primary.settle_doubt(doubted, reply)
+            primary.pool.refusals.settle(doubted, (reply,))
         return self._read(stage, reply)
 
     def _send(self, connection: Connection, command: bytes) -> None:

@@ -231,10 +231,7 @@ class SpoolFiles:
                     maillog.notice("error", "a spooled message waits for its key", id=entry.id, reason=str(error))
             except MalformedRecord as error:
                 metrics.damaged_records.labels("spool").inc()
-                try:
-                    self._set_aside(entry.name, str(error), destination)
-                except OSError as trouble:
-                    self._pass_over(entry.name, trouble)
+                self._set_aside(entry.name, str(error), destination)
             except Exception as error:  # this file may be readable later; the others can be imported now
                 self._pass_over(entry.name, error)
         return loaded
@@ -248,11 +245,9 @@ class SpoolFiles:
         names = (destination,) if destination else envelope.destinations
         released = Released(envelope.id, names, digest, addresses, envelope.received_at)
         # In a backlog, a link that was made or removed changes the time, too.
-        came_back = not destination and self._put_there_at(entry) > made_at(entry.id) + _LONG_AFTER
+        changed = (writer.messages(self._folder) / entry.name).lstat().st_ctime if not destination else 0.0
+        came_back = changed > made_at(entry.id) + _LONG_AFTER
         return Loaded(entry, record, released, entry.state != READY, came_back)
-
-    def _put_there_at(self, entry: Entry) -> float:
-        return (writer.messages(self._folder) / entry.name).lstat().st_ctime
 
     def notes(self, entries: Sequence[Entry]) -> list[tuple[Entry, Released | None]]:
         """Return notes: (entry, Released), or (entry, None) for a discard; unreadable ones are set aside."""
@@ -266,10 +261,7 @@ class SpoolFiles:
             except FileNotFoundError:
                 continue
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                try:
-                    self._set_aside(entry.name, f"unreadable note: {error}")
-                except OSError as trouble:
-                    self._pass_over(entry.name, trouble)
+                self._set_aside(entry.name, f"unreadable note: {error}")
             except Exception as error:
                 self._pass_over(entry.name, error)
         return found
@@ -302,8 +294,11 @@ class SpoolFiles:
             maillog.spool_unfinished(name)
 
     def _set_aside(self, name: str, reason: str, destination: str = "") -> None:
-        if moved := self._move(name, "corrupt", destination):
-            maillog.spool_set_aside(moved, reason)
+        try:
+            if moved := self._move(name, "corrupt", destination):
+                maillog.spool_set_aside(moved, reason)
+        except OSError as error:
+            self._pass_over(name, error)
 
     def _move(self, name: str, folder: str, destination: str) -> str:
         """Move a file into this folder; returns its name there, "" if it is gone."""

@@ -193,7 +193,8 @@ class Importer:
         """Import those of a batch that fit; returns False if it must be tried again later."""
         started = time.monotonic()
         try:
-            levels = await self._room.levels({backup} if backup else self._known or (), _mean(batch))
+            mean = sum(entry.size for entry in batch) // len(batch)
+            levels = await self._room.levels({backup} if backup else self._known or (), mean)
             fitting = self._fitting(batch, max(levels.values(), default=0.0))
             if not levels or (backup and not fitting):
                 return False
@@ -343,10 +344,6 @@ def _is_note(member: str) -> bool:
     file, name = changes.note_of(member)
     entry = writer.entry_of(file)
     return (is_id(file) and not name) or (bool(entry.state) and is_destination_name(name))
-
-
-def _mean(batch: Sequence[Entry]) -> int:
-    return sum(entry.size for entry in batch) // len(batch)
 
 
 def _batches(entries: Sequence[Entry], most: int) -> Iterator[list[Entry]]:

@@ -94,12 +94,9 @@ def follow_moves(
     """Wait until every process that lives, or ``lived``, goes by a generation of who has moved, at most so long."""
     deadline = time.monotonic() + seconds
     while True:
-        found = Followed.of(heartbeats.read(connection), lambda beat: _goes_by(beat, generation), lived)
+        beats = heartbeats.read(connection)
+        found = Followed.of(beats, lambda beat: beat.is_alive and (beat.moved or 0) >= generation, lived)
         report(found.in_words)
         if not found.late or time.monotonic() >= deadline:
             return found
         time.sleep(_EVERY)
-
-
-def _goes_by(beat: Heartbeat, generation: int) -> bool:
-    return beat.is_alive and (beat.moved or 0) >= generation

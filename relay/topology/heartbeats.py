@@ -20,8 +20,8 @@ from relay.ledger import changes, keys
 from relay.ledger.changes import Pipe
 from relay.mail import ids
 from relay.mail.ids import is_destination_name
-from relay.mail.stored import number, parsed, texts
-from relay.topology.state import count, ordinal, text
+from relay.mail.stored import number, parsed, shown, texts
+from relay.topology.state import count, ordinal
 
 DEAD_AFTER = 10.0  # seconds of silence
 # How the trouble of one begins that goes by the map of who has moved all the same.
@@ -154,22 +154,22 @@ def _beat(process: str, data: bytes, now: float) -> Heartbeat | None:
         found = parsed(data)
         at = number(found["at"])
         return Heartbeat(
-            process=text(process),
-            host=text(found["host"]),
-            name=text(found["name"]),
+            process=shown(process),
+            host=shown(found["host"]),
+            name=shown(found["name"]),
             pid=count(found["pid"]),
-            version=text(found["version"]),
+            version=shown(found["version"]),
             epoch=ordinal(found["epoch"]),
-            primary=text(found["primary"]),
+            primary=shown(found["primary"]),
             generation=count(found["generation"]),
-            prepared=text(found["prepared"]),
-            trouble=text(found["trouble"]),
+            prepared=shown(found["prepared"]),
+            trouble=shown(found["trouble"]),
             in_old=count(found["in_old"]),
             at=at,
             age=abs(now - at),
             down=_names(found.get("down", [])),
             moved=ordinal(found["moved"]) if "moved" in found else None,
-            moved_trouble=text(found.get("moved_trouble", "")),
+            moved_trouble=shown(found.get("moved_trouble", "")),
             servers=_names(found.get("servers", [])),
             settings=_digests(found["settings"]) if "settings" in found else None,
             routes=frozenset(texts(found["routes"])) if "routes" in found else None,
@@ -179,7 +179,7 @@ def _beat(process: str, data: bytes, now: float) -> Heartbeat | None:
 
 
 def _digests(found: Any) -> dict[str, str]:
-    return {text(name): text(digest) for name, digest in list(found.items())[:_MOST]}
+    return {shown(name): shown(digest) for name, digest in list(found.items())[:_MOST]}
 
 
 def _names(found: Any) -> tuple[str, ...]:

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from relay.mail.ids import is_destination_name
-from relay.mail.stored import number
-from relay.topology.state import Unreadable, count, ordinal, read_or_why, read_stored, text
+from relay.mail.stored import number, shown
+from relay.topology.state import Unreadable, count, ordinal, read_or_why, read_stored
 
 _LONGEST_ENTRY = 4 << 10  # octets of a stored form
 _LONGEST_KEY = 1 << 10
@@ -47,7 +47,7 @@ class MovedEntry(NamedTuple):
         server, at, by, note = found
         if not is_destination_name(server):
             raise TypeError("no name of a server")
-        return cls(server, number(at), text(by), text(note))
+        return cls(server, number(at), shown(by), shown(note))
 
 
 Changes = Mapping[str, MovedEntry | None]  # key -> its new entry, None where it has none any more
@@ -89,12 +89,12 @@ class MapState:
         """Make one of what was parsed. Raises ValueError, TypeError, KeyError."""
         made = cls(
             generation=ordinal(found["generation"]),
-            id=text(found["id"]),
-            lineage=text(found["lineage"]),
+            id=shown(found["id"]),
+            lineage=shown(found["lineage"]),
             whole=ordinal(found["whole"]),
             count=count(found["count"]),
             at=number(found["at"]),
-            by=text(found["by"]),
+            by=shown(found["by"]),
             servers={name: count(n) for name, n in found["servers"].items() if is_destination_name(name)},
         )
         if not made.generation or not made.id or made.whole > made.generation:
@@ -116,13 +116,12 @@ class MapStep(NamedTuple):
     @classmethod
     def from_json(cls, data: bytes | str) -> MapStep:
         """Read the stored form. Raises Unreadable."""
-        return read_stored(data, cls.of, len(data))  # a step may have any number of changes
 
-    @classmethod
-    def of(cls, found: Any) -> MapStep:
-        """Make one of what was parsed. Raises ValueError, TypeError, AttributeError."""
-        generation, id_, before, changes = found
-        return cls(ordinal(generation), text(id_), text(before), changes_of(changes))
+        def made(found: Any) -> MapStep:
+            generation, id_, before, changes = found
+            return cls(ordinal(generation), shown(id_), shown(before), changes_of(changes))
+
+        return read_stored(data, made, len(data))  # a step may have any number of changes
 
 
 def changes_of(found: Any) -> dict[str, MovedEntry | None]:

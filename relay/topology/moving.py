@@ -216,7 +216,7 @@ def repair(connection: Redis, held: MapState, kept: Iterable[tuple[str, MovedEnt
     with connection.pipeline(transaction=True) as pipe:
         try:
             pipe.watch(keys.MOVES_STATE, keys.MOVES)
-            before, _ = MapState.read(decisions.get(pipe, keys.MOVES_STATE))
+            before, _ = state(pipe)
             later: dict[str, MovedEntry] = {}
             if size(pipe) > 0:
                 for found, _ in pages(pipe):
@@ -247,7 +247,7 @@ def repair(connection: Redis, held: MapState, kept: Iterable[tuple[str, MovedEnt
 
 def _as_known(pipe: Any, known: int) -> MapState | None:
     """Return the state that stands there, None before the first move. Raises Lost."""
-    found, nonsense = MapState.read(decisions.get(pipe, keys.MOVES_STATE))
+    found, nonsense = state(pipe)
     if why := lost(known, found, nonsense, size(pipe)):
         raise Lost(why)
     return found

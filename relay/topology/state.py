@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from relay.mail.ids import is_destination_name, is_route_name
-from relay.mail.stored import any_text, number, parsed
+from relay.mail.stored import number, parsed, shown
 from relay.mail.text import printable
 
 _MOST = 1 << 53  # what JSON's numbers keep whole
@@ -194,9 +194,9 @@ def _decision(given: Any) -> Decision:
         epoch=ordinal(found["epoch"]),
         primary=_name(found["primary"]),
         backups=_names(found["backups"]),
-        by=text(found.get("by", "")),
+        by=shown(found.get("by", "")),
         at=number(found.get("at", 0)),
-        reason=text(found.get("reason", "")),
+        reason=shown(found.get("reason", "")),
         routes={_route(name): _roles(_object(roles)) for name, roles in routes.items()},
     )
 
@@ -221,11 +221,11 @@ def is_weight(value: float) -> bool:
 def _intent(given: Any) -> Intent:
     found = _object(given)
     return Intent(
-        id=text(found["id"]),
+        id=shown(found["id"]),
         epoch=count(found["epoch"]),
         primary=_name(found["primary"]),
         old=_name(found["old"]) if found["old"] else "",
-        by=text(found["by"]),
+        by=shown(found["by"]),
         at=number(found["at"]),
         seconds=number(found["seconds"]),
         route=_route(found["route"]) if found.get("route") else "",
@@ -249,11 +249,6 @@ def _route(value: Any) -> str:
     if not is_route_name(value):
         raise TypeError("no name of a route")
     return value
-
-
-def text(value: Any) -> str:
-    """Return a text that can be shown, cut where it is long. Raises TypeError."""
-    return printable(any_text(value)[:_CUT])
 
 
 def count(value: Any) -> int:
