@@ -281,14 +281,14 @@ def release_leases(pipe: Pipe, destination: str, worker: str) -> Any:
 
 
 def drop(pipe: Pipe, destination: str, ids: Sequence[str], *, pending: bool = False) -> None:
-    """Delete failed copies (or pending ones). Result: their number."""
+    """Delete failed copies (or pending ones). Result: their ids."""
     pipe.eval(script("drop"), 0, destination, "1" if pending else "0", *(part for i in ids for part in (i, "")))
 
 
 def drop_unchanged(pipe: Pipe, destination: str, copies: Mapping[str, float], *, pending: bool = False) -> None:
     """Delete failed copies (or pending ones) unless they have changed: id -> the score that was read.
 
-    A copy with another score was tried again, and a leased copy is being delivered: both stay. Result: number deleted.
+    A copy with another score was tried again, and a leased copy is being delivered: both stay. Result: the others' ids.
     """
     parts = (part for message_id, score in copies.items() for part in (message_id, repr(score)))
     pipe.eval(script("drop"), 0, destination, "1" if pending else "0", *parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -271,6 +272,17 @@ def test_expired_failures_are_dropped(contents: Contents) -> None:
     assert contents.failed_ids() == [young]
     assert not contents.has_body(old)
     assert contents.queue().failed_job_registry.count == 1
+
+
+def test_only_what_is_dropped_is_told_of_as_expired(contents: Contents, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, whatever somebody has written as its time; and not a copy that has failed anew since it was looked for."""
+    strange, anew = contents.failed(ago=2 * DAY), contents.failed(ago=2 * DAY)
+    contents.connection.zadd(keys.FAILED + "new", {strange: -math.inf})
+    listed = [[(strange, 0.0), (anew, 5.0)]]
+    monkeypatch.setattr(failed.queries, "pages", lambda *_, **__: listed)
+    assert failed.expire(contents.connection, "new", DAY, changes.now(contents.connection)) == [strange]
+    assert failed.expire(contents.connection, "new", DAY, changes.now(contents.connection)) == []
+    assert contents.failed_ids() == [anew]
 
 
 def test_stray_failed_jobs_are_deleted_and_others_stay(contents: Contents) -> None:

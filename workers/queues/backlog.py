@@ -117,7 +117,7 @@ def drop_copies(connection: Redis, destination: str, copies: Mapping[str, float]
     for batch in batched(list(copies.items()), _BATCH):
         with connection.pipeline(transaction=True) as pipe:
             changes.drop_unchanged(pipe, destination, dict(batch), pending=True)
-            count += int(pipe.execute()[0])
+            count += len(pipe.execute()[0])
     return count
 
 

@@ -26,7 +26,9 @@ from relay.ledger import archive, changes, keys, queries, rq_jobs
 from relay.ledger.copy_state import Attempt, CopyState
 from relay.mail import encryption
 from relay.mail.envelope import Envelope
+from relay.mail.ids import text
 from relay.mail.record import BodyElsewhere, Message
+from relay.mail.stored import moment
 from relay.mail.text import printable
 from workers.queues import selection
 from workers.queues.selection import FAILED, Filter
@@ -237,11 +239,10 @@ def expire(connection: Redis, destination: str, ttl: float, before: float) -> li
     """Drop what failed before that time, ``ttl`` seconds ago, with a log line each. Returns the ids."""
     gone: list[str] = []
     for page in queries.pages(connection, keys.FAILED + destination, until=before, size=_BATCH):
-        ids = [message_id for message_id, _ in page]
-        drop_copies(connection, destination, dict(page))
-        for message_id in ids:
+        dropped = _dropped(connection, destination, dict(page))
+        for message_id in dropped:
             maillog.failure_expired(message_id, destination, ttl)
-        gone += ids
+        gone += dropped
     return gone
 
 
@@ -283,17 +284,24 @@ def drop_copies(connection: Redis, destination: str, copies: Mapping[str, float]
 
     One that has failed anew since stays.
     """
+    return len(_dropped(connection, destination, copies))
+
+
+def _dropped(connection: Redis, destination: str, copies: Mapping[str, float]) -> list[str]:
+    """Forget failed copies as above. Returns their ids."""
     queue = rq_jobs.queue(connection, destination)
-    count = 0
+    gone: list[str] = []
     for batch in batched(list(copies), _BATCH):
         scores = connection.zmscore(keys.FAILED + destination, batch)
-        same = {i: copies[i] for i, score in zip(batch, scores, strict=True) if score == copies[i]}
+        # As it stands there: what nobody of ours has written may be no time, and is read as the nearest one.
+        found = ((i, score) for i, score in zip(batch, scores, strict=True) if score is not None)
+        same = {i: score for i, score in found if moment(score) == copies[i]}
         jobs = changes.owners(connection, destination, list(same), failed=True)
         with connection.pipeline(transaction=True) as pipe:
             changes.drop_unchanged(pipe, destination, same)
             forget_jobs(pipe, queue, jobs)
-            count += int(pipe.execute()[0])
-    return count
+            gone += map(text, pipe.execute()[0])
+    return gone
 
 
 def _details(page: selection.Page) -> Iterator[FailedDetail]:

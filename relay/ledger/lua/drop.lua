@@ -1,6 +1,6 @@
 -- ARGV: destination, '1' to drop pending copies instead of failed ones, then for each: id, and its score as it was read or
 -- ''. With a score, only an unchanged copy is deleted: one with another score was tried again, and a leased one may be
--- delivered at any moment.
+-- delivered at any moment. Returns the ids of those that are gone.
 local destination = ARGV[1]
 local list, states = 'smtpdup:failed:' .. destination, 'smtpdup:failure:' .. destination
 local busy = 'smtpdup:busy:' .. destination
@@ -10,7 +10,7 @@ end
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
 local names, whole = destinations()
-local count = 0
+local gone = {}
 for i = 3, #ARGV, 2 do
   local id = ARGV[i]
   local score, seen = redis.call('ZSCORE', list, id), ARGV[i + 1]
@@ -24,8 +24,8 @@ for i = 3, #ARGV, 2 do
       redis.call('ZREM', busy, id)
       redis.call('HDEL', 'smtpdup:holders:' .. destination, id)
     end
-    count = count + 1
+    gone[#gone + 1] = id
     if not is_listed(names, id) then forget_body(id, whole) end
   end
 end
-return count
+return gone
