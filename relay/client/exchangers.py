@@ -12,7 +12,6 @@ import ipaddress
 import random
 import socket
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -73,9 +72,10 @@ async def exchangers(destination: Destination, seconds: float) -> list[Exchanger
     hosts = sorted(hosts, key=lambda host: host[0])[:_MOST_HOSTS]
     left = max(0.0, deadline - asyncio.get_running_loop().time())
     addresses = await asyncio.gather(*(_addresses(name, servers, left) for _, name in hosts))
-    own = [
-        preference for (preference, _), of_host in zip(hosts, addresses, strict=True) if _is_loop(destination, of_host)
-    ]
+    own: list[int] = []  # preferences of hosts from which mail would come back to this machine, to its port for mail
+    if destination.port == MX_PORT:
+        found_of = zip(hosts, addresses, strict=True)
+        own = [preference for (preference, _), of_host in found_of if any(map(_is_this_machine, of_host or ()))]
     usable = [
         Exchanger(name, tuple(of_host))
         for (preference, name), of_host in zip(hosts, addresses, strict=True)
@@ -143,11 +143,6 @@ def _take(key: _Key, done: asyncio.Task[LookUp]) -> None:
         if not before.is_stale:
             maillog.notice("warning", "DNS does not answer, what it has said holds", name=key[0], reason=str(error))
         before.until, before.is_stale = now + _AFTER_TROUBLE, True
-
-
-def _is_loop(destination: Destination, addresses: Sequence[str] | None) -> bool:
-    """Return whether mail to a host of the list would come back to this machine: to its port for mail, that is."""
-    return destination.port == MX_PORT and any(map(_is_this_machine, addresses or ()))
 
 
 def _is_this_machine(address: str) -> bool:

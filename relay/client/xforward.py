@@ -27,15 +27,6 @@ def xforward(identity: Identity, connection: Connection) -> list[bytes]:
     return [] if connection.introduced else _commands("XFORWARD", identity, connection.extensions)
 
 
-def _xclient(identity: Identity, extensions: Mapping[str, str]) -> list[bytes]:
-    """Return the XCLIENT command for this server, [] if it does not offer it.
-
-    Never with a loopback address: the server would trust the client as a local program.
-    """
-    address = dict(identity).get("ADDR", "")
-    return _commands("XCLIENT", identity, extensions)[:1] if address and not is_loopback(address) else []
-
-
 def _commands(verb: str, identity: Identity, extensions: Mapping[str, str]) -> list[bytes]:
     offered = extensions.get(verb, "").upper().split()
     lines: list[str] = []
@@ -62,10 +53,14 @@ def is_introduced(connection: Connection, identity: Identity) -> bool:
 
 
 def _introduction(connection: Connection, identity: Identity) -> bytes:
-    if not identity or connection.destination.username:
+    """Return the XCLIENT command for this server, b"" if it does not offer it.
+
+    Never with a loopback address: the server would trust the client as a local program.
+    """
+    address = dict(identity).get("ADDR", "")
+    if not address or is_loopback(address) or connection.destination.username:
         return b""
-    lines = _xclient(identity, connection.extensions)
-    return lines[0] if lines else b""
+    return next(iter(_commands("XCLIENT", identity, connection.extensions)), b"")
 
 
 async def introduce(connection: Connection, identity: Identity, *, timeout: float) -> Reply | None:

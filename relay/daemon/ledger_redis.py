@@ -143,9 +143,7 @@ def register(settings: Settings, continuity: Continuity, role: Role) -> None:
     try:
         with sync_client(settings.redis, settings.redis.timeout_seconds, retries=0) as client:
             if role.delivers:
-                with client.pipeline() as pipe:
-                    registry.register(pipe, settings.copied)
-                    pipe.execute()
+                registry.register_now(client, settings.copied)
             continuity.look(client)
     except RedisError as error:
         if settings.spool.dir is None and role.delivers:

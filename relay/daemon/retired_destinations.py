@@ -69,7 +69,8 @@ class RetiredDestinations:
                 with contextlib.suppress(ResponseError):  # full, or not to be written: that is told elsewhere
                     self._continuity.look(client)
                     if self._workers_for and not self._is_registered:
-                        self._register(client)
+                        registry.register_now(client, self._settings.copied)
+                        self._is_registered = True
                 if self._workers_for:
                     self._look(client, self._workers_for)
         except (RedisError, OSError):
@@ -81,12 +82,6 @@ class RetiredDestinations:
                 maillog.notice("error", "what Redis knows of destinations makes no sense", reason=reason)
             return None
         return [child for children in self._serving.values() for child in children]
-
-    def _register(self, client: Redis) -> None:
-        with client.pipeline() as pipe:
-            registry.register(pipe, self._settings.copied)
-            pipe.execute()
-        self._is_registered = True
 
     def _look(self, client: Redis, workers_for: Callable[[Destination], Sequence[Child]]) -> None:
         known = cast("list[bytes]", client.hkeys(keys.DESTINATIONS))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from redis import Redis
+
 from relay import maillog
 from relay.ledger.changes import Pipe
 from relay.ledger.keys import DESTINATIONS, LISTS
@@ -20,6 +22,13 @@ def register(pipe: Pipe, destinations: Iterable[Destination]) -> None:
     if definitions:
         pipe.hset(DESTINATIONS, mapping=definitions)
         pipe.sadd(LISTS, *definitions)
+
+
+def register_now(connection: Redis, destinations: Iterable[Destination]) -> None:
+    """Register destinations at once. Raises RedisError."""
+    with connection.pipeline(transaction=True) as pipe:
+        register(pipe, destinations)
+        pipe.execute()
 
 
 def destinations(connection: Any) -> dict[str, Destination]:

@@ -24,31 +24,20 @@ _KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seco
 
 def sync_client(server: RedisSettings, seconds: float, *, retries: int = 1) -> redis.Redis:
     """Return a blocking client: each reply within ``seconds``, and at most ``retries`` reconnects for a command."""
-    limits: dict[str, Any] = {
-        "socket_timeout": seconds,
-        "socket_connect_timeout": seconds,
-        "retry": Retry(NoBackoff(), retries),
-        **_kept_alive(server),
-    }
+    limits = _limits(seconds, Retry(NoBackoff(), retries)) | _kept_alive(server)
     if not server.sentinels:
         return redis.Redis.from_url(server.url, **limits)
-    return redis.Redis.from_pool(sentinel.pool(server, seconds, **_options(server), **limits))
+    return redis.Redis.from_pool(sentinel.MasterPool(server, seconds, **_options(server), **limits))
 
 
 def async_client(
     server: RedisSettings, seconds: float, *, retries: int = 1, confirmed: bool = False, decode: bool = False
 ) -> redis.asyncio.Redis:
     """Return an async client with the same limits. ``confirmed``: its transactions wait for ``redis.replicas``."""
-    limits: dict[str, Any] = {
-        "socket_timeout": seconds,
-        "socket_connect_timeout": seconds,
-        "retry": AsyncRetry(NoBackoff(), retries),
-        "decode_responses": decode,
-        **_kept_alive(server),
-    }
+    limits = _limits(seconds, AsyncRetry(NoBackoff(), retries)) | {"decode_responses": decode} | _kept_alive(server)
     kind = ConfirmedRedis if confirmed and server.replicas else redis.asyncio.Redis
     if server.sentinels:
-        client = kind.from_pool(sentinel.async_pool(server, seconds, **_options(server), **limits))
+        client = kind.from_pool(sentinel.AsyncMasterPool(server, seconds, **_options(server), **limits))
     else:
         client = kind.from_url(server.url, **limits)
     if isinstance(client, ConfirmedRedis):
@@ -60,15 +49,15 @@ def async_client(
 
 def sentinel_clients(server: RedisSettings, seconds: float) -> list[tuple[str, redis.asyncio.Redis]]:
     """Return the address of each Sentinel with an async client of it."""
-    limits: dict[str, Any] = {
-        "socket_timeout": seconds,
-        "socket_connect_timeout": seconds,
-        "retry": AsyncRetry(NoBackoff(), 0),
-    }
+    limits = _limits(seconds, AsyncRetry(NoBackoff(), 0))
     return [
         (address, redis.asyncio.Redis.from_url(url, decode_responses=True, **limits))
         for address, url in zip(server.sentinel_addresses, server.sentinel_urls, strict=True)
     ]
+
+
+def _limits(seconds: float, retry: Retry | AsyncRetry) -> dict[str, Any]:
+    return {"socket_timeout": seconds, "socket_connect_timeout": seconds, "retry": retry}
 
 
 def _kept_alive(server: RedisSettings) -> dict[str, Any]:

@@ -30,16 +30,6 @@ _FAILED_SECONDS = 5.0  # until the next query after no Sentinel answered, since 
 _SENTINEL_SECONDS = 1.0  # for the reply of one Sentinel; then the next is asked
 
 
-def pool(server: RedisSettings, seconds: float, *, ssl: bool, **options: Any) -> _Pool:
-    """Return a pool for a blocking client of the master, with these options for each connection."""
-    return _Pool(server.service, _Sentinels(server, seconds), ssl=ssl, **options)
-
-
-def async_pool(server: RedisSettings, seconds: float, *, ssl: bool, **options: Any) -> _AsyncPool:
-    """Return the same for an async client."""
-    return _AsyncPool(server.service, _AsyncSentinels(server, seconds), ssl=ssl, **options)
-
-
 def master_of(client: redis.Redis) -> object:
     """Return the (host, port) of the master that a client uses, None if no Sentinel names one."""
     return getattr(client.connection_pool, "master_address", None)
@@ -48,7 +38,7 @@ def master_of(client: redis.Redis) -> object:
 async def find_master(client: redis.asyncio.Redis) -> object:
     """Ask the Sentinels for the (host, port) of the master; None without Sentinels or master. Raises RedisError."""
     pool = client.connection_pool
-    return await pool.get_master_address() if isinstance(pool, _AsyncPool) else None
+    return await pool.get_master_address() if isinstance(pool, AsyncMasterPool) else None
 
 
 _told: dict[tuple[str, ...], Any] = {}  # Sentinels -> the master that any pool of this process last heard of
@@ -198,11 +188,12 @@ class _AsyncTlsConnection(_AsyncConnection, redis.asyncio.sentinel.SentinelManag
     pass
 
 
-class _Pool(redis.sentinel.SentinelConnectionPool):
-    """A pool that keeps only connections to the current master."""
+class MasterPool(redis.sentinel.SentinelConnectionPool):
+    """A pool that keeps only connections to the current master, each with these options."""
 
-    def __init__(self, service: str, sentinels: _Sentinels, *, ssl: bool, **options: Any) -> None:
-        super().__init__(service, sentinels, connection_class=_TlsConnection if ssl else _Connection, **options)
+    def __init__(self, server: RedisSettings, seconds: float, *, ssl: bool, **options: Any) -> None:
+        kind = _TlsConnection if ssl else _Connection
+        super().__init__(server.service, _Sentinels(server, seconds), connection_class=kind, **options)
         self._ask_at = 0.0
 
     def get_connection(self, command_name: str | None = None, *_: Any, **__: Any) -> Any:
@@ -221,12 +212,12 @@ class _Pool(redis.sentinel.SentinelConnectionPool):
                 client.connection_pool.disconnect()
 
 
-class _AsyncPool(redis.asyncio.sentinel.SentinelConnectionPool):
+class AsyncMasterPool(redis.asyncio.sentinel.SentinelConnectionPool):
     """The same for async clients; a caller waits for the query only if the pool was unused before."""
 
-    def __init__(self, service: str, sentinels: _AsyncSentinels, *, ssl: bool, **options: Any) -> None:
+    def __init__(self, server: RedisSettings, seconds: float, *, ssl: bool, **options: Any) -> None:
         kind = _AsyncTlsConnection if ssl else _AsyncConnection
-        super().__init__(service, sentinels, connection_class=kind, **options)
+        super().__init__(server.service, _AsyncSentinels(server, seconds), connection_class=kind, **options)
         self._ask_at = 0.0
         self._asking: asyncio.Task[None] | None = None
         self._rested = False

@@ -16,7 +16,7 @@ from relay import maillog
 from relay.config.loader import Settings
 from relay.server import systemd
 from relay.smtpd.credentials import Credentials
-from relay.smtpd.shared_counters import ProcessCounters, SharedCounters
+from relay.smtpd.shared_counters import ProcessCounters
 
 _BACKLOG = 1024  # until the relay process sets its own by its descriptor limit
 # The kernel has no IPv6, it is disabled, or no interface has the address.
@@ -41,22 +41,17 @@ def listen(settings: Settings) -> list[Place]:
     Credentials.load(settings.smtp)  # each process loads them again; this reports their errors at the start
     plain = [found for host, port in settings.smtp.addresses for found in _resolve(host, port)]
     tls = [found for host, port in settings.smtp.tls_addresses for found in _resolve(host, port)]
+    every = ProcessCounters.shared_by(settings.smtp.process_count)
     if from_systemd := systemd.take(os.environ):
         sockets, plain_count = systemd.match(from_systemd, plain, tls)
-        return [Place(sockets, counters, plain_count, ours=False) for counters in _counters(settings)]
+        return [Place(sockets, counters, plain_count, ours=False) for counters in every]
     plain = [found for host, port in settings.smtp.addresses for found in _usable(host, port)]
     tls = [found for host, port in settings.smtp.tls_addresses for found in _usable(host, port)]
     addresses = plain + tls
     return [
         Place([_bind(family, address, share=True) for family, address in addresses], counters, len(plain))
-        for counters in _counters(settings)
+        for counters in every
     ]
-
-
-def _counters(settings: Settings) -> list[ProcessCounters]:
-    count = settings.smtp.process_count
-    counters = SharedCounters(count)
-    return [counters.of_process(n) for n in range(count)]
 
 
 def _resolve(host: str, port: int) -> list[systemd.Address]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from redis import Redis
 from redis.exceptions import RedisError
@@ -17,7 +17,6 @@ from redis.exceptions import RedisError
 from relay import maillog
 from relay.config.model import Settings
 from relay.ledger import registry
-from relay.mail.destination import Destination
 from relay.mail.text import count, printable
 from relay.routing import moved_copy
 from relay.routing.moved_copy import MovedMap
@@ -78,7 +77,10 @@ class MovedFollower:
             if found is not None:
                 await self._read(found)
             if len(self.map) and not self._is_registered:
-                await self._register(may_be_copied(self._settings))
+                # So that whatever is pending there is delivered.
+                with contextlib.suppress(RedisError, OSError):  # tried again with the next beat
+                    await asyncio.to_thread(registry.register_now, self._connection, may_be_copied(self._settings))
+                    self._is_registered = True
         except Exception as error:  # the border: mail continues, and what could not be followed is tried again
             maillog.task_failed("reading who has moved", error)
         finally:
@@ -120,15 +122,3 @@ class MovedFollower:
             maillog.notice("warning", "who has moved is not followed as it is in Redis", reason=trouble)
         self._trouble = printable(trouble)
         self._pulse.moved, self._pulse.moved_trouble = self.map.state.generation, self._trouble
-
-    async def _register(self, servers: Sequence[Destination]) -> None:
-        """Tell the ledger of servers that may get copies now, so that whatever is pending there is delivered."""
-
-        def tell() -> None:
-            with self._connection.pipeline(transaction=True) as pipe:
-                registry.register(pipe, servers)
-                pipe.execute()
-
-        with contextlib.suppress(RedisError, OSError):  # tried again with the next beat
-            await asyncio.to_thread(tell)
-            self._is_registered = True

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from relay.mail.envelope import Envelope
 from relay.mail.reply import Reply
 from relay.trace import emitter, events
@@ -44,6 +42,7 @@ class Replies:
         if self.is_told or not emitter.is_on():
             return
         self.is_told = True
+        is_one = all(given == self.rcpt[0] for given in self.rcpt)  # to all recipients
         for event in events.received(
             outcome,
             envelope,
@@ -55,14 +54,7 @@ class Replies:
             reply,
             refused_at,
             self.mail,
-            _once(self.rcpt) if len(self.rcpt) > 1 else self.rcpt,
+            self.rcpt[:1] if is_one else self.rcpt,
             is_late=is_late,
         ):
             emitter.note(event)
-
-
-def _once(replies: Sequence[Reply]) -> Sequence[Reply]:
-    """Return replies, or the one that they all are."""
-    if all(reply == replies[0] for reply in replies):
-        return replies[:1]
-    return replies

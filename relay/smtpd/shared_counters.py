@@ -20,25 +20,6 @@ _SLOTS = 1 << 14  # for network prefixes
 SEATS = 8  # processes with the same index at the same time: the one that takes clients, and earlier ones that drain
 
 
-class SharedCounters:
-    """The counters of all processes."""
-
-    def __init__(self, processes: int) -> None:
-        self._processes = max(1, processes)
-        seats = self._processes * SEATS  # a seat that was never taken uses no memory
-        self._numbers = memoryview(mmap.mmap(-1, seats * _FIELDS * 8)).cast("q")
-        self._addresses = memoryview(mmap.mmap(-1, seats * _SLOTS * 4)).cast("i")
-        self._rows = memoryview(mmap.mmap(-1, 8)).cast("q")
-        self._guesses = Guesses()
-        self._salt = random.SystemRandom().getrandbits(64)  # so that no client can aim at the slot of another
-
-    def of_process(self, index: int) -> ProcessCounters:
-        """Return the counters of the process with this index, at its first seat."""
-        return ProcessCounters(
-            self._numbers, self._addresses, self._salt, index, self._guesses, self._processes, self._rows
-        )
-
-
 @dataclass(slots=True)
 class ProcessCounters:
     """The counters of one process, and the sums over all."""
@@ -50,6 +31,16 @@ class ProcessCounters:
     guesses: Guesses
     _processes: int
     _rows: memoryview  # one number: the highest seat taken so far; seats beyond it are not summed
+
+    @classmethod
+    def shared_by(cls, processes: int) -> list[ProcessCounters]:
+        """Return the counters of so many processes, each at its first seat."""
+        seats = processes * SEATS  # a seat that was never taken uses no memory
+        numbers = memoryview(mmap.mmap(-1, seats * _FIELDS * 8)).cast("q")
+        addresses = memoryview(mmap.mmap(-1, seats * _SLOTS * 4)).cast("i")
+        rows, guesses = memoryview(mmap.mmap(-1, 8)).cast("q"), Guesses()
+        salt = random.SystemRandom().getrandbits(64)  # so that no client can aim at the slot of another
+        return [cls(numbers, addresses, salt, index, guesses, processes, rows) for index in range(processes)]
 
     def at_seat(self, seat: int) -> ProcessCounters:
         """Return the counters of another seat with the same index."""

@@ -14,13 +14,13 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from relay import maillog, metrics, private_files
 from relay.ledger import changes
-from relay.ledger.changes import Released
+from relay.ledger.changes import Admitted, Released
 from relay.mail import headers
 from relay.mail.destination import Destination
 from relay.mail.envelope import MalformedRecord
@@ -55,6 +55,11 @@ class Loaded(NamedTuple):
     released: Released
     held: bool
     came_back: bool
+
+    def admitted_to(self, welcome: Collection[str]) -> Admitted:
+        """Return it as it is imported now, for these backups only."""
+        here = tuple(name for name in self.released.destinations if name in welcome)
+        return Admitted(self.entry.name, self.record, self.released._replace(destinations=here))
 
 
 class SpoolFiles:

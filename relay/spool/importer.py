@@ -17,7 +17,7 @@ import math
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -29,15 +29,14 @@ from redis.exceptions import DataError, OutOfMemoryError, RedisError, ResponseEr
 from relay import maillog, metrics
 from relay.batches import batched
 from relay.ledger import changes, keys
-from relay.ledger.changes import Held, Released
+from relay.ledger.changes import Admitted, Held, Released
 from relay.ledger.monitor import Monitor
 from relay.ledger.rq_jobs import Dispatcher
 from relay.mail.destination import Destination
 from relay.mail.ids import is_destination_name, is_id, text
-from relay.spool import shares, writer
+from relay.spool import writer
 from relay.spool.admission import Admission
 from relay.spool.files import Ahead, Loaded, SpoolFiles
-from relay.spool.shares import Share
 from relay.spool.skipped import is_of_all
 from relay.spool.writer import STAGED, Entry
 
@@ -261,13 +260,12 @@ class Importer:
         welcome = {name for name, level in levels.items() if self._watch.fits(octets, level)}
         if backup and backup not in welcome:
             return  # Redis has just filled up; the files stay in the backlog
-        due = [Share.of(m, welcome) for m in loaded if not m.held]
+        due = [m.admitted_to(welcome) for m in loaded if not m.held]
         # Uncertain messages, which are not due yet, wait until there is room for all.
         held = [m for m in loaded if m.held] if self._watch.may_import() else []
         if not due and not held:
             return
-        for name, files in shares.left(due).items():
-            await asyncio.to_thread(self._shelf.put_by, name, files)
+        await self._put_by([m for m in loaded if not m.held], welcome)
         for m in loaded:
             if m.came_back:
                 for name in m.released.destinations:
@@ -275,32 +273,43 @@ class Importer:
         await self._write(due, held)
         # Also for copies imported before: that import may have ended before it made the job. And before the file is
         # deleted: a successor could not know of the copy otherwise.
-        await self._dispatch([s.released for s in due])
-        names = [s.admitted.file for s in due] + [m.entry.name for m in held]
+        await self._dispatch([admitted.released for admitted in due])
+        names = [admitted.file for admitted in due] + [m.entry.name for m in held]
         await asyncio.to_thread(self._shelf.delete, names, backup)
         self._tell(due, held)
 
-    async def _write(self, due: Sequence[Share], held: Sequence[Loaded]) -> None:
+    async def _put_by(self, loaded: Sequence[Loaded], welcome: Collection[str]) -> None:
+        """Link messages into the backlogs of the backups that must wait for them."""
+        left: defaultdict[str, list[str]] = defaultdict(list)
+        for m in loaded:
+            for name in m.released.destinations:
+                if name not in welcome:
+                    left[name].append(m.entry.name)
+        for name, files in left.items():
+            await asyncio.to_thread(self._shelf.put_by, name, files)
+
+    async def _write(self, due: Sequence[Admitted], held: Sequence[Loaded]) -> None:
         def commands(pipe: Any) -> None:
             if due:
-                changes.admit(pipe, self._shelf.name, [s.admitted for s in due])
+                changes.admit(pipe, self._shelf.name, due)
             if held:
                 changes.restage(pipe, self._shelf.name, [(m.entry.id, m.record) for m in held])
                 changes.hold(pipe, [Held(m.entry.id, m.released.digest, self._hold_seconds) for m in held])
 
-        octets = sum(s.octets for s in due) + sum(len(m.record) for m in held)
+        octets = sum(len(record) for _, record, released in due if released.destinations)
+        octets += sum(len(m.record) for m in held)
         self._watch.sent(octets)
         try:
             await self._execute(commands)
         finally:
             self._watch.landed(octets)
 
-    def _tell(self, due: Sequence[Share], held: Sequence[Loaded]) -> None:
+    def _tell(self, due: Sequence[Admitted], held: Sequence[Loaded]) -> None:
         """Log and count the imported messages."""
         for m in held:
             if m.entry.state == STAGED:
                 maillog.abandoned(m.entry.id, self._hold_seconds)
-        for released in [*(s.released for s in due), *(m.released for m in held)]:
+        for released in [admitted.released for admitted in due] + [m.released for m in held]:
             if released.destinations:
                 metrics.unspooled.inc()
                 maillog.unspooled(released.id, released.destinations)

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 
 from relay.config.model import Settings
 from relay.config.routes import Entries, Route
-from relay.mail.destination import Destination
 from relay.topology.decisions import View
 from relay.topology.heartbeats import Heartbeat
 
@@ -24,7 +23,7 @@ _DIGITS = 6
 
 def fingerprints(settings: Settings) -> dict[str, str]:
     """Return a digest of what each server and route of these settings stands for, by kind and name."""
-    found = {f"server {server.name}": _digest(_of_server(server)) for server in settings.named}
+    found = {f"server {s.name}": _digest([s.scheme, s.address, sorted(s.domains)]) for s in settings.named}
     found |= {f"route {route.name}": _digest(_of_route(route)) for route in settings.route_table}
     found[ORDER] = _digest([route.name for route in settings.route_table])
     return found
@@ -74,10 +73,6 @@ def _in_words(name: str, settings: Mapping[str, str], usual: Mapping[str, str | 
     if name not in settings:
         return f"no {name}"
     return f"a further {name}" if usual[name] is None else f"another {name}"
-
-
-def _of_server(server: Destination) -> object:
-    return [server.scheme, server.address, sorted(server.domains)]
 
 
 def _of_route(route: Route) -> object:

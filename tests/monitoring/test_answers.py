@@ -22,7 +22,7 @@ from relay.mail.destination import Destination
 from relay.metric_store import Arena
 from relay.monitoring import answers, findings, listener, topology
 from relay.monitoring.collectors import LedgerCollector, SeatCollector, SpoolCollector
-from relay.smtpd.shared_counters import SharedCounters
+from relay.smtpd.shared_counters import ProcessCounters
 from relay.spool import writer
 from relay.topology.agreement import behind_with_moves
 from relay.topology.decisions import View
@@ -142,7 +142,7 @@ def test_a_redis_that_hangs_is_waited_for_twice_at_most(settings, monkeypatch, p
     with socket.create_server(("127.0.0.1", 0)) as silent:
         given = settings(redis__timeout_seconds="60")
         url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
-        found = answers.of(given, url, None, seat=SharedCounters(1).of_process(0))
+        found = answers.of(given, url, None, seat=ProcessCounters.shared_by(1)[0])
         answer = found[path]()
         assert answer.status == 200
         assert b"does not answer within 0.2 s" in answer.body or b"smtpdup_redis_up 0.0" in answer.body
@@ -312,11 +312,11 @@ def try_send(running) -> bool:
 
 def test_metrics_tell_what_the_relay_processes_hold(tmp_path):
     """Clients and octets in memory, over all seats."""
-    counters = SharedCounters(2)
+    counters = ProcessCounters.shared_by(2)
     for n in range(2):
-        counters.of_process(n).add_client(3)
-        counters.of_process(n).add_octets(1000)
-    text = answers.metrics(None, SeatCollector(counters.of_process(0))).body.decode()
+        counters[n].add_client(3)
+        counters[n].add_octets(1000)
+    text = answers.metrics(None, SeatCollector(counters[0])).body.decode()
     assert "smtpdup_clients 6.0" in text
     assert "smtpdup_in_flight_bytes 2000.0" in text
 

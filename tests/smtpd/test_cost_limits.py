@@ -18,7 +18,7 @@ import pytest
 
 from relay.smtpd.error_limits import ErrorLimits
 from relay.smtpd.passwords import hash_password
-from relay.smtpd.shared_counters import SharedCounters
+from relay.smtpd.shared_counters import ProcessCounters
 from support.dialogue import AsyncDialogue
 from support.event_loops import both_loops
 from support.in_process_relay import serve, settings_of
@@ -139,8 +139,8 @@ def test_a_slow_pace_is_forgiven(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_drains_beside_us_counts() -> None:
     """Each process at one place has a seat of its own: who takes one starts with zeros there, and all are added up."""
-    counters = SharedCounters(2)
-    former, other = counters.of_process(0), counters.of_process(1)
+    counters = ProcessCounters.shared_by(2)
+    former, other = counters[0], counters[1]
     successor = former.at_seat(1)
     for one in (former, other, successor):
         one.take()
@@ -158,13 +158,13 @@ def test_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
     """An address may be wrong some times, and again after a while; another's are its own; all processes count."""
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    counters = SharedCounters(2)
-    guesses = counters.of_process(0).guesses
+    counters = ProcessCounters.shared_by(2)
+    guesses = counters[0].guesses
     for _ in range(20):
         assert not guesses.are_too_many("192.0.2.1")
         guesses.add("192.0.2.1")
     assert guesses.are_too_many("192.0.2.1")
-    assert counters.of_process(1).guesses.are_too_many("192.0.2.1")
+    assert counters[1].guesses.are_too_many("192.0.2.1")
     assert not guesses.are_too_many("192.0.2.2")
     now[0] += 60
     assert not guesses.are_too_many("192.0.2.1")

@@ -18,7 +18,7 @@ from relay.smtpd import commands
 from relay.smtpd.context import Context
 from relay.smtpd.credentials import Credentials
 from relay.smtpd.primary import Primary
-from relay.smtpd.shared_counters import SharedCounters
+from relay.smtpd.shared_counters import ProcessCounters
 from relay.smtpd.snapshot import Snapshot
 from relay.smtpd.staging import Staging
 from support import ended_loops
@@ -43,7 +43,7 @@ async def serve(settings: Settings, redis_url: str, *, tls: bool = False) -> Asy
     staging = Staging(
         ledger, bulk, Dispatcher(ledger), watch, stage_seconds=5, deadline_seconds=630, hold_seconds=3600, spool=None
     )
-    counters = SharedCounters(1).of_process(0)
+    counters = ProcessCounters.shared_by(1)[0]
     made = Context(
         settings=settings,
         snapshot=Snapshot(

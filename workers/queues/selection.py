@@ -244,7 +244,11 @@ def select(
             continue
         health = Health.read(connection, target.name)
         behind = after if after and target.name == after.destination else None
-        for page in _listed(connection, which, target.name, chosen, clock, behind):
+        for listed in _pages(connection, which, target.name, chosen, clock, behind):
+            # Redis orders by score, then by id.
+            page = [(i, score) for i, score in listed if not behind or (score, i) > (behind.score, behind.id)]
+            if not page:
+                continue
             result = _passing(connection, which, chosen, (target, health), page, clock, whole=whole)
             if len(result.found) > left:
                 del result.found[int(left) :]
@@ -270,18 +274,6 @@ def _range(which: Which, chosen: Filter, clock: float) -> tuple[float, float]:
     low = -math.inf if chosen.newer is None else clock - chosen.newer - (_SKEW if which is WAITING else 0)
     high = math.inf if chosen.older is None or which is WAITING else clock - chosen.older
     return low, high
-
-
-def _listed(
-    connection: Redis, which: Which, name: str, chosen: Filter, clock: float, behind: ListPlace | None
-) -> Iterator[list[tuple[str, float]]]:
-    pages = _pages(connection, which, name, chosen, clock, behind)
-    if behind is None:
-        yield from pages
-        return
-    for page in pages:  # Redis orders by score, then by id
-        if rest := [(i, score) for i, score in page if (score, i) > (behind.score, behind.id)]:
-            yield rest
 
 
 def _pages(
