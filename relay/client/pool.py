@@ -77,7 +77,13 @@ class Pool:
     @property
     def room(self) -> int:
         """How many connections may be in use now: the limit, or less if the server has a lower one."""
-        return self._limit if self._ceiling is None else self._room()
+        if self._ceiling is None:
+            return self._limit
+        ceiling, until = self._ceiling
+        if _now() >= until:
+            self._ceiling = None
+            return self._limit
+        return min(self._limit, ceiling)
 
     @property
     def in_use(self) -> int:
@@ -117,7 +123,7 @@ class Pool:
         ConnectFailed from the handshake of a new connection, which ``timeout`` does not bound.
         """
         deadline = _now() + (self._timeouts.connect if timeout is None else timeout)
-        if self._closed or self._waiters or self._out >= (self._limit if self._ceiling is None else self._room()):
+        if self._closed or self._waiters or self._out >= self.room:
             await self._wait(deadline, first=False)
         else:
             self._out += 1
@@ -145,7 +151,7 @@ class Pool:
 
     def can_go_on(self, connection: Connection) -> bool:
         """Return whether a leased connection may carry another transaction before it is given back."""
-        return self._is_worth_keeping(connection) and self._out <= self._room() and not self._closed
+        return self._is_worth_keeping(connection) and self._out <= self.room and not self._closed
 
     def give_back(self, connection: Connection) -> None:
         """Take back a connection in any state: it is kept if it can be used again, else closed. Never raises."""
@@ -240,7 +246,7 @@ class Pool:
 
     async def _connect(self) -> Connection:
         # Idle connections count too: the oldest is closed to make room.
-        while self._idle and self._out + len(self._idle) > self._room():
+        while self._idle and self._out + len(self._idle) > self.room:
             self._say_goodbye(self._idle.pop(0))
         connection = await connect(
             self.destination,
@@ -289,16 +295,6 @@ class Pool:
 
     # -- slots --
 
-    def _room(self) -> int:
-        """How many connections may be in use now."""
-        if self._ceiling is None:
-            return self._limit
-        ceiling, until = self._ceiling
-        if _now() >= until:
-            self._ceiling = None
-            return self._limit
-        return min(self._limit, ceiling)
-
     async def _wait(self, deadline: float, *, first: bool) -> None:
         """Wait in line for a slot. When cancelled, a slot that was granted already is passed on."""
         if self._closed:
@@ -336,7 +332,7 @@ class Pool:
             self._wake()
 
     def _wake(self) -> None:
-        while self._waiters and self._out < self._room():
+        while self._waiters and self._out < self.room:
             waiter = self._waiters.popleft()
             if not waiter.done():
                 self._out += 1

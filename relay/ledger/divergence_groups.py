@@ -165,7 +165,8 @@ def groups(connection: Any, destination: str) -> list[Group]:
         for name in names:
             pipe.hgetall(keys.of_group(keys.DIVERGED, destination, name))
         answers = pipe.execute(raise_on_error=False)
-    return [_group(destination, name, fields) for name, fields in zip(names, answers, strict=True) if _is_there(fields)]
+    there = ((name, fields) for name, fields in zip(names, answers, strict=True) if fields and isinstance(fields, dict))
+    return [_group(destination, name, fields) for name, fields in there]
 
 
 def group(connection: Any, destination: str, key: str) -> Group | None:
@@ -264,10 +265,6 @@ def outages(connection: Any, destination: str, since: float = 0.0) -> list[Outag
         if not outage.end or outage.end >= since:
             found.append(outage)
     return found
-
-
-def _is_there(fields: object) -> bool:
-    return isinstance(fields, dict) and bool(fields)
 
 
 def _group(destination: str, key: str, fields: Mapping[bytes, bytes]) -> Group:

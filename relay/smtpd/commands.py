@@ -82,7 +82,7 @@ class CommandLoop:
             pass
         finally:
             transaction.forget()
-            transaction.log_the_rest()
+            transaction.report.log_the_rest()
             try:
                 await protocol.close()
             finally:

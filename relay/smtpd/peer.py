@@ -164,9 +164,9 @@ class Peer:
 
     def objection(self) -> Reply | None:
         """Return the reply that refuses mail from this client, or None if it may send."""
-        if self._settings.tls == "encrypt" and self._needs_tls:
+        if self._needs_tls:
             return _TLS_FIRST
-        if not (self._is_allowed or self.user):
+        if not self._is_trusted:
             return STRANGER if self._context.credentials.users is None else AUTH_FIRST
         return None
 
@@ -219,7 +219,8 @@ class Peer:
             is_known = primary.extensions is not None
         else:
             announced, is_known = await primaries.announced(self._context.snapshot)
-        lines, offered = offers(announced, self._settings.max_message_bytes, tls=self._protocol.tls)
+        most = self._settings.max_message_bytes
+        lines, offered = offers(tuple(announced.items()), most, tls=self._protocol.tls)
         ours = []
         if self._offers_tls:
             ours.append("STARTTLS")

@@ -108,34 +108,28 @@ def parse_path(argument: str | None, keyword: str) -> tuple[str, tuple[str, ...]
 _PASSED_ON = ("8BITMIME", "SMTPUTF8", "DSN", "CHUNKING", "MT-PRIORITY", "FUTURERELEASE")
 
 
+@lru_cache(maxsize=64)  # servers say the same to each connection
 def offers(
-    announced: Mapping[str, str], size_limit: int, *, tls: bool = False
+    announced: tuple[tuple[str, str], ...], size_limit: int, *, tls: bool = False
 ) -> tuple[tuple[str, ...], frozenset[str]]:
     """Return the EHLO lines, and the extensions whose parameters are accepted: those of the primary that we can carry.
 
     PIPELINING and ENHANCEDSTATUSCODES are our own. SIZE is the smaller limit; 0 or no number means none. REQUIRETLS
     needs TLS with the client, too (RFC 8689 4.2.1). AUTH means the MAIL parameter.
     """
-    return _offers(tuple(announced.items()), size_limit, tls)
-
-
-@lru_cache(maxsize=64)  # servers say the same to each connection
-def _offers(
-    extensions: tuple[tuple[str, str], ...], size_limit: int, tls: bool
-) -> tuple[tuple[str, ...], frozenset[str]]:
-    announced = dict(extensions)
-    limits = [n for n in (size_limit, _number(announced.get("SIZE", ""))) if n]
+    by_name = dict(announced)
+    limits = [n for n in (size_limit, _number(by_name.get("SIZE", ""))) if n]
     lines = ["PIPELINING", f"SIZE {min(limits)}" if limits else "SIZE"]
     for name in _PASSED_ON:
-        if name in announced:
+        if name in by_name:
             # Only these two have parameters; those that a server gives to others are ignored.
-            parameters = printable(announced[name]) if name in ("MT-PRIORITY", "FUTURERELEASE") else ""
+            parameters = printable(by_name[name]) if name in ("MT-PRIORITY", "FUTURERELEASE") else ""
             lines.append(f"{name} {parameters}".rstrip())
-    if "REQUIRETLS" in announced and tls:
+    if "REQUIRETLS" in by_name and tls:
         lines.append("REQUIRETLS")
     lines.append("ENHANCEDSTATUSCODES")
     keywords = {line.partition(" ")[0] for line in lines}
-    return tuple(lines), frozenset(keywords | ({"AUTH"} & set(announced)))
+    return tuple(lines), frozenset(keywords | ({"AUTH"} & by_name.keys()))
 
 
 def _number(text: str) -> int:

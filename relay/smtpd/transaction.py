@@ -55,8 +55,8 @@ class MailTransaction:
         self._peer = peer
         self._error_limits = error_limits
         self._look_ahead = LookAhead(protocol.read_buffer, peer, self._settings)
-        self._report = TransactionReport(context, peer, error_limits)
-        self._final_dot = FinalDot(context, protocol, error_limits, self._report)
+        self.report = TransactionReport(context, peer, error_limits)
+        self._final_dot = FinalDot(context, protocol, error_limits, self.report)
         self._envelope: OpenEnvelope | None = None  # since MAIL was accepted
         self._transaction: OpenTransaction | None = None  # None within an envelope: the recipient decides whose
         self._body: IncomingBody | None = None
@@ -86,7 +86,7 @@ class MailTransaction:
         transaction, self._transaction = self._transaction, None
         body, self._body = self._body, None
         if envelope is not None:
-            self._report.end(envelope, in_body=body is not None)
+            self.report.end(envelope, in_body=body is not None)
         if transaction is not None:
             if body is None:
                 transaction.end()
@@ -98,10 +98,6 @@ class MailTransaction:
             envelope.close()
         self.in_data = self._was_refused = self.is_concluding = False
         self._peer.end_transaction()
-
-    def log_the_rest(self) -> None:
-        """Log how many refusals have no line of their own."""
-        self._report.log_the_rest()
 
     def out_of_order(self, reply: Reply) -> Reply:
         """Count a bad sequence of commands, mildly if the client may have pipelined it; returns ``reply``."""
@@ -145,7 +141,7 @@ class MailTransaction:
             envelope.close()
         else:
             envelope.count(len(argument))
-            self._envelope, self._report.replies.mail = envelope, reply
+            self._envelope, self.report.replies.mail = envelope, reply
         return reply
 
     def _choice(self, sender: str) -> PrimaryChoice:
@@ -172,7 +168,7 @@ class MailTransaction:
     def _refused(self, command: str, reply: Reply, envelope: OpenEnvelope, *, is_own: bool = False) -> None:
         """Count and report a refused MAIL or DATA."""
         self._error_limits.idle()
-        self._report.command_refused(command, reply, envelope, is_own=is_own)
+        self.report.command_refused(command, reply, envelope, is_own=is_own)
 
     async def rcpt(self, argument: str) -> Reply:
         envelope = self._envelope
@@ -195,12 +191,12 @@ class MailTransaction:
             if 200 <= reply.code < 300:
                 envelope.recipients.append(recipient)
                 envelope.count(len(argument))
-                self._report.replies.rcpt.append(reply)
+                self.report.replies.rcpt.append(reply)
                 metrics.increment(metrics.recipients, "accepted")(1)
                 return reply
         metrics.increment(metrics.recipients, metrics.reply_class(reply.code))(1)
         self._error_limits.exceed()
-        self._report.recipient_refused(recipient.address, reply, is_own=refusal is not None)
+        self.report.recipient_refused(recipient.address, reply, is_own=refusal is not None)
         return reply
 
     def _limit_met(self, envelope: OpenEnvelope, recipient: Recipient, octets: int) -> Reply | None:
@@ -352,7 +348,7 @@ class MailTransaction:
         self.was_served = self.is_concluding = True
         dot, transaction = self._final_dot, self._transaction
         if isinstance(transaction, ForkedTransaction) and len(transaction.legs) > 1:
-            dot = ForkedDot(self._context, self._protocol, self._error_limits, self._report, transaction)
+            dot = ForkedDot(self._context, self._protocol, self._error_limits, self.report, transaction)
         return dot.send(body, self._envelope)
 
     def _received_line(self, envelope: OpenEnvelope) -> bytes:

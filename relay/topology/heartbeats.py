@@ -152,7 +152,9 @@ def forget_old(connection: Redis) -> int:
 def _beat(process: str, data: bytes, now: float) -> Heartbeat | None:
     try:
         found = parsed(data)
-        at = number(found["at"])
+        at, settings = number(found["at"]), None
+        if "settings" in found:
+            settings = {shown(name): shown(digest) for name, digest in list(found["settings"].items())[:_MOST]}
         return Heartbeat(
             process=shown(process),
             host=shown(found["host"]),
@@ -171,15 +173,11 @@ def _beat(process: str, data: bytes, now: float) -> Heartbeat | None:
             moved=ordinal(found["moved"]) if "moved" in found else None,
             moved_trouble=shown(found.get("moved_trouble", "")),
             servers=_names(found.get("servers", [])),
-            settings=_digests(found["settings"]) if "settings" in found else None,
+            settings=settings,
             routes=frozenset(texts(found["routes"])) if "routes" in found else None,
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
-
-
-def _digests(found: Any) -> dict[str, str]:
-    return {shown(name): shown(digest) for name, digest in list(found.items())[:_MOST]}
 
 
 def _names(found: Any) -> tuple[str, ...]:
