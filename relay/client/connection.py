@@ -51,10 +51,10 @@ class Connection(asyncio.Protocol):
         "_timer_at",
         "_torn",
         "_transport",
-        "_unasked",
         "_waiter",
         "created",
         "destination",
+        "early_reply",
         "extensions",
         "hostname",
         "in_data",
@@ -100,7 +100,7 @@ class Connection(asyncio.Protocol):
         self._timer_at = math.inf
         self._paused = self._lost = self._torn = False
         self._fault: str = ""  # why the server's output is no SMTP reply
-        self._unasked: Reply | None = None
+        self.early_reply: Reply | None = None  # the first unsolicited: a 552 or 421 before the dot, a 421 while idle
         self._extra = 0  # unsolicited replies so far
         self._parser = ReplyParser()
         self.announce(hello)
@@ -118,7 +118,7 @@ class Connection(asyncio.Protocol):
             self._owed
             or self._ready
             or self.in_data
-            or self._unasked
+            or self.early_reply
             or self._lost
             or not self._parser.is_between
             or self._transport.is_closing()
@@ -137,11 +137,6 @@ class Connection(asyncio.Protocol):
     def replies_owed(self) -> int:
         """The number of replies that ``reply`` has still to return."""
         return len(self._owed) + len(self._ready)
-
-    @property
-    def early_reply(self) -> Reply | None:
-        """The first unsolicited reply: a 552 or 421 before the dot, a 421 while idle."""
-        return self._unasked
 
     def command(self, line: bytes, *, timeout: float) -> asyncio.Future[Reply]:
         """Send a line; returns its reply as ``reply`` does. Raises what ``send`` and ``reply`` raise."""
@@ -203,7 +198,7 @@ class Connection(asyncio.Protocol):
         else:
             view = memoryview(chunk)
             for start in range(0, size, _WRITE_HIGH):
-                if self._unasked:
+                if self.early_reply:
                     return
                 self._transport.write(view[start : start + _WRITE_HIGH])
                 if self._paused or self._transport.is_closing():
@@ -299,7 +294,7 @@ class Connection(asyncio.Protocol):
         """Give a reply to who waits for it. Raises ValueError where it cannot be the one that is due."""
         if not self._owed:
             self._extra += 1
-            self._unasked = self._unasked or reply
+            self.early_reply = self.early_reply or reply
             if self._extra > _MAX_UNASKED:
                 self._malformed("a flood of replies to nothing")
             self._wake_writer()
@@ -345,7 +340,7 @@ class Connection(asyncio.Protocol):
     def _speak(self, line: bytes, lines: Sequence[bytes] = ()) -> None:
         """Note the commands ``lines`` that owe a reply. Raises ClientError unless the server may be expected to."""
         is_amid = not (self._owed or self._parser.is_between)  # in half a reply, to nothing
-        if is_amid or self._unasked or self._fault or self._torn or self._lost or self._transport.is_closing():
+        if is_amid or self.early_reply or self._fault or self._torn or self._lost or self._transport.is_closing():
             raise self._gone(line[:4])
         for each in lines:
             verb = each[:4].upper()
@@ -362,7 +357,7 @@ class Connection(asyncio.Protocol):
         text = "the connection was closed"
         if self.is_open:
             text = "the body was not written in full" if self._torn else "the server spoke out of turn"
-        return ConnectionGone(text, stage=stage_of(verb), reply=self._unasked)
+        return ConnectionGone(text, stage=stage_of(verb), reply=self.early_reply)
 
     async def _drained(self, timeout: float) -> None:
         self._drain = self._loop.create_future()

@@ -65,7 +65,7 @@ class Pool:
         self._on_open = on_open
         self._idle: list[Connection] = []  # by last_used, the newest at the end
         self._leased: set[Connection] = set()
-        self._out = 0  # slots taken: leased connections, and those being opened or checked
+        self.in_use = 0  # slots taken: leased connections, and those being opened or checked
         self._waiters: deque[asyncio.Future[None]] = deque()  # done: a slot has been taken for the waiter
         self._ceiling: tuple[int, float] | None = None  # the server's own limit, and until when it is respected
         self._refusal: Reply | None = None  # the 421 that showed it
@@ -86,10 +86,6 @@ class Pool:
         return min(self._limit, ceiling)
 
     @property
-    def in_use(self) -> int:
-        return self._out
-
-    @property
     def idle(self) -> int:
         return len(self._idle)
 
@@ -100,19 +96,19 @@ class Pool:
     def set_limit(self, limit: int) -> None:
         """Change the limit now; what is leased above it is closed when it comes back."""
         self._limit = max(1, limit)
-        while self._idle and self._out + len(self._idle) > self._limit:
+        while self._idle and self.in_use + len(self._idle) > self._limit:
             self._say_goodbye(self._idle.pop(0))
         self._wake()
 
     def at_hand(self) -> Connection | None:
         """Lease the idle connection used last, if nothing has to be waited for; None: ``lease`` sees to it."""
-        if not self._idle or self._closed or self._waiters or self._ceiling is not None or self._out >= self._limit:
+        if not self._idle or self._closed or self._waiters or self._ceiling is not None or self.in_use >= self._limit:
             return None
         connection, now = self._idle[-1], _now()
         if self._is_stale(connection, now) or not connection.is_usable:
             return None
         self._idle.pop()
-        self._out += 1
+        self.in_use += 1
         self._leased.add(connection)
         return connection
 
@@ -123,17 +119,17 @@ class Pool:
         ConnectFailed from the handshake of a new connection, which ``timeout`` does not bound.
         """
         deadline = _now() + (self._timeouts.connect if timeout is None else timeout)
-        if self._closed or self._waiters or self._out >= self.room:
+        if self._closed or self._waiters or self.in_use >= self.room:
             await self._wait(deadline, first=False)
         else:
-            self._out += 1
+            self.in_use += 1
         while True:
             try:
                 connection = await self._kept() if self._idle and not fresh else None
                 if connection is None:
                     connection = await self._connect()
             except ConnectFailed as error:
-                others = self._out - 1
+                others = self.in_use - 1
                 if error.reply is None or error.reply.code != 421 or not others:
                     self._free()
                     raise
@@ -151,7 +147,7 @@ class Pool:
 
     def can_go_on(self, connection: Connection) -> bool:
         """Return whether a leased connection may carry another transaction before it is given back."""
-        return self._is_worth_keeping(connection) and self._out <= self.room and not self._closed
+        return self._is_worth_keeping(connection) and self.in_use <= self.room and not self._closed
 
     def give_back(self, connection: Connection) -> None:
         """Take back a connection in any state: it is kept if it can be used again, else closed. Never raises."""
@@ -163,11 +159,11 @@ class Pool:
             avoid(connection.peer)
         if not connection.is_usable:
             connection.close()
-        elif self._closed or self._out + len(self._idle) > self._limit or not self._is_worth_keeping(connection):
+        elif self._closed or self.in_use + len(self._idle) > self._limit or not self._is_worth_keeping(connection):
             self._say_goodbye(connection)
         else:
             self._keep(connection)
-        self._out -= 1
+        self.in_use -= 1
         if self._waiters:
             self._wake()
 
@@ -246,7 +242,7 @@ class Pool:
 
     async def _connect(self) -> Connection:
         # Idle connections count too: the oldest is closed to make room.
-        while self._idle and self._out + len(self._idle) > self.room:
+        while self._idle and self.in_use + len(self._idle) > self.room:
             self._say_goodbye(self._idle.pop(0))
         connection = await connect(
             self.destination,
@@ -323,19 +319,19 @@ class Pool:
         if not waiter.done():
             refusal = self._refusal if self._ceiling is not None else None
             waiter.set_exception(
-                PoolExhausted(f"all connections are in use: {self._out}", stage="connect", reply=refusal)
+                PoolExhausted(f"all connections are in use: {self.in_use}", stage="connect", reply=refusal)
             )
 
     def _free(self) -> None:
-        self._out -= 1
+        self.in_use -= 1
         if self._waiters:
             self._wake()
 
     def _wake(self) -> None:
-        while self._waiters and self._out < self.room:
+        while self._waiters and self.in_use < self.room:
             waiter = self._waiters.popleft()
             if not waiter.done():
-                self._out += 1
+                self.in_use += 1
                 waiter.set_result(None)
 
     def _closing(self) -> ClientError:

@@ -31,10 +31,10 @@ class Offer:
         self._id = message_id
         self._record = record
         self._lines = lines
+        self._takers = [line for line in lines if line is not None]
         self.at = time.monotonic()  # no lease of it began earlier
-        for line in lines:
-            if line is not None:
-                line.reserve(len(record))
+        for line in self._takers:
+            line.reserve(len(record))
 
     @property
     def holders(self) -> tuple[str, ...]:
@@ -48,15 +48,13 @@ class Offer:
     def send(self, accepted_at: float) -> None:
         """Hand over what has been released."""
         copy = HandedCopy(self._id, self.at, accepted_at, self._record)
-        for line in self._lines:
-            if line is not None:
-                line.send(copy)
+        for line in self._takers:
+            line.send(copy)
 
     def give_up(self) -> None:
         """Hand nothing over."""
-        for line in self._lines:
-            if line is not None:
-                line.give_up(len(self._record))
+        for line in self._takers:
+            line.give_up(len(self._record))
 
 
 class Handover:

@@ -65,7 +65,7 @@ class Monitor:
         self._processes = processes
         self._replicas = replicas
         self._trouble = ""
-        self._is_own = False
+        self.is_own = False  # this process lacks descriptors or memory: then nothing is known about Redis
         self._failures = 0
         self._failed_at = float("-inf")
         self._limit = 0  # maxmemory; 0: none
@@ -80,11 +80,6 @@ class Monitor:
     @property
     def is_down(self) -> bool:
         return bool(self._trouble)
-
-    @property
-    def is_own(self) -> bool:
-        """Whether this process lacks descriptors or memory: then nothing is known about Redis."""
-        return self._is_own
 
     def objection(self, octets: int) -> str:
         """Return why a record of this size (octets) should not go to Redis now, "" if it should."""
@@ -133,7 +128,7 @@ class Monitor:
         """Note that a write failed; this opens the circuit."""
         self._failures += 1
         self._failed_at = time.monotonic()
-        self._is_own = limits.is_own(error)
+        self.is_own = limits.is_own(error)
         if not self._trouble:
             self._trouble = f"Redis: {type(error).__name__}: {said(error)}".rstrip(": ")
             maillog.notice("warning", "Redis cannot be written to", reason=self._trouble)
@@ -177,7 +172,7 @@ class Monitor:
             errand.take(told)
         if self._trouble and failures == self._failures:
             self._trouble = ""
-            self._is_own = False
+            self.is_own = False
             maillog.notice("info", "Redis can be written to again")
         return True
 

@@ -10,6 +10,7 @@ _FILES = {
     for file in resources.files("relay.ledger").joinpath("lua").iterdir()
 }
 _PARTS = {  # a function, and its file
+    "clock": "clock",
     "destinations": "lists",
     "turned": "occurrences",
     "joined": "joined",

@@ -327,10 +327,12 @@ def _wait_until_prepared(connection: Redis, intent: Intent, seconds: float, repo
     deadline = time.monotonic() + seconds
     while True:
         seen = decisions.view(connection)
-        if seen.intent is None or seen.intent.id != intent.id:
-            raise Unprepared([_how_it_ended(seen, intent, deadline)])
         answered = [beat for beat in seen.living if beat.prepared == intent.id]
         waiting = [beat for beat in seen.living if beat.prepared != intent.id]
+        is_over = time.monotonic() >= deadline - 2 * _EVERY  # the intent must stand when all is well, for the commit
+        if seen.intent is None or seen.intent.id != intent.id:
+            ended = "; ".join(map(_silent, waiting)) or "its time was over"
+            raise Unprepared([ended if is_over else "it was cancelled, or Redis has lost it"])
         troubles = [f"{beat.label}: {beat.trouble}" for beat in answered if beat.trouble]
         if intent.route:
             older = [beat for beat in seen.living if beat.routes is None]
@@ -338,19 +340,11 @@ def _wait_until_prepared(connection: Redis, intent: Intent, seconds: float, repo
                 f"{beat.label}: smtp-dup {beat.version} there knows no decision about routes" for beat in older
             ]
         report(f"preparing: {len(answered)} of {count(len(seen.living), 'process', 'processes')}")
-        is_over = time.monotonic() >= deadline - 2 * _EVERY  # the intent must stand when all is well, for the commit
         if is_over or (troubles and not waiting):
             raise Unprepared(troubles + [_silent(beat) for beat in waiting])
         if not waiting:
             return
         time.sleep(_EVERY)
-
-
-def _how_it_ended(seen: View, intent: Intent, deadline: float) -> str:
-    if time.monotonic() >= deadline - 2 * _EVERY:
-        waiting = [beat for beat in seen.living if beat.prepared != intent.id]
-        return "; ".join(map(_silent, waiting)) or "its time was over"
-    return "it was cancelled, or Redis has lost it"
 
 
 def _silent(beat: Heartbeat) -> str:

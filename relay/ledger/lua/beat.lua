@@ -1,8 +1,7 @@
 -- ARGV: relay process, its sign of life as JSON but for the brace at its beginning. Notes it with the time, and returns
 -- {topology, intent, state of the map of moved mailboxes}, each '' for none. What stands there may be anything, also another type of key; a Redis that takes
 -- no more writes can be read all the same.
-local time = redis.call('TIME')
-local at = time[1] .. '.' .. string.format('%06d', time[2])
+local _, at = clock()
 redis.pcall('HSET', 'smtpdup:relays', ARGV[1], '{"at": ' .. at .. ', ' .. ARGV[2])
 
 local function read(key)

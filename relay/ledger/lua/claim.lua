@@ -5,9 +5,7 @@ local destination, job, worker, lease = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV
 local pending, own = 'smtpdup:pending:' .. destination, 'smtpdup:own:' .. destination
 local busy, holders = 'smtpdup:busy:' .. destination, 'smtpdup:holders:' .. destination
 local failed, failure = 'smtpdup:failed:' .. destination, 'smtpdup:failure:' .. destination
-local time = redis.call('TIME')
-local now = time[1] + time[2] / 1000000
-local stamp = time[1] .. '.' .. string.format('%06d', time[2])
+local now, stamp = clock()
 
 local function owner(state)
   return string.sub(state, 1, (string.find(state, '\n', 1, true) or 1) - 1)

@@ -6,9 +6,8 @@ if not redis.call('ZSCORE', 'smtpdup:pending:' .. destination, id) then return 0
 local state = redis.call('HGET', 'smtpdup:own:' .. destination, id) or ''
 if (string.match(state, '"a":(%d+)') or '0') ~= ARGV[3] then return 0 end
 local groups = 'smtpdup:divergence:' .. destination
-local time = redis.call('TIME')
-local now = time[1] .. '.' .. string.format('%06d', time[2])
-local hour = math.floor(time[1] / 3600)
+local seconds, now = clock()
+local hour = math.floor(seconds / 3600)
 
 local function group_of(group)
   if redis.call('ZSCORE', groups, group.key) then return group.key end

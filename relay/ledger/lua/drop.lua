@@ -7,8 +7,7 @@ local busy = 'smtpdup:busy:' .. destination
 if ARGV[2] == '1' then
   list, states = 'smtpdup:pending:' .. destination, 'smtpdup:own:' .. destination
 end
-local time = redis.call('TIME')
-local now = time[1] + time[2] / 1000000
+local now = clock()
 local names, whole = destinations()
 local gone = {}
 for i = 3, #ARGV, 2 do

@@ -14,8 +14,8 @@ local own = 'smtpdup:own:' .. destination
 local was = redis.call('HGET', own, id) or ''
 turned(destination, {was, before or ''}, {state, ARGV[4]}, 'resolved', tonumber(ARGV[5]))
 redis.call('SADD', 'smtpdup:lists', destination)
-local time = redis.call('TIME')
-redis.call('ZADD', 'smtpdup:failed:' .. destination, time[1] .. '.' .. string.format('%06d', time[2]), id)
+local _, now = clock()
+redis.call('ZADD', 'smtpdup:failed:' .. destination, now, id)
 redis.call('HSET', 'smtpdup:failure:' .. destination, id, state)
 redis.call('HINCRBY', 'smtpdup:counters', 'failed:' .. destination, 1)
 if ARGV[4] == '' then

@@ -1,11 +1,10 @@
 -- KEYS: the bucket of a destination, the workers that share it. ARGV: worker, copies a second (0 for no bound), how many
 -- are wanted. Returns how many may begin, and which of how many workers this is. One that is new has no place as yet, 0,
 -- until the others had the time to make room. A bucket holds what one second lets through, and a worker gets its share.
-local time = redis.call('TIME')
-local now = tonumber(time[1]) + tonumber(time[2]) / 1000000
+local now = clock()
 local worker, rate, wanted = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 redis.call('HSETNX', KEYS[2], worker, '')
-local names, fresh = {}, true
+local names = {}
 local all = redis.call('HGETALL', KEYS[2])
 local born = now
 for n = 1, #all, 2 do

@@ -1,8 +1,7 @@
 -- KEYS: the health of a destination. ARGV: 'hold' or 'release', seconds (0 until released), reason, by whom. The hold is
 -- ["since", "until", reason, by], an ended one joins the intervals of "held_past". Returns 1 where it was held before.
 local key, word, seconds = KEYS[1], ARGV[1], tonumber(ARGV[2])
-local time = redis.call('TIME')
-local now = tonumber(time[1]) + tonumber(time[2]) / 1000000
+local now = clock()
 
 local function read(name)
   local stored = redis.call('HGET', key, name)

@@ -3,8 +3,7 @@
 -- leased, and is neither pending nor failed there. Returns 1 for each that is moved or gone, else 0.
 local from, to, list = ARGV[1], ARGV[2], ARGV[3]
 local states = list == 'pending' and 'smtpdup:own:' or 'smtpdup:failure:'
-local time = redis.call('TIME')
-local now = time[1] + time[2] / 1000000
+local now = clock()
 local names, whole = destinations()
 local result = {}
 for i = 4, #ARGV, 3 do

@@ -2,8 +2,7 @@
 -- A pending copy that is leased is left to the job that delivers it.
 local destination, list, job = ARGV[1], ARGV[2], ARGV[3]
 local states = 'smtpdup:' .. list .. ':' .. destination
-local time = redis.call('TIME')
-local now = time[1] + time[2] / 1000000
+local now = clock()
 local count = 0
 for i = 4, #ARGV, 2 do
   local id = ARGV[i]

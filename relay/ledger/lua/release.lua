@@ -2,9 +2,7 @@
 -- backups, their names, and who takes a lease of which: "<number>=<worker>", separated by blanks.
 -- Returns for each 1, 2 where it covers an uncertain twin, 0 where it was in neither state.
 -- Only what was staged or uncertain becomes pending: a repeated release must not revive a settled copy.
-local time = redis.call('TIME')
-local now = time[1] .. '.' .. string.format('%06d', time[2])
-local seconds = time[1] + time[2] / 1000000
+local seconds, now = clock()
 local has_twins = redis.call('EXISTS', 'smtpdup:twins') == 1
 local result = {}
 local due = {}

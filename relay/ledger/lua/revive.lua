@@ -4,8 +4,7 @@ if redis.call('ZREM', 'smtpdup:uncertain', id) == 0 then
   return 0
 end
 redis.call('HDEL', 'smtpdup:covered', id)
-local time = redis.call('TIME')
-local now = time[1] .. '.' .. string.format('%06d', time[2])
+local _, now = clock()
 for i = 2, #ARGV, 2 do
   redis.call('SADD', 'smtpdup:lists', ARGV[i])
   redis.call('ZADD', 'smtpdup:pending:' .. ARGV[i], now, id)
