@@ -154,7 +154,7 @@ def _host(place: str, data: bytes, now: float) -> Host | None:
             spool_messages=int(number(messages)),
             spool_oldest_s=number(oldest),
             age=abs(now - number(found["at"])),
-            still=tuple(printable(name) for name in texts(found.get("still", []))[:_MOST_STILL]),
+            still=tuple(map(shown, texts(found.get("still", []))[:_MOST_STILL])),
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
