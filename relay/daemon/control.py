@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from relay import maillog, unix_sockets
-from relay.mail.stored import parsed
+from relay.mail.stored import parsed_object
 
 ROLES = ("up", "relay", "workers")
 _QUESTION = 4096  # octets
@@ -94,11 +94,7 @@ class Control:
             self._hang_up(client)
         elif newline:
             received[:] = rest
-            try:
-                question = parsed(line)
-            except ValueError:
-                question = None
-            if isinstance(question, dict):
+            if (question := parsed_object(line)) is not None:
                 self._answer(question, lambda told: self._send(client, told))
             else:
                 self._hang_up(client)
@@ -159,11 +155,7 @@ class Line:
                 raise Silent("it has ended")
             self._received += octets
         line, _, self._received = self._received.partition(b"\n")
-        try:
-            told = parsed(line)
-        except ValueError as error:
-            raise Silent("what it says makes no sense") from error
-        if not isinstance(told, dict):
+        if (told := parsed_object(line)) is None:
             raise Silent("what it says makes no sense")
         return told
 

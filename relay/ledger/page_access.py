@@ -21,7 +21,7 @@ from redis import Redis
 from relay import maillog
 from relay.ledger import keys
 from relay.ledger.redis_clock import time_of
-from relay.mail.stored import LATEST, parsed
+from relay.mail.stored import LATEST, parsed_object
 
 VIEWER, OPERATOR = "viewer", "operator"
 ROLES = (VIEWER, OPERATOR)
@@ -128,11 +128,8 @@ def _session(value: bytes | str | None) -> Session | None:
 def _read(value: bytes | str | None) -> dict[str, Any] | None:
     if value is None:
         return None
-    try:
-        found = parsed(value) if len(value) <= _LONGEST else None
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or found.get("v") != _VERSION:
+    found = parsed_object(value) if len(value) <= _LONGEST else None
+    if found is None or found.get("v") != _VERSION:
         _tell()
         return None
     return found

@@ -48,6 +48,15 @@ def parsed(data: bytes | str | memoryview) -> Any:
         raise ValueError("nested too deep") from error
 
 
+def parsed_object(data: bytes | str) -> dict[str, Any] | None:
+    """Parse stored JSON; None for anything but an object."""
+    try:
+        found = parsed(data)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def _writer() -> Callable[[Any], str]:
     """Return what writes JSON in ASCII, without blanks.
 

@@ -103,23 +103,19 @@ def _csv(
 ) -> Iterator[tuple[int, str, str]]:
     key, value, enabled, separator = columns
     reader = csv.reader(lines[header + 1 :], delimiter=separator, strict=True)
-    while True:
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            faults.append(f"line {header + 1 + reader.line_num}: no CSV: {error}; what follows is not read")
-            return
-        line = header + 1 + reader.line_num
-        if not any(field.strip() for field in fields) or fields[0].lstrip().startswith("#"):
-            continue
-        if len(fields) <= max(key, value or 0, enabled or 0):
-            faults.append(f"line {line}: it has {len(fields)} fields, fewer than the header")
-            continue
-        if enabled is not None and fields[enabled].strip().lower() in _OFF:
-            continue
-        yield line, fields[key], fields[value].strip() if value is not None else ""
+    try:
+        for fields in reader:
+            line = header + 1 + reader.line_num
+            if not any(field.strip() for field in fields) or fields[0].lstrip().startswith("#"):
+                continue
+            if len(fields) <= max(key, value or 0, enabled or 0):
+                faults.append(f"line {line}: it has {len(fields)} fields, fewer than the header")
+                continue
+            if enabled is not None and fields[enabled].strip().lower() in _OFF:
+                continue
+            yield line, fields[key], fields[value].strip() if value is not None else ""
+    except csv.Error as error:
+        faults.append(f"line {header + 1 + reader.line_num}: no CSV: {error}; what follows is not read")
 
 
 def _finder(servers: Sequence[Destination]) -> Callable[[str], tuple[str, ...]]:

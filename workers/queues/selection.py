@@ -9,6 +9,7 @@ envelope that cannot be read, as with a key that is not here, meets no condition
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ PAGE = 1000
 _SKEW = 5.0  # seconds between two clocks of ours: a message may have been received before Redis says it was accepted
 _CODE = re.compile(r"[2-5][0-9x]{0,2}|[245]\.\d{1,3}\.\d{1,3}")
 _ATTEMPTS = re.compile(r"(<=|>=|<|>|=)?\s*(\d{1,9})")
+_COMPARED = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "=": operator.eq}
 _STATUS = re.compile(r"\d{3}[ -](\d\.\d{1,3}\.\d{1,3})(?![\d.])")
 
 
@@ -59,16 +61,7 @@ class Attempts(NamedTuple):
         return cls(found[1] or "=", int(found[2]))
 
     def takes(self, attempts: int) -> bool:
-        match self.sign:
-            case "<":
-                return attempts < self.number
-            case "<=":
-                return attempts <= self.number
-            case ">":
-                return attempts > self.number
-            case ">=":
-                return attempts >= self.number
-        return attempts == self.number
+        return bool(_COMPARED[self.sign](attempts, self.number))
 
 
 def code(text: str) -> str:
