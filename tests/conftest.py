@@ -61,7 +61,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have what tests start hear SIGHUP, whoever has started them: below nohup it is ignored, which is inherited.
+    """Have what tests start hear SIGHUP and SIGINT, whoever has started them: what is ignored is inherited as that.
+
+    Below nohup that is SIGHUP, for what a script has put in the background SIGINT.
 
     Starts of the product are forks, which take a fifth of the processor time.
     """
@@ -71,6 +73,8 @@ def pytest_configure(config: pytest.Config) -> None:
         parallel_run.compile_tests(config)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: None)  # a handler is not inherited; we ourselves go on all the same
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     Product.forks = True
     remembered.remember()
     ended_loops.watch()

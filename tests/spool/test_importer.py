@@ -26,6 +26,7 @@ from relay.mail.envelope import Envelope
 from relay.mail.ids import IdSource
 from relay.mail.recipient import Recipient
 from relay.mail.record import Message
+from relay.server import background
 from relay.spool import importer, writer
 from relay.spool.importer import Importer
 from relay.spool.writer import Spool
@@ -138,7 +139,7 @@ class Place:
             yield under_test
             under_test.stop()
             await task
-            looking.cancel()
+            await background.end(looking)
 
     async def imported(self) -> None:
         """Run an importer until it has looked at everything."""
