@@ -28,7 +28,7 @@ def verdict(connection: Any, settings: Settings, made: Plan) -> Verdict | None:
         if name == old or name not in change.route.copied:
             return None
     try:
-        return readiness.verdict(connection, settings, name, old, answering)
+        return readiness.verdict(connection, settings, name, old, answering, change.route.name if change else "")
     except evidence_from_redis.UnknownBackup:
         return None
 

@@ -21,7 +21,8 @@ from relay.cockpit.criteria_of_mail import (
     volume,
     watched,
 )
-from relay.cockpit.criteria_of_servers import arrived, as_it_is, ehlo, probed, takes_more
+from relay.cockpit.criteria_of_probes import probed, takes_more
+from relay.cockpit.criteria_of_servers import arrived, as_it_is, ehlo
 from relay.cockpit.evidence import Evidence
 from relay.cockpit.finding import Finding
 

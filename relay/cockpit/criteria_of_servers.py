@@ -88,23 +88,6 @@ def _doubts(e: Evidence) -> Iterator[str]:
         yield f"its certificate ends in {span(max(0.0, min(ends) - e.now))}"
 
 
-def probed(e: Evidence) -> Finding | None:
-    """The recipients are known there."""
-    if not e.ready.probe_age:
-        return None
-    return unknown("never probed: this version has no command for it; ready.probe_age = 0 takes this out")
-
-
-def takes_more(e: Evidence) -> Finding | None:
-    """Whom the old server refuses, it refuses."""
-    if not e.ready.probe_age:
-        return None
-    return unknown(
-        f"not known whether {e.name} takes what {e.old} refuses: this version has no probe; "
-        "ready.probe_age = 0 takes this out"
-    )
-
-
 def arrived(e: Evidence) -> Finding | None:
     """What it took is where its recipients read it."""
     if not e.ready.arrived_age:

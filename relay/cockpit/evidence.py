@@ -15,6 +15,7 @@ from relay.ledger.flow import Flow
 from relay.ledger.greetings import Greeting
 from relay.ledger.hosts import Host, Reach
 from relay.ledger.overview import Summary
+from relay.ledger.probe_evidence import ProbeEvidence
 from relay.mail.destination import Destination
 
 
@@ -109,3 +110,5 @@ class Evidence:
     reaches: Sequence[Reach] = ()  # of the new server
     old_reaches: Sequence[Reach] = ()
     uncertain_late_s: float = 0.0
+    probed: Sequence[ProbeEvidence] = ()  # about recipients that should exist: of a list, and those seen
+    probed_refusals: ProbeEvidence | None = None  # about those that it refuses

@@ -16,7 +16,7 @@ from relay.cockpit.divergence import Standing, standing
 from relay.cockpit.evidence import Deferrals, Domain, Evidence, Missing, OpenGroup, Refusals, Relay, Restraint
 from relay.cockpit.roles_now import by_default
 from relay.config.model import Settings
-from relay.ledger import changes, divergence_groups, flow, greetings, hosts, keys, overview, registry
+from relay.ledger import changes, divergence_groups, flow, greetings, hosts, keys, overview, probe_evidence, registry
 from relay.ledger.divergence import DEFERRED, GIVEN_UP, REFUSED
 from relay.ledger.divergence_groups import Group
 from relay.ledger.flow import Flow
@@ -34,10 +34,12 @@ class UnknownBackup(LookupError):
     """Nobody is called so; the text says who there is."""
 
 
-def gather(connection: Any, settings: Settings, name: str, old: str = "", compared: Sequence[str] = ()) -> Evidence:
+def gather(
+    connection: Any, settings: Settings, name: str, old: str = "", compared: Sequence[str] = (), route: str = ""
+) -> Evidence:
     """Read what is known of a backup, beside the primary or whom ``old`` names. Raises UnknownBackup, RedisError.
 
-    ``compared`` are those that answer beside ``old`` now.
+    ``compared`` are those that answer beside ``old`` now, on the ``route`` if one is named.
     """
     known = registry.destinations(connection)
     primary, backups = by_default(connection, settings)
@@ -53,6 +55,7 @@ def gather(connection: Any, settings: Settings, name: str, old: str = "", compar
     stands = _standing(connection, name)
     said = greetings.read(connection, [name, old])
     seen = decisions.view(connection)
+    probed = probe_evidence.read(connection, name, route, now)
     return Evidence(
         name=name,
         old=old,
@@ -82,6 +85,8 @@ def gather(connection: Any, settings: Settings, name: str, old: str = "", compar
         reaches=hosts.reaches(connection, name),
         old_reaches=hosts.reaches(connection, old),
         uncertain_late_s=_uncertain(connection, now),
+        probed=[one for what, one in probed.items() if what != probe_evidence.REFUSALS],
+        probed_refusals=probed.get(probe_evidence.REFUSALS),
     )
 
 

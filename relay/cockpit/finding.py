@@ -22,10 +22,11 @@ class Result(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one criterion came to, in a line for people."""
+    """What one criterion came to, in a line for people; ``age``, seconds, of evidence that goes stale."""
 
     result: Result
     text: str
+    age: float | None = None
 
 
 passes = partial(Finding, Result.PASS)

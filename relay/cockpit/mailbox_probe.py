@@ -1,35 +1,37 @@
-"""Asks a server whether mailboxes exist there: MAIL with the null sender, RCPT, RSET and QUIT, never DATA.
+"""Asks a server whether mailboxes exist there: MAIL, RCPT, RSET and QUIT, never DATA.
 
-It is modest: one connection at a time, a few addresses in each, and no more than so many in all, within a deadline. In
-each domain an address that nobody can have goes first: a server that takes it takes anything, so that its yes says
-nothing. A 4xx, a 421, silence or a server that cannot be reached leaves a mailbox unknown; nothing here raises.
+It is modest: one connection at a time, a few addresses in each, at a bounded pace, and it stops where the server wants
+to be left alone. In each domain an address that nobody can have goes first: a server that takes it takes anything, or
+refuses only after DATA, so that its yes says nothing. What is put off is asked again later. Nothing here raises;
+``trouble`` says why it ended early, and what was answered until then has been told.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from typing import NamedTuple
 
 from relay.client.connect import connect
 from relay.client.connection import Connection
 from relay.client.errors import ClientError
-from relay.cockpit.finding import Finding, fails, passes, unknown
-from relay.cockpit.formatting import some
-from relay.cockpit.moves import Kept, MovePlan
 from relay.config.model import Settings
 from relay.mail.destination import Destination
-from relay.mail.refusal_class import DISABLED, NO_MAILBOX, classify
+from relay.mail.esmtp import command_line
+from relay.mail.refusal_class import DISABLED, NO_MAILBOX, RATE, classify
 from relay.mail.reply import Reply
+from relay.mail.reply_text import Known, normalise
 from relay.mail.text import printable
 from relay.mail.timeouts import Timeouts
 
-MOST = 1000  # addresses in all
-_PER_CONNECTION = 20
-_SECONDS = 300.0  # for all together
-_STEP_SECONDS = 10.0  # for the reply to one command
+PER_CONNECTION = 20
+# Of one connection: Postfix delays its replies after 10 errors of a client and hangs up after 20
+# (smtpd_soft_error_limit, smtpd_hard_error_limit). For the like reason there is one RSET a transaction, not one an
+# address: Exim hangs up after 10 commands that are no mail (smtp_accept_max_nonmail).
+_MOST_REFUSALS = 9
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789!#$%&'*+-/=?^_`{|}~.")
 
 
@@ -38,96 +40,135 @@ class Exists(StrEnum):
 
     YES = "exists"
     NO = "does not exist"
-    REFUSED = "refused"
-    UNKNOWN = "unknown"
+    REFUSED = "refused"  # for another reason
+    PUT_OFF = "put off"
+    UNTOLD = "cannot be told"
 
 
 class Probed(NamedTuple):
-    """A mailbox and what was said of it."""
+    """A mailbox and what was said of it; ``is_accepted``: its RCPT was, whatever that says."""
 
     address: str
     result: Exists
     text: str
-
-    @property
-    def keeps(self) -> bool:
-        """Whether that speaks against moving it."""
-        return self.result in {Exists.NO, Exists.REFUSED}
+    is_accepted: bool = False
 
 
-def probe(settings: Settings, server: Destination, addresses: Sequence[str]) -> list[Probed]:
-    """Ask about these addresses, as they are compared (relay.mail.address_keys); a domain cannot be asked about."""
-    asked = [one for one in addresses if not one.startswith("@")][:MOST]
-    asking = _Asking(settings, server)
-    asyncio.run(asking.all(asked))
-    found = []
-    for one in addresses:
-        if one.startswith("@"):
-            why = "a domain is no mailbox: nobody was asked"
-        else:
-            why = asking.trouble or f"not asked: more than {MOST} addresses"
-        found.append(asking.found.get(one) or Probed(one, Exists.UNKNOWN, why))
-    return found
+class Manner(NamedTuple):
+    """How the server is asked: as whom ("" for the null sender), and how modestly."""
+
+    sender: str = ""
+    per_connection: int = PER_CONNECTION
+    interval: float = 0.0  # seconds from one RCPT to the next
+    step: float = 10.0  # seconds for the reply to one command, at most
+    pauses: tuple[float, ...] = ()  # seconds, before those that were put off are asked again
+    most_alike: int = 0  # refusals in a row with the same words, after which it stops; 0: it does not
+    wants_refusals: bool = False  # that somebody does not exist is what it is to find
 
 
-class _Asking:
-    """The connections to one server, and what it has said so far."""
+class MailboxProbe:
+    """The connections to one server, and what it has said of each domain."""
 
-    def __init__(self, settings: Settings, server: Destination) -> None:
-        limits = settings.relay.timeouts
-        self._timeouts = Timeouts(*(min(limit, _STEP_SECONDS) for limit in limits))
+    def __init__(
+        self,
+        settings: Settings,
+        server: Destination,
+        manner: Manner,
+        note: Callable[[Probed], object],
+        pausing: Callable[[int, float], object] = lambda _number, _seconds: None,
+    ) -> None:
+        """``note`` hears of each answer, the last one counts; ``pausing``: how many are put off, for how long."""
+        self._timeouts = Timeouts(*(min(limit, manner.step) for limit in settings.relay.timeouts))
         self._hostname = settings.smtp.domain
         self._server = server
-        self._domains: dict[str, str] = {}  # those asked for nobody's mailbox, and why their yes says nothing
-        self.found: dict[str, Probed] = {}
-        self.trouble = ""  # why it ended early
+        self._manner = manner
+        self._note = note
+        self._pausing = pausing
+        self._nobody: dict[str, str] = {}  # domain -> a local part that nobody has there; greylisting wants it again
+        self._controls: dict[str, Reply] = {}  # domain -> what was said of that one, in this round
+        self._put_off: list[str] = []
+        self._alike = 0  # refusals in a row with the words ``_words``
+        self._words: tuple[int, str] = (0, "")
+        self._has_yes = False
+        self._next = 0.0  # when the next RCPT may be sent, by the loop's clock
+        self.trouble = ""
 
-    async def all(self, addresses: Sequence[str]) -> None:
-        try:
-            async with asyncio.timeout(_SECONDS):
-                for start in range(0, len(addresses), _PER_CONNECTION):
-                    await self._some(addresses[start : start + _PER_CONNECTION])
-                    if self.trouble:
-                        return
-        except TimeoutError:
-            self.trouble = f"no time was left: {self._server.name} has not answered within {_SECONDS:.0f} s"
+    async def ask(self, addresses: Iterable[str]) -> None:
+        """Ask about addresses in the form in which they are compared (relay.mail.address_keys)."""
+        waiting = list(addresses)
+        for pause in (0.0, *self._manner.pauses):
+            if pause:
+                self._pausing(len(waiting), pause)
+                await asyncio.sleep(pause)
+            waiting = await self._round(waiting)
+            if self.trouble or not waiting:
+                return
 
-    async def _some(self, addresses: Sequence[str]) -> None:
+    async def _round(self, addresses: Iterable[str]) -> list[str]:
+        """Ask each once; returns who was put off."""
+        queue, self._put_off = deque(addresses), []
+        self._controls = {domain: said for domain, said in self._controls.items() if not said.is_temporary}
+        while queue and not self.trouble:
+            await self._session(queue)
+        return self._put_off
+
+    async def _session(self, queue: deque[str]) -> None:
         try:
             connection = await connect(self._server, local_hostname=self._hostname, timeouts=self._timeouts)
         except ClientError as error:
-            self.trouble = printable(f"{self._server.name} cannot be used: {error}")
+            self._stop(f"cannot be used: {error}")
             return
+        left = self._manner.per_connection
         try:
-            await self._ask(connection, addresses)
-            await self._say(connection, b"RSET")
+            while queue and left > 0 and connection.refusals < _MOST_REFUSALS and not self.trouble:
+                left -= await self._transaction(connection, queue, left)
+                await self._say(connection, b"RSET")
             await connection.quit(timeout=min(self._timeouts.connect, 2))
         except ClientError as error:
-            self.trouble = printable(f"{self._server.name} broke off: {error}")
+            self._stop(f"broke off: {error}")
         finally:
             connection.close()
 
-    async def _ask(self, connection: Connection, addresses: Sequence[str]) -> None:
-        utf8 = "SMTPUTF8" in connection.extensions
-        reply = await self._say(connection, b"MAIL FROM:<>" + (b" SMTPUTF8" if utf8 else b""))
+    async def _transaction(self, connection: Connection, queue: deque[str], most: int) -> int:
+        """Take addresses from the queue and ask about them; returns how many, at most ``most``."""
+        has_utf8 = "SMTPUTF8" in connection.extensions
+        ahead = (self._manner.sender, *(queue[n] for n in range(min(most, len(queue)))))
+        given = ("SMTPUTF8",) if has_utf8 and not all(map(str.isascii, ahead)) else ()
+        reply = await self._say(connection, command_line("MAIL FROM", self._manner.sender, given))
         if not reply.is_positive:
-            self.trouble = printable(f"{self._server.name} refuses MAIL FROM:<>: {reply.text}")
-            return
-        for address in addresses:
+            self._stop(f"refuses MAIL FROM:<{self._manner.sender}>: {reply.text}")
+            return 0
+        asked = used = 0
+        while queue and asked < most and used < connection.limits.recipients and connection.refusals < _MOST_REFUSALS:
+            address = queue[0]
             local, _, domain = address.rpartition("@")
-            if not address.isascii() and not utf8:
-                self._note(address, Exists.UNKNOWN, f"{self._server.name} does not offer SMTPUTF8")
+            if not address.isascii() and not has_utf8:
+                queue.popleft()
+                self._note(Probed(address, Exists.UNTOLD, f"{self._server.name} does not offer SMTPUTF8"))
                 continue
-            if domain not in self._domains:
-                nobody = f"no-such-mailbox-{secrets.token_hex(8)}"
-                self._domains[domain] = _control(await self._rcpt(connection, nobody, domain))
-            reply = await self._rcpt(connection, local, domain)
-            if reply.is_positive and self._domains[domain]:
-                self._note(address, Exists.UNKNOWN, f"{self._server.name} {self._domains[domain]}")
-            else:
-                self._note(address, *_judged(reply))
+            is_control = domain not in self._controls
+            reply = await self._rcpt(connection, self._nobody_of(domain) if is_control else local, domain)
+            used += 1
+            if used > 1 and reply.is_too_many_recipients:
+                break  # of one transaction: the next one has room
+            if reply.is_temporary and classify(reply.code, reply.status, reply.text.lower()) is RATE:
+                self._stop(f"asks us to slow down: {reply.text}")
+                break
+            if is_control:
+                self._controls[domain] = reply
+                continue
+            queue.popleft()
+            asked += 1
+            self._judge(address, reply)
+            if self.trouble:
+                break
+        return asked
 
     async def _rcpt(self, connection: Connection, local: str, domain: str) -> Reply:
+        loop = asyncio.get_running_loop()
+        if (wait := self._next - loop.time()) > 0:
+            await asyncio.sleep(wait)
+        self._next = loop.time() + self._manner.interval
         reply = await self._say(connection, f"RCPT TO:<{_quoted(local)}@{domain}>".encode())
         if reply.code == 421:
             raise ClientError("it closes", stage="RCPT", reply=reply)
@@ -136,26 +177,44 @@ class _Asking:
     async def _say(self, connection: Connection, line: bytes) -> Reply:
         return await connection.command(line, timeout=self._timeouts.command)
 
-    def _note(self, address: str, result: Exists, text: str) -> None:
-        self.found[address] = Probed(address, result, printable(text))
+    def _nobody_of(self, domain: str) -> str:
+        return self._nobody.setdefault(domain, f"no-such-mailbox-{secrets.token_hex(8)}")
+
+    def _stop(self, why: str) -> None:
+        self.trouble = self.trouble or printable(f"{self._server.name} {why}")
+
+    def _judge(self, address: str, reply: Reply) -> None:
+        found = _judged(address, reply, self._controls[address.rpartition("@")[2]], self._server.name)
+        self._note(found)
+        if found.result is Exists.PUT_OFF:
+            self._put_off.append(address)
+        if reply.is_positive:
+            self._has_yes, self._alike = True, 0
+        elif reply.is_permanent:
+            # That nobody of a long list exists may be true; that nobody does from the start on, is another server.
+            is_expected = found.result is Exists.NO and (self._has_yes or self._manner.wants_refusals)
+            known = Known(address, self._manner.sender, ours=(self._hostname,))
+            words = (reply.code, normalise(reply, known).text)
+            self._alike = 0 if is_expected else self._alike + 1 if words == self._words else 1
+            self._words = words
+            if self._alike >= self._manner.most_alike > 0:
+                self._stop(f"has refused {self._alike} in a row, all in the same words: {reply.text}")
 
 
-def _control(reply: Reply) -> str:
-    """Return why a yes says nothing in a domain, by what is said of a mailbox that nobody has; "" where it does."""
+def _judged(address: str, reply: Reply, control: Reply, name: str) -> Probed:
+    """Return what a reply says, given what was said of somebody whom nobody can be."""
     if reply.is_positive:
-        return "accepts anything in this domain, so this says nothing"
-    if reply.is_temporary:
-        return f"puts off whoever asks: {reply.text}"
-    return ""
-
-
-def _judged(reply: Reply) -> tuple[Exists, str]:
-    if reply.is_positive:
-        return Exists.YES, reply.text
-    if reply.is_temporary:
-        return Exists.UNKNOWN, f"put off: {reply.text}"
+        if control.is_positive:
+            text = f"{name} accepts anything in this domain, so this says nothing"
+            return Probed(address, Exists.UNTOLD, text, is_accepted=True)
+        if control.is_temporary:
+            text = printable(f"{name} puts off whoever asks: {control.text}")
+            return Probed(address, Exists.PUT_OFF, text, is_accepted=True)
+        return Probed(address, Exists.YES, reply.text, is_accepted=True)
+    if not reply.is_permanent:
+        return Probed(address, Exists.PUT_OFF, f"put off: {reply.text}")
     is_about_mailbox = classify(reply.code, reply.status, reply.text.lower()) in {NO_MAILBOX, DISABLED}
-    return (Exists.NO if is_about_mailbox else Exists.REFUSED), reply.text
+    return Probed(address, Exists.NO if is_about_mailbox else Exists.REFUSED, reply.text)
 
 
 def _quoted(local: str) -> str:
@@ -163,39 +222,3 @@ def _quoted(local: str) -> str:
     if all(local.split(".")) and all(c in _PLAIN or not c.isascii() for c in local):
         return local
     return '"' + local.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-# What comes of it -----------------------------------------------------------------------------------------------------
-
-
-def apply(made: MovePlan, found: Sequence[Probed], *, force: bool) -> None:
-    """Keep whoever has no mailbox at the new server where it is; what nobody can tell is a remark."""
-    untold: dict[str, list[str]] = {}
-    for one in found:
-        if one.keeps and not force:
-            del made.wanted[one.address]
-            made.kept.append(Kept(one.address, f"{made.to} says that it {_WORDS[one.result]}: {one.text}"))
-        elif one.keeps:
-            made.remarks.append(f"{one.address}: {made.to} says that it {_WORDS[one.result]}: {one.text}")
-        elif one.result is Exists.UNKNOWN:
-            untold.setdefault(one.text, []).append(one.address)
-    made.remarks += [f"not known to exist at {made.to}: {some(names)}: {why}" for why, names in untold.items()]
-
-
-_WORDS = {Exists.NO: "does not exist", Exists.REFUSED: "would be refused"}
-
-
-def judged(one: Probed, name: str) -> Finding:
-    """Return it as a criterion of one mailbox."""
-    if one.result is Exists.YES:
-        return passes(f"{name} takes RCPT for it, and refuses it for others: {one.text}")
-    if one.keeps:
-        return fails(f"{name} says that it {_WORDS[one.result]}: {one.text}")
-    return unknown(one.text)
-
-
-def counts(found: Sequence[Probed]) -> Iterator[tuple[str, int]]:
-    """Yield each result that there is, and how often."""
-    for result in Exists:
-        if number := sum(one.result is result for one in found):
-            yield result.value, number

@@ -12,7 +12,7 @@ from typing import Any
 
 from redis import Redis
 
-from relay.cockpit import formatting, mailbox_probe, moves, tracing
+from relay.cockpit import formatting, moves, probed_moves, tracing
 from relay.cockpit.finding import Finding, fails, passes, unknown, warns
 from relay.config.model import Settings
 from relay.topology import decisions, moving
@@ -92,8 +92,8 @@ def of_address(
         judged = [MailboxJudged("moved", _moved(entry, former.servers[0]))]
         judged.append(MailboxJudged("server", _server(connection, settings, seen, name)))
         if check and (server := next((s for s in settings.named if s.name == name), None)):
-            (said,) = mailbox_probe.probe(settings, server, [asked.key])
-            judged.append(MailboxJudged("mailbox", mailbox_probe.judged(said, name)))
+            (said,) = probed_moves.probe(settings, server, [asked.key])
+            judged.append(MailboxJudged("mailbox", probed_moves.judged(said, name)))
         if not answering.is_copied(asked.key, name):
             judged.append(MailboxJudged("copies", fails(f"{name} gets no copies of its mail")))
         judged.append(MailboxJudged("divergence and waiting", _troubles(connection, settings, name, [asked.key])))

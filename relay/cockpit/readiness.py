@@ -29,7 +29,7 @@ class Judged:
             "criterion": criterion.name,
             "result": self.finding.result.value,
             "text": self.finding.text,
-            "age_s": None,  # of evidence that goes stale, of which there is none so far
+            "age_s": self.finding.age,
             "rule": criterion.rule,
             "settings": list(criterion.settings),
         }
@@ -84,9 +84,11 @@ def judge(evidence: Evidence) -> Verdict:
     return Verdict(evidence.name, evidence.old, evidence.now, judged)
 
 
-def verdict(connection: Any, settings: Settings, name: str, old: str = "", compared: Sequence[str] = ()) -> Verdict:
+def verdict(
+    connection: Any, settings: Settings, name: str, old: str = "", compared: Sequence[str] = (), route: str = ""
+) -> Verdict:
     """Ask about one backup, beside the primary or whom ``old`` names. Raises UnknownBackup, RedisError."""
-    return judge(gather(connection, settings, name, old, compared))
+    return judge(gather(connection, settings, name, old, compared, route))
 
 
 def verdicts(connection: Any, settings: Settings) -> list[Verdict]:

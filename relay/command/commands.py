@@ -177,6 +177,20 @@ ROOT = _group(
             _option("--nagios", is_flag=True, help="one line and exit status for a monitoring system"),
             _option("--explain", is_flag=True, help="each criterion's rule, and its settings"),
         ),
+        "probe": _word(
+            "whether recipients exist at a server: it is asked, and sent nothing", "probe:probe",
+            click.Argument(["name"], metavar="NAME", type=Names(SERVER)),
+            _option("--recipients", metavar="FILE", help="one address a line, or CSV; - for stdin"),
+            _option("--seen", metavar="TIME", help="whom the primary has taken within this time: 1d, 30d"),
+            _option("--refused", is_flag=True, help="whom the primary has refused, of whom none should exist"),
+            _option("--route", metavar="ROUTE", type=Names(ROUTE), default="", help="only whose mail takes this route"),
+            _option("--rate", metavar="N/s", default="5/s", show_default=True, help="recipients a second"),
+            _option("--per-connection", metavar="N", type=click.IntRange(1, 1000), default=20, show_default=True,
+                    help="recipients, at most"),
+            _option("--sender", metavar="ADDRESS", help="of MAIL; postmaster@ and smtp.domain"),
+            _option("--fresh", is_flag=True, help="ask again about those that were answered, too"),
+            _option("--csv", "as_csv", is_flag=True, help="write all answers as CSV"),
+        ),
         "hold": _word(
             "keep copies from a backup for a time", "hold:hold", _NAME,
             _option("--reason", metavar="TEXT", required=True, help="why"),
@@ -282,7 +296,7 @@ ROOT = _group(
 )  # fmt: skip
 
 ROOT.lesser = frozenset({
-    "relay", "workers", "demo", "open", "reload", "undo", "topology", "audit", "release", "throttle", "route",
+    "relay", "workers", "demo", "open", "probe", "reload", "undo", "topology", "audit", "release", "throttle", "route",
     "move", "moved", "flow", "hash-password", "new-key", "completion", "version",
 })  # fmt: skip
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from redis import Redis
 
-from relay.cockpit import formatting, mailbox_probe, moves
+from relay.cockpit import formatting, moves, probed_moves
 from relay.cockpit.mailbox_probe import Probed
 from relay.cockpit.moves import Kept, MovePlan, Wish
-from relay.command import prompt
+from relay.command import address_file, prompt
 from relay.command.connection import ledger_of
 from relay.command.decision import seconds_of
 from relay.command.exit_status import NO, WELL, Misuse, Trouble
@@ -24,7 +22,6 @@ from relay.mail.text import printable
 from relay.topology.moved import MOVE, MOVE_BACK
 
 _SHOWN = 20  # addresses of a batch
-_LARGEST_FILE = 256 << 20  # octets
 
 
 def move(
@@ -107,21 +104,7 @@ def _asked(
     for text in domains:
         yield moves.wish(text, fold=fold, is_domain=True)
     if file is not None:
-        yield from moves.wishes_of_file(_read(file), fold=fold)
-
-
-def _read(file: str) -> str:
-    try:
-        if file == "-":
-            return sys.stdin.read()
-        path = Path(file)
-        if path.stat().st_size > _LARGEST_FILE:
-            raise Misuse(f"{file}: it is larger than {_LARGEST_FILE >> 20} MB")
-        return path.read_text("utf-8")
-    except UnicodeDecodeError:
-        raise Misuse(f"{file}: no UTF-8") from None
-    except OSError as error:
-        raise Misuse(f"{file}: {error.strerror}") from error
+        yield from moves.wishes_of_file(address_file.read(file), fold=fold)
 
 
 # A batch --------------------------------------------------------------------------------------------------------------
@@ -134,9 +117,9 @@ def _checked(settings: Settings, made: MovePlan, name: str, *, force: bool) -> l
         return []
     report = Progress()
     report(f"asking {name} about {formatting.count(len(made.wanted), 'address', 'addresses')} ...")
-    found = mailbox_probe.probe(settings, server, list(made.wanted))
+    found = probed_moves.probe(settings, server, list(made.wanted))
     report.clear()
-    mailbox_probe.apply(made, found, force=force)
+    probed_moves.apply(made, found, force=force)
     return found
 
 
@@ -183,7 +166,7 @@ def _pairs(made: MovePlan, probed: Sequence[Probed], *, back: bool) -> Iterator[
         how = "not moved" if back else f"at {made.to}"
         yield "already", f"{how}: {formatting.some(made.already)}"
     if probed:
-        yield "mailboxes", ", ".join(f"{number} {what}" for what, number in mailbox_probe.counts(probed))
+        yield "mailboxes", ", ".join(f"{number} {what}" for what, number in probed_moves.counts(probed))
     yield "processes", ", ".join(beat.label for beat in made.seen.living) or "none lives"
     for text in made.objections:
         yield "trouble", text

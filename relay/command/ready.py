@@ -66,7 +66,9 @@ def _backups(settings: Settings, out: Output, name: str | None, route: str, *, n
             )
             if route and name and name not in others:
                 raise Misuse(f"{name} gets no copies on {route}; {', '.join(others) or 'nobody'} does")
-            evidence = [gather(connection, settings, each, old, answering) for each in ([name] if name else others)]
+            evidence = [
+                gather(connection, settings, each, old, answering, route) for each in ([name] if name else others)
+            ]
     except (UnknownBackup, UnknownRoute) as error:
         raise Misuse(str(error)) from error
     if not evidence:

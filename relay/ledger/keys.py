@@ -50,6 +50,7 @@ FLOW_BASE = PREFIX + "flow-base:"  # string: what one installation has added so 
 EHLO = PREFIX + "ehlo:"  # string: JSON, the last EHLO reply of a server
 HOSTS = PREFIX + "hosts"  # hash place -> JSON: the processes of a host, the state of its spool, and when
 REACH = PREFIX + "reach"  # hash "destination place" -> JSON: the result of the last connection from that host
+PROBED = PREFIX + "probed:"  # hash what was asked, and the route -> JSON: what a probe has found; see probe_evidence.py
 ASK = PREFIX + "ask:"  # list of JSON that expires: what a look-up in the trace asks the host of this place
 ANSWER = PREFIX + "answer:"  # list of JSON that expires: what that host answers
 ASIDE = PREFIX + "aside:"  # and the name of a key that was of another type; see misplaced.py

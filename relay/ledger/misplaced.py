@@ -57,6 +57,7 @@ _OF_DESTINATION = {
     keys.DOMAINS: "hash",
     keys.OUTAGES: "list",
     keys.EHLO: "string",
+    keys.PROBED: "hash",
 }
 
 

@@ -44,8 +44,13 @@ def ask(connection: Any, places: Iterable[str], asked: dict[str, Any]) -> str:
     return reply_to
 
 
-def answers(connection: Any, reply_to: str, places: Iterable[str], seconds: float) -> Iterator[tuple[str, Any]]:
-    """Yield (place, part of its answer), and (place, None) at its end, until all are done or the time is over."""
+def answers(
+    connection: Any, reply_to: str, places: Iterable[str], seconds: float, *, for_each: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """Yield (place, part of its answer), and (place, None) at its end, until all are done or the time is over.
+
+    ``for_each``: that is the time for the next part of anybody's.
+    """
     missing, key = set(places), keys.ANSWER + reply_to
     deadline = time.monotonic() + seconds
     while missing and (left := deadline - time.monotonic()) > 0:
@@ -54,6 +59,8 @@ def answers(connection: Any, reply_to: str, places: Iterable[str], seconds: floa
         place = part.get("place") if part else None
         if not part or not isinstance(place, str) or place not in missing:
             continue
+        if for_each:
+            deadline = time.monotonic() + seconds
         if part.get("part") is not None:
             yield place, part["part"]
         if part.get(_END) is True:

@@ -143,7 +143,7 @@ def groups_of(query: Query, kept: Privacy | None) -> dict[str, frozenset[str]]:
 class Reader:
     """One look-up: the files of this host, opened as they are needed and kept open, other hosts, and the ledger."""
 
-    def __init__(self, folder: Path, unseen: Unseen, connection: Any, others: Others | None) -> None:
+    def __init__(self, folder: Path, unseen: Unseen, connection: Any = None, others: Others | None = None) -> None:
         self._folder = folder
         self._unseen = unseen
         self._connection = connection
@@ -248,6 +248,20 @@ class Reader:
                     found[event.id].append(event)
         return found
 
+    def received(self, since: float, progress: Progress | None = None) -> Iterator[Event]:
+        """Yield who every message was for that was received since then, the newest first."""
+        chosen = [file for file in self._files if since < file.hour + HOUR]
+        total, done = sum(file.octets for file in chosen), 0
+        for file in chosen:
+            numbers: list[int] = self._asked(file, lambda opened: opened.rows_of([]))
+            for start in range(0, len(numbers), _PAGE):
+                for event in self._asked(file, partial(_received, numbers=numbers[start : start + _PAGE])):
+                    if event.at >= since:
+                        yield event
+            done += file.octets
+            if progress:
+                progress(done, total)
+
     def _asked(self, file: HourFile, ask: Callable[[OpenFile], list[T]]) -> list[T]:
         """Ask a file; one that cannot be read is told of once, and set aside if it is damaged and nobody writes it."""
         try:
@@ -267,6 +281,17 @@ class Reader:
                     text += f"; it is kept as {file.set_aside()}"
             self._unseen.damaged.append(f"{file.path.name}: {text}")
             return []
+
+
+def _received(opened: OpenFile, numbers: Sequence[int]) -> list[Event]:
+    """Return the events of these rows that say who a message is for, the other way round than they were written."""
+    return [
+        event
+        for row in opened.read(numbers)
+        for one in reversed(row)
+        if isinstance(one, list) and one[:1] in ([events.RECEIVED], [events.MORE])
+        if (event := events.read(one)) is not None
+    ]
 
 
 def _ids(opened: OpenFile, numbers: Sequence[int]) -> list[str]:

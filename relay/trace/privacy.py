@@ -127,6 +127,11 @@ def _cleared(reply: str, names: Iterable[str]) -> str:
     return reply
 
 
+def is_hashed(address: str) -> bool:
+    """Say whether an address is kept as a pseudonym."""
+    return address.startswith(_MARK) and _HASHED.match(address) is not None
+
+
 def shown(address: str) -> str:
     """Return an address as people see it: of a hashed one the domain."""
     return _HASHED.sub("*", address, count=1) if address.startswith(_MARK) else address

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,13 +29,16 @@ from relay.stopping import StopEvent
 from relay.trace import events
 from relay.trace.events import Event
 from relay.trace.life import STATUSES, MessageLife
-from relay.trace.lookup import Query, Unseen, find, lives
+from relay.trace.lookup import Query, Reader, Unseen, find, lives
+from relay.trace.recipients import SeenRecipients
 from relay.trace.search_terms import Term
 
 PATIENCE = 3.0  # seconds for the answers
+_READING_PATIENCE = 15.0  # for the next part where all of a trace is read
 _LISTEN_SECONDS = 1.0
 _MOST_LIMIT = 1000
 _PART = 512 << 10  # octets of an answer's part, about
+_READ_AT_ONCE = 5000  # events for each part, where recipients are asked for
 _ROLES = {"id", "from", "to", "address"}
 
 
@@ -79,30 +83,56 @@ class OtherHosts:
         found = self._ask({"ids": list(ids)})
         return {message_id: some for message_id, some in found.items() if message_id in wanted}
 
+    def recipients(self, since: float, found: SeenRecipients) -> None:
+        """Add the recipients that other hosts remember since then."""
+        done: set[str] = set()  # a host of an older version says that it has answered, and nothing
+
+        def take(place: str, part: Any) -> None:
+            found.add_accepted(_texts(part, "accepted"))
+            found.add_refused(_texts(part, "refused"))
+            if isinstance(part, dict) and part.get("done") is True:
+                done.add(place)
+                found.hashed += part["hashed"] if isinstance(part.get("hashed"), int) else 0
+                found.is_cut |= part.get("cut") is True
+
+        self._answers({"recipients": since}, take, _READING_PATIENCE, for_each=True)
+        self._unseen.silent += [self._places.pop(place) for place in set(self._places) - done]
+
     def _ask(self, asked: dict[str, Any]) -> dict[str, list[Event]]:
         found: dict[str, list[Event]] = {}
+
+        def take(_place: str, part: Any) -> None:
+            for one in _list(part, "events"):
+                if (event := events.read(one)) is not None:
+                    found.setdefault(event.id, []).append(event)
+
+        self._answers(asked, take, PATIENCE)
+        return found
+
+    def _answers(
+        self, asked: dict[str, Any], take: Callable[[str, Any], None], seconds: float, *, for_each: bool = False
+    ) -> None:
+        """Ask the hosts, and give each part of their answers, with its host's place, to ``take``."""
         missing = set(self._places)
         if not missing:
-            return found
+            return
         try:
             reply_to = questions.ask(self._connection, missing, asked)
-            for place, part in questions.answers(self._connection, reply_to, set(missing), PATIENCE):
+            for place, part in questions.answers(self._connection, reply_to, set(missing), seconds, for_each=for_each):
                 if part is None:
                     missing.discard(place)
-                else:
-                    self._take(place, part, found)
+                    continue
+                take(place, part)
+                for name in _list(part, "damaged"):
+                    self._unseen.damaged.append(f"{self._places[place]}: {printable(str(name)[:500])}")
         except (RedisError, OSError) as error:
             self._unseen.no_ledger = str(error)
         for place in missing:
             self._unseen.silent.append(self._places.pop(place))
-        return found
 
-    def _take(self, place: str, part: Any, found: dict[str, list[Event]]) -> None:
-        for one in _list(part, "events"):
-            if (event := events.read(one)) is not None:
-                found.setdefault(event.id, []).append(event)
-        for name in _list(part, "damaged"):
-            self._unseen.damaged.append(f"{self._places[place]}: {printable(str(name)[:500])}")
+
+def _texts(part: Any, name: str) -> list[str]:
+    return [one for one in _list(part, name) if isinstance(one, str)]
 
 
 def _list(part: Any, name: str) -> list[Any]:
@@ -135,16 +165,36 @@ def _answer(asked: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
     unseen = Unseen()
     try:
         found: Iterable[MessageLife]
-        if "ids" in asked:
+        if "recipients" in asked:
+            yield from _recipients(folder, moment(number(asked["recipients"])), unseen)
+        elif "ids" in asked:
             ids = asked["ids"]
             found = lives(ids, folder, unseen=unseen) if are_ids(ids) and len(ids) <= _MOST_LIMIT else ()
+            yield from _parts(found)
         else:
-            found = find(_query(asked), folder, unseen=unseen)
-        yield from _parts(found)
+            yield from _parts(find(_query(asked), folder, unseen=unseen))
     except (ValueError, TypeError, KeyError):  # who asks is of another version
         return
     if unseen.damaged:
         yield {"damaged": unseen.damaged}
+
+
+def _recipients(folder: Path, since: float, unseen: Unseen) -> Iterator[dict[str, Any]]:
+    """Yield the recipients that this host remembers since then, a part for every so many events that it reads."""
+    found = SeenRecipients()
+    told = {"accepted": 0, "refused": 0}
+
+    def part() -> dict[str, Any]:
+        fresh = {name: list(islice(getattr(found, name), count, None)) for name, count in told.items()}
+        told.update({name: count + len(fresh[name]) for name, count in told.items()})
+        return fresh
+
+    with Reader(folder, unseen) as reader:
+        for number, event in enumerate(reader.received(since), 1):
+            found.take(event)
+            if not number % _READ_AT_ONCE:
+                yield part()
+    yield {**part(), "done": True, "hashed": found.hashed, "cut": found.is_cut}
 
 
 def _query(asked: dict[str, Any]) -> Query:

@@ -29,6 +29,7 @@ from relay.ledger.flow import Buckets, DestinationFlow, Flow
 from relay.ledger.greetings import Greeting
 from relay.ledger.hosts import Host, Reach
 from relay.ledger.overview import Summary
+from relay.ledger.probe_evidence import ProbeEvidence
 from relay.mail.destination import Destination
 
 NOW = 1_795_796_640.0
@@ -106,6 +107,22 @@ def found(number: int, evidence: Evidence) -> Finding | None:
 def but(**values: Any) -> Evidence:
     """All is well but for this."""
     return replace(READY, **values)
+
+
+def probed(age: float = HOUR, **found: Any) -> Evidence:
+    """A probe of recipients that the primary takes came to this, some time ago."""
+    known = ProbeEvidence(NOW - age, "me", "list", **{"domains": 2 if found else 0, **found})
+    return replace(with_rules(probe_age=7 * DAY), probed=[known])
+
+
+def both(listed: Evidence, seen: Evidence) -> Evidence:
+    """Two probes: of a list, and of whom mail came for."""
+    return replace(listed, probed=[*listed.probed, *seen.probed])
+
+
+def refusals(age: float = HOUR, **found: Any) -> Evidence:
+    """And one of those that it refuses."""
+    return replace(with_rules(probe_age=7 * DAY), probed_refusals=ProbeEvidence(NOW - age, "me", "trace", **found))
 
 
 def relay(label: str, generation: int = 1, epoch: int = 1, **values: Any) -> Relay:
@@ -207,8 +224,35 @@ CASES: Sequence[tuple[int, Evidence, Result, str]] = [
     (4, but(first=None), UNKNOWN, "nothing seen yet"),
     (5, but(first=None), UNKNOWN, "nothing seen yet"),
     (11, but(destination=Destination("new", "h", 25, domains=("a.example",))), FAIL, "1 domain by its settings"),
-    (12, with_rules(probe_age=7 * DAY), UNKNOWN, "ready.probe_age = 0"),
-    (13, with_rules(probe_age=7 * DAY), UNKNOWN, "ready.probe_age = 0"),
+    (12, with_rules(probe_age=7 * DAY), UNKNOWN, "never probed: `smtp-dup probe new --recipients FILE`"),
+    (12, probed(exist=2300), PASS, "2,300 recipients exist at new, probed 1 h ago (list)"),
+    (12, probed(exist=2300, age=8 * DAY), UNKNOWN, "probed 8 d ago, 7 d is the limit"),
+    (12, probed(exist=2286, missing=14, examples=("ann@a.example", "bob@a.example")), FAIL,
+     "14 of 2,300 do not exist at new, probed 1 h ago (list): ann@a.example, bob@a.example"),
+    (12, probed(exist=1, missing=1, refused=1, reply="550 5.7.1 no", left=5, why="it closes"), FAIL,
+     "1 of 8 does not exist at new; 1 of 8 is refused for another reason (550 5.7.1 no)"),
+    (12, probed(exist=1, left=5, why="new broke off: 421 4.3.2 closing"), UNKNOWN,
+     "5 of 6 were not asked about: new broke off: 421"),
+    (12, probed(exist=9, put_off=1), UNKNOWN, "1 of 10 was put off"),
+    (12, probed(exist=9, untold=1, open_domains=1), UNKNOWN,
+     "whether 1 of 10 recipients exist cannot be told: new accepts anybody in 1 of 2 domains; compare"),
+    (12, probed(exist=9, untold=1), UNKNOWN, "new does not offer SMTPUTF8"),
+    (12, probed(), UNKNOWN, "nobody was asked about"),
+    (12, both(probed(exist=8, missing=2), probed(exist=90)), FAIL, "2 of 10 do not exist"),
+    (12, both(probed(exist=8, put_off=2), probed(exist=90)), UNKNOWN, "2 of 10 were put off"),
+    (12, both(probed(exist=8), probed(exist=90)), PASS, "90 recipients exist"),
+    (12, both(probed(exist=8, missing=2, age=8 * DAY), probed(exist=90)), PASS, "90 recipients exist"),
+    (13, with_rules(probe_age=7 * DAY), UNKNOWN, "not known whether new takes whom old refuses"),
+    (13, probed(exist=9), WARN, "whom old refuses was not asked about"),
+    (13, probed(exist=8, untold=1, open_domains=1), WARN, "new accepts anybody in 1 of 2 domains (catch-all?)"),
+    (13, probed(exist=9, age=8 * DAY), UNKNOWN, "not known"),
+    (13, refusals(accepted=31, exist=31, missing=9, examples=("x@a.example",)), WARN,
+     "new accepts 31 of 40 recipients that old refuses (catch-all?), probed 1 h ago: x@a.example"),
+    (13, refusals(missing=30, put_off=8, left=2, why="421"), WARN,
+     "of 40 recipients that old refuses 10 could not be told, probed 1 h ago: 421"),
+    (13, refusals(missing=40), PASS, "new refuses what old refuses, 40 recipients probed 1 h ago"),
+    (13, refusals(), PASS, "old has refused no recipient"),
+    (13, refusals(missing=40, age=8 * DAY), UNKNOWN, "not known"),
     (14, with_rules(arrived_age=7 * DAY), WARN, "ready.arrived_age = 0"),
     (14, with_rules(arrived_age=7 * DAY, require_arrived=True), UNKNOWN, ""),
     (15, READY, PASS, "2 relay processes"),
@@ -262,7 +306,7 @@ def test_what_is_not_asked_for_is_not_judged(number: int, rules: dict[str, Any])
 
 
 def test_all_criteria_are_there_and_a_good_backup_is_ready() -> None:
-    """17, in order, each with a case that it fails or does not know; three want what no command finds out so far."""
+    """17, in order, each with a case that it fails or does not know; probe and arrival are not asked for here."""
     assert [c.number for c in CRITERIA] == list(range(1, 18))
     verdict = judge(READY)
     assert verdict.is_ready, verdict.summary

@@ -112,6 +112,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         )  # fmt: skip
         settings.write_text(text + '[retry]\nfirst = "1h"\nlongest = "1h"\n')
         (folder / "pilot").write_text("pilot@a.example\n")
+        (folder / "known").write_text(f"{_FAILED[0]}\n{_FAILED[2]}\nann@a.example\n")
         (folder / "more").write_text("eve@a.example\nno address\n")
         product.settings = {key: value for key, value in product.settings.items() if key in _OF_A_TEST}
         product.flags = ("--config", str(settings))
@@ -153,6 +154,7 @@ divergence --all
 divergence unack {key}
 divergence retry {key}
 check
+probe new --recipients {folder}/known --rate 1000/s
 ready new
 ready ann@a.example
 flow --hours 2
@@ -233,7 +235,7 @@ def test_every_field_is_as_documented_and_every_text_fits(
     assert {command for command, _ in seen} >= {command for command, _ in documented()} - _ELSEWHERE
 
 
-_ONLY_SHOW = {"check", "ready", "flow", "top", "trace", "topology", "moved", "audit"}
+_ONLY_SHOW = {"check", "probe", "ready", "flow", "top", "trace", "topology", "moved", "audit"}
 _SHOW = {
     "queue summary", "queue list --destination new", "queue list --uncertain", "queue show {waiting}", "failed list",
     "failed show {failed}", "divergence", "divergence --by domain", "divergence --by recipient",

@@ -15,9 +15,10 @@ import redis
 from relay.ledger import hosts, keys
 from relay.mail.reply import Reply
 from relay.stopping import StopEvent
-from relay.trace import events
+from relay.trace import events, remote_lookup
 from relay.trace.life import MessageLife
 from relay.trace.lookup import Query, Unseen, find
+from relay.trace.recipients import SeenRecipients
 from relay.trace.remote_lookup import PATIENCE, OtherHosts, keep_answering
 from support.traced import Traced, delivered
 
@@ -156,3 +157,27 @@ def test_an_answer_that_makes_no_sense(redis_client: redis.Redis, here: Traced) 
     assert [life.id for life in look(redis_client, here, "bob@b.example", unseen=unseen)] == [mine[1]]
     thread.join()
     assert unseen.silent == []
+
+
+@pytest.mark.usefixtures("answering")
+def test_the_recipients_of_all_hosts(redis_client: redis.Redis, there: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts, as they are read; of those since a moment."""
+    monkeypatch.setattr(remote_lookup, "_READ_AT_ONCE", 2)
+    there.write(there.received(recipients=["old@b.example"]))
+    there.now += 7200
+    unknown = [("gone@b.example", Reply.of(550, "5.1.1 unknown"), False)]
+    there.write(*(there.received(recipients=[f"u{n}@b.example"], refused=unknown) for n in range(5)))
+    found, unseen = SeenRecipients(), Unseen()
+    OtherHosts(redis_client, HERE, unseen).recipients(there.now - 60, found)
+    assert set(found.accepted) == {f"u{n}@b.example" for n in range(5)}
+    assert (list(found.refused), unseen.silent) == (["gone@b.example"], [])
+
+
+def test_recipients_of_a_host_that_does_not_answer(redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named; so is one whose version does not know what it is asked."""
+    announce(redis_client, THERE, "workers")
+    monkeypatch.setattr(remote_lookup, "_READING_PATIENCE", 0.1)
+    unseen = Unseen()
+    OtherHosts(redis_client, HERE, unseen).recipients(0.0, SeenRecipients())
+    assert len(unseen.silent) == 1
+    assert list(remote_lookup._answer({"recipients": "x"}, Path("nowhere"))) == []

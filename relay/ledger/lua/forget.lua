@@ -11,7 +11,7 @@ if pending == 0 and failed == 0 and busy == 0 then
       redis.call('DEL', 'smtpdup:' .. kind .. ':' .. name .. ':' .. group)
     end
   end
-  for _, kind in ipairs({'own', 'busy', 'holders', 'failure', 'health', 'divergence', 'domains', 'outages'}) do
+  for _, kind in ipairs({'own', 'busy', 'holders', 'failure', 'health', 'divergence', 'domains', 'outages', 'probed'}) do
     redis.call('DEL', 'smtpdup:' .. kind .. ':' .. name)
   end
   for _, counter in ipairs({'delivered', 'failed', 'body_missing'}) do
