@@ -316,14 +316,17 @@ def smtp_sink() -> Iterator[Callable[..., SmtpSink]]:
 
 
 @pytest.fixture
-def product(tmp_path: Path) -> Iterator[Callable[..., Product]]:
+def product(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Product]]:
     """Call it for a Product that is ready: ``product(primary=primary.address, backups=[backup.address])``.
 
-    ``start=False`` leaves starting to the test. Several in one test get folders of their own.
+    ``start=False`` leaves starting to the test. Several in one test get folders of their own. What a test module has
+    as WAITS is for all of its products.
     """
     made: list[Product] = []
+    waits = getattr(request.module, "WAITS", {})
 
     def make(*, start: bool = True, **options: Any) -> Product:
+        options["waits"] = {**waits, **options.get("waits", {})}
         made.append(Product(tmp_path / f"product-{len(made)}", **options))
         return made[-1].start() if start else made[-1]
 

@@ -17,10 +17,12 @@ from redis.exceptions import ConnectionError as NoConnection
 from relay import limits
 from relay.spool.writer import Spool
 from support.dialogue import Dialogue
-from support.product import Product
+from support.product import SOON, Product
 from support.redis_servers import RedisServer
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
+
+WAITS = SOON
 
 Make = Callable[..., Product]
 
@@ -184,7 +186,7 @@ def test_no_descriptor_is_never_a_copy_lost(
 ) -> None:
     """Without a descriptor for Redis or the spool: 451 before the primary sees the dot, whatever the settings say."""
     server = redis_factory()
-    settings = {"relay.require_durable_copies": required}
+    settings = {"relay.require_durable_copies": required, "redis.timeout_seconds": "1"}
     house = product(primary=primary.address, backups=[backup.address], redis_url=server.url, settings=settings)
     relay = house.child("relay-1").pid
     before = resource.prlimit(relay, resource.RLIMIT_NOFILE)

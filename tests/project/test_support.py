@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from support import forked, parallel_run
+from support import forked, parallel_run, prepared_process, terminal
 from support.dialogue import AsyncDialogue, Dialogue, Unexpected, stuffed
 from support.load import smtp_source
 from support.postfix_instance import PostfixInstance
+from support.product import Product
 from support.reactions import Close, Delay, Gate, HalfClose, Reset, Silence, Trickle
 from support.running_processes import is_running
 from support.scripted_server import ScriptedServer
@@ -326,6 +327,18 @@ def test_a_fork_is_what_a_process_of_its_own_would_be(tmp_path, monkeypatch):
     assert len(drawn) == 3
 
 
+@pytest.mark.parametrize(("name", "status", "seen"), [("_ROSTER_EVERY", 0, "0.25\n"), ("_NO_SUCH", 1, "")])
+def test_the_waits_of_a_fork(tmp_path, name, status, seen):
+    """They are its own, and one that the product does not have is an error."""
+    (tmp_path / "program.py").write_text("from relay.daemon import supervisor\nprint(supervisor._ROSTER_EVERY)\n")
+    env = {**os.environ, prepared_process.WAITS: f"relay.daemon.supervisor.{name}=0.25"}
+    with (tmp_path / "out").open("w+b") as out, (tmp_path / "err").open("w+b") as err:
+        program = [str(tmp_path / "program.py")]
+        assert forked.start(program, cwd=tmp_path, env=env, stdout=out, stderr=err).wait(20) == status
+    assert (tmp_path / "out").read_text() == seen
+    assert (name in (tmp_path / "err").read_text()) == bool(status)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_how_a_fork_has_ended(tmp_path, number):
     """A signal's number, as subprocess tells it; a wait for who goes on is over after its time."""
@@ -339,6 +352,22 @@ def test_how_a_fork_has_ended(tmp_path, number):
     process.send_signal(number)
     assert process.wait(20) == process.poll() == -number
     process.send_signal(number)  # to nobody
+
+
+def test_a_command_on_a_terminal_does_not_outlast_its_test(tmp_path, monkeypatch):
+    """Whatever ends the wait for it, its process has ended, and what tells of that is closed: no other test sees it."""
+    started = []
+
+    def start(*args, **options):
+        started.append(forked.start(*args, **options))
+        return started[-1]
+
+    monkeypatch.setattr(terminal, "forked", SimpleNamespace(start=start))
+    with pytest.raises(UnicodeEncodeError):  # it waits for a password that cannot be typed
+        terminal.typed(Product(tmp_path / "product"), "hash-password", answer="\ud800")
+    (process,) = started
+    assert process.returncode == -signal.SIGKILL
+    assert process._answer.fileno() == -1
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 import pytest
 
-from support.product import QUICK, Product
+from support.product import QUICK, SOON, Product
 from support.reactions import Close, Delay, Gate, Reset
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
+
+WAITS = SOON
 
 Make = Callable[..., Product]
 
@@ -28,7 +30,7 @@ def settled(product: Product) -> bool:
 
 def test_deferred_then_taken(product: Make, primary: ScriptedServer, backup: ScriptedServer) -> None:
     """A copy that is deferred waits in the queue, visibly, and is delivered at a later try."""
-    patient = {**QUICK, "retry.first": "4", "retry.longest": "4"}
+    patient = {**QUICK, "retry.first": "2", "retry.longest": "2"}
     pair = product(primary=primary.address, backups=[backup.address], settings=patient)
     backup.replies["."] = ["451 4.7.1 come back later", "451 4.7.1 come back later", None]
     pair.send("a@example.com", "b@example.com", data=b"Subject: grey\r\n\r\n")

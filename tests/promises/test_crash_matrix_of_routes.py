@@ -14,10 +14,12 @@ import pytest
 from relay import faultpoints
 from support.busy_routes import NAMES, SETTINGS, Operator, audit, files, recipients
 from support.killed_at import VICTIMS, kill
-from support.product import Product
+from support.product import SOON, Product
 from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
+
+WAITS = SOON
 
 POINTS = {
     "before staging": 10,

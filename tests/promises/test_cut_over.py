@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from support.drained import is_drained
-from support.product import QUICK, Product
+from support.product import QUICK, SOON, Product
 from support.redis_servers import RedisServer
 from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
@@ -23,6 +23,7 @@ SETTINGS = {
     "relay.uncertain_hold": "1",
     "redis.timeout_seconds": "2",
 }
+WAITS = SOON
 LATER = {"RCPT": "451 4.7.1 later"}
 
 

@@ -18,11 +18,13 @@ import redis
 from relay import faultpoints
 from relay.ledger import overview
 from support import redundant_primaries
-from support.product import QUICK, Product
+from support.product import QUICK, SOON, Product
 from support.reactions import Close, Reset
 from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
+
+WAITS = SOON
 
 Make = Callable[..., Product]
 MakeServer = Callable[..., ScriptedServer]
@@ -31,6 +33,7 @@ SETTINGS = {
     **QUICK,
     "relay.final_timeout_seconds": "10",
     "relay.uncertain_hold": "1",
+    "workers.sweep": "1",
 }
 
 

@@ -232,14 +232,14 @@ def test_kept_connection_that_died_is_replaced_unseen(pair: Product, primary: Sc
     assert len(primary.messages) == 3
 
 
-def test_one_thousand_messages_in_a_session(pair: Product, backup: ScriptedServer) -> None:
-    """A session may go on and on."""
+def test_hundreds_of_messages_in_a_session(pair: Product, backup: ScriptedServer) -> None:
+    """A session may go on and on, past what one connection to the primary and one job take."""
     with pair.dialogue() as client:
         client.hello()
-        for number in range(1000):
+        for number in range(350):
             client.mail("a@example.com", "b@example.com", data=b"Subject: %d\r\n\r\n" % number)
-    copies = backup.wait_for(1000, timeout=60)
-    assert sorted(int(c.header("Subject") or -1) for c in copies) == list(range(1000))
+    copies = backup.wait_for(350, timeout=60)
+    assert sorted(int(c.header("Subject") or -1) for c in copies) == list(range(350))
 
 
 def test_limits(product: Make, primary: ScriptedServer, backup: ScriptedServer) -> None:

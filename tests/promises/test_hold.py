@@ -13,9 +13,11 @@ import redis
 
 from relay.command.main import run
 from relay.ledger import keys
-from support.product import Product
+from support.product import SOON, Product
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
+
+WAITS = SOON
 
 
 @pytest.fixture

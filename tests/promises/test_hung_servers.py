@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 
@@ -31,8 +31,10 @@ def servers(scripted: MakeServer) -> dict[str, ScriptedServer]:
     return {name: scripted() for name in ("a", "b", "c")}
 
 
-def redundant(product: Make, servers: dict[str, ScriptedServer], **settings: str) -> Product:
-    return redundant_primaries.redundant(product, servers, SETTINGS | settings, return_after="0")
+def redundant(
+    product: Make, servers: dict[str, ScriptedServer], waits: Mapping[str, float] | None = None, **settings: str
+) -> Product:
+    return redundant_primaries.redundant(product, servers, SETTINGS | settings, return_after="0", waits=waits or {})
 
 
 def answered_by(relay: Product) -> list[str]:
@@ -79,7 +81,8 @@ def test_clients_that_come_while_it_hangs_go_to_the_next(
 
 def test_it_is_known_before_a_client_has_to_wait(product: Make, servers: dict[str, ScriptedServer]) -> None:
     """A server, or its substitute, that stops answering while there is no mail is found by a look at it."""
-    relay = redundant(product, servers)
+    waits = {f"relay.smtpd.{module}.QUIET_SECONDS": 1.0 for module in ("availability", "route_primaries")}
+    relay = redundant(product, servers, waits=waits)
     servers["a"].replies["CONNECT"] = Silence()
     servers["c"].down()
     wait_until(
@@ -119,7 +122,8 @@ def test_all_hang(product: Make, servers: dict[str, ScriptedServer]) -> None:
     """Then a client hears 451 in the time of a few dead hosts, and as soon as one of them is back that one answers."""
     for server in servers.values():
         server.replies["MAIL"] = Silence()
-    relay = redundant(product, servers, **{"relay.command_timeout_seconds": "4"})  # the last one gets all of that
+    # The last one gets all of the latter.
+    relay = redundant(product, servers, **{"relay.timeout_seconds": "1", "relay.command_timeout_seconds": "2"})
     with relay.dialogue() as client:
         client.hello()
         begun = time.monotonic()

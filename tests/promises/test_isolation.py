@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from support.product import QUICK, Product
+from support.product import QUICK, SOON, Product
 from support.reactions import Close, Moment, Reset, Silence, Trickle
 from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
+
+WAITS = SOON
 
 COUNT = 150
 REFUSALS = 20  # of the same kind in a row, then it is the server and not the mail

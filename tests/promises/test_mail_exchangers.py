@@ -66,7 +66,7 @@ def test_no_host_is_451_with_its_reason(
 ) -> None:
     """A null MX, no domain, no answer, this host: temporary for the client, who hears why, as the log does."""
     one, _ = pair
-    names = dns_server("example.net 5 MX 0 .")
+    names = dns_server("example.net 1 MX 0 .")
     old = scripted()
     relay = product(
         primary=f"old={old.address}",
@@ -93,6 +93,7 @@ def test_no_host_is_451_with_its_reason(
             """
         },
         settings=QUICK,
+        waits={"relay.client.exchangers._LEAST_TTL": 1.0},
     )
 
     def answer(domain: str) -> str:

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from support.dialogue import Unexpected
-from support.product import Product
+from support.product import SOON, Product
 from support.redis_servers import RedisServer
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
+
+WAITS = SOON
+HASTE = {"relay.daemon.ledger_redis._SPOOL_PATIENCE": 0.3}  # for a Redis that is not there
 
 Make = Callable[..., Product]
 Servers = dict[str, ScriptedServer]
@@ -156,6 +159,7 @@ def test_redis_away_and_redis_emptied(
     relay = migration(product, servers, redis_url=server.url, smtp__processes="2")
     relay.json("move", "anna@a.example", "bert@a.example", "--to", "new", "--yes")
     server.stop()
+    relay.waits |= HASTE
     relay.send("away@example.org", "anna@a.example", data=b"Subject: 1\r\n\r\n1\r\n")
     assert relay.run("move", "anna@a.example", "--back", "--yes").returncode == 3
     assert relay.stop() == 0
@@ -190,6 +194,7 @@ def test_a_damaged_copy_at_a_start_without_redis(
     relay = migration(product, servers, redis_url=server.url)
     relay.json("move", "anna@a.example", "--to", "new", "--yes")
     server.stop()
+    relay.waits |= HASTE
     assert relay.stop() == 0
     for path in (relay.state_dir / "moved").glob("*.db"):
         path.write_bytes(b"rubbish" * 100)

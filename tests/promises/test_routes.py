@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from support.product import QUICK, Product
+from support.product import QUICK, SOON, Product
 from support.reactions import Close, Reset, Silence
 from support.scripted_server import ScriptedServer
 from support.waiting import free_port, wait_until
+
+WAITS = SOON
 
 Make = Callable[..., Product]
 Servers = dict[str, ScriptedServer]
@@ -467,5 +469,5 @@ def test_check_shows_the_routes_and_the_tables(product: Make, servers: Servers, 
     relay = with_routes(product, servers, routes)
     done = relay.run("check", "--wide")
     assert f"recipients=file:{table} -> new backups=old" in done.stdout
-    assert f"1 keys, of {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(1_700_000_000))}" in done.stdout
+    assert f"1 key, of {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(1_700_000_000))}" in done.stdout
     assert "get 452 and come by themselves" in done.stdout

@@ -24,6 +24,7 @@ _server: tuple[socket.socket, subprocess.Popen[bytes]] | None = None
 # What the interpreter and its libraries read once, when they start.
 _READ_AT_START = ("LD_", "PYTHON", "MALLOC_", "GLIBC_", "LC_", "LANG", "LOGURU_", "SSL_", "OPENSSL_")
 _OURS = {"PYTHONPATH", "PYTHONUNBUFFERED"}
+_AT_START = {name: value for name, value in os.environ.items() if name.startswith(_READ_AT_START)}  # of all forks
 _VARIABLE = "SMTPDUP_TEST_FORKS"
 
 
@@ -31,8 +32,8 @@ def fits(env: Mapping[str, str]) -> bool:
     """Return whether a fork can have this environment."""
     if sys.platform != "linux":
         return False
-    names = {name for name in {*env, *os.environ} if name.startswith(_READ_AT_START)} - _OURS
-    return all(env.get(name) == os.environ.get(name) for name in names)
+    names = {name for name in {*env, *_AT_START} if name.startswith(_READ_AT_START)} - _OURS
+    return all(env.get(name) == _AT_START.get(name) for name in names)
 
 
 class ForkedProcess:
@@ -41,7 +42,11 @@ class ForkedProcess:
     def __init__(self, answer: socket.socket) -> None:
         self._answer = answer
         self.returncode: int | None = None
-        self.pid = self._told(None)
+        try:
+            self.pid = self._told(None)
+        except BaseException:  # the test's time is over
+            answer.close()
+            raise
 
     def poll(self) -> int | None:
         return self._end(0)
@@ -62,6 +67,11 @@ class ForkedProcess:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+    def end(self) -> None:
+        """Kill it, unless it has ended, and wait for that."""
+        self.kill()
+        self.wait()
 
     def _end(self, timeout: float | None) -> int | None:
         if self.returncode is None:
@@ -130,10 +140,8 @@ def run(
         process = start(["smtp-dup", *words], cwd=cwd, env=env, stdin=given, stdout=out, stderr=err)
         try:
             status = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            raise
+        finally:
+            process.end()
         texts = []
         for file in (out, err):
             file.seek(0)
@@ -186,9 +194,11 @@ def _connected() -> socket.socket:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, OCTETS)
         folders = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
         with theirs:
+            # Whatever the test has set that happens to be the first one to need it.
+            env = {name: value for name, value in os.environ.items() if not name.startswith(_READ_AT_START)} | _AT_START
             process = subprocess.Popen(
                 [sys.executable, "-m", "support.prepared_process", str(theirs.fileno())],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), "PYTHONUNBUFFERED": "1"},
+                env={**env, "PYTHONPATH": os.pathsep.join(folders), "PYTHONUNBUFFERED": "1"},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )

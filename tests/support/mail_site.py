@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import redis
 
+from relay.config import loader
 from relay.ledger import keys
 from support import stored_mail
 from support.corpus import Mail
@@ -23,6 +24,7 @@ from support.postfix_instance import PostfixInstance
 from support.product import Product
 from support.stored_mail import Stored
 from support.waiting import wait_until
+from workers.upkeep import reconciler
 
 MakeProduct = Callable[..., Product]
 StartPostfix = Callable[[PostfixInstance], PostfixInstance]
@@ -113,16 +115,17 @@ def flush_all(front: PostfixInstance) -> None:
 
 
 def verify(site: Site, timeout: float = 60) -> dict[str, str]:
-    """Run `queue verify` until nothing is uncertain or waits any more.
+    """Do what `queue verify` does until nothing is uncertain or waits any more, its two looks soon after one another.
 
     Returns what became of the uncertain: ids with "copied..." or "covered...".
     """
     became: dict[str, str] = {}
 
     def is_over() -> bool:
-        rows = [row for row in site.product.json("queue", "verify") if row["finding"] == "uncertain"]
-        became.update({row["id"]: row["action"] for row in rows})
+        settings = loader.load(environ=site.product.environment, directories=())
         with redis.Redis.from_url(site.product.redis_url) as connection:
+            rows = reconciler.verify(connection, settings, pause=0.5).findings
+            became.update({row.id: row.action for row in rows if row.finding == "uncertain"})
             return not connection.zcard(keys.UNCERTAIN) and not site.product.summary()["pending"]
 
     wait_until(is_over, timeout, lambda: f"still uncertain:\n{site.product.log[-3000:]}")

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple, NoReturn
 from support import remembered
 
 OCTETS = 1 << 20  # of a request: arguments and environment
+WAITS = "SMTPDUP_TEST_WAITS"  # module.NAME=seconds ...: how long the product waits, where no setting says it
 _PR_SET_PDEATHSIG = 1
 
 
@@ -186,6 +187,11 @@ def _renew() -> None:
     logger.remove()
     logger.add(sys.stderr)
     importlib.reload(faultpoints)
+    for wait in os.environ.get(WAITS, "").split():
+        place, _, seconds = wait.partition("=")
+        module, _, name = place.rpartition(".")
+        getattr(sys.modules[module], name)  # it is there, or the test hears of it
+        setattr(sys.modules[module], name, float(seconds))
 
 
 def prepare() -> None:

@@ -21,7 +21,7 @@ from typing import IO, Any, Self
 import relay
 from relay.mail import encryption
 from relay.redisio import embedded
-from support import forked, running_processes
+from support import forked, prepared_process, running_processes
 from support.child_processes import tied
 from support.dialogue import Dialogue, Unexpected
 from support.forked import ForkedProcess
@@ -36,6 +36,14 @@ QUICK = {
     "relay.timeout_seconds": "2",
     "relay.greeting_timeout_seconds": "1",
     "relay.command_timeout_seconds": "1",
+}
+# The product's own pauses that come one after the other until something has been seen and done: for ``waits``.
+SOON = {
+    "relay.server.relay_process._MONITOR_SECONDS": 0.25,  # a look at Redis, a sign of life
+    "relay.ledger.monitor._CALM_SECONDS": 0.5,  # until a Redis that answers again is trusted with the spool
+    "relay.spool.importer._LOOK_SECONDS": 0.25,
+    "relay.daemon.supervisor._ROSTER_EVERY": 0.5,  # who else needs workers
+    "workers.rqworker.scheduler._ROUND_SECONDS": 0.25,  # what is due
 }
 _DEFAULTS = {
     "smtp.processes": "1",
@@ -66,7 +74,9 @@ class Product:
 
     ``settings`` are keys as in settings.toml (``{"retry.first": "1", "smtp.processes": "2"}``), given as environment
     variables; ``flags`` are added to the command line; ``files`` are written into its working folder before it starts.
-    ``source`` is the tree that is run, by default the one under test.
+    ``source`` is the tree that is run, by default the one under test. ``waits`` are constants of the product that say
+    how long it waits, in seconds (``{"relay.daemon.supervisor._ROSTER_EVERY": 0.5}``): where it is no fork they stay as
+    they are, and the test takes longer.
     Without ``redis_url`` it has the embedded Redis (``up`` only).
     """
 
@@ -84,9 +94,11 @@ class Product:
         flags: Iterable[str] = (),
         files: Mapping[str, str] | None = None,
         source: Path = _SOURCE,
+        waits: Mapping[str, float] | None = None,
     ) -> None:
         self.directory = directory
         self.source = source
+        self.waits = {**(waits or {})}
         self.state_dir = directory / "state"
         self.command = command
         self.flags = tuple(flags)
@@ -111,7 +123,7 @@ class Product:
 
     def sibling(self, command: str, **settings: str) -> Product:
         """Return another command on the same settings and state folder: ``relay.sibling("workers")``."""
-        other = Product(self.directory, command=command)
+        other = Product(self.directory, command=command, waits=self.waits)
         other.smtp_port = self.smtp_port
         other.settings = {
             **self.settings,
@@ -275,7 +287,8 @@ class Product:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("SMTP_DUP_")}
         path = os.pathsep.join(filter(None, (str(self.source), kept.get("PYTHONPATH", ""))))
         given = {f"SMTP_DUP_{key.replace('.', '_').upper()}": value for key, value in self.settings.items() if value}
-        return {**kept, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **given}
+        waits = " ".join(f"{place}={seconds}" for place, seconds in self.waits.items())
+        return {**kept, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", prepared_process.WAITS: waits, **given}
 
     def _argv(self, *words: str) -> list[str]:
         module = "relay.command" if (self.source / "relay/command").is_dir() else "relay.cli"  # as it was once called

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from support.product import Product
 from support.scripted_server import ScriptedServer
@@ -28,8 +29,9 @@ def redundant(
     settings: Mapping[str, str],
     *,
     return_after: str,
+    **options: Any,
 ) -> Product:
     """Start it with these servers; ``return_after`` is how long one that was away must be back."""
     addresses = {name: server.address for name, server in servers.items()}
     route = _ROUTE.format(**addresses, return_after=return_after)
-    return product(primary=f"a={addresses['a']}", files={"settings.toml": route}, settings=settings)
+    return product(primary=f"a={addresses['a']}", files={"settings.toml": route}, settings=settings, **options)

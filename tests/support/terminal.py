@@ -42,16 +42,19 @@ def typed(instance: Product, *words: str, answer: str = "", columns: int = 60, i
             stderr=terminal,
             start_new_session=True,
         )
-    os.write(ours, answer.encode())
-    seen = b""
-    with suppress(OSError):  # EIO: the other end is closed
-        while chunk := os.read(ours, 4096):
-            seen += chunk
-            if interrupt_at and re.search(interrupt_at.encode(), seen):
-                process.send_signal(signal.SIGINT)
-                interrupt_at = ""
-    os.close(ours)
-    return Seen(seen.decode(), process.wait(20))
+    try:
+        os.write(ours, answer.encode())
+        seen = b""
+        with suppress(OSError):  # EIO: the other end is closed
+            while chunk := os.read(ours, 4096):
+                seen += chunk
+                if interrupt_at and re.search(interrupt_at.encode(), seen):
+                    process.send_signal(signal.SIGINT)
+                    interrupt_at = ""
+        return Seen(seen.decode(), process.wait(20))
+    finally:
+        os.close(ours)
+        process.end()  # a test whose time is over leaves nothing that another one is blamed for
 
 
 def on_terminal(instance: Product, *words: str, answer: str = "", columns: int = 60) -> str:

@@ -13,9 +13,11 @@ from relay.config import loader
 from relay.ledger import keys
 from relay.topology import decisions, followers, promotion
 from relay.topology.state import Topology
-from support.product import QUICK, Product
+from support.product import QUICK, SOON, Product
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
+
+WAITS = {**SOON, "relay.server.follower._TRY_AGAIN_SECONDS": 0.5}
 
 Make = Callable[..., Product]
 Servers = dict[str, ScriptedServer]

@@ -17,12 +17,14 @@ from relay.topology import decisions, followers, promotion, remembered
 from relay.topology.promotion import Impossible, Plan, Unprepared
 from relay.topology.state import Topology
 from support.drained import is_drained
-from support.product import Product
+from support.product import SOON, Product
 from support.reactions import Reset
 from support.redis_servers import RedisServer
 from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
+
+WAITS = SOON
 
 FORCED = ("--yes", "--force", "--reason", "test")
 SETTINGS = {"retry.first": "1", "relay.timeout_seconds": "2", "relay.uncertain_hold": "1"}
@@ -392,6 +394,7 @@ def test_a_start_while_redis_is_away(
         promoted(client, relay, "new")
     assert relay.stop() == 0
     server.stop()
+    relay.waits["relay.daemon.ledger_redis._SPOOL_PATIENCE"] = 0.3
     relay.start(wait=False)
     wait_until(lambda: _sends(relay, "away"))
     assert subjects(new) == ["away"]

@@ -14,10 +14,12 @@ from relay.ledger import keys
 from relay.topology import followers, heartbeats, promotion
 from relay.topology.promotion import Unprepared
 from support.dns_server import DnsServer
-from support.product import Product
+from support.product import SOON, Product
 from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
+
+WAITS = SOON
 
 Make = Callable[..., Product]
 Servers = dict[str, ScriptedServer]

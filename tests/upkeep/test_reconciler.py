@@ -695,6 +695,6 @@ def test_only_a_repair_is_a_disagreement(contents: Contents, tmp_path: Path) -> 
     assert report.counts == {"failed copy expired": 1}
     assert not report.disagreed
     contents.pending()
-    assert reconciler.verify(contents.connection, options, repair=False).disagreed
+    assert reconciler.verify(contents.connection, options, pause=0.0, repair=False).disagreed
     assert reconciler.verify(contents.connection, options, pause=0.0).disagreed
     assert not reconciler.verify(contents.connection, options, pause=0.0).disagreed
