@@ -21,6 +21,7 @@ from relay.handover.frames import FRESH_SECONDS, Hello, Limits, folder_of, read_
 from relay.handover.handover import Handover, Offer
 from relay.ledger import changes, health, keys
 from relay.ledger.changes import Released
+from relay.ledger.copy_state import CopyState
 from support.ledger_contents import Contents, settings
 from support.reactions import Gate
 from support.scripted_server import ScriptedServer
@@ -387,6 +388,40 @@ async def test_receipt_and_renewal(
         await until(lambda: line._unheard_since == math.inf)
         await until(lambda: lease() > changes.HANDED_SECONDS)
         gate.open()
+        await until(lambda: not made.pending())
+
+
+async def test_an_older_ledger(contents: Contents, redis_url: str, backup: ScriptedServer, tmp_path: Path) -> None:
+    """What this worker has delivered is not sent again, unless another's copy was moved here since, for others.
+
+    First tries count for what a worker knows of the ledger: an older one is noticed before anything of it is sent.
+    """
+    connection = contents.connection
+    async with pair(contents, redis_url, backup, tmp_path) as made:
+        copy, other = contents.staged(), contents.pending()
+        record = connection.get(keys.MESSAGE + copy)
+        assert isinstance(record, bytes)
+        made.hand(copy)
+        await until(lambda: made.pending() == 1)
+
+        async def again(since: float = 0.0) -> None:
+            connection.set(keys.MESSAGE + copy, record)
+            connection.zadd(keys.PENDING + "new", {copy: changes.now(connection) - 60})
+            connection.hset(keys.OWN + "new", copy, CopyState(since=since).to_wire())
+            await made.courier.deliver("job", [copy])
+            await until(lambda: made.pending() == 1)
+
+        await again()
+        assert len(backup.messages) == 1
+        await again(since=changes.now(connection) + 1)
+        assert len(backup.messages) == 2
+        known = made.courier._claiming
+        connection.hset(keys.LEDGER, mapping={"id": "this", "count": 1000})
+        known._heard = None
+        await until(lambda: known._heard is not None and known._heard.progress >= 1000)
+        connection.hset(keys.LEDGER, "count", 5)
+        await made.courier.deliver("job", [other])
+        assert connection.hget(keys.LEDGER, "cause") == b"older"
         await until(lambda: not made.pending())
 
 

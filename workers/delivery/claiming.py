@@ -1,7 +1,7 @@
 """The claims of one courier: the leases of copies taken in the ledger, their small bodies fetched with them.
 
 Before a claimed copy is sent, the log says whether it may have been delivered already: another worker had it in hand,
-or the ledger has turned out to be an older one. What was delivered here, and forgotten by a failover, is settled again.
+or the ledger has turned out to be an older one. What was delivered here, and forgotten by Redis, is settled again.
 While Redis does not answer, a claim is repeated until it does, or until the courier drains.
 """
 
@@ -118,13 +118,21 @@ class Claiming:
         if flushes != self._flushes or any(claim.was_failed for claim in claims):
             self._flushes = flushes
             self._pool.renew()  # what an operator wants tried again is tried as for the first time
+        claims = self._undelivered(claims)
         for claim in claims:
             if claim.before:  # logged before any is sent, by the process that sends them
                 maillog.repeated(claim.id, self._destination, f"worker {claim.before} had it in hand")
         await self._compare(changes.heard(answer), claims)
-        claims = self._undelivered(claims)
         await self._bodies.read_ahead(claims)
         return claims, later
+
+    def note(self, identity: str, count: int) -> None:
+        """Take how the ledger stands, between two claims: first tries make none. What differs is for the next claim."""
+        if self._in_turn.locked():  # what a claim that is under way has counted would look like an older ledger
+            return
+        known = self._heard
+        if known is None or (identity == known.identity and count > known.progress):
+            self._heard = Heard(identity, count, known.doubt if known else 0.0)
 
     async def _compare(self, heard: Heard, claims: Sequence[Claim]) -> None:
         """Log each copy that may have been delivered once, where the ledger has turned out to be an older one."""
@@ -145,9 +153,12 @@ class Claiming:
                 maillog.repeated(claim.id, self._destination, "the ledger is an older one, or has changed")
 
     def _undelivered(self, claims: list[Claim]) -> list[Claim]:
-        """Return the claims without those of copies that we have delivered, which a failover made it forget."""
-        for claim in claims:
-            if self._outbox.has_settled(claim):
-                maillog.notice("warning", "delivered before a failover", id=claim.id, destination=self._destination)
-                self._outbox.settle(claim.id)
-        return [claim for claim in claims if not self._outbox.has_settled(claim)]
+        """Return the claims without those of copies that we have delivered: the ledger is older than that."""
+        delivered = [claim for claim in claims if self._outbox.has_settled(claim)]
+        for claim in delivered:
+            text = "delivered before Redis lost that: not sent again"
+            maillog.notice("warning", text, id=claim.id, destination=self._destination)
+            self._outbox.settle(claim.id)
+        if delivered:  # what others have delivered may be forgotten, too
+            self._doubt = max(self._doubt, self._leases.clock.now())
+        return [claim for claim in claims if claim not in delivered] if delivered else claims

@@ -95,7 +95,7 @@ class Courier:
             jobs,
             name,
             now=clock.now,
-            remembers=bool(server.sentinels),
+            has_sentinels=bool(server.sentinels),
             noise=settings.divergence.noise,
         )
         self._divergences = Divergences(destination, settings.divergence, pipelines, settings.smtp.domain)
@@ -130,6 +130,7 @@ class Courier:
         self._claiming = Claiming(
             name, worker, pipelines, self._pool, self._bodies, self._outcomes, self._outbox, self._leases, self._gate
         )
+        self._health.on_ledger = self._claiming.note
         self._loading = Loading(destination, self._bodies, self._outcomes)
         self._runners = Runners(self._pool, self._jobs, self._breaker)
         self._runs = ConnectionRuns(

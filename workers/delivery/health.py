@@ -1,13 +1,14 @@
 """The health of one destination as its worker sees it, written to the ledger; what operators want, read from there.
 
-Redis's clock is asked for with it: an idle worker has one question a second. Without Redis the report is late, and
-nothing else.
+Redis's clock is asked for with it, and how the ledger stands: an idle worker has one question a second. Without Redis
+the report is late, and nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import cast
 
 from redis.asyncio import Redis
@@ -18,6 +19,8 @@ from relay.breaker import Breaker
 from relay.ledger import divergence, keys
 from relay.ledger.health import FIELDS, Health
 from relay.ledger.redis_clock import time_of
+from relay.mail.ids import text as as_text
+from relay.mail.stored import LARGEST, figure
 from relay.redisio.pipeline import CommandBatch, Pipelines
 from workers.delivery.hold_and_throttle import HoldAndThrottle
 from workers.delivery.leases import Leases
@@ -45,6 +48,7 @@ class HealthReport:
         self._now = leases.clock.now
         self._unwritten: dict[str, str] | None = {"state": "ok", "reason": "", "probe_at": "", "since": ""}
         self._flushes: int | None = None
+        self.on_ledger: Callable[[str, int], None] = lambda _identity, _count: None
         self.changed = asyncio.Event()
 
     def on_change(self, breaker: Breaker) -> None:
@@ -66,15 +70,18 @@ class HealthReport:
         """Write what has changed, and read what operators want. Raises RedisError, OSError."""
         question = CommandBatch()
         question.add(("HMGET", keys.HEALTH + self._name, "flush", *FIELDS))
+        question.add(("HMGET", keys.LEDGER, "id", "count"))
         question.add(("TIME",))
         report, self._unwritten = self._unwritten, None
         try:
             if report is not None:
                 await self._write(report)
             asked_at = time.monotonic()
-            found, said = await self._pipelines.ask(question, each=True)
+            found, ledger, said = await self._pipelines.ask(question, each=True)
             if not isinstance(said, Exception):
                 self._leases.hear(time_of(said), asked_at)
+            if isinstance(ledger, list) and None not in ledger:
+                self.on_ledger(as_text(ledger[0]), int(figure(ledger[1], LARGEST)))
             if isinstance(found, Exception):  # the key may be of another type
                 raise found
         except (RedisError, OSError):

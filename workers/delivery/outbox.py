@@ -3,8 +3,9 @@
 Copies that are settled while others of their job are under way wait for these a moment, as a write costs what ten do.
 An outcome that cannot be written is tried again until it is: a Redis restart in the middle of a batch repeats no
 delivery. A group has one future, for ``asyncio.wait``; it resolves when Redis has answered. While the oldest outcome
-waits for more than a second, ``is_late`` tells the courier to start no new copy. Under Sentinels a failover can lose
-what was answered: what was settled lately is remembered, and settled again at the new master.
+waits for more than a second, ``is_late`` tells the courier to start no new copy. A failover, or an older Redis that is
+put in its place, can lose what was answered: what was settled lately is remembered, and not sent again. Under Sentinels
+it is also settled again at the new master.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from relay.gathering import Gathering
 from relay.ledger import changes as ledger_changes
 from relay.ledger import keys
 from relay.ledger.changes import Claim
+from relay.ledger.copy_state import CopyState
 from relay.redisio import sentinel
 from relay.redisio.pipeline import CommandBatch, Pipelines
 from relay.repeated import Backoff, until_done
@@ -62,13 +64,12 @@ class Outbox:
         destination: str,
         *,
         now: Callable[[], float] = time.time,
-        remembers: bool = False,
+        has_sentinels: bool = False,
         noise: float = ledger_changes.NOISE,
     ) -> None:
         """Take an async client for what concerns only the ledger, a blocking one for what also makes RQ jobs.
 
-        ``now`` is Redis's clock; ``remembers`` what is settled, for the case of a failover. ``noise`` is
-        divergence.noise.
+        ``now`` is Redis's clock; with ``has_sentinels`` there may be a failover. ``noise`` is divergence.noise.
         """
         self._connection = connection
         self._wires = Pipelines(connection)
@@ -80,7 +81,7 @@ class Outbox:
         self._written: asyncio.Future[None] | None = None  # of the next group
         self._oldest: float | None = None
         self._now = now
-        self._remembers = remembers
+        self._has_sentinels = has_sentinels
         self._lately: dict[str, float] = {}  # id -> when it was settled, the oldest first
 
     @property
@@ -108,15 +109,16 @@ class Outbox:
         self._gathering.hurry()
 
     def has_settled(self, claim: Claim) -> bool:
-        """Say whether this very copy was settled here: Redis has it as pending because a failover lost that."""
+        """Say whether this very copy was settled here: Redis has it as pending because it lost that."""
         settled_at = self._lately.get(claim.id)
-        return settled_at is not None and claim.accepted_at <= settled_at  # else it is another's, moved here since
+        # Else it is another's, moved here since, and owed to others.
+        return settled_at is not None and max(claim.accepted_at, claim.state.since) <= settled_at
 
     async def follow(self) -> None:
         """See to it that a new master knows what was settled at the old one; runs until cancelled."""
         master = None
         until = again_at = 0.0  # a write on its way can reach the old master even then, until the Sentinels demote it
-        while self._remembers:
+        while self._has_sentinels:
             await asyncio.sleep(_FOLLOW_SECONDS)
             if master is not None and not self._lately:
                 continue
@@ -139,19 +141,21 @@ class Outbox:
             scores = await self._connection.zmscore(keys.PENDING + self._destination, page)
             pairs = zip(page, scores, strict=True)
             lost = [i for i, score in pairs if score is not None and float(score) <= self._lately.get(i, 0.0)]
+            states = await self._connection.hmget(keys.OWN + self._destination, lost) if lost else []
+            begun = [CopyState.from_wire(data).since for data in states]
+            lost = [i for i, since in zip(lost, begun, strict=True) if since <= self._lately.get(i, 0.0)]
             for message_id in lost:
                 maillog.repeated(message_id, self._destination, "a failover lost that it was delivered")
             if lost:
                 await self._settle(lost)
 
     def _remember(self, ids: list[str]) -> None:
-        if self._remembers:
-            now = self._now()
-            self._lately.update(dict.fromkeys(ids, now))
-            while self._lately and (
-                len(self._lately) > _REMEMBERED or next(iter(self._lately.values())) < now - _REMEMBERED_SECONDS
-            ):
-                del self._lately[next(iter(self._lately))]
+        now = self._now()
+        self._lately.update(dict.fromkeys(ids, now))
+        while self._lately and (
+            len(self._lately) > _REMEMBERED or next(iter(self._lately.values())) < now - _REMEMBERED_SECONDS
+        ):
+            del self._lately[next(iter(self._lately))]
 
     def _submit(self, outcome: _Waiting) -> asyncio.Future[None]:
         self._gathering.add(outcome)
