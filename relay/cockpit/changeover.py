@@ -169,7 +169,7 @@ def outcome(made: Plan, topology: Topology, found: Followed) -> Iterator[str]:
     """Yield who follows, and who does not."""
     since, count = formatting.time_of_day(topology.now.at), len(found.followed)
     if (later := found.overtaken) is not None:
-        ago = formatting.span(max(0.0, later.now.at - topology.now.at))
+        ago = formatting.span(later.now.at - topology.now.at)
         yield (
             f"Overtaken: {later.now.by or 'somebody'} {later.in_words()} {ago} later, and that holds "
             f"(epoch {later.epoch}); `smtp-dup topology` tells who follows."

@@ -10,7 +10,7 @@ from relay.mail.text import count as count  # noqa: PLC0414  (numbers are said h
 
 def span(seconds: float, gap: str = " ") -> str:
     """Return a length of time in its two largest units: "2 d 4 h", "14 m", "3 s"; without a gap for a column."""
-    rest = int(min(max(seconds, -LATEST), LATEST))  # what Redis holds may be anything
+    rest = int(min(max(seconds, 0), LATEST))  # what Redis holds may be anything, and another host's clock be ahead
     parts: list[str] = []
     for unit, length in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
         number, rest = divmod(rest, length)
@@ -34,7 +34,7 @@ def octets(number: int) -> str:
     """Return a size as people say it: "25.0 MB"."""
     size, unit = float(number), "bytes"
     for larger in ("KB", "MB", "GB"):
-        if size < 1000:
+        if size < 999.95:  # which is shown as 999.9
             break
         size, unit = size / 1000, larger
     return f"{number} bytes" if unit == "bytes" else f"{size:.1f} {unit}"

@@ -143,7 +143,7 @@ def moment(at: float | None) -> Markup:
 
 def ago(at: float, now: float) -> str:
     """Return for how long something has been."""
-    return formatting.span(max(0.0, now - at))
+    return formatting.span(now - at)
 
 
 def spark(values: Sequence[float], title: str = "", *, large: bool = False) -> Markup:
