@@ -16,10 +16,10 @@ from relay.cockpit import bulk_actions
 from relay.cockpit.bulk_actions import Batch, BulkAction, Tally
 from relay.cockpit.bulk_preview import BulkPreview, copies
 from relay.command import prompt
+from relay.command.command_line import tell
 from relay.command.exit_status import INTERRUPTED, NO, WELL
 from relay.command.long_runs import Stop, progress
 from relay.command.output import Output
-from relay.mail.text import printable
 from workers.queues import selection
 from workers.queues.selection import Filter
 
@@ -114,8 +114,8 @@ def tell_unread(unread: Mapping[str, str]) -> int:
     if not unread:
         return WELL
     first = next(iter(unread))
-    sys.stderr.write(
-        f"smtp-dup: {copies(len(unread))} cannot be looked into, and meet no condition about sender, recipients, "
-        f"client, size or age; the first is {first}: {printable(unread[first])}\n"
+    tell(
+        f"{copies(len(unread))} cannot be looked into, and meet no condition about sender, recipients, client, size or "
+        f"age; the first is {first}: {unread[first]}"
     )
     return NO

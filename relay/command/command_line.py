@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from relay.command.exit_status import IN_A_LINE
 from relay.command.filter_flags import FILTER_FLAGS
 from relay.command.filter_flags import summary as filter_summary
 from relay.command.flags import SETTINGS_FLAGS, Given
+from relay.mail.text import printable
 
 NAME = "smtp-dup"
 SETTINGS_HINT = f"Any setting is also a flag: {NAME} help settings"
@@ -50,14 +52,15 @@ class Task:
             leading = [self.given]
         elif self.settings:
             primary, excuse = self.settings in {"primary", "checked"}, self.settings != "checked"
-            leading = [self.given.settings_here(require_primary=primary, excuse=excuse, tell=_tell)]
+            leading = [self.given.settings_here(require_primary=primary, excuse=excuse, tell=tell)]
         module, _, name = self.place.partition(":")
         function: Callable[..., int] = getattr(importlib.import_module(f"relay.command.{module}"), name)
         return function(*leading, **self.arguments)
 
 
-def _tell(text: str) -> None:
-    click.echo(f"{NAME}: {text}", err=True)
+def tell(text: str) -> None:
+    """Say on standard error what is to be known beside the output, or why there is none."""
+    sys.stderr.write(f"{NAME}: {printable(text)}\n")
 
 
 class MissingCommand(click.UsageError):

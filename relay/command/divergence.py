@@ -16,6 +16,7 @@ from relay.cockpit.conditions import Given
 from relay.cockpit.divergence_details import TOP, details
 from relay.cockpit.formatting import address, moment, span
 from relay.cockpit.sparkline import sparkline
+from relay.command.command_line import tell
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, Misuse, Trouble, read_flag
 from relay.command.filters import read
@@ -94,9 +95,7 @@ def listing(
 def _on_route(connection: Redis, settings: Settings, groups: Sequence[Group], route: str) -> list[Group]:
     """Return those about recipients of a route. Raises Misuse, Trouble."""
     try:
-        return divergence_filter.on_route(
-            connection, settings, groups, route, lambda line: print(f"smtp-dup: {printable(line)}", file=sys.stderr)
-        )
+        return divergence_filter.on_route(connection, settings, groups, route, tell)
     except divergence_filter.NoRoute as error:
         raise Misuse(f"--route: {printable(str(error))}") from error
     except (BadTable, OSError) as error:

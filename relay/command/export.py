@@ -17,6 +17,7 @@ from relay.cockpit.bulk_actions import BulkAction
 from relay.cockpit.conditions import Given
 from relay.cockpit.conditions import words as conditions
 from relay.command import bulk
+from relay.command.command_line import tell
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, Misuse
 from relay.command.filters import read, read_for_change
@@ -51,7 +52,7 @@ def export(
         )  # fmt: skip
         status = bulk.run(connection, out, action, chosen, dry_run=dry_run, yes=True)
     for message_id, why in writer.unreadable.items():
-        sys.stderr.write(f"smtp-dup: {message_id}: {why}\n")
+        tell(f"{message_id}: {why}")
     return status or (NO if writer.unreadable else WELL)
 
 

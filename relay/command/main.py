@@ -28,7 +28,7 @@ def run(words: Sequence[str]) -> int:
         sys.stderr.write(error.ctx.get_help() + "\n" if error.ctx else "")
         return exit_status.USAGE
     except click.UsageError as error:
-        _tell(_misuse(error))
+        command_line.tell(_misuse(error))
         return exit_status.USAGE
     except (KeyboardInterrupt, click.Abort):
         return exit_status.INTERRUPTED
@@ -41,7 +41,7 @@ def run(words: Sequence[str]) -> int:
             raise
         status, lines = told
         for line in lines:
-            _tell(printable(line))
+            command_line.tell(line)
     return status
 
 
@@ -91,10 +91,6 @@ _RAISED = (
     ("redis.exceptions", "RedisError", exit_status.CANNOT_SAY),
 )
 _PREFIXES = {"BadTable": "a table cannot be read: ", "RedisError": "Redis: "}
-
-
-def _tell(line: str) -> None:
-    sys.stderr.write(f"{command_line.NAME}: {line}\n")
 
 
 def main() -> NoReturn:

@@ -9,6 +9,7 @@ from redis import Redis
 
 from relay.cockpit import moved_exports, moves
 from relay.cockpit.formatting import moment
+from relay.command.command_line import tell
 from relay.command.connection import ledger_of
 from relay.command.exit_status import NO, WELL, Misuse, Trouble
 from relay.command.output import Column, Output
@@ -46,7 +47,7 @@ def _well_kept(connection: Redis, settings: Settings) -> int:
     for _, damaged in moving.pages(connection):
         troubles += [f"the entry of {printable(key)[:80]} makes no sense: {why}" for key, why in damaged.items()]
     for text in troubles:
-        sys.stderr.write(f"smtp-dup: {text}\n")
+        tell(text)
     return NO if troubles else WELL
 
 
@@ -80,7 +81,7 @@ def show(settings: Settings, out: Output, address: str) -> int:
     else:
         out.pairs(_pairs(asked.key, key, entry, former.servers[0], former.route.name, is_known=is_known))
     for name, why in damaged.items():
-        sys.stderr.write(f"smtp-dup: the entry of {printable(name)[:80]} makes no sense: {why}\n")
+        tell(f"the entry of {printable(name)[:80]} makes no sense: {why}")
     return WELL if key else NO
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from relay.command.command_line import NAME
+from relay.command.command_line import tell
 from relay.command.exit_status import CANNOT_SAY, NO, USAGE, WELL, Trouble, read_flag
 from relay.command.flags import Given
 from relay.command.output import Column, Output
@@ -18,7 +17,6 @@ from relay.config.types import duration
 from relay.daemon import control
 from relay.daemon.control import Line, Silent
 from relay.ledger.audit import operator
-from relay.mail.text import printable
 
 _CHANGES = [
     Column("option", lambda r: r["key"]),
@@ -60,13 +58,13 @@ def _ask(line: Line, out: Output, seconds: float, *, dry_run: bool, allow_empty:
         line.ask({"ask": "reload", "dry_run": dry_run, "who": operator(), "allow_empty": allow_empty})
         answer = line.hear(seconds + control.PATIENCE)
         if answer is None:
-            _tell(f"`{line.role}` does not answer")
+            tell(f"`{line.role}` does not answer")
             return CANNOT_SAY
         status = _show(answer, out, dry_run=dry_run)
         if answer.get("begins"):
             status = _wait(line, out, seconds)
     except Silent as error:
-        _tell(f"`{line.role}`: {error}")
+        tell(f"`{line.role}`: {error}")
         return CANNOT_SAY
     return status
 
@@ -78,7 +76,7 @@ def _show(answer: Mapping[str, Any], out: Output, *, dry_run: bool) -> int:
         return NO
     if problems := [str(problem) for problem in answer.get("problems", ())]:
         for problem in problems:
-            _tell(problem)
+            tell(problem)
         _result(out, answer, taken=False, reason="; ".join(problems), text="Nothing has changed.")
         return USAGE
     changes, left = _rows(answer, "changes"), _rows(answer, "takes_restart")
@@ -137,13 +135,9 @@ def _result(out: Output, state: Mapping[str, Any], *, taken: bool, reason: str =
     elif text:
         out.line(text)
     else:
-        _tell(reason)
+        tell(reason)
 
 
 def _rows(answer: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     found = answer.get(key)
     return [row for row in found if isinstance(row, dict)] if isinstance(found, Iterable) else []
-
-
-def _tell(text: str) -> None:
-    sys.stderr.write(f"{NAME}: {printable(text)}\n")

@@ -14,6 +14,7 @@ from redis import Redis
 from relay.cockpit import tracing
 from relay.cockpit.formatting import address, moment
 from relay.cockpit.formatting import duration as short
+from relay.command.command_line import tell
 from relay.command.connection import ledger_of
 from relay.command.exit_status import CANNOT_SAY, NO, WELL, CannotSay, Misuse, read_flag
 from relay.command.long_runs import slow_progress
@@ -91,7 +92,7 @@ def _ledger(settings: Settings, report: Unseen) -> Iterator[Redis | None]:
 def _tell(settings: Settings, out: Output, report: Unseen, query: Query, count: int) -> None:
     """Say what could not be seen, and where nothing was found, why that may be."""
     for note in tracing.unseen(report):
-        sys.stderr.write(f"smtp-dup: {printable(note)}\n")
+        tell(note)
     if out.as_json:
         return
     if count >= query.limit:
