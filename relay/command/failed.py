@@ -13,6 +13,7 @@ from itertools import tee
 
 from redis import Redis
 
+from relay.batches import batched
 from relay.cockpit import bulk_actions
 from relay.cockpit.conditions import Given, words
 from relay.cockpit.formatting import address, moment
@@ -106,9 +107,7 @@ def _outcomes(connection: Redis, before: dict[tuple[str, str], int]) -> Iterator
     end = time.monotonic() + _WAIT_SECONDS
     rest = dict(before)
     while rest:
-        keys = list(rest)
-        for start in range(0, len(keys), _BATCH):
-            batch = keys[start : start + _BATCH]
+        for batch in batched(list(rest), _BATCH):
             for key, (outcome, reply) in zip(batch, failed.fates(connection, batch, rest), strict=True):
                 is_over = time.monotonic() > end
                 if outcome or is_over:

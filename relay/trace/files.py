@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from relay import private_files
+from relay.batches import batched
 from relay.mail import encryption
 from relay.mail.stored import parsed
 
@@ -230,8 +231,7 @@ class OpenFile:
         for group in groups:
             hashes = [self.word(word) for word in group]
             numbers: set[int] = set()
-            for start in range(0, len(hashes), _AT_ONCE):
-                page = hashes[start : start + _AT_ONCE]
+            for page in batched(hashes, _AT_ONCE):
                 select = _BY_WORD % ",".join("?" * len(page))
                 numbers.update(n for (n,) in self._connection.execute(select, (last >> _PART_BITS, *page)))
             found = numbers if found is None else found & numbers
@@ -242,8 +242,7 @@ class OpenFile:
     def read(self, numbers: Sequence[int]) -> list[list[Any]]:
         """Return the events in these rows, in the order of the rows; what cannot be read is left out."""
         found: dict[int, list[Any]] = {}
-        for start in range(0, len(numbers), _AT_ONCE):
-            page = numbers[start : start + _AT_ONCE]
+        for page in batched(numbers, _AT_ONCE):
             marks = ",".join("?" * len(page))
             for n, data in self._connection.execute(f"SELECT n, data FROM rows WHERE n IN ({marks})", page):  # noqa: S608 - marks
                 with contextlib.suppress(ValueError, TypeError):

@@ -20,6 +20,7 @@ from typing import Any, Protocol, Self, TypeVar
 
 from redis.exceptions import RedisError
 
+from relay.batches import batched
 from relay.ledger import whereabouts
 from relay.mail.ids import made_at
 from relay.trace import events, files, privacy, search_terms
@@ -208,8 +209,8 @@ class Reader:
         total, done = sum(file.octets for file in chosen) if progress else 0, 0
         for file in chosen:
             numbers: list[int] = self._asked(file, lambda opened: opened.rows_of(wanted))
-            for start in range(0, len(numbers), _PAGE):
-                for message_id in self._asked(file, partial(_ids, numbers=numbers[start : start + _PAGE])):
+            for some in batched(numbers, _PAGE):
+                for message_id in self._asked(file, partial(_ids, numbers=some)):
                     self._found_in[message_id] = min(file.hour, self._found_in.get(message_id, file.hour))
                     yield message_id
             if progress:
