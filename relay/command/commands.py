@@ -180,7 +180,8 @@ ROOT = _group(
         "probe": _word(
             "whether recipients exist at a server: it is asked, and sent nothing", "probe:probe",
             click.Argument(["name"], metavar="NAME", type=Names(SERVER)),
-            _option("--recipients", metavar="FILE", help="one address a line, or CSV; - for stdin"),
+            _option("--recipients", metavar="FILE", type=click.Path(allow_dash=True),
+                    help="one address a line, or CSV; - for stdin"),
             _option("--seen", metavar="TIME", help="whom the primary has taken within this time: 1d, 30d"),
             _option("--refused", is_flag=True, help="whom the primary has refused, of whom none should exist"),
             _option("--route", metavar="ROUTE", type=Names(ROUTE), default="", help="only whose mail takes this route"),

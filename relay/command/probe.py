@@ -196,9 +196,12 @@ class _Run:
             found = probing.evidence(self._asked, results.found, "", 0.0)
             _tell(f"stopped: {found.left:,} of {found.asked:,} are left, and the same command goes on with them")
             return INTERRUPTED
-        with ledger_of(self._settings) as connection:
-            found = probing.evidence(self._asked, results.found, trouble, changes.now(connection))
-            probing.keep(connection, self._server.name, self._route, self._asked, found)
+        try:
+            with ledger_of(self._settings) as connection:
+                found = probing.evidence(self._asked, results.found, trouble, changes.now(connection))
+                probing.keep(connection, self._server.name, self._route, self._asked, found)
+        except CannotSay as error:
+            raise CannotSay(f"{error}; the answers are kept, and the same command goes on with them") from error
         if not found.left and not found.put_off:
             with self._state_folder():
                 results.finish()

@@ -112,7 +112,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         )  # fmt: skip
         settings.write_text(text + '[retry]\nfirst = "1h"\nlongest = "1h"\n')
         (folder / "pilot").write_text("pilot@a.example\n")
-        (folder / "known").write_text(f"{_FAILED[0]}\n{_FAILED[2]}\nann@a.example\n")
+        (folder / "known").write_text(f"{_FAILED[0]}\n{_FAILED[2]}\nann@a.example\nbuyer@shop.example\n")
         (folder / "more").write_text("eve@a.example\nno address\n")
         product.settings = {key: value for key, value in product.settings.items() if key in _OF_A_TEST}
         product.flags = ("--config", str(settings))
@@ -155,6 +155,7 @@ divergence unack {key}
 divergence retry {key}
 check
 probe new --recipients {folder}/known --rate 1000/s
+probe shop --recipients {folder}/known --route shop --rate 1000/s
 ready new
 ready ann@a.example
 flow --hours 2
