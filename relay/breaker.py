@@ -88,6 +88,11 @@ class Breaker:
         return bool(self.reason)
 
     @property
+    def is_clear(self) -> bool:
+        """Whether it is neither open nor in doubt; asked before each message."""
+        return not (self.reason or self._broken or ((self._refused or self.is_refusing) and self._seems_to_refuse))
+
+    @property
     def is_in_doubt(self) -> bool:
         """Whether it may be the server and not these messages: what is tried next is to be as different as can be."""
         return not self.reason and (self._broken > 0 or self._seems_to_refuse)
@@ -98,15 +103,16 @@ class Breaker:
 
     def works(self) -> None:
         """Note a transaction that the server carried through, whatever it said about the message."""
-        self._answered()
-        if self.is_open:
+        self._broken = 0
+        self.carried += 1
+        if self.reason:
             self._close()
         else:
             self.window = min(self.window + 1, self.limit)
 
     def took(self) -> None:
         """Note that it took a message: whatever it refused or broke off before was about those messages."""
-        if self._seems_to_refuse:
+        if (self._refused or self.is_refusing) and self._seems_to_refuse:
             self._when_refusing.grant()
         if self.is_breaking:
             self._when_breaking.grant()
@@ -120,7 +126,8 @@ class Breaker:
         the same reply too; from then on each probe that is refused makes the pause longer, and one that is taken ends
         it. Refusals do not widen the window.
         """
-        self._answered()
+        self._broken = 0
+        self.carried += 1
         status = _STATUS.match(reply.lines[0])
         kind = status[0] if status else str(reply.code)  # the text may quote an address
         if kind != self._refusal:
@@ -172,13 +179,7 @@ class Breaker:
 
     @property
     def _seems_to_refuse(self) -> bool:
-        if not self._refused:  # nearly always
-            return self.is_refusing
         return self.is_refusing or self._refused >= self._most * self._when_refusing.times - _LOOKS
-
-    def _answered(self) -> None:
-        self._broken = 0
-        self.carried += 1
 
     def _close(self) -> None:
         self.reason = ""

@@ -119,7 +119,7 @@ def _text_format(record: Any) -> str:
 
 
 def _words(event: str, fields: Values) -> str:
-    words = printable(event)
+    words = event if event.isprintable() else printable(event)
     for key, value in fields.items():
         if key not in _PLAIN:
             text = value if type(value) is str else str(value)

@@ -18,11 +18,12 @@ from relay.client.reply_parser import ReplyParser, plain
 from relay.client.server_limits import UNLIMITED, after_yes, extensions_in, server_limits
 from relay.client.unread import unread
 from relay.mail.destination import Destination
-from relay.mail.esmtp import check_lines
+from relay.mail.esmtp import has_control
 from relay.mail.reply import Reply
 
 _WRITE_HIGH = 256 * 1024  # octets buffered in the transport before a writer waits
 _MAX_UNASKED = 100  # unsolicited replies before the connection is closed
+_TWO_LINES = "control character in an SMTP command"
 _OF_MAIL = frozenset((b"MAIL", b"RCPT", b"DATA", b"."))
 
 
@@ -145,17 +146,19 @@ class Connection(asyncio.Protocol):
 
     def send(self, *lines: bytes) -> None:
         """Send lines (each without CRLF) in one write; each owes a reply. Raises ConnectionGone, ValueError."""
-        check_lines(lines)
+        if any(map(has_control, lines)):
+            raise ValueError(_TWO_LINES)
         if self.in_data and lines != (b".",):
             # The server would take it for body text, and the next dot would end a message made of two.
             raise RuntimeError("only the dot may be sent in the DATA phase")
         self._speak(lines[0], lines)
         self._transport.write(b"\r\n".join((*lines, b"")))
 
-    def reply(self, *, timeout: float) -> asyncio.Future[Reply]:
+    def reply(self, _line: bytes = b"", *, timeout: float) -> asyncio.Future[Reply]:
         """Return the next reply that is owed, in a future, which costs less than a coroutine for each reply.
 
-        Raises ConnectionGone and MalformedReply, and so does the future, which raises DeadlinePassed too.
+        Raises ConnectionGone and MalformedReply, and so does the future, which raises DeadlinePassed too. The line that
+        it answers, which was sent before, may be named, as where ``command`` would send it.
         """
         future = self._loop.create_future()
         if self._ready:
@@ -213,14 +216,11 @@ class Connection(asyncio.Protocol):
         """
         if not self.in_data:
             raise RuntimeError("no DATA phase to end")
-        self._speak(b".")
-        if then:
-            check_lines(then)
-        self._owed.extend((b".",) * replies)
-        if then:
-            self._speak(b".", then)
-            self._is_ahead = True
+        if any(map(has_control, then)):
+            raise ValueError(_TWO_LINES)
+        self._speak(b".", (*(b".",) * replies, *then))
         behind = b"\r\n".join((*then, b"")) if then else b""
+        self._is_ahead = bool(then)
         self._behind_dot = len(behind)
         self._transport.writelines((last, b".\r\n" + behind))
 
@@ -254,8 +254,7 @@ class Connection(asyncio.Protocol):
             if self._parser.is_between and data[-2:] == b"\r\n" and (reply := plain(data[:-2])) is not None:
                 self._deliver(reply)  # exactly one line, as nearly always
                 return
-            for each in self._parser.feed(data):
-                self._deliver(each)
+            self._parser.feed(data, self._deliver)
         except ValueError as error:
             self._malformed(str(error))
 
@@ -304,7 +303,9 @@ class Connection(asyncio.Protocol):
             self.turned_away |= reply.code == 421
             self.refusals += verb in _OF_MAIL
         elif verb == b".":
-            if not reply.takes_message or self._transport.get_write_buffer_size() > self._behind_dot:
+            if (
+                reply.code != 250 and not reply.takes_message
+            ) or self._transport.get_write_buffer_size() > self._behind_dot:
                 self._owed.appendleft(verb)  # a yes before the dot has left is to something else
                 raise ValueError(f"no answer to the message: {reply.text}")
             self.refusals = 0

@@ -7,7 +7,7 @@ malformed reply raises ValueError, after which the parser must not be used. A re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import lru_cache
 
 from relay.mail.reply import Reply
@@ -31,8 +31,8 @@ class ReplyParser:
         self._lines: list[str] = []
         self._size = 0
 
-    def feed(self, data: bytes) -> Iterator[Reply]:
-        """Yield the replies that these octets complete. Raises ValueError, after the replies before the fault."""
+    def feed(self, data: bytes, take: Callable[[Reply], object]) -> None:
+        """Give the replies that these octets complete. Raises ValueError, after the replies before the fault."""
         if self._tail:
             self._tail += data
             if b"\n" not in data:  # only the new octets are searched: many tiny packets stay linear
@@ -44,9 +44,10 @@ class ReplyParser:
         *lines, rest = data.split(b"\n")
         self._tail += rest
         for line in lines:
-            reply = self._line(line)
-            if reply is not None:
-                yield reply
+            line = line.removesuffix(b"\r")  # noqa: PLW2901 - its end belongs to the line's
+            reply = None if self._lines else plain(line)
+            if reply is not None or (reply := self._line(line)) is not None:
+                take(reply)
         if len(rest) > _MAX_REPLY:
             raise ValueError("a line without an end")
         self.is_between = not (self._tail or self._lines)
@@ -55,17 +56,13 @@ class ReplyParser:
         """At the end of the stream, return the incomplete reply if its code is there, else None. Raises ValueError."""
         reply = None
         if len(self._tail) >= 3:
-            reply = self._line(bytes(self._tail))
+            reply = self._line(bytes(self._tail).removesuffix(b"\r"))
         self._tail.clear()
         if reply is None and self._lines:
             reply, self._lines = Reply(int(self._code), tuple(self._lines)), []
         return reply
 
     def _line(self, line: bytes) -> Reply | None:
-        if line.endswith(b"\r"):
-            line = line[:-1]
-        if not self._lines and (reply := plain(line)) is not None:
-            return reply
         code, mark = line[:3], line[3:4]
         if len(code) != 3 or not code.isdigit() or mark not in _MARKS:
             raise ValueError("not a reply line")

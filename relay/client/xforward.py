@@ -24,7 +24,7 @@ class NotIntroduced(ClientError):
 
 def xforward(identity: Identity, connection: Connection) -> list[bytes]:
     """Return the XFORWARD commands for this server, [] if it does not offer them. They hold for one transaction."""
-    return [] if connection.introduced else _commands("XFORWARD", identity, connection.extensions)
+    return [] if connection.introduced or not identity else _commands("XFORWARD", identity, connection.extensions)
 
 
 def _commands(verb: str, identity: Identity, extensions: Mapping[str, str]) -> list[bytes]:

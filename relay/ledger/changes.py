@@ -115,7 +115,7 @@ def release(pipe: Pipe, messages: Sequence[Released]) -> None:
     for m in messages:
         recipients = f"[{', '.join(map(_quoted, m.recipients))}]" if m.digest else ""
         arguments += (m.id, m.digest, recipients, repr(m.accepted_at), str(len(m.destinations)), *m.destinations)
-        arguments.append(" ".join(f"{n + 1}={holder}" for n, holder in enumerate(m.holders) if holder))
+        arguments.append(" ".join([f"{n + 1}={holder}" for n, holder in enumerate(m.holders) if holder]))
     pipe.eval(script("release"), 0, str(HANDED_SECONDS), *arguments)
 
 
@@ -203,8 +203,9 @@ def claimed(result: Sequence[Sequence[bytes]]) -> tuple[list[Claim], list[str]]:
         if verdict == b"later":
             later.append(as_text(message_id))
         else:
-            known, is_retried = CopyState.from_wire(state), verdict == b"retried"
-            claims.append(Claim(as_text(message_id), float(accepted), known, is_retried, as_text(before), int(size)))
+            known, is_retried = CopyState.from_wire(state) if state else FRESH, verdict == b"retried"
+            holder = as_text(before) if before else ""
+            claims.append(Claim(as_text(message_id), float(accepted), known, is_retried, holder, int(size)))
     return claims, later
 
 

@@ -79,21 +79,23 @@ class Envelope(NamedTuple):
             envelope = cls(
                 id=record["id"],
                 sender=line(record["from"]),
-                recipients=tuple(Recipient(line(to[0]), texts(to[1:])) for to in record["to"]),
+                recipients=tuple([Recipient(line(to[0]), texts(to[1:])) for to in record["to"]]),
                 received_at=number(record["at"]),
                 size=record["size"],
                 parameters=texts(record["mail"]),
-                client_address=any_text(record["addr"]),
-                client_helo=any_text(record["helo"]),
+                client_address=record["addr"],
+                client_helo=record["helo"],
                 destinations=texts(record["dest"]),
-                identity=tuple((any_text(name), any_text(value)) for name, value in record["xf"]),
+                identity=tuple([(any_text(name), any_text(value)) for name, value in record["xf"]]),
                 promised=_promised(record["for"], len(record["to"])) if "for" in record else None,
-                message_id=any_text(record["mid"]),
-                route=any_text(record["route"]),
-                spare_of=record["of"] if is_id(record["of"]) else "",
+                message_id=record["mid"],
+                route=record["route"],
+                spare_of=record["of"] if record["of"] and is_id(record["of"]) else "",
             )
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise MalformedRecord(f"unreadable envelope: {printable(str(error))}") from error
+        if {*map(type, (envelope.client_address, envelope.client_helo, envelope.message_id, envelope.route))} != {str}:
+            raise MalformedRecord("unreadable envelope: not a text")
         if not 0 <= envelope.received_at < LATEST:
             raise MalformedRecord("unreadable envelope: the time is none")
         if not is_id(envelope.id) or type(envelope.size) is not int or envelope.size < 0:

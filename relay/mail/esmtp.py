@@ -18,7 +18,7 @@ MAIL_EXTENSIONS: Mapping[str, str] = {
     "HOLDFOR": "FUTURERELEASE",
     "HOLDUNTIL": "FUTURERELEASE",
 }
-_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
+has_control = re.compile(rb"[\x00-\x1f\x7f]").search  # of a command line, which that might end
 RCPT_EXTENSIONS: Mapping[str, str] = {"NOTIFY": "DSN", "ORCPT": "DSN"}
 
 
@@ -35,10 +35,3 @@ def command_line(verb: str, address: str, parameters: Collection[str]) -> bytes:
     """Return a MAIL FROM or RCPT TO command without CRLF; the inverse of ``parse_path``."""
     line = f"{verb}:<{address}>"
     return (" ".join((line, *parameters)) if parameters else line).encode("utf-8", "surrogateescape")
-
-
-def check_lines(lines: Iterable[bytes]) -> None:
-    """Raise ValueError if one of these command lines has a control character, which might end it."""
-    for line in lines:
-        if _CONTROL.search(line):
-            raise ValueError("control character in an SMTP command")

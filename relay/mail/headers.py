@@ -40,14 +40,15 @@ def received_line(*, helo: str, address: str, domain: str, protocol: str, messag
     No ``for`` clause: it would show a blind copy's address to the other recipients. ``protocol`` is the
     keyword of RFC 3848 and RFC 6531 (ESMTP, ESMTPS, UTF8SMTP...).
     """
+    line = f"{_from(helo, address, domain, protocol)} id {message_id};\r\n\t{_date(int(time.time()))}\r\n"
+    return line.encode("ascii", "replace")
+
+
+@lru_cache(maxsize=64)  # clients that send one message after another
+def _from(helo: str, address: str, domain: str, protocol: str) -> str:
     name = _UNSAFE.sub("?", helo[:255]) or "unknown"
     literal = f"IPv6:{address}" if ":" in address else address
-    line = (
-        f"Received: from {name} ([{literal or 'unknown'}])\r\n"
-        f"\tby {domain} {_MARK} with {protocol} id {message_id};\r\n"
-        f"\t{_date(int(time.time()))}\r\n"
-    )
-    return line.encode("ascii", "replace")
+    return f"Received: from {name} ([{literal or 'unknown'}])\r\n\tby {domain} {_MARK} with {protocol}"
 
 
 @lru_cache(maxsize=2)
@@ -55,6 +56,7 @@ def _date(second: int) -> str:
     return formatdate(second, localtime=True)
 
 
+@lru_cache(maxsize=16)
 def protocol_keyword(*, extended: bool, tls: bool, authenticated: bool, utf8: bool) -> str:
     """Return the ``with`` keyword: RFC 3848, and RFC 6531 4.3 for internationalised mail."""
     if not extended:

@@ -35,7 +35,7 @@ def are_ids(values: object) -> TypeGuard[list[str]]:
     if not isinstance(values, list) or not set(map(type, values)) <= {str}:
         return False
     # A comma within an element would make more words of 16 characters than there are elements.
-    return _IDS.fullmatch(",".join([*values, ""])) is not None and all(len(value) == 16 for value in values)
+    return _IDS.fullmatch(",".join([*values, ""])) is not None and set(map(len, values)) <= {16}
 
 
 def is_destination_name(value: object) -> TypeGuard[str]:

@@ -31,7 +31,7 @@ class Reply(NamedTuple):
     @property
     def takes_message(self) -> bool:
         """Whether it is a yes to the end of a message, which neither a greeting (220) nor a goodbye (221) is."""
-        return self.code == 250 or (self.is_positive and self.code not in (220, 221))
+        return self.is_positive and self.code not in (220, 221)
 
     @property
     def is_temporary(self) -> bool:

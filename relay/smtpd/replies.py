@@ -39,10 +39,11 @@ class Replies:
         is_late: bool = False,
     ) -> None:
         """Tell the trace how it ended; only the first end counts."""
-        if self.is_told or not emitter.is_on():
+        trace = emitter.current
+        if self.is_told or trace is None:
             return
         self.is_told = True
-        is_one = all(given == self.rcpt[0] for given in self.rcpt)  # to all recipients
+        is_one = len({*self.rcpt}) == 1  # to all recipients
         for event in events.received(
             outcome,
             envelope,
@@ -57,4 +58,4 @@ class Replies:
             self.rcpt[:1] if is_one else self.rcpt,
             is_late=is_late,
         ):
-            emitter.note(event)
+            trace.note(event)

@@ -195,7 +195,7 @@ class Staging:
         # Also when Redis had it done already, by a try that got no answer. A superfluous job does no harm.
         for n, destination in enumerate(released.destinations):
             if offer is None or not is_new or not offer.has(n):  # else with the hand-over, or its refusal
-                self._dispatch(destination, [released.id])
+                self._dispatcher.add(destination, released.id)
         if not is_new:
             if offer is not None:
                 offer.give_up()

@@ -357,7 +357,7 @@ class MailTransaction:
             extended=client.extended,
             tls=self._protocol.tls,
             authenticated=bool(client.user),
-            utf8=value(envelope.parameters, "SMTPUTF8") is not None,
+            utf8=bool(envelope.parameters) and value(envelope.parameters, "SMTPUTF8") is not None,
         )
         return headers.received_line(
             helo=client.helo,

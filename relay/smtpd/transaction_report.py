@@ -65,6 +65,6 @@ class TransactionReport:
     def _tell(
         self, replies: Replies, outcome: str, envelope: OpenEnvelope, reply: Reply | None, *, refused_at: str = ""
     ) -> None:
-        if emitter.is_on():
+        if emitter.current is not None:
             sealed, primary = envelope.sealed(self._context.staging.now()), envelope.choice.answering
             replies.tell(outcome, sealed, primary, reply, refused_at=refused_at)

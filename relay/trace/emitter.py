@@ -128,44 +128,33 @@ class Emitter:
         metrics.trace_dropped.inc(count)
 
 
-_emitter: Emitter | None = None
+current: Emitter | None = None  # None: there is no trace, and events are not worth making
 
 
 def take(sock: socket.socket | None) -> None:
     """Send this process's events over this channel from now on; None: there is no trace."""
-    global _emitter  # noqa: PLW0603 - one for each process, like its log
-    _emitter = None if sock is None else Emitter(sock)
+    global current  # noqa: PLW0603 - one for each process, like its log
+    current = None if sock is None else Emitter(sock)
     log_lines.on_message = None if sock is None else _of_log
 
 
 def use(loop: asyncio.AbstractEventLoop) -> None:
     """Gather events by this loop's timers."""
-    if _emitter is not None:
-        _emitter.use(loop)
-
-
-def is_on() -> bool:
-    """Say whether there is a trace, so that events are worth making."""
-    return _emitter is not None
-
-
-def note(event: Wire) -> None:
-    """Send an event soon."""
-    if _emitter is not None:
-        _emitter.note(event)
+    if current is not None:
+        current.use(loop)
 
 
 def flush() -> None:
     """Send what has been gathered, at the end of a process."""
-    if _emitter is not None:
-        _emitter.flush()
+    if current is not None:
+        current.flush()
 
 
 def _of_log(at: float, event: str, fields: Any) -> None:
     """Take a line of the mail log about one message."""
     message_id = fields.get("id")
-    if event in _NOTED and is_id(message_id):
+    if current is not None and event in _NOTED and is_id(message_id):
         destination = fields.get("destination", "")
         about = ("reason", "to", "covered", "copies", "job")
         text = next((str(fields[name]) for name in about if fields.get(name)), "")
-        note(events.noted(message_id, at, event, destination, text))
+        current.note(events.noted(message_id, at, event, destination, text))

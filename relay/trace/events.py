@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from relay.mail.envelope import Envelope
@@ -203,6 +204,7 @@ def noted(message_id: str, at: float, event: str, destination: str, text: str) -
     return [REMARKED, message_id, int(at * 1000), event, destination, text]
 
 
+@lru_cache(maxsize=100)  # all but the reply to the dot are the same for message after message
 def _said(reply: Reply | str | None) -> Any:
     """Return a reply as it is sent: nearly always it has one line."""
     if reply is None or isinstance(reply, str):

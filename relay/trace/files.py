@@ -202,7 +202,7 @@ class OpenFile:
                 "INSERT INTO rows VALUES (?, ?)", [(n, self._sealed(data)) for n, (data, _) in numbered]
             )
             # In the order of the tree, so that neighbours are written together.
-            words = sorted((n >> _PART_BITS, self.word(word), n) for n, (_, found) in numbered for word in found)
+            words = sorted([(n >> _PART_BITS, self.word(word), n) for n, (_, found) in numbered for word in found])
             connection.executemany("INSERT OR IGNORE INTO words VALUES (?, ?, ?)", words)
             connection.execute("COMMIT")
         except BaseException:

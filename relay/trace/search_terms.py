@@ -40,8 +40,8 @@ _READ = 400  # characters of a reply
 
 def queue_ids(reply: str) -> list[str]:
     """Return what may be the queue id that a server gave in its reply to the dot."""
-    found = ((named or word).rstrip(".-/") for named, word in _QUEUE_ID.findall(reply[:_READ]))
-    return list(dict.fromkeys(found))[:_TOKENS]
+    found = {(named or word).rstrip(".-/"): None for named, word in _QUEUE_ID.findall(reply[:_READ])}
+    return list(found)[:_TOKENS]
 
 
 def of(wire: Wire) -> list[str]:

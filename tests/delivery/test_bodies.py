@@ -105,5 +105,5 @@ def test_the_check_finds_a_lone_dot_anywhere() -> None:
     """Also where two slices of the search meet."""
     for at in range(record._SLICE - 5, record._SLICE + 5):
         body = b"x" * at + b"\r\n.\r\n"
-        assert record._has(b"\n.", record._LONE_DOT, body)
-    assert not record._has(b"\n.", record._LONE_DOT, b"x" * (record._SLICE + 3))
+        assert record._has(record._LONE_DOT, body)
+    assert not record._has(record._LONE_DOT, b"x" * (record._SLICE + 3))

@@ -6,7 +6,6 @@ A large body travels on a connection of its own, so that it does not hold up lea
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -75,13 +74,16 @@ class Bodies:
 
     def give(self, message_id: str, record: bytes) -> None:
         """Take a record that is at hand. One that cannot be read as it is waits for its turn, and is told then."""
-        with contextlib.suppress(BodyElsewhere, MalformedRecord, TooLarge):
-            self._ahead[message_id] = Message.unpack(record, message_id, _LARGE)
+        try:
+            message = Message.unpack(record, message_id, _LARGE)
+        except (BodyElsewhere, MalformedRecord, TooLarge):
+            return
+        self._ahead[message_id] = message
 
     @property
     def octets_ahead(self) -> int:
         """How much memory the messages at hand take."""
-        return sum(len(message.body) for message in self._ahead.values())
+        return sum([len(message.body) for message in self._ahead.values()])
 
     def at_hand(self, message_id: str) -> Message | None:
         """Return a message that was fetched ahead, else None; ``take`` returns it all the same."""
@@ -95,7 +97,7 @@ class Bodies:
     async def _fetch(self, ids: Sequence[str]) -> None:
         if ids:
             batch = CommandBatch()
-            batch.add(("MGET", *(keys.MESSAGE + message_id for message_id in ids)))
+            batch.add(("MGET", *[keys.MESSAGE + message_id for message_id in ids]))
             (records,) = await self._wires.ask(batch)
             for message_id, record in zip(ids, cast("list[bytes | None]", records), strict=True):
                 if record is not None:

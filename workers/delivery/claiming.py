@@ -86,7 +86,7 @@ class Claiming:
                         raise Interrupted from error
                     await asyncio.sleep(0.5)
                 else:
-                    self._leases.free(set(ids).difference(claim.id for claim in claims))
+                    self._leases.free(set(ids).difference([claim.id for claim in claims]))
                     if later:
                         await self._outcomes.retry_later(later, _BUSY_RETRY)
                     return claims
@@ -115,7 +115,7 @@ class Claiming:
         answer, flushes = await self._pipelines.ask(question)
         claims, later = changes.claimed(answer)
         self._leases.hear(changes.heard(answer).at, asked_at)
-        if flushes != self._flushes or any(claim.was_failed for claim in claims):
+        if flushes != self._flushes or [claim for claim in claims if claim.was_failed]:
             self._flushes = flushes
             self._pool.renew()  # what an operator wants tried again is tried as for the first time
         claims = self._undelivered(claims)

@@ -10,7 +10,6 @@ copies is nobody's fault. Each copy comes back to the caller with its ending as 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from relay import maillog, metrics
@@ -76,7 +75,7 @@ class ConnectionRuns:
         self._breaker = breaker
         self._width = width
         self._refusals = refusals
-        self._seconds = metrics.backup_seconds.labels(destination.name)
+        self._seconds = metrics.observer(metrics.backup_seconds, destination.name)
         self._smooth = 0  # copies taken soon, since there was anything else
         self._suspects: dict[str, int] = {}  # copies that met trouble -> transactions carried through by then
 
@@ -191,14 +190,16 @@ class ConnectionRuns:
         if message is None or not can_follow(connection, message):
             return None
         copy = Copy.of(item, message, self._destination)
-        with suppress(Unfit):  # refused when its turn comes
-            if copy.owed:
-                trial = Trial(job, copy, runner, opening(connection, message, copy.next_owed))
-                self._gate.begins()
-                self._jobs.begin(job)
-                self._bodies.drop([item.id])
-                return trial
-        return None
+        try:
+            begun = opening(connection, message, copy.next_owed) if copy.owed else None
+        except Unfit:  # refused when its turn comes
+            begun = None
+        if begun is None:
+            return None
+        self._gate.begins()
+        self._jobs.begin(job)
+        self._bodies.drop([item.id])
+        return Trial(job, copy, runner, begun)
 
     def _broke_off(self, trial: Trial, error: ClientError, *, reused: bool, is_before_body: bool) -> Ending:
         """Say what becomes of a copy when the connection did not carry its transaction through."""
@@ -258,7 +259,7 @@ class ConnectionRuns:
                 copy.defer(server, is_own=False)
             else:
                 self._doubt(copy, server.text)
-        elif copy.is_refused:
+        elif not copy.yes and copy.is_refused:
             # It was answered about itself: what this says of the server is found out with other mail.
             self._refusals.refused(copy, outcome)
             self._breaker.refuses(next(iter(copy.never.values())), is_look=trial.is_look)
@@ -276,7 +277,7 @@ class ConnectionRuns:
             self._width.note(outcome.round_trip)
             self._breaker.limit = self._width.now
         if outcome.digestion is not None:
-            self._seconds.observe(outcome.digestion)
+            self._seconds(outcome.digestion)
 
     def _doubt(self, copy: Copy, reason: str) -> None:
         """Note trouble within a transaction: it may be this copy's doing, which other mail will show."""

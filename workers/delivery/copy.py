@@ -47,11 +47,10 @@ class Copy:
     @classmethod
     def of(cls, claim: Claim, message: Message, destination: Destination) -> Copy:
         """Make the copy of a claim."""
-        state = begun(claim)
-        envelope = message.envelope
-        owed = envelope.owed_to(destination) if state.owed is None else state.owed
-        count = len(envelope.recipients)
-        return cls(claim.id, message, state, [i for i in owed if 0 <= i < count])
+        state, envelope = begun(claim), message.envelope
+        if state.owed is None:
+            return cls(claim.id, message, state, list(envelope.owed_to(destination)))
+        return cls(claim.id, message, state, [i for i in state.owed if 0 <= i < len(envelope.recipients)])
 
     @property
     def is_touched(self) -> bool:

@@ -307,7 +307,7 @@ class Courier:
             elif self._gate.gives_back:
                 break  # nobody has copies in hand for a server that is away or held: an operator may want to move them
             elif not self._gate.is_closed:
-                self._start_runners()
+                self._runners.start_missing(self._try_all)
                 job.changed.clear()
                 await job.changed.wait()
             elif self._gate.is_probe_due and not self._is_probing:
@@ -354,10 +354,6 @@ class Courier:
 
     # --- one runner -------------------------------------------------------------------------------------------
 
-    def _start_runners(self) -> None:
-        for _ in range(self._runners.missing):
-            self._runners.start(self._try_all)
-
     async def _try_all(self, runner: Runner) -> None:
         """Try copy after copy."""
         while not self._gate.is_closed and self._runners.has_turn(runner):
@@ -365,7 +361,7 @@ class Courier:
             if job is None:
                 break
             await self._try_next(job, runner)
-            self._start_runners()
+            self._runners.start_missing(self._try_all)
 
     async def _try_next(self, job: JobInHand, runner: Runner, *, is_look: bool = False) -> None:
         """Try a job's next copy, and those whose transactions follow on the same connection."""
@@ -388,7 +384,7 @@ class Courier:
         async with aclosing(self._runs.run(job, copy, runner, is_look=is_look)) as trials:
             async for trial in trials:
                 self._jobs.finish(trial.job, trial.copy, trial.ending)
-                self._start_runners()
+                self._runners.start_missing(self._try_all)
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -19,14 +19,11 @@ class Gate:
     @property
     def is_closed(self) -> bool:
         """Whether no copy may be started, but for a probe."""
-        breaker, operator = self._breaker, self._hold_and_throttle
         return (
-            breaker.is_open
-            or breaker.is_in_doubt
+            not self._breaker.is_clear
             or self._outbox.is_late
             or self.is_draining
-            or operator.is_barred
-            or operator.is_waiting
+            or not self._hold_and_throttle.lets_begin
         )
 
     @property

@@ -47,6 +47,14 @@ class HoldAndThrottle:
     # --- asked before each copy -----------------------------------------------------------------------------------
 
     @property
+    def lets_begin(self) -> bool:
+        """Whether a copy may be begun now: neither barred nor waiting."""
+        standing = self._standing
+        if standing is None or standing.hold is not None or standing.rate:
+            return not (self.is_barred or self.is_waiting)
+        return self._part != 0
+
+    @property
     def is_held(self) -> bool:
         """Whether an operator holds the destination, or nobody knows as yet."""
         standing = self._standing

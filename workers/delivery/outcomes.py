@@ -84,8 +84,8 @@ class Outcomes:
         self._outbox = outbox
         self._retry = retry
         self._failed_ttl = failed_ttl
-        self._delivered = metrics.deliveries.labels(self._name, "delivered")
-        self._age = metrics.delivery_age_seconds.labels(self._name)
+        self._delivered = metrics.increment(metrics.deliveries, self._name, "delivered")
+        self._age = metrics.observer(metrics.delivery_age_seconds, self._name)
         self._clock = clock
 
     def conclude(self, copy: Copy, job: str) -> Conclusion:
@@ -109,13 +109,12 @@ class Outcomes:
                 metrics.deliveries.labels(name, "deferred").inc()
                 maillog.deferred(copy.id, name, len(copy.later), attempts, reply, delay)
         if copy.yes:
-            age = self._clock.age(copy.message.envelope.received_at)
-            self._delivered.inc()
-            self._age.observe(age)
-            envelope, to = copy.message.envelope, copy.yes if self._names_recipients else ()
-            maillog.delivered(
-                envelope, name, len(copy.yes), attempts, age, to=[envelope.recipients[i].address for i in to]
-            )
+            envelope = copy.message.envelope
+            age = self._clock.age(envelope.received_at)
+            self._delivered(1)
+            self._age(age)
+            to = [envelope.recipients[i].address for i in copy.yes] if self._names_recipients else ()
+            maillog.delivered(envelope, name, len(copy.yes), attempts, age, to=to)
         if copy.never:
             reply = copy.said(copy.never)
             failure = counted.tried(now, reply).owed_by(copy.never)
@@ -125,8 +124,8 @@ class Outcomes:
             maillog.failed(copy.id, name, len(copy.never), attempts, reply)
         elif deferral is None:
             written = self._outbox.settle(copy.id, counted=bool(copy.state.open))
-        if emitter.is_on():
-            emitter.note(events.tried(copy.id, name, attempts, copy.seconds, copy.parts(), delay))
+        if (trace := emitter.current) is not None:
+            trace.note(events.tried(copy.id, name, attempts, copy.seconds, copy.parts(), delay))
         return Conclusion(written, deferral)
 
     def _delay(self, state: CopyState, now: float) -> float | None:
@@ -201,9 +200,9 @@ class Outcomes:
 
     def _tell(self, message_id: str, state: CopyState, verdict: str, reply: str, delay: float | None = None) -> None:
         """Tell the trace of a copy that could not be tried here."""
-        if emitter.is_on():
+        if (trace := emitter.current) is not None:
             parts = [(verdict, len(state.owed or ()), (), reply)]
-            emitter.note(events.tried(message_id, self._name, state.attempts, None, parts, delay))
+            trace.note(events.tried(message_id, self._name, state.attempts, None, parts, delay))
 
     def forget(self, message_id: str) -> Conclusion:
         """Remove a pending copy whose body is gone."""

@@ -29,11 +29,12 @@ class RefusalMemory:
     def took(self, copy: Copy, outcome: Outcome) -> None:
         """Note a message that was taken for some recipients."""
         recipients = copy.message.envelope.recipients
-        addresses = [recipients[i].address for i, reply in outcome.replies.items() if reply.is_positive]
-        for address in addresses:
-            self._taken.pop(address, None)
-            self._refused.pop(address, None)
-        _remember(self._taken, addresses)
+        for i, reply in outcome.replies.items():
+            if reply.is_positive:
+                address = recipients[i].address
+                self._refused.pop(address, None)
+                self._taken.pop(address, None)
+                _remember(self._taken, (address,))
         if self._senders:
             self._domains.clear()
             self._senders.clear()

@@ -97,13 +97,13 @@ class Runners:
     def __len__(self) -> int:
         return len(self._runners)
 
-    @property
-    def missing(self) -> int:
-        """How many more the window allows, the work needs, and there are connections for."""
+    def start_missing(self, work: Callable[[Runner], Coroutine[object, object, None]]) -> None:
+        """Start as many more as the window allows, the work needs, and there are connections for."""
         count = len(self._runners)
         allowed = self.breaker.window - (count - self.slow)
-        wanted = min(allowed, self._jobs.copies_left) if allowed > 0 else 0
-        return max(0, min(wanted, self._pool.room - count)) if wanted else 0
+        if allowed > 0 and (wanted := min(allowed, self._jobs.copies_left)):
+            for _ in range(min(wanted, self._pool.room - count)):
+                self.start(work)
 
     def start(self, work: Callable[[Runner], Coroutine[object, object, None]]) -> asyncio.Task[None]:
         """Start one more, for this work."""

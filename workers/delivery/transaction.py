@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple
@@ -70,7 +70,10 @@ class Outcome:
     @property
     def is_taken(self) -> bool:
         """Whether the dot is out and every reply is a yes."""
-        return self.sent and all(200 <= reply.code < 300 for reply in self.replies.values())
+        for reply in self.replies.values():  # a generator would take three times as long
+            if not 200 <= reply.code < 300:
+                return False
+        return self.sent
 
     def is_answered(self, asked: Sequence[int]) -> bool:
         """Whether the server has said no to all that was asked, before the dot: to MAIL, or to each of these."""
@@ -106,7 +109,7 @@ class Opening(NamedTuple):
 
     @property
     def lines(self) -> list[bytes]:
-        return [*self.xforward, self.mail, *(command for _, command in self.recipients), b"DATA"]
+        return [*self.xforward, self.mail, *[command for _, command in self.recipients], b"DATA"]
 
 
 def opening(connection: Connection, message: Message, owed: Sequence[int]) -> Opening:
@@ -203,29 +206,26 @@ async def _ask(
     pipelining = begun is not None or "PIPELINING" in connection.extensions
     if pipelining and begun is None:
         connection.send(*asked.lines)
-
-    def answer(command: bytes) -> Awaitable[Reply]:
-        return connection.reply(timeout=timeout) if pipelining else connection.command(command, timeout=timeout)
-
+    answer = connection.reply if pipelining else connection.command
     for command in asked.xforward:
-        await answer(command)  # whatever it says to them: they are for its log
+        await answer(command, timeout=timeout)  # whatever it says to them: they are for its log
     started = time.monotonic()
-    reply_to_mail = await answer(asked.mail)
+    reply_to_mail = await answer(asked.mail, timeout=timeout)
     if begun is None and not asked.xforward:
         outcome.round_trip = time.monotonic() - started
     accepted = outcome.accepted
-    outcome.is_begun = reply_to_mail.is_positive
-    if not reply_to_mail.is_positive:
+    outcome.is_begun = is_begun = reply_to_mail.is_positive
+    if not is_begun:
         outcome.replies.update((i, reply_to_mail) for i, _ in asked.recipients)
-    for i, command in asked.recipients if reply_to_mail.is_positive or pipelining else ():
-        reply = await answer(command)
-        if reply_to_mail.is_positive:
+    for i, command in asked.recipients if is_begun or pipelining else ():
+        reply = await answer(command, timeout=timeout)
+        if is_begun:
             outcome.replies[i] = reply
             if reply.is_positive:
                 accepted.append(i)
     if not accepted and not pipelining:
         return None
-    return _go(await answer(b"DATA"), accepted, outcome)
+    return _go(await answer(b"DATA", timeout=timeout), accepted, outcome)
 
 
 def _go(reply: Reply, accepted: list[int], outcome: Outcome) -> list[int] | None:
@@ -244,8 +244,11 @@ def mail_command(envelope: Envelope, destination: Destination, connection: Conne
     """Return MAIL for this server. Raises Unfit."""
     extensions = connection.extensions
     # Once by name, instead of a search for each; of two with one name the first counts.
-    given = {name.upper(): text for name, _, text in (p.partition("=") for p in reversed(envelope.parameters))}
-    parameters = _needed(given, destination, extensions) if given else []
+    given: dict[str, str] = {}
+    parameters: list[str] = []
+    if envelope.parameters:
+        given = {name.upper(): text for name, _, text in (p.partition("=") for p in reversed(envelope.parameters))}
+        parameters = _needed(given, destination, extensions)
     if "SIZE" in extensions:
         limit = extensions["SIZE"].strip()
         if limit.isascii() and limit.isdigit() and 0 < int(limit) < envelope.size:
@@ -305,5 +308,5 @@ def rcpt_command(recipient: Recipient, connection: Connection) -> bytes:
     """Return RCPT for this server; where DSN is offered nobody is ever notified about a copy."""
     if "DSN" not in connection.extensions:
         return command_line("RCPT TO", recipient.address, [])
-    kept = [p for p in recipient.parameters if _ORCPT.fullmatch(p)]
+    kept = filter(_ORCPT.fullmatch, recipient.parameters)
     return command_line("RCPT TO", recipient.address, ["NOTIFY=NEVER", *kept])

@@ -95,8 +95,9 @@ class GivingUp:
         for claim, envelope in zip(claims, envelopes, strict=True):
             count = len(queries.addressees(envelope, self._destination, claim.state))
             maillog.failed(claim.id, name, count, claim.state.attempts, reply)
-            parts = [(events.FAILED, count, (), reply)]
-            emitter.note(events.tried(claim.id, name, claim.state.attempts, None, parts))
+            if (trace := emitter.current) is not None:
+                parts = [(events.FAILED, count, (), reply)]
+                trace.note(events.tried(claim.id, name, claim.state.attempts, None, parts))
         return [claim.id for claim in claims]
 
     def _counted(self, pipe: Any, claim: Claim, envelope: Envelope | None, reply: str) -> CopyState:
