@@ -52,8 +52,8 @@ def test_quiet_backups_share_a_process(shared: Product, servers: dict[str, Scrip
     wait_until(lambda: shared.summary("away")["state"] == "paused")
     servers["away"].listen()
     servers["away"].wait_for(12)
+    servers["hangs"].replies.clear()  # first: who comes in between would hear nothing, either
     servers["hangs"].drop()
-    servers["hangs"].replies.clear()
     shared.run("queue", "flush", "--all", "--yes")
     wait_until(lambda: len({m.recipients[0] for m in servers["hangs"].messages}) == 12)
     for name in ("a", "b", "full", "away"):
@@ -93,7 +93,7 @@ def test_a_process_of_its_own_dies(shared: Product, servers: dict[str, ScriptedS
         shared.send("from@example.com", f"to-{n}@example.com")
     shared.wait_for_log("worker-full-1 started")
     shared.child("worker-full-1").kill()
+    servers["full"].replies.clear()  # first: who comes in between would hear nothing, either
     servers["full"].drop()
-    servers["full"].replies.clear()
     shared.run("queue", "flush", "--all", "--yes")
     wait_until(lambda: len({m.recipients[0] for m in servers["full"].messages}) == 3)
