@@ -27,7 +27,7 @@ from workers.upkeep.sweep import Sweeper
 
 BACK, FORWARD = -7200.0, 300.0
 SETTINGS = {
-    "retry.first": "5",
+    "retry.first": "3",
     "retry.longest": "10m",
     "workers.processes": "2",
     "workers.sweep": "1",

@@ -7,19 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import redis
 
 from relay import faultpoints
-from relay.config import loader
 from relay.handover.frames import folder_of
-from relay.ledger import overview
-from relay.spool import writer
+from support.drained import is_drained
 from support.killed_at import VICTIMS, kill
-from support.product import QUICK, Product
+from support.product import QUICK, SOON, Product
 from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
-from workers.upkeep.reconciler import verify
+
+WAITS = SOON
 
 RELAY_POINTS = [
     "before staging",
@@ -73,7 +71,7 @@ def test_killed_at(
         pair.start()
     accepted = sender.join()
     assert accepted == set(range(60))
-    wait_until(lambda: drained(pair), 60, lambda: f"not drained: {pair.log[-6000:]}")
+    wait_until(lambda: is_drained(pair), 60, lambda: f"not drained: {pair.log[-6000:]}")
 
     at_primary = Counter(int(m.header("Subject") or -1) for m in primary.messages)
     at_backup = Counter(int(m.header("Subject") or -1) for m in backup.messages)
@@ -93,14 +91,3 @@ def hands_over(pair: Product) -> bool:
     """Say whether the relay is connected to the worker: its socket is there twice then."""
     names = [path.name for path in folder_of(pair.state_dir).glob("*.sock")]
     return any(Path("/proc/net/unix").read_text("utf-8").count(f"/.{name}.new\n") > 1 for name in names)
-
-
-def drained(pair: Product) -> bool:
-    """Say whether nothing is under way; sweeps first, as the reconciler does once a minute."""
-    try:
-        with redis.Redis.from_url(pair.redis_url) as connection:
-            verify(connection, loader.load(environ=pair.environment, directories=()), pause=0.5)
-            spooled = writer.summary(pair.state_dir / "spool").messages
-            return spooled == 0 and all(row.pending == 0 for row in overview.summary(connection))
-    except redis.RedisError:
-        return False  # it is being started again

@@ -20,12 +20,14 @@ from relay.monitoring.probes import probe_redis
 from relay.redisio import clients
 from relay.redisio.pipeline import CommandBatch, Pipelines
 from relay.redisio.replication import TooFewReplicas
-from support.product import Product
+from support.product import SOON, Product
 from support.recorded_sessions import Transaction
 from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
 from support.sentinels import SERVICE, SentinelSet
 from support.waiting import wait_until
+
+WAITS = SOON
 
 _EXPLAIN = {"may repeat", "uncertain", "uncertain copied"}
 

@@ -16,11 +16,13 @@ import redis
 from relay import faultpoints
 from relay.ledger import overview
 from support.postfix_instance import PostfixInstance
-from support.product import Product
+from support.product import SOON, Product
 from support.reactions import Close, Gate, Reset, Silence
 from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
+
+WAITS = SOON
 
 Make = Callable[..., Product]
 MakeServer = Callable[..., ScriptedServer]
@@ -404,7 +406,7 @@ def test_killed_at(
     reached = tmp_path / "reached"
     monkeypatch.setenv(faultpoints.VARIABLE, f"{point}:{10 + turn}:{reached}")
     servers["new"].replies["."] = ["451 4.7.1 later", None, None] * 10 + [None]
-    relay = forking(product, servers, **{"retry.first": "2s"})
+    relay = forking(product, servers, **{"retry.longest": "1", "workers.sweep": "1"})
     sender = Sender(relay.smtp_port, range(30), recipients=(OLD, NEW)).start()
     wait_until(reached.exists, 30, f"nobody reached {point!r}")
     os.kill(relay.child("relay-1").pid, signal.SIGKILL)

@@ -25,11 +25,13 @@ from relay.config import loader
 from relay.ledger import keys, overview
 from relay.spool import writer
 from support.child_processes import tied
-from support.product import QUICK, Product
+from support.product import QUICK, SOON, Product
 from support.retrying_sender import Sender
 from support.scripted_server import ScriptedServer
 from support.waiting import wait_until
 from workers.upkeep.reconciler import verify
+
+WAITS = SOON
 
 FS_IOC_SHUTDOWN = 0x8004587D
 NO_LOG_FLUSH = 2  # EXT4_GOING_FLAGS_NOLOGFLUSH: what the journal has not committed is lost
