@@ -16,7 +16,11 @@ from support.reactions import Close, Reset, Silence
 from support.scripted_server import ScriptedServer
 from support.waiting import free_port, wait_until
 
-WAITS = SOON
+WAITS = {
+    **SOON,
+    "relay.routing.loading.LOOK_SECONDS": 0.5,  # at files of tables
+    "relay.server.routes_in_use.LOOK_SECONDS": 0.5,
+}
 
 Make = Callable[..., Product]
 Servers = dict[str, ScriptedServer]
