@@ -33,7 +33,7 @@ PATIENT = {"minimal_backoff_time": "300s", "maximal_backoff_time": "300s", "queu
 @pytest.mark.parametrize("moment", [10, 40])
 def test_everything_killed_under_load(product: MakeProduct, postfix: StartPostfix, moment: int) -> None:
     """SIGKILL for all of smtp-dup while Postfix sends 80 messages: all are at both stores, repeats are explained."""
-    site = Site(product, postfix, hold="4s")
+    site = Site(product, postfix)
     mails = [corpus.simple(number, f"b{number}@example.com") for number in range(80)]
     for mail in mails:
         mail.submit(site.front)
@@ -72,15 +72,15 @@ def test_killed_and_nobody_sends_again(product: MakeProduct, postfix: StartPostf
 def uncertain(product: MakeProduct, postfix: StartPostfix, primary: ScriptedServer) -> Callable[..., Site]:
     """Call it for a site whose primary is scripted; what a primary takes without saying so is its business."""
 
-    def make(hold: str) -> Site:
-        return Site(product, postfix, primary=primary, hold=hold, front=PATIENT)
+    def make() -> Site:
+        return Site(product, postfix, primary=primary, front=PATIENT)
 
     return make
 
 
 def test_lost_reply_then_sent_again(uncertain: Callable[..., Site], primary: ScriptedServer) -> None:
     """The primary takes a message and vanishes without a reply: Postfix sends it again, and the backup has one copy."""
-    site = uncertain("5s")
+    site = uncertain()
     primary.replies["."] = [Close(), None]
     mail = corpus.simple(1, "b@example.com")
     mail.submit(site.front)
@@ -99,7 +99,7 @@ def test_lost_reply_then_sent_again(uncertain: Callable[..., Site], primary: Scr
 
 def test_lost_reply_and_never_sent_again(uncertain: Callable[..., Site], primary: ScriptedServer) -> None:
     """A message that the primary may have taken is copied when the hold is over: a duplicate beats a loss."""
-    site = uncertain("1s")
+    site = uncertain()
     primary.replies["."] = [Close(), None]
     mail = corpus.simple(1, "b@example.com")
     mail.submit(site.front)
@@ -112,7 +112,7 @@ def test_lost_reply_and_never_sent_again(uncertain: Callable[..., Site], primary
 
 def test_lost_reply_then_fewer_recipients(uncertain: Callable[..., Site], primary: ScriptedServer) -> None:
     """At the second attempt the primary takes one of two recipients: the other's copy goes out after the hold, once."""
-    site = uncertain("5s")
+    site = uncertain()
     primary.replies["."] = [Close(), None]
     mail = corpus.simple(1, "yes@example.com", "gone@example.com", sender="")
     mail.submit(site.front)
@@ -130,7 +130,7 @@ def test_lost_reply_then_fewer_recipients(uncertain: Callable[..., Site], primar
 
 def test_lost_reply_twice(uncertain: Callable[..., Site], primary: ScriptedServer) -> None:
     """Two uncertain attempts, then an accepted one: still one copy at the backup."""
-    site = uncertain("8s")
+    site = uncertain()
     primary.replies["."] = [Close(), Close(), None]
     mail = corpus.simple(1, "b@example.com", "c@example.com")
     mail.submit(site.front)
@@ -146,7 +146,7 @@ def test_lost_reply_twice(uncertain: Callable[..., Site], primary: ScriptedServe
 
 def test_killed_at_the_dot_then_sent_again(uncertain: Callable[..., Site], primary: ScriptedServer) -> None:
     """SIGKILL while the primary holds its reply: Postfix sends it again at once, and the backup has one copy."""
-    site = uncertain("10s")
+    site = uncertain()
     gate = Gate()
     primary.replies["."] = [(gate, None), None]
     mail = corpus.simple(1, "b@example.com")

@@ -44,7 +44,7 @@ class Server(Protocol):
 class Site:
     """Postfix in front, smtp-dup, and a store on either side: Postfix too, where a test gives no other server.
 
-    ``hold`` is relay.uncertain_hold, ``front`` more settings of the Postfix in front.
+    ``front`` are more settings of the Postfix in front.
     """
 
     def __init__(
@@ -54,7 +54,6 @@ class Site:
         *,
         primary: Server | None = None,
         backup: Server | None = None,
-        hold: str = "1h",
         front: Mapping[str, str] | None = None,
     ) -> None:
         self.old: Any = primary or postfix(PostfixInstance.store(DOMAINS, **LITERAL))
@@ -68,7 +67,6 @@ class Site:
                 "relay.timeout_seconds": "5",
                 "relay.greeting_timeout_seconds": "1",
                 "relay.command_timeout_seconds": "1",
-                "relay.uncertain_hold": hold,
             },
         )
         self.front = postfix(PostfixInstance.front(self.product.smtp_port, **LITERAL, **(front or {})))
@@ -115,7 +113,7 @@ def flush_all(front: PostfixInstance) -> None:
 
 
 def verify(site: Site, timeout: float = 60) -> dict[str, str]:
-    """Do what `queue verify` does until nothing is uncertain or waits any more, its two looks soon after one another.
+    """End each hold, and do what `queue verify` does, its two looks soon after one another, until nothing is left.
 
     Returns what became of the uncertain: ids with "copied..." or "covered...".
     """
@@ -124,6 +122,8 @@ def verify(site: Site, timeout: float = 60) -> dict[str, str]:
     def is_over() -> bool:
         settings = loader.load(environ=site.product.environment, directories=())
         with redis.Redis.from_url(site.product.redis_url) as connection:
+            for message_id in connection.zrange(keys.UNCERTAIN, 0, -1):
+                connection.zadd(keys.UNCERTAIN, {message_id: 1}, xx=True)  # long ago
             rows = reconciler.verify(connection, settings, pause=0.5).findings
             became.update({row.id: row.action for row in rows if row.finding == "uncertain"})
             return not connection.zcard(keys.UNCERTAIN) and not site.product.summary()["pending"]
