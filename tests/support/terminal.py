@@ -53,8 +53,8 @@ def typed(instance: Product, *words: str, answer: str = "", columns: int = 60, i
                     interrupt_at = ""
         return Seen(seen.decode(), process.wait(20))
     finally:
-        os.close(ours)
         process.end()  # a test whose time is over leaves nothing that another one is blamed for
+        os.close(ours)
 
 
 def on_terminal(instance: Product, *words: str, answer: str = "", columns: int = 60) -> str:
