@@ -433,6 +433,7 @@ def test_behind_postfix_with_kills_each_server_ends_with_what_it_owes(
         "relay.final_timeout_seconds": "10",
         "relay.uncertain_hold": "5",
         "retry.first": "2s",
+        "workers.sweep": "5",  # what is uncertain is covered by a sweep
     }
     relay = forking(product, servers, **settings)
     front = postfix(PostfixInstance.front(relay.smtp_port))

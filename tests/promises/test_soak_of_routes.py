@@ -68,10 +68,12 @@ def test_soak(product: Callable[..., Product], scripted: Callable[..., ScriptedS
     try:
         end, following = time.monotonic() + 45, 0.0
         while time.monotonic() < end and len(sender.accepted) < count:
+            sender.pause_at(count * (len(done) + 1) // 12)  # a fast machine is not done before there was any trouble
             disturber.look()
             if time.monotonic() >= following:
                 following = time.monotonic() + disturber.step()
             time.sleep(0.05)  # as the soak does: disturbances come by the clock
+        sender.pause_at(count)
         disturber.end()
         operator.end()
         accepted = sender.join()

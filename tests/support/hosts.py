@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -119,7 +120,8 @@ class Host(Product):
         _ip("link", "set", self._link, "down")
         assert self.process is not None
         for child in self.children():
-            os.kill(child.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has just ended by itself
+                os.kill(child.pid, signal.SIGKILL)
         self.clean_up()
 
     def stop(self, timeout: float = 30) -> int:
