@@ -309,6 +309,7 @@ class _Relay:
         patience = loop.time() + _GRACE_SECONDS
         if self._importer:
             self._importer.stop()
+        await asyncio.sleep(_LOOK_SECONDS)  # whom the kernel has handed over last has a command loop by then
         while self._shared.command_loops:
             for client in list(self._shared.command_loops):
                 client.stop(impatient=loop.time() > patience)

@@ -113,7 +113,7 @@ def test_reloads_under_load(configured: Make, primary: ScriptedServer, backup: S
             wait_until(lambda before=before: len(newcomers.sent) > before)
         sender.stop()
         sender.join()
-    assert newcomers.troubles == []
+    assert newcomers.troubles == [], [line for line in up.log.splitlines() if "451" in line or '"warning"' in line]
     sent = sender.accepted | set(newcomers.sent)
     assert len(newcomers.sent) >= times
     wait_until(lambda: set(numbers(backup)) >= sent, message=lambda: f"missing {sent - set(numbers(backup))}")
