@@ -306,8 +306,8 @@ def _say_what_next(console: Console, stage: DemoSetup, programme: list[Sample]) 
         ("What waits", command_line(stage, "queue summary")),
         ("What failed", command_line(stage, "failed list")),
         ("One of them", command_line(stage, f"failed show {failed}")),
-        ("Try it again", command_line(stage, f"failed retry {failed}")),
         ("The message itself", command_line(stage, f"failed export {failed}")),
+        ("Try it again", command_line(stage, f"failed retry {failed}")),
         ("Numbers", f"curl -s {stage.status}/metrics | grep ^smtpdup"),
         ("The log", f"tail -f {stage.log}"),
     )

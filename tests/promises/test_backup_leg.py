@@ -38,7 +38,7 @@ def test_deferred_then_taken(product: Make, primary: ScriptedServer, backup: Scr
 
     def is_deferred() -> bool:
         rows[:] = pair.json("queue", "list")
-        return bool(rows and rows[0]["attempts"])
+        return bool(rows and rows[0]["attempts"] and rows[0]["next_attempt_at"])  # not while it is tried
 
     wait_until(is_deferred, message="not deferred")
     (row,) = rows

@@ -89,8 +89,10 @@ async def scripted(
     """``answer`` is asked for each command but the introduction's; None says nothing."""
     links: list[Link] = []
     told: list[BaseException] = []
+    serving: set[asyncio.Task[None] | None] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        serving.add(asyncio.current_task())
         link, commands = Link(len(links) + 1, writer), hiredis.Reader()
         links.append(link)
         try:
@@ -123,6 +125,8 @@ async def scripted(
         for link in links:
             link.reset()
         await asyncio.sleep(0.01 if tls else 0)  # its end takes several turns of the loop
+        if left := {task for task in serving if task is not None and not task.done()}:
+            await asyncio.wait(left, timeout=0.5)  # one that the loop's end cancels is reported there
     assert not told, told
 
 
