@@ -48,6 +48,12 @@ class Link:
         self.number = number
         self.asked: list[list[bytes]] = []
         self._writer = writer
+        self._serving = asyncio.current_task()
+
+    async def ended(self) -> None:
+        """Wait until it is served no more: who is cancelled by the loop's end is reported there."""
+        if self._serving is not None and not self._serving.done():
+            await asyncio.wait([self._serving], timeout=0.5)
 
     def say(self, octets: bytes) -> None:
         if not self._writer.is_closing():
@@ -89,10 +95,8 @@ async def scripted(
     """``answer`` is asked for each command but the introduction's; None says nothing."""
     links: list[Link] = []
     told: list[BaseException] = []
-    serving: set[asyncio.Task[None] | None] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        serving.add(asyncio.current_task())
         link, commands = Link(len(links) + 1, writer), hiredis.Reader()
         links.append(link)
         try:
@@ -125,8 +129,8 @@ async def scripted(
         for link in links:
             link.reset()
         await asyncio.sleep(0.01 if tls else 0)  # its end takes several turns of the loop
-        if left := {task for task in serving if task is not None and not task.done()}:
-            await asyncio.wait(left, timeout=0.5)  # one that the loop's end cancels is reported there
+        for link in links:
+            await link.ended()
     assert not told, told
 
 
