@@ -18,6 +18,7 @@ from relay.cockpit.probe_results import ProbeResults
 from relay.cockpit.probe_sources import NoAddresses, Recipients
 from relay.cockpit.roles_now import UnknownRoute, on_route
 from relay.command import address_file
+from relay.command.command_line import tell
 from relay.command.connection import ledger_of
 from relay.command.exit_status import CANNOT_SAY, INTERRUPTED, NO, WELL, CannotSay, Misuse, read_flag
 from relay.command.long_runs import slow_progress
@@ -77,7 +78,7 @@ def probe(
         if route:
             _limit(connection, settings, asked, server.name, route)
     for note in asked.notes:
-        _tell(note)
+        tell(note)
     if not asked.addresses and not refused:
         raise Misuse(f"nobody is asked about: no mail of these takes {route}")
     return _Run(settings, out, server, asked, route, manner, as_csv=as_csv).run(anew=fresh)
@@ -88,7 +89,7 @@ def _of_file(settings: Settings, file: str) -> Recipients:
     asked = probe_sources.of_file(address_file.read(file), file, fold=settings.routes.fold_local)
     if asked.faults:
         for fault in asked.faults[:_FAULTS]:
-            _tell(f"{file}: {fault}")
+            tell(f"{file}: {fault}")
         more = f", {rest} more than shown" if (rest := len(asked.faults) - _FAULTS) > 0 else ""
         raise Misuse(f"nobody was asked: {count(len(asked.faults), 'line is', 'lines are')} wrong{more}")
     if not asked.addresses:
@@ -138,10 +139,6 @@ def _limit(connection: Redis, settings: Settings, asked: Recipients, name: str, 
         raise CannotSay(f"a table of routes cannot be read: {error}") from error
 
 
-def _tell(text: str) -> None:
-    sys.stderr.write(f"smtp-dup: {printable(text)}\n")
-
-
 class _Run:
     """One probe, from the first answer to what it comes to."""
 
@@ -189,12 +186,12 @@ class _Run:
         known = [one for one in self._asked.addresses if one in results.found]
         if known and results.since is not None:
             since = formatting.moment(results.since)
-            _tell(f"going on with {count(len(known), 'answer')} since {since}; --fresh asks about everybody again")
+            tell(f"going on with {count(len(known), 'answer')} since {since}; --fresh asks about everybody again")
         try:
             trouble = self._ask(results)
         except KeyboardInterrupt:
             found = probing.evidence(self._asked, results.found, "", 0.0)
-            _tell(f"stopped: {found.left:,} of {found.asked:,} are left, and the same command goes on with them")
+            tell(f"stopped: {found.left:,} of {found.asked:,} are left, and the same command goes on with them")
             return INTERRUPTED
         try:
             with ledger_of(self._settings) as connection:
@@ -237,7 +234,7 @@ class _Run:
         return asking.trouble
 
     def _pausing(self, number: int, seconds: float) -> None:
-        _tell(f"{count(number, 'recipient was', 'recipients were')} put off: asked again in {formatting.span(seconds)}")
+        tell(f"{count(number, 'recipient was', 'recipients were')} put off: asked again in {formatting.span(seconds)}")
 
     # What is shown
 
@@ -252,7 +249,7 @@ class _Run:
             return
         if self._as_csv:
             sys.stdout.writelines(f"{line}\n" for line in probing.csv_lines(answers))
-            _tell(", ".join(f"{word} {number:,}" for word, number in probing.numbers(found) if number))
+            tell(", ".join(f"{word} {number:,}" for word, number in probing.numbers(found) if number))
         else:
             worth = [one for one in answers if self._is_worth_a_line(one)]
             if worth:
@@ -260,7 +257,7 @@ class _Run:
                 self._out.line("")
             self._out.pairs(self._pairs(found))
         if found.why:
-            _tell(f"{found.why}; it has stopped, and the same command goes on from here")
+            tell(f"{found.why}; it has stopped, and the same command goes on from here")
 
     def _is_worth_a_line(self, one: Probed) -> bool:
         if self._asked.what == REFUSALS:
